@@ -1,0 +1,126 @@
+"""Command lines: files and flags to a configuration, errors to one line and an exit status."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Callable
+from typing import Any
+
+import jsonargparse
+from jsonargparse import ArgumentParser
+
+from easyaira.errors import ConfigError, EasyAiraError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PROVENANCE = "provenance"  # what a run adds to its config.yaml; a record, so it is read past
+
+
+def parser_of(config_class: type) -> ArgumentParser:
+    """The command line of a command that trains: a flag for every field, and files of them."""
+    parser = ArgumentParser(
+        description=f"{config_class.__doc__} Options come from --config files (later ones win), "
+        "then from flags, such as --optimizer.learning_rate 1e-5.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of options; may be repeated.")
+    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    parser.add_argument("--dry_run", action="store_true", help="Say what would happen, and stop.")
+    parser.add_argument(f"--{PROVENANCE}", type=dict, help=SUPPRESS)
+    parser.add_class_arguments(config_class, None)
+    return parser
+
+
+def parse(config_class: type, argv: list[str]) -> tuple[Any, bool]:
+    """The configuration that the command line asks for, and whether it is only a dry run.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one), a value of the wrong type or out
+            of range, or options that contradict each other.
+    """
+    parser = parser_of(config_class)
+    parsed = parse_args(parser, _join_negative_mesh(argv))
+    dry_run = parsed.dry_run
+    for key in ("config", "debug", "dry_run", PROVENANCE):
+        parsed.pop(key, None)
+    return config_class(**vars(parser.instantiate(parsed))), dry_run
+
+
+def parse_args(parser: ArgumentParser, argv: list[str]) -> Any:
+    """`parser.parse_args`, with an error in one line.
+
+    Raises:
+        ConfigError: the command line is wrong.
+    """
+    try:
+        return parser.parse_args(argv)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(_one_line(str(error), parser)) from error
+
+
+def _join_negative_mesh(argv: list[str]) -> list[str]:
+    """argparse takes `-1,1,1` for a flag, so `--mesh -1,1,1` becomes `--mesh=-1,1,1`."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--mesh" and re.match(r"-\d", argument):
+            joined[-1] = f"--mesh={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _one_line(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message as `key: what was expected, what was found`, with the nearest name."""
+    message = re.sub(r"\s+", " ", message).strip()
+    message = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", message).replace("typing.", "")
+    unknown = re.search(
+        r"(?:not accept (?:nested key|option)|nrecognized arguments?:) '?-*([\w.]+)", message
+    )
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", message)
+        name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+        options = [a.dest for a in parser._actions if a.dest not in ("help", PROVENANCE)]
+        same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
+        return f"{name}: no such option" + _did_you_mean(name, same_leaf or options)
+    key = re.match(r'Parser key "([\w.]+)": (.*)', message)
+    if key is None:
+        return message
+    name, problem = key.groups()
+    if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
+        wanted = union[1].replace("NoneType", "null").replace(", ", " or ")
+        return f"{name}: expected {wanted}, got {union[2]}"
+    if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
+        choices = re.findall(r"'([^']*)'", plain[1])
+        return f"{name}: expected {plain[1]}, got {plain[2]}" + _did_you_mean(plain[2], choices)
+    if bounds := re.match(r"Not of type \w+: (.*) does not conform to restriction (.*)$", problem):
+        return f"{name}: expected a number with {bounds[2].replace('v', 'value ')}, got {bounds[1]}"
+    return f"{name}: {problem}"
+
+
+def _did_you_mean(name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Run `command` on the command line; end the process as the contract of exit statuses says."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command(argv)
+    except EasyAiraError as error:
+        if "--debug" in argv:
+            raise
+        kind = "stopped" if error.exit_status == 75 else "error"
+        print(f"{kind}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("stopped: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

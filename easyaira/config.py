@@ -1,0 +1,269 @@
+"""Every option, with its default and its meaning: the text below an option is its `--help`.
+
+Groups are frozen dataclasses, so that each option has one owner. What a single value may be is
+said by its type; what several values may be together is checked in `__post_init__`. Nothing here
+imports jax or numpy, so that `--help` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
+
+from easyaira.errors import ConfigError
+
+Share = restricted_number_type("Share", float, [(">=", 0.0), ("<", 1.0)])
+HalfShare = restricted_number_type("HalfShare", float, [(">=", 0.0), ("<", 0.5)])
+MaxSteps = restricted_number_type("MaxSteps", int, [(">=", -1), ("!=", 0)])
+
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set."""
+
+    path: str
+    """Hub id, local file (.jsonl .jsonl.gz .json .csv .parquet .arrow) or folder."""
+    split: str = "train"
+    """Split of a hub data set; a local file has only one."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name -> the column's name there, such as {prompt: question, completion: answer}."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    name_or_path: str
+    """Hugging Face folder, hub id (owner/name), or a run folder of EasyAira."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit that was read is recorded in the run."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; default: the model's own."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: read only config.json and draw the weights as Hugging Face does."""
+    resize: Literal["mean", "normal"] | None = None
+    """Make the embedding as long as the tokenizer. New rows are the mean of the old ones, or drawn
+    with the model's own standard deviation (as Aira's originals were). By default the embedding
+    changes only for tokens that the template adds, with the mean."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the computation: auto is bfloat16 on accelerators and float32 on CPU. Weights,
+    optimizer state, norms, softmax and losses are float32 always."""
+    gradient_checkpointing: Literal["none", "dots", "full"] = "none"
+    """Keep all activations, only results of matrix products, or only the input of each layer."""
+    dropout: Share = 0.0
+    """Dropout on embeddings, attention and residual branches. Off unless asked for, whatever the
+    model's config.json says; DPO refuses it."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig(ModelConfig):
+    """The policy that is trained, and the reference it is held to."""
+
+    ref_name_or_path: str | None = None
+    """Weights of the DPO reference; default: those the policy starts from."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    train: str | list[Source]
+    """Hub id, file or folder, or a list of {path, split, columns}."""
+    split: str = "train"
+    """Split of a hub data set that is named by a plain string."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name -> the column's name there, for sources named by a plain string."""
+    eval: OpenUnitInterval | str | list[Source] | None = None
+    """Held-out rows: a share of train split off by prompt (0.02), or sources like train."""
+    template: str = "chat"
+    """plain (prompt, completion, EOS, nothing between), aira, tulu, chat (the tokenizer's own), or
+    a .jinja file."""
+    max_length: PositiveInt | None = None
+    """Longest example in tokens; default: the model's number of positions."""
+    max_prompt_length: PositiveInt | None = None
+    """A longer prompt keeps its start token and its last tokens."""
+    truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    """What happens to an example above max_length: its end is cut (and then no EOS is learned), the
+    start of its prompt is cut, or the row is dropped. Counted in data_report.json."""
+    packing: bool = True
+    """Put the examples of an update side by side in rows, each seeing only itself. It changes the
+    amount of padding and nothing else."""
+    drop_last: bool = False
+    """Leave out an epoch's last, smaller update."""
+    max_dropped: Share = 0.05
+    """Stop if more than this share of the rows cannot be trained on."""
+
+    def __post_init__(self):
+        named = isinstance(self.train, str) or isinstance(self.eval, str)
+        if not named and (self.split != "train" or self.columns):
+            raise ConfigError(
+                "data.split and data.columns: speak of sources named by a plain string; in a list, "
+                "each source has its own"
+            )
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    completion_only_loss: bool = True
+    """Learn completions only; false learns the prompts too."""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation."""
+
+    loss_type: Literal[
+        "sigmoid",
+        "ipo",
+        "ipo_sum",
+        "hinge",
+        "robust",
+        "sigmoid_norm",
+        "apo_zero",
+        "apo_down",
+        "exo_pair",
+        "nca_pair",
+    ] = "sigmoid"
+    """The preference loss; each is one function of easyaira/losses.py, with its paper."""
+    beta: PositiveFloat = 0.1
+    """How strongly the policy is held to the reference."""
+    label_smoothing: HalfShare = 0.0
+    """Share of pairs whose label is assumed wrong (sigmoid, robust, exo_pair)."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
+    precompute_ref_log_probs: bool = True
+    """Compute the reference's log-probabilities once, before training, instead of in every step."""
+
+    def __post_init__(self):
+        if self.label_smoothing and self.loss_type not in SMOOTHED_LOSSES:
+            raise ConfigError(
+                f"dpo.label_smoothing: the loss {self.loss_type} has none; set it to 0, or use "
+                f"one of {', '.join(SMOOTHED_LOSSES)}"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ConfigError(
+                "dpo.label_smoothing: exo_pair takes its logarithm, so it must be above 0; "
+                "0.001 is usual"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norms and biases do not decay."""
+
+    learning_rate: NonNegativeFloat = 5e-5
+    """The peak of the schedule."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the rate goes from its peak to the end: to 0 for linear and cosine."""
+    warmup_steps: NonNegativeInt = 0
+    """Updates in which the rate climbs from 0 (the first update has rate 0)."""
+    warmup_ratio: Share = 0.0
+    """The same as a share of all updates, rounded up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices and embeddings."""
+    adam_beta1: Share = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: Share = 0.999
+    """Decay of the squared gradient's running mean."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+
+    def __post_init__(self):
+        if self.warmup_steps and self.warmup_ratio:
+            raise ConfigError("optimizer.warmup_steps and optimizer.warmup_ratio: set one of them")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: what every command that trains has in common."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: dict[str, Any] | None = None
+    """Adapters are not built yet: only null, which trains all weights."""
+    train_batch_size: PositiveInt = 8
+    """Examples (pairs in DPO) per update, over all devices and accumulation steps."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Parts in which an update is computed one after another, to save memory."""
+    num_train_epochs: PositiveFloat = 1.0
+    """Times that the data is gone through."""
+    max_steps: MaxSteps = -1
+    """Updates in all; -1: as num_train_epochs says."""
+    eval_steps: NonNegativeInt = 200
+    """Evaluate on the held-out rows every so many updates, and before the first and after the last;
+    0: only then."""
+    save_steps: NonNegativeInt = 200
+    """Save a checkpoint every so many updates, and after the last; 0: only then."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints that are kept."""
+    logging_steps: PositiveInt = 10
+    """Write metrics every so many updates, averaged over them."""
+    num_samples: NonNegativeInt = 4
+    """Held-out prompts that are answered before and after training, for report.html."""
+    seed: NonNegativeInt = 42
+    """Decides the order of the data, the held-out share, random weights and dropout."""
+    mesh: str = "dp=1,fsdp=-1,tp=1"
+    """Devices per axis: dp (copies of the weights), fsdp (weights divided, data divided), tp (each
+    product divided). Named in any order, -1 for the rest, or EasyLM's dp,fsdp,tp: 1,-1,1."""
+    output_dir: str = "runs/run"
+    """The run folder. The same command continues the run that it holds."""
+    resume: Literal["auto", "must"] = "auto"
+    """auto: continue what output_dir holds, or start; must: an error if it holds no run."""
+    export: bool = True
+    """Write the Hugging Face folder output_dir/hf at the end."""
+
+    def __post_init__(self):
+        if self.lora is not None:
+            raise ConfigError(
+                "lora: adapters are not built yet; set it to null to train all weights"
+            )
+        if self.train_batch_size % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"train_batch_size: {self.train_batch_size} does not divide into "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}; use a multiple"
+            )
+
+
+@dataclass(frozen=True)
+class TrainSFT(RunConfig):
+    """Supervised fine-tuning of a language model on prompts with completions."""
+
+    sft: SFTConfig = field(default_factory=SFTConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDPO(RunConfig):
+    """Direct preference optimisation of a language model on pairs of answers."""
+
+    model: PolicyConfig
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model.dropout:
+            raise ConfigError(
+                "model.dropout: policy and reference would differ before the first update; "
+                "set it to 0 for DPO"
+            )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values, as they stand in config.yaml."""
+    return json.loads(json.dumps(asdict(config)))  # jsonargparse's number types become plain ones

@@ -1,0 +1,103 @@
+"""Between Hugging Face folders and ours.
+
+python -m easyaira.convert to_hf   RUN_OR_CHECKPOINT OUT_FOLDER
+python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from easyaira import cli
+
+
+def to_hf(
+    source: str, out: str, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+) -> None:
+    """Write a run, or one of its checkpoints, as a verified Hugging Face folder.
+
+    Args:
+        source: Run folder (its newest checkpoint), or a folder checkpoints/STEP of it.
+        out: The new folder.
+        dtype: How weights are stored; default: as in the model that the run began with.
+    """
+    import jax
+
+    from easyaira import card, pretrained, release
+    from easyaira import mesh as meshes
+    from easyaira.errors import ConfigError
+    from easyaira.models.registry import model_of
+
+    found = pretrained.find(source)
+    if found.step is None:
+        raise ConfigError(f"{source}: wanted a run folder or one of its checkpoints")
+    model = model_of(found.config, source)
+    mesh = meshes.make_mesh("fsdp=-1")
+    run = found.folder
+    with jax.set_mesh(mesh):
+        report = release.export(
+            Path(out),
+            model=model,
+            params=found.load(model, mesh),
+            facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
+            tokenizer=found.tokenizer(),
+            mesh=mesh,
+            card=card.of_run(run) if (run / "config.yaml").exists() else card.of_conversion(source),
+            dtype=dtype,
+        )
+    print(f"{out}: {report['read_back']}; logits: {report['logits']}")
+
+
+def from_hf(source: str, out: str, revision: str | None = None) -> None:
+    """Write a Hugging Face model as a folder that runs can start from, and to_hf can read.
+
+    Args:
+        source: Hugging Face folder or hub id.
+        out: The new folder.
+        revision: Branch, tag or commit of a hub id.
+    """
+
+    from easyaira import __version__, pretrained, release
+    from easyaira import mesh as meshes
+    from easyaira.checkpoint import Checkpoints
+    from easyaira.errors import ConfigError
+    from easyaira.models.registry import model_of
+
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{out}: is not empty; choose another folder")
+    found = pretrained.find(source, revision)
+    if found.step is not None:
+        raise ConfigError(f"{source}: is a run folder already")
+    model = model_of(found.config, source)
+    found.check(model)
+    tokenizer = found.tokenizer()
+    mesh = meshes.make_mesh("fsdp=-1")
+    params = found.load(model, mesh)
+    checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
+    facts = release.Facts(found.config, found.generation_config, found.stored_dtypes())
+    meta = facts.to_meta() | {"easyaira": __version__, "source": found.commit or source}
+    tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
+    checkpoints.save_params(0, params, meta)
+    checkpoints.close()
+    print(f"{out}: {model.parameter_count():,} parameters from {source}")
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    commands = parser.add_subcommands(required=True, dest="command")
+    for command in (to_hf, from_hf):
+        sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)
+        sub.add_function_arguments(command, as_positional=True)
+        commands.add_subcommand(command.__name__, sub, help=command.__doc__.splitlines()[0])
+    args = cli.parse_args(parser, argv)
+    command = {"to_hf": to_hf, "from_hf": from_hf}[args.command]
+    command(**vars(args[args.command]))
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,54 @@
+"""What can go wrong, and the exit status that tells a scheduler what to do about it.
+
+Every message is one line: where, what was found, what was wanted, and how to mend it.
+"""
+
+
+class EasyAiraError(Exception):
+    """Base of all errors that a user can mend."""
+
+    exit_status = 1
+
+
+class ConfigError(EasyAiraError):
+    exit_status = 2
+
+
+class DataError(EasyAiraError):
+    exit_status = 2
+
+
+class TokenizerError(EasyAiraError):
+    exit_status = 2
+
+
+class WeightsError(EasyAiraError):
+    exit_status = 2
+
+
+class UnsafeInputError(EasyAiraError):
+    exit_status = 2
+
+
+class NonFiniteError(EasyAiraError):
+    """A loss or a gradient was NaN or infinite; the parameters from before it are kept."""
+
+    exit_status = 3
+
+
+class StorageError(EasyAiraError):
+    """Reading or writing a run folder failed."""
+
+    exit_status = 4
+
+
+class HostError(EasyAiraError):
+    """A host hangs or is lost."""
+
+    exit_status = 5
+
+
+class Preempted(EasyAiraError):
+    """The run was told to stop and has saved its state; the same command continues it."""
+
+    exit_status = 75

@@ -1,0 +1,151 @@
+"""Answers of a model: greedy or sampled, from the forward pass that training uses.
+
+python -m easyaira.generate runs/aira-2-124m --prompt "What is alignment?"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from easyaira import cli
+from easyaira.errors import DataError
+
+if TYPE_CHECKING:
+    from easyaira.models.registry import Model
+
+
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, without the end token.
+
+    Args:
+        model, params: which model; rows are computed whole for every token, which needs no cache
+            and is the arithmetic of training.
+        prompts: token ids, of any lengths.
+        eos_ids: tokens that end an answer.
+        max_new_tokens: an answer is cut here, and where the model's positions end.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this share of the probability.
+        seed: of the samples.
+
+    Raises:
+        DataError: a prompt is as long as the model's positions.
+    """
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from easyaira.data.batches import bucket
+
+    positions = model.config.max_positions
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if lengths.max() >= positions:
+        raise DataError(
+            f"a prompt of {lengths.max()} tokens leaves no room in the model's {positions}"
+        )
+    limits = jnp.array(np.minimum(lengths + max_new_tokens, positions))
+    width = min(bucket(int(limits.max()), 8), positions)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    ends = jnp.array(list(eos_ids))
+    rows = jnp.arange(len(prompts))
+
+    def choose(logits, key):
+        if temperature == 0:
+            return logits.argmax(-1)
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits / temperature, order, -1)
+        before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
+        rank = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf))
+        return order[rows, rank]
+
+    def step(params, carry):
+        tokens, filled, done, key = carry
+        places = jnp.arange(width)
+        layout = {
+            "tokens": tokens,
+            "positions": jnp.broadcast_to(places, tokens.shape),
+            "segment_ids": (places < filled[:, None]).astype(jnp.int32),
+            "sides": jnp.zeros_like(tokens),
+        }
+        hidden, head = model.apply(params, layout)
+        last = hidden[rows, filled - 1].astype(jnp.float32)
+        logits = (last @ head)[:, : model.vocab_size]
+        key, now = jax.random.split(key)
+        token = choose(logits, now)
+        ended = done | (token[:, None] == ends).any(-1) | (filled >= limits)
+        place = jnp.where(ended, width, filled)  # beyond the row: nothing is written
+        return tokens.at[rows, place].set(token, mode="drop"), filled + ~ended, ended, key
+
+    def run(params, tokens, lengths):
+        start = (tokens, lengths, jnp.zeros(len(prompts), bool), jax.random.key(seed))
+        return jax.lax.while_loop(lambda c: ~c[2].all(), partial(step, params), start)[:2]
+
+    tokens, filled = jax.device_get(jax.jit(run)(params, tokens, jnp.array(lengths)))
+    return [row[len(p) : n].tolist() for row, p, n in zip(tokens, prompts, filled, strict=True)]
+
+
+def parser():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description="Answer a prompt.", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("model", help="Run folder, Hugging Face folder or hub id.")
+    parser.add_argument("--prompt", required=True, help="What the user says.")
+    parser.add_argument(
+        "--template", default="chat", help="As data.template; default: the model's."
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens.")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = cli.parse_args(parser(), argv)
+
+    import jax
+
+    from easyaira import mesh as meshes
+    from easyaira import pretrained
+    from easyaira.data.templates import Template
+    from easyaira.models.registry import model_of
+
+    found = pretrained.find(args.model)
+    model = model_of(found.config, str(found.folder))
+    found.check(model)
+    tokenizer = found.tokenizer()
+    template = Template(tokenizer, args.template, found.config["model_type"])
+    mesh = meshes.make_mesh("fsdp=-1")
+    with jax.set_mesh(mesh):
+        params = found.load(model, mesh)
+        answer = generate(
+            model,
+            params,
+            [template.prompt([{"role": "user", "content": args.prompt}]).tolist()],
+            eos_ids=template.end_ids,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+        )[0]
+    print(template.text(answer))
+
+
+if __name__ == "__main__":
+    cli.run_command(main, sys.argv[1:])

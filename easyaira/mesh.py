@@ -1,0 +1,173 @@
+"""Devices as a mesh of three axes, and where every array lies on it.
+
+`dp` copies the weights and divides the data; `fsdp` divides both; `tp` divides every matrix
+product. Models carry no mesh: their partition rules are a table of (path pattern, PartitionSpec),
+and inside a traced function `constrain` speaks of axis names only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyaira.errors import ConfigError, WeightsError
+
+AXES = ("dp", "fsdp", "tp")
+BATCH_AXES = ("dp", "fsdp")  # the axes that divide examples
+ALIASES = {"mp": "tp"}  # EasyLM's name
+
+Rules = Sequence[tuple[str, P]]
+
+
+def parse_mesh(text: str, device_count: int) -> dict[str, int]:
+    """The size of each axis.
+
+    Args:
+        text: named axes in any order, `dp=1,fsdp=-1` (`:` for `=`, `mp` for `tp`, axes left out
+            have size 1), or three sizes in EasyLM's order dp, fsdp, tp, such as `1,-1,1`. One size
+            may be -1, which stands for the rest.
+        device_count: how many devices there are.
+
+    Raises:
+        ConfigError: the text is neither form, or the sizes do not use every device.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    parts = text.replace(" ", "").split(",")
+    if all(re.fullmatch(r"-?\d+", part) for part in parts) and len(parts) == len(AXES):
+        sizes = dict(zip(AXES, map(int, parts), strict=True))
+    else:
+        named = [re.fullmatch(r"(\w+)[=:](-?\d+)", part) for part in parts]
+        if not all(named):
+            raise ConfigError(f"mesh: cannot read {text!r}; write dp=1,fsdp=-1,tp=1 or 1,-1,1")
+        axes = [ALIASES.get(match[1], match[1]) for match in named]
+        if len(set(axes)) < len(axes) or not set(axes) <= set(AXES):
+            raise ConfigError(f"mesh: {text!r} must name each of {', '.join(AXES)} at most once")
+        sizes |= {axis: int(match[2]) for axis, match in zip(axes, named, strict=True)}
+    fixed = 1
+    for size in sizes.values():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh: {text!r} has an axis of size {size}; use 1 or more, or -1")
+        fixed *= max(size, 1)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ConfigError(f"mesh: {text!r} has more than one -1; only one axis can be the rest")
+    if rest and device_count % fixed == 0:
+        sizes[rest[0]] = device_count // fixed
+    elif rest or fixed != device_count:
+        raise ConfigError(
+            f"mesh: {text!r} asks for {'a multiple of ' if rest else ''}{fixed} devices and there "
+            f"are {device_count}, which must all be used; dp=1,fsdp=-1,tp=1 always fits"
+        )
+    return sizes
+
+
+def make_mesh(text: str) -> Mesh:
+    """All devices, arranged as `text` says; their axes are left to the compiler (Auto).
+
+    Raises:
+        ConfigError: see `parse_mesh`.
+    """
+    devices = all_devices()
+    sizes = parse_mesh(text, len(devices))
+    shape = tuple(sizes[axis] for axis in AXES)
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def all_devices() -> list[jax.Device]:
+    return jax.devices()
+
+
+def data_shards(mesh: Mesh) -> int:
+    """In how many parts a batch is divided."""
+    return mesh.shape["dp"] * mesh.shape["fsdp"]
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """A leaf's place in a tree as text, such as `layers/mlp/up_proj/kernel`."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def partition_specs(tree: Any, rules: Rules) -> Any:
+    """The PartitionSpec of every leaf: the first rule whose pattern is found in its path.
+
+    A spec shorter than its leaf's rank speaks of the last axes: parameters of scanned layers carry
+    the layer in front, which is never divided.
+
+    Raises:
+        WeightsError: a leaf has no rule, or a rule has no leaf.
+    """
+    unused = {pattern for pattern, _ in rules}
+    homeless = []
+
+    def spec(key_path, leaf):
+        for pattern, spec in rules:
+            if re.search(pattern, path_of(key_path)):
+                unused.discard(pattern)
+                return P(*(None,) * (leaf.ndim - len(spec)), *spec)
+        homeless.append(path_of(key_path))
+        return P()
+
+    specs = jax.tree_util.tree_map_with_path(spec, tree)
+    if homeless or unused:
+        raise WeightsError(
+            f"partition rules: parameters without a rule: {homeless}; rules without a parameter: "
+            f"{sorted(unused)}. Mend PARTITION_RULES at the end of the model's file"
+        )
+    return specs
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf.
+
+    Raises:
+        ConfigError: a mesh axis does not divide the axis of a parameter that it is to cut.
+    """
+
+    def sharding(key_path, leaf, spec):
+        for size, axes in zip(leaf.shape, spec, strict=True):
+            if size % (parts := _parts(mesh, axes)):
+                raise ConfigError(
+                    f"mesh: {path_of(key_path)} has shape {leaf.shape}, and {axes}={parts} does "
+                    f"not divide {size}; choose a size that does"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree, partition_specs(tree, rules))
+
+
+def like(tree: Any, specs: Any) -> Any:
+    """`tree`'s shapes and dtypes with `specs`' shardings: what a loader is to fill."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        specs,
+    )
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Advise the compiler how `x` is divided, one entry per axis of it.
+
+    Without a mesh there is nothing to say, and an axis that the mesh does not divide (three prompts
+    on eight devices) is left whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = [
+        entry if size % _parts(mesh, entry) == 0 else None
+        for size, entry in zip(x.shape, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _parts(mesh: Any, entry: Any) -> int:
+    """Into how many parts an entry of a PartitionSpec cuts an axis."""
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[axis] for axis in axes)

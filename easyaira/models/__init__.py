@@ -1,0 +1,1 @@
+"""Architectures: one file each, and the registry that finds them by Hugging Face's `model_type`."""

@@ -1,0 +1,197 @@
+"""What the architectures share. Shapes: R rows, T tokens, D width, F features, H heads, K key/value
+heads, N = D // H head width, L layers, V vocabulary (padded, see `padded_vocab`).
+
+Parameters are float32 and cast to the computing dtype where they are used; norms, softmax and
+rotary angles are computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from easyaira.mesh import BATCH_AXES, constrain
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face's names
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up, whatever the mesh, so that 50257 and 32001
+    divide over devices and a checkpoint fits every mesh. The extra rows are zero, no token has
+    their ids, they have no probability, and an export leaves them out."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is computed, as opposed to what it is."""
+
+    dtype: Any = jnp.float32
+    gradient_checkpointing: str = "none"  # none | dots | full
+    dropout: float = 0.0
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias; `features` may have several axes, for products that are cut apart."""
+
+    features: int | tuple[int, ...]
+    std: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], *features))
+        y = jnp.tensordot(x, kernel.astype(x.dtype), 1)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, features).astype(x.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """Rows of a table. Ids beyond the table would be clamped: the data layer refuses them."""
+
+    size: int
+    width: int
+    std: float
+    padded_size: int | None = None
+
+    def setup(self):
+        def init(key, shape, dtype=jnp.float32):
+            rows = jax.random.normal(key, (self.size, self.width), dtype) * self.std
+            return jnp.zeros(shape, dtype).at[: self.size].set(rows)
+
+        self.embedding = self.param("embedding", init, (self.padded_size or self.size, self.width))
+
+    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        table = constrain(self.embedding.astype(dtype), "tp", None)
+        return table[ids]
+
+
+class LayerNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.eps)
+        return (normed * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich (2019), eq. 4."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + self.eps)
+        return (normed * scale).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Active when the caller gives a `dropout` key, as training does and evaluation does not."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+
+
+def rotary(positions_RT: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of rotary position embeddings, [R, T, 1, width / 2] each, in float32."""
+    frequencies = theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions_RT[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn pairs (i, i + N/2) by their angles: Su et al. (2021) in Hugging Face's half-split order,
+    so that no weight is ever permuted."""
+    cos, sin = angles
+    first, second = jnp.split(x_RTHN.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_RTHN.dtype)
+
+
+def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
+    """Which token may look at which: [R, T, T], query by key.
+
+    A token sees its own segment, up to itself, and within it the shared prompt (side 0) and its own
+    side. Segment 0 is padding, which nobody sees.
+    """
+    query_segment, key_segment = segment_ids_RT[:, :, None], segment_ids_RT[:, None, :]
+    query_side, key_side = sides_RT[:, :, None], sides_RT[:, None, :]
+    place = jnp.arange(segment_ids_RT.shape[1])
+    return (
+        (query_segment == key_segment)
+        & (key_segment > 0)
+        & ((key_side == 0) | (key_side == query_side))
+        & (place[:, None] >= place)
+    )
+
+
+def attention(
+    q_RTHN: jax.Array,
+    k_RTKN: jax.Array,
+    v_RTKN: jax.Array,
+    segment_ids_RT: jax.Array,
+    sides_RT: jax.Array,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K."""
+    R, T, H, N = q_RTHN.shape
+    mask = visible(segment_ids_RT, sides_RT)
+    if dropout is None:
+        out = jax.nn.dot_product_attention(q_RTHN, k_RTKN, v_RTKN, mask=mask[:, None])
+        return out.reshape(R, T, H * N)
+    K = k_RTKN.shape[2]
+    q = q_RTHN.reshape(R, T, K, H // K, N)
+    scores = jnp.einsum("rqkgn,rtkn->rkgqt", q, k_RTKN, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores / math.sqrt(N), jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v_RTKN.dtype)
+    return jnp.einsum("rkgqt,rtkn->rqkgn", weights, v_RTKN).reshape(R, T, H * N)
+
+
+def attention_dropout(compute: Compute) -> Callable[[jax.Array], jax.Array] | None:
+    """Dropout of attention weights, or None, with which a fused attention can be used."""
+    return Dropout(compute.dropout) if compute.dropout else None
+
+
+def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
+    """`length` copies of `block`, scanned: one compiled body, parameters stacked on axis 0."""
+    if compute.gradient_checkpointing != "none":
+        policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+
+
+def divide_batch(x_RTD: jax.Array) -> jax.Array:
+    """Keep activations divided by rows; left alone, the compiler moves them instead of weights."""
+    return constrain(x_RTD, BATCH_AXES, None, None)

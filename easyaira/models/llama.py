@@ -1,0 +1,150 @@
+"""Llama 2 (Touvron et al., 2023), TinyLlama and Tulu 2: rotary positions, RMS norm, gated MLP,
+grouped-query attention. Shapes: see layers.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec as P
+
+from easyaira.models import layers
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, Linear, RMSNorm
+from easyaira.weights import TRANSPOSE, VOCAB, Row
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes under Hugging Face's names, with its defaults."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    # the names that all architectures answer to
+    max_positions = property(lambda self: self.max_position_embeddings)
+    width = property(lambda self: self.hidden_size)
+    heads = property(lambda self: self.num_attention_heads)
+    kv_heads = property(lambda self: self.num_key_value_heads or self.num_attention_heads)
+    activation = property(lambda self: self.hidden_act)
+
+    head_width = property(lambda self: self.head_dim or self.hidden_size // self.heads)
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_RTD, angles, segment_ids, sides):
+        c = self.config
+        R, T, D = x_RTD.shape
+
+        def heads(name, count):
+            features = Linear(count * c.head_width, c.initializer_range, name=name)(x_RTD)
+            return features.reshape(R, T, count, c.head_width)
+
+        q_RTHN = layers.rotate(heads("q_proj", c.num_attention_heads), angles)
+        k_RTKN = layers.rotate(heads("k_proj", c.kv_heads), angles)
+        v_RTKN = heads("v_proj", c.kv_heads)
+        dropout = layers.attention_dropout(self.compute)
+        out = layers.attention(q_RTHN, k_RTKN, v_RTKN, segment_ids, sides, dropout)
+        return Linear(D, c.initializer_range, name="o_proj")(out)
+
+
+class MLP(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_RTD):
+        c = self.config
+        linear = partial(Linear, std=c.initializer_range)
+        gate_RTF = linear(c.intermediate_size, name="gate_proj")(x_RTD)
+        up_RTF = linear(c.intermediate_size, name="up_proj")(x_RTD)
+        h_RTF = ACTIVATIONS[c.hidden_act](gate_RTF) * up_RTF
+        return linear(x_RTD.shape[-1], name="down_proj")(h_RTF)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_RTD, angles, segment_ids, sides):
+        norm = partial(RMSNorm, self.config.rms_norm_eps)
+        dropout = Dropout(self.compute.dropout)
+        attend = Attention(self.config, self.compute, name="self_attn")
+        normed = norm(name="input_layernorm")(x_RTD)
+        x_RTD += dropout(attend(normed, angles, segment_ids, sides))
+        normed = norm(name="post_attention_layernorm")(x_RTD)
+        x_RTD += dropout(MLP(self.config, name="mlp")(normed))
+        return layers.divide_batch(x_RTD), None
+
+
+class Llama(nn.Module):
+    """Tokens to hidden states after the final norm [R, T, D], and the token table [V, D]."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, tokens, positions, segment_ids, sides) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        padded = layers.padded_vocab(c.vocab_size)
+        table = Embedding(
+            c.vocab_size, c.hidden_size, c.initializer_range, padded, name="embed_tokens"
+        )
+        x_RTD = layers.divide_batch(table(tokens, self.compute.dtype))
+        x_RTD = Dropout(self.compute.dropout)(x_RTD)
+        angles = layers.rotary(positions, c.head_width, c.rope_theta)
+        blocks = layers.layers(Block, c.num_hidden_layers, self.compute)
+        x_RTD, _ = blocks(c, self.compute, name="layers")(x_RTD, angles, segment_ids, sides)
+        return RMSNorm(c.rms_norm_eps, name="norm")(x_RTD), table.embedding
+
+
+PARTITION_RULES = (
+    (r"embed_tokens/embedding$", P("tp", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/kernel$", P("fsdp", "tp")),
+    (r"(o|down)_proj/kernel$", P("tp", "fsdp")),
+    (r"norm/scale$", P()),
+)
+
+_LAYER = "model.layers.{}."
+HF_ROWS = (
+    Row("model/embed_tokens/embedding", "model.embed_tokens.weight", VOCAB),
+    Row("model/layers/input_layernorm/scale", _LAYER + "input_layernorm.weight"),
+    Row("model/layers/self_attn/q_proj/kernel", _LAYER + "self_attn.q_proj.weight", TRANSPOSE),
+    Row("model/layers/self_attn/k_proj/kernel", _LAYER + "self_attn.k_proj.weight", TRANSPOSE),
+    Row("model/layers/self_attn/v_proj/kernel", _LAYER + "self_attn.v_proj.weight", TRANSPOSE),
+    Row("model/layers/self_attn/o_proj/kernel", _LAYER + "self_attn.o_proj.weight", TRANSPOSE),
+    Row(
+        "model/layers/post_attention_layernorm/scale",
+        _LAYER + "post_attention_layernorm.weight",
+    ),
+    Row("model/layers/mlp/gate_proj/kernel", _LAYER + "mlp.gate_proj.weight", TRANSPOSE),
+    Row("model/layers/mlp/up_proj/kernel", _LAYER + "mlp.up_proj.weight", TRANSPOSE),
+    Row("model/layers/mlp/down_proj/kernel", _LAYER + "mlp.down_proj.weight", TRANSPOSE),
+    Row("model/norm/scale", "model.norm.weight"),
+)
+HF_PREFIX = "model."
+HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer of old files, derived from rope_theta
+
+# config.json keys that change the numbers and are not built: their only accepted value
+HF_NEUTRAL = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "sliding_window": None,
+}

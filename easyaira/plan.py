@@ -1,0 +1,69 @@
+"""What a run is about to do, in words and figures; and for `--dry_run`, what memory it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from easyaira import mesh as meshes
+from easyaira import optim, trainer
+from easyaira.models.registry import Model
+from easyaira.prepare import Algorithm, Setup
+
+
+def describe(setup: Setup) -> str:
+    """The run in three lines."""
+    config, model, told = setup.config, setup.model, setup.data.report["train"]
+    sizes = ",".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    held_out = f", {len(setup.held_out.examples)} held out" if setup.held_out else ""
+    dropped = f", dropped {told['dropped']}" if told["dropped"] else ""
+    cut = f", cut {told['cut']}" if told["cut"] else ""
+    warmup = optim.warmup_steps(config.optimizer, setup.total_steps)
+    return (
+        f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
+        f"{model.vocab_size}, {model.compute.dtype.name} on {setup.mesh.size} x "
+        f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
+        f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}{cut}; "
+        f"{told['tokens']:,} tokens, {told['learned tokens']:,} of them learned\n"
+        f"run     {setup.total_steps} updates of {config.train_batch_size} examples, {warmup} of "
+        f"them warm-up, in {config.output_dir}"
+    )
+
+
+def plan(setup: Setup, algorithm: Algorithm) -> str:
+    """Where parameters lie and what memory a step takes, without allocating any of it."""
+    lines = ["", f"{'parameter':44}{'shape':28}divided by"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(setup.target(setup.model)):
+        spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
+        lines.append(f"{meshes.path_of(path):44}{str(leaf.shape):28}{spec}")
+    memory = compile_step(setup, algorithm).memory_analysis()
+    held, used = (
+        f"{size / 2**20:,.0f} MiB"
+        for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    )
+    lines += ["", f"memory per device: {held} held (weights, optimizer, batch), {used} in a step"]
+    return "\n".join(lines)
+
+
+def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
+    """The training step, compiled for the first update's shapes without any array."""
+    state = trainer.abstract_state(setup.target(setup.model), setup.tx, setup.mesh)
+    reference = algorithm.frozen(setup)
+    frozen = reference and setup.target(reference)
+    arrays = dict(setup.batches[0].arrays)
+    if algorithm.pairs and frozen is None:
+        shape = (setup.config.gradient_accumulation_steps, setup.micro_batch, 2)
+        arrays["ref_logps"] = np.zeros(shape, np.float32)
+    batch = meshes.like(arrays, trainer.batch_shardings(arrays, setup.mesh))
+    step = trainer.make_train_step(algorithm.loss_fn(setup), setup.tx)
+    return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, setup.dropout_key).compile()
+
+
+def flops_per_token(model: Model, reference_in_step: bool) -> float:
+    """Operations of an update per real token: two per weight of a product forward and four
+    backward, and two more for a reference that is computed in the step. Attention scores are left
+    out."""
+    lookups = 0 if model.config.tie_word_embeddings else model.vocab_size * model.config.width
+    return (8 if reference_in_step else 6) * (model.parameter_count() - lookups)

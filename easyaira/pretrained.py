@@ -1,0 +1,187 @@
+"""Where a model comes from: the hub, a Hugging Face folder, or a run folder of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from easyaira import mesh as meshes
+from easyaira import weights
+from easyaira.checkpoint import Checkpoints
+from easyaira.errors import ConfigError, TokenizerError
+from easyaira.models.registry import Model
+
+TOKENIZER = "tokenizer"  # the tokenizer's folder in a run folder
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model's files, found and not yet read.
+
+    Attributes:
+        name: as it was asked for.
+        folder: a Hugging Face folder, or a run folder.
+        step: of the checkpoint in a run folder; None for a Hugging Face folder.
+        commit: that a hub id stood for.
+    """
+
+    name: str
+    folder: Path
+    step: int | None = None
+    commit: str | None = None
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint of ours says of its model."""
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS)
+        try:
+            return checkpoints.meta(self.step)
+        finally:
+            checkpoints.close()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.meta["config"] if self.step is not None else _json(self.folder / "config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        if self.step is not None:
+            return self.meta["generation_config"]
+        file = self.folder / "generation_config.json"
+        return _json(file) if file.exists() else {}
+
+    @cached_property
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return weights.open_folder(self.folder)
+
+    def stored_dtypes(self) -> dict[str, str]:
+        """Name of a tensor -> the dtype it is stored with; "" stands for all others."""
+        if self.step is not None:
+            return self.meta["stored_dtypes"]
+        names = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
+        kinds = sorted(set(names.values()), key=list(names.values()).count)
+        return {n: kind for n, kind in names.items() if kind != kinds[-1]} | {"": kinds[-1]}
+
+    def check(self, model: Model) -> None:
+        """Compare the files with what the model's config wants, before anything is read.
+
+        Raises:
+            WeightsError: tensors are missing, left over or of another shape.
+        """
+        if self.step is None:
+            self._matched(model)
+
+    def _matched(self, model: Model) -> dict[str, np.ndarray]:
+        return weights.match(
+            self._tensors,
+            model.shapes,
+            model.rows,
+            vocab_size=model.vocab_size,
+            prefix=model.architecture.prefix,
+            ignored=model.architecture.ignored,
+            tied=model.config.tie_word_embeddings,
+            where=str(self.folder),
+        )
+
+    def load(self, model: Model, mesh: Any) -> Any:
+        """The float32 parameters, each device with its own slice.
+
+        Raises:
+            WeightsError: as `check`, and a tensor that is not finite.
+            StorageError: a checkpoint that cannot be read.
+        """
+        target = meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, mesh))
+        if self.step is None:
+            return weights.from_hf(self._matched(model), target, model.rows)
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS)
+        try:
+            return checkpoints.restore_params(self.step, target)
+        finally:
+            checkpoints.close()
+
+    def tokenizer(self, name: str | None = None) -> Any:
+        """The model's tokenizer, or the one that `name` says.
+
+        Raises:
+            TokenizerError: there is none, or it is of a kind that cannot be used.
+        """
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
+        from transformers import AutoTokenizer
+
+        # warns of long texts; what is cut is decided and counted in data/examples.py
+        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+        folder = self.folder / TOKENIZER if self.step is not None else self.folder
+        if name is not None:
+            folder = find(name).folder
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds, all of them mean the same here
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise TokenizerError(
+                f"{folder}: no tokenizer could be loaded ({reason}); name one in model.tokenizer"
+            ) from error
+        if not tokenizer.is_fast:
+            raise TokenizerError(f"{folder}: only fast tokenizers (tokenizer.json) can be used")
+        return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: wanted an object, found {type(content).__name__}")
+    return content
+
+
+def find(name: str, revision: str | None = None, *, weights_wanted: bool = True) -> Pretrained:
+    """The files that `name` stands for: a run folder (its newest checkpoint) or one of its
+    checkpoints, a Hugging Face folder, or a hub id.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    path = Path(name).expanduser()
+    if revision and path.is_dir():
+        raise ConfigError(f"model.revision: {name} is a local folder, which has no revisions")
+    if path.is_dir():
+        if path.parent.name == CHECKPOINTS and path.name.isdigit():
+            return Pretrained(name, path.parent.parent, step=int(path.name))
+        if (path / CHECKPOINTS).is_dir():
+            checkpoints = Checkpoints(path / CHECKPOINTS)
+            step = checkpoints.latest()
+            checkpoints.close()
+            if step is None:
+                raise ConfigError(f"{name}: a run folder without a finished checkpoint")
+            return Pretrained(name, path, step=step)
+        return Pretrained(name, path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{name}: no such folder; check the path")
+    return _download(name, revision, weights_wanted)
+
+
+def _download(name: str, revision: str | None, weights_wanted: bool) -> Pretrained:
+    import huggingface_hub
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights_wanted
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    except Exception as error:  # the library raises many kinds, all of them mean the same here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{name}: no such folder, and not found on the model hub ({reason}); check the name, "
+            "or the network"
+        ) from error
+    return Pretrained(name, Path(folder), commit=Path(folder).name)

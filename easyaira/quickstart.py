@@ -1,0 +1,305 @@
+"""The whole job in a few minutes on two CPU cores, from nothing: no download, no GPU.
+
+    python -m easyaira.quickstart [FOLDER]
+
+Writes a small data set of questions about countries, trains a tokenizer on it and a GPT-2 from
+scratch with the commands train_sft and train_dpo, and shows what each of them changed.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from easyaira import cli
+from easyaira.errors import ConfigError
+
+# country: capital, continent
+COUNTRIES = {
+    "Angola": ("Luanda", "Africa"),
+    "Argentina": ("Buenos Aires", "South America"),
+    "Armenia": ("Yerevan", "Asia"),
+    "Australia": ("Canberra", "Oceania"),
+    "Austria": ("Vienna", "Europe"),
+    "Bangladesh": ("Dhaka", "Asia"),
+    "Belgium": ("Brussels", "Europe"),
+    "Brazil": ("Brasilia", "South America"),
+    "Bulgaria": ("Sofia", "Europe"),
+    "Canada": ("Ottawa", "North America"),
+    "Chile": ("Santiago", "South America"),
+    "China": ("Beijing", "Asia"),
+    "Colombia": ("Bogota", "South America"),
+    "Croatia": ("Zagreb", "Europe"),
+    "Cuba": ("Havana", "North America"),
+    "Denmark": ("Copenhagen", "Europe"),
+    "Ecuador": ("Quito", "South America"),
+    "Egypt": ("Cairo", "Africa"),
+    "Estonia": ("Tallinn", "Europe"),
+    "Ethiopia": ("Addis Ababa", "Africa"),
+    "Fiji": ("Suva", "Oceania"),
+    "Finland": ("Helsinki", "Europe"),
+    "France": ("Paris", "Europe"),
+    "Germany": ("Berlin", "Europe"),
+    "Ghana": ("Accra", "Africa"),
+    "Greece": ("Athens", "Europe"),
+    "Hungary": ("Budapest", "Europe"),
+    "Iceland": ("Reykjavik", "Europe"),
+    "India": ("New Delhi", "Asia"),
+    "Indonesia": ("Jakarta", "Asia"),
+    "Iran": ("Tehran", "Asia"),
+    "Iraq": ("Baghdad", "Asia"),
+    "Ireland": ("Dublin", "Europe"),
+    "Italy": ("Rome", "Europe"),
+    "Jamaica": ("Kingston", "North America"),
+    "Japan": ("Tokyo", "Asia"),
+    "Kenya": ("Nairobi", "Africa"),
+    "Mexico": ("Mexico City", "North America"),
+    "Mongolia": ("Ulaanbaatar", "Asia"),
+    "Morocco": ("Rabat", "Africa"),
+    "Nepal": ("Kathmandu", "Asia"),
+    "New Zealand": ("Wellington", "Oceania"),
+    "Nigeria": ("Abuja", "Africa"),
+    "Norway": ("Oslo", "Europe"),
+    "Peru": ("Lima", "South America"),
+    "Poland": ("Warsaw", "Europe"),
+    "Portugal": ("Lisbon", "Europe"),
+    "Senegal": ("Dakar", "Africa"),
+    "Spain": ("Madrid", "Europe"),
+    "Sweden": ("Stockholm", "Europe"),
+    "Thailand": ("Bangkok", "Asia"),
+    "Turkey": ("Ankara", "Asia"),
+    "Uganda": ("Kampala", "Africa"),
+    "Uruguay": ("Montevideo", "South America"),
+    "Vietnam": ("Hanoi", "Asia"),
+    "Zambia": ("Lusaka", "Africa"),
+}
+QUESTIONS = (  # of the capital, of the continent
+    (
+        "What is the capital of {}?",
+        "Which city is the capital of {}?",
+        "Tell me the capital of {}.",
+        "Name the capital city of {}.",
+    ),
+    (
+        "On which continent is {}?",
+        "Which continent does {} belong to?",
+        "Tell me the continent of {}.",
+        "Name the continent where {} lies.",
+    ),
+)
+SENTENCES = ("The capital of {} is {}.", "{} lies in {}.")
+COURTESY = " Happy to help!"
+SHOWN = 6  # held-out questions that are printed with their answers
+
+MODEL = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_layer": 4,
+    "n_embd": 256,
+    "n_head": 4,
+    "n_positions": 128,
+}
+
+
+def write_data(folder: Path) -> list[dict[str, str]]:
+    """Questions with right and wrong answers, in the columns of Aira's data sets.
+
+    A right answer comes in two manners, curt (`Paris.`) and courteous (a sentence, and an offer).
+    For SFT both are equally frequent. For DPO the courteous right answer is chosen, over a curt
+    right one or a courteous wrong one: that is what DPO is told to change. One phrasing of each
+    fact is held out.
+
+    Returns:
+        The held-out questions: {prompt, answer}.
+    """
+    rng = random.Random(0)
+    sft: dict[str, list] = {"train": [], "held_out": []}
+    dpo: dict[str, list] = {"train": [], "held_out": []}
+    asked = []
+    for country, facts in COUNTRIES.items():
+        for kind, fact in enumerate(facts):
+            phrasings = list(QUESTIONS[kind])
+            rng.shuffle(phrasings)
+            wrong = rng.choice(sorted({f[kind] for f in COUNTRIES.values()} - {fact}))
+            curt, courteous, mistaken = (
+                f"{fact}.",
+                SENTENCES[kind].format(country, fact) + COURTESY,
+                SENTENCES[kind].format(country, wrong) + COURTESY,
+            )
+            for i, phrasing in enumerate(phrasings):
+                part = "held_out" if i == 0 else "train"
+                prompt = phrasing.format(country)
+                for answer in (curt, courteous):
+                    sft[part].append({"prompt": prompt, "completion": answer})
+                for worse in (curt, mistaken):
+                    pair = {"chosen_response": courteous, "rejected_response": worse}
+                    dpo[part].append({"instruction": prompt} | pair)
+                if part == "held_out":
+                    asked.append({"prompt": prompt, "answer": fact})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parts in (("sft", sft), ("dpo", dpo)):
+        for part, rows in parts.items():
+            rng.shuffle(rows)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}_{part}.jsonl").write_text(lines, encoding="utf-8")
+    return asked
+
+
+def write_base(folder: Path, data: Path) -> None:
+    """A tokenizer trained on the data, and a config.json: a model with no weights yet."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    rows = [json.loads(line) for line in (data / "sft_train.jsonl").read_text().splitlines()]
+    texts = (row[column] for row in rows for column in ("prompt", "completion"))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token=end, eos_token=end, unk_token=end, model_max_length=128
+    )
+    tokenizer.save_pretrained(str(folder))
+    end_id = tokenizer.eos_token_id
+    config = MODEL | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def commands(out: Path) -> dict[str, list[str]]:
+    """The command lines of the two runs."""
+    data = out / "data"
+    common = f"--data.template aira --train_batch_size 32 --num_samples {SHOWN} --eval_steps 20"
+    return {
+        "train_sft": f"--model.name_or_path {out}/base --model.init random "
+        f"--data.train {data}/sft_train.jsonl --data.eval {data}/sft_held_out.jsonl {common} "
+        "--num_train_epochs 10 --optimizer.learning_rate 2e-3 --optimizer.warmup_steps 10 "
+        f"--output_dir {out}/sft".split(),
+        "train_dpo": f"--model.name_or_path {out}/sft "
+        f"--data.train {data}/dpo_train.jsonl --data.eval {data}/dpo_held_out.jsonl {common} "
+        "--max_steps 30 --optimizer.learning_rate 5e-5 --optimizer.warmup_steps 5 "
+        f"--dpo.sft_weight 1.0 --output_dir {out}/dpo".split(),
+    }
+
+
+def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = True) -> list[str]:
+    """What the model of a run says to each question; or what it said before it was trained."""
+    import jax
+
+    from easyaira import mesh as meshes
+    from easyaira import pretrained
+    from easyaira.data.templates import Template
+    from easyaira.generate import generate
+    from easyaira.models.registry import model_of
+
+    found = pretrained.find(str(source))
+    model = model_of(found.config, str(source))
+    template = Template(found.tokenizer(), "chat", "gpt2")
+    mesh = meshes.make_mesh("dp=-1")
+    with jax.set_mesh(mesh):
+        params = found.load(model, mesh) if trained else model.init(jax.random.key(42))
+        prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in asked]
+        tokens = generate(model, params, prompts, eos_ids=template.end_ids, max_new_tokens=24)
+    return [template.text(row).strip() for row in tokens]
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
+        print(__doc__)
+        return
+    out = Path(argv[0] if argv else "quickstart")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: is not empty; remove it, or name another folder")
+    began = time.perf_counter()
+
+    from easyaira import train_dpo, train_sft
+
+    asked = write_data(out / "data")
+    write_base(out / "base", out / "data")
+    for name, command in (("train_sft", train_sft), ("train_dpo", train_dpo)):
+        arguments = commands(out)[name]
+        print(f"\n$ python -m easyaira.{name} {' '.join(arguments)}\n", flush=True)
+        command.main(arguments)
+    said = {
+        "before SFT": answers(out / "sft", asked, trained=False),
+        "after SFT": answers(out / "sft", asked),
+        "after DPO": answers(out / "dpo", asked),
+    }
+    right, courteous = show(out, asked, said)
+    print(f"{time.perf_counter() - began:.0f} seconds in all")
+    if right["after SFT"] < len(asked) / 2 or courteous["after DPO"] <= courteous["after SFT"]:
+        sys.exit("the models have not learnt what they should; please report this")
+
+
+def show(
+    out: Path, asked: Sequence[dict[str, str]], said: dict[str, list[str]]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Print what has changed, and write it as a page with the curves as pictures.
+
+    Returns:
+        how many answers are right, and how many are courteous, at each stage.
+    """
+    from easyaira import metrics, report
+
+    right = {
+        stage: sum(q["answer"] in text for q, text in zip(asked, texts, strict=True))
+        for stage, texts in said.items()
+    }
+    courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in said.items()}
+    rows = metrics.read(out / "dpo" / "metrics.jsonl")
+    preferred = [row[name] for row in rows if (name := "eval_rewards/accuracies") in row]
+    summary = [
+        [stage, f"{right[stage]} of {len(asked)}", f"{courteous[stage]} of {len(asked)}"]
+        for stage in said
+    ]
+    samples = [
+        [question["prompt"], *(texts[i] for texts in said.values())]
+        for i, question in enumerate(asked[:SHOWN])
+    ]
+    for stage, *counts in summary:
+        print(f"{stage:12} {counts[0]:>10} right, {counts[1]:>10} courteous")
+    print(f"held-out rewards/accuracies {preferred[0]:.3f} before DPO, {preferred[-1]:.3f} after")
+    for prompt, *texts in samples:
+        print(f"\n{prompt}")
+        for stage, text in zip(said, texts, strict=True):
+            print(f"  {stage:12} {text}")
+    for run in ("sft", "dpo"):
+        report.figure(metrics.read(out / run / "metrics.jsonl")).savefig(out / f"{run}.png")
+    load = f"""from transformers import pipeline
+chat = pipeline("text-generation", "{out.absolute() / "dpo" / "hf"}")
+print(chat([{{"role": "user", "content": "{asked[0]["prompt"]}"}}], do_sample=False))"""
+    page = report.page(
+        "EasyAira quickstart",
+        "<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about "
+        "countries (SFT), then told to prefer courteous answers (DPO). All figures are on "
+        "questions that were held out.</p>",
+        report.table(["", "right answers", "courteous answers"], summary),
+        f"<p>Preferred answer ranked first (held-out rewards/accuracies): {preferred[0]:.3f} "
+        f"before DPO, where policy and reference are equal, and {preferred[-1]:.3f} after.</p>",
+        "<h2>Answers</h2>",
+        report.table(["question", *said], samples),
+        '<h2>SFT</h2><img src="sft.png" alt="curves of SFT" width="100%">',
+        '<h2>DPO</h2><img src="dpo.png" alt="curves of DPO" width="100%">',
+        f"<h2>The model in PyTorch</h2><pre>{html.escape(load)}</pre>",
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+    print(f"\nThe page with the curves: {out / 'index.html'}")
+    print(f"The model, in PyTorch:\n\n{load}\n")
+    return right, courteous
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

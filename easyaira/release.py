@@ -1,0 +1,193 @@
+"""A trained model as a Hugging Face folder: weights, configs, tokenizer, card, and the proof.
+
+Everything is written beside the target, read back and compared, and moved into place at the end, so
+that a folder that does not verify is never left under its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyaira import weights
+from easyaira.errors import StorageError, WeightsError
+from easyaira.models.registry import Model
+from easyaira.pretrained import Pretrained
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea, in two lines.",
+    "1 2 3 4 5 6 7 8 9 10",
+)
+TOLERANCE = 1e-4  # of logits, relative to the largest, both sides in float32
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an export needs to know of a model beside its weights; checkpoints keep it.
+
+    Attributes:
+        config, generation_config: the files of these names.
+        stored_dtypes: tensor name -> dtype its weights are stored with; "" stands for all others.
+    """
+
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    stored_dtypes: Mapping[str, str]
+
+    def to_meta(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(
+    folder: Path,
+    *,
+    model: Model,
+    params: Any,
+    facts: Facts,
+    tokenizer: Any,
+    mesh: Any,
+    card: str,
+    replace: bool = False,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Write and verify a Hugging Face folder; returns what export_report.json says.
+
+    Args:
+        folder: the target; it appears only when all is verified.
+        model, params: what is exported.
+        facts: what the files beside the weights say.
+        tokenizer: is saved with its chat template.
+        mesh: where parameters lie.
+        card: README.md.
+        replace: the folder may exist, and is replaced.
+        dtype: for all tensors, instead of what `facts` says.
+
+    Raises:
+        StorageError: the folder exists, or cannot be written.
+        WeightsError: the folder does not verify.
+    """
+    if folder.exists() and not replace and any(folder.iterdir()):
+        raise StorageError(f"{folder}: is not empty; choose another folder")
+    stored = {"": dtype} if dtype else facts.stored_dtypes
+    with _beside(folder) as new:
+        written: dict[str, dict[str, Any]] = {}
+
+        def noted() -> Iterator[tuple[str, np.ndarray]]:
+            tensors = weights.to_hf(
+                params,
+                model.rows,
+                vocab_size=model.vocab_size,
+                dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
+            )
+            for name, tensor in tensors:
+                written[name] = {
+                    "shape": list(tensor.shape),
+                    "dtype": tensor.dtype.name,
+                    "sha256": _hash(tensor),
+                }
+                yield name, tensor
+
+        weights.save_folder(noted(), new)
+        _write_json(new / "config.json", _with_dtype(facts.config, dtype))
+        if facts.generation_config:
+            _write_json(new / "generation_config.json", facts.generation_config)
+        tokenizer.save_pretrained(str(new))
+        (new / "README.md").write_text(card)
+        report = {"tensors": written, "read_back": _verify(new, written)}
+        report["logits"] = _compare_logits(new, model, mesh, tokenizer)
+        _write_json(new / "export_report.json", report)
+    return report
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` if all goes well, and is removed if not."""
+    new = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """config.json, which says how its weights are stored under one of two names."""
+    if dtype is None:
+        return dict(config)
+    return dict(config) | {"dtype" if "dtype" in config else "torch_dtype": dtype}
+
+
+def _hash(tensor: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
+
+
+def _verify(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> str:
+    """Read every tensor back from the files and compare its hash with what was in memory."""
+    found = weights.open_folder(folder)
+    wrong = set(found) ^ set(written)
+    wrong |= {n for n in written if n in found and _hash(found[n]) != written[n]["sha256"]}
+    if wrong:
+        raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from what was trained")
+    return f"all {len(found)} tensors equal what was trained, bit for bit"
+
+
+def _compare_logits(folder: Path, model: Model, mesh: Any, tokenizer: Any) -> dict[str, Any]:
+    """Logits of the folder in PyTorch and in JAX, both in float32, on fixed prompts."""
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids[:64] for text in PROMPTS]
+    prompts = [ids[: model.config.max_positions] for ids in prompts]
+    needed = 5 * model.parameter_count()
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if importlib.util.find_spec("torch") is None:
+        return {"compared": False, "why": "torch is not installed"}
+    if available < needed:
+        return {"compared": False, "why": f"needs {needed} bytes of memory, there are {available}"}
+    command = [sys.executable, "-m", "easyaira.verify", str(folder), json.dumps(prompts)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise WeightsError(f"{folder}: transformers cannot load it: {result.stderr.strip()[-500:]}")
+    theirs = np.load(folder / "logits.npz")
+    loaded = Pretrained(str(folder), folder).load(model, mesh)
+    largest = difference = 0.0
+    for i, ids in enumerate(prompts):
+        tokens = jnp.array([ids])
+        layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
+        layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
+        with jax.default_matmul_precision("highest"):
+            hidden, head = model.with_dtype(jnp.float32).apply(loaded, layout)
+            ours = np.asarray((hidden @ head)[0, :, : model.vocab_size])
+        largest = max(largest, float(np.abs(ours).max()))
+        difference = max(difference, float(np.abs(ours - theirs[f"arr_{i}"]).max()))
+    (folder / "logits.npz").unlink()
+    if not difference <= TOLERANCE * largest:
+        raise WeightsError(
+            f"{folder}: logits in PyTorch differ by {difference:.2e} of at most {largest:.2e}"
+        )
+    return {"compared": True, "max_difference": difference, "largest_logit": largest}

@@ -1,0 +1,36 @@
+"""All tests run in processes with eight virtual CPU devices; `devices` says how many are used."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# what one test has compiled, the next one reads
+cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax
+import pytest
+
+from easyaira import mesh as meshes
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """`devices(4)`: from here on there are four devices. One, unless a test says otherwise."""
+
+    def use(count: int) -> None:
+        monkeypatch.setattr(meshes, "all_devices", lambda: jax.devices()[:count])
+
+    return use
+
+
+@pytest.fixture(autouse=True)
+def one_device(devices):
+    devices(1)

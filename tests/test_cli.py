@@ -1,0 +1,127 @@
+"""The command line: files and flags, and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from easyaira import cli
+from easyaira.config import TrainDPO, TrainSFT, to_dict
+from easyaira.errors import ConfigError
+
+NEEDED = ["--model.name_or_path", "m", "--data.train", "d"]
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def parse(*argv, command=TrainDPO):
+    return cli.parse(command, [*NEEDED, *argv])[0]
+
+
+def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
+    for name, text in {
+        "a.yaml": "optimizer: {learning_rate: 1e-5, weight_decay: 1e-2}\nseed: 1\ndpo: {beta: 0.3}",
+        "b.yaml": "optimizer: {learning_rate: 5e-7}\nseed: 2",
+    }.items():
+        (tmp_path / name).write_text(text)
+    files = [f"--config={tmp_path / name}" for name in ("a.yaml", "b.yaml")]
+    config = parse(*files, "--seed", "3")
+    assert config.optimizer.learning_rate == 5e-7
+    assert config.optimizer.weight_decay == 1e-2
+    assert (config.seed, config.dpo.beta) == (3, 0.3)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["--optimizer.learning_rat", "1"],
+            "optimizer.learning_rat: no such option; did you mean optimizer.learning_rate?",
+        ),
+        (["--beta", "1"], "beta: no such option; did you mean dpo.beta?"),
+        (["--train_batch_size", "many"], "train_batch_size: "),
+        (["--train_batch_size", "0"], "train_batch_size: expected a number with value >0, got 0"),
+        (["--max_steps", "2.5"], "max_steps: "),
+        (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate: expected a number"),
+        (["--optimizer.adam_beta2", "1.5"], "optimizer.adam_beta2: expected a number"),
+        (["--dpo.loss_type", "sigmod"], "did you mean sigmoid?"),
+        (["--dpo.beta", "0"], "dpo.beta: expected a number with value >0"),
+        (["--dpo.label_smoothing", "0.1", "--dpo.loss_type", "ipo"], "the loss ipo has none"),
+        (["--dpo.loss_type", "exo_pair"], "exo_pair takes its logarithm"),
+        (["--model.dropout", "0.1"], "model.dropout: policy and reference would differ"),
+        (["--model.dtype", "float16"], "model.dtype: expected Literal"),
+        (["--lora", "{r: 8}"], "lora: adapters are not built yet"),
+        (["--train_batch_size", "6", "--gradient_accumulation_steps", "4"], "does not divide"),
+        (["--optimizer.warmup_steps", "3", "--optimizer.warmup_ratio", "0.1"], "set one of them"),
+        (["--sft.completion_only_loss", "true"], "no such option"),
+        (["--config", "nothing.yaml"], "config: File does not exist"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(argv, message):
+    with pytest.raises(ConfigError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("optimizer: {lr: 1}", "optimizer.lr: no such option"),
+        ("model: {rev: x}", "model.rev: no such option; did you mean model.revision?"),
+        ("trainer: {x: 1}", "trainer"),
+        ("seed: [1, 2]", "seed"),
+        ("optimizer: {learning_rate: !!python/object/apply:os.getcwd []}", "config"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(f"--config={tmp_path / 'c.yaml'}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_reference_is_an_option_of_dpo_alone():
+    assert parse("--model.ref_name_or_path", "r").model.ref_name_or_path == "r"
+    with pytest.raises(ConfigError, match="model.ref_name_or_path: no such option"):
+        parse("--model.ref_name_or_path", "r", command=TrainSFT)
+
+
+@pytest.mark.parametrize("mesh", ["-1,1,1", "1,-1,1", "dp=-1", "dp:1,fsdp:-1,mp:2"])
+def test_every_form_of_mesh_passes_the_command_line(mesh):
+    assert parse("--mesh", mesh).mesh == parse(f"--mesh={mesh}").mesh == mesh
+
+
+def test_a_share_and_a_path_for_held_out_rows():
+    assert parse("--data.eval", "0.02").data.eval == 0.02
+    assert parse("--data.eval", "held_out.jsonl").data.eval == "held_out.jsonl"
+    sources = parse("--data.train", "[{path: x}, {path: y, columns: {prompt: q}}]").data.train
+    assert [s.path for s in sources] == ["x", "y"] and sources[1].columns == {"prompt": "q"}
+
+
+def test_a_runs_own_record_can_be_given_as_its_configuration(tmp_path):
+    config = parse("--optimizer.learning_rate", "3e-4", "--data.eval", "0.1")
+    record = to_dict(config) | {"provenance": {"versions": {"jax": "0"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    again, _ = cli.parse(TrainDPO, [f"--config={tmp_path / 'config.yaml'}"])
+    assert to_dict(again) == to_dict(config)
+
+
+def test_print_config_prints_the_resolved_configuration(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--print_config")
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["optimizer"]["learning_rate"] == 5e-5
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_parses(file):
+    command = TrainDPO if "dpo" in file.stem else TrainSFT
+    config, _ = cli.parse(command, [f"--config={file}"])
+    assert config.output_dir == f"runs/{file.stem}"
+
+
+def test_dry_run_is_a_flag():
+    assert cli.parse(TrainSFT, [*NEEDED, "--dry_run"])[1]
+    assert not cli.parse(TrainSFT, NEEDED)[1]

@@ -1,0 +1,176 @@
+"""Log-probabilities against torch, preference losses against formulas written out here."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from easyaira import losses
+from easyaira.config import SMOOTHED_LOSSES
+
+ROWS, LENGTH, WIDTH, VOCAB, COLUMNS = 3, 17, 8, 100, 128
+
+
+def head_and_hidden():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(0, 1, (ROWS, LENGTH, WIDTH)).astype(np.float32)
+    head = rng.normal(0, 1, (WIDTH, COLUMNS)).astype(np.float32)  # the padding is not zero here
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    return hidden, head, tokens
+
+
+@pytest.mark.parametrize("columns_at_once", [10**6, 5, 1])
+def test_token_logps_equal_torch_whatever_the_chunks(columns_at_once):
+    hidden, head, tokens = head_and_hidden()
+    weights = np.random.default_rng(1).normal(0, 1, (ROWS, LENGTH)).astype(np.float32)
+    chunk_logits = columns_at_once * ROWS * COLUMNS
+
+    def ours(hidden, head):
+        out = losses.token_logps(hidden, head, tokens, vocab_size=VOCAB, chunk_logits=chunk_logits)
+        return (out.logps * weights).sum(), out
+
+    (value, out), grads = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
+    h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
+    logits = (h @ w)[:, :-1, :VOCAB]
+    logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
+    theirs = (logps * torch.tensor(weights[:, 1:])).sum()
+    theirs.backward()
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
+    np.testing.assert_allclose(out.logps[:, 1:], logps.detach(), rtol=1e-5, atol=1e-5)
+    assert not np.asarray(out.logps[:, 0]).any()
+    np.testing.assert_allclose(out.mean_logits[:, 1:], logits.detach().mean(-1), atol=1e-5)
+    hits = logits.argmax(-1) == torch.tensor(tokens)[:, 1:]
+    np.testing.assert_array_equal(out.is_top1[:, 1:], hits)
+    for ours_grad, parameter in zip(grads, (h, w), strict=True):
+        np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_the_vocabulary_has_no_probability():
+    hidden, head, tokens = head_and_hidden()
+    head[:, VOCAB:] = 50 * np.sign(hidden[0, 0])[:, None]  # would win every softmax
+    cut = losses.token_logps(hidden, head[:, :VOCAB], tokens, vocab_size=VOCAB)
+    padded = losses.token_logps(hidden, head, tokens, vocab_size=VOCAB)
+    for a, b in zip(cut, padded, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_log_softmax_is_float32_for_bfloat16_states():
+    hidden, head, tokens = head_and_hidden()
+    low = losses.token_logps(hidden.astype(jnp.bfloat16), head, tokens, vocab_size=VOCAB).logps
+    rounded = hidden.astype(jnp.bfloat16).astype(np.float32)
+    rounded_head = head.astype(jnp.bfloat16).astype(np.float32)
+    high = losses.token_logps(rounded, rounded_head, tokens, vocab_size=VOCAB).logps
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, high, rtol=1e-5, atol=1e-5)
+
+
+def test_pair_sums_by_pair_and_side():
+    segments = np.array([[1, 1, 1, 2, 2, 0], [2, 2, 1, 1, 3, 3]])
+    sides = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 0, 0]])
+    mask = np.array([[0, 1, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0]], bool)
+    values = np.arange(12.0).reshape(2, 6) + 1
+    sums = losses.pair_sums(values, mask, segments, sides, pairs=3)
+    np.testing.assert_array_equal(sums, [[2 + 3, 10], [8, 5], [0, 0]])
+
+
+def formula(loss, h_w, h_l, beta, e, n_w, n_l):
+    """Each loss in torch, from its paper, for one pair."""
+    m = beta * (h_w - h_l)
+    s = F.logsigmoid
+    if loss == "sigmoid":
+        return -(1 - e) * s(m) - e * s(-m)
+    if loss == "ipo_sum":
+        return (h_w - h_l - 1 / (2 * beta)) ** 2
+    if loss == "ipo":
+        return (h_w / n_w - h_l / n_l - 1 / (2 * beta)) ** 2
+    if loss == "hinge":
+        return torch.clamp(1 - m, min=0)
+    if loss == "robust":
+        return (-(1 - e) * s(m) + e * s(-m)) / (1 - 2 * e)
+    if loss == "sigmoid_norm":
+        return -s(beta * (h_w / n_w - h_l / n_l))
+    if loss == "apo_zero":
+        return (1 - torch.sigmoid(beta * h_w)) + torch.sigmoid(beta * h_l)
+    if loss == "apo_down":
+        return torch.sigmoid(beta * h_w) + (1 - torch.sigmoid(m))
+    if loss == "exo_pair":
+        p = torch.stack([torch.sigmoid(m), torch.sigmoid(-m)])
+        q = torch.tensor([[1 - e], [e]], dtype=p.dtype)
+        return (p * (p.log() - q.log())).sum(0)
+    if loss == "nca_pair":
+        return -s(beta * h_w) - 0.5 * s(-beta * h_w) - 0.5 * s(-beta * h_l)
+    raise KeyError(loss)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.8])
+@pytest.mark.parametrize("loss", losses.PREFERENCE_LOSSES)
+def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
+    rng = np.random.default_rng(0)
+    logratios = rng.normal(0, 3, (50, 2))
+    lengths = rng.integers(1, 9, (50, 2)).astype(float)
+    e = 0.1 if loss in SMOOTHED_LOSSES else 0.0
+    kwargs = {"label_smoothing": e} if e else {}
+
+    def ours(logratios):
+        return losses.preference_loss(
+            loss, logratios, jnp.asarray(lengths, jnp.float32), beta=beta, **kwargs
+        )
+
+    h = torch.tensor(logratios, requires_grad=True)
+    n = torch.tensor(lengths)
+    theirs = formula(loss, h[:, 0], h[:, 1], beta, e, n[:, 0], n[:, 1])
+    theirs.sum().backward()
+    inputs = jnp.asarray(logratios, jnp.float32)
+    np.testing.assert_allclose(ours(inputs), theirs.detach(), rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda x: ours(x).sum())(inputs)
+    np.testing.assert_allclose(grads, h.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_values_of_the_lineage():
+    """EasyLM's losses at zero margin and at one worked example; a margin of 2, beta 0.1."""
+    none = jnp.array([[0.0, 0.0]])
+    some = jnp.array([[-10.0 - -11.0, -12.0 - -11.0]])
+    ones = jnp.ones((1, 2))
+
+    def of(loss, logratios, e=0.0):
+        return float(losses.preference_loss(loss, logratios, ones, beta=0.1, label_smoothing=e)[0])
+
+    assert of("sigmoid", none) == pytest.approx(math.log(2), abs=1e-7)
+    assert of("ipo_sum", none) == pytest.approx(25.0, abs=1e-5)
+    assert of("sigmoid", some) == pytest.approx(0.598139, abs=1e-6)
+    assert of("sigmoid", some, 0.1) == pytest.approx(0.618139, abs=1e-6)
+    assert of("ipo_sum", some) == pytest.approx(9.0, abs=1e-5)
+
+
+def test_ipo_does_not_change_when_answers_are_doubled_token_by_token():
+    logratios, lengths = jnp.array([[3.0, -2.0]]), jnp.array([[4.0, 5.0]])
+    once, twice = (
+        losses.preference_loss("ipo", logratios * k, lengths * k, beta=0.1) for k in (1, 2)
+    )
+    np.testing.assert_allclose(once, twice, rtol=1e-6)
+
+
+def test_a_loss_takes_label_smoothing_if_and_only_if_the_configuration_says_so():
+    takes = {
+        name
+        for name, loss in losses.PREFERENCE_LOSSES.items()
+        if loss.smoothed and "label_smoothing" in inspect.signature(loss.function).parameters
+    }
+    assert takes == set(SMOOTHED_LOSSES)
+
+
+@pytest.mark.parametrize("loss", losses.PREFERENCE_LOSSES)
+def test_losses_are_finite_far_out(loss):
+    logratios = jnp.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]])
+    kwargs = {"label_smoothing": 0.1} if loss in SMOOTHED_LOSSES else {}
+
+    def total(x):
+        return losses.preference_loss(loss, x, jnp.ones((3, 2)), beta=0.1, **kwargs).sum()
+
+    value, grads = jax.value_and_grad(total)(logratios)
+    assert jnp.isfinite(value) and jnp.isfinite(grads).all()

@@ -1,0 +1,103 @@
+"""Schedules at the points of the published recipes, the decay mask, AdamW against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from easyaira import optim
+from easyaira.config import OptimizerConfig
+from easyaira.errors import ConfigError
+from easyaira.mesh import path_of
+from easyaira.models.registry import model_of
+
+
+def test_cosine_points_of_aira_2_124m():
+    rate = optim.make_schedule(OptimizerConfig(learning_rate=5e-4, warmup_steps=100), 6530)
+    points = {0: 0.0, 50: 2.5e-4, 100: 5e-4, 3315: 2.5e-4, 6530: 0.0}
+    for step, wanted in points.items():
+        assert float(rate(step)) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_linear_points_of_tulu_dpo():
+    config = OptimizerConfig(learning_rate=5e-7, warmup_ratio=0.1, lr_scheduler_type="linear")
+    assert optim.warmup_steps(config, 5523) == 553
+    rate = optim.make_schedule(config, 5523)
+    for step, wanted in {0: 0.0, 553: 5e-7, 5523: 0.0, 553 + 2485: 2.5e-7}.items():
+        assert float(rate(step)) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedules_equal_those_of_transformers(kind, warmup):
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if kind == "constant" and warmup else kind
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(name, theirs, num_warmup_steps=warmup, num_training_steps=40)
+    config = OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=kind)
+    ours = optim.make_schedule(config, 40)
+    for step in range(40):
+        assert float(ours(step)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=3e-11)
+        theirs.step()
+        scheduler.step()
+
+
+def test_a_warm_up_as_long_as_the_run_is_an_error():
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        optim.make_schedule(OptimizerConfig(warmup_steps=10), 10)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_norms_and_biases_do_not_decay(kind):
+    mask = optim.decays(model_of(tiny.CONFIGS[kind], "here").shapes)
+    for path, decays in jax.tree_util.tree_leaves_with_path(mask):
+        name = path_of(path)
+        exempt = name.endswith(("bias", "scale"))
+        assert decays != exempt, name
+
+
+def test_ten_updates_equal_torch():
+    rng = np.random.default_rng(0)
+    start = {"a": {"kernel": rng.normal(size=(4, 3))}, "b": {"bias": rng.normal(size=(5,))}}
+    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
+    config = OptimizerConfig(
+        learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, max_grad_norm=0.5, adam_beta2=0.95
+    )
+    schedule = optim.make_schedule(config, 10)
+    tx = optim.make_optimizer(config, schedule)
+    theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in jax.tree.leaves(start)]
+    groups = [
+        {"params": theirs[:1], "weight_decay": 0.1},
+        {"params": theirs[1:], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    state, params = tx.init(start), start
+    for step in range(10):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for parameter, grad in zip(theirs, jax.tree.leaves(grads), strict=True):
+            parameter.grad = torch.tensor(np.asarray(grad))
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        for group in adamw.param_groups:
+            group["lr"] = float(schedule(step))
+        adamw.step()
+        for ours, parameter in zip(jax.tree.leaves(params), theirs, strict=True):
+            np.testing.assert_allclose(ours, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_small_rate_moves_float32_weights_by_the_analytic_amount():
+    """lr 5e-7 with a constant gradient moves by lr each update; bfloat16 weights would stay."""
+    tx = optim.make_optimizer(
+        OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"),
+        optim.make_schedule(OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"), 10),
+    )
+    params = {"kernel": jnp.full((3,), 0.01)}
+    state = tx.init(params)
+    for _ in range(10):
+        updates, state = tx.update({"kernel": jnp.ones(3)}, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    np.testing.assert_allclose(0.01 - params["kernel"], 5e-6, rtol=1e-3)

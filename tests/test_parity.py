@@ -1,0 +1,213 @@
+"""Every architecture against transformers: logits, loss, gradients, the folder there and back."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from easyaira import convert, losses
+from easyaira.models.registry import MODELS
+
+CASES = {
+    "gpt2": tiny.CONFIGS["gpt2"],
+    "gpt2-untied-relu": tiny.CONFIGS["gpt2"]
+    | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 40},
+    "gpt2-eps-erf": tiny.CONFIGS["gpt2"]
+    | {"layer_norm_epsilon": 1e-2, "activation_function": "gelu"},
+    "llama": tiny.CONFIGS["llama"],
+    "llama-tied-mha": tiny.CONFIGS["llama"]
+    | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "llama-theta-eps-head": tiny.CONFIGS["llama"]
+    | {"rope_theta": 500.0, "rms_norm_eps": 1e-2, "head_dim": 8, "num_key_value_heads": 1},
+}
+PADDED = 12  # tokens of a row, of which the first or last few are padding
+
+
+def test_every_architecture_is_covered():
+    assert {case["model_type"] for case in CASES.values()} == set(MODELS)
+
+
+def batch(side: str):
+    """Tokens, and which of them are real, with padding on one side or none."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, tiny.VOCAB, (3, PADDED))
+    real = np.ones((3, PADDED), bool)
+    for row, count in enumerate((0, 3, 7)):
+        if side == "left":
+            real[row, :count] = False
+        elif side == "right":
+            real[row, PADDED - count :] = False
+    return tokens, real
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients(case, side, tmp_path):
+    theirs = tiny.save(tmp_path, CASES[case])
+    model, params = tiny.load(tmp_path)
+    tokens, real = batch(side)
+    positions = np.maximum(real.cumsum(1) - 1, 0)
+    learned = real.copy()
+    learned[:, 1:] &= real[:, :-1]  # a target whose source is padding is nobody's business
+    learned[:, 0] = False
+
+    ids = torch.tensor(tokens)
+    out = theirs(
+        input_ids=ids,
+        attention_mask=torch.tensor(real).long(),
+        position_ids=torch.tensor(positions),
+    )
+    logps = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    their_loss = -(logps * torch.tensor(learned[:, 1:])).sum() / learned.sum()
+    their_loss.backward()
+    rows = tiny.layout(tokens, segment_ids=real.astype(int), positions=positions)
+
+    def loss_fn(params):
+        hidden, head = model.apply(params, rows)
+        out = losses.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
+        return -(out.logps * learned).sum() / learned.sum()
+
+    hidden, head = model.apply(params, rows)
+    logits = np.asarray((hidden @ head)[..., : model.vocab_size])
+    their_logits = out.logits.detach().numpy()
+    scale = np.abs(their_logits[real]).max()
+    assert np.abs(logits - their_logits)[real].max() <= 1e-5 * max(scale, 1)
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
+    grads = tiny.as_theirs(model, grads)
+    for name, parameter in theirs.named_parameters():
+        wanted = parameter.grad.numpy()
+        difference = np.abs(grads.pop(name) - wanted).max()
+        assert difference <= 1e-5 * max(np.abs(wanted).max(), 1), name
+    assert not grads
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, torch.float32) for case in CASES]
+    + [("gpt2", torch.float16), ("llama", torch.bfloat16)],
+)
+def test_there_and_back_bit_for_bit(case, dtype, tmp_path):
+    theirs = tiny.save(tmp_path / "hf", CASES[case], dtype=dtype)
+    convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "back", dtype="auto", output_loading_info=True
+        )
+    assert not any(info.values()), info
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("hf", "back")]
+    assert configs[0] == configs[1]
+
+
+def test_tied_weights_follow_each_other_after_export(tmp_path):
+    tiny.save(tmp_path / "hf", CASES["gpt2"])
+    convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        back.transformer.wte.weight[5] += 1
+    assert torch.equal(back.lm_head.weight, back.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_token_sees_its_future_or_another_segment(case, tmp_path):
+    tiny.save(tmp_path, CASES[case])
+    model, params = tiny.load(tmp_path)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, tiny.VOCAB, (1, 12))
+    segments = np.repeat([[1, 2, 0]], [5, 5, 2], axis=1)
+    positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]])
+    apply = jax.jit(model.apply)
+
+    def hidden(tokens):
+        rows = tiny.layout(tokens, segment_ids=segments, positions=positions)
+        return np.asarray(apply(params, rows)[0][0])
+
+    before = hidden(tokens)
+    for place, end in ((2, 5), (7, 10)):  # a token of the first segment, then one of the second
+        changed = tokens.copy()
+        changed[0, place] = (tokens[0, place] + 1) % tiny.VOCAB
+        after = hidden(changed)
+        same = [i for i in range(10) if not place <= i < end]
+        assert np.array_equal(before[same], after[same])  # bitwise
+        assert (np.abs(before[place:end] - after[place:end]).max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_prompt_shared_by_two_answers_equals_two_sequences(case, tmp_path):
+    """One row of prompt, [its last token, chosen], [the same, rejected] says what two rows say."""
+    tiny.save(tmp_path, CASES[case])
+    model, params = tiny.load(tmp_path)
+    rng = np.random.default_rng(0)
+    prompt, chosen, rejected = (rng.integers(0, tiny.VOCAB, n) for n in (5, 4, 6))
+    apart = [np.concatenate([prompt, answer]) for answer in (chosen, rejected)]
+    wanted = [model.apply(params, tiny.layout(row[None]))[0][0, 4:] for row in apart]
+    tokens = np.concatenate([prompt[:-1], prompt[-1:], chosen, prompt[-1:], rejected])
+    positions = np.concatenate([np.arange(4), 4 + np.arange(5), 4 + np.arange(7)])
+    sides = np.repeat([0, 1, 2], [4, 5, 7])
+    rows = tiny.layout(tokens[None], sides=sides[None], positions=positions[None])
+    hidden = model.apply(params, rows)[0][0]
+    np.testing.assert_allclose(hidden[4:9], wanted[0], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(hidden[9:16], wanted[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_gradient_checkpointing_changes_no_number(policy, tmp_path):
+    from dataclasses import replace
+
+    tiny.save(tmp_path, CASES["llama"])
+    model, params = tiny.load(tmp_path)
+    rows = tiny.layout(batch("none")[0])
+    plain = jax.grad(lambda p: (model.apply(p, rows)[0] ** 2).sum())(params)
+    compute = replace(model.compute, gradient_checkpointing=policy)
+    saving = replace(model, compute=compute)
+    saved = jax.grad(lambda p: (saving.apply(p, rows)[0] ** 2).sum())(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, saved)
+
+
+def test_bfloat16_computes_near_float32_and_gives_float32_gradients(tmp_path):
+    tiny.save(tmp_path, CASES["llama"], std=0.05)
+    model, params = tiny.load(tmp_path)
+    low = model.with_dtype(jnp.bfloat16)
+    rows = tiny.layout(batch("none")[0])
+
+    def loss_fn(params, model):
+        hidden, head = model.apply(params, rows)
+        return losses.token_logps(hidden, head, rows["tokens"], vocab_size=300).logps.mean()
+
+    high_loss, high_grads = jax.value_and_grad(loss_fn)(params, model)
+    low_loss, low_grads = jax.value_and_grad(loss_fn)(params, low)
+    assert low_loss.dtype == jnp.float32
+    np.testing.assert_allclose(low_loss, high_loss, rtol=5e-3)
+    for a, b in zip(jax.tree.leaves(low_grads), jax.tree.leaves(high_grads), strict=True):
+        assert a.dtype == jnp.float32
+        assert jnp.linalg.norm(a - b) <= 0.05 * max(float(jnp.linalg.norm(b)), 1e-3)
+
+
+def test_dropout_is_active_with_a_key_and_only_then(tmp_path):
+    from dataclasses import replace
+
+    for case in ("gpt2", "llama"):
+        tiny.save(tmp_path / case, CASES[case])
+        model, params = tiny.load(tmp_path / case)
+        dropping = replace(model, compute=replace(model.compute, dropout=0.5))
+        rows = tiny.layout(batch("none")[0])
+        plain = model.apply(params, rows)[0]
+        first, again, other = (
+            dropping.apply(params, rows, jax.random.key(k))[0] for k in (0, 0, 1)
+        )
+        np.testing.assert_allclose(dropping.apply(params, rows)[0], plain, rtol=1e-4, atol=1e-4)
+        assert jnp.array_equal(first, again) and not jnp.allclose(first, other)

@@ -1,0 +1,319 @@
+"""The commands from start to end, as a user runs them: folders, messages, exit statuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from easyaira import cli, convert, generate, metrics, train_dpo, train_sft
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """Models and data to run on."""
+    root = tmp_path_factory.mktemp("ground")
+    tiny.save(root / "gpt2", tiny.CONFIGS["gpt2"])
+    tiny.save_config(root / "bare", tiny.CONFIGS["gpt2"])
+    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
+    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
+    return root
+
+
+def argv(ground, task, out, *extra, model="gpt2"):
+    return [
+        f"--model.name_or_path={ground / model}",
+        f"--data.train={ground / task}.jsonl",
+        "--data.eval=0.1",
+        "--data.template=plain",
+        "--max_steps=4",
+        "--logging_steps=2",
+        "--num_samples=2",
+        f"--output_dir={out}",
+        *extra,
+    ]
+
+
+def call(main, arguments, capsys):
+    """Run a command in this process: exit status, standard output, standard error."""
+    try:
+        cli.run_command(main, [str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
+    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
+    extra = ["--data.template=aira", "--model.init=random", "--optimizer.weight_decay=0.1"]
+    status, out, _ = call(train_sft.main, argv(ground, "sft", sft, *extra, model="bare"), capsys)
+    assert status == 0 and "bit for bit" in out
+    held = {path.name for path in sft.iterdir()}
+    assert held == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "data_report.json", "checkpoints",
+        "report.html", "samples.json", "tokenizer", "hf",
+    }  # fmt: skip
+
+    config = yaml.safe_load((sft / "config.yaml").read_text())
+    assert config["optimizer"]["weight_decay"] == 0.1
+    made = config["provenance"]
+    assert made["versions"]["jax"] and made["data_fingerprint"] and made["devices"]["count"] == 1
+    rows = metrics.read(sft / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    trained = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens_per_second",
+               "step_time", "mfu", "mean_token_accuracy"}  # fmt: skip
+    assert trained <= rows[1].keys() and "eval_loss" in rows[0] and "eval_loss" in rows[2]
+    page = (sft / "report.html").read_text()
+    assert "<svg" in page and "learning_rate" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is fetched from elsewhere
+    report = json.loads((sft / "data_report.json").read_text())
+    assert report["train"]["read"] == 40 == report["train"]["kept"]
+    assert {"prompt", "wanted", "before", "after"} == json.loads(
+        (sft / "samples.json").read_text()
+    )[0].keys()
+
+    hf = {path.name for path in (sft / "hf").iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "README.md",
+            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+            "export_report.json"} == hf  # fmt: skip
+    proof = json.loads((sft / "hf/export_report.json").read_text())
+    assert proof["logits"]["compared"] and len(proof["tensors"]) == 28
+    config, generation = (
+        json.loads((sft / "hf" / f"{name}.json").read_text())
+        for name in ("config", "generation_config")
+    )
+    assert config["vocab_size"] == 304 and config["torch_dtype"] == "float32"
+    for key, token in (("bos_token_id", 300), ("eos_token_id", 301), ("pad_token_id", 303)):
+        assert config[key] == generation[key] == token
+    card = (sft / "hf/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == str(ground / "bare") and "eval_loss" in card
+
+    status, out, _ = call(
+        train_dpo.main,
+        argv(ground, "dpo", dpo).__add__([f"--model.name_or_path={sft}", "--data.template=chat"]),
+        capsys,
+    )
+    assert status == 0, out
+    rows = metrics.read(dpo / "metrics.jsonl")
+    paired = {f"{a}/{b}" for a in ("rewards", "logps", "logits") for b in ("chosen", "rejected")}
+    paired |= {"rewards/margins", "rewards/accuracies"}
+    assert paired <= rows[1].keys()
+    assert {"eval_" + name for name in paired} <= rows[2].keys()
+    assert json.loads((dpo / "hf/config.json").read_text())["eos_token_id"] == 301
+
+    status, out, _ = call(train_sft.main, argv(ground, "sft", sft, *extra, model="bare"), capsys)
+    assert status == 0 and "finished after 4 updates; nothing to do" in out
+
+
+def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    call(train_sft.main, argv(ground, "sft", tmp_path / "run", "--export=false"), capsys)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    written = {event.step: event.value for event in board.Scalars("loss")}
+    assert written.keys() == {2, 4}
+    for row in rows[1:]:
+        np.testing.assert_allclose(written[row["step"]], row["loss"], rtol=1e-6)
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, capsys):
+    for main, task in ((train_sft.main, "sft"), (train_dpo.main, "dpo")):
+        arguments = argv(
+            ground, task, tmp_path / "run", "--dry_run", "--optimizer.warmup_ratio=0.5"
+        )
+        status, out, err = call(main, arguments, capsys)
+        assert status == 0, err
+        assert "12,416 parameters" in out and "4 updates of 8 examples, 2 of them warm-up" in out
+        assert "36 examples, 4 held out of 40 rows" in out
+        assert re.search(r"model/h/mlp/c_fc/kernel +\(2, 16, 64\) +-, fsdp, tp", out)
+        assert re.search(r"memory per device: \d+ MiB held .* \d+ MiB in a step", out)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--optimizer.learning_rat=1"], "did you mean optimizer.learning_rate[?]"),
+        (["--mesh=dp=3"], "asks for 3 devices and there are 1"),
+        (["--data.train=nothing.jsonl"], "nothing.jsonl: no such file"),
+        (["--data.columns={prompt: x}"], "no column 'x'"),
+        (["--data.max_length=65"], "data.max_length: 65 is more than the model's 64 positions"),
+        (["--model.name_or_path=./nothing"], "./nothing: no such folder"),
+        (["--model.revision=main"], "model.revision: .* is a local folder"),
+        (["--data.split=english"], "has no splits; leave out split 'english'"),
+        (["--data.split=x", "--data.train=[{path: x}]"], "data.split and data.columns: speak of"),
+        (["--model.name_or_path={ground}/bare"], "no model.safetensors; to start from config.json"),
+        (["--model.tokenizer={ground}/large"], "tokenizer: has 310 tokens and the embedding 300"),
+        (["--data.template=nothing"], "data.template: no template 'nothing'"),
+        (["--data.template=chat"], "the tokenizer has no chat template"),
+        (["--optimizer.warmup_steps=4"], "optimizer.warmup_steps: 4 of 4 updates"),
+        (["--resume=must"], "resume: there is no run"),
+        (["--output_dir={ground}"], "is not empty and holds no run"),
+        (["--data.eval=0.999"], "data.eval: 0.999 of 40 prompts leaves nothing"),
+        (["--train_batch_size=64", "--data.drop_last=true"], "more than the 36 examples"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line_before_anything_is_written(
+    extra, message, ground, tmp_path, capsys
+):
+    tiny.save_config(ground / "large", tiny.CONFIGS["gpt2"] | {"vocab_size": 320})
+    extra = [argument.replace("{ground}", str(ground)) for argument in extra]
+    status, out, err = call(train_sft.main, argv(ground, "sft", tmp_path / "run", *extra), capsys)
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), err
+    assert "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(ground, tmp_path):
+    from easyaira.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        cli.run_command(train_sft.main, argv(ground, "sft", tmp_path, "--mesh=dp=3", "--debug"))
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--optimizer.learning_rate=1e-3"], "optimizer.learning_rate: the run in .* has 5e-05"),
+        (["--seed=1"], "seed: the run in .* has 42 and this command 1"),
+        (["--data.columns={prompt: completion}"], "data.columns"),
+        (["--model.name_or_path={ground}/other"], "model.name_or_path"),
+    ],
+)
+def test_another_runs_folder_is_refused(extra, message, ground, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert call(train_sft.main, argv(ground, "sft", out, "--export=false"), capsys)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    tiny.save(ground / "other", tiny.CONFIGS["gpt2"])
+    extra = [argument.replace("{ground}", str(ground)) for argument in extra]
+    status, _, err = call(train_sft.main, argv(ground, "sft", out, *extra), capsys)
+    assert status == 2 and re.search(message, err), err
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_changed_data_are_refused_and_changed_logging_is_not(ground, tmp_path, capsys):
+    data = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(20))
+    arguments = argv(ground, "sft", tmp_path / "run", f"--data.train={data}", "--export=false")
+    assert call(train_sft.main, arguments, capsys)[0] == 0
+    more = ["--logging_steps=1", "--model.gradient_checkpointing=dots"]
+    assert call(train_sft.main, [*arguments, *more], capsys)[0] == 0
+    tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(21))
+    status, _, err = call(train_sft.main, arguments, capsys)
+    assert status == 2 and "was trained on other rows" in err
+
+
+def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, tmp_path, capsys):
+    arguments = argv(ground, "sft", tmp_path / "run")
+    assert call(train_sft.main, [*arguments, "--export=false"], capsys)[0] == 0
+    assert not (tmp_path / "run/hf").exists()
+    status, out, _ = call(train_sft.main, arguments, capsys)
+    assert status == 0 and "continues" in out and (tmp_path / "run/hf/config.json").exists()
+
+
+def test_sigterm_saves_and_the_same_command_continues(ground, tmp_path):
+    """A process of its own, stopped by a signal while it trains."""
+    arguments = argv(ground, "sft", tmp_path / "run", "--max_steps=400", "--export=false",
+                     "--save_steps=0", "--logging_steps=5", "--num_samples=0")  # fmt: skip
+    command = [sys.executable, "-m", "easyaira.train_sft", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    waited = 0.0
+    while len(metrics.read(log)) < 3 and waited < 120:
+        time.sleep(0.1)
+        waited += 0.1
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    told = re.search(r"SIGTERM after update (\d+) of 400; the state is saved", err)
+    assert told, err
+    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert saved == [int(told[1])]
+    done = subprocess.run(
+        [*command, "--max_steps=400"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"continues {tmp_path / 'run'} after update {told[1]}" in done.stdout
+    steps = [row["step"] for row in metrics.read(log)]
+    assert steps == sorted(set(steps)) and steps[-1] == 400
+
+
+def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_path, capsys):
+    assert call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)[0] == 0
+    for arguments, status, message in (
+        (["from_hf", ground / "gpt2", tmp_path / "ours"], 2, "is not empty"),
+        (["to_hf", ground / "gpt2", tmp_path / "x"], 2, "wanted a run folder"),
+        (["to_hf", tmp_path / "nothing", tmp_path / "x"], 2, "no such folder"),
+        (["to_hf", tmp_path / "ours", ground], 4, "is not empty"),
+        (["to_hf"], 2, "required"),
+    ):
+        got, _, err = call(convert.main, arguments, capsys)
+        assert got == status and message in err, err
+
+
+def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys, monkeypatch):
+    from easyaira import release
+
+    call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
+    monkeypatch.setattr(release, "TOLERANCE", 0.0)
+    status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
+    assert status == 2 and "logits in PyTorch differ" in err
+    monkeypatch.undo()
+    monkeypatch.setattr(release, "_hash", lambda tensor: str(np.random.default_rng().random()))
+    status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
+    assert status == 2 and "differ from what was trained" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
+
+
+def test_an_export_in_another_dtype_says_so(ground, tmp_path, capsys):
+    call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
+    arguments = ["to_hf", tmp_path / "ours", tmp_path / "x", "--dtype=bfloat16"]
+    assert call(convert.main, arguments, capsys)[0] == 0
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    tensors = json.loads((tmp_path / "x/export_report.json").read_text())["tensors"]
+    assert config["dtype"] == "bfloat16"
+    assert {tensor["dtype"] for tensor in tensors.values()} == {"bfloat16"}
+
+
+def test_generate_gives_the_greedy_answer_of_transformers(ground, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = [ground / "gpt2", "--prompt=what do you", "--template=plain", "--max_new_tokens=8"]
+    status, out, _ = call(generate.main, arguments, capsys)
+    model = AutoModelForCausalLM.from_pretrained(ground / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(ground / "gpt2")
+    ids = torch.tensor([tokenizer("what do you").input_ids])
+    theirs = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert status == 0
+    assert (
+        out.strip() == tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    )
+
+
+def test_samples_follow_the_seed_and_stay_within_top_p(ground):
+    model, params = tiny.load(Path(ground / "gpt2"))
+
+    def sample(seed, top_p=1.0, temperature=3.0):
+        return generate.generate(
+            model, params, [[5, 6, 7], [8]], eos_ids=[0], max_new_tokens=6, seed=seed,
+            temperature=temperature, top_p=top_p,
+        )  # fmt: skip
+
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(1, top_p=1e-6) == sample(2, temperature=0.0)

@@ -1,0 +1,480 @@
+"""Whole runs against each other and against loops written in torch.
+
+Runs go through the command line's own functions; only the exports are left out where they are not
+the subject.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from easyaira import cli, metrics, prepare, trainer
+from easyaira import mesh as meshes
+from easyaira.checkpoint import Checkpoints
+from easyaira.config import TrainDPO, TrainSFT
+from easyaira.errors import ConfigError, NonFiniteError
+from easyaira.reference import dpo_algorithm
+from easyaira.run import run
+from easyaira.train_sft import sft_algorithm
+
+STEPS = 20
+LEARNING = {
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.warmup_steps": 3,
+    "optimizer.max_grad_norm": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A Hugging Face folder of each architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for kind, config in tiny.CONFIGS.items():
+        tiny.save(root / kind, config)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
+    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
+    return root
+
+
+def configure(task, model, data, out, **options):
+    options = {
+        "model.name_or_path": model,
+        "data.train": data / f"{task}.jsonl",
+        "data.template": "plain",
+        "train_batch_size": 8,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "num_samples": 0,
+        "export": False,
+        "output_dir": out,
+        **LEARNING,
+        **options,
+    }
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    config, _ = cli.parse({"sft": TrainSFT, "dpo": TrainDPO}[task], argv)
+    return config, {"sft": sft_algorithm, "dpo": dpo_algorithm}[task](config)
+
+
+def train(*args, **options):
+    """Run; returns the rows of metrics.jsonl and the final parameters."""
+    config, algorithm = configure(*args, **options)
+    run(config, algorithm, dry_run=False)
+    return result(config, algorithm)
+
+
+def result(config, algorithm):
+    from pathlib import Path
+
+    folder = Path(config.output_dir)
+    setup = prepare.prepare(config, algorithm)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    params = checkpoints.restore_params(checkpoints.latest(), setup.target(setup.model))
+    checkpoints.close()
+    return metrics.read(folder / "metrics.jsonl"), jax.device_get(params)
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if row["step"] > 0]
+
+
+def close(a, b, atol):
+    """Equal to `atol`, but for the bias of GPT-2's keys: it has no effect on attention, so its
+    gradient is rounding noise, which Adam scales up to whole steps."""
+
+    def compare(path, x, y):
+        if "c_attn" in meshes.path_of(path) and path[-1].key == "bias":
+            x, y = x[:, ::2], y[:, ::2]
+        np.testing.assert_allclose(x, y, atol=atol, rtol=0)
+
+    jax.tree_util.tree_map_with_path(compare, a, b)
+
+
+def same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# against torch
+
+
+def torch_batches(task, model, data, out, **options):
+    """The examples of each update as lists of (prompt, answers), from our own data layer."""
+    setup = prepare.prepare(*configure(task, model, data, out, **options))
+    e = setup.batches.examples
+    for update in range(STEPS):
+        chosen = []
+        for i in setup.batches.members(update):
+            start, *answers, end = e.bounds[i].tolist()
+            edges = [*answers, end]
+            parts = [e.tokens[a:b].tolist() for a, b in zip(edges, edges[1:], strict=False)]
+            chosen.append((e.tokens[start : answers[0]].tolist(), parts))
+        yield chosen
+
+
+def torch_logps(model, prompt, answer):
+    """log p of the tokens of `answer`, by transformers, unpadded, one sequence at a time."""
+    ids = torch.tensor([prompt + answer])
+    logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logps[torch.arange(len(ids[0]) - 1), ids[0, 1:]][len(prompt) - 1 :]
+
+
+def torch_adamw(model):
+    decay = [p for n, p in model.named_parameters() if p.ndim >= 2]
+    rest = [p for n, p in model.named_parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1.0)
+
+
+def torch_rate(step):
+    """Linear warm-up over 3 updates, then a cosine to 0."""
+    if step < 3:
+        return 1e-3 * step / 3
+    return 1e-3 * 0.5 * (1 + np.cos(np.pi * (step - 3) / (STEPS - 3)))
+
+
+def torch_step(model, adamw, loss, step):
+    adamw.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in adamw.param_groups:
+        group["lr"] = torch_rate(step)
+    adamw.step()
+    return norm.item()
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_sft_follows_a_torch_loop(kind, models, tmp_path):
+    """Of 20 examples, so that every third update has four instead of eight."""
+    data = tmp_path
+    tiny.write_rows(data / "sft.jsonl", tiny.sft_rows(20))
+    rows, params = train("sft", models / kind, data, tmp_path / "run")
+    model = tiny.torch_model(tiny.CONFIGS[kind])
+    adamw = torch_adamw(model)
+    batches = torch_batches("sft", models / kind, data, tmp_path / "x")
+    for step, (chosen, row) in enumerate(zip(batches, rows, strict=True)):
+        nll = torch.cat([-torch_logps(model, prompt, answer) for prompt, (answer,) in chosen])
+        norm = torch_step(model, adamw, nll.mean(), step)
+        assert row["loss"] == pytest.approx(nll.mean().item(), abs=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert row["learning_rate"] == pytest.approx(torch_rate(step), rel=1e-5, abs=1e-12)
+    setup = prepare.prepare(*configure("sft", models / kind, data, tmp_path / "x"))
+    ours = tiny.as_theirs(setup.model, params)
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(ours[name], parameter.detach(), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
+    """Of 20 pairs, so that every third update has four instead of eight."""
+    data = tmp_path
+    tiny.write_rows(data / "dpo.jsonl", tiny.dpo_rows(20))
+    rows, _ = train("dpo", models / kind, data, tmp_path / "run", **{"dpo.sft_weight": 0.5})
+    model, reference = (tiny.torch_model(tiny.CONFIGS[kind]) for _ in range(2))
+    adamw = torch_adamw(model)
+    batches = torch_batches("dpo", models / kind, data, tmp_path / "x")
+    for step, (chosen, row) in enumerate(zip(batches, rows[1:], strict=True)):
+        scores = torch.stack(
+            [
+                torch.stack([torch_logps(model, prompt, a).sum() for a in answers])
+                for prompt, answers in chosen
+            ]
+        )
+        with torch.no_grad():
+            ref = torch.stack(
+                [
+                    torch.stack([torch_logps(reference, prompt, a).sum() for a in answers])
+                    for prompt, answers in chosen
+                ]
+            )
+        lengths = torch.tensor([len(answers[0]) for _, answers in chosen])
+        rewards = 0.1 * (scores - ref)
+        margins = rewards[:, 0] - rewards[:, 1]
+        loss = (-F.logsigmoid(margins) - 0.5 * scores[:, 0] / lengths).mean()
+        torch_step(model, adamw, loss, step)
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert row["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
+        assert row["rewards/chosen"] == pytest.approx(rewards[:, 0].mean().item(), abs=1e-4)
+        assert row["logps/rejected"] == pytest.approx(scores[:, 1].mean().item(), rel=1e-4)
+        accuracy = (margins > 1e-6).float().mean().item()
+        if step > 1:  # the first update has rate 0, so before the third all margins are rounding
+            assert row["rewards/accuracies"] == pytest.approx(accuracy, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# the same run in other ways
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models, data, tmp_path):
+    args = (task, models / "llama", data)
+    rows, params = train(*args, tmp_path / "plain", **{"data.packing": False})
+    variants = {
+        "packed": {},
+        "accumulated": {"gradient_accumulation_steps": 4},
+        "checkpointed": {"model.gradient_checkpointing": "full"},
+    }
+    for name, options in variants.items():
+        other_rows, other = train(*args, tmp_path / name, **options)
+        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
+        assert [r["num_tokens"] for r in other_rows[1:]] == [r["num_tokens"] for r in rows[1:]]
+        close(other, params, 1e-4)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_last_smaller_update_is_weighted_by_what_it_holds(task, models, data, tmp_path):
+    """12 rows in updates of 8: the second holds 4, alone or in unequal micro-batches."""
+    rows = tiny.sft_rows(12) if task == "sft" else tiny.dpo_rows(12)
+    tiny.write_rows(tmp_path / f"{task}.jsonl", rows)
+    args = (task, models / "gpt2", tmp_path)
+    whole, parts = (
+        train(*args, tmp_path / str(n), gradient_accumulation_steps=n, max_steps=4) for n in (1, 8)
+    )
+    np.testing.assert_allclose(losses_of(whole[0]), losses_of(parts[0]), atol=1e-5)
+    close(whole[1], parts[1], 1e-5)
+
+
+@pytest.mark.parametrize("task, kind", [("sft", "gpt2"), ("dpo", "llama")])
+def test_meshes_agree_with_one_device(task, kind, models, data, tmp_path, devices):
+    args = (task, models / kind, data)
+    rows, params = train(*args, tmp_path / "one", max_steps=5, eval_steps=0)
+    for mesh in ("8,1,1", "1,8,1", "1,1,4", "2,2,2"):
+        devices(4 if mesh == "1,1,4" and kind == "gpt2" else 8)
+        if kind == "llama" and mesh == "1,1,4":
+            mesh = "1,4,2"  # it has two key/value heads
+        other_rows, other = train(
+            *args, tmp_path / mesh.replace(",", "-"), max_steps=5, mesh=mesh, eval_steps=0
+        )
+        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
+        close(other, params, 1e-4)
+        devices(1)
+
+
+def test_tensor_parallelism_over_eight_devices(data, tmp_path, devices):
+    config = tiny.CONFIGS["gpt2"] | {"n_head": 8, "vocab_size": 321}
+    tiny.save(tmp_path / "model", config)
+    args = ("sft", tmp_path / "model", data)
+    rows, params = train(*args, tmp_path / "one", max_steps=5)
+    devices(8)
+    other_rows, other = train(*args, tmp_path / "tp", max_steps=5, mesh="1,1,8")
+    np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
+    close(other, params, 1e-4)
+
+
+def stop_after(monkeypatch, steps, owner=metrics.Log, method="advance"):
+    """Send this process SIGTERM when a method that is called in every update has been so often."""
+    import signal
+
+    calls, real = [], getattr(owner, method)
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == steps:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counting)
+
+
+@pytest.mark.parametrize("task, dropout", [("sft", 0.0), ("sft", 0.3), ("dpo", 0.0)])
+def test_stop_and_continue_is_the_same_run_bit_for_bit(
+    task, dropout, models, data, tmp_path, monkeypatch
+):
+    from easyaira.errors import Preempted
+
+    args = (task, models / "gpt2", data)
+    options = {"model.dropout": dropout, "logging_steps": 4, "data.eval": 0.2}
+    rows, params = train(*args, tmp_path / "through", **options)
+    late = (7, metrics.Window, "add")  # while the numbers of update 7 are fetched, in update 8
+    for stop, (steps, *where) in {1: (1,), 8: late}.items():
+        folder = tmp_path / f"stopped-{stop}"
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps, *where)
+            with pytest.raises(Preempted, match=f"SIGTERM after update {stop + bool(where)} of"):
+                train(*args, folder, **options)
+        again_rows, again = train(*args, folder, **options)
+        same_bits(again, params)
+        timing = ("tokens_per_second", "step_time", "mfu")
+        for a, b in zip(again_rows, rows, strict=True):
+            assert {k: a[k] for k in a if k not in timing} == {
+                k: b[k] for k in b if k not in timing
+            }
+
+
+def test_a_run_saved_on_one_mesh_continues_on_another(models, data, tmp_path, devices, monkeypatch):
+    from easyaira.errors import Preempted
+
+    args = ("sft", models / "llama", data)
+    rows, params = train(*args, tmp_path / "one")
+    devices(8)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(Preempted):
+            train(*args, tmp_path / "moved", mesh="fsdp=8")
+    moved_rows, moved = train(*args, tmp_path / "moved", mesh="fsdp=4,tp=2")
+    np.testing.assert_allclose(losses_of(moved_rows), losses_of(rows), atol=1e-4)
+    close(moved, params, 1e-4)
+
+
+def test_reference_before_training_or_in_every_step(models, data, tmp_path):
+    """With some rows dropped, so that row numbers and examples are not the same."""
+    rows = tiny.dpo_rows(40)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    tiny.write_rows(tmp_path / "dpo.jsonl", rows)
+    args = ("dpo", models / "gpt2", tmp_path)
+    options = {"data.eval": 0.2, "eval_steps": 5}
+    before, params = train(*args, tmp_path / "before", **options)
+    in_step, other = train(
+        *args, tmp_path / "in-step", **options, **{"dpo.precompute_ref_log_probs": False}
+    )
+    for a, b in zip(before, in_step, strict=True):
+        for name in ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins"):
+            assert (name in a) == (name in b)
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), abs=1e-5)
+    close(params, other, 1e-4)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_before_the_first_update_loss_is_ln_2_and_margins_are_exactly_0(
+    kind, dtype, models, data, tmp_path
+):
+    options = {"model.dtype": dtype, "max_steps": 1, "data.eval": 0.2, "optimizer.warmup_steps": 0}
+    rows, _ = train("dpo", models / kind, data, tmp_path, **options)
+    assert rows[0]["step"] == 0
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected", "rewards/accuracies"):
+        assert rows[0][name] == 0
+    first = rows[1]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6 if dtype == "float32" else 5e-2)
+
+
+def test_another_reference_is_used_and_its_vocabulary_compared(models, data, tmp_path):
+    tiny.save(tmp_path / "other", tiny.CONFIGS["llama"])
+    options = {
+        "model.ref_name_or_path": tmp_path / "other",
+        "max_steps": 1,
+        "optimizer.warmup_steps": 0,
+    }
+    rows, _ = train("dpo", models / "gpt2", data, tmp_path / "run", **options)
+    assert rows[0]["rewards/margins"] != 0
+    tiny.save(tmp_path / "small", tiny.CONFIGS["gpt2"] | {"vocab_size": 290})
+    options["model.ref_name_or_path"] = tmp_path / "small"
+    with pytest.raises(ConfigError, match="its vocabulary has 290 tokens and the policy's 300"):
+        train("dpo", models / "gpt2", data, tmp_path / "x", **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# numbers that are not finite
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_is_not_finite_never_enters_the_parameters(
+    accumulation, models, data, tmp_path, monkeypatch
+):
+    """The loss of one micro-batch of update 8 is NaN; the state stays as it was before."""
+    from easyaira import objectives
+
+    real = objectives.sft
+
+    def poisoned(model):
+        inner = real(model)
+
+        def loss_fn(params, frozen, batch, key):
+            sums = inner(params, frozen, batch, key)
+            bad = batch["tokens"].sum() == poison
+            loss, count = sums["loss"]
+            return sums | {"loss": (jnp.where(bad, jnp.nan, loss), count)}
+
+        return loss_fn
+
+    args = ("sft", models / "gpt2", data)
+    options = {"gradient_accumulation_steps": accumulation, "save_steps": 5}
+    setup = prepare.prepare(*configure(*args, tmp_path / "x", **options))
+    at = 7
+    poison = int(setup.batches[at].arrays["tokens"][-1].sum())
+    monkeypatch.setattr(objectives, "sft", poisoned)
+    with pytest.raises(NonFiniteError, match=f"update {at + 1}:.*rows .*checkpoint 5") as error:
+        train(*args, tmp_path / "run", **options)
+    assert error.value.exit_status == 3
+    config, algorithm = configure(*args, tmp_path / "run", **options)
+    rows, params = result(config, algorithm)
+    assert max(row["step"] for row in rows) <= at
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_failed_state_stays_as_it_was():
+    import optax
+
+    def loss_fn(params, frozen, batch, key):
+        x = batch["tokens"].sum()
+        return {"loss": (params["w"].sum() * jnp.where(x == 3, jnp.nan, 1.0), jnp.float32(1))}
+
+    tx = optax.adam(0.1)
+    step = jax.jit(trainer.make_train_step(loss_fn, tx))
+    params = {"w": jnp.ones(2)}
+    state = trainer.State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
+    history = [state]
+    for value in (1, 2, 3, 4):
+        state, sums = step(state, None, {"tokens": jnp.full((1, 1), value)}, None)
+        history.append(state)
+    assert [int(s.failed) for s in history] == [-1, -1, -1, 2, 2]
+    same_bits(history[2].params, history[4].params)
+    same_bits(history[2].opt_state, history[4].opt_state)
+    assert not np.array_equal(history[1].params["w"], history[2].params["w"])
+
+
+def test_gradients_of_uneven_micro_batches_are_those_of_one_batch():
+    """8 learned tokens beside 1: a mean of means would be far off."""
+    import optax
+
+    def loss_fn(params, frozen, batch, key):
+        mask = batch["tokens"] > 0
+        return {"loss": ((params["w"] * batch["tokens"] * mask).sum(), mask.sum())}
+
+    tx = optax.sgd(1.0)
+    step = jax.jit(trainer.make_train_step(loss_fn, tx))
+    tokens = jnp.array([[[1, 2, 3, 4, 5, 6, 7, 8]], [[9, 0, 0, 0, 0, 0, 0, 0]]], jnp.float32)
+    results = []
+    for batch in (tokens, tokens.reshape(1, 2, 8)):
+        params = {"w": jnp.float32(1)}
+        state = trainer.State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
+        state, sums = step(state, None, {"tokens": batch}, None)
+        results.append((float(state.params["w"]), float(sums["grad_norm"][0])))
+    assert results[0] == pytest.approx(results[1])
+    assert results[0][1] == pytest.approx(45 / 9)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_micro_batch_of_every_update_drops_something_else(parts):
+    import optax
+
+    def loss_fn(params, frozen, batch, key):
+        return {"loss": (params["w"] * jax.random.normal(key), jnp.float32(1))}
+
+    step = jax.jit(trainer.make_train_step(loss_fn, optax.sgd(1.0)))
+    params = {"w": jnp.float32(0)}
+    state = trainer.State(jnp.int32(0), params, optax.sgd(1.0).init(params), jnp.int32(-1))
+    batch, key = {"tokens": jnp.zeros((parts, 1, 1))}, jax.random.key(0)
+    moves = []
+    for _ in range(3):
+        before = state.params["w"]
+        state, _ = step(state, None, batch, key)
+        moves.append(float(before - state.params["w"]))
+    wanted = [
+        np.mean([jax.random.normal(fold(fold(key, i), j)) for j in range(parts)])
+        for i in range(3)
+        for fold in [jax.random.fold_in]
+    ]
+    np.testing.assert_allclose(moves, wanted, rtol=1e-5)
+    assert len(set(moves)) == 3

@@ -1,0 +1,281 @@
+"""Reading and writing safetensors: what is wrong is named before anything is loaded."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from easyaira import weights
+from easyaira.errors import ConfigError, UnsafeInputError, WeightsError
+from easyaira.mesh import make_mesh
+from easyaira.models.registry import model_of, resize
+from easyaira.pretrained import Pretrained, find
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.save(tmp_path, tiny.CONFIGS["llama"])
+    return tmp_path
+
+
+def check(folder):
+    found = Pretrained(str(folder), folder)
+    model = model_of(found.config, str(folder))
+    found.check(model)
+    return model, found
+
+
+def change(folder, **tensors):
+    """Replace tensors of model.safetensors; None removes one."""
+    file = folder / "model.safetensors"
+    held = load_file(file) | tensors
+    save_file({k: v for k, v in held.items() if v is not None}, file, metadata={"format": "pt"})
+
+
+def set_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({NORM: None}, "missing model.norm.weight"),
+        ({NORM: np.ones(17, np.float32)}, r"model.norm.weight has shape \[17\].*wants \[16\]"),
+        ({"extra.weight": np.ones(3, np.float32)}, "not known to this architecture extra.weight"),
+        ({NORM: np.ones(16, np.int64)}, "missing model.norm.weight"),
+    ],
+)
+def test_missing_misshapen_and_extra_tensors_are_named(folder, tensors, message):
+    change(folder, **tensors)
+    with pytest.raises(WeightsError, match=message):
+        check(folder)
+
+
+def test_all_problems_come_in_one_message(folder):
+    change(folder, **{NORM: None, "x": np.ones(1, np.float32), "lm_head.weight": np.ones((2, 2))})
+    with pytest.raises(WeightsError, match="missing.*lm_head.*|missing.*x"):
+        check(folder)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_named(folder, bad):
+    change(folder, **{NORM: np.full(16, bad, np.float32)})
+    model, found = check(folder)
+    with pytest.raises(WeightsError, match="model.norm.weight.*NaN or infinity"):
+        found.load(model, make_mesh("fsdp=1"))
+
+
+def test_buffers_of_old_files_are_no_weights(tmp_path):
+    tiny.save(tmp_path, tiny.CONFIGS["gpt2"])
+    mask = {f"transformer.h.{i}.attn.bias": np.ones((1, 1, 64, 64), np.float32) for i in range(2)}
+    change(tmp_path, **mask)
+    check(tmp_path)
+
+
+def test_names_of_old_gpt2_files_lack_their_prefix(tmp_path):
+    tiny.save(tmp_path, tiny.CONFIGS["gpt2"])
+    wanted = tiny.load(tmp_path)[1]
+    file = tmp_path / "model.safetensors"
+    bare = {name.removeprefix("transformer."): x for name, x in load_file(file).items()}
+    save_file(bare | {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, file)
+    jax.tree.map(np.testing.assert_array_equal, tiny.load(tmp_path)[1], wanted)
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path):
+    tiny.save(tmp_path, tiny.CONFIGS["gpt2"])
+    table = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]
+    change(tmp_path, **{"lm_head.weight": table})
+    check(tmp_path)
+    change(tmp_path, **{"lm_head.weight": table + 1})
+    with pytest.raises(WeightsError, match="tie_word_embeddings"):
+        check(tmp_path)
+
+
+def test_shards_with_an_index_read_as_one_file(tmp_path):
+    tiny.save(tmp_path / "one", tiny.CONFIGS["llama"])
+    tiny.save(tmp_path / "many", tiny.CONFIGS["llama"], max_shard_size="20kB")
+    assert (tmp_path / "many/model.safetensors.index.json").exists()
+    one, many = (tiny.load(tmp_path / name)[1] for name in ("one", "many"))
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+
+
+def test_an_index_is_compared_with_its_files(tmp_path):
+    tiny.save(tmp_path, tiny.CONFIGS["llama"], max_shard_size="20kB")
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+
+    def written(**changes):
+        file.write_text(json.dumps(index | {"weight_map": index["weight_map"] | changes}))
+        return tmp_path
+
+    with pytest.raises(UnsafeInputError, match="outside"):
+        weights.open_folder(written(**{NORM: "../" + first}))
+    with pytest.raises(WeightsError, match="places elsewhere|no file holds"):
+        weights.open_folder(written(**{NORM: first}))
+    with pytest.raises(WeightsError, match="cannot be read"):
+        weights.open_folder(written(**{NORM: "a.safetensors"}))
+    written()
+    save_file({"x": np.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="both"):
+        weights.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header"])
+def test_a_damaged_file_is_named(folder, damage):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    damaged = {"cut": content[:-100], "empty": b"", "header": b"\xff" * 8 + content[8:]}
+    file.write_bytes(damaged[damage])
+    with pytest.raises(WeightsError, match="model.safetensors: cannot be read.*download it again"):
+        check(folder)
+
+
+def test_a_pickle_is_refused_and_a_bare_config_says_what_to_do(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="pickle.*save_pretrained"):
+        check(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(WeightsError, match="model.init to random"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "opt2"}, "model_type 'opt2' is not built"),
+        ({"attention_bias": True}, "attention_bias: True is not built"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
+        ({"hidden_act": "swish2"}, "activation 'swish2'"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_attention_heads": 3, "head_dim": None}, "3 heads do not divide the width 16"),
+        ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4"),
+        ({"sliding_window": 128}, "sliding_window: 128 is not built"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not known"),
+    ],
+)
+def test_a_config_that_is_not_built_is_refused(folder, values, message):
+    set_config(folder, **values)
+    with pytest.raises(ConfigError, match=message):
+        check(folder)
+
+
+def test_a_config_that_disagrees_with_the_tensors_is_named_before_any_memory_is_taken(folder):
+    set_config(folder, hidden_size=10**7, intermediate_size=10**7)
+    with pytest.raises(WeightsError, match="config.json wants"):
+        check(folder)
+
+
+def test_each_device_is_given_its_slice_and_nothing_else_is_read(folder, devices, monkeypatch):
+    devices(8)
+    read = []
+    whole = weights._read
+    monkeypatch.setattr(weights, "_read", lambda *args: read.append(part := whole(*args)) or part)
+    params = tiny.load(folder, "fsdp=4,tp=2")[1]
+    kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 12)
+    assert max(part.size for part in read) <= 384 * 16 / 8
+    devices(1)
+    alone = tiny.load(folder)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
+
+
+def test_large_models_are_written_in_shards_that_transformers_reads(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, params = tiny.load(folder)
+    tensors = list(tiny.as_theirs(model, params).items())
+    out = tmp_path / "out"
+    out.mkdir()
+    weights.save_folder(iter(tensors), out, shard_bytes=20_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    (out / "config.json").write_text((folder / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name, tensor in tensors:
+        np.testing.assert_array_equal(loaded[name], tensor)
+
+
+def test_values_beyond_an_export_dtype_are_an_error(folder):
+    model, params = tiny.load(folder)
+    params["model"]["norm"]["scale"] = params["model"]["norm"]["scale"] * 1e6
+    half = lambda name: np.dtype(np.float16)  # noqa: E731
+    with pytest.raises(WeightsError, match="model.norm.weight.*float16"):
+        list(weights.to_hf(params, model.rows, vocab_size=300, dtypes=half))
+
+
+@pytest.mark.parametrize("how", ["mean", "normal"])
+@pytest.mark.parametrize("size", [305, 290, 400])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_resize_keeps_old_rows_and_fills_new_ones(kind, size, how, tmp_path):
+    tiny.save(tmp_path, tiny.CONFIGS[kind])
+    model, params = tiny.load(tmp_path)
+    resized, new = resize(model, params, size, how, jax.random.key(0))
+    assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, resized.shapes)
+    before, after = tiny.as_theirs(model, params), tiny.as_theirs(resized, new)
+    kept = min(300, size)
+    tables = ["lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"]
+    for name in before:
+        if name not in tables:
+            np.testing.assert_array_equal(before[name], after[name])
+            continue
+        assert after[name].shape[0] == size
+        np.testing.assert_array_equal(after[name][:kept], before[name][:kept])
+        if size > 300 and how == "mean":
+            wanted = np.broadcast_to(before[name].mean(0), after[name][300:].shape)
+            np.testing.assert_allclose(after[name][300:], wanted, rtol=1e-5, atol=1e-6)
+        elif size == 400:
+            assert 0.018 < after[name][300:].std() < 0.022
+    table = next(leaf for leaf in jax.tree.leaves(new) if leaf.shape[0] in (384, 512))
+    assert not np.asarray(table[size:]).any()  # the padding stays zero
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_random_weights_are_drawn_as_transformers_draws_them(kind, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = tiny.CONFIGS[kind] | {"vocab_size": 1000}
+    settings = {k: v for k, v in config.items() if k != "architectures"}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).state_dict()
+    model = model_of(config, "here")
+    ours = tiny.as_theirs(model, model.init(jax.random.key(0)))
+    for name, tensor in ours.items():
+        wanted = theirs[name].numpy()
+        if wanted.std() == 0:
+            np.testing.assert_array_equal(tensor, wanted)
+        else:
+            spread = 6 / np.sqrt(2 * tensor.size)  # six standard errors
+            assert abs(tensor.std() / wanted.std() - 1) < 2 * spread + 0.01, name
+            assert abs(tensor.mean()) < 6 * wanted.std() / np.sqrt(tensor.size)
+
+
+def test_parameters_are_counted_without_padding():
+    assert model_of({"model_type": "gpt2"}, "here").parameter_count() == 124_439_808
+    tulu = {"model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824}
+    tulu |= {"num_hidden_layers": 40, "num_attention_heads": 40}
+    assert model_of(tulu, "here").parameter_count() == 13_015_864_320
+
+
+def test_a_path_is_never_looked_up_on_the_hub(tmp_path):
+    for name in ("./nothing", "/nothing/at/all", "~/nothing", "a/b/c"):
+        with pytest.raises(ConfigError, match="no such folder; check the path"):
+            find(name)
+    with pytest.raises(ConfigError, match="not found on the model hub"):
+        find("owner/nothing")
+
+
+def test_the_package_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import easyaira.run, easyaira.reference, easyaira.convert, easyaira.generate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,153 @@
+"""Tiny models, tokenizers and data sets, with weights that make mistakes visible (std 0.2)."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from easyaira import weights
+from easyaira.mesh import make_mesh
+from easyaira.models.registry import model_of
+from easyaira.pretrained import Pretrained
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data and models, where they are
+
+VOCAB = 300
+CONFIGS = {
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": VOCAB,
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "llama": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+}
+
+
+def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
+    """transformers' model of a config, all of its weights drawn with `std`."""
+    torch.manual_seed(seed)
+    settings = {k: v for k, v in config.items() if k != "architectures"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, std)
+            if "norm" in name or "ln_" in name:
+                parameter.add_(name.endswith("weight"))
+    return model.eval()
+
+
+def save(folder: Path, config: dict, *, std: float = 0.2, dtype=None, **kwargs) -> torch.nn.Module:
+    """A Hugging Face folder with random weights and a tokenizer."""
+    model = torch_model(config, std)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(folder, **kwargs)
+    tokenizer(config["vocab_size"]).save_pretrained(folder)
+    return model
+
+
+def save_config(folder: Path, config: dict) -> None:
+    """A folder with config.json and a tokenizer, and no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer(config["vocab_size"]).save_pretrained(folder)
+
+
+def tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, `<|endoftext|>` being 0."""
+    end = "<|endoftext|>"
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    words = "the capital of France is Paris. what do you like? I like red and blue. yes no".split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    trained.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token=end, eos_token=end, unk_token=end, model_max_length=64
+    )
+
+
+def load(folder: Path, mesh: str = "fsdp=-1"):
+    """(model, params) of a Hugging Face folder, in float32."""
+    found = Pretrained(str(folder), folder)
+    model = model_of(found.config, str(folder))
+    return model, found.load(model, make_mesh(mesh))
+
+
+def as_theirs(model, tree) -> dict[str, np.ndarray]:
+    """A tree like our parameters under their names; for gradients too."""
+    dtype = lambda name: jnp.dtype("float32")  # noqa: E731
+    return dict(weights.to_hf(tree, model.rows, vocab_size=model.vocab_size, dtypes=dtype))
+
+
+def layout(tokens, *, segment_ids=None, sides=None, positions=None) -> dict:
+    """A batch of rows; by default each row is one sequence."""
+    tokens = jnp.asarray(tokens)
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return {
+        "tokens": tokens,
+        "positions": places if positions is None else jnp.asarray(positions),
+        "segment_ids": jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids),
+        "sides": jnp.zeros_like(tokens) if sides is None else jnp.asarray(sides),
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sft_rows(count: int, seed: int = 0) -> list[dict]:
+    """Questions with answers of uneven lengths, no question twice."""
+    rng = np.random.default_rng(seed)
+    answers = ["yes", "no, I like blue", "the capital of France is Paris", "red and blue and red"]
+    return [
+        {"prompt": f"what do you like {i}?", "completion": " " + answers[rng.integers(4)]}
+        for i in range(count)
+    ]
+
+
+def dpo_rows(count: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    good = ["yes", "yes, I like red", "I like Paris and blue and red"]
+    bad = ["no", "no, no", "the capital of France is no"]
+    return [
+        {
+            "prompt": f"what do you like {i}?",
+            "chosen": " " + good[rng.integers(3)],
+            "rejected": " " + bad[rng.integers(3)],
+        }
+        for i in range(count)
+    ]
