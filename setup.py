@@ -42,7 +42,7 @@ setup(
             "pre-commit>=4.0",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
-            "ruff>=0.14",
+            "ruff~=0.17.6",
             "torch==2.13.0",
         ],
     },

@@ -96,7 +96,11 @@ def test_a_folder_saved_by_datasets(tmp_path):
         ("a.jsonl", b'{"prompt": 3, "completion": "b"}\n', "column prompt: wanted text.*found int"),
         ("a.jsonl", b'{"prompt": null, "completion": "b"}\n', "column prompt.*found NoneType"),
         ("a.jsonl", '{"prompt": "\xe9"}'.encode("latin-1"), "a.jsonl: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:-9], "a.jsonl.gz: cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9],
+            "a.jsonl.gz: cannot be read",
+        ),
         ("a.json", b'{"prompt": "a"}', "wanted a list of rows"),
         ("a.csv", b'prompt,completion\n"a,b\n', "a.csv:.*not CSV"),
         ("a.parquet", b"PAR1xxxx", "a.parquet: cannot be read"),
