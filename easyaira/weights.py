@@ -52,11 +52,12 @@ SPLIT_QKV = Op(  # the last axis holds q, k and v one after another
 
 @dataclass(frozen=True)
 class Row:
-    """Our path, their name, and what lies between."""
+    """Our path, their name, what lies between, and which configs have it."""
 
     ours: str
     theirs: str
     op: Op = SAME
+    when: Callable[[Any], bool] = lambda config: True
 
     @property
     def stacked(self) -> bool:

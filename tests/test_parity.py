@@ -25,6 +25,9 @@ CASES = {
     | {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "llama-theta-eps-head": tiny.CONFIGS["llama"]
     | {"rope_theta": 500.0, "rms_norm_eps": 1e-2, "head_dim": 8, "num_key_value_heads": 1},
+    "opt": tiny.CONFIGS["opt"],
+    "opt-350m": tiny.CONFIGS["opt"]
+    | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
 }
 PADDED = 12  # tokens of a row, of which the first or last few are padding
 
@@ -146,7 +149,7 @@ def test_no_token_sees_its_future_or_another_segment(case, tmp_path):
         assert (np.abs(before[place:end] - after[place:end]).max(-1) > 0).all()
 
 
-@pytest.mark.parametrize("case", ["gpt2", "llama"])
+@pytest.mark.parametrize("case", tiny.CONFIGS)
 def test_prompt_shared_by_two_answers_equals_two_sequences(case, tmp_path):
     """One row of prompt, [its last token, chosen], [the same, rejected] says what two rows say."""
     tiny.save(tmp_path, CASES[case])

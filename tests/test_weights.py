@@ -224,6 +224,7 @@ def test_resize_keeps_old_rows_and_fills_new_ones(kind, size, how, tmp_path):
     before, after = tiny.as_theirs(model, params), tiny.as_theirs(resized, new)
     kept = min(300, size)
     tables = ["lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"]
+    tables += ["model.decoder.embed_tokens.weight"]
     for name in before:
         if name not in tables:
             np.testing.assert_array_equal(before[name], after[name])
@@ -258,11 +259,33 @@ def test_random_weights_are_drawn_as_transformers_draws_them(kind, tmp_path):
             assert abs(tensor.mean()) < 6 * wanted.std() / np.sqrt(tensor.size)
 
 
-def test_parameters_are_counted_without_padding():
-    assert model_of({"model_type": "gpt2"}, "here").parameter_count() == 124_439_808
-    tulu = {"model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824}
-    tulu |= {"num_hidden_layers": 40, "num_attention_heads": 40}
-    assert model_of(tulu, "here").parameter_count() == 13_015_864_320
+@pytest.mark.parametrize(
+    "config, count",
+    [
+        ({"model_type": "gpt2"}, 124_439_808),
+        ({"model_type": "gpt2", "vocab_size": 50_261}, 124_442_880),  # Aira-2-124M as released
+        ({"model_type": "opt"}, 125_239_296),
+        ({"model_type": "opt", "vocab_size": 50_270}, 125_237_760),  # Aira-OPT-125M
+        (
+            {"model_type": "opt", "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096}
+            | {"num_attention_heads": 16, "word_embed_proj_dim": 512}
+            | {"do_layer_norm_before": False},
+            331_196_416,
+        ),
+        (
+            {"model_type": "opt", "hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192}
+            | {"num_attention_heads": 32},
+            1_315_758_080,
+        ),
+        (
+            {"model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824}
+            | {"num_hidden_layers": 40, "num_attention_heads": 40},
+            13_015_864_320,
+        ),
+    ],
+)
+def test_parameters_are_counted_without_padding(config, count):
+    assert model_of(config, "here").parameter_count() == count
 
 
 def test_a_path_is_never_looked_up_on_the_hub(tmp_path):

@@ -138,7 +138,7 @@ def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
     """Which token may look at which: [R, T, T], query by key.
 
     A token sees its own segment, up to itself, and within it the shared prompt (side 0) and its own
-    side. Segment 0 is padding, which nobody sees.
+    side. Segment 0 is padding, which nobody sees, and neither does anybody see side 3.
     """
     query_segment, key_segment = segment_ids_RT[:, :, None], segment_ids_RT[:, None, :]
     query_side, key_side = sides_RT[:, :, None], sides_RT[:, None, :]
@@ -146,7 +146,7 @@ def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
     return (
         (query_segment == key_segment)
         & (key_segment > 0)
-        & ((key_side == 0) | (key_side == query_side))
+        & ((key_side == 0) | ((key_side == query_side) & (key_side != 3)))
         & (place[:, None] >= place)
     )
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from easyaira.errors import ConfigError
 from easyaira.mesh import Rules, path_of
-from easyaira.models import gpt2, llama
+from easyaira.models import gpt2, llama, opt
 from easyaira.models.heads import LM_HEAD_ROWS, LM_HEAD_RULES, CausalLM
 from easyaira.models.layers import ACTIVATIONS, Compute
 from easyaira.weights import Row
@@ -35,25 +35,22 @@ class Architecture:
     ]  # config keys that are not built, with the value that changes nothing
 
 
+def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Architecture:
+    return Architecture(
+        config,
+        backbone,
+        module.PARTITION_RULES,
+        module.HF_ROWS,
+        module.HF_PREFIX,
+        module.HF_IGNORED,
+        module.HF_NEUTRAL,
+    )
+
+
 MODELS = {
-    "gpt2": Architecture(
-        gpt2.GPT2Config,
-        gpt2.GPT2,
-        gpt2.PARTITION_RULES,
-        gpt2.HF_ROWS,
-        gpt2.HF_PREFIX,
-        gpt2.HF_IGNORED,
-        gpt2.HF_NEUTRAL,
-    ),
-    "llama": Architecture(
-        llama.LlamaConfig,
-        llama.Llama,
-        llama.PARTITION_RULES,
-        llama.HF_ROWS,
-        llama.HF_PREFIX,
-        llama.HF_IGNORED,
-        llama.HF_NEUTRAL,
-    ),
+    "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
+    "llama": _architecture(llama, llama.LlamaConfig, llama.Llama),
+    "opt": _architecture(opt, opt.OPTConfig, opt.OPT),
 }
 
 # config.json keys that do not change the numbers of a forward pass
@@ -68,7 +65,7 @@ HARMLESS = """
     max_new_tokens min_length no_repeat_ngram_size num_beams num_return_sequences repetition_penalty
     temperature top_k top_p typical_p diversity_penalty num_beam_groups encoder_no_repeat_ngram_size
     is_encoder_decoder tie_encoder_decoder remove_invalid_values return_dict_in_generate
-    output_scores
+    output_scores activation_dropout dropout layerdrop prefix
 """.split()
 
 
@@ -96,7 +93,8 @@ class Model:
 
     @property
     def rows(self) -> Sequence[Row]:
-        return (*self.architecture.rows, *(() if self.config.tie_word_embeddings else LM_HEAD_ROWS))
+        rows = (*self.architecture.rows, *(() if self.config.tie_word_embeddings else LM_HEAD_ROWS))
+        return [row for row in rows if row.when(self.config)]
 
     @property
     def vocab_size(self) -> int:
