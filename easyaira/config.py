@@ -39,6 +39,12 @@ class Source:
     """Split of a hub data set; a local file has only one."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the column's name there, such as {prompt: question, completion: answer}."""
+    weight: PositiveFloat = 1.0
+    """How often an epoch shows its rows: 2 shows each twice, 0.5 half of them."""
+    template: str | None = None
+    """Of this source; default: data.template."""
+    streaming: bool = False
+    """Read a hub data set over the network, row by row, without storing it first."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class DataConfig:
     """What is trained on."""
 
     train: str | list[Source]
-    """Hub id, file or folder, or a list of {path, split, columns}."""
+    """Hub id, file or folder, or a list of {path, split, columns, weight, template, streaming}."""
     split: str = "train"
     """Split of a hub data set that is named by a plain string."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -88,8 +94,16 @@ class DataConfig:
     eval: OpenUnitInterval | str | list[Source] | None = None
     """Held-out rows: a share of train split off by prompt (0.02), or sources like train."""
     template: str = "chat"
-    """plain (prompt, completion, EOS, nothing between), aira, tulu, chat (the tokenizer's own), or
-    a .jinja file."""
+    """plain (prompt, completion, EOS, nothing between), aira, tulu, zephyr, chatml, llama-2, chat
+    (the tokenizer's own), a .jinja file, or a Jinja template itself."""
+    reverse: bool = False
+    """Learn the prompt, given the completion: a backward model, for instruction backtranslation."""
+    allowed_tokens: list[str] = field(default_factory=list)
+    """Control tokens that stand for themselves where a text spells them. All others stay text."""
+    max_examples: PositiveInt | None = None
+    """Read only so many rows of each source of train."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read: stop and say where, or count it and go on."""
     max_length: PositiveInt | None = None
     """Longest example in tokens; default: the model's number of positions."""
     max_prompt_length: PositiveInt | None = None
@@ -100,10 +114,18 @@ class DataConfig:
     packing: bool = True
     """Put the examples of an update side by side in rows, each seeing only itself. It changes the
     amount of padding and nothing else."""
+    share_prompt: Literal["auto", "always", "never"] = "auto"
+    """Store the prompt of a pair once, seen by both answers. It changes the work and nothing else;
+    auto does it where it saves enough, and says so."""
     drop_last: bool = False
     """Leave out an epoch's last, smaller update."""
     max_dropped: Share = 0.05
     """Stop if more than this share of the rows cannot be trained on."""
+    compat: Literal["aira"] | None = None
+    """aira: for study, the loss of Aira's original scripts, on prompts and on padding up to
+    max_length (SFT only)."""
+    cache_dir: str | None = None
+    """Where tokenised data are kept; default: EASYAIRA_CACHE, or easyaira in the user's cache."""
 
     def __post_init__(self):
         named = isinstance(self.train, str) or isinstance(self.eval, str)
@@ -119,7 +141,12 @@ class SFTConfig:
     """Supervised fine-tuning."""
 
     completion_only_loss: bool = True
-    """Learn completions only; false learns the prompts too."""
+    """Learn what follows the prompt only; false learns the prompt, too. In a conversation, the
+    prompt is all that stands before the first answer."""
+    assistant_only_loss: bool = True
+    """Of what follows the prompt, learn the assistant's turns only; false learns all of it."""
+    last_turn_only: bool = False
+    """Learn the last answer of a conversation only; all before it is the prompt."""
 
 
 @dataclass(frozen=True)

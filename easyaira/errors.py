@@ -5,9 +5,13 @@ Every message is one line: where, what was found, what was wanted, and how to me
 
 
 class EasyAiraError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can mend. Names and texts out of files are in the message as
+    they print: one line, whatever they hold."""
 
     exit_status = 1
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class ConfigError(EasyAiraError):

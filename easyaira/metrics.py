@@ -58,7 +58,7 @@ class Window:
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
         self._since: float | None = None  # time counts from here; None while it does not
-        self._seconds, self._steps, self._tokens = 0.0, 0, 0
+        self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
     def to_save(self) -> dict[str, Any]:
         return {"sums": self.sums, "num_tokens": self.num_tokens}
@@ -72,13 +72,17 @@ class Window:
             self._seconds += time.perf_counter() - self._since
             self._since = None
 
-    def add(self, sums: Mapping[str, tuple[Any, Any]], tokens: int, timed: bool) -> None:
-        """One update's sums and its number of real tokens."""
-        self.sums = add(self.sums, sums)
-        self.num_tokens += tokens
+    def add(
+        self, sums: Mapping[str, tuple[Any, Any]], batch: Any, waited: float, timed: bool
+    ) -> None:
+        """One update's sums, its batch, and the seconds that were waited for that."""
+        padding = (batch.positions - batch.filled, batch.positions)
+        self.sums = add(self.sums, {**sums, "padding": padding})
+        self.num_tokens += batch.num_tokens
         if timed:
             self._steps += 1
-            self._tokens += tokens
+            self._tokens += batch.num_tokens
+            self._waited += waited
 
     def take(self) -> dict[str, float | None]:
         """Averages and rates; a new window begins."""
@@ -89,8 +93,9 @@ class Window:
             "num_tokens": self.num_tokens,
             "tokens_per_second": self._tokens / self._seconds if timed else None,
             "step_time": self._seconds / self._steps if timed else None,
+            "data_wait": self._waited / self._seconds if timed else None,
         }
-        self.sums, self._seconds, self._steps, self._tokens = {}, 0.0, 0, 0
+        self.sums, self._seconds, self._waited, self._steps, self._tokens = {}, 0.0, 0.0, 0, 0
         if running:
             self.run()
         return row

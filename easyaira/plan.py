@@ -19,14 +19,17 @@ def describe(setup: Setup) -> str:
     sizes = ",".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
     held_out = f", {len(setup.held_out.examples)} held out" if setup.held_out else ""
     dropped = f", dropped {told['dropped']}" if told["dropped"] else ""
-    cut = f", cut {told['cut']}" if told["cut"] else ""
+    noted = f", noted {told['noted']}" if told["noted"] else ""
+    shared = "; prompts stored once a pair" if setup.batches.share_prompt else ""
     warmup = optim.warmup_steps(config.optimizer, setup.total_steps)
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
         f"{model.vocab_size}, {model.compute.dtype.name} on {setup.mesh.size} x "
         f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
-        f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}{cut}; "
-        f"{told['tokens']:,} tokens, {told['learned tokens']:,} of them learned\n"
+        f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}"
+        f"{noted}; "
+        f"{told['tokens']:,} tokens, {told['learned_tokens']:,} of them "
+        f"learned{shared}\n"
         f"run     {setup.total_steps} updates of {config.train_batch_size} examples, {warmup} of "
         f"them warm-up, in {config.output_dir}"
     )
@@ -53,7 +56,7 @@ def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
     reference = algorithm.frozen(setup)
     frozen = reference and setup.target(reference)
     arrays = dict(setup.batches[0].arrays)
-    if algorithm.pairs and frozen is None:
+    if setup.data.train.answers == 2 and frozen is None:
         shape = (setup.config.gradient_accumulation_steps, setup.micro_batch, 2)
         arrays["ref_logps"] = np.zeros(shape, np.float32)
     batch = meshes.like(arrays, trainer.batch_shardings(arrays, setup.mesh))

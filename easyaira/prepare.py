@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from easyaira import mesh as meshes
 from easyaira import optim, pretrained, trainer
 from easyaira.config import RunConfig
-from easyaira.data import examples
+from easyaira.data import dataset
 from easyaira.data.batches import Batches
+from easyaira.data.examples import Examples, Recipe
 from easyaira.data.templates import Template
 from easyaira.errors import ConfigError, TokenizerError
 from easyaira.models.layers import Compute
@@ -43,7 +44,7 @@ class Setup:
     model: Model
     tokenizer: Any
     template: Template
-    data: examples.Data
+    data: dataset.Data
     batches: Batches
     held_out: Batches | None
     total_steps: int
@@ -84,23 +85,72 @@ class Algorithm(NamedTuple):
     """What makes a run SFT or DPO.
 
     Attributes:
-        pairs: examples are pairs.
-        learn_prompts: prompts carry loss, too.
+        recipe: what becomes of a row, given the longest example in tokens.
         loss_fn: Setup -> the loss function.
         frozen: Setup -> the model whose weights the step takes as frozen, or None.
         begin: (Setup, params, run folder, first time?) -> (frozen weights, what is known of the
             training examples, of the held-out examples, metrics before the first update).
     """
 
-    pairs: bool
-    learn_prompts: bool
+    recipe: Callable[[int], Recipe]
     loss_fn: Callable[[Setup], trainer.LossFn]
     frozen: Callable[[Setup], Model | None]
     begin: Callable[[Setup, Any, Path, bool], tuple[Any, Mapping, Mapping, Mapping[str, float]]]
 
 
+class Found(NamedTuple):
+    """The model of a run, and how it takes text."""
+
+    origin: Pretrained
+    stored: Model
+    model: Model
+    tokenizer: Any
+    template: Template
+    max_length: int
+
+
+def find(config: RunConfig, mesh: Mesh) -> Found:
+    """Find and check model, tokenizer, template and lengths. No weight is read.
+
+    Raises:
+        EasyAiraError: whatever is wrong with them.
+    """
+    random = config.model.init == "random"
+    name, revision = config.model.name_or_path, config.model.revision
+    origin = pretrained.find(name, revision, weights_wanted=not random)
+    stored = model_of(origin.config, str(origin.folder), _compute(config, mesh))
+    if not random:
+        origin.check(stored)
+    tokenizer = origin.tokenizer(config.model.tokenizer)
+    template = Template(
+        tokenizer,
+        config.data.template,
+        origin.config["model_type"],
+        config.data.allowed_tokens,
+    )
+    model = _resized(config, stored, template)
+    positions = model.config.max_positions
+    max_length = config.data.max_length or positions
+    if max_length > positions:
+        raise ConfigError(
+            f"data.max_length: {max_length} is more than the model's {positions} positions"
+        )
+    return Found(origin, stored, model, tokenizer, template, max_length)
+
+
+def read_data(config: RunConfig, found: Found, recipe: Recipe) -> dataset.Data:
+    """The data of a run, from the cache or into it."""
+    return dataset.load(
+        config.data,
+        recipe,
+        template=found.template,
+        vocab_size=found.model.vocab_size,
+        seed=config.seed,
+    )
+
+
 def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
-    """Find and check all that a run needs. Nothing is written, and no weight is read.
+    """Find and check all that a run needs. Nothing is computed, and no weight is read.
 
     Raises:
         EasyAiraError: whatever is wrong with configuration, model, tokenizer or data.
@@ -115,44 +165,28 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
             "devices cannot share alike; use a multiple of "
             f"{shards * config.gradient_accumulation_steps}"
         )
-    random = config.model.init == "random"
-    name, revision = config.model.name_or_path, config.model.revision
-    origin = pretrained.find(name, revision, weights_wanted=not random)
-    stored = model_of(origin.config, str(origin.folder), _compute(config, mesh))
-    if not random:
-        origin.check(stored)
-    tokenizer = origin.tokenizer(config.model.tokenizer)
-    template = Template(tokenizer, config.data.template, origin.config["model_type"])
-    model = _resized(config, stored, template)
+    found = find(config, mesh)
+    model = found.model
     meshes.shardings(model.shapes, model.rules, mesh)  # refuses a mesh that does not divide them
     if model.config.kv_heads % mesh.shape["tp"]:
         raise ConfigError(
             f"mesh: tp={mesh.shape['tp']} does not divide the model's {model.config.heads} heads "
             f"and {model.config.kv_heads} key/value heads"
         )
-    positions = model.config.max_positions
-    max_length = config.data.max_length or positions
-    if max_length > positions:
-        raise ConfigError(
-            f"data.max_length: {max_length} is more than the model's {positions} positions"
-        )
-    data = examples.load(
-        config.data,
-        pairs=algorithm.pairs,
-        template=template,
-        vocab_size=model.vocab_size,
-        max_length=max_length,
-        seed=config.seed,
-        learn_prompts=algorithm.learn_prompts,
-    )
+    data = read_data(config, found, algorithm.recipe(found.max_length))
+    layout = {
+        "shards": shards,
+        "packing": config.data.packing,
+        "share_prompt": shares_prompt(config.data.share_prompt, data.train),
+        "attention": attention_cost(model.config.width, model.config.heads),
+    }
     batches = Batches(
         data.train,
         config.train_batch_size,
         config.gradient_accumulation_steps,
-        shards,
-        config.data.packing,
-        config.seed,
-        config.data.drop_last,
+        seed=config.seed,
+        drop_last=config.data.drop_last,
+        **layout,
     )
     if not len(batches):
         raise ConfigError(
@@ -161,7 +195,7 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         )
     held_out = None
     if data.held_out is not None:
-        held_out = Batches(data.held_out, micro_batch, 1, shards, config.data.packing)
+        held_out = Batches(data.held_out, micro_batch, **layout)
     total_steps = config.max_steps
     if total_steps == -1:
         total_steps = max(1, round(config.num_train_epochs * len(batches)))
@@ -170,11 +204,11 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
     return Setup(
         config=config,
         mesh=mesh,
-        origin=origin,
-        stored=stored,
+        origin=found.origin,
+        stored=found.stored,
         model=model,
-        tokenizer=tokenizer,
-        template=template,
+        tokenizer=found.tokenizer,
+        template=found.template,
         data=data,
         batches=batches,
         held_out=held_out,
@@ -182,6 +216,23 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         schedule=schedule,
         tx=tx,
     )
+
+
+WORTH_SHARING = 0.15  # of the positions; below it, the longer rows cost more than is saved
+
+
+def shares_prompt(choice: str, examples: Examples) -> bool:
+    """Whether pairs are stored with their prompt once."""
+    if examples.answers != 2 or choice == "never":
+        return False
+    prompts = int((examples.bounds[:, 1] - examples.bounds[:, 0]).sum())
+    return choice == "always" or prompts > WORTH_SHARING * int(examples.lengths().sum())
+
+
+def attention_cost(width: int, heads: int) -> float:
+    """What a position's attention costs for each position it may look at, as a share of the
+    products with weights: 4 D against 24 D^2 operations a layer, and about 30 for a score."""
+    return (4 * width + 30 * heads) / (24 * width**2)
 
 
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:

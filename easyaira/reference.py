@@ -15,6 +15,7 @@ from tqdm import tqdm
 from easyaira import metrics, objectives, pretrained, trainer
 from easyaira.config import TrainDPO
 from easyaira.data.batches import LAYOUT, Batches
+from easyaira.data.examples import recipe_of
 from easyaira.errors import ConfigError
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup
@@ -26,8 +27,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
     """DPO as `run` takes it."""
     in_step = not config.dpo.precompute_ref_log_probs
     return Algorithm(
-        pairs=True,
-        learn_prompts=False,
+        recipe=lambda max_length: recipe_of("pair", config.data, max_length),
         loss_fn=lambda setup: objectives.dpo(
             setup.model,
             config.dpo,
@@ -128,8 +128,9 @@ def score_all(score: Callable, params: Any, batches: Batches, setup: Setup) -> n
     batches = replace(batches, drop_last=False)
     logps = np.zeros((len(batches.examples), 2), np.float32)
     updates = trainer.ahead(batches, 0, len(batches), setup.mesh)
-    for batch, arrays in tqdm(updates, "reference", len(batches), unit=" batches", disable=None):
-        logps[batch.examples] = np.asarray(score(params, arrays).logps)[tuple(batch.slots.T)]
+    for ready in tqdm(updates, "reference", len(batches), unit=" batches", disable=None):
+        scored = np.asarray(score(params, ready.arrays).logps)
+        logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
     return logps
 
 

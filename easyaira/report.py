@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     return drawn
 
 
-def _svg(drawn: Any) -> str:
+def svg(drawn: Any) -> str:
+    """A matplotlib figure as an element of a page."""
     text = io.StringIO()
     drawn.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
@@ -96,6 +98,13 @@ def page(title: str, *parts: str) -> str:
     return PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
+def write_file(path: Path, text: str) -> None:
+    """All of it, or what was there before."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
 def write(
     folder: Path,
     *,
@@ -110,11 +119,11 @@ def write(
         samples: one dictionary per prompt, with the same keys: the columns of the table of answers.
     """
     rows = metrics.read(folder / "metrics.jsonl")
-    parts = [table(("", ""), list(facts.items())), "<h2>Curves</h2>", _svg(figure(rows))]
+    parts = [table(("", ""), list(facts.items())), "<h2>Curves</h2>", svg(figure(rows))]
     if samples:
         columns = list(samples[0])
         cells = [[sample[column] for column in columns] for sample in samples]
         parts += ["<h2>Answers to held-out prompts</h2>", table(columns, cells)]
     config = (folder / "config.yaml").read_text()
     parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
-    (folder / "report.html").write_text(page(title, *parts), encoding="utf-8")
+    write_file(folder / "report.html", page(title, *parts))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import subprocess
 import time
@@ -19,13 +17,15 @@ import easyaira
 from easyaira import cli, pretrained
 from easyaira import config as configs
 from easyaira.checkpoint import Checkpoints
+from easyaira.data import report as data_report
 from easyaira.errors import ConfigError, StorageError
 from easyaira.prepare import Setup
+from easyaira.report import write_file
 
 # what may differ when a run is continued, since it does not change what is computed
 MAY_CHANGE = """
     mesh output_dir resume export num_samples logging_steps eval_steps save_steps save_total_limit
-    model.gradient_checkpointing
+    model.gradient_checkpointing data.cache_dir
 """.split()
 
 
@@ -40,7 +40,7 @@ def claim(setup: Setup) -> Checkpoints:
     record = folder / "config.yaml"
     if record.exists():
         _compare(yaml.safe_load(record.read_text(encoding="utf-8")), setup, record)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
         raise ConfigError(f"output_dir: {folder} is not empty and holds no run; choose another")
     elif config.resume == "must":
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
@@ -48,7 +48,7 @@ def claim(setup: Setup) -> Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         content = configs.to_dict(config) | {cli.PROVENANCE: provenance(setup)}
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        write_file(folder / "data_report.json", json.dumps(setup.data.report, indent=2) + "\n")
+        data_report.write(folder, setup.data)
         setup.tokenizer.chat_template = setup.template.jinja
         setup.tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
     except OSError as error:
@@ -61,11 +61,9 @@ def claim(setup: Setup) -> Checkpoints:
     return checkpoints
 
 
-def write_file(path: Path, text: str) -> None:
-    """All of it, or what was there before."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+def _strangers(folder: Path) -> list[Path]:
+    """What lies in a folder besides the report of `easyaira.inspect`."""
+    return [path for path in folder.iterdir() if path.name not in data_report.FILES]
 
 
 def _compare(saved: Mapping[str, Any], setup: Setup, record: Path) -> None:

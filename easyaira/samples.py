@@ -8,7 +8,7 @@ from typing import Any
 
 from easyaira.generate import generate
 from easyaira.prepare import Setup
-from easyaira.run_folder import write_file
+from easyaira.report import write_file
 
 SAMPLE_TOKENS = 64
 

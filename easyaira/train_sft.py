@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def sft_algorithm(config: TrainSFT) -> Algorithm:
     """SFT as `run` takes it."""
     from easyaira import objectives
+    from easyaira.data.examples import recipe_of
     from easyaira.prepare import Algorithm
 
     return Algorithm(
-        pairs=False,
-        learn_prompts=not config.sft.completion_only_loss,
+        recipe=lambda max_length: recipe_of("conversation", config.data, max_length, config.sft),
         loss_fn=lambda setup: objectives.sft(setup.model),
         frozen=lambda setup: None,
         begin=lambda setup, params, folder, first: (None, {}, {}, {}),

@@ -8,7 +8,8 @@ the compiled program."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -151,25 +152,40 @@ def evaluate(
 ) -> dict[str, float]:
     """Averages over all examples of `batches`, named eval_..."""
     sums: metrics.Sums = {}
-    for batch in ahead(batches, 0, len(batches), mesh):
-        sums = metrics.add(sums, jax.device_get(eval_step(params, frozen, batch[1])))
+    for ready in ahead(batches, 0, len(batches), mesh):
+        sums = metrics.add(sums, jax.device_get(eval_step(params, frozen, ready.arrays)))
     return metrics.averages(sums, "eval_")
 
 
-def ahead(batches: Batches, start: int, stop: int, mesh: Mesh):
-    """Updates start..stop - 1 as (batch, its arrays on the devices), each made while the one before
-    it is computed."""
+class Ready(NamedTuple):
+    """An update to be computed.
+
+    Attributes:
+        batch: without its arrays, which are not needed twice.
+        arrays: on the devices.
+        waited: seconds that nobody could do anything but wait for it.
+    """
+
+    batch: Batch
+    arrays: dict[str, jax.Array]
+    waited: float
+
+
+def ahead(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[Ready]:
+    """Updates start..stop - 1, each made on a thread while the one before it is computed."""
 
     def make(update: int) -> tuple[Batch, dict[str, jax.Array]]:
         batch = batches[update]
-        return batch, to_device(batch, mesh)
+        return batch._replace(arrays={}), to_device(batch, mesh)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         coming: Future | None = pool.submit(make, start) if start < stop else None
         for update in range(start, stop):
-            made = coming.result()
+            asked = time.perf_counter()
+            batch, arrays = coming.result()
+            waited = time.perf_counter() - asked
             coming = pool.submit(make, update + 1) if update + 1 < stop else None
-            yield made
+            yield Ready(batch, arrays, waited)
 
 
 class StopSignal:
@@ -229,7 +245,8 @@ def fit(
     eval_step = make_eval_step(loss_fn)
     peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
     start = int(state.step)
-    pending: list[tuple[int, Batch, Sums]] = []  # updates whose numbers are still on the device
+    pending: list[tuple[int, Ready, Sums]] = []  # updates whose numbers are still on the device
+    shapes = set()  # of rows, each of which was compiled for
 
     def due(step: int, every: int) -> bool:
         return step == total_steps or bool(every and step % every == 0)
@@ -240,26 +257,28 @@ def fit(
     def settle(until: int, measured: Mapping[str, float]) -> None:
         """Fetch the numbers of updates up to `until`, and write what is to be logged of them."""
         while pending and pending[0][0] <= until:
-            step, batch, sums = pending.pop(0)
+            step, ready, sums = pending.pop(0)
             sums = jax.device_get(sums)
             if (failed := int(sums.pop("failed")[0])) >= 0:
                 raise NonFiniteError(_failure(failed, batches, checkpoints))
-            window.add(sums, batch.num_tokens, timed=step > start + 1)
+            window.add(sums, ready.batch, ready.waited, timed=step > start + 1)
             row = measured if step == until else {}
             if due(step, config.logging_steps):
                 row = window.take() | row
                 row |= {"learning_rate": float(schedule(step - 1)), "epoch": step / len(batches)}
                 rate = row["tokens_per_second"]
                 row["mfu"] = rate and peak and rate * flops_per_token / (peak * mesh.size)
+                row["compilations"] = len(shapes)
             if row:
                 log.write(step, row)
 
     if start == 0 and (row := {**before, **measure()}):
         log.write(0, row)
     stop.deferred = True
-    for step, (batch, arrays) in enumerate(ahead(batches, start, total_steps, mesh), start + 1):
-        state, sums = train_step(state, frozen, arrays, key)
-        pending.append((step, batch, sums))
+    for step, ready in enumerate(ahead(batches, start, total_steps, mesh), start + 1):
+        state, sums = train_step(state, frozen, ready.arrays, key)
+        shapes.add(ready.batch.shape)
+        pending.append((step, ready, sums))
         log.advance(1)
         stopping = stop.received  # read once: a signal that comes later is for the next update
         saving = due(step, config.save_steps) or stopping

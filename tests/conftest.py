@@ -32,5 +32,11 @@ def devices(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Tokenised data of a test are its own."""
+    monkeypatch.setenv("EASYAIRA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def one_device(devices):
     devices(1)

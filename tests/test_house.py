@@ -16,12 +16,13 @@ HOUSE = """
     weights optim checkpoint metrics report verify
 
     models.layers
-    models.gpt2 models.llama models.heads
+    models.gpt2 models.llama models.opt models.heads
     models.registry
 
-    data.sources data.templates
+    data.sources data.schemas data.templates
     data.examples
-    data.batches
+    data.dataset data.batches
+    data.report
 
     trainer objectives pretrained generate card
     prepare release
@@ -29,12 +30,19 @@ HOUSE = """
     samples reference
     run
 
-    train_sft train_dpo convert
+    train_sft train_dpo inspect convert
     quickstart
 """
 ORDER = HOUSE.split()
 LEVEL = {name: i for i, line in enumerate(HOUSE.splitlines()) for name in line.split()}
-FLAX = {"models.layers", "models.gpt2", "models.llama", "models.heads", "models.registry"}
+FLAX = {
+    "models.layers",
+    "models.gpt2",
+    "models.llama",
+    "models.opt",
+    "models.heads",
+    "models.registry",
+}
 
 
 def modules():
@@ -82,7 +90,9 @@ def test_nothing_is_evaluated_unpickled_or_masked_by_pad_id():
             assert f" {word}" not in text, f"{path.name}: {word}"
 
 
-@pytest.mark.parametrize("module", ["train_sft", "train_dpo", "convert", "generate", "quickstart"])
+@pytest.mark.parametrize(
+    "module", ["train_sft", "train_dpo", "inspect", "convert", "generate", "quickstart"]
+)
 def test_help_answers_without_jax(module):
     code = (
         f"import sys; sys.argv = ['x', '--help']\n"

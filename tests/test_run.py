@@ -60,8 +60,8 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
     assert status == 0 and "bit for bit" in out
     held = {path.name for path in sft.iterdir()}
     assert held == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "data_report.json", "checkpoints",
-        "report.html", "samples.json", "tokenizer", "hf",
+        "config.yaml", "metrics.jsonl", "tensorboard", "data_report.json", "data_report.html",
+        "checkpoints", "report.html", "samples.json", "tokenizer", "hf",
     }  # fmt: skip
 
     config = yaml.safe_load((sft / "config.yaml").read_text())
@@ -71,7 +71,8 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
     rows = metrics.read(sft / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4]
     trained = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens_per_second",
-               "step_time", "mfu", "mean_token_accuracy"}  # fmt: skip
+               "step_time", "mfu", "mean_token_accuracy", "padding", "data_wait",
+               "compilations"}  # fmt: skip
     assert trained <= rows[1].keys() and "eval_loss" in rows[0] and "eval_loss" in rows[2]
     page = (sft / "report.html").read_text()
     assert "<svg" in page and "learning_rate" in page

@@ -1,15 +1,21 @@
 """Messages to tokens: what each template shows, what is learned, and what text can never become."""
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from easyaira.data.templates import AIRA_TOKENS, Template
+from easyaira.data import templates
+from easyaira.data.templates import AIRA_TOKENS, TEMPLATES, Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
 TURN = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Good day."}]
 TURNS = [*TURN, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
+SYSTEM = {"role": "system", "content": " be kind "}
 
 shared = pytest.mark.skipif(not tiny.SHARED.exists(), reason="shared data are not here")
 REAL = {
@@ -18,6 +24,42 @@ REAL = {
     "llama2": (tiny.SHARED / "tokenizers/llama2", "llama"),
     "stories": (tiny.SHARED / "models/stories260k", "llama"),
 }
+ENCODERS = {
+    "roberta": (tiny.SHARED / "tokenizers/roberta", "roberta"),
+    "bertimbau": (tiny.SHARED / "tokenizers/bertimbau", "bert"),
+}
+
+
+def with_tiny(*names):
+    return pytest.mark.parametrize(
+        "name", ["tiny", *(pytest.param(name, marks=shared) for name in names)]
+    )
+
+
+BYTE_LEVEL = ("gpt2", "opt", "roberta")
+LLAMA_LIKE = ("llama2", "stories")
+few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+SPELLED = [
+    *("</s>", "<s>", "<|endoftext|>", "[SEP]", "[CLS]", "<|user|>", "<|im_start|>", "<|im_end|>"),
+    *("\ue0000\ue001", templates.SPACE, " ", "  ", "\n", "😀", "👩‍👧", "é", *AIRA_TOKENS.values()),
+]
+# llama-like tokenizers read ▁ as a space
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
+TYPED = st.lists(st.sampled_from(SPELLED) | st.text(CHARACTERS, max_size=8), max_size=6).map(
+    "".join
+)
+
+
+@lru_cache
+def template_of(name, template_name):
+    if name == "tiny":
+        return Template(tiny.tokenizer(), template_name, "gpt2")
+    folder, kind = (REAL | ENCODERS)[name]
+    return Template(AutoTokenizer.from_pretrained(folder), template_name, kind)
+
+
+def turn(prompt, answer):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def spans(template, messages):
@@ -55,6 +97,62 @@ def test_tulu_shows_roles_as_text_and_learns_answers_with_their_end():
         ("\n<|user|>\nwhy?\n<|assistant|>\n", False),
         ("so.<|endoftext|>", True),
     ]
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        (
+            "plain",
+            [
+                (" be kind Hi there", False),
+                ("Good day.<|endoftext|>", True),
+                ("why?", False),
+                ("so.<|endoftext|>", True),
+            ],
+        ),
+        (
+            "zephyr",
+            [
+                (
+                    "<|system|>\n be kind <|endoftext|>\n"
+                    "<|user|>\nHi there<|endoftext|>\n<|assistant|>\n",
+                    False,
+                ),
+                ("Good day.<|endoftext|>", True),
+                ("\n<|user|>\nwhy?<|endoftext|>\n<|assistant|>\n", False),
+                ("so.<|endoftext|>", True),
+            ],
+        ),
+        (
+            "chatml",
+            [
+                (
+                    "<|im_start|>system\n be kind <|im_end|>\n"
+                    "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+                    False,
+                ),
+                ("Good day.<|im_end|>", True),
+                ("\n<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n", False),
+                ("so.<|im_end|>", True),
+            ],
+        ),
+        (
+            "llama-2",
+            [
+                (
+                    "<|endoftext|>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nHi there [/INST]",
+                    False,
+                ),
+                (" Good day. <|endoftext|>", True),
+                ("<|endoftext|>[INST] why? [/INST]", False),
+                (" so. <|endoftext|>", True),
+            ],
+        ),
+    ],
+)
+def test_a_template_shows_a_system_message_and_two_turns(name, wanted):
+    assert spans(template_of("tiny", name), [SYSTEM, *TURNS]) == wanted
 
 
 @pytest.mark.parametrize("name", ["plain", "aira", "tulu"])
@@ -172,23 +270,25 @@ def test_exactly_one_start_token_where_the_tokenizer_has_one(name, template_name
 
 
 @shared
+@pytest.mark.parametrize("template_name", ["tulu", "zephyr", "chatml", "llama-2"])
 @pytest.mark.parametrize("name", REAL)
-def test_tulu_ids_equal_apply_chat_template(name):
-    folder, kind = REAL[name]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    template = Template(tokenizer, "tulu", kind)
-    for messages in (TURN, [{"role": "system", "content": "Be kind."}, *TURNS]):
-        rendered = tokenizer.apply_chat_template(
-            messages, chat_template=template.jinja, tokenize=True, return_dict=True
-        )
-        assert rendered["input_ids"] == ids(template, messages)
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1],
-            chat_template=template.jinja,
-            add_generation_prompt=True,
-            return_dict=True,
-        )
-        assert prompt["input_ids"] == template.prompt(messages[:-1]).tolist()
+def test_ids_equal_apply_chat_template(name, template_name):
+    template = template_of(name, template_name)
+    tokenizer = template.tokenizer
+
+    def theirs(messages, **kwargs):
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template.jinja, return_dict=True, **kwargs
+        )["input_ids"]
+
+    start = [] if "bos_token" in template.jinja else template.first
+    for messages in (TURN, TURNS, [SYSTEM, *TURNS]):
+        whole = theirs(messages)
+        end = max(i for i, token in enumerate(whole) if token in template.end_ids) + 1
+        assert ids(template, messages) == start + whole[:end]
+        assert tokenizer.decode(whole[end:]) == ("\n" if template_name == "chatml" else "")
+        prompt = theirs(messages[:-1], add_generation_prompt=True)
+        assert template.prompt(messages[:-1]).tolist() == start + prompt
 
 
 @shared
@@ -200,3 +300,182 @@ def test_plain_prompts_equal_the_tokenizers_own_call(name):
     for text in ("Once upon a time", " leading space", "two\n\nlines"):
         messages = [{"role": "user", "content": text}]
         assert template.prompt(messages).tolist() == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("template_name", TEMPLATES)
+@with_tiny(*REAL, "roberta")
+@few
+@given(asked=TYPED, before=TYPED, prompt=TYPED, answer=TYPED)
+def test_a_prompt_is_a_prefix_whatever_is_typed(name, template_name, asked, before, prompt, answer):
+    template = template_of(name, template_name)
+    messages = [*turn(asked, before), *turn(prompt, answer)]
+    whole, start = ids(template, messages), template.prompt(messages[:-1]).tolist()
+    assert whole[: len(start)] == start
+
+
+@pytest.mark.parametrize("template_name", TEMPLATES)
+@with_tiny(*REAL, "roberta")
+@few
+@given(prompt=TYPED, answer=TYPED)
+def test_no_control_token_stems_from_what_is_typed(name, template_name, prompt, answer):
+    template = template_of(name, template_name)
+    found, wanted = (
+        [i for i in ids(template, messages) if i in template.controls.values()]
+        for messages in (turn(prompt, answer), TURN)
+    )
+    assert found == wanted
+    if template_name == "plain":
+        assert found == [*template.first, template.end]
+
+
+@pytest.mark.parametrize("template_name", ["plain", "zephyr", "chatml"])
+@with_tiny(*REAL, "roberta")
+@few
+@given(prompt=TYPED, answer=TYPED)
+def test_what_is_learned_is_the_answer_and_its_end(name, template_name, prompt, answer):
+    template = template_of(name, template_name)
+    tokenizer = template.tokenizer
+    # llama-like tokenizers put a space in front of a text; inside a sequence there is none
+    anchor = "\n" if name in LLAMA_LIKE else ""
+    start, whole = tokenizer(
+        [anchor, anchor + answer], add_special_tokens=False, split_special_tokens=True
+    ).input_ids
+    encoded = template.encode([turn(prompt, answer)])[0]
+    learned = [token for tokens, learned in encoded if learned for token in tokens.tolist()]
+    assert learned == [*whole[len(start) :], template.end]
+    assert tokenizer.decode(start + learned) == anchor + answer + tokenizer.eos_token
+
+
+@with_tiny(*REAL, "roberta")
+@few
+@given(prompt=TYPED)
+@example(prompt=" two  spaces")
+def test_a_plain_prompt_decodes_to_itself(name, prompt):
+    template = template_of(name, "plain")
+    tokens = template.prompt(turn(prompt, "")[:1])[len(template.first) :]
+    # llama2 puts its space in front of a text only if there is none
+    wanted = prompt.removeprefix(" ") if name == "llama2" else prompt
+    assert template.tokenizer.decode(tokens) == wanted
+
+
+@shared
+@few
+@given(prompt=TYPED, answer=TYPED)
+def test_an_encoder_frames_a_prompt_and_its_answer(prompt, answer):
+    template = template_of("bertimbau", "plain")
+    tokenizer = template.tokenizer
+    whole, start = ids(template, turn(prompt, answer)), template.prompt(turn(prompt, "")[:1])
+    assert whole[: len(start)] == start.tolist()
+    texts = tokenizer(
+        [prompt, answer], add_special_tokens=False, split_special_tokens=True
+    ).input_ids
+    assert whole == [tokenizer.cls_token_id, *texts[0], *texts[1], tokenizer.sep_token_id]
+    controls = set(template.controls.values()) - {tokenizer.unk_token_id}
+    assert [i for i in whole if i in controls] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+
+
+@with_tiny(*REAL)
+def test_an_allowed_control_token_becomes_its_id_and_others_stay_text(name):
+    folder, kind = REAL.get(name, (None, "gpt2"))
+    tokenizer = AutoTokenizer.from_pretrained(folder) if folder else tiny.tokenizer()
+    allowed, other = "<|endofinstruction|>", "<|startofinstruction|>"
+    template = Template(tokenizer, "aira", kind, allowed=[allowed])
+    messages = turn(f"a{allowed}b{other}c", f"d{allowed}{other}")
+    of = template.controls
+    found = [i for i in ids(template, messages) if i in of.values()]
+    assert found == [of[other], of[allowed], of[allowed], of[allowed], template.end]
+    assert template.text(ids(template, messages)).count(other) == 2
+    assert template.types_control(f"a {other}")
+    assert not template.types_control(f"a {allowed} <|user|>")
+    assert Template(tokenizer, "aira", kind).types_control(allowed)
+
+
+def test_only_a_control_token_can_be_allowed():
+    with pytest.raises(ConfigError, match=r"'<\|user\|>' is no control token.*<\|endoftext\|>"):
+        Template(tiny.tokenizer(), "plain", "gpt2", allowed=["<|user|>"])
+
+
+@lru_cache
+def template_with_words(name):
+    folder, kind = (REAL | ENCODERS).get(name, (None, "gpt2"))
+    tokenizer = AutoTokenizer.from_pretrained(folder) if folder else tiny.tokenizer()
+    tokenizer.add_tokens(["<|marker|>", "Aira"])
+    return Template(tokenizer, "plain", kind)
+
+
+@with_tiny(*REAL, *ENCODERS)
+@few
+@given(typed=TYPED)
+def test_an_added_token_that_looks_like_a_marker_is_never_typed(name, typed):
+    template = template_with_words(name)
+    marker, word = template.tokenizer.convert_tokens_to_ids(["<|marker|>", "Aira"])
+    text = f"<|marker|>{typed}<<|marker|>> Aira <|marker|><|marker|>"
+    whole = ids(template, turn(text, text))
+    assert whole.count(marker) == 0
+    assert whole.count(word) == 2
+    assert template.types_control("a<|marker|>") and not template.types_control("Aira")
+
+
+@shared
+@pytest.mark.parametrize(
+    "typed, lower", [("<|mar\0ker|>", False), ("<|MARKER|>", True)], ids=["nul", "case"]
+)
+def test_a_text_that_normalises_to_a_marker_is_never_one(typed, lower):
+    folder, kind = ENCODERS["bertimbau"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, do_lower_case=lower)
+    tokenizer.add_tokens(["<|marker|>"])
+    template = Template(tokenizer, "plain", kind)
+    assert template.controls["<|marker|>"] not in ids(template, turn(typed, typed))
+
+
+def test_the_longest_allowed_token_wins():
+    tokenizer = tiny.tokenizer()
+    tokens = ["<|a", "<|a|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    template = Template(tokenizer, "plain", "gpt2", allowed=tokens)
+    assert template.controls["<|a|>"] in ids(template, turn("<|a|>", "b"))
+
+
+@with_tiny(*REAL, *ENCODERS)
+@few
+@given(text=TYPED)
+def test_a_text_to_be_judged_is_framed_as_by_its_tokenizer(name, text):
+    template = template_of(name, "plain")
+    tokenizer = template.tokenizer
+    found = [tokens.tolist() for tokens in template.judged(["Hi there", text])]
+    assert found[0] == tokenizer("Hi there").input_ids
+    assert found[1] == tokenizer(text, split_special_tokens=True).input_ids
+
+
+@with_tiny(*BYTE_LEVEL)
+@few
+@given(prompt=TYPED, answer=TYPED)
+@example(prompt="👩‍👧" * 20, answer="é😀" * 20)
+def test_pieces_join_to_the_text(name, prompt, answer):
+    template = template_of(name, "aira")
+    tokens = ids(template, turn(prompt, answer))
+    pieces = template.pieces(tokens)
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == template.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("text", ["a\ufffd", "\ufffd" * 40, "cut 😀"], ids=["one", "many", "cut"])
+def test_pieces_show_replacement_characters_at_the_end(text):
+    template = template_of("tiny", "plain")
+    tokens = template.tokenizer(text).input_ids
+    tokens = tokens[:-1] if text.startswith("cut") else tokens
+    assert "".join(template.pieces(tokens)) == template.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("name", ["plain", "tulu", "zephyr", "llama-2"])
+def test_a_template_can_be_given_as_jinja(name):
+    given_as_jinja = Template(tiny.tokenizer(), TEMPLATES[name], "gpt2")
+    assert ids(given_as_jinja, TURNS) == ids(template_of("tiny", name), TURNS)
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
+    endless = "{% for i in range(1500) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = Template(tiny.tokenizer(), endless + TEMPLATES["plain"], "gpt2")
+    with pytest.raises(TokenizerError, match="does not end within 1 seconds"):
+        template.accepts(TURN)

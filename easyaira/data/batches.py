@@ -6,21 +6,24 @@ examples of a micro-batch.
     tokens       [A, R, T]  token ids; 0 in padding
     positions    [A, R, T]  place in its own sequence, from 0
     segment_ids  [A, R, T]  the example's number in its micro-batch, from 1; 0 is padding
-    sides        [A, R, T]  0 shared or unpaired, 1 chosen, 2 rejected
+    sides        [A, R, T]  0 shared or unpaired, 1 chosen, 2 rejected, 3 seen by no token
     loss_mask    [A, R, T]  tokens that are learned (each is predicted by the token before it)
 
 and whatever is known of each example, [A, B, ...], such as the reference's log-probabilities.
+
+A pair lies in two sequences, or, with its prompt stored once, in one: the prompt but for its last
+token, then for each side that last token and the answer. So every learned token has the one that
+predicts it before it, and only one token of the prompt is there twice.
 
 Update n is a pure function of (seed, n): the order is one integer of state.
 """
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ import numpy as np
 from easyaira.data.examples import Examples
 
 LAYOUT = ("tokens", "positions", "segment_ids", "sides", "loss_mask")
+UNSEEN = 3  # the side of tokens that no token looks at
 
 
 class Batch(NamedTuple):
@@ -38,29 +42,32 @@ class Batch(NamedTuple):
         examples: [n] which examples these are.
         slots: [n, 2] the micro-batch and the place in it of each example.
         num_tokens: real tokens; a prompt counts once with each answer, padding never.
+        positions: how many are computed, padding too; `filled`: how many of them hold a token.
+        shape: rows of a shard and their length; a program is compiled for each that occurs.
     """
 
     arrays: dict[str, np.ndarray]
     examples: np.ndarray
     slots: np.ndarray
     num_tokens: int
+    positions: int
+    filled: int
+    shape: Shape
 
 
 class Shape(NamedTuple):
-    """Rows of a data shard, and their length. A program is compiled for each shape that occurs."""
+    """Rows of a data shard, and their length."""
 
     rows: int
     length: int
 
-    @property
-    def cost(self) -> float:
-        """What it costs to compute: its positions, more in long rows, whose attention grows."""
-        return self.rows * self.length * (1 + self.length / 2048)
 
-
-MAX_SHAPES = 4
-WORTH_A_SHAPE = 0.05  # of the cost of all updates; one more program takes time to compile
-SAMPLED_UPDATES = 64
+MAX_SHAPES = 8
+COMPILATION = 10  # what a program more costs, in updates
+SAMPLED_UPDATES = 256
+EXTREME_UPDATES = 16  # the largest and those with the longest examples, of SAMPLED_EPOCHS
+SAMPLED_EPOCHS = 3
+ROW_COUNTS = 24  # that are tried for a length
 MAX_PACKED_LENGTH = 4096  # longer rows only for longer examples
 
 
@@ -74,29 +81,24 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     """The indices of `lengths` in as few rows of `room` as best-fit finds, longest first."""
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (space left, row), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(spaces, (lengths[i], -1))
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[i]
+        place = bisect_left(spaces, (length, -1))
         if place == len(spaces):
-            rows.append([])
-            space, row = room, len(rows) - 1
+            rows.append([i])
+            insort(spaces, (room - length, len(rows) - 1))
         else:
             space, row = spaces.pop(place)
-        rows[row].append(i)
-        insort(spaces, (space - lengths[i], row))
+            rows[row].append(i)
+            insort(spaces, (space - length, row))
     return rows
 
 
-class Block(NamedTuple):
-    """Tokens that see each other: a prompt with one answer."""
-
-    member: int  # the example's number in its group
-    side: int  # 0, or 1 and 2 of a pair
-    prompt: slice  # of the flat arrays of the examples
-    answer: slice
-
-    @property
-    def length(self) -> int:
-        return self.prompt.stop - self.prompt.start + self.answer.stop - self.answer.start
+@lru_cache(maxsize=4)
+def _order(seed: int | None, epoch: int, count: int) -> np.ndarray:
+    if seed is None:
+        return np.arange(count)
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,14 @@ class Batches:
         examples: what is trained on.
         size: examples in an update.
         accumulation: micro-batches in an update.
-        shards: parts that a micro-batch is divided into, each with the same number of rows.
+        shards: parts that a micro-batch is divided into, each with as many rows and examples.
+        local: the shards whose rows this host makes; default: all.
         packing: several examples in a row.
+        share_prompt: pairs lie in one sequence, with their prompt stored once.
         seed: of the order, a new permutation in every epoch; None keeps the order of the examples.
         drop_last: leave out an epoch's last, smaller update.
+        attention: cost of a position's attention, for each position of its row, as a share of all
+            else that a position costs.
         known: name -> [n, ...] what is known of each example.
     """
 
@@ -118,9 +124,12 @@ class Batches:
     size: int
     accumulation: int = 1
     shards: int = 1
+    local: range | None = None
     packing: bool = True
+    share_prompt: bool = False
     seed: int | None = None
     drop_last: bool = False
+    attention: float = 1 / 2048
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -129,130 +138,216 @@ class Batches:
         return whole + bool(rest and not self.drop_last)
 
     def order(self, epoch: int) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(len(self.examples))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return _order(self.seed, epoch, len(self.examples))
 
     def members(self, update: int) -> np.ndarray:
         """The examples of an update, counted from 0 over all epochs."""
         epoch, place = divmod(update, len(self))
         return self.order(epoch)[place * self.size : (place + 1) * self.size]
 
-    def groups(self, update: int) -> list[list[Block]]:
-        """The blocks of each shard of each micro-batch; every group has as many examples."""
+    @cached_property
+    def block_lengths(self) -> np.ndarray:
+        """[n, 1 or 2] the tokens of an example that must lie together in a row."""
+        bounds = self.examples.bounds
+        if not self.share_prompt:
+            return self.examples.lengths()
+        prompt = bounds[:, 1] - bounds[:, 0]
+        last = np.minimum(prompt, 1)  # a prompt's last token stands before each answer
+        return (prompt - last + 2 * last + bounds[:, 3] - bounds[:, 1])[:, None]
+
+    def groups(self, update: int) -> list[list[int]]:
+        """The block lengths of each shard of each micro-batch, example by example."""
         parts = np.array_split(self.members(update), self.accumulation * self.shards)
-        return [self._blocks(part) for part in parts]
+        return [self.block_lengths[part].ravel().tolist() for part in parts]
 
-    def _blocks(self, members: np.ndarray) -> list[Block]:
-        blocks = []
-        for member, bounds in enumerate(self.examples.bounds[members].tolist()):
-            prompt = slice(bounds[0], bounds[1])
-            answers = list(itertools.starmap(slice, itertools.pairwise(bounds[1:])))
-            sides = (1, 2) if len(answers) == 2 else (0,)
-            blocks += [Block(member, s, prompt, a) for s, a in zip(sides, answers, strict=True)]
-        return blocks
-
-    def rows_of(self, groups: list[list[Block]], length: int) -> list[list[list[int]]]:
+    def rows_of(self, groups: list[list[int]], length: int) -> list[list[list[int]]]:
         """For each group, which blocks share a row."""
         if not self.packing:
             return [[[i] for i in range(len(group))] for group in groups]
-        return [pack([block.length for block in group], length) for group in groups]
+        return [pack(group, length) for group in groups]
+
+    def _sampled(self) -> list[int]:
+        """Updates that stand for all: some of an epoch, and the largest of several."""
+        chosen = set(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_UPDATES)).astype(int))
+        per_example = self.block_lengths.sum(1), self.block_lengths.max(1)
+        for epoch in range(SAMPLED_EPOCHS if self.seed is not None else 1):
+            starts = np.arange(len(self)) * self.size
+            order = self.order(epoch)[: (starts[-1] + self.size)]
+            sums = np.add.reduceat(per_example[0][order], starts)
+            longest = np.maximum.reduceat(per_example[1][order], starts)
+            for sizes in (sums, longest):
+                extreme = np.argsort(sizes, kind="stable")[-EXTREME_UPDATES:]
+                chosen |= set(extreme + epoch * len(self))
+        return sorted(int(update) for update in chosen)
 
     @cached_property
     def shapes(self) -> list[Shape]:
-        """The shapes of this run, chosen from a sample of its updates.
-
-        The one that serves all of them best, and then, one by one, whichever saves most, as long as
-        it saves enough to be worth a program.
-        """
-        sample = [self.groups(i) for i in range(min(len(self), SAMPLED_UPDATES))]
-        longest = [max(block.length for group in groups for block in group) for groups in sample]
-        totals = [max(sum(b.length for b in group) for group in groups) for groups in sample]
-        limit = max(max(longest), MAX_PACKED_LENGTH if self.packing else 0)
-        lengths = {bucket(n, 8) for n in (*longest, *totals) if n <= limit}
+        """The shapes of this run, the cheapest first, chosen from a sample of its updates: the one
+        that serves all best, and others as long as each saves more than its compilation costs."""
+        sample = [self.groups(update) for update in self._sampled()]
+        longest = np.array([max(max(group, default=1) for group in groups) for groups in sample])
+        totals = np.array([max(sum(group) for group in groups) for groups in sample])
+        limit = max(int(longest.max()), MAX_PACKED_LENGTH if self.packing else 0)
+        sizes = {int(n) for n in (*longest, *totals) if n <= limit}
+        sizes |= {size for size in (2**i + 2**j for i in range(3, 12) for j in (i - 1, i))}
+        lengths = sorted(
+            {bucket(n, 8) for n in sizes if longest.min() <= n <= min(limit, totals.max())}
+            | {bucket(int(longest.max()), 8)}
+        )
         needed = np.full((len(lengths), len(sample)), np.inf)  # rows, where the length is enough
-        for i, length in enumerate(sorted(lengths)):
+        for i, length in enumerate(lengths):
             for j, groups in enumerate(sample):
                 if length >= longest[j]:
                     needed[i, j] = max(map(len, self.rows_of(groups, length)))
-        return choose_shapes(sorted(lengths), needed)
+        shapes = choose_shapes(lengths, needed, self.cost, updates=len(self))
+        return sorted(shapes, key=self.cost)
 
-    def arrange(self, groups: list[list[Block]]) -> tuple[Shape, list[list[list[int]]]]:
+    def cost(self, shape: Shape) -> float:
+        return shape.rows * shape.length * (1 + self.attention * shape.length)
+
+    def arrange(self, groups: list[list[int]]) -> tuple[Shape, list[list[list[int]]]]:
         """The cheapest shape that holds an update, and how it does. An update that is unlike all
         that were sampled has a shape of its own."""
-        longest = max(block.length for group in groups for block in group)
-        for shape in sorted(self.shapes, key=lambda shape: shape.cost):
-            if shape.length >= longest:
-                rows = self.rows_of(groups, shape.length)
+        longest = max(max(group, default=1) for group in groups)
+        total = max(sum(group) for group in groups)
+        packed: dict[int, list[list[list[int]]]] = {}
+        for shape in self.shapes:
+            if shape.length >= longest and shape.rows * shape.length >= total:
+                if shape.length not in packed:
+                    packed[shape.length] = self.rows_of(groups, shape.length)
+                rows = packed[shape.length]
                 if max(map(len, rows)) <= shape.rows:
                     return shape, rows
-        length = bucket(longest, 8)
+        length = bucket(max(longest, self.shapes[-1].length), 8)
         rows = self.rows_of(groups, length)
         return Shape(bucket(max(map(len, rows))), length), rows
 
     def __getitem__(self, update: int) -> Batch:
         members, groups = self.members(update), self.groups(update)
         shape, rows = self.arrange(groups)
-        layout = (self.accumulation, self.shards, *shape)
+        local = self.local or range(self.shards)
+        layout = (self.accumulation, len(local), *shape)
         arrays = {name: np.zeros(layout, np.int32) for name in LAYOUT}
-        per_group = self.size // len(groups)
-        slots = []
-        for g, (group, group_rows) in enumerate(zip(groups, rows, strict=True)):
-            micro, shard = divmod(g, self.shards)
-            first = shard * per_group
-            slots += [(micro, first + m) for m in dict.fromkeys(block.member for block in group)]
-            for r, row in enumerate(group_rows):
-                start = 0
-                for block in (group[i] for i in row):
-                    place = (micro, shard, r, slice(start, start + block.length))
-                    for name, flat in (
-                        ("tokens", self.examples.tokens),
-                        ("loss_mask", self.examples.learned),
-                    ):
-                        arrays[name][place] = np.concatenate(
-                            [flat[block.prompt], flat[block.answer]]
-                        )
-                    arrays["positions"][place] = np.arange(block.length)
-                    arrays["segment_ids"][place] = first + block.member + 1
-                    arrays["sides"][place] = block.side
-                    start += block.length
-        rows_and_length = (self.accumulation, self.shards * shape.rows, shape.length)
-        arrays = {name: array.reshape(rows_and_length) for name, array in arrays.items()}
         arrays["loss_mask"] = arrays["loss_mask"].astype(bool)
+        flat = [array.reshape(-1) for array in arrays.values()]
+        per_group = self.size // len(groups)
+        of_group = np.array_split(members, len(groups))
+        slots = np.zeros((len(members), 2), np.int64)
+        done = 0
+        for g, group in enumerate(groups):
+            micro, shard = divmod(g, self.shards)
+            first = shard * per_group  # the examples of a micro-batch are numbered over its shards
+            count = len(of_group[g])
+            slots[done : done + count, 0] = micro
+            slots[done : done + count, 1] = first + np.arange(count)
+            done += count
+            if shard not in local:
+                continue
+            bounds = self.examples.bounds[of_group[g]].tolist()
+            unseen = self.examples.unseen[of_group[g]].tolist()
+            blocks = len(group) // max(count, 1)  # of an example
+            corner = (micro * len(local) + local.index(shard)) * shape.rows
+            for r, row in enumerate(rows[g]):
+                at = (corner + r) * shape.length
+                for i in row:
+                    member, block = divmod(i, blocks)
+                    self._write(flat, at, bounds[member], block, first + member + 1)
+                    if unseen[member]:
+                        end = at + group[i]
+                        flat[3][end - unseen[member] : end] = UNSEEN
+                    at += group[i]
+        lines = (self.accumulation, len(local) * shape.rows, shape.length)
+        arrays = {name: array.reshape(lines) for name, array in arrays.items()}
         for name, values in self.known.items():
             held = np.zeros(
                 (self.accumulation, self.size // self.accumulation, *values.shape[1:]), values.dtype
             )
-            held[tuple(np.array(slots).T)] = values[members]
+            held[tuple(slots.T)] = values[members]
             arrays[name] = held
-        num_tokens = sum(block.length for group in groups for block in group)
-        return Batch(arrays, members, np.array(slots), num_tokens)
+        unseen = int(self.examples.unseen[members].sum())
+        return Batch(
+            arrays,
+            members,
+            slots,
+            num_tokens=int(self._lengths[members].sum()) - unseen,
+            positions=self.accumulation * self.shards * shape.rows * shape.length,
+            filled=sum(map(sum, groups)) - unseen,
+            shape=shape,
+        )
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.examples.lengths().sum(1)
+
+    def _write(
+        self, flat: list[np.ndarray], at: int, bounds: list[int], block: int, number: int
+    ) -> None:
+        """One block at one place: whole slices, since a million of them are written."""
+        tokens, positions, segment_ids, sides, loss_mask = flat
+        of, learned = self.examples.tokens, self.examples.learned
+        start, answer = bounds[0], bounds[1]
+        prompt = answer - start
+
+        def copy(to: int, begin: int, end: int) -> int:
+            tokens[to : to + end - begin] = of[begin:end]
+            loss_mask[to : to + end - begin] = learned[begin:end]
+            return to + end - begin
+
+        if self.share_prompt:
+            last = min(prompt, 1)
+            middle = copy(at, start, bounds[2])
+            end = copy(copy(middle, answer - last, answer), bounds[2], bounds[3])
+            positions[at:middle] = _places(middle - at)
+            positions[middle:end] = _places(prompt + bounds[3] - bounds[2])[prompt - last :]
+            sides[at + prompt - last : middle] = 1
+            sides[middle:end] = 2
+        else:
+            end = at
+            if block:  # the second answer does not lie behind the prompt
+                end = copy(end, start, answer)
+                start = bounds[1 + block]
+            end = copy(end, start, bounds[2 + block])
+            positions[at:end] = _places(end - at)
+            if len(bounds) == 4:
+                sides[at:end] = 1 + block
+        segment_ids[at:end] = number
 
 
-def choose_shapes(lengths: list[int], needed: np.ndarray) -> list[Shape]:
+_PLACES = np.arange(1 << 16, dtype=np.int32)
+
+
+def _places(count: int) -> np.ndarray:
+    return _PLACES[:count] if count <= len(_PLACES) else np.arange(count, dtype=np.int32)
+
+
+def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int) -> list[Shape]:
     """Few shapes that hold all updates at little cost.
 
     Args:
         lengths: row lengths to choose from.
-        needed: [lengths, updates] rows that an update needs at a length; infinite where a row is
-            too short for it.
+        needed: [lengths, sampled updates] rows that an update needs at a length; infinite where a
+            row is too short for it.
+        cost: of a shape.
+        updates: how often they will be used, all together.
     """
-    candidates = [
-        Shape(int(rows), length)
-        for length, row in zip(lengths, needed, strict=True)
-        for rows in {bucket(int(n)) for n in row[np.isfinite(row)]}
-    ]
-    place = {length: i for i, length in enumerate(lengths)}
-    costs = np.array(  # [candidates, updates], infinite where it does not hold the update
-        [np.where(needed[place[s.length]] <= s.rows, s.cost, np.inf) for s in candidates]
-    )
+    candidates, fits = [], []
+    for length, row in zip(lengths, needed, strict=True):
+        counts = np.unique(row[np.isfinite(row)])
+        some = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), ROW_COUNTS)).astype(int))
+        for rows in counts[some] if len(counts) else []:
+            candidates.append(Shape(int(rows), length))
+            fits.append(row <= rows)
+    costs = np.where(np.array(fits), np.array([[cost(shape)] for shape in candidates]), np.inf)
     chosen = [int(np.argmin(costs.sum(1)))]
-    best = costs[chosen[0]]
+    enough = COMPILATION / max(updates, 1)  # of the mean cost of an update
     while len(chosen) < MAX_SHAPES:
+        best = costs[chosen].min(0)
         totals = np.minimum(costs, best).sum(1)
         least = int(np.argmin(totals))
-        if totals[least] > (1 - WORTH_A_SHAPE) * best.sum():
+        if totals[least] > (1 - enough) * best.sum():
             break
         chosen.append(least)
-        best = np.minimum(costs[least], best)
-    return [candidates[i] for i in chosen]
+        for i in range(len(chosen)):  # what was chosen first may be chosen better now
+            others = costs[chosen[:i] + chosen[i + 1 :]].min(0)
+            chosen[i] = int(np.argmin(np.minimum(costs, others).sum(1)))
+    return [candidates[i] for i in dict.fromkeys(chosen)]

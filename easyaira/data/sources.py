@@ -1,68 +1,118 @@
-"""Rows of data sets, wherever they lie, each with its place for messages, and what they mean.
+"""Rows of data sets, wherever they lie, one after another and each with its place for messages.
 
-`read` gives dictionaries; `conversation` and `pair` turn one into messages, a list of
-{role, content}, whatever columns it came in.
+A row that cannot be read is a `BadRow` and not the end: the reader of rows decides. What cannot be
+gone on from (a file that breaks off, a column that is missing) is a DataError. No reader holds more
+than a row, or a few thousand short ones, in memory.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
-import io
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from easyaira.config import Source
 from easyaira.errors import DataError
 
-Message = dict[str, str]
+MAX_ROW_BYTES = 64 * 2**20  # a longer row is a mistake, or an attack
+ROWS_AT_ONCE = 1000  # of a file in columns
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be read, and why."""
+
+    reason: str
 
 
 class Located(NamedTuple):
     """A row, and where it stands."""
 
     place: str
-    row: Mapping[str, Any]
+    row: Mapping[str, Any] | BadRow
 
 
 def read(source: Source) -> Iterator[Located]:
     """The rows of a data set in its order, with columns under our names.
 
     Raises:
-        DataError: nothing is there, a line cannot be read, or a mapped column is missing.
+        DataError: nothing is there, a file is damaged, or a mapped column is missing.
     """
-    path = Path(source.path).expanduser()
-    if source.split != "train" and path.exists() and not _is_dataset_dict(path):
-        raise DataError(f"{path}: has no splits; leave out split {source.split!r}")
-    if path.is_file():
-        rows = _read_file(path)
-    elif path.is_dir() and not (path / "state.json").exists() and not _is_dataset_dict(path):
-        files = sorted(file for file in path.iterdir() if _reader(file))
-        if not files:
-            raise DataError(f"{path}: no data file in this folder; wanted {', '.join(READERS)}")
-        rows = (located for file in files for located in _read_file(file))
-    elif path.is_dir() or _looks_like_hub_id(source.path):
-        rows = _read_with_datasets(source, path)
-    else:
-        raise DataError(f"{source.path}: no such file or folder; check the path")
     count = 0
-    for place, row in rows:
+    for place, row in _rows(source):
         count += 1
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"{place}: a row must be an object with columns, found {type(row).__name__}"
-            )
+        if not isinstance(row, Mapping | BadRow):
+            row = BadRow(f"a row must be an object with columns, found {type(row).__name__}")
+        if isinstance(row, BadRow):
+            yield Located(place, row)
+            continue
         if missing := sorted(set(source.columns.values()) - set(row)):
-            raise DataError(
-                f"{place}: no column {missing[0]!r}, as data.columns wants; found {', '.join(row)}"
-            )
-        yield Located(
-            place, dict(row) | {ours: row[theirs] for ours, theirs in source.columns.items()}
-        )
+            reason = f"no column {missing[0]!r}, as data.columns wants; found {', '.join(row)}"
+            if count == 1:
+                raise DataError(f"{place}: {reason}")
+            yield Located(place, BadRow(reason))
+            continue
+        renamed = {ours: row[theirs] for ours, theirs in source.columns.items()}
+        moved = set(source.columns.values()) - set(source.columns)
+        kept = {name: value for name, value in row.items() if name not in moved}
+        yield Located(place, kept | renamed)
     if not count:
         raise DataError(f"{source.path}: no rows")
+
+
+def content_key(source: Source) -> str | None:
+    """A hash of what `read` gives, for caches; None where it cannot be known beforehand."""
+    digest = hashlib.sha256(json.dumps([source.split, source.columns]).encode())
+    if files := _files(source):
+        for file in files:
+            digest.update(file.name.encode())
+            try:
+                with open(file, "rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    elif source.streaming:
+        return None
+    else:
+        digest.update(_load_with_datasets(source)._fingerprint.encode())
+    return digest.hexdigest()
+
+
+def _rows(source: Source) -> Iterator[Located]:
+    if files := _files(source):
+        return (located for file in files for located in _read_file(file))
+    return _read_with_datasets(source)
+
+
+def _files(source: Source) -> list[Path]:
+    """The data files of a source; none if it is for `datasets` to load.
+
+    Raises:
+        DataError: there is nothing, or what cannot be read.
+    """
+    path = Path(source.path).expanduser()
+    if not path.exists() and not _looks_like_hub_id(source.path):
+        raise DataError(f"{source.path}: no such file or folder; check the path")
+    if path.exists() and source.streaming:
+        raise DataError(f"{path}: streaming is for hub data sets; leave it out for local files")
+    if path.exists() and source.split != "train" and not _is_dataset_dict(path):
+        raise DataError(f"{path}: has no splits; leave out split {source.split!r}")
+    if not path.exists() or (path / "state.json").exists() or _is_dataset_dict(path):
+        return []
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.iterdir() if _reader(file) and file.is_file())
+    )
+    if not files:
+        raise DataError(f"{path}: no data file in this folder; wanted {', '.join(READERS)}")
+    if _reader(files[0]) is None:
+        raise DataError(f"{path}: unknown kind of file; wanted {', '.join(READERS)}")
+    return files
 
 
 def _is_dataset_dict(path: Path) -> bool:
@@ -70,76 +120,162 @@ def _is_dataset_dict(path: Path) -> bool:
 
 
 def _looks_like_hub_id(text: str) -> bool:
-    return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and not Path(text).suffix
-
-
-def _read_file(path: Path) -> Iterator[Located]:
-    reader = _reader(path)
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; wanted {', '.join(READERS)}")
-    try:
-        for number, row in reader(path):
-            yield Located(f"{path}:{number}", row)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    """owner/name, or a name alone; a name may have dots, but not the ending of a data file."""
+    a_file = _reader(Path(text)) or ("/" not in text and Path(text).suffix)
+    return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and not a_file
 
 
 def _reader(path: Path):
     return next((READERS[suffix] for suffix in READERS if path.name.endswith(suffix)), None)
 
 
+def _read_file(path: Path) -> Iterator[Located]:
+    import pyarrow
+
+    try:
+        for number, row in _reader(path)(path):
+            yield Located(f"{path}:{number}", row)
+    except (
+        OSError,
+        EOFError,
+        UnicodeDecodeError,
+        gzip.zlib.error,
+        pyarrow.ArrowException,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be read: {reason}; it may be cut off") from error
+
+
+def _parse(text: bytes) -> Any:
+    """One JSON value, or why it is none."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8: byte {error.object[error.start]:#x} at {error.start}; re-encode")
+    except RecursionError:
+        return BadRow("not JSON: nested too deeply")
+    except ValueError as error:
+        return BadRow(f"not JSON: {error}")
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON: {error}") from error
+    with opener(path, "rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_ROW_BYTES):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError(f"{path}: is UTF-16; save it as UTF-8")
+            if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_ROW_BYTES)
+                yield number, BadRow(f"longer than {MAX_ROW_BYTES >> 20} MiB")
+            elif line.strip():
+                yield number, _parse(line)
+
+
+BETWEEN_ITEMS = re.compile(r"[ \t\r\n,]*")
+WINDOW = 2**20
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}; one object a line is a .jsonl file") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: wanted a list of rows, found {type(rows).__name__}")
-    yield from enumerate(rows, 1)
+    """The items of one list, decoded one by one out of a window of the text."""
+    decoder = json.JSONDecoder()
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(WINDOW).lstrip()
+        if not text.startswith("["):
+            raise DataError(
+                f"{path}: wanted a list of rows in [ ]; one object a line is a .jsonl file"
+            )
+        place, number = 1, 0
+        while True:
+            place = BETWEEN_ITEMS.match(text, place).end()
+            if text[place : place + 1] == "]":
+                if (text[place + 1 :] + file.read()).strip():
+                    raise DataError(f"{path}: goes on after its list of {number} rows")
+                return
+            try:
+                item, end = decoder.raw_decode(text, place)
+                if end == len(text) and not isinstance(item, Mapping):
+                    raise ValueError("it may go on")  # a number that the window cuts
+            except (ValueError, RecursionError) as error:
+                more = file.read(max(WINDOW, len(text)))
+                if not more or len(text) - place > MAX_ROW_BYTES:
+                    raise DataError(f"{path}:{number + 1}: not JSON: {error}") from error
+                text, place = text[place:] + more, 0
+                continue
+            number += 1
+            yield number, item
+            place = end
+            if place > WINDOW:
+                text, place = text[place:], 0
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(io.StringIO(lines.read()), strict=True)
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
         try:
-            for row in reader:
+            head = next(reader, [])
+            if any(not name.isprintable() for name in head):
+                raise DataError(f"{path}:1: the names of columns are not UTF-8 text; re-encode it")
+            if len(set(head)) != len(head):
+                raise DataError(f"{path}:1: a column's name occurs twice; wanted a line of names")
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(head):
+                    row: Any = BadRow(f"{len(cells)} cells, and the first line has {len(head)}")
+                elif any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
+                    row = BadRow("not UTF-8; re-encode the file")
+                else:
+                    row = dict(zip(head, cells, strict=True))
                 yield reader.line_num, row
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-        batches = (batch for batch in file.iter_batches())
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_columns(path, file.schema_arrow)
+        batches = file.iter_batches(ROWS_AT_ONCE)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def _check_columns(path: Path, schema: Any) -> None:
+    if len(set(schema.names)) != len(schema.names):
+        raise DataError(f"{path}: a column's name occurs twice; found {', '.join(schema.names)}")
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
-    try:
-        with pyarrow.memory_map(str(path)) as stream:
+    with pyarrow.memory_map(str(path)) as stream:
+        try:
             batches = pyarrow.ipc.open_stream(stream)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+            schema = batches.schema
+            with open(path, "rb") as file:  # the library takes a stream that breaks off for whole
+                file.seek(-len(END_OF_STREAM), 2)
+                if file.read() != END_OF_STREAM:
+                    raise EOFError("no end of the stream")
+        except pyarrow.ArrowInvalid:  # the other of Arrow's two forms
+            file = pyarrow.ipc.open_file(stream)
+            schema = file.schema
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        _check_columns(path, schema)
+        pieces = (
+            batch.slice(start, ROWS_AT_ONCE)
+            for batch in batches
+            for start in range(0, batch.num_rows, ROWS_AT_ONCE)
+        )
+        yield from enumerate((row for piece in pieces for row in piece.to_pylist()), 1)
 
 
 READERS = {
@@ -152,7 +288,23 @@ READERS = {
 }
 
 
-def _read_with_datasets(source: Source, path: Path) -> Iterator[Located]:
+def _read_with_datasets(source: Source) -> Iterator[Located]:
+    rows, number = iter(_load_with_datasets(source)), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of a network, or of a damaged file, as the library likes
+            raise DataError(
+                f"{source.path}:{number + 1}: cannot be read on: {type(error).__name__}: {error}"
+            ) from error
+        if row is None:
+            return
+        number += 1
+        yield Located(f"{source.path}:{number}", row)
+
+
+def _load_with_datasets(source: Source) -> Any:
+    path = Path(source.path).expanduser()
     try:
         import datasets
     except ImportError as error:
@@ -163,96 +315,14 @@ def _read_with_datasets(source: Source, path: Path) -> Iterator[Located]:
     try:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
-            rows = rows[source.split] if _is_dataset_dict(path) else rows
-        else:
-            rows = datasets.load_dataset(source.path, split=source.split)
+            if not _is_dataset_dict(path):
+                return rows
+            if source.split not in rows:
+                raise ValueError(f"it has the splits {', '.join(rows)}")
+            return rows[source.split]
+        return datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
     except Exception as error:  # the library raises many kinds, all of them mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{source.path} (split {source.split}): cannot be loaded: {reason}"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield Located(f"{source.path}:{number}", row)
-
-
-def conversation(located: Located) -> list[Message]:
-    """A row of a data set for SFT as messages.
-
-    Raises:
-        DataError: the columns are of no known form, or a text is not text.
-    """
-    row = located.row
-    if "messages" in row:
-        return _messages(located, "messages")
-    if "prompt" in row and "completion" in row:
-        return [*_prompt(located, "prompt"), *_answer(located, "completion")]
-    raise _unknown_columns(located, "prompt, completion", "messages")
-
-
-def pair(located: Located) -> tuple[list[Message], str, str]:
-    """A row of a preference data set as the messages before the answers, chosen and rejected text.
-
-    Raises:
-        DataError: the columns are of no known form, a text is not text, or the two sides answer
-            different prompts.
-    """
-    row = located.row
-    for prompt, chosen, rejected in (
-        ("prompt", "chosen", "rejected"),
-        ("instruction", "chosen_response", "rejected_response"),
-    ):
-        if (
-            chosen in row
-            and rejected in row
-            and (prompt in row or not isinstance(row[chosen], str))
-        ):
-            break
-    else:
-        raise _unknown_columns(
-            located, "prompt, chosen, rejected", "instruction, chosen_response, rejected_response"
-        )
-    sides = [_answer(located, name) for name in (chosen, rejected)]
-    before = [side[:-1] for side in sides]
-    if before[0] != before[1]:
-        raise DataError(f"{located.place}: {chosen} and {rejected} answer different prompts")
-    if not before[0] or before[0][0]["role"] == "assistant":
-        before[0] = [*_prompt(located, prompt), *before[0]]
-    if any(not side or side[-1]["role"] != "assistant" for side in sides):
-        raise DataError(f"{located.place}: {chosen} and {rejected} must end in an assistant's turn")
-    return before[0], sides[0][-1]["content"], sides[1][-1]["content"]
-
-
-def _prompt(located: Located, column: str) -> list[Message]:
-    if isinstance(located.row.get(column), str):
-        return [{"role": "user", "content": located.row[column]}]
-    return _messages(located, column)
-
-
-def _answer(located: Located, column: str) -> list[Message]:
-    if isinstance(located.row.get(column), str):
-        return [{"role": "assistant", "content": located.row[column]}]
-    return _messages(located, column)
-
-
-def _messages(located: Located, column: str) -> list[Message]:
-    found = located.row.get(column)
-    if not isinstance(found, Sequence) or isinstance(found, str):
-        raise DataError(
-            f"{located.place}: column {column}: wanted text or a list of messages, found "
-            f"{type(found).__name__}"
-        )
-    messages = []
-    for turn in found:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise DataError(
-                f"{located.place}: column {column}: a message is {{role: ..., content: text}}"
-            )
-        messages.append({"role": str(turn.get("role")), "content": turn["content"]})
-    return messages
-
-
-def _unknown_columns(located: Located, *wanted: str) -> DataError:
-    return DataError(
-        f"{located.place}: found columns {', '.join(located.row)}; wanted {' or '.join(wanted)}. "
-        "Name them in data.columns, such as {prompt: question}"
-    )

@@ -1,0 +1,272 @@
+"""What a run trains and is measured on: sources read, tokenised once, weighted, split by prompt.
+
+Tokens are kept in a cache of folders, one for each source under a key of all that decides them:
+contents, columns, tokenizer, template, lengths, and this code. A folder appears whole, by a rename,
+so any number of processes may build one at once; they map the same file into memory afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from easyaira.config import DataConfig, Source
+from easyaira.data import examples, schemas, sources, templates
+from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, Recipe
+from easyaira.data.templates import Template
+from easyaira.errors import ConfigError, DataError, StorageError, TokenizerError
+
+OVERLAP = 0.01  # share of held-out prompts that are also trained on, above which there is a warning
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        train, held_out: what is trained and measured on.
+        report: what became of every row, for data_report.json.
+        accounts: the same with some rows to look at, by the part they belong to.
+    """
+
+    train: Examples
+    held_out: Examples | None
+    report: dict[str, Any]
+    accounts: dict[str, Account]
+
+
+def load(
+    config: DataConfig, recipe: Recipe, *, template: Template, vocab_size: int, seed: int
+) -> Data:
+    """Read, tokenise, count and split all that `config` names.
+
+    Raises:
+        DataError: no usable rows, or more than config.max_dropped of them lost.
+        TokenizerError: a token id without an embedding.
+    """
+    if recipe.padded and template.tokenizer.pad_token_id is None:
+        raise TokenizerError("tokenizer: has no pad_token, which data.compat learns; set one")
+    train, account = _read(config, config.train, recipe, template, "train", config.max_examples)
+    _check_ids(train, vocab_size)
+    accounts = {"train": account}
+    held_out = None
+    if isinstance(config.eval, float):
+        train, held_out = hold_out(train, config.eval, seed)
+    elif config.eval is not None:
+        held_out, accounts["held out"] = _read(config, config.eval, recipe, template, "held-out")
+        _check_ids(held_out, vocab_size)
+    if not isinstance(config.train, str):
+        train = weighted(train, [source.weight for source in config.train], seed)
+    report = {name: _told(account) for name, account in accounts.items()}
+    report["train"] |= _measured(train)
+    if held_out is not None:
+        report.setdefault("held out", {})
+        report["held out"] |= _measured(held_out) | _overlap(train, held_out)
+    prints = [part.fingerprint() for part in (train, held_out) if part is not None]
+    report |= {
+        "fingerprint": "-".join(prints),
+        "template": template.name,
+        "recipe": asdict(recipe),
+    }
+    return Data(train, held_out, report, accounts)
+
+
+def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Source]:
+    """`config.train` or `config.eval` as a list."""
+    return [Source(what, config.split, config.columns)] if isinstance(what, str) else what
+
+
+def _read(
+    config: DataConfig,
+    what: str | Sequence[Source],
+    recipe: Recipe,
+    template: Template,
+    label: str,
+    limit: int | None = None,
+) -> tuple[Examples, Account]:
+    parts, account = [], Account()
+    for number, source in enumerate(sources_of(config, what)):
+        own = template
+        if source.template:
+            own = Template(
+                template.tokenizer, source.template, template.model_type, config.allowed_tokens
+            )
+        part, more = _cached(source, config, recipe, own, label, limit)
+        parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
+        account += more
+    account.check(config.max_dropped)
+    return _joined(parts), account
+
+
+def _joined(parts: list[Examples]) -> Examples:
+    """Several as one. The tokens of a single source stay on disk."""
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.answers for part in parts}) > 1:
+        raise DataError("data: some sources hold pairs and some single texts; train on one kind")
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    moved = [
+        replace(part, bounds=part.bounds + start)
+        for part, start in zip(parts, starts[:-1], strict=True)
+    ]
+    return Examples(
+        **{
+            name: np.concatenate([getattr(part, name) for part in moved])
+            for name in (*PER_EXAMPLE, *PER_TOKEN)
+        }
+    )
+
+
+def cache_root(config: DataConfig) -> Path:
+    """Where tokenised data are kept."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
+    if root := os.environ.get("EASYAIRA_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "easyaira"
+
+
+def _cached(
+    source: Source,
+    config: DataConfig,
+    recipe: Recipe,
+    template: Template,
+    label: str,
+    limit: int | None,
+) -> tuple[Examples, Account]:
+    """A source's examples from the cache, into which they are built if they are not there."""
+    root = cache_root(config) / "tokens"
+    key = _key(source, recipe, template, limit)
+    folder = root / key
+    if folder.exists():
+        try:
+            return examples.open_folder(folder)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"data    the cache {folder} is damaged and built anew: {error}", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
+    except OSError as error:
+        raise StorageError(f"{root}: cannot be written: {error}; set data.cache_dir") from error
+    try:
+        rows = islice(sources.read(source), limit)
+        examples.build(rows, building, recipe=recipe, template=template, label=label)
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same contents
+                raise
+    except OSError as error:
+        raise StorageError(f"{root}: cannot be written: {error}; set data.cache_dir") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return examples.open_folder(folder)
+
+
+def _key(source: Source, recipe: Recipe, template: Template, limit: int | None) -> str:
+    content = sources.content_key(source)
+    if content is None:  # what is streamed is known only when it is read
+        content = os.urandom(16).hex()
+    digest = hashlib.sha256()
+    for module in (sources, schemas, templates, examples):
+        digest.update(Path(module.__file__).read_bytes())
+    digest.update(json.dumps([content, source.path, limit, asdict(recipe)]).encode())
+    digest.update(template.fingerprint().encode())
+    return digest.hexdigest()[:32]
+
+
+def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """Split by prompt: (the rest, held out). No prompt is on both sides.
+
+    Raises:
+        DataError: there are too few prompts to have some on each side.
+    """
+    prompts = np.unique(examples.prompt_ids)
+    count = math.ceil(share * len(prompts))
+    if not 0 < count < len(prompts):
+        raise DataError(f"data.eval: {share} of {len(prompts)} prompts leaves nothing on one side")
+    chosen = np.random.default_rng([seed, 1]).permutation(prompts)[:count]
+    held_out = np.isin(examples.prompt_ids, chosen)
+    return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))
+
+
+def weighted(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
+    """Rows of source s as often as weights[s] says: whole times, and a random share once more.
+
+    Raises:
+        ConfigError: nothing of a source is left.
+    """
+    if all(weight == 1 for weight in weights):
+        return examples
+    index = []
+    for source, weight in enumerate(weights):
+        rows = np.flatnonzero(examples.sources == source)
+        rest = np.random.default_rng([seed, 2, source]).permutation(rows)
+        chosen = [rows] * int(weight) + [np.sort(rest[: round((weight % 1) * len(rows))])]
+        index.append(np.concatenate(chosen))
+        if len(rows) and not len(index[-1]):
+            raise ConfigError(f"data.train: weight {weight} leaves no row of source {source + 1}")
+    return examples.take(np.concatenate(index))
+
+
+def _check_ids(part: Examples, vocab_size: int) -> None:
+    largest = int(part.tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise TokenizerError(
+            f"tokenizer: gives id {largest} and the embedding has {vocab_size} rows; use the "
+            "model's own tokenizer, or set model.resize"
+        )
+
+
+def _told(account: Account) -> dict[str, Any]:
+    return {
+        "read": account.read,
+        "kept": account.kept,
+        "dropped": dict(account.dropped),
+        "first_dropped": account.first_dropped,
+        "noted": dict(account.noted),
+    }
+
+
+def _measured(part: Examples) -> dict[str, Any]:
+    """Statistics of examples; a length is that of a prompt with one answer."""
+    lengths = part.lengths()
+    prompts = part.bounds[:, 1] - part.bounds[:, 0]
+    return {
+        "examples": len(part),
+        "duplicates": len(part) - len(np.unique(part.ids)),
+        "prompts": len(np.unique(part.prompt_ids)),
+        "tokens": int(lengths.sum()),
+        "learned_tokens": int(part.learned_counts.sum()),
+        "length": _quantiles(lengths),
+        "prompt_length": _quantiles(prompts),
+    }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    shares = {"shortest": 0, "median": 50, "95 %": 95, "longest": 100}
+    return {name: int(np.percentile(lengths, share)) for name, share in shares.items()}
+
+
+def _overlap(train: Examples, held_out: Examples) -> dict[str, int]:
+    """Held-out examples whose prompt is trained on, with a warning if they are many."""
+    both = int(np.isin(held_out.prompt_ids, train.prompt_ids).sum())
+    if both > OVERLAP * len(held_out):
+        print(
+            f"warning: {both} of {len(held_out)} held-out examples have a prompt that is also "
+            "trained on, so they measure memory",
+            flush=True,
+        )
+    return {"prompts also trained on": both}

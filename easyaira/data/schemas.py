@@ -1,0 +1,162 @@
+"""What a row's columns mean, whatever their names: a conversation, a pair of answers, or a text to
+be judged. To add a form: one line in FORMS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from easyaira.errors import DataError
+
+Message = dict[str, str]
+
+
+class Form(NamedTuple):
+    """Columns that belong together.
+
+    Attributes:
+        columns: those that a row must have; the answers, or all there is.
+        prompt: the column that stands before them, if there is one.
+        bare: the answers may also do without it.
+    """
+
+    columns: tuple[str, ...]
+    prompt: str | None = None
+    bare: bool = False
+
+    def fits(self, columns: Sequence[str]) -> bool:
+        needed = {*self.columns} | ({self.prompt} if self.prompt and not self.bare else set())
+        return needed <= set(columns)
+
+    def __str__(self) -> str:
+        return ", ".join([*([self.prompt] if self.prompt else []), *self.columns])
+
+
+FORMS = {
+    "conversation": (
+        Form(("completion",), "prompt"),
+        Form(("messages",)),
+        Form(("conversations",)),
+    ),
+    "pair": (
+        Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
+        Form(("chosen_response", "rejected_response"), "instruction"),
+    ),
+    "label": (
+        Form(("text", "label")),
+        Form(("harmless", "harmful")),
+        Form(("non_toxic", "toxic")),
+    ),
+}
+
+
+class Unreadable(Exception):
+    """A row does not hold what its columns promise; the reason is for people."""
+
+
+def form_of(columns: Sequence[str], task: str) -> Form:
+    """The form that these columns have.
+
+    Raises:
+        DataError: they have none, or might be meant in more than one way.
+    """
+    found = [form for form in FORMS[task] if form.fits(columns)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"columns {', '.join(columns)} may mean {' or '.join(f'({f})' for f in found)}; move "
+            "those that are not meant away with data.columns, such as {unused: messages}"
+        )
+    raise DataError(
+        f"found columns {', '.join(columns)}; wanted {' or '.join(f'({f})' for f in FORMS[task])}. "
+        "Name them in data.columns, such as {prompt: question}"
+    )
+
+
+def conversation(row: Mapping[str, Any], form: Form) -> list[Message]:
+    """A row as messages, at least one of them the assistant's.
+
+    Raises:
+        Unreadable: a column is missing, or holds something else.
+    """
+    if form.prompt is None:
+        return _messages(row, form.columns[0])
+    return [
+        *_messages(row, form.prompt, role="user"),
+        *_messages(row, form.columns[0], role="assistant"),
+    ]
+
+
+def pair(row: Mapping[str, Any], form: Form) -> tuple[list[Message], str, str]:
+    """A row as the messages before the answers, the chosen answer, the rejected one.
+
+    Raises:
+        Unreadable: a column is missing or holds something else, or the two sides answer different
+            prompts.
+    """
+    chosen, rejected = (_messages(row, name, role="assistant") for name in form.columns)
+    if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
+        raise Unreadable(f"{' and '.join(form.columns)} must end in an assistant's turn")
+    before = chosen[:-1]
+    if before != rejected[:-1]:
+        raise Unreadable(f"{' and '.join(form.columns)} answer different prompts")
+    if not any(message["role"] == "user" for message in before):
+        if form.prompt not in row:
+            raise Unreadable(f"no column {form.prompt}, and {form.columns[0]} holds no prompt")
+        start = int(bool(before) and before[0]["role"] == "system")
+        before = [*before[:start], *_messages(row, form.prompt, role="user"), *before[start:]]
+    return before, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def judged(row: Mapping[str, Any], form: Form) -> tuple[list[str], float]:
+    """A row as its texts and its label: one text with 0 or 1, or two texts, the better one first,
+    with NaN.
+
+    Raises:
+        Unreadable: a column is missing or holds something else.
+    """
+    if form.columns != ("text", "label"):
+        return [_text(row, name) for name in form.columns], float("nan")
+    label = _column(row, "label")
+    if str(label).strip().lower() not in ("0", "1", "0.0", "1.0", "true", "false"):
+        raise Unreadable(f"column label: wanted 0 or 1, found {label!r}")
+    return [_text(row, "text")], float(str(label).strip().lower() in ("1", "1.0", "true"))
+
+
+def _column(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise Unreadable(f"no column {name}, which the rows before have; found {', '.join(row)}")
+    return row[name]
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    return _checked(_column(row, name), f"column {name}: wanted text")
+
+
+def _checked(text: Any, wanted: str) -> str:
+    if not isinstance(text, str):
+        raise Unreadable(f"{wanted}, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Unreadable(f"{wanted}, found a lone surrogate at {error.start}") from error
+    return text
+
+
+def _messages(row: Mapping[str, Any], name: str, role: str | None = None) -> list[Message]:
+    """A column as messages; a text is one of `role`."""
+    found = _column(row, name)
+    if isinstance(found, str) and role:
+        return [{"role": role, "content": _text(row, name)}]
+    wanted = "text or a list of messages" if role else "a list of messages"
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise Unreadable(f"column {name}: wanted {wanted}, found {type(found).__name__}")
+    messages = []
+    for turn in found:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise Unreadable(f"column {name}: a message is {{role: ..., content: text}}")
+        content = _checked(turn.get("content"), f"column {name}: wanted text as content")
+        messages.append({"role": turn["role"], "content": content})
+    return messages

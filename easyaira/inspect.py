@@ -1,0 +1,83 @@
+"""Look at the data of a run without training: what is read, kept, dropped, cut and learned.
+
+python -m easyaira.inspect --config configs/aira-2-124m.yaml --data.max_examples 1000
+
+Takes the configuration of any command that trains, writes data_report.json and data_report.html
+into output_dir, and prints a few rows with their tokens coloured.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from easyaira import cli
+from easyaira.config import DPOConfig, PolicyConfig, RunConfig, SFTConfig
+from easyaira.errors import DataError, StorageError
+
+ROWS = 4  # that are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(RunConfig):
+    """What a run would train on: a report to look at, and a few rows in colour."""
+
+    model: PolicyConfig
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    task: Literal["auto", "sft", "dpo", "label"] = "auto"
+    """What the rows are taken for: conversations, pairs of answers, or texts to be judged. auto: as
+    their columns say."""
+
+
+def task_of(config: Inspect) -> str:
+    """What the rows are taken for.
+
+    Raises:
+        DataError: their columns do not say.
+    """
+    if config.task != "auto":
+        return {"sft": "conversation", "dpo": "pair", "label": "label"}[config.task]
+
+    from easyaira.data import dataset, schemas, sources
+
+    first = next(iter(dataset.sources_of(config.data, config.data.train)))
+    rows = (row for _, row in sources.read(first) if not isinstance(row, sources.BadRow))
+    columns = list(next(rows, {}))
+    fits = [task for task, forms in schemas.FORMS.items() if any(f.fits(columns) for f in forms)]
+    if len(fits) != 1:
+        raise DataError(
+            f"{first.path}: found columns {', '.join(columns)}, which fit "
+            f"{' and '.join(fits) or 'no task'}; set --task, or name them in data.columns"
+        )
+    return fits[0]
+
+
+def main(argv: list[str]) -> None:
+    config, _ = cli.parse(Inspect, argv)
+
+    from easyaira import mesh, prepare
+    from easyaira.data import report
+    from easyaira.data.examples import recipe_of
+
+    found = prepare.find(config, mesh.make_mesh("fsdp=-1"))
+    recipe = recipe_of(task_of(config), config.data, found.max_length, config.sft)
+    data = prepare.read_data(config, found, recipe)
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write(folder, data)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
+    for name, account in data.accounts.items():
+        print(f"\n{name}: {account.told()}")
+        for noted, count in account.noted.items():
+            print(f"  {count} {noted}")
+        print(report.terminal(account, rows=ROWS, colour=sys.stdout.isatty()))
+    print(f"\ndone    {folder / report.FILES[1]}")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,75 @@
+"""The look at the data: what it prints, what it writes, and that a run may follow in its folder."""
+
+import json
+
+import pytest
+import tiny
+
+from easyaira import inspect, train_sft
+from easyaira.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def ground(tmp_path):
+    tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"])
+    rows = [*tiny.sft_rows(20), {"prompt": "a </s> <|endoftext|>", "completion": "b"}]
+    tiny.write_rows(tmp_path / "sft.jsonl", [*rows, {"prompt": "c", "completion": ""}])
+    tiny.write_rows(tmp_path / "dpo.jsonl", tiny.dpo_rows(20))
+    tiny.write_rows(tmp_path / "label.jsonl", [{"text": "red", "label": i % 2} for i in range(9)])
+    return tmp_path
+
+
+def look(ground, name, *extra):
+    options = {"model.name_or_path": ground / "model", "data.train": ground / f"{name}.jsonl"}
+    options |= {"data.template": "plain", "output_dir": ground / "look"}
+    inspect.main([f"--{key}={value}" for key, value in options.items()] + list(extra))
+    return json.loads((ground / "look/data_report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, task, kept", [("sft", "conversation", 21), ("dpo", "pair", 20), ("label", "label", 9)]
+)
+def test_what_rows_are_is_seen_from_their_columns(name, task, kept, ground, capsys):
+    report = look(ground, name)
+    assert report["recipe"]["task"] == task
+    assert report["train"]["kept"] == kept
+    told = capsys.readouterr().out
+    assert f"train: {kept} of {report['train']['read']} rows" in told
+    assert f"{name}.jsonl:1: trained on" in told
+    assert "data_report.html" in told
+
+
+def test_learned_tokens_stand_in_brackets_where_there_is_no_colour(ground, capsys):
+    look(ground, "sft")
+    told = capsys.readouterr().out
+    first = tiny.sft_rows(1)[0]
+    assert f"{first['prompt']}[{first['completion']}<|endoftext|>]" in told
+    assert "1 a text spells a control token, which stays text" in told
+    assert "dropped 1 empty answer (first: " in told
+
+
+def test_it_takes_the_options_of_any_command_and_refuses_what_does_not_fit(ground, capsys):
+    report = look(ground, "sft", "--sft.completion_only_loss=false", "--dpo.beta=0.5")
+    assert report["recipe"]["completion_only_loss"] is False
+    with pytest.raises(DataError, match="wanted .prompt, chosen, rejected"):
+        look(ground, "sft", "--task=dpo")
+    with pytest.raises(ConfigError, match="data.reverse: is for SFT"):
+        look(ground, "dpo", "--data.reverse=true")
+
+
+def test_columns_that_fit_two_tasks_ask_for_the_task(ground):
+    both = [row | {"completion": "x"} for row in tiny.dpo_rows(9)]
+    tiny.write_rows(ground / "both.jsonl", both)
+    with pytest.raises(DataError, match="which fit conversation and pair; set --task"):
+        look(ground, "both")
+    assert look(ground, "both", "--task=sft")["recipe"]["task"] == "conversation"
+
+
+def test_a_run_may_follow_in_the_same_folder(ground, capsys):
+    look(ground, "sft")
+    before = json.loads((ground / "look/data_report.json").read_text())
+    options = {"model.name_or_path": ground / "model", "data.train": ground / "sft.jsonl"}
+    options |= {"data.template": "plain", "output_dir": ground / "look", "max_steps": 1}
+    options |= {"export": "false", "num_samples": 0}
+    train_sft.main([f"--{key}={value}" for key, value in options.items()])
+    assert json.loads((ground / "look/data_report.json").read_text()) == before
