@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from dataclasses import replace
@@ -104,9 +103,10 @@ def lengths_of(batches: Batches, update: int) -> np.ndarray:
     return (bounds[:, 1] - bounds[:, 0])[:, None] + np.diff(bounds[:, 1:])
 
 
-def peak_mib() -> float:
-    """Most memory that this process has held, without pages of mapped files that were read."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def held_mib() -> float:
+    """Memory of this process besides the pages of mapped files, which the system takes back."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
@@ -173,12 +173,11 @@ def main() -> None:
                 how = "sft" if not pairs else "pairs, prompt " + ("once" if share else "twice")
                 for size in UPDATES:
                     measured = serving(examples, KINDS[kind][2], size, share)
-                    served.append({"lengths": kind, "layout": how} | measured)
+                    memory = {"MiB": held_mib()}
+                    served.append({"lengths": kind, "layout": how} | measured | memory)
                 del examples
     show(served)
     figures["serving"] = served
-    figures["peak MiB"] = peak_mib()
-    print(f"peak memory {figures['peak MiB']:,.0f} MiB, mapped pages included")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

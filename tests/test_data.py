@@ -303,3 +303,11 @@ def test_the_page_shows_what_is_learned_masked_and_cut(tmp_path):
     assert of["trained"] + of["cut"] == rows[0]["completion"] + END and of["cut"].endswith(END)
     assert "[" in report.terminal(data.accounts["train"], rows=2, colour=False)
     assert "\x1b[30;42m" in report.terminal(data.accounts["train"], rows=2, colour=True)
+
+
+def test_answers_that_a_cut_makes_identical_are_dropped(tmp_path):
+    same = "the capital of France is Paris. " * 9
+    pair = {"prompt": "a?", "chosen": same + "yes", "rejected": same + "no"}
+    file = tiny.write_rows(tmp_path / "a.jsonl", [pair, *tiny.dpo_rows(3)])
+    report = load(file, task="pair", max_dropped=0.5).report["train"]
+    assert report["dropped"] == {"identical answers": 1} and report["kept"] == 3
