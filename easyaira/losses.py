@@ -7,30 +7,37 @@ the denominator. To add a preference loss: one function, and one line in PREFERE
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK_LOGITS = 2**26  # logits that are held at a time, 256 MiB
+from easyaira import mesh
+from easyaira.mesh import BATCH_AXES, constrain
+
+CHUNK_LOGITS = 2**25  # logits that a device holds at a time, 128 MiB
 
 PerToken = Float[Array, "R T"]
 PerPair = Float[Array, "B"]
 
 
 class TokenLogps(NamedTuple):
-    """What the head says about each token, given the ones before it; 0 at the first of a row."""
+    """What the head says about each token, given the ones before it. 0 at the first of a row, and
+    where no loss was asked for. Only `logps` has a gradient."""
 
     logps: PerToken
     is_top1: PerToken  # 1 where the token is the likeliest one
     mean_logits: PerToken  # logits averaged over the vocabulary
+    entropy: PerToken  # of the distribution that the token was drawn from, in nats
 
 
 def token_logps(
     hidden: Float[Array, "R T D"],
     head: Float[Array, "D V"],
     tokens: Int[Array, "R T"],
+    loss_mask: Bool[Array, "R T"] | None = None,
     *,
     vocab_size: int,
     chunk_logits: int = CHUNK_LOGITS,
@@ -38,47 +45,128 @@ def token_logps(
     """log p(token | the tokens before it in its row), without holding logits for whole rows.
 
     This is the one place that shifts: the entry of a token comes from the hidden state before it.
-    Rows are gone through in chunks of columns whose logits are computed again in the backward pass.
+    Only tokens in `loss_mask` are projected. They are gone through in chunks, as many as there
+    happen to be; logits are computed again in the backward pass. Liger's linear cross-entropy (Hsu
+    et al., 2024) is the same idea for one loss.
 
     Args:
         hidden: final hidden states, in the computing dtype.
         head: float32 weights; columns from `vocab_size` on are padding and get no probability.
         tokens: the tokens whose log-probabilities are wanted.
+        loss_mask: where they are wanted; everywhere by default.
         vocab_size: number of real columns.
-        chunk_logits: how many logits may be held at a time.
+        chunk_logits: how many logits a device may hold at a time.
     """
-    rows, length, width = hidden.shape
-    columns = head.shape[1]
-    real = jnp.arange(columns) < vocab_size
+    rows, length, _ = hidden.shape
+    shards = mesh.parts_of(rows, BATCH_AXES)
+    wanted = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask
 
-    def of_chunk(chunk):
-        states, targets = chunk
-        logits = jnp.einsum(
-            "rtd,dv->rtv", states, head.astype(states.dtype), preferred_element_type=jnp.float32
-        )
-        total = jax.lax.stop_gradient(jnp.where(real, logits, 0).sum(-1))
+    def flat(x: jax.Array) -> jax.Array:  # [S, N, ...]: what a device holds stays there
+        x = x.reshape(shards, rows // shards * (length - 1), *x.shape[2:])
+        return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
+
+    chunk = max(1, min(rows // shards * (length - 1), chunk_logits // head.shape[1]))
+    parts = _project(
+        flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:]), vocab_size, chunk
+    )
+    parts = (part.reshape(rows, length - 1) for part in parts)
+    return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
+
+
+# Shapes below: S shards, N positions of a shard, C positions of a chunk.
+
+
+class _Chunks(NamedTuple):
+    """The order in which positions are gone through: those with loss first, then nothing."""
+
+    order: jax.Array  # [S, whole chunks]; N where there is no position
+    count: jax.Array  # how many chunks have a position with loss, on any shard
+    size: int
+
+    def index(self, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size, axis=1)
+
+
+def _chunks(wanted: jax.Array, size: int) -> _Chunks:
+    S, N = wanted.shape
+    order = jnp.where(wanted, jnp.arange(N, dtype=jnp.int32), N)
+    order = jnp.pad(jnp.sort(order, axis=1), ((0, 0), (0, -N % size)), constant_values=N)
+    count = (wanted.sum(1).max() + size - 1) // size
+    return _Chunks(order, count, size)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[s, index[s, c]], zero where the index is N."""
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
+
+
+def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, index, values)
+
+
+def _logits(states: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.einsum("scd,dv->scv", states, head, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _project(states, head, targets, wanted, vocab_size, chunk):
+    """logps, is_top1, mean_logits and entropy, [S, N] each."""
+    return _project_forward(states, head, targets, wanted, vocab_size, chunk)[0]
+
+
+def _project_forward(states, head, targets, wanted, vocab_size, chunk):
+    chunks = _chunks(wanted, chunk)
+    columns = jnp.arange(head.shape[1])
+    real = columns < vocab_size
+    kernel = constrain(head.astype(states.dtype), None, "tp")
+
+    def body(i, carry):
+        index = chunks.index(i)
+        logits = _logits(_take(states, index), kernel)
+        mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
         logits = jnp.where(real, logits, -jnp.inf)
         # a sum over a mask and not an index: it stays local when the vocabulary is divided
-        target = jnp.where(jnp.arange(columns) == targets[..., None], logits, 0).sum(-1)
-        top1 = target >= jax.lax.stop_gradient(logits.max(-1))
-        logps = target - jax.nn.logsumexp(logits, axis=-1)
-        return logps, top1.astype(jnp.float32), total / vocab_size
+        is_target = columns == _take(targets, index)[..., None]
+        target = jnp.where(is_target, logits, 0).sum(-1)
+        largest = logits.max(-1)
+        exps = jnp.exp(logits - largest[..., None])
+        total = exps.sum(-1)
+        expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
+        lse = largest + jnp.log(total)
+        values = (target - lse, (target >= largest) * 1.0, mean, lse - expected, lse)
+        return tuple(_put(of, index, new) for of, new in zip(carry, values, strict=True))
 
-    chunk = max(1, min(length - 1, chunk_logits // (rows * columns)))
-    count = -(-(length - 1) // chunk)
-    padding = count * chunk - (length - 1)
-    states = jnp.pad(hidden[:, :-1], ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, padding)))
-    if count == 1:
-        parts = of_chunk((states, targets))
-    else:
-        chunks = (
-            states.reshape(rows, count, chunk, width).swapaxes(0, 1),
-            targets.reshape(rows, count, chunk).swapaxes(0, 1),
-        )
-        parts = jax.lax.map(jax.checkpoint(of_chunk), chunks)
-        parts = [part.swapaxes(0, 1).reshape(rows, -1) for part in parts]
-    return TokenLogps(*(jnp.pad(part[:, : length - 1], ((0, 0), (1, 0))) for part in parts))
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    *out, lse = jax.lax.fori_loop(0, chunks.count, body, (zeros,) * 5)
+    return tuple(out), (states, head, targets, wanted, lse)
+
+
+def _project_backward(vocab_size, chunk, saved, cotangents):
+    states, head, targets, wanted, lse = saved
+    chunks = _chunks(wanted, chunk)
+    columns = jnp.arange(head.shape[1])
+    kernel = constrain(head.astype(states.dtype), None, "tp")
+
+    def body(i, carry):
+        d_states, d_head = carry
+        index = chunks.index(i)
+        some = _take(states, index)
+        scale = _take(cotangents[0], index)[..., None]
+        p = jnp.exp(_logits(some, kernel) - _take(lse, index)[..., None])
+        p = jnp.where(columns < vocab_size, p, 0)
+        is_target = columns == _take(targets, index)[..., None]
+        d_logits = ((is_target - p) * scale).astype(states.dtype)
+        d_some = jnp.einsum("scv,dv->scd", d_logits, kernel)
+        more = jnp.einsum("scd,scv->sdv", some, d_logits, preferred_element_type=jnp.float32)
+        return _put(d_states, index, d_some.astype(states.dtype)), d_head + more
+
+    zeros = jnp.zeros((states.shape[0], *head.shape), jnp.float32)
+    zeros = constrain(zeros, BATCH_AXES, None, "tp")
+    d_states, d_head = jax.lax.fori_loop(0, chunks.count, body, (jnp.zeros_like(states), zeros))
+    return d_states, d_head.sum(0).astype(head.dtype), None, None
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def pair_sums(

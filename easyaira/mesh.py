@@ -167,6 +167,13 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def parts_of(size: int, axes: Any) -> int:
+    """Into how many parts these mesh axes cut an axis of this size; 1 where they cannot."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else _parts(mesh, axes)
+    return parts if size % parts == 0 else 1
+
+
 def _parts(mesh: Any, entry: Any) -> int:
     """Into how many parts an entry of a PartitionSpec cuts an axis."""
     axes = (entry,) if isinstance(entry, str) else entry or ()

@@ -19,11 +19,13 @@ def sft(model: Model) -> LossFn:
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         hidden, head = model.apply(params, batch, key)
-        out = losses.token_logps(hidden, head, batch["tokens"], vocab_size=model.vocab_size)
-        mask = batch["loss_mask"].astype(jnp.float32)
+        tokens, learned = batch["tokens"], batch["loss_mask"]
+        out = losses.token_logps(hidden, head, tokens, learned, vocab_size=model.vocab_size)
+        mask = learned.astype(jnp.float32)
         return {
             "loss": (-(out.logps * mask).sum(), mask.sum()),
             "mean_token_accuracy": ((out.is_top1 * mask).sum(), mask.sum()),
+            "entropy": ((out.entropy * mask).sum(), mask.sum()),
         }
 
     return loss_fn
@@ -43,7 +45,9 @@ def pair_scores(
 ) -> PairScores:
     """What `params` says of both answers of each of `pairs` pairs."""
     hidden, head = model.apply(params, batch, key)
-    out = losses.token_logps(hidden, head, batch["tokens"], vocab_size=model.vocab_size)
+    out = losses.token_logps(
+        hidden, head, batch["tokens"], batch["loss_mask"], vocab_size=model.vocab_size
+    )
 
     def sums(values: jax.Array) -> jax.Array:
         layout = (batch[name] for name in ("loss_mask", "segment_ids", "sides"))

@@ -24,14 +24,19 @@ def head_and_hidden():
     return hidden, head, tokens
 
 
-@pytest.mark.parametrize("columns_at_once", [10**6, 5, 1])
-def test_token_logps_equal_torch_whatever_the_chunks(columns_at_once):
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("at_once", [10**6, 7, 1])
+def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
     hidden, head, tokens = head_and_hidden()
-    weights = np.random.default_rng(1).normal(0, 1, (ROWS, LENGTH)).astype(np.float32)
-    chunk_logits = columns_at_once * ROWS * COLUMNS
+    rng = np.random.default_rng(1)
+    weights = rng.normal(0, 1, (ROWS, LENGTH)).astype(np.float32)
+    wanted = rng.random((ROWS, LENGTH)) < share
+    weights *= wanted
 
     def ours(hidden, head):
-        out = losses.token_logps(hidden, head, tokens, vocab_size=VOCAB, chunk_logits=chunk_logits)
+        out = losses.token_logps(
+            hidden, head, tokens, wanted, vocab_size=VOCAB, chunk_logits=at_once * COLUMNS
+        )
         return (out.logps * weights).sum(), out
 
     (value, out), grads = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
@@ -40,14 +45,42 @@ def test_token_logps_equal_torch_whatever_the_chunks(columns_at_once):
     logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
     theirs = (logps * torch.tensor(weights[:, 1:])).sum()
     theirs.backward()
-    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
-    np.testing.assert_allclose(out.logps[:, 1:], logps.detach(), rtol=1e-5, atol=1e-5)
-    assert not np.asarray(out.logps[:, 0]).any()
-    np.testing.assert_allclose(out.mean_logits[:, 1:], logits.detach().mean(-1), atol=1e-5)
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5, atol=1e-5)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
     hits = logits.argmax(-1) == torch.tensor(tokens)[:, 1:]
-    np.testing.assert_array_equal(out.is_top1[:, 1:], hits)
+    shown = wanted[:, 1:]
+    for found, expected in (
+        (out.logps, logps),
+        (out.mean_logits, logits.mean(-1)),
+        (out.entropy, entropy),
+        (out.is_top1, hits.float()),
+    ):
+        assert not np.asarray(found[:, 0]).any() and not np.asarray(found[:, 1:])[~shown].any()
+        expected = expected.detach().numpy()
+        np.testing.assert_allclose(found[:, 1:][shown], expected[shown], rtol=1e-5, atol=1e-5)
     for ours_grad, parameter in zip(grads, (h, w), strict=True):
         np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    """Besides the head and its gradient, which the caller holds, only chunks of logits."""
+
+    def held(columns):
+        hidden = jax.ShapeDtypeStruct((8, 513, 32), jnp.float32)
+        head = jax.ShapeDtypeStruct((32, columns), jnp.float32)
+        tokens = jax.ShapeDtypeStruct((8, 513), jnp.int32)
+
+        def total(hidden, head, tokens):
+            out = losses.token_logps(hidden, head, tokens, vocab_size=columns, chunk_logits=2**22)
+            return out.logps.sum()
+
+        step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+        memory = step.lower(hidden, head, tokens).compile().memory_analysis()
+        return memory.temp_size_in_bytes - 2 * 4 * 32 * columns
+
+    small, large = held(8_192), held(65_536)
+    assert large < 1.1 * small
+    assert large < 8 * 512 * 65_536  # a tenth of what full logits and their gradient take
 
 
 def test_padding_of_the_vocabulary_has_no_probability():
