@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import easyaira
 from easyaira import metrics, objectives, pretrained, trainer
 from easyaira.config import TrainDPO
+from easyaira.data import dataset
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.examples import recipe_of
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, StorageError
+from easyaira.mesh import path_of
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup
+from easyaira.report import write_file
 
-FILE = "reference_logps.npz"
+KEYS = "reference.json"  # of the run folder: which files of the cache are the run's
+LAID_OUT_BY = "size accumulation shards packing share_prompt seed attention".split()
 
 
 def dpo_algorithm(config: TrainDPO) -> Algorithm:
@@ -81,16 +91,12 @@ def begin(
     score_ref = score if own else make_score(reference_model(setup), setup.micro_batch)
     frozen, known, known_held_out = None, {}, {}
     if config.dpo.precompute_ref_log_probs:
-        file = folder / FILE
-        key = _key(setup)
-        logps = _read(file, key)
-        if logps is None:
-            weights = params if own and first else reference_weights(setup)
-            held_out = [setup.held_out] if setup.held_out else []
-            logps = [score_all(score_ref, weights, b, setup) for b in (setup.batches, *held_out)]
-            _write(file, key, logps)
-            del weights
-        known, known_held_out = ({"ref_logps": values} for values in (*logps, None)[:2])
+        weights = (lambda: params) if own and first else cache(lambda: reference_weights(setup))
+        known = {"ref_logps": logps_of(setup, setup.batches, "train", weights, score_ref, folder)}
+        if setup.held_out:
+            logps = logps_of(setup, setup.held_out, "held_out", weights, score_ref, folder)
+            known_held_out = {"ref_logps": logps}
+        del weights
     else:
         frozen = reference_weights(setup)
     if not first:
@@ -123,32 +129,98 @@ def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Arra
     return jax.jit(score)
 
 
-def score_all(score: Callable, params: Any, batches: Batches, setup: Setup) -> np.ndarray:
-    """Log-probabilities of both answers of every example, [n, 2], gone through as training does."""
+def logps_of(
+    setup: Setup,
+    batches: Batches,
+    part: str,
+    weights: Callable[[], Any],
+    score: Callable,
+    folder: Path,
+) -> np.ndarray:
+    """The reference's log-probabilities of both answers of every example, [n, 2], from the cache or
+    into it.
+
+    They are kept beside the tokens under a key of all that decides their bits: weights, model,
+    examples, layout, devices and versions. Every later run that agrees in these reads the same
+    file, whatever its loss, beta or learning rate. What an interrupted run has computed is kept in
+    its folder, and gone on with.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    record = folder / KEYS
+    keys = json.loads(record.read_text()) if record.exists() else {}
+    if part not in keys:
+        keys[part] = _key(setup, batches, weights())
+        write_file(record, json.dumps(keys, indent=2) + "\n")
+    root = dataset.cache_root(setup.config.data) / "reference"
+    file, partial = root / f"{keys[part]}.npy", folder / f"reference_{part}.partial.npy"
+    shape = (len(batches.examples), 2)
+    try:
+        if file.exists():
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+            if found.shape == shape and np.isfinite(found).all():
+                return found
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not partial.exists():
+            np.save(partial, np.full(shape, np.nan, np.float32))
+        logps = np.lib.format.open_memmap(partial, "r+")
+        score_all(score, weights(), batches, setup, logps)
+        logps.flush()
+        beside = root / f".{keys[part]}-{os.getpid()}"
+        shutil.copyfile(partial, beside)
+        beside.rename(file)
+        partial.unlink()
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise StorageError(f"{root}: cannot be written: {error}; set data.cache_dir") from error
+
+
+def score_all(
+    score: Callable, params: Any, batches: Batches, setup: Setup, logps: np.ndarray
+) -> None:
+    """Fill in what is still NaN, in the updates of an epoch, as training goes through them."""
     batches = replace(batches, drop_last=False)
-    logps = np.zeros((len(batches.examples), 2), np.float32)
-    updates = trainer.ahead(batches, 0, len(batches), setup.mesh)
-    for ready in tqdm(updates, "reference", len(batches), unit=" batches", disable=None):
+    missing = [u for u in range(len(batches)) if np.isnan(logps[batches.members(u)]).any()]
+    start = missing[0] if missing else len(batches)
+    updates = trainer.ahead(batches, start, len(batches), setup.mesh)
+    bar = {"initial": start, "total": len(batches), "unit": " batches", "disable": None}
+    for ready in tqdm(updates, "reference", **bar):
         scored = np.asarray(score(params, ready.arrays).logps)
         logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
-    return logps
 
 
-def _key(setup: Setup) -> str:
-    config = setup.config
-    return f"{setup.data.report['fingerprint']} {config.model.ref_name_or_path or 'policy'}"
+def _key(setup: Setup, batches: Batches, weights: Any) -> str:
+    layout = [getattr(batches, name) for name in LAID_OUT_BY]
+    model = reference_model(setup)
+    mesh = [setup.mesh.shape[axis] for axis in setup.mesh.axis_names]
+    device = setup.mesh.devices.flat[0].device_kind
+    versions = [easyaira.__version__, jax.__version__]
+    decides = [batches.examples.fingerprint(), layout, repr(model.config), repr(model.compute)]
+    decides += [mesh, device, versions, fingerprint(weights)]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 
-def _read(file: Path, key: str) -> list[np.ndarray] | None:
-    if not file.exists():
-        return None
-    stored = np.load(file, allow_pickle=False)
-    if str(stored["key"]) != key:
-        return None
-    return [stored[name] for name in sorted(stored.files) if name != "key"]
+def fingerprint(params: Any) -> str:
+    """Of all bits of weights, whatever their sharding: two sums of words, times odd numbers that
+    depend on their place, for each leaf."""
 
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+        place = jnp.zeros_like(bits)
+        for axis, size in enumerate(bits.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+                jnp.uint32, bits.shape, axis
+            )
+        odd = (place * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
+        mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
+        return jnp.stack([(bits * odd).sum(dtype=jnp.uint32), (mixed * odd).sum(dtype=jnp.uint32)])
 
-def _write(file: Path, key: str, logps: list[np.ndarray]) -> None:
-    new = file.with_name("." + file.name)
-    np.savez(new, key=key, **{f"part_{i}": values for i, values in enumerate(logps)})
-    os.replace(new, file)
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(of_leaf, tree))(params))
+    named = {
+        path_of(path): (leaf.tolist(), params_leaf.shape)
+        for (path, leaf), params_leaf in zip(
+            jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(params), strict=True
+        )
+    }
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import jax
 import easyaira
 from easyaira import card, metrics, plan, release, report, run_folder, trainer
 from easyaira.config import RunConfig
+from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
 from easyaira.samples import Samples
 
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
     """Do what the command line asks for."""
+    keep_compiled(config)
     with trainer.StopSignal() as stop:
         setup = prepare(config, algorithm)
         with jax.set_mesh(setup.mesh):
@@ -25,6 +28,16 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
                 print(plan.plan(setup, algorithm), flush=True)
             else:
                 train(setup, algorithm, stop)
+
+
+def keep_compiled(config: RunConfig) -> None:
+    """Let later runs on this machine read the programs that this one compiles, which are code, so
+    in a folder that is the user's alone. JAX's own setting goes first."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = dataset.cache_root(config.data) / "programs" / platform.node()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:

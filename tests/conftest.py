@@ -15,6 +15,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+import tiny
 
 from easyaira import mesh as meshes
 
@@ -40,3 +41,20 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def one_device(devices):
     devices(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A Hugging Face folder of each architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for kind, config in tiny.CONFIGS.items():
+        tiny.save(root / kind, config)
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
+    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
+    return root

@@ -30,23 +30,6 @@ LEARNING = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A Hugging Face folder of each architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for kind, config in tiny.CONFIGS.items():
-        tiny.save(root / kind, config)
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
-    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
-    return root
-
-
 def configure(task, model, data, out, **options):
     options = {
         "model.name_or_path": model,
