@@ -13,6 +13,7 @@ import easyaira
 from easyaira import card, metrics, plan, release, report, run_folder, trainer
 from easyaira.config import RunConfig
 from easyaira.data import dataset
+from easyaira.errors import StorageError
 from easyaira.prepare import Algorithm, Setup, prepare
 from easyaira.samples import Samples
 
@@ -35,7 +36,10 @@ def keep_compiled(config: RunConfig) -> None:
     in a folder that is the user's alone. JAX's own setting goes first."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = dataset.cache_root(config.data) / "programs" / platform.node()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be made: {error}; set data.cache_dir") from error
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -288,7 +288,9 @@ def trl(spec: dict[str, object]) -> Callable[[], tuple[float, float]]:
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="w0"
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    folder = tempfile.mkdtemp()  # from which TRL reads its reference
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     rng = np.random.default_rng(0)
     names = ["prompt", "chosen", "rejected"] if spec["task"] == "dpo" else ["prompt", "completion"]
     rows = []
