@@ -128,6 +128,8 @@ class DataConfig:
     """Where tokenised data are kept; default: EASYAIRA_CACHE, or easyaira in the user's cache."""
 
     def __post_init__(self):
+        if isinstance(self.eval, list) and any(source.weight != 1 for source in self.eval):
+            raise ConfigError("data.eval: held-out rows are shown once each; leave out weight")
         named = isinstance(self.train, str) or isinstance(self.eval, str)
         if not named and (self.split != "train" or self.columns):
             raise ConfigError(

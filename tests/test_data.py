@@ -311,3 +311,11 @@ def test_answers_that_a_cut_makes_identical_are_dropped(tmp_path):
     file = tiny.write_rows(tmp_path / "a.jsonl", [pair, *tiny.dpo_rows(3)])
     report = load(file, task="pair", max_dropped=0.5).report["train"]
     assert report["dropped"] == {"identical answers": 1} and report["kept"] == 3
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path):
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(3))
+    with pytest.raises(ConfigError, match="data.share_prompt: only pairs have a prompt to share"):
+        load(file, share_prompt="always")
+    with pytest.raises(ConfigError, match="data.eval: held-out rows are shown once each"):
+        load(file, eval=[Source(str(file), weight=2)])

@@ -69,6 +69,8 @@ def recipe_of(task: str, data: DataConfig, max_length: int, sft: SFTConfig | Non
         for name in ("compat", "reverse"):
             if getattr(data, name):
                 raise ConfigError(f"data.{name}: is for SFT and for nothing else; leave it out")
+    if task != "pair" and data.share_prompt == "always":
+        raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")
     return Recipe(
         task,
         max_length,
