@@ -23,7 +23,7 @@ from easyaira.config import TrainDPO
 from easyaira.data import dataset
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.examples import recipe_of
-from easyaira.errors import ConfigError, StorageError
+from easyaira.errors import ConfigError
 from easyaira.mesh import path_of
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup
@@ -151,9 +151,11 @@ def logps_of(
     record = folder / KEYS
     keys = json.loads(record.read_text()) if record.exists() else {}
     if part not in keys:
-        keys[part] = _key(setup, batches, weights())
+        if "weights" not in keys:  # one pass over them, for all parts
+            keys["weights"] = fingerprint(weights())
+        keys[part] = _key(setup, batches, keys["weights"])
         write_file(record, json.dumps(keys, indent=2) + "\n")
-    root = dataset.cache_root(setup.config.data) / "reference"
+    root = dataset.cache_folder(setup.config.data, "reference")
     file, partial = root / f"{keys[part]}.npy", folder / f"reference_{part}.partial.npy"
     shape = (len(batches.examples), 2)
     try:
@@ -161,7 +163,6 @@ def logps_of(
             found = np.load(file, mmap_mode="r", allow_pickle=False)
             if found.shape == shape and np.isfinite(found).all():
                 return found
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not partial.exists():
             np.save(partial, np.full(shape, np.nan, np.float32))
         logps = np.lib.format.open_memmap(partial, "r+")
@@ -173,7 +174,7 @@ def logps_of(
         partial.unlink()
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise StorageError(f"{root}: cannot be written: {error}; set data.cache_dir") from error
+        raise dataset.cache_error(root, error) from error
 
 
 def score_all(
@@ -190,14 +191,14 @@ def score_all(
         logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
 
 
-def _key(setup: Setup, batches: Batches, weights: Any) -> str:
+def _key(setup: Setup, batches: Batches, weights: str) -> str:
     layout = [getattr(batches, name) for name in LAID_OUT_BY]
     model = reference_model(setup)
     mesh = [setup.mesh.shape[axis] for axis in setup.mesh.axis_names]
     device = setup.mesh.devices.flat[0].device_kind
     versions = [easyaira.__version__, jax.__version__]
     decides = [batches.examples.fingerprint(), layout, repr(model.config), repr(model.compute)]
-    decides += [mesh, device, versions, fingerprint(weights)]
+    decides += [mesh, device, versions, weights]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 

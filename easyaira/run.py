@@ -13,16 +13,15 @@ import easyaira
 from easyaira import card, metrics, plan, release, report, run_folder, trainer
 from easyaira.config import RunConfig
 from easyaira.data import dataset
-from easyaira.errors import StorageError
 from easyaira.prepare import Algorithm, Setup, prepare
 from easyaira.samples import Samples
 
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
     """Do what the command line asks for."""
-    keep_compiled(config)
     with trainer.StopSignal() as stop:
         setup = prepare(config, algorithm)
+        keep_compiled(config)
         with jax.set_mesh(setup.mesh):
             print(plan.describe(setup), flush=True)
             if dry_run:
@@ -35,11 +34,7 @@ def keep_compiled(config: RunConfig) -> None:
     """Let later runs on this machine read the programs that this one compiles, which are code, so
     in a folder that is the user's alone. JAX's own setting goes first."""
     if jax.config.jax_compilation_cache_dir is None:
-        folder = dataset.cache_root(config.data) / "programs" / platform.node()
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot be made: {error}; set data.cache_dir") from error
+        folder = dataset.cache_folder(config.data, "programs", platform.node())
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -137,6 +137,24 @@ def cache_root(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "easyaira"
 
 
+def cache_folder(config: DataConfig, *names: str) -> Path:
+    """A folder of the cache, which is the user's alone: programs that lie there are run.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    folder = cache_root(config).joinpath(*names)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise cache_error(folder, error) from error
+    return folder
+
+
+def cache_error(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: cannot be written: {error}; set data.cache_dir")
+
+
 def _cached(
     source: Source,
     config: DataConfig,
@@ -146,7 +164,7 @@ def _cached(
     limit: int | None,
 ) -> tuple[Examples, Account]:
     """A source's examples from the cache, into which they are built if they are not there."""
-    root = cache_root(config) / "tokens"
+    root = cache_folder(config, "tokens")
     key = _key(source, recipe, template, limit)
     folder = root / key
     if folder.exists():
@@ -156,10 +174,9 @@ def _cached(
             print(f"data    the cache {folder} is damaged and built anew: {error}", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
     try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
         building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
     except OSError as error:
-        raise StorageError(f"{root}: cannot be written: {error}; set data.cache_dir") from error
+        raise cache_error(root, error) from error
     try:
         rows = islice(sources.read(source), limit)
         examples.build(rows, building, recipe=recipe, template=template, label=label)
@@ -169,7 +186,7 @@ def _cached(
             if not folder.exists():  # otherwise another process was first, with the same contents
                 raise
     except OSError as error:
-        raise StorageError(f"{root}: cannot be written: {error}; set data.cache_dir") from error
+        raise cache_error(root, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return examples.open_folder(folder)

@@ -479,7 +479,7 @@ def _fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[
         kept = last_of_prompt(recipe.max_prompt_length)
         notes.append("prompt cut to max_prompt_length")
     tails = [np.zeros(0, np.int32)] * len(answers)
-    longest = max(len(tokens) for tokens, _ in answers)
+    _, longest = _lengths(parts)
     if kept.sum() + longest > recipe.max_length:
         if recipe.truncation == "drop":
             raise Dropped("longer than max_length")
@@ -520,7 +520,7 @@ def _show(account: Account, place: str, parts: Parts, template: Template, became
             told.append([("chosen", "rejected")[side], "side"])
         told += [list(pair) for pair in pairs[known:]]
     if not became.startswith(KEPT):
-        told = [[text, "cut" if state in ("trained", "masked") else state] for text, state in told]
+        told = [[text, state if state == "side" else "cut"] for text, state in told]
     account.shown.append([place, became, told])
 
 
