@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     add("--peer", choices=["trl"], help="pip install trl")
     compared = of_training.add_mutually_exclusive_group()
     compared.add_argument("--ladder", action="store_true", help="our ideas, one after another")
-    compared.add_argument("--against", choices=list(training.AGAINST), help="one idea alone")
+    compared.add_argument(
+        "--against", choices=list(training.AGAINST), help="one idea alone, or all against naive"
+    )
     compared.add_argument(
         "--gradient_checkpointing", type=checkpointing, help="such as none,dots,full"
     )

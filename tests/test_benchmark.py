@@ -80,7 +80,7 @@ def test_every_model_can_be_built():
 
 @pytest.mark.parametrize("naive", [False, True])
 def test_a_trace_names_what_costs(work, naive, tmp_path):
-    side = sides.ours(work, {"packing": False, "in_step": True, "naive": True} if naive else {})
+    side = sides.ours(work, {"naive": naive})
     assert side.facts["tokens"] == sides.examples_of(work).lengths().sum()
     costs = side.trace(tmp_path)
     assert sum(cost["share"] for cost in costs) == pytest.approx(1)

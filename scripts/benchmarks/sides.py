@@ -94,7 +94,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
 
     Args:
         options: packing, share_prompt, dtype, gradient_checkpointing; `in_step`: the reference is
-            computed in every step; `naive`: padded to `max_length`, full logits.
+            computed in every step; `naive`: padded to `max_length`, full logits, the
+            reference in every step.
     """
     import jax
     import jax.numpy as jnp
@@ -108,7 +109,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.reference import make_score
 
     examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
-    naive, in_step = options.get("naive", False), pairs and options.get("in_step", False)
+    naive = options.get("naive", False)
+    in_step = pairs and (naive or options.get("in_step", False))
     compute = Compute(
         jnp.dtype(options.get("dtype", "bfloat16")), options.get("gradient_checkpointing", "none")
     )
@@ -134,7 +136,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
                 logps[ready.batch.examples] = found[tuple(ready.batch.slots.T)]
             batches = replace(batches, known={"ref_logps": logps})
     if naive:
-        batches, loss_fn = Padded(batches, max_length(work)), full_logits(model)
+        one_a_row = replace(batches, packing=False, share_prompt=False)
+        batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model)
     elif pairs:
         reference = model if in_step else None
         loss_fn = objectives.dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)

@@ -40,10 +40,7 @@ TRL = (  # what its documentation recommends for speed on such a machine, and wh
 )
 ONE_A_ROW = {"packing": False, "share_prompt": "never"}
 LADDER = (  # each has what those above it have
-    Entry(
-        "naive: padded to the maximum, all logits",
-        options=ONE_A_ROW | {"dtype": "float32", "in_step": True, "naive": True},
-    ),
+    Entry("naive: padded to the maximum, all logits", options={"dtype": "float32", "naive": True}),
     Entry(
         "+ buckets, sides together, logits where there is loss",
         options=ONE_A_ROW | {"dtype": "float32", "in_step": True},
@@ -54,7 +51,8 @@ LADDER = (  # each has what those above it have
     Entry("+ prompt once", options={"share_prompt": "always"}),
 )
 ONLY_PAIRS = ("+ reference once", "+ prompt once")
-AGAINST = {  # one idea, without and with
+AGAINST = {  # one idea, without and with; and all of them together
+    "naive": (LADDER[0], OURS),
     "share_prompt": (
         Entry("prompt stored twice", options={"share_prompt": "never"}),
         Entry("prompt stored once", options={"share_prompt": "always"}),
