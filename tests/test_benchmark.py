@@ -103,9 +103,12 @@ def test_operations_without_a_name_belong_to_their_neighbours():
 ENTRY %main (p.1: f32[2]) -> (f32[2]) {
   %p.1 = f32[2]{0} parameter(0)
   %copy.1 = f32[2]{0} copy(%p.1)
-  %add.1 = f32[2]{0} add(%copy.1, %copy.1), metadata={op_name="jit(s)/jvp(the_loss)/CausalLM/model/h/mlp/add"}
+  %bitcast.1 = f32[2]{0} bitcast(%copy.1)
+  %add.1 = f32[2]{0} add(%bitcast.1, %bitcast.1), metadata={op_name="jit(s)/jvp(the_loss)/CausalLM/model/h/mlp/add"}
   %fusion.1 = f32[2]{0} fusion(%add.1), kind=kLoop, calls=%fused
   %while.1 = (f32[2], s32[]) while(%tuple.1), body=%fused, metadata={op_name="jit(s)/transpose(jvp(the_loss))/while"}
+  %multiply.2 = f32[2]{0} multiply(%p.1, %p.1), metadata={op_name="jit(s)/the_optimizer/mul"}
+  %multiply.3 = f32[2]{0} multiply(%p.1, %p.1), metadata={op_name="jit(s)/the_optimizer/mul"}
   ROOT %multiply.1 = f32[2]{0} multiply(%p.1, %p.1), metadata={op_name="jit(s)/the_optimizer/mul"}
 }
 """  # noqa: E501
