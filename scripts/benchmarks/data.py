@@ -30,10 +30,10 @@ def data(args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:
             for pairs, share in ((False, False), (True, False), (True, True)):
-                examples = synthetic(kind, args.rows, pairs, Path(folder), KINDS[kind][2])
+                examples = synthetic(kind, args.rows, pairs, Path(folder), KINDS[kind].longest)
                 how = "sft" if not pairs else "pairs, prompt " + ("once" if share else "twice")
                 for size in UPDATES:
-                    measured = serving(examples, KINDS[kind][2], size, share)
+                    measured = serving(examples, KINDS[kind].longest, size, share)
                     memory = {"MiB": held_mib()}
                     served.append({"lengths": kind, "layout": how} | measured | memory)
                 del examples

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from easyaira.data.examples import PER_EXAMPLE, Examples
 
-# median and spread (of a log-normal distribution) of prompts and answers in tokens, longest example
+
+class Kind(NamedTuple):
+    """Lengths in tokens.
+
+    Attributes:
+        prompt, answer: median and spread of a log-normal distribution.
+        longest: example.
+        max_length: that runs on such data ask for; a naive step pads to it.
+    """
+
+    prompt: tuple[int, float]
+    answer: tuple[int, float]
+    longest: int
+    max_length: int
+
+
 KINDS = {
-    "aira": ((25, 0.4), (200, 0.5), 400),
-    "hh": ((150, 0.8), (60, 0.7), 1024),
-    "ultrafeedback": ((120, 0.9), (280, 0.7), 2048),
+    "aira": Kind((25, 0.4), (200, 0.5), 400, 600),  # the data stay below 400, the recipe says 600
+    "hh": Kind((150, 0.8), (60, 0.7), 1024, 1024),
+    "ultrafeedback": Kind((120, 0.9), (280, 0.7), 2048, 2048),
 }
 
 
@@ -20,7 +36,7 @@ def synthetic(kind: str, rows: int, pairs: bool, folder: Path, longest: int) -> 
     """Examples of at most `longest` tokens, log-normal before the cut, their tokens on disk, from a
     fixed seed."""
     rng = np.random.default_rng(0)
-    (prompt, prompt_spread), (answer, answer_spread), _ = KINDS[kind]
+    (prompt, prompt_spread), (answer, answer_spread) = KINDS[kind][:2]
     medians = [prompt] + [answer] * (2 if pairs else 1)
     spreads = [prompt_spread] + [answer_spread] * (2 if pairs else 1)
     lengths = rng.lognormal(np.log(medians), spreads, (rows, len(medians))).astype(np.int64) + 1

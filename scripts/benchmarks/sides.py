@@ -70,19 +70,18 @@ class Side(NamedTuple):
 
 
 def max_length(work: Mapping[str, Any]) -> int:
-    """The longest example: that of the data, as far as the model has positions."""
+    """That runs on such data ask for, as far as the model has positions."""
     model = MODELS[work["model"]]
     positions = model.get("n_positions") or model["max_position_embeddings"]
-    return min(KINDS[work["lengths"]][2], positions)
+    return min(KINDS[work["lengths"]].max_length, positions)
 
 
 def examples_of(work: Mapping[str, Any]) -> Examples:
     """The examples of a round, the same for all sides; answers are learned, prompts are not."""
     count = work["examples"] * work["updates"]
     folder = Path(tempfile.mkdtemp())
-    examples = synthetic(
-        work["lengths"], count, work["task"] == "dpo", folder, longest=max_length(work)
-    )
+    longest = min(KINDS[work["lengths"]].longest, max_length(work))
+    examples = synthetic(work["lengths"], count, work["task"] == "dpo", folder, longest)
     examples.learned[:] = True
     for start, end in examples.bounds[:, :2]:
         examples.learned[start:end] = False
@@ -94,7 +93,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
 
     Args:
         options: packing, share_prompt, dtype, gradient_checkpointing; `in_step`: the reference is
-            computed in every step; `naive`: padded to `max_length`, full logits, the
+            computed in every step; `naive`: padded to the recipe's length, full logits, the
             reference in every step.
     """
     import jax
