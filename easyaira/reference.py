@@ -59,7 +59,7 @@ def reference_model(setup: Setup) -> Model:
     if name is None:
         return setup.model
     found = pretrained.find(name)
-    model = model_of(found.config, str(found.folder), setup.model.compute)
+    model = model_of(found.config, str(found.folder), setup.model.compute, scorer=False)
     found.check(model)
     if model.vocab_size != setup.model.vocab_size:
         raise ConfigError(

@@ -16,7 +16,8 @@ HOUSE = """
     weights optim checkpoint metrics report verify
 
     models.layers
-    models.gpt2 models.llama models.opt models.heads
+    models.heads
+    models.gpt2 models.llama models.opt models.bert models.roberta
     models.registry
 
     data.sources data.schemas data.templates
@@ -40,6 +41,8 @@ FLAX = {
     "models.gpt2",
     "models.llama",
     "models.opt",
+    "models.bert",
+    "models.roberta",
     "models.heads",
     "models.registry",
 }

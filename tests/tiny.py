@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from easyaira import weights
 from easyaira.mesh import make_mesh
@@ -59,18 +64,50 @@ CONFIGS = {
     },
 }
 
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+}
+SCORERS = {
+    "bert": _ENCODER
+    | {
+        "model_type": "bert",
+        "architectures": ["BertForSequenceClassification"],
+        "pad_token_id": 0,
+    },
+    "roberta": _ENCODER
+    | {
+        "model_type": "roberta",
+        "architectures": ["RobertaForSequenceClassification"],
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+    },
+    **{
+        kind: CONFIGS[kind]
+        | {"architectures": [f"{name}ForSequenceClassification"], "pad_token_id": 1}
+        for kind, name in {"gpt2": "GPT2", "llama": "Llama", "opt": "OPT"}.items()
+    },
+}
+_ONE_LABEL = {"id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
+SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
+
 
 def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
     """transformers' model of a config, all of its weights drawn with `std`."""
     torch.manual_seed(seed)
     settings = {k: v for k, v in config.items() if k != "architectures"}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**settings), attn_implementation="eager"
-    )
+    scores = config["architectures"][0].endswith("ForSequenceClassification")
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**settings), attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, std)
-            if "norm" in name or "ln_" in name:
+            if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(name.endswith("weight"))
     return model.eval()
 

@@ -134,11 +134,11 @@ def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x_RTHN.dtype)
 
 
-def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
+def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array, *, causal: bool = True) -> jax.Array:
     """Which token may look at which: [R, T, T], query by key.
 
-    A token sees its own segment, up to itself, and within it the shared prompt (side 0) and its own
-    side. Segment 0 is padding, which nobody sees, and neither does anybody see side 3.
+    A token sees its own segment, up to itself if `causal`, and within it the shared prompt (side 0)
+    and its own side. Segment 0 is padding, which nobody sees, and neither does anybody see side 3.
     """
     query_segment, key_segment = segment_ids_RT[:, :, None], segment_ids_RT[:, None, :]
     query_side, key_side = sides_RT[:, :, None], sides_RT[:, None, :]
@@ -147,7 +147,7 @@ def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
         (query_segment == key_segment)
         & (key_segment > 0)
         & ((key_side == 0) | ((key_side == query_side) & (key_side != 3)))
-        & (place[:, None] >= place)
+        & ((place[:, None] >= place) | (not causal))
     )
 
 
@@ -158,10 +158,12 @@ def attention(
     segment_ids_RT: jax.Array,
     sides_RT: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    causal: bool = True,
 ) -> jax.Array:
     """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K."""
     R, T, H, N = q_RTHN.shape
-    mask = visible(segment_ids_RT, sides_RT)
+    mask = visible(segment_ids_RT, sides_RT, causal=causal)
     if dropout is None:
         out = jax.nn.dot_product_attention(q_RTHN, k_RTKN, v_RTKN, mask=mask[:, None])
         return out.reshape(R, T, H * N)
