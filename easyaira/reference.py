@@ -46,6 +46,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         ),
         frozen=lambda setup: reference_model(setup) if in_step else None,
         begin=begin,
+        known=lambda setup: {} if in_step else {"ref_logps": (2,)},
     )
 
 
