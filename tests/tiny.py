@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -118,7 +118,7 @@ def save(folder: Path, config: dict, *, std: float = 0.2, dtype=None, **kwargs) 
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(folder, **kwargs)
-    tokenizer(config["vocab_size"]).save_pretrained(folder)
+    tokenizer_of(config).save_pretrained(folder)
     return model
 
 
@@ -126,28 +126,68 @@ def save_config(folder: Path, config: dict) -> None:
     """A folder with config.json and a tokenizer, and no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer(config["vocab_size"]).save_pretrained(folder)
+    tokenizer_of(config).save_pretrained(folder)
+
+
+def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
+    """That an architecture usually has."""
+    if config["model_type"] in FRAMES and config["pad_token_id"] < 2:
+        return encoder_tokenizer(config)
+    return tokenizer(config["vocab_size"])
 
 
 def tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer, `<|endoftext|>` being 0."""
     end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(vocab_size, [end]),
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        model_max_length=64,
+    )
+
+
+FRAMES = {  # pad, first and last token of a text, with pad at its usual id
+    "bert": ["[PAD]", "[CLS]", "[SEP]"],
+    "roberta": ["<s>", "<pad>", "</s>"],
+}
+
+
+def encoder_tokenizer(config: dict) -> PreTrainedTokenizerFast:
+    """The same, with what BERT or RoBERTa put around a text."""
+    controls = FRAMES[config["model_type"]]
+    trained = _trained(config["vocab_size"], controls)
+    pad = config["pad_token_id"]
+    first, last = (token for i, token in enumerate(controls) if i != pad)
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        special_tokens=[(token, controls.index(token)) for token in (first, last)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        cls_token=first,
+        sep_token=last,
+        pad_token=controls[pad],
+        model_max_length=64,
+    )
+
+
+def _trained(vocab_size: int, controls: list[str]) -> Tokenizer:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end],
+        special_tokens=controls,
         initial_alphabet=alphabet,
         show_progress=False,
     )
     words = "the capital of France is Paris. what do you like? I like red and blue. yes no".split()
     texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
     trained.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained, bos_token=end, eos_token=end, unk_token=end, model_max_length=64
-    )
+    return trained
 
 
 def load(folder: Path, mesh: str = "fsdp=-1"):
@@ -201,4 +241,15 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict]:
             "rejected": " " + bad[rng.integers(3)],
         }
         for i in range(count)
+    ]
+
+
+def label_rows(count: int, seed: int = 0) -> list[dict]:
+    """Texts of which those that say no are called 1."""
+    rng = np.random.default_rng(seed)
+    words = [["no", "no, no", "I like no Paris"], ["yes", "I like red", "the capital"]]
+    labels = [int(i % 3 == 0) for i in range(count)]
+    return [
+        {"text": f"{words[1 - label][rng.integers(3)]} and {i}", "label": label}
+        for i, label in enumerate(labels)
     ]
