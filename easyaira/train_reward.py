@@ -1,6 +1,6 @@
 """Reward and toxicity models.
 
-python -m easyaira.train_reward --config configs/aira-reward.yaml --mesh dp=1,fsdp=-1,tp=1
+python -m easyaira.train_reward --config configs/aira-reward.yaml
 """
 
 from __future__ import annotations
