@@ -195,6 +195,8 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         and shares_prompt(config.data.share_prompt, data.train),
         "attention": attention_cost(model.config.width, model.config.heads),
     }
+    compute = replace(model.compute, shared_prompt=layout["share_prompt"])
+    model = replace(model, compute=compute)
     batches = Batches(
         data.train,
         config.train_batch_size,
@@ -250,12 +252,21 @@ def attention_cost(width: int, heads: int) -> float:
     return (4 * width + 30 * heads) / (24 * width**2)
 
 
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
+
+
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    dtype = config.model.dtype
+    platform = mesh.devices.flat[0].platform
+    dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-    return Compute(jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout)
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    if attention == "auto":
+        attention = KERNELS.get(platform, "xla")
+    if attention != "xla" and attention != KERNELS.get(platform):
+        raise ConfigError(f"model.attention: there is no {attention} on {platform}; use auto")
+    return Compute(
+        jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout, attention
+    )
 
 
 def _encoder_template(config: RunConfig, tokenizer: Any, model: Model) -> str:

@@ -16,7 +16,7 @@ HOUSE = """
     weights optim checkpoint metrics report verify
 
     models.layers
-    models.heads
+    models.attention models.heads
     models.gpt2 models.llama models.opt models.bert models.roberta
     models.registry
 

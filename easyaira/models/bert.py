@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
+from easyaira.models.attention import attention
 from easyaira.models.heads import ScoreHead
 from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, LayerNorm, Linear
 from easyaira.weights import TRANSPOSE, VOCAB, Row
@@ -54,8 +55,7 @@ class Attention(nn.Module):
         linear = partial(Linear, D, c.initializer_range, use_bias=True)
         heads = (R, T, c.num_attention_heads, D // c.num_attention_heads)
         q, k, v = (linear(name=name)(x_RTD).reshape(heads) for name in ("query", "key", "value"))
-        dropout = layers.attention_dropout(self.compute)
-        out = layers.attention(q, k, v, segment_ids, sides, dropout, causal=False)
+        out = attention(q, k, v, segment_ids, sides, self.compute, causal=False)
         return linear(name="output")(out)
 
 
