@@ -300,11 +300,14 @@ def resize(
         if axis is None:
             return old
         table, shape = jnp.moveaxis(old, axis, 0), (vocab_size - kept, old.shape[1 - axis])
-        added = jnp.broadcast_to(table[: model.vocab_size].mean(0), shape)
-        if how == "normal":
-            added = jax.random.normal(key, shape) * model.config.initializer_range
-        rows = jnp.zeros((new.shape[axis], shape[1]), old.dtype)
-        rows = rows.at[:kept].set(table[:kept]).at[kept:vocab_size].set(added)
+        # chosen row by row: writing into slices of a divided array has lost rows at their edges
+        place = jnp.arange(new.shape[axis])
+        added = jnp.broadcast_to(table[: model.vocab_size].mean(0), (len(place), shape[1]))
+        if how == "normal" and shape[0]:
+            drawn = jax.random.normal(key, shape) * model.config.initializer_range
+            added = drawn[jnp.clip(place - kept, 0, shape[0] - 1)]
+        stays, is_new = (place < kept)[:, None], (place < vocab_size)[:, None]
+        rows = jnp.where(stays, table[jnp.minimum(place, kept - 1)], jnp.where(is_new, added, 0))
         return jnp.moveaxis(rows, 0, axis)
 
     return resized, jax.tree_util.tree_map_with_path(leaf, params, resized.shapes)
