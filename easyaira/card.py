@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,34 @@ chat = pipeline("text-generation", "FOLDER")
 print(chat([{"role": "user", "content": "Hello!"}], do_sample=False))
 ```"""
 
+SCORER_USAGE = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER")
+TEXT
+print(model(**inputs).logits[0, 0].item())  # the higher, the better
+```"""
+SCORED_TEXT = {  # what a scorer is given, by what it was trained on
+    "text": """inputs = tokenizer("You are welcome.", truncation=True, return_tensors="pt")""",
+    "pair, encoder": """text = "How are you?" + tokenizer.sep_token + "Fine, thank you."
+inputs = tokenizer(text, truncation=True, return_tensors="pt")""",
+    "pair": """messages = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "Fine, thank you."},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")""",
+}
+
+
+def _usage(folder: Path, algorithm: str) -> str:
+    if algorithm != "reward":
+        return USAGE
+    data = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
+    kind = "text" if data["recipe"]["task"] == "label" else "pair"
+    kind += ", encoder" if kind == "pair" and data["template"] == "encoder" else ""
+    return SCORER_USAGE.replace("TEXT", SCORED_TEXT[kind])
+
 
 def of_run(folder: Path) -> str:
     """The card of a run, from its config.yaml and metrics.jsonl."""
@@ -27,7 +56,7 @@ def of_run(folder: Path) -> str:
         last |= row
     made = config["provenance"]
     optimizer = config["optimizer"]
-    algorithm = "dpo" if "dpo" in config else "sft"
+    algorithm = next(name for name in ("dpo", "reward", "sft") if name in config)
     facts = {
         "Parameters": f"{made['parameters']:,}",
         "Start": config["model"]["name_or_path"],
@@ -42,7 +71,7 @@ def of_run(folder: Path) -> str:
     results = {n: v for n, v in last.items() if n.startswith("eval_") and isinstance(v, float)}
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if algorithm == "reward" else "text-generation",
         "base_model": config["model"]["name_or_path"],
         "tags": ["easyaira", algorithm],
     }
@@ -52,7 +81,7 @@ def of_run(folder: Path) -> str:
         _table("", "", facts),
         *(["## Held-out results", _table("metric", "value", results)] if results else []),
         "## Usage",
-        USAGE,
+        _usage(folder, algorithm),
         "The licences of the starting model and of the data apply to this model.",
     ]
     return _with_front_matter(front, parts)

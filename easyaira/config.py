@@ -194,6 +194,23 @@ class DPOConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """A reward or toxicity model: one number for a text, the higher, the better.
+
+    Pairs of answers, or of texts, learn by how much the better one scores higher; texts with a
+    label learn on which side of 0 they belong.
+    """
+
+    margin: NonNegativeFloat = 0.0
+    """Of pairs: the lead of the better answer's score at which its loss is ln 2."""
+    positive_label: Literal[0, 1] = 0
+    """Of texts with a label: the label whose texts are to score above 0. In toxicity sets, 1 means
+    toxic, and a toxic text scores below 0 (as Aira's models do), so it is 0."""
+    label: str = "REWARD"
+    """What the score is called in the released config.json."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW. Norms and biases do not decay."""
 
@@ -294,6 +311,20 @@ class TrainDPO(RunConfig):
                 "model.dropout: policy and reference would differ before the first update; "
                 "set it to 0 for DPO"
             )
+
+
+@dataclass(frozen=True)
+class TrainReward(RunConfig):
+    """A reward or toxicity model from pairs of answers, pairs of texts, or texts with a label."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    num_samples: NonNegativeInt = 0
+    """A model that scores answers no prompts, so there is nothing to show."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_samples:
+            raise ConfigError("num_samples: a model that scores answers no prompts; leave it out")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
     from easyaira.models.registry import model_of
 
     found = pretrained.find(args.model)
-    model = model_of(found.config, str(found.folder))
+    model = model_of(found.config, str(found.folder), scorer=False)
     found.check(model)
     tokenizer = found.tokenizer()
     template = Template(tokenizer, args.template, found.config["model_type"])

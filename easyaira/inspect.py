@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from easyaira import cli
-from easyaira.config import DPOConfig, PolicyConfig, RunConfig, SFTConfig
-from easyaira.errors import DataError, StorageError
+from easyaira.config import DPOConfig, PolicyConfig, RewardConfig, RunConfig, SFTConfig
+from easyaira.errors import StorageError
 
 ROWS = 4  # that are printed
 
@@ -27,6 +27,7 @@ class Inspect(RunConfig):
     model: PolicyConfig
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     task: Literal["auto", "sft", "dpo", "label"] = "auto"
     """What the rows are taken for: conversations, pairs of answers, or texts to be judged. auto: as
     their columns say."""
@@ -41,18 +42,9 @@ def task_of(config: Inspect) -> str:
     if config.task != "auto":
         return {"sft": "conversation", "dpo": "pair", "label": "label"}[config.task]
 
-    from easyaira.data import dataset, schemas, sources
+    from easyaira.data import dataset, schemas
 
-    first = next(iter(dataset.sources_of(config.data, config.data.train)))
-    rows = (row for _, row in sources.read(first) if not isinstance(row, sources.BadRow))
-    columns = list(next(rows, {}))
-    fits = [task for task, forms in schemas.FORMS.items() if any(f.fits(columns) for f in forms)]
-    if len(fits) != 1:
-        raise DataError(
-            f"{first.path}: found columns {', '.join(columns)}, which fit "
-            f"{' and '.join(fits) or 'no task'}; set --task, or name them in data.columns"
-        )
-    return fits[0]
+    return dataset.task_of(config.data, list(schemas.FORMS), "set --task, or ")
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""Log-probabilities of tokens, and the preference losses: functions of arrays, in float32.
+"""Log-probabilities of tokens, the preference losses, and those of scores: functions of arrays, in
+float32.
 
 Shapes: R rows, T tokens, D width, V vocabulary, B pairs. No loss is reduced here: the caller knows
 the denominator. To add a preference loss: one function, and one line in PREFERENCE_LOSSES.
@@ -390,3 +391,20 @@ def preference_loss(
         logratios = logratios / jnp.maximum(lengths, 1)
     smoothing = {"label_smoothing": label_smoothing} if loss.smoothed else {}
     return loss.function(logratios[:, 0], logratios[:, 1], beta=beta, **smoothing)
+
+
+# Losses of scores: one number for each text.
+
+IsPositive = Bool[Array, "B"]
+
+
+def bradley_terry(chosen: PerPair, rejected: PerPair, *, margin: float = 0.0) -> PerPair:
+    """-log s(r_w - r_l - margin): the reward model of Ouyang et al. (2022), Training language
+    models to follow instructions, eq. 1; with the margin of Touvron et al. (2023), Llama 2, eq. 2.
+    """
+    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+
+
+def binary(scores: PerPair, positive: IsPositive) -> PerPair:
+    """-log s(r) of a text that is to score above 0, -log s(-r) of one below: cross-entropy."""
+    return -jax.nn.log_sigmoid(jnp.where(positive, scores, -scores))

@@ -149,6 +149,8 @@ class Log:
             "eval_loss",
             "eval_rewards/accuracies",
             "rewards/margins",
+            "eval_accuracy",
+            "eval_auc",
         )
         self.say(
             f"step {step}: "

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from easyaira import losses
-from easyaira.config import DPOConfig
+from easyaira.config import DPOConfig, RewardConfig
 from easyaira.models.registry import Model
-from easyaira.trainer import LossFn, Sums
+from easyaira.trainer import PER_EXAMPLE, LossFn, Sums
 
 
 def sft(model: Model) -> LossFn:
@@ -111,3 +112,49 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
         loss = loss + config.sft_weight * nll
         sums["nll_loss"] = over_pairs(nll)
     return {"loss": over_pairs(loss)} | sums
+
+
+def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -> LossFn:
+    """A loss of scores, with `examples` in a micro-batch: of the lead of the first of two answers,
+    or, of a single text, of the side of 0 that its label puts it on (`labels` of the batch)."""
+
+    def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
+        scores, there = model.score(params, batch, key, examples=examples, answers=answers)
+        if answers == 2:
+            loss = losses.bradley_terry(scores[:, 0], scores[:, 1], margin=config.margin)
+            margins = scores[:, 0] - scores[:, 1]
+            is_better = jnp.broadcast_to(jnp.array([True, False]), scores.shape)
+        else:
+            is_better = (batch["labels"] == config.positive_label)[:, None]
+            loss = losses.binary(scores[:, 0], is_better[:, 0])
+            margins = jnp.where(is_better, scores, -scores)[:, 0]
+        real = there[:, 0].astype(jnp.float32)  # the last update may have fewer examples
+
+        def over_examples(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.where(there[:, 0], values, 0).sum(), real.sum()
+
+        return {
+            "loss": over_examples(loss),
+            "accuracy": over_examples((margins > 0).astype(jnp.float32)),
+            "margin": over_examples(margins),
+            PER_EXAMPLE: {"scores": scores, "is_better": is_better},
+        }
+
+    return loss_fn
+
+
+def reward_summary(examples: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """What is said of all held-out scores together."""
+    scores, is_better = examples["scores"], examples["is_better"]
+    return {"auc": roc_auc(scores[is_better], scores[~is_better])}
+
+
+def roc_auc(better: np.ndarray, worse: np.ndarray) -> float | None:
+    """The area under the ROC curve: how often one of the better scores is above one of the worse
+    ones, over all combinations of the two, ties by half. Exact; None if there are none of either.
+    """
+    if not len(better) or not len(worse):
+        return None
+    worse = np.sort(worse)
+    below, up_to = (np.searchsorted(worse, better, side) for side in ("left", "right"))
+    return float(int(below.sum()) + int(up_to.sum())) / (2 * len(better) * len(worse))

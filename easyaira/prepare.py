@@ -70,7 +70,7 @@ class Setup:
         shardings = meshes.shardings(self.model.shapes, self.model.rules, self.mesh)
         if self.config.model.init == "random":
             return jax.jit(self.model.init, out_shardings=shardings)(key)
-        params = self.origin.load(self.stored, self.mesh)
+        params = self.origin.load(self.stored, self.mesh, key)
         if self.stored.vocab_size == self.model.vocab_size:
             return params
         how = self.config.model.resize or "mean"
@@ -82,7 +82,7 @@ class Setup:
 
 
 class Algorithm(NamedTuple):
-    """What makes a run SFT or DPO.
+    """What makes a run SFT, DPO or a reward model.
 
     Attributes:
         recipe: what becomes of a row, given the longest example in tokens.
@@ -90,12 +90,18 @@ class Algorithm(NamedTuple):
         frozen: Setup -> the model whose weights the step takes as frozen, or None.
         begin: (Setup, params, run folder, first time?) -> (frozen weights, what is known of the
             training examples, of the held-out examples, metrics before the first update).
+        scorer: the model gives a text one number, and does not write.
+        known: Setup -> name -> shape of what `begin` will say of each example.
+        summary: what is told of all held-out examples together (see trainer.PER_EXAMPLE).
     """
 
     recipe: Callable[[int], Recipe]
     loss_fn: Callable[[Setup], trainer.LossFn]
     frozen: Callable[[Setup], Model | None]
     begin: Callable[[Setup, Any, Path, bool], tuple[Any, Mapping, Mapping, Mapping[str, float]]]
+    scorer: bool = False
+    known: Callable[[Setup], Mapping[str, tuple[int, ...]]] = lambda setup: {}
+    summary: trainer.Summary | None = None
 
 
 class Found(NamedTuple):
@@ -109,8 +115,13 @@ class Found(NamedTuple):
     max_length: int
 
 
-def find(config: RunConfig, mesh: Mesh) -> Found:
+def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
     """Find and check model, tokenizer, template and lengths. No weight is read.
+
+    Args:
+        config: the run's.
+        mesh: where it will run.
+        scorer: the model is to score texts, or to write them; None: as its config.json says.
 
     Raises:
         EasyAiraError: whatever is wrong with them.
@@ -118,15 +129,18 @@ def find(config: RunConfig, mesh: Mesh) -> Found:
     random = config.model.init == "random"
     name, revision = config.model.name_or_path, config.model.revision
     origin = pretrained.find(name, revision, weights_wanted=not random)
-    stored = model_of(origin.config, str(origin.folder), _compute(config, mesh))
+    where, compute = str(origin.folder), _compute(config, mesh)
+    stored = model_of(origin.config, where, compute, scorer=scorer)
     if not random:
         origin.check(stored)
     tokenizer = origin.tokenizer(config.model.tokenizer)
+    encoder = stored.architecture.encoder
     template = Template(
         tokenizer,
-        config.data.template,
+        _encoder_template(config, tokenizer, stored) if encoder else config.data.template,
         origin.config["model_type"],
         config.data.allowed_tokens,
+        padded=stored.scorer and not encoder,
     )
     model = _resized(config, stored, template)
     positions = model.config.max_positions
@@ -165,7 +179,7 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
             "devices cannot share alike; use a multiple of "
             f"{shards * config.gradient_accumulation_steps}"
         )
-    found = find(config, mesh)
+    found = find(config, mesh, algorithm.scorer)
     model = found.model
     meshes.shardings(model.shapes, model.rules, mesh)  # refuses a mesh that does not divide them
     if model.config.kv_heads % mesh.shape["tp"]:
@@ -177,7 +191,8 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
     layout = {
         "shards": shards,
         "packing": config.data.packing,
-        "share_prompt": shares_prompt(config.data.share_prompt, data.train),
+        "share_prompt": not model.architecture.encoder
+        and shares_prompt(config.data.share_prompt, data.train),
         "attention": attention_cost(model.config.width, model.config.heads),
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
@@ -252,6 +267,32 @@ def _compute(config: RunConfig, mesh: Mesh) -> Compute:
     return Compute(
         jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout, attention
     )
+
+
+def _encoder_template(config: RunConfig, tokenizer: Any, model: Model) -> str:
+    """The one template that an encoder has.
+
+    Raises:
+        ConfigError: options that an encoder does not have.
+        TokenizerError: it pads with another token than the model knows.
+    """
+    if config.data.template not in ("chat", "encoder"):
+        raise ConfigError(
+            f"data.template: {config.data.template} is for models that write; an encoder takes "
+            "text as its tokenizer frames it, so leave it out"
+        )
+    if config.data.share_prompt == "always":
+        raise ConfigError(
+            "data.share_prompt: in an encoder a prompt sees the answer, so two answers cannot "
+            "share one; leave it out"
+        )
+    known = getattr(model.config, "pad_token_id", tokenizer.pad_token_id)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id != known:
+        raise TokenizerError(
+            f"tokenizer: pads with {tokenizer.pad_token_id}, and config.json has pad_token_id "
+            f"{known}, from which positions count; use the model's own tokenizer"
+        )
+    return "encoder"
 
 
 def _resized(config: RunConfig, stored: Model, template: Template) -> Model:

@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from easyaira import mesh as meshes
 from easyaira import weights
 from easyaira.checkpoint import Checkpoints
-from easyaira.errors import ConfigError, TokenizerError
-from easyaira.models.registry import Model
+from easyaira.errors import ConfigError, TokenizerError, WeightsError
+from easyaira.mesh import path_of
+from easyaira.models.registry import Model, model_of
 
 TOKENIZER = "tokenizer"  # the tokenizer's folder in a run folder
 CHECKPOINTS = "checkpoints"
@@ -71,14 +73,24 @@ class Pretrained:
         kinds = sorted(set(names.values()), key=list(names.values()).count)
         return {n: kind for n, kind in names.items() if kind != kinds[-1]} | {"": kinds[-1]}
 
-    def check(self, model: Model) -> None:
-        """Compare the files with what the model's config wants, before anything is read.
+    def check(self, model: Model) -> list[str]:
+        """Compare the files with what the model's config wants, before anything is read. Returns
+        the paths of a scorer's head that are not stored, and will have to be drawn.
 
         Raises:
-            WeightsError: tensors are missing, left over or of another shape.
+            WeightsError: other tensors are missing, left over or of another shape.
         """
         if self.step is None:
-            self._matched(model)
+            stored = self._matched(model)
+            return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
+        if self._saved.scorer and not model.scorer:
+            raise WeightsError(f"{self.name}: holds a scorer, which has no head to write with")
+        return [] if self._saved.scorer else [r.ours for r in model.rows if r.ours[:6] == "score/"]
+
+    @cached_property
+    def _saved(self) -> Model:
+        """The model that a checkpoint of ours holds."""
+        return model_of(self.config, str(self.folder))
 
     def _matched(self, model: Model) -> dict[str, np.ndarray]:
         return weights.match(
@@ -87,26 +99,41 @@ class Pretrained:
             model.rows,
             vocab_size=model.vocab_size,
             prefix=model.architecture.prefix,
-            ignored=model.architecture.ignored,
+            ignored=model.ignored,
+            renamed=model.architecture.renamed,
+            optional=model.optional,
             tied=model.config.tie_word_embeddings,
             where=str(self.folder),
         )
 
-    def load(self, model: Model, mesh: Any) -> Any:
+    def load(self, model: Model, mesh: Any, head_key: jax.Array | None = None) -> Any:
         """The float32 parameters, each device with its own slice.
 
+        Args:
+            model: what they are for.
+            mesh: where they will lie.
+            head_key: draws the head of a scorer, as far as it is not stored.
+
         Raises:
-            WeightsError: as `check`, and a tensor that is not finite.
+            WeightsError: as `check`, and a tensor that is not finite, or a head that is not stored.
             StorageError: a checkpoint that cannot be read.
         """
-        target = meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, mesh))
+        target = _target(model, mesh)
+        missing = self.check(model)
+        if missing and head_key is None:
+            raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward gives it a head")
+        drawn = _drawn(model, target, missing, head_key) if missing else {}
         if self.step is None:
-            return weights.from_hf(self._matched(model), target, model.rows)
+            return weights.from_hf(self._matched(model), target, model.rows, drawn)
         checkpoints = Checkpoints(self.folder / CHECKPOINTS)
         try:
-            return checkpoints.restore_params(self.step, target)
+            if self._saved.scorer == model.scorer:
+                return checkpoints.restore_params(self.step, target)
+            saved = checkpoints.restore_params(self.step, _target(self._saved, mesh))
         finally:
             checkpoints.close()
+        found = _leaves(saved) | drawn
+        return jax.tree_util.tree_map_with_path(lambda path, _: found[path_of(path)], target)
 
     def tokenizer(self, name: str | None = None) -> Any:
         """The model's tokenizer, or the one that `name` says.
@@ -132,6 +159,26 @@ class Pretrained:
         if not tokenizer.is_fast:
             raise TokenizerError(f"{folder}: only fast tokenizers (tokenizer.json) can be used")
         return tokenizer
+
+
+def _target(model: Model, mesh: Any) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters."""
+    return meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, mesh))
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _drawn(model: Model, target: Any, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
+    """These parameters of new weights. The compiler leaves out all others."""
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        leaves = _leaves(model.init(key))
+        return {path: leaves[path] for path in paths}
+
+    places = _leaves(target)
+    return jax.jit(draw, out_shardings={path: places[path].sharding for path in paths})(key)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         ),
         frozen=lambda setup: reference_model(setup) if in_step else None,
         begin=begin,
+        known=lambda setup: {} if in_step else {"ref_logps": (2,)},
     )
 
 
@@ -59,7 +60,7 @@ def reference_model(setup: Setup) -> Model:
     if name is None:
         return setup.model
     found = pretrained.find(name)
-    model = model_of(found.config, str(found.folder), setup.model.compute)
+    model = model_of(found.config, str(found.folder), setup.model.compute, scorer=False)
     found.check(model)
     if model.vocab_size != setup.model.vocab_size:
         raise ConfigError(

@@ -14,6 +14,8 @@ from easyaira import metrics
 PANELS = (  # a title, and the metrics that share an axis
     ("loss", ("loss", "eval_loss")),
     ("token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("accuracy of scores", ("accuracy", "eval_accuracy", "eval_auc")),
+    ("margin of scores", ("margin", "eval_margin")),
     ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("reward margin", ("rewards/margins", "eval_rewards/margins")),
     ("rewards", ("rewards/chosen", "rewards/rejected")),

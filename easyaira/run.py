@@ -83,6 +83,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
             checkpoints=checkpoints,
             meta=released(setup).to_meta() | {"easyaira": easyaira.__version__},
             stop=stop,
+            summary=algorithm.summary,
         )
     finally:
         log.close()
@@ -116,6 +117,8 @@ def released(setup: Setup) -> release.Facts:
     dtypes = {"": "float32"} if random else setup.origin.stored_dtypes()
     config: dict[str, Any] = dict(setup.origin.config) | {"vocab_size": setup.model.vocab_size}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
+    if setup.model.scorer:
+        return release.Facts(config | _scored(setup), {}, dtypes)
     generation = dict(setup.origin.generation_config)
     ends = list(setup.template.end_ids)
     if setup.template.added:
@@ -131,6 +134,20 @@ def released(setup: Setup) -> release.Facts:
     if not generation.get("do_sample") and {"temperature", "top_p", "top_k"} & generation.keys():
         generation["do_sample"] = True  # transformers refuses settings that it would ignore
     return release.Facts(config, generation, dtypes)
+
+
+def _scored(setup: Setup) -> dict[str, Any]:
+    """What config.json says of a scorer, also of how PyTorch tells a text from its padding."""
+    label = setup.config.reward.label
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    changed = names if setup.template.added else names[2:]
+    return {
+        "architectures": [setup.model.hf_class],
+        "id2label": {"0": label},
+        "label2id": {label: 0},
+        "problem_type": "regression",  # the score itself, and no probability of it
+        **{name: getattr(setup.tokenizer, name) for name in changed},
+    }
 
 
 def write_report(setup: Setup, samples: Samples) -> None:

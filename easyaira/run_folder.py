@@ -49,7 +49,8 @@ def claim(setup: Setup) -> Checkpoints:
         content = configs.to_dict(config) | {cli.PROVENANCE: provenance(setup)}
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         data_report.write(folder, setup.data)
-        setup.tokenizer.chat_template = setup.template.jinja
+        if not setup.template.encoder:
+            setup.tokenizer.chat_template = setup.template.jinja
         setup.tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error

@@ -3,7 +3,10 @@
 A loss function maps (params, frozen, batch, key) to sums: `{name: (sum, count)}`, where `loss` is
 what is minimised. Sums and counts are added up over micro-batches, devices and steps, and divided
 once. Weights that are not trained (a DPO reference) are `frozen`, an argument and no constant of
-the compiled program."""
+the compiled program.
+
+What is no average may be left under PER_EXAMPLE, as `{name: [B, ...]}` for the examples of a
+micro-batch: an evaluation hands all of them to the algorithm's summary."""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,10 +28,12 @@ from easyaira.checkpoint import Checkpoints, abstract
 from easyaira.config import RunConfig
 from easyaira.data.batches import LAYOUT, Batch, Batches
 from easyaira.errors import NonFiniteError, Preempted
-from easyaira.mesh import BATCH_AXES, like
+from easyaira.mesh import BATCH_AXES, constrain, like
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array | None], Sums]
+Summary = Callable[[Mapping[str, np.ndarray]], Mapping[str, float | None]]
+PER_EXAMPLE = "examples"
 
 
 class State(NamedTuple):
@@ -89,6 +95,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     def gradients(params, frozen, batch, key):
         def total(params):
             sums = loss_fn(params, frozen, batch, key)
+            sums.pop(PER_EXAMPLE, None)
             return sums["loss"][0], sums
 
         return jax.grad(total, has_aux=True)(params)
@@ -139,22 +146,38 @@ def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:
-    """(params, frozen, batch) -> sums, without gradients."""
+    """(params, frozen, batch) -> (sums, what is known of each example), without gradients."""
 
     def eval_step(params, frozen, batch):
-        return loss_fn(params, frozen, jax.tree.map(lambda array: array[0], batch), None)
+        sums = loss_fn(params, frozen, jax.tree.map(lambda array: array[0], batch), None)
+        examples = sums.pop(PER_EXAMPLE, {})
+        return sums, jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), examples)
 
     return jax.jit(eval_step)
 
 
 def evaluate(
-    eval_step: Callable, params: Any, frozen: Any, batches: Batches, mesh: Mesh
-) -> dict[str, float]:
-    """Averages over all examples of `batches`, named eval_..."""
+    eval_step: Callable,
+    params: Any,
+    frozen: Any,
+    batches: Batches,
+    mesh: Mesh,
+    summary: Summary | None = None,
+) -> dict[str, float | None]:
+    """Averages over all examples of `batches`, and what `summary` says of all of them together,
+    named eval_..."""
     sums: metrics.Sums = {}
+    known: dict[str, list[np.ndarray]] = {}
     for ready in ahead(batches, 0, len(batches), mesh):
-        sums = metrics.add(sums, jax.device_get(eval_step(params, frozen, ready.arrays)))
-    return metrics.averages(sums, "eval_")
+        more, examples = jax.device_get(eval_step(params, frozen, ready.arrays))
+        sums = metrics.add(sums, more)
+        for name, values in examples.items():
+            known.setdefault(name, []).append(values[ready.batch.slots[:, 1]])
+    row: dict[str, float | None] = dict(metrics.averages(sums, "eval_"))
+    if summary is not None:
+        told = summary({name: np.concatenate(parts) for name, parts in known.items()})
+        row |= {f"eval_{name}": value for name, value in told.items()}
+    return row
 
 
 class Ready(NamedTuple):
@@ -233,6 +256,7 @@ def fit(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     stop: StopSignal,
+    summary: Summary | None = None,
 ) -> State:
     """Train from `state` to `total_steps`; log, evaluate and save as `config` says.
 
@@ -251,10 +275,12 @@ def fit(
     def due(step: int, every: int) -> bool:
         return step == total_steps or bool(every and step % every == 0)
 
-    def measure() -> dict[str, float]:
-        return evaluate(eval_step, state.params, frozen, held_out, mesh) if held_out else {}
+    def measure() -> dict[str, float | None]:
+        if held_out is None:
+            return {}
+        return evaluate(eval_step, state.params, frozen, held_out, mesh, summary)
 
-    def settle(until: int, measured: Mapping[str, float]) -> None:
+    def settle(until: int, measured: Mapping[str, float | None]) -> None:
         """Fetch the numbers of updates up to `until`, and write what is to be logged of them."""
         while pending and pending[0][0] <= until:
             step, ready, sums = pending.pop(0)

@@ -1,5 +1,8 @@
 """Logits of a Hugging Face folder as PyTorch computes them. A process of its own, for its memory.
 
+A language model is given one prompt at a time, a scorer all of them in a batch, padded with its
+pad_token_id, as those who use it will do.
+
 python -m easyaira.verify FOLDER '[[1, 2, 3]]'     writes FOLDER/logits.npz
 """
 
@@ -13,18 +16,31 @@ def main(folder: str, prompts: list[list[int]]) -> None:
     warnings.simplefilter("error")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import numpy as np
-    from transformers import AutoModelForCausalLM, BatchEncoding
-
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="float32", output_loading_info=True
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        BatchEncoding,
     )
+
+    config = AutoConfig.from_pretrained(folder)
+    scorer = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype="float32", output_loading_info=True)
     if problems := {kind: keys for kind, keys in info.items() if keys}:
         sys.exit(f"keys do not match: {problems}")
     model.eval()
-    logits = []
-    for ids in prompts:
-        batch = BatchEncoding({"input_ids": [ids]}, tensor_type="pt")
-        logits.append(model(**batch).logits[0].detach().numpy())
+
+    def run(**batch):
+        return model(**BatchEncoding(batch, tensor_type="pt")).logits.detach().numpy()
+
+    if scorer:
+        longest = max(map(len, prompts))
+        padded = [ids + [config.pad_token_id] * (longest - len(ids)) for ids in prompts]
+        real = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts]
+        logits = run(input_ids=padded, attention_mask=real)
+    else:
+        logits = [run(input_ids=[ids])[0] for ids in prompts]
     np.savez(os.path.join(folder, "logits.npz"), *logits)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,8 @@ def match(
     vocab_size: int,
     prefix: str,
     ignored: Sequence[str],
+    renamed: Mapping[str, str],
+    optional: Sequence[str],
     tied: bool,
     where: str,
 ) -> dict[str, np.ndarray]:
@@ -176,19 +178,24 @@ def match(
         tensors: name -> array, as `open_folder` gives them.
         tree: our parameters' shapes.
         prefix: what names of old files may lack in front.
-        ignored: patterns of names that are no weights.
+        ignored: patterns of names that are no weights of this model.
+        renamed: ends of names in old files -> what they are now.
+        optional: our paths of products that may be missing, whole.
         tied: the head is the token table, so a stored head must be the same.
         where: the folder, for messages.
 
     Raises:
         WeightsError: all that is missing, left over or of another shape, in one message.
     """
-    expected = {}
+    expected, whole = {}, {}
     for row, leaf in pair_rows(tree, rows):
         layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
         expected |= dict.fromkeys(row.names(leaf), row.cut(layer, vocab_size).shape)
+        whole.setdefault(row.ours.rpartition("/")[0], []).extend(row.names(leaf))
     found = {}
     for name, tensor in tensors.items():
+        for old, new in renamed.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
         full = name if name in expected or prefix + name not in expected else prefix + name
         if not any(re.search(pattern, prefix + name) for pattern in ignored):
             found[full] = tensor
@@ -201,7 +208,9 @@ def match(
                 "from it; set tie_word_embeddings to false to keep both"
             )
     problems = []
-    if missing := sorted(set(expected) - set(found)):
+    absent = [names for product, names in whole.items() if product in optional]
+    may_miss = {name for names in absent if not found.keys() & set(names) for name in names}
+    if missing := sorted(set(expected) - set(found) - may_miss):
         problems.append(f"missing {_some(missing)}")
     if extra := sorted(set(found) - set(expected)):
         problems.append(f"not known to this architecture {_some(extra)}")
@@ -220,18 +229,26 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + rest
 
 
-def from_hf(tensors: dict[str, np.ndarray], tree: Any, rows: Sequence[Row]) -> Any:
+def from_hf(
+    tensors: dict[str, np.ndarray],
+    tree: Any,
+    rows: Sequence[Row],
+    drawn: Mapping[str, jax.Array] | None = None,
+) -> Any:
     """Our parameters in float32. Each device is given its slice, and only that is read.
 
     Args:
         tensors: as `match` gives them.
         tree: our parameters' shapes, dtypes and, where they have one, shardings.
+        drawn: our path -> a parameter that is not read.
 
     Raises:
         WeightsError: a tensor holds NaN or infinity.
     """
-    loaded = {}
+    loaded = dict(drawn or {})
     for row, leaf in pair_rows(tree, rows):
+        if row.ours in loaded:
+            continue
         layers = [(name, row.op.to_ours(tensors[name])) for name in row.names(leaf)]
 
         def read(index, row=row, leaf=leaf, layers=layers):

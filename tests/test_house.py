@@ -16,8 +16,8 @@ HOUSE = """
     weights optim checkpoint metrics report verify
 
     models.layers
-    models.attention
-    models.gpt2 models.llama models.opt models.heads
+    models.attention models.heads
+    models.gpt2 models.llama models.opt models.bert models.roberta
     models.registry
 
     data.sources data.schemas data.templates
@@ -31,7 +31,7 @@ HOUSE = """
     samples reference
     run
 
-    train_sft train_dpo inspect convert
+    train_sft train_dpo train_reward inspect convert
     quickstart
 """
 ORDER = HOUSE.split()
@@ -41,6 +41,8 @@ FLAX = {
     "models.gpt2",
     "models.llama",
     "models.opt",
+    "models.bert",
+    "models.roberta",
     "models.heads",
     "models.registry",
 }
@@ -92,7 +94,8 @@ def test_nothing_is_evaluated_unpickled_or_masked_by_pad_id():
 
 
 @pytest.mark.parametrize(
-    "module", ["train_sft", "train_dpo", "inspect", "convert", "generate", "quickstart"]
+    "module",
+    ["train_sft", "train_dpo", "train_reward", "inspect", "convert", "generate", "quickstart"],
 )
 def test_help_answers_without_jax(module):
     code = (

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira import mesh as meshes
 from easyaira.errors import ConfigError, WeightsError
-from easyaira.models.registry import model_of
+from easyaira.models.registry import model_of, resize
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,28 @@ def test_constrain_leaves_alone_what_does_not_divide(devices):
         eight = jax.jit(lambda x: meshes.constrain(x, "fsdp", None))(np.ones((8, 2)))
     assert three.shape == (3, 2)
     assert eight.sharding.shard_shape((8, 2)) == (1, 2)
+
+
+@pytest.mark.parametrize("how", ["mean", "normal"])
+@pytest.mark.parametrize("size", [301, 290, 385])
+def test_a_vocabulary_of_another_size_is_the_same_on_every_mesh(size, how, devices):
+    """Writing into a slice of a table that is divided over tp once lost the row at its edge."""
+    devices(8)
+    key = jax.random.key(0)
+    model = model_of(tiny.CONFIGS["llama"], "config.json")
+    params = model.init(key)
+    larger, wanted = resize(model, params, size, how, key)
+    kept = min(size, 300)
+    table, was = (tree["model"]["embed_tokens"]["embedding"] for tree in (wanted, params))
+    assert np.array_equal(table[:kept], was[:kept]) and not table[size:].any()
+    if how == "mean" and size > 300:
+        np.testing.assert_allclose(table[300:size] - was[:300].mean(0), 0, atol=1e-6)
+    for text in ("fsdp=8", "dp=2,fsdp=2,tp=2"):
+        mesh = meshes.make_mesh(text)
+        places = meshes.shardings(larger.shapes, larger.rules, mesh)
+        divided = jax.device_put(params, meshes.shardings(model.shapes, model.rules, mesh))
+        change = jax.jit(lambda p: resize(model, p, size, how, key)[1], out_shardings=places)
+        with jax.set_mesh(mesh):
+            found = change(divided)
+        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)

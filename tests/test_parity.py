@@ -33,7 +33,8 @@ PADDED = 12  # tokens of a row, of which the first or last few are padding
 
 
 def test_every_architecture_is_covered():
-    assert {case["model_type"] for case in CASES.values()} == set(MODELS)
+    writers = {kind for kind, architecture in MODELS.items() if not architecture.encoder}
+    assert {case["model_type"] for case in CASES.values()} == writers
 
 
 def batch(side: str):

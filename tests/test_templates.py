@@ -447,6 +447,21 @@ def test_a_text_to_be_judged_is_framed_as_by_its_tokenizer(name, text):
     assert found[1] == tokenizer(text, split_special_tokens=True).input_ids
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, marks=shared) for name in ENCODERS])
+@few
+@given(prompt=TYPED, answer=TYPED)
+@example(prompt="What? ", answer=" Said he.\n")
+def test_an_encoder_takes_a_prompt_with_its_answer_as_one_string(name, prompt, answer):
+    """As Aira's reward models were trained: tokenizer(instruction + sep_token + response)."""
+    template = template_of(name, "encoder")
+    found = ids(template, turn(prompt, answer))
+    tokenizer = template.tokenizer
+    separator = tokenizer.sep_token_id
+    assert found.count(separator) == 2 and found[0] == tokenizer.cls_token_id
+    if not template.types_control(prompt + answer):
+        assert found == tokenizer(prompt + tokenizer.sep_token + answer).input_ids
+
+
 @with_tiny(*BYTE_LEVEL)
 @few
 @given(prompt=TYPED, answer=TYPED)

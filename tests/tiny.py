@@ -6,8 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from easyaira import weights
 from easyaira.mesh import make_mesh
@@ -59,18 +64,50 @@ CONFIGS = {
     },
 }
 
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+}
+SCORERS = {
+    "bert": _ENCODER
+    | {
+        "model_type": "bert",
+        "architectures": ["BertForSequenceClassification"],
+        "pad_token_id": 0,
+    },
+    "roberta": _ENCODER
+    | {
+        "model_type": "roberta",
+        "architectures": ["RobertaForSequenceClassification"],
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "pad_token_id": 1,
+    },
+    **{
+        kind: CONFIGS[kind]
+        | {"architectures": [f"{name}ForSequenceClassification"], "pad_token_id": 1}
+        for kind, name in {"gpt2": "GPT2", "llama": "Llama", "opt": "OPT"}.items()
+    },
+}
+_ONE_LABEL = {"id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
+SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
+
 
 def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
     """transformers' model of a config, all of its weights drawn with `std`."""
     torch.manual_seed(seed)
     settings = {k: v for k, v in config.items() if k != "architectures"}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**settings), attn_implementation="eager"
-    )
+    scores = config["architectures"][0].endswith("ForSequenceClassification")
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**settings), attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, std)
-            if "norm" in name or "ln_" in name:
+            if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(name.endswith("weight"))
     return model.eval()
 
@@ -81,7 +118,7 @@ def save(folder: Path, config: dict, *, std: float = 0.2, dtype=None, **kwargs) 
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(folder, **kwargs)
-    tokenizer(config["vocab_size"]).save_pretrained(folder)
+    tokenizer_of(config).save_pretrained(folder)
     return model
 
 
@@ -89,28 +126,68 @@ def save_config(folder: Path, config: dict) -> None:
     """A folder with config.json and a tokenizer, and no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer(config["vocab_size"]).save_pretrained(folder)
+    tokenizer_of(config).save_pretrained(folder)
+
+
+def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
+    """That an architecture usually has."""
+    if config["model_type"] in FRAMES and config["pad_token_id"] < 2:
+        return encoder_tokenizer(config)
+    return tokenizer(config["vocab_size"])
 
 
 def tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer, `<|endoftext|>` being 0."""
     end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(vocab_size, [end]),
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        model_max_length=64,
+    )
+
+
+FRAMES = {  # pad, first and last token of a text, with pad at its usual id
+    "bert": ["[PAD]", "[CLS]", "[SEP]"],
+    "roberta": ["<s>", "<pad>", "</s>"],
+}
+
+
+def encoder_tokenizer(config: dict) -> PreTrainedTokenizerFast:
+    """The same, with what BERT or RoBERTa put around a text."""
+    controls = FRAMES[config["model_type"]]
+    trained = _trained(config["vocab_size"], controls)
+    pad = config["pad_token_id"]
+    first, last = (token for i, token in enumerate(controls) if i != pad)
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        special_tokens=[(token, controls.index(token)) for token in (first, last)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        cls_token=first,
+        sep_token=last,
+        pad_token=controls[pad],
+        model_max_length=64,
+    )
+
+
+def _trained(vocab_size: int, controls: list[str]) -> Tokenizer:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end],
+        special_tokens=controls,
         initial_alphabet=alphabet,
         show_progress=False,
     )
     words = "the capital of France is Paris. what do you like? I like red and blue. yes no".split()
     texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
     trained.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained, bos_token=end, eos_token=end, unk_token=end, model_max_length=64
-    )
+    return trained
 
 
 def load(folder: Path, mesh: str = "fsdp=-1"):
@@ -164,4 +241,15 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict]:
             "rejected": " " + bad[rng.integers(3)],
         }
         for i in range(count)
+    ]
+
+
+def label_rows(count: int, seed: int = 0) -> list[dict]:
+    """Texts of which those that say no are called 1."""
+    rng = np.random.default_rng(seed)
+    words = [["no", "no, no", "I like no Paris"], ["yes", "I like red", "the capital"]]
+    labels = [int(i % 3 == 0) for i in range(count)]
+    return [
+        {"text": f"{words[1 - label][rng.integers(3)]} and {i}", "label": label}
+        for i, label in enumerate(labels)
     ]

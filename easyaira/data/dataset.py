@@ -82,6 +82,25 @@ def load(
     return Data(train, held_out, report, accounts)
 
 
+def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
+    """Which of `tasks` the columns of the first row are for.
+
+    Raises:
+        DataError: none of them, or several.
+    """
+    first = next(iter(sources_of(config, config.train)))
+    rows = (row for _, row in sources.read(first) if not isinstance(row, sources.BadRow))
+    columns = list(next(rows, {}))
+    fits = [task for task in tasks if any(form.fits(columns) for form in schemas.FORMS[task])]
+    if len(fits) != 1:
+        raise DataError(
+            f"{first.path}: found columns {', '.join(columns)}, which fit "
+            f"{' and '.join(fits) or 'none of ' + ', '.join(tasks)}; {hint}name them in "
+            "data.columns"
+        )
+    return fits[0]
+
+
 def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Source]:
     """`config.train` or `config.eval` as a list."""
     return [Source(what, config.split, config.columns)] if isinstance(what, str) else what
@@ -99,6 +118,8 @@ def _read(
     for number, source in enumerate(sources_of(config, what)):
         own = template
         if source.template:
+            if template.encoder:
+                raise ConfigError("data.train: template: an encoder has its own; leave it out")
             own = Template(
                 template.tokenizer, source.template, template.model_type, config.allowed_tokens
             )

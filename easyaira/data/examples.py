@@ -241,7 +241,9 @@ def build(
             unseen = recipe.max_length - sum(_lengths(fitted)) if recipe.padded else 0
             if unseen:
                 fitted = _padded(fitted, unseen, template.tokenizer.pad_token_id)
-            known = {"rows": row, "prompt_ids": _hash(parts.prompt), "labels": texts.label}
+            judged = [tokens for tokens, _ in parts.answers] if recipe.task == "label" else []
+            prompt_id = _hash(parts.prompt, *judged)  # texts without a prompt are their own
+            known = {"rows": row, "prompt_ids": prompt_id, "labels": texts.label}
             files.add(fitted, sources=0, unseen=unseen, **known)
             account.kept += 1
     (folder / "account.json").write_text(json.dumps(vars(account)), encoding="utf-8")
@@ -489,8 +491,14 @@ def _fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[
             kept = last_of_prompt(recipe.max_length - longest)
         else:
             room = max(recipe.max_length - int(kept.sum()), 0)
-            tails = [tokens[room:] for tokens, _ in answers]
-            answers = [(tokens[:room], mask[:room]) for tokens, mask in answers]
+            closing = int(template.encoder and room > 0)  # as their tokenizers do when they cut
+
+            def keeps(tokens: np.ndarray) -> np.ndarray:
+                place, length = np.arange(len(tokens)), len(tokens)
+                return (length <= room) | (place < room - closing) | (place >= length - closing)
+
+            tails = [tokens[~keeps(tokens)] for tokens, _ in answers]
+            answers = [(tokens[keeps(tokens)], mask[keeps(tokens)]) for tokens, mask in answers]
         notes.append(f"cut to max_length ({recipe.truncation})")
     lost, prompt, prompt_learned = prompt[~kept], prompt[kept], prompt_learned[kept]
     if recipe.task != "label":

@@ -62,6 +62,7 @@ LLAMA_2 = (
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+ENCODER = "{{ cls_token }}{% for m in messages %}{{ m['content'] + sep_token }}{% endfor %}"
 TEMPLATES = {
     "plain": PLAIN,
     "aira": AIRA,
@@ -121,16 +122,27 @@ class Template:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        name: a key of TEMPLATES, chat (the tokenizer's own), a .jinja file or a Jinja template.
+        name: a key of TEMPLATES, chat (the tokenizer's own), a .jinja file or a Jinja template; or
+            encoder, how BERT and RoBERTa take one text behind another.
         model_type: of the model, which decides aira's unknown token.
         allowed: control tokens that a person's text may spell.
+        padded: a text's last token must be told from padding, so there must be a padding token that
+            ends no text.
 
     Raises:
         ConfigError: no such template, or no such control token.
         TokenizerError: the tokenizer has no template, or cannot be built from parts.
     """
 
-    def __init__(self, tokenizer: Any, name: str, model_type: str, allowed: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        model_type: str,
+        allowed: Sequence[str] = (),
+        *,
+        padded: bool = False,
+    ):
         self.tokenizer = tokenizer
         self.name = name
         self.model_type = model_type
@@ -143,6 +155,11 @@ class Template:
             tokenizer.add_special_tokens(wanted)
         elif name == "chatml":
             tokenizer.add_special_tokens(CHATML_TOKENS)
+        self.encoder = name == "encoder"
+        if self.encoder and None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+            raise TokenizerError("tokenizer: has no cls_token or no sep_token, as encoders need")
+        if padded and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            tokenizer.add_special_tokens({"pad_token": AIRA_TOKENS["pad_token"]})
         self.added = len(tokenizer) - length  # tokens that the model cannot know yet
         self.jinja = self._find(name)
         self.end = tokenizer.eos_token_id
@@ -180,6 +197,8 @@ class Template:
     def _find(self, name: str) -> str:
         if name in TEMPLATES:
             return TEMPLATES[name]
+        if name == "encoder":
+            return ENCODER
         if name == "chat":
             if not self.tokenizer.chat_template:
                 raise TokenizerError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from easyaira.models.layers import Compute
-from easyaira.weights import VOCAB_TRANSPOSE, Row
+from easyaira import mesh
+from easyaira.mesh import BATCH_AXES, Rules, constrain
+from easyaira.models.layers import Compute, Linear
+from easyaira.weights import TRANSPOSE, VOCAB_TRANSPOSE, Row
 
 
 class Kernel(nn.Module):
@@ -52,3 +57,107 @@ class CausalLM(nn.Module):
 
 LM_HEAD_RULES = ((r"^lm_head/kernel$", P("fsdp", "tp")),)
 LM_HEAD_ROWS = (Row("lm_head/kernel", "lm_head.weight", VOCAB_TRANSPOSE),)
+
+
+@dataclass(frozen=True)
+class ScoreHead:
+    """How an architecture turns a text into one number.
+
+    Attributes:
+        module: (config, compute) -> states [..., D] to scores [...]; its parameters are `score`.
+        rules, rows: its partition rules, and its tensors.
+        first_token: it reads an answer's first token, which must see all others; or its last.
+    """
+
+    module: type[nn.Module]
+    rules: Rules
+    rows: Sequence[Row]
+    first_token: bool = False
+
+
+class LastTokenScore(nn.Module):
+    """States of last tokens [..., D] to scores [...]: one product, without a bias."""
+
+    config: Any
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, states):
+        return Linear(1, self.config.initializer_range, name="linear")(states)[..., 0]
+
+
+LAST_TOKEN = ScoreHead(
+    LastTokenScore,
+    rules=((r"^score/linear/kernel$", P("fsdp", None)),),
+    rows=(Row("score/linear/kernel", "score.weight", TRANSPOSE),),
+)
+
+
+class Scorer(nn.Module):
+    """Rows of texts to one score for each answer [B, A], in float32, and whether it is there.
+
+    The head is applied to one token of each answer only, and in float32.
+    """
+
+    backbone: type[nn.Module]
+    head: ScoreHead
+    config: Any
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, tokens, positions, segment_ids, sides, *, examples: int, answers: int
+    ) -> tuple[jax.Array, jax.Array]:
+        backbone = self.backbone(self.config, self.compute, name="model")
+        hidden_RTD, _ = backbone(tokens, positions, segment_ids, sides)
+        states_BAD, there_BA = answer_states(
+            hidden_RTD,
+            segment_ids,
+            sides,
+            examples=examples,
+            answers=answers,
+            first_token=self.head.first_token,
+        )
+        head = self.head.module(self.config, self.compute, name="score")
+        return head(states_BAD.astype(jnp.float32)), there_BA
+
+
+def answer_states(
+    hidden_RTD: jax.Array,
+    segment_ids_RT: jax.Array,
+    sides_RT: jax.Array,
+    *,
+    examples: int,
+    answers: int,
+    first_token: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The hidden state of each answer's first or last token [B, A, D], and whether there is one.
+
+    Example b has segment id b + 1; of two answers, the first has side 1 and the second side 2. What
+    answers share (side 0 of a pair) belongs to none, and side 3 is no text. A device looks only at
+    the rows that it holds, in which all of its examples are.
+    """
+    R, T, D = hidden_RTD.shape
+    shards = mesh.parts_of(R, BATCH_AXES)
+    shards = shards if examples % shards == 0 else 1
+    local = examples // shards * answers  # answers of a shard
+
+    def flat(x: jax.Array) -> jax.Array:  # [S, tokens of a shard, ...]
+        x = x.reshape(shards, R // shards * T, *x.shape[2:])
+        return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
+
+    def take(hidden, segment_ids, sides, shard):
+        side = sides - 1 if answers == 2 else 0 * sides
+        answer = (segment_ids - 1) * answers + side - shard * local
+        is_text = (segment_ids > 0) & (sides != 3) & (side >= 0)
+        answer = jnp.where(is_text, answer, local)
+        place = jnp.arange(len(answer))
+        reduce = jax.ops.segment_min if first_token else jax.ops.segment_max
+        places = reduce(place, answer, num_segments=local + 1)[:-1]
+        there = (places >= 0) & (places < len(place))  # where there is nothing, the far end
+        return hidden[jnp.where(there, places, 0)], there
+
+    states, there = jax.vmap(take)(
+        flat(hidden_RTD), flat(segment_ids_RT), flat(sides_RT), jnp.arange(shards)
+    )
+    return states.reshape(examples, answers, D), there.reshape(examples, answers)

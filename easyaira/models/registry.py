@@ -16,8 +16,15 @@ import jax.numpy as jnp
 
 from easyaira.errors import ConfigError
 from easyaira.mesh import Rules, path_of
-from easyaira.models import gpt2, llama, opt
-from easyaira.models.heads import LM_HEAD_ROWS, LM_HEAD_RULES, CausalLM
+from easyaira.models import bert, gpt2, llama, opt, roberta
+from easyaira.models.heads import (
+    LAST_TOKEN,
+    LM_HEAD_ROWS,
+    LM_HEAD_RULES,
+    CausalLM,
+    ScoreHead,
+    Scorer,
+)
 from easyaira.models.layers import ACTIVATIONS, Compute
 from easyaira.weights import Row
 
@@ -25,7 +32,7 @@ from easyaira.weights import Row
 @dataclass(frozen=True)
 class Architecture:
     config: type
-    backbone: type[nn.Module]
+    backbone: type[nn.Module]  # of the name that Hugging Face's classes begin with
     rules: Rules
     rows: Sequence[Row]
     prefix: str  # in front of tensor names, left out by old files
@@ -33,6 +40,13 @@ class Architecture:
     neutral: Mapping[
         str, Any
     ]  # config keys that are not built, with the value that changes nothing
+    score_head: ScoreHead
+    renamed: Mapping[str, str]  # ends of tensor names in old files
+
+    @property
+    def encoder(self) -> bool:
+        """Every token sees its whole text: it judges texts and cannot write them."""
+        return self.score_head.first_token
 
 
 def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Architecture:
@@ -44,13 +58,17 @@ def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Archi
         module.HF_PREFIX,
         module.HF_IGNORED,
         module.HF_NEUTRAL,
+        getattr(module, "SCORE_HEAD", LAST_TOKEN),
+        getattr(module, "HF_RENAMED", {}),
     )
 
 
 MODELS = {
+    "bert": _architecture(bert, bert.BertConfig, bert.Bert),
     "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
     "llama": _architecture(llama, llama.LlamaConfig, llama.Llama),
     "opt": _architecture(opt, opt.OPTConfig, opt.OPT),
+    "roberta": _architecture(roberta, roberta.RobertaConfig, roberta.Roberta),
 }
 
 # config.json keys that do not change the numbers of a forward pass
@@ -65,36 +83,64 @@ HARMLESS = """
     max_new_tokens min_length no_repeat_ngram_size num_beams num_return_sequences repetition_penalty
     temperature top_k top_p typical_p diversity_penalty num_beam_groups encoder_no_repeat_ngram_size
     is_encoder_decoder tie_encoder_decoder remove_invalid_values return_dict_in_generate
-    output_scores activation_dropout dropout layerdrop prefix
+    output_scores activation_dropout dropout layerdrop prefix num_labels hidden_dropout_prob
+    attention_probs_dropout_prob classifier_dropout directionality pooler_fc_size pooler_type
+    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
 """.split()
 
 
 IN_FLOAT32 = Compute()
+SCORER_CLASS = "ForSequenceClassification"  # the end of the name of transformers' scorers
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model: an architecture, its sizes, and how it is computed. Holds no weights."""
+    """A language model or a scorer of texts: an architecture, its sizes, and how it is computed.
+    Holds no weights."""
 
     architecture: Architecture
     config: Any
     compute: Compute
+    scorer: bool = False
 
     @cached_property
-    def module(self) -> CausalLM:
-        return CausalLM(self.architecture.backbone, self.config, self.compute)
+    def module(self) -> CausalLM | Scorer:
+        backbone = self.architecture.backbone
+        if self.scorer:
+            return Scorer(backbone, self.architecture.score_head, self.config, self.compute)
+        return CausalLM(backbone, self.config, self.compute)
+
+    def _of_head(self, lm_head: Sequence[Any], score_head: Sequence[Any]) -> Sequence[Any]:
+        if self.scorer:
+            return score_head
+        return () if self.config.tie_word_embeddings else lm_head
 
     @property
     def rules(self) -> Rules:
-        return (
-            *self.architecture.rules,
-            *(() if self.config.tie_word_embeddings else LM_HEAD_RULES),
-        )
+        head = self._of_head(LM_HEAD_RULES, self.architecture.score_head.rules)
+        return (*self.architecture.rules, *head)
 
     @property
     def rows(self) -> Sequence[Row]:
-        rows = (*self.architecture.rows, *(() if self.config.tie_word_embeddings else LM_HEAD_ROWS))
-        return [row for row in rows if row.when(self.config)]
+        head = self._of_head(LM_HEAD_ROWS, self.architecture.score_head.rows)
+        return [row for row in (*self.architecture.rows, *head) if row.when(self.config)]
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of stored tensors that are no weights of this model."""
+        return (*self.architecture.ignored, *((r"lm_head\.weight$",) if self.scorer else ()))
+
+    @property
+    def optional(self) -> Sequence[str]:
+        """Products that a new scorer draws, where the model it begins with has none."""
+        head = self.architecture.score_head.rows if self.scorer else ()
+        return sorted({row.ours.rpartition("/")[0] for row in head})
+
+    @property
+    def hf_class(self) -> str:
+        """The transformers class that reads an export."""
+        task = SCORER_CLASS if self.scorer else "ForCausalLM"
+        return self.architecture.backbone.__name__ + task
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +149,8 @@ class Model:
     def init(self, key: jax.Array) -> Any:
         """Random weights, drawn as Hugging Face draws them."""
         ids = jnp.zeros((1, 1), jnp.int32)
-        return self.module.init(key, ids, ids, ids, ids)["params"]
+        counts = {"examples": 1, "answers": 1} if self.scorer else {}
+        return self.module.init(key, ids, ids, ids, ids, **counts)["params"]
 
     @cached_property
     def shapes(self) -> Any:
@@ -116,6 +163,26 @@ class Model:
         rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return self.module.apply({"params": params}, *rows, rngs=rngs)
+
+    def score(
+        self,
+        params: Any,
+        batch: Mapping[str, jax.Array],
+        dropout_key: jax.Array | None = None,
+        *,
+        examples: int,
+        answers: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scores [B, A] of the answers in a batch of rows, and which of them are there.
+
+        Args:
+            examples: B, for which a batch has room.
+            answers: A, 1 or 2 for each example.
+        """
+        rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        counts = {"examples": examples, "answers": answers}
+        return self.module.apply({"params": params}, *rows, rngs=rngs, **counts)
 
     def with_dtype(self, dtype: Any) -> Model:
         """The same model, computed with another precision."""
@@ -133,8 +200,20 @@ class Model:
         return total
 
 
-def model_of(raw: Mapping[str, Any], where: str, compute: Compute = IN_FLOAT32) -> Model:
+def model_of(
+    raw: Mapping[str, Any],
+    where: str,
+    compute: Compute = IN_FLOAT32,
+    *,
+    scorer: bool | None = None,
+) -> Model:
     """The model that a Hugging Face config.json describes.
+
+    Args:
+        raw: config.json.
+        where: it is, for messages.
+        compute: how it is to be computed.
+        scorer: it is to score texts, or to write them; None: as its `architectures` say.
 
     Raises:
         ConfigError: an architecture or a feature that is not built, or sizes that cannot be.
@@ -160,7 +239,21 @@ def model_of(raw: Mapping[str, Any], where: str, compute: Compute = IN_FLOAT32) 
             )
     config = architecture.config(**{k: v for k, v in values.items() if k in names})
     _check_sizes(config, where)
-    return Model(architecture, config, compute)
+    stored_scorer = str((raw.get("architectures") or [""])[0]).endswith(SCORER_CLASS)
+    if stored_scorer and (labels := _labels(raw)) != 1:
+        raise ConfigError(f"{where}: classifies into {labels} labels; only scores (1) are built")
+    if architecture.encoder and scorer is False:
+        raise ConfigError(
+            f"{where}: {kind} sees a text whole and writes none; train_reward makes it a scorer"
+        )
+    if scorer is None:
+        scorer = stored_scorer or architecture.encoder
+    return Model(architecture, config, compute, scorer)
+
+
+def _labels(raw: Mapping[str, Any]) -> int:
+    """How many labels transformers would give a classifier with this config.json."""
+    return len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -207,11 +300,14 @@ def resize(
         if axis is None:
             return old
         table, shape = jnp.moveaxis(old, axis, 0), (vocab_size - kept, old.shape[1 - axis])
-        added = jnp.broadcast_to(table[: model.vocab_size].mean(0), shape)
-        if how == "normal":
-            added = jax.random.normal(key, shape) * model.config.initializer_range
-        rows = jnp.zeros((new.shape[axis], shape[1]), old.dtype)
-        rows = rows.at[:kept].set(table[:kept]).at[kept:vocab_size].set(added)
+        # chosen row by row: writing into slices of a divided array has lost rows at their edges
+        place = jnp.arange(new.shape[axis])
+        added = jnp.broadcast_to(table[: model.vocab_size].mean(0), (len(place), shape[1]))
+        if how == "normal" and shape[0]:
+            drawn = jax.random.normal(key, shape) * model.config.initializer_range
+            added = drawn[jnp.clip(place - kept, 0, shape[0] - 1)]
+        stays, is_new = (place < kept)[:, None], (place < vocab_size)[:, None]
+        rows = jnp.where(stays, table[jnp.minimum(place, kept - 1)], jnp.where(is_new, added, 0))
         return jnp.moveaxis(rows, 0, axis)
 
     return resized, jax.tree_util.tree_map_with_path(leaf, params, resized.shapes)

@@ -1,0 +1,430 @@
+"""Reward and toxicity models from start to end: the command, its numbers, the released folder."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+import yaml
+from test_training import losses_of, same_bits, stop_after, torch_adamw, torch_step
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from easyaira import cli, generate, losses, metrics, objectives, plan, prepare
+from easyaira.checkpoint import Checkpoints
+from easyaira.config import TrainDPO, TrainReward, TrainSFT
+from easyaira.errors import ConfigError, EasyAiraError, Preempted, TokenizerError, WeightsError
+from easyaira.mesh import path_of
+from easyaira.reference import dpo_algorithm
+from easyaira.run import run
+from easyaira.train_reward import reward_algorithm
+from easyaira.train_sft import sft_algorithm
+
+STEPS = 6
+BASES = {
+    **{kind: tiny.SCORERS[kind] for kind in ("bert", "roberta")},
+    **{kind: tiny.CONFIGS[kind] for kind in ("gpt2", "llama")},
+}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """Models and data to run on. Encoders are stored with a head, decoders without."""
+    root = tmp_path_factory.mktemp("ground")
+    for kind, config in BASES.items():
+        tiny.save(root / kind, config)
+    tiny.write_rows(root / "pair.jsonl", tiny.dpo_rows(40))
+    tiny.write_rows(root / "label.jsonl", tiny.label_rows(40))
+    texts = tiny.label_rows(60)
+    good, bad = ([r["text"] for r in texts if r["label"] == label] for label in (0, 1))
+    rows = [{"harmless": a, "harmful": b} for a, b in zip(good, bad, strict=False)]
+    tiny.write_rows(root / "texts.jsonl", rows)
+    return root
+
+
+def configure(ground, kind, data, out, **options):
+    decoder = {} if kind in ("bert", "roberta") else {"data.template": "tulu"}
+    options = {
+        "model.name_or_path": ground / kind,
+        "data.train": ground / f"{data}.jsonl",
+        "train_batch_size": 8,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "export": False,
+        "output_dir": out,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 3,
+        "optimizer.weight_decay": 0.1,
+        **decoder,
+        **options,
+    }
+    config, _ = cli.parse(TrainReward, [f"--{name}={value}" for name, value in options.items()])
+    return config, reward_algorithm(config)
+
+
+def train(*args, **options):
+    """Run; returns the rows of metrics.jsonl and the final parameters."""
+    config, algorithm = configure(*args, **options)
+    run(config, algorithm, dry_run=False)
+    setup = prepare.prepare(config, algorithm)
+    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
+    params = checkpoints.restore_params(checkpoints.latest(), setup.target(setup.model))
+    checkpoints.close()
+    return metrics.read(Path(config.output_dir) / "metrics.jsonl"), jax.device_get(params)
+
+
+def close(a, b, atol):
+    """Equal to `atol`, but for the biases of keys: they have no effect on attention, so their
+    gradient is rounding noise, which Adam scales up to whole steps."""
+
+    def compare(path, x, y):
+        path = path_of(path)
+        if path.endswith("c_attn/bias"):
+            x, y = x[:, ::2], y[:, ::2]
+        if not path.endswith("key/bias"):
+            np.testing.assert_allclose(x, y, atol=atol, rtol=0, err_msg=path)
+
+    jax.tree_util.tree_map_with_path(compare, a, b)
+
+
+def their_scores(folder, sequences):
+    """Of the released folder, in a batch, with padding behind."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    width, pad = max(map(len, sequences)), model.config.pad_token_id
+    ids = [[*s, *[pad] * (width - len(s))] for s in sequences]
+    mask = [[1] * len(s) + [0] * (width - len(s)) for s in sequences]
+    with torch.no_grad():
+        out = model.eval()(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+    return out.logits[:, 0].numpy()
+
+
+def sequences_of(examples, answer):
+    """The tokens of each example's prompt with one of its answers."""
+    e, rows = examples, []
+    for bounds in e.bounds:
+        at = slice(bounds[1 + answer], bounds[2 + answer])
+        rows.append(e.tokens[bounds[0] : bounds[1]].tolist() + e.tokens[at].tolist())
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# numbers
+
+
+def test_losses_of_scores():
+    one = np.float32([1.0])
+    assert losses.bradley_terry(one, 0 * one)[0] == pytest.approx(0.313262, abs=1e-6)
+    assert losses.bradley_terry(one, 0 * one, margin=1.0)[0] == pytest.approx(math.log(2))
+    scores = np.float32([3.0, -0.5, 40.0, -40.0])
+    for labels in ([1, 0, 1, 0], [0, 1, 0, 1]):
+        wanted = F.binary_cross_entropy_with_logits(
+            torch.tensor(scores), torch.tensor(labels).float(), reduction="none"
+        )
+        np.testing.assert_allclose(losses.binary(scores, np.bool_(labels)), wanted, 1e-5, 1e-7)
+
+
+def test_auc_is_exact():
+    assert objectives.roc_auc(np.array([1.0, 2.0]), np.array([0.0, -1.0])) == 1.0
+    assert objectives.roc_auc(np.array([1.0]), np.array([1.0])) == 0.5
+    assert objectives.roc_auc(np.array([]), np.array([1.0])) is None
+    rng = np.random.default_rng(0)
+    better, worse = rng.integers(0, 9, 50) / 8, rng.integers(0, 7, 40) / 8  # with many ties
+    wins = [(b > w) + (b == w) / 2 for b in better for w in worse]
+    assert objectives.roc_auc(better, worse) == sum(wins) / 2000
+
+
+@pytest.mark.parametrize("kind, data", [("bert", "pair"), ("roberta", "label"), ("gpt2", "texts")])
+def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
+    """Of 20 rows, so that every third update has four instead of eight."""
+    options = {"data.max_examples": 20, "reward.margin": 0.5}
+    rows, params = train(ground, kind, data, tmp_path / "run", **options)
+    setup = prepare.prepare(*configure(ground, kind, data, tmp_path / "x", **options))
+    examples = setup.batches.examples
+    config = tiny.SCORERS[kind]
+    model = tiny.torch_model(config | {"vocab_size": setup.model.vocab_size})
+    with torch.no_grad():  # the head of a decoder, and the padding token's row, are new
+        ours = tiny.as_theirs(setup.model, setup.load())
+        model.load_state_dict({n: torch.tensor(t) for n, t in ours.items()}, strict=True)
+    adamw = torch_adamw(model)
+
+    def scores(update, answer):
+        some = sequences_of(examples.take(setup.batches.members(update)), answer)
+        return torch.cat([model(input_ids=torch.tensor([s])).logits[0] for s in some])
+
+    for step, row in enumerate(rows):
+        if data == "label":
+            labels = torch.tensor(examples.labels[setup.batches.members(step)])
+            margins = (1 - 2 * labels) * scores(step, 0)
+            loss = F.binary_cross_entropy_with_logits(scores(step, 0), 1 - labels)
+        else:
+            margins = scores(step, 0) - scores(step, 1)
+            loss = -F.logsigmoid(margins - 0.5).mean()
+        torch_step(model, adamw, loss, step if step < 3 else 3 + (step - 3) * 17 / (STEPS - 3))
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert row["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
+        assert row["accuracy"] == pytest.approx((margins > 0).float().mean().item())
+
+
+@pytest.mark.parametrize("kind, data", [("bert", "pair"), ("gpt2", "pair"), ("roberta", "label")])
+def test_packed_accumulated_and_shared_runs_are_the_same_run(kind, data, ground, tmp_path):
+    args = (ground, kind, data)
+    rows, params = train(
+        *args, tmp_path / "plain", **{"data.packing": False, "data.share_prompt": "never"}
+    )
+    variants = {"packed": {}, "accumulated": {"gradient_accumulation_steps": 4}}
+    if kind == "gpt2":
+        variants["shared"] = {"data.share_prompt": "always"}
+    for name, options in variants.items():
+        other_rows, other = train(*args, tmp_path / name, **options)
+        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
+        close(other, params, 1e-4)
+
+
+@pytest.mark.parametrize("kind, data", [("bert", "label"), ("llama", "pair")])
+def test_meshes_agree_with_one_device(kind, data, ground, tmp_path, devices):
+    args, options = (ground, kind, data), {"data.eval": 0.25, "eval_steps": 3}
+    rows, params = train(*args, tmp_path / "one", **options)
+    devices(8)
+    other_rows, other = train(*args, tmp_path / "many", mesh="2,2,2", **options)
+    for name in ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_auc"):
+        ours, theirs = ([r[name] for r in some if name in r] for some in (rows, other_rows))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    close(other, params, 1e-4)
+
+
+def test_stop_and_continue_is_the_same_run_bit_for_bit(ground, tmp_path, monkeypatch):
+    options = {"model.dropout": 0.2, "data.eval": 0.2, "eval_steps": 2}
+    rows, params = train(ground, "bert", "label", tmp_path / "through", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Preempted):
+            train(ground, "bert", "label", tmp_path / "stopped", **options)
+    again_rows, again = train(ground, "bert", "label", tmp_path / "stopped", **options)
+    same_bits(again, params)
+    for name in ("loss", "accuracy", "margin", "eval_auc"):
+        assert [r.get(name) for r in again_rows] == [r.get(name) for r in rows]
+
+
+# ---------------------------------------------------------------------------------------------
+# from start to end
+
+
+@pytest.fixture(scope="module")
+def released(ground, tmp_path_factory):
+    """Runs with their exports: (kind, data) -> run folder."""
+    root, folders = tmp_path_factory.mktemp("released"), {}
+    options = {"export": True, "data.eval": 0.2, "reward.label": "GOOD"}
+    for kind, data in (("bert", "pair"), ("roberta", "label"), ("llama", "pair")):
+        folders[kind, data] = root / kind
+        config, algorithm = configure(ground, kind, data, root / kind, **options)
+        run(config, algorithm, dry_run=False)
+    return folders
+
+
+def test_what_is_written(released, ground):
+    for (kind, _), folder in released.items():
+        rows = metrics.read(folder / "metrics.jsonl")
+        measured = {"eval_loss", "eval_accuracy", "eval_margin", "eval_auc"}
+        assert measured <= rows[0].keys() and measured <= rows[-1].keys()
+        assert {"loss", "accuracy", "margin"} <= rows[1].keys()
+        assert not (folder / "samples.json").exists()
+        proof = json.loads((folder / "hf/export_report.json").read_text())["logits"]
+        assert proof["compared"] and proof["max_difference"] <= 1e-4
+        config = json.loads((folder / "hf/config.json").read_text())
+        assert config["architectures"] == [tiny.SCORERS[kind]["architectures"][0]]
+        assert config["id2label"] == {"0": "GOOD"} and config["label2id"] == {"GOOD": 0}
+        card = (folder / "hf/README.md").read_text()
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["pipeline_tag"] == "text-classification" and "eval_auc" in card
+        assert not (folder / "hf/generation_config.json").exists()
+        chat = (folder / "hf/chat_template.jinja").exists()
+        assert chat == (kind == "llama"), "an encoder has no chat template"
+
+
+def test_scores_of_the_released_folder_are_those_that_were_measured(released, ground):
+    """In torch, in a padded batch, each with all others as batch mates; and the last AUC and
+    accuracy are those of all held-out scores."""
+    for (kind, data), folder in released.items():
+        config, algorithm = configure(
+            ground, kind, data, folder, **{"data.eval": 0.2, "reward.label": "GOOD"}
+        )
+        held_out = prepare.prepare(config, algorithm).data.held_out
+        last = metrics.read(folder / "metrics.jsonl")[-1]
+        first = their_scores(folder / "hf", sequences_of(held_out, 0))
+        if data == "pair":
+            better, worse = first, their_scores(folder / "hf", sequences_of(held_out, 1))
+            right = better > worse
+        else:
+            better, worse = first[held_out.labels == 0], first[held_out.labels == 1]
+            right = np.concatenate([better > 0, worse < 0])
+        alone = [their_scores(folder / "hf", [s])[0] for s in sequences_of(held_out, 0)[:3]]
+        np.testing.assert_allclose(alone, first[:3], atol=1e-5)
+        assert last["eval_accuracy"] == pytest.approx(right.mean())
+        wins = [(b > w) + (b == w) / 2 for b in better for w in worse]
+        assert last["eval_auc"] == pytest.approx(np.mean(wins), abs=2e-2)
+
+
+def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys):
+    for (kind, data), folder in released.items():
+        card = (folder / "hf/README.md").read_text()
+        code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        exec(code.replace("FOLDER", str(folder / "hf")), {})  # noqa: S102
+        printed = float(capsys.readouterr().out.strip().splitlines()[-1])
+        config, algorithm = configure(ground, kind, data, folder)
+        template = prepare.find(config, prepare.meshes.make_mesh("fsdp=-1"), True).template
+        if data == "label":
+            tokens = template.judged(["You are welcome."])[0]
+        else:
+            said = [("user", "How are you?"), ("assistant", "Fine, thank you.")]
+            messages = [{"role": role, "content": content} for role, content in said]
+            tokens = np.concatenate([part for part, _ in template.encode([messages])[0]])
+        model, params = tiny.load(folder / "hf")
+        score = model.score(params, tiny.layout(tokens[None]), examples=1, answers=1)[0]
+        assert printed == pytest.approx(float(score[0, 0]), abs=1e-4)
+
+
+def test_transformers_pipeline_gives_the_raw_score_under_its_label(released):
+    folder = released["roberta", "label"] / "hf"
+    said = pipeline("text-classification", str(folder))("I like Paris")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    score = their_scores(folder, [tokenizer("I like Paris").input_ids])[0]
+    assert said == [{"label": "GOOD", "score": pytest.approx(float(score), abs=1e-5)}]
+
+
+def test_a_released_scorer_and_its_run_are_gone_on_with(released, ground, tmp_path):
+    for kind, data in (("bert", "pair"), ("llama", "pair")):
+        folder = released[kind, data]
+        last = metrics.read(folder / "metrics.jsonl")[-1]
+        for start in (folder, folder / "hf"):
+            options = {"model.name_or_path": start, "data.eval": 0.2, "max_steps": 4}
+            if kind == "llama":
+                options["data.template"] = "chat"
+            rows, _ = train(ground, kind, data, tmp_path / kind / start.name, **options)
+            assert rows[0]["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
+
+
+def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp_path, capsys):
+    tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
+    argv = {
+        "model.name_or_path": ground / "llama",
+        "data.train": tmp_path / "sft.jsonl",
+        "data.template": "tulu",
+        "max_steps": 2,
+        "num_samples": 0,
+        "export": False,
+        "output_dir": tmp_path / "sft",
+    }
+    config, _ = cli.parse(TrainSFT, [f"--{name}={value}" for name, value in argv.items()])
+    run(config, sft_algorithm(config), dry_run=False)
+    capsys.readouterr()
+    options = {"model.name_or_path": tmp_path / "sft", "optimizer.learning_rate": 0.0}
+    _, params = train(ground, "llama", "pair", tmp_path / "reward", **options)
+    told = capsys.readouterr().out
+    assert "head    score/linear/kernel drawn with standard deviation 0.02 from seed 42" in told
+    checkpoints = Checkpoints(tmp_path / "sft/checkpoints")
+    model = prepare.pretrained.find(str(tmp_path / "sft"))._saved
+    before = checkpoints.restore_params(2, model.shapes)["model"]
+    checkpoints.close()
+    body = jax.tree.map(lambda a, b: (a[:300], b[:300]), params["model"], before)
+    for ours, theirs in jax.tree.leaves(body, is_leaf=lambda x: isinstance(x, tuple)):
+        assert np.array_equal(ours, theirs)
+    assert set(params) == {"model", "score"}
+
+
+def test_a_dry_run_says_what_would_happen(ground, tmp_path, capsys):
+    for kind, data in (("gpt2", "pair"), ("bert", "label")):
+        config, algorithm = configure(ground, kind, data, tmp_path / "run")
+        run(config, algorithm, dry_run=True)
+        told = capsys.readouterr().out
+        assert "memory per device" in told and "score/" in told
+        assert ("head    " in told) == (kind == "gpt2")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# data, and what is refused
+
+
+def test_equal_texts_are_never_on_both_sides(ground, tmp_path):
+    rows = [{"text": f"{word} I like", "label": 0} for word in ("yes", "no", "red", "blue")] * 5
+    tiny.write_rows(tmp_path / "same.jsonl", rows)
+    options = {"data.train": tmp_path / "same.jsonl", "data.eval": 0.25}
+    config, algorithm = configure(ground, "bert", "label", tmp_path / "x", **options)
+    data = prepare.prepare(config, algorithm).data
+    assert len(data.held_out) == 5 and len(data.train) == 15
+    assert not set(data.held_out.prompt_ids) & set(data.train.prompt_ids)
+
+
+@pytest.mark.parametrize("data", ["pair", "label"])
+def test_an_encoder_cuts_as_its_tokenizer_does(data, ground, tmp_path):
+    config, algorithm = configure(
+        ground, "roberta", data, tmp_path / "x", **{"data.max_length": 26}
+    )
+    examples = prepare.prepare(config, algorithm).data.train
+    tokenizer = AutoTokenizer.from_pretrained(ground / "roberta")
+    rows = tiny.dpo_rows(40) if data == "pair" else tiny.label_rows(40)
+    longest = 0
+    for row, found in zip(np.array(rows)[examples.rows], sequences_of(examples, 0), strict=True):
+        text = row["text"] if data == "label" else f"{row['prompt']}</s>{row['chosen']}"
+        longest = max(longest, len(tokenizer(text).input_ids))
+        assert found == tokenizer(text, truncation=True, max_length=26).input_ids
+    assert longest > 26
+
+
+def test_which_label_is_good_is_said_in_the_configuration(ground, tmp_path):
+    rows = [
+        train(ground, "bert", "label", tmp_path / str(label), **{"reward.positive_label": label})[0]
+        for label in (0, 1)
+    ]
+    assert rows[0][0]["margin"] == pytest.approx(-rows[1][0]["margin"])
+
+
+def test_flops_are_those_of_products_with_every_token():
+    from easyaira.models.registry import model_of
+
+    model = model_of({"model_type": "bert", "vocab_size": 28996}, "config.json")
+    D, F_, biases, norms = 768, 3072, 4 * 768 + 3072 + 768, 4 * 768
+    layer = 4 * D * D + 2 * D * F_ + biases + norms
+    assert plan.flops_per_token(model, False) == 6 * (12 * layer + 2 * D)
+
+
+@pytest.mark.parametrize(
+    "kind, data, options, error, told",
+    [
+        ("bert", "pair", {"data.share_prompt": "always"}, ConfigError, "cannot share one"),
+        ("bert", "pair", {"data.template": "tulu"}, ConfigError, "data.template: tulu is for"),
+        ("gpt2", "label", {"data.share_prompt": "always"}, ConfigError, "only pairs have a prompt"),
+        ("bert", "pair", {"num_samples": 2}, ConfigError, "num_samples: a model that scores"),
+        ("bert", "pair", {"data.reverse": True}, ConfigError, "data.reverse: is for SFT"),
+        ("roberta", "pair", {"model.tokenizer": "bert"}, TokenizerError, "pads with 0"),
+        ("bert", "pair", {"model.tokenizer": "gpt2"}, TokenizerError, "pads with None"),
+    ],
+)
+def test_what_does_not_fit_is_refused(kind, data, options, error, told, ground, tmp_path):
+    if "model.tokenizer" in options:
+        options = {"model.tokenizer": ground / options["model.tokenizer"]}
+    with pytest.raises(error, match=told):
+        prepare.prepare(*configure(ground, kind, data, tmp_path / "x", **options))
+
+
+def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released, tmp_path):
+    tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
+    for folder, data, config_class, algorithm, told in (
+        (ground / "bert", tmp_path / "sft.jsonl", TrainSFT, sft_algorithm, "writes none"),
+        (released["llama", "pair"], ground / "pair.jsonl", TrainDPO, dpo_algorithm, "a scorer"),
+        (released["llama", "pair"] / "hf", ground / "pair.jsonl", TrainDPO, dpo_algorithm, "score"),
+    ):
+        argv = [f"--model.name_or_path={folder}", f"--data.train={data}", "--data.template=plain"]
+        config, _ = cli.parse(config_class, argv)
+        with pytest.raises((ConfigError, WeightsError), match=told):
+            prepare.prepare(config, algorithm(config))
+    with pytest.raises(EasyAiraError, match="writes none"):
+        generate.main([str(ground / "bert"), "--prompt=Hi"])
