@@ -219,6 +219,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EnergyConfig:
+    """Energy and CO2 of the training, by CodeCarbon (the extra `energy`), in emissions.csv."""
+
+    country: str
+    """Where the machine stands, whose electricity mix decides the CO2: three letters of ISO 3166,
+    such as BRA."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run: what every command that trains has in common."""
 
@@ -257,6 +266,8 @@ class RunConfig:
     """auto: continue what output_dir holds, or start; must: an error if it holds no run."""
     export: bool = True
     """Write the Hugging Face folder output_dir/hf at the end."""
+    energy: EnergyConfig | None = None
+    """Track the energy that training takes: {country: BRA}."""
 
     def __post_init__(self):
         if self.lora is not None:

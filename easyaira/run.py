@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import easyaira
-from easyaira import card, metrics, plan, release, report, run_folder, trainer
+from easyaira import card, energy, metrics, plan, release, report, run_folder, trainer
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
@@ -20,6 +20,7 @@ from easyaira.samples import Samples
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
     """Do what the command line asks for."""
     with trainer.StopSignal() as stop:
+        energy.check(config.energy)
         setup = prepare(config, algorithm)
         keep_compiled(config)
         with jax.set_mesh(setup.mesh):
@@ -57,36 +58,37 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
         params, opt_state, _, saved = checkpoints.restore(step, target.params, target.opt_state)
         state = trainer.resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
-    frozen, known, known_held_out, before = algorithm.begin(setup, params, folder, step is None)
-    samples = Samples(setup, folder / "samples.json")
-    if step is None:
-        samples.answer("before", params)
-    del params  # the first update gives its memory away
-    log = metrics.Log(folder, step or 0, setup.total_steps)
-    try:
-        state = trainer.fit(
-            state,
-            frozen,
-            loss_fn=algorithm.loss_fn(setup),
-            tx=setup.tx,
-            schedule=setup.schedule,
-            batches=replace(setup.batches, known=known),
-            held_out=setup.held_out and replace(setup.held_out, known=known_held_out),
-            total_steps=setup.total_steps,
-            config=config,
-            mesh=setup.mesh,
-            key=setup.dropout_key,
-            flops_per_token=plan.flops_per_token(setup.model, frozen is not None),
-            before=before,
-            window=window,
-            log=log,
-            checkpoints=checkpoints,
-            meta=released(setup).to_meta() | {"easyaira": easyaira.__version__},
-            stop=stop,
-        )
-    finally:
-        log.close()
-        checkpoints.close()
+    with energy.track(config.energy, folder):
+        frozen, known, known_held_out, before = algorithm.begin(setup, params, folder, step is None)
+        samples = Samples(setup, folder / "samples.json")
+        if step is None:
+            samples.answer("before", params)
+        del params  # the first update gives its memory away
+        log = metrics.Log(folder, step or 0, setup.total_steps)
+        try:
+            state = trainer.fit(
+                state,
+                frozen,
+                loss_fn=algorithm.loss_fn(setup),
+                tx=setup.tx,
+                schedule=setup.schedule,
+                batches=replace(setup.batches, known=known),
+                held_out=setup.held_out and replace(setup.held_out, known=known_held_out),
+                total_steps=setup.total_steps,
+                config=config,
+                mesh=setup.mesh,
+                key=setup.dropout_key,
+                flops_per_token=plan.flops_per_token(setup.model, frozen is not None),
+                before=before,
+                window=window,
+                log=log,
+                checkpoints=checkpoints,
+                meta=released(setup).to_meta() | {"easyaira": easyaira.__version__},
+                stop=stop,
+            )
+        finally:
+            log.close()
+            checkpoints.close()
     params = state.params
     del frozen, state  # the proof of the export needs the memory
     samples.answer("after", params)

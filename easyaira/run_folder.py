@@ -27,6 +27,7 @@ MAY_CHANGE = """
     mesh output_dir resume export num_samples logging_steps eval_steps save_steps save_total_limit
     model.gradient_checkpointing data.cache_dir
 """.split()
+GROUPS_MAY_CHANGE = {"energy"}
 
 
 def claim(setup: Setup) -> Checkpoints:
@@ -70,7 +71,10 @@ def _compare(saved: Mapping[str, Any], setup: Setup, record: Path) -> None:
     """Refuse a folder whose run computes something else."""
     saved = dict(saved)
     fingerprint = saved.pop(cli.PROVENANCE, {}).get("data_fingerprint")
-    then, now = _flat(saved), _flat(configs.to_dict(setup.config))
+    then, now = (
+        _flat({k: v for k, v in content.items() if k not in GROUPS_MAY_CHANGE})
+        for content in (saved, configs.to_dict(setup.config))
+    )
     for key in sorted((then.keys() | now.keys()) - set(MAY_CHANGE)):
         if then.get(key) != now.get(key):
             raise ConfigError(
