@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def keep_compiled(config: RunConfig) -> None:
 def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
     """Train, or continue, or find that all is done; then report and export."""
     config, folder = setup.config, Path(setup.config.output_dir)
+    facts = released(setup)
     checkpoints = run_folder.claim(setup)
     step = checkpoints.latest()
     if step == setup.total_steps and (not config.export or (folder / "hf").exists()):
@@ -83,7 +85,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
                 window=window,
                 log=log,
                 checkpoints=checkpoints,
-                meta=released(setup).to_meta() | {"easyaira": easyaira.__version__},
+                meta=facts.to_meta() | {"easyaira": easyaira.__version__},
                 stop=stop,
             )
         finally:
@@ -99,10 +101,10 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
             folder / "hf",
             model=setup.model,
             params=params,
-            facts=released(setup),
+            facts=facts,
             tokenizer=setup.tokenizer,
             mesh=setup.mesh,
-            card=card.of_run(folder),
+            card=partial(card.of_run, folder),
             replace=True,
         )
         print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
@@ -112,27 +114,30 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
 def released(setup: Setup) -> release.Facts:
     """What the files beside the weights will say: the original's words, and what the run changed.
 
-    Weights are stored as they were in the model that the run began with.
+    Weights are stored as they were in the model that the run began with. The ids of control tokens
+    are the tokenizer's, alike in config.json and generation_config.json.
+
+    Raises:
+        ConfigError: transformers would not read these files.
     """
+    origin, tokenizer = setup.origin, setup.tokenizer
     random = setup.config.model.init == "random"
-    dtypes = {"": "float32"} if random else setup.origin.stored_dtypes()
-    config: dict[str, Any] = dict(setup.origin.config) | {"vocab_size": setup.model.vocab_size}
+    dtypes = {"": "float32"} if random else origin.stored_dtypes()
+    config: dict[str, Any] = dict(origin.config) | {"vocab_size": setup.model.vocab_size}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
-    generation = dict(setup.origin.generation_config)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    if tokenizer.sep_token_id is not None:  # a token of the template, which both files name
+        ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
+    ids = {name: token for name, token in ids.items() if token is not None}
     ends = list(setup.template.end_ids)
-    if setup.template.added:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: getattr(setup.tokenizer, name) for name in names}
-        config |= ids
-        generation |= ids
-    else:
-        stored = generation.get("eos_token_id", [])
+    if not setup.template.added and setup.config.model.tokenizer is None:
+        stored = origin.generation_config.get("eos_token_id", [])
         stored = stored if isinstance(stored, list) else [stored]
         ends += [token for token in stored if token is not None and token not in ends]
-    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    if not generation.get("do_sample") and {"temperature", "top_p", "top_k"} & generation.keys():
-        generation["do_sample"] = True  # transformers refuses settings that it would ignore
-    return release.Facts(config, generation, dtypes)
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    asked = {k: v for k, v in asdict(setup.config.generation).items() if v is not None}
+    generation = release.generation_config(origin.generation_config | asked | ids)
+    return release.Facts(config | ids, generation, dtypes)
 
 
 def write_report(setup: Setup, samples: Samples) -> None:
