@@ -64,6 +64,9 @@ class ModelConfig:
     """Make the embedding as long as the tokenizer. New rows are the mean of the old ones, or drawn
     with the model's own standard deviation (as Aira's originals were). By default the embedding
     changes only for tokens that the template adds, with the mean."""
+    max_positions: PositiveInt | None = None
+    """Longest sequence, where it shall be another than config.json says: only for models with
+    rotary positions. The released config.json will say it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation: auto is bfloat16 on accelerators and float32 on CPU. Weights,
     optimizer state, norms, softmax and losses are float32 always."""

@@ -119,6 +119,8 @@ def find(config: RunConfig, mesh: Mesh) -> Found:
     name, revision = config.model.name_or_path, config.model.revision
     origin = pretrained.find(name, revision, weights_wanted=not random)
     stored = model_of(origin.config, str(origin.folder), _compute(config, mesh))
+    if config.model.max_positions is not None:
+        stored = _with_positions(stored, config.model.max_positions)
     if not random:
         origin.check(stored)
     tokenizer = origin.tokenizer(config.model.tokenizer)
@@ -196,9 +198,7 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
     held_out = None
     if data.held_out is not None:
         held_out = Batches(data.held_out, micro_batch, **layout)
-    total_steps = config.max_steps
-    if total_steps == -1:
-        total_steps = max(1, round(config.num_train_epochs * len(batches)))
+    total_steps = updates(config, len(batches))
     schedule = optim.make_schedule(config.optimizer, total_steps)
     tx = optim.make_optimizer(config.optimizer, schedule)
     return Setup(
@@ -216,6 +216,13 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         schedule=schedule,
         tx=tx,
     )
+
+
+def updates(config: RunConfig, epoch: int) -> int:
+    """Updates of a run, given those of an epoch."""
+    if config.max_steps != -1:
+        return config.max_steps
+    return max(1, round(config.num_train_epochs * epoch))
 
 
 WORTH_SHARING = 0.15  # of the positions; below it, the longer rows cost more than is saved
@@ -241,6 +248,16 @@ def _compute(config: RunConfig, mesh: Mesh) -> Compute:
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
     return Compute(jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout)
+
+
+def _with_positions(model: Model, count: int) -> Model:
+    """The model with another longest sequence; no weight depends on it."""
+    if not hasattr(model.config, "rope_theta"):
+        raise ConfigError(
+            "model.max_positions: is for rotary positions; this model has a table of "
+            f"{model.config.max_positions} learned ones, so leave it out"
+        )
+    return replace(model, config=replace(model.config, max_position_embeddings=count))
 
 
 def _resized(config: RunConfig, stored: Model, template: Template) -> Model:

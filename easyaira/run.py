@@ -125,6 +125,8 @@ def released(setup: Setup) -> release.Facts:
     dtypes = {"": "float32"} if random else origin.stored_dtypes()
     config: dict[str, Any] = dict(origin.config) | {"vocab_size": setup.model.vocab_size}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
+    if setup.config.model.max_positions is not None:
+        config["max_position_embeddings"] = setup.config.model.max_positions
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     if tokenizer.sep_token_id is not None:  # a token of the template, which both files name
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
