@@ -257,7 +257,7 @@ def _with_positions(model: Model, count: int) -> Model:
             "model.max_positions: is for rotary positions; this model has a table of "
             f"{model.config.max_positions} learned ones, so leave it out"
         )
-    return replace(model, config=replace(model.config, max_position_embeddings=count))
+    return replace(model, config=replace(model.config, max_position_embeddings=int(count)))
 
 
 def _resized(config: RunConfig, stored: Model, template: Template) -> Model:

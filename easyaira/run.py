@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 
 import easyaira
 from easyaira import card, energy, metrics, plan, release, report, run_folder, trainer
+from easyaira import config as configs
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
@@ -120,13 +121,13 @@ def released(setup: Setup) -> release.Facts:
     Raises:
         ConfigError: transformers would not read these files.
     """
-    origin, tokenizer = setup.origin, setup.tokenizer
+    origin, tokenizer, options = setup.origin, setup.tokenizer, configs.to_dict(setup.config)
     random = setup.config.model.init == "random"
     dtypes = {"": "float32"} if random else origin.stored_dtypes()
     config: dict[str, Any] = dict(origin.config) | {"vocab_size": setup.model.vocab_size}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
-    if setup.config.model.max_positions is not None:
-        config["max_position_embeddings"] = setup.config.model.max_positions
+    if positions := options["model"]["max_positions"]:
+        config["max_position_embeddings"] = positions
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     if tokenizer.sep_token_id is not None:  # a token of the template, which both files name
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
@@ -137,7 +138,7 @@ def released(setup: Setup) -> release.Facts:
         stored = stored if isinstance(stored, list) else [stored]
         ends += [token for token in stored if token is not None and token not in ends]
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    asked = {k: v for k, v in asdict(setup.config.generation).items() if v is not None}
+    asked = {k: v for k, v in options["generation"].items() if v is not None}
     generation = release.generation_config(origin.generation_config | asked | ids)
     return release.Facts(config | ids, generation, dtypes)
 
