@@ -42,19 +42,24 @@ tokens = model.generate(**inputs, max_new_tokens=200)[0, inputs.input_ids.shape[
 print(tokenizer.decode(tokens, skip_special_tokens=True))
 ```"""
 REWARD = """```python
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-inputs = tokenizer(
-    "What is the capital of Brazil?", "It is Brasilia.",
-    truncation=True, return_token_type_ids=False, return_tensors="pt",
-)
-with torch.no_grad():
-    print(model(**inputs).logits[0, 0].item())  # higher is better
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+{inputs}
+print(model(**inputs).logits[0, 0].item())  # the higher, the better
 ```"""
+JUDGED = {  # what a reward model takes, by what it was trained on
+    "text": """inputs = tokenizer("You are welcome.", truncation=True, return_tensors="pt")""",
+    "answer, encoder": """text = "How are you?" + tokenizer.sep_token + "Fine, thank you."
+inputs = tokenizer(text, truncation=True, return_tensors="pt")""",
+    "answer": """messages = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "Fine, thank you."},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")""",
+}
 KINDS = {  # kind: library, task on the hub, usage
     "chat": ("transformers", "text-generation", CHAT),
     "adapter": ("peft", "text-generation", ADAPTER),
@@ -93,6 +98,8 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
     if any("lora_" in name for name in proof["tensors"]):
         kind = "adapter"
     library, task, usage = KINDS[kind]
+    judged = "text" if data["recipe"]["task"] == "label" else "answer"
+    judged += ", encoder" if judged == "answer" and data["template"] == "encoder" else ""
     front = {
         "license": said["license"] or "unknown",
         **{key: said.get(key) for key in ("license_name", "license_link")},
@@ -111,11 +118,11 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
         f"# {escape(folder.resolve().name)}",
         _summary(config, algorithm),
         "## Details",
-        _table(("", ""), _details(config, algorithm, last, data, used).items()),
+        _table(("", ""), _details(config, algorithm, last, data, used, proof).items()),
         "## Evaluation",
         _evaluation(results, data),
         "## Usage",
-        usage,
+        usage.replace("{inputs}", JUDGED[judged]),
         "## Limitations",
         "\n".join(f"- {line}" for line in _limitations(config, last, data, results)),
         "## How the weights were verified",
@@ -207,6 +214,7 @@ def _details(
     last: Mapping[str, Any],
     data: Mapping[str, Any],
     used: energy.Used | None,
+    proof: Mapping[str, Any],
 ) -> dict[str, str]:
     made, optimizer, train = config["provenance"], config["optimizer"], data["train"]
     devices, sources = made["devices"], _sources(config)
@@ -241,7 +249,7 @@ def _details(
         "Learning rate": f"{optimizer['learning_rate']}, {optimizer['lr_scheduler_type']}, after "
         f"{made['warmup_steps']:,} warm-up updates",
         "Dropout": str(config["model"]["dropout"]),
-        "Adapter": _options(config["lora"]) if config["lora"] else None,
+        "Adapter": f"LoRA: {_options(config['lora'])}{_trained(proof)}" if config["lora"] else None,
         "Precision": f"{made['compute']} computation, float32 weights and optimizer",
         "Seed": str(config["seed"]),
         "Hardware": f"{devices['count']} x {escape(devices['kind'])}"
@@ -251,6 +259,12 @@ def _details(
         "Fingerprint of the data": escape(made["data_fingerprint"]),
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _trained(proof: Mapping[str, Any]) -> str:
+    """The parameters of adapters, where they are what was exported."""
+    sizes = [math.prod(t["shape"]) for name, t in proof["tensors"].items() if "lora_" in name]
+    return f"; {sum(sizes):,} trained parameters" if sizes else ""
 
 
 def _options(group: Mapping[str, Any]) -> str:

@@ -131,7 +131,8 @@ def test_the_usage_runs(runs, capsys):
 
 def proof(names=("w",)):
     logits = {"compared": True, "max_difference": 1e-6, "largest_logit": 3.0}
-    return {"tensors": dict.fromkeys(names), "read_back": "all is well", "logits": logits}
+    tensors = {name: {"shape": [8, 16]} for name in names}
+    return {"tensors": tensors, "read_back": "all is well", "logits": logits}
 
 
 def rewritten(run, tmp_path, **changes):
@@ -142,7 +143,7 @@ def rewritten(run, tmp_path, **changes):
     for group, options in changes.items():
         config[group] = config[group] | options if isinstance(config.get(group), dict) else options
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    tensors = ("base.lora_A.weight",) if changes.get("lora") else ("w",)
+    tensors = ("base.lora_A.weight", "base.lora_B.weight") if changes.get("lora") else ("w",)
     (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(tensors)))
     return of(tmp_path)
 
@@ -175,6 +176,7 @@ def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
 def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     front, text = rewritten(runs[0], tmp_path, lora={"r": 8}, data={"reverse": True})
     assert front["library_name"] == "peft" and "AutoPeftModelForCausalLM" in text
+    assert table_rows(text, "Details")["Adapter"] == ["LoRA: r 8; 256 trained parameters"]
     assert "arXiv:2106.09685" in text and "arXiv:2308.06259" in text and "lora" in front["tags"]
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     del config["sft"]
@@ -183,6 +185,7 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     front, text = of(tmp_path)
     assert front["pipeline_tag"] == "text-classification"
     assert "AutoModelForSequenceClassification" in text and "x none" in text
+    assert "apply_chat_template(messages" in text and "{inputs}" not in text
 
 
 def test_a_conversions_card_is_one_document(models, tmp_path, monkeypatch):

@@ -11,13 +11,20 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from easyaira import cli, optim, release, train_dpo, train_sft
 from easyaira.config import TrainDPO, TrainSFT
 from easyaira.data.batches import Batches
+from easyaira.data.templates import Template
 from easyaira.errors import ConfigError
 from easyaira.mesh import make_mesh
+from easyaira.models.registry import model_of
 from easyaira.prepare import find, updates
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -103,13 +110,37 @@ CASES = {
         TULU_13B, 58_933, 13_015_864_320, 5523, 553, 5e-7, TULU, dpo=True
     ),
 }
-LATER = {"backward-llama-2-7b"}
+
+
+def encoder(kind, vocabulary, **more):
+    return {
+        "model_type": kind, "vocab_size": vocabulary, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512,
+        "pad_token_id": 0, **more,
+    }  # fmt: skip
+
+
+BERT, BERTIMBAU = encoder("bert", 28996), encoder("bert", 29794)
+ROBERTA = encoder(
+    "roberta", 50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+    layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
+REWARD = {
+    "aira-reward": Case(BERT, 35000, 108_311_041, 1200, 0, 5e-5),
+    "aira-reward-pt": Case(BERTIMBAU, 35000, 108_923_905, 1200, 0, 5e-5),
+    "aira-toxicity": Case(ROBERTA, 41843, 124_646_401, 1000, 0, 5e-5),
+    "aira-toxicity-pt": Case(BERTIMBAU, 28103, 108_923_905, 1000, 0, 5e-5),
+}
+BACKWARD = Case(LLAMA_7B, 9846, 6_738_415_616, 616, 19, 1e-4)
 
 
 def tokenizer_of(case, name, length=None):
     """A byte-level tokenizer as long as the published one, with its control tokens at their ids."""
     kind = case.base["model_type"]
-    if kind == "llama":
+    if kind in ("bert", "roberta"):
+        controls, length = {"cls": "[CLS]", "pad": "[PAD]", "sep": "[SEP]"}, length or 1000
+        places = [2, case.base["pad_token_id"], 3]
+    elif kind == "llama":
         controls, length = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}, length or 32000
         places = [0, 1, 2]
     elif kind == "opt":
@@ -125,13 +156,18 @@ def tokenizer_of(case, name, length=None):
     fast = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    if kind != "gpt2":  # they put a start token in front of a text
+    if "cls" in controls:
+        names = ("[CLS]", "[SEP]")
+        fast.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in names]
+        )
+    elif kind != "gpt2":  # they put a start token in front of a text
         bos = controls["bos"]
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
         )
     named = {f"{key}_token": value for key, value in controls.items()}
-    if kind != "llama":
+    if kind in ("gpt2", "opt"):
         named |= {"eos_token": controls["bos"], "unk_token": controls["bos"]}
     return PreTrainedTokenizerFast(tokenizer_object=fast, **named)
 
@@ -152,11 +188,9 @@ def folder_of(case, name, folder, shrunk=False):
             narrow = case.base["word_embed_proj_dim"] < case.base["hidden_size"]
             base["word_embed_proj_dim"] = 8 if narrow else 16
         length = 300
-        base["vocab_size"] = {"opt": 307, "llama": 300, "gpt2": 300}[base["model_type"]]
+        base["vocab_size"] = 307 if base["model_type"] == "opt" else 300
     tokenizer = tokenizer_of(case, name, length)
     if case.base is AIRA:
-        from easyaira.data.templates import Template
-
         Template(tokenizer, "aira", "gpt2")  # adds its tokens: the start has them
         base["vocab_size"] = len(tokenizer)
     folder.mkdir(parents=True)
@@ -173,7 +207,11 @@ def argv_of(name, folder, *more):
 
 
 def test_every_configuration_has_its_case():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == CASES.keys() | LATER
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+        *CASES,
+        *REWARD,
+        "backward-llama-2-7b",
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,8 +254,6 @@ def test_the_three_published_sizes_of_aira_2_124m_are_those_of_three_vocabularie
     vocabulary, parameters
 ):
     """The card's, the released checkpoint's, and the published script's."""
-    from easyaira.models.registry import model_of
-
     model = model_of(GPT2 | {"vocab_size": vocabulary}, "here")
     assert model.parameter_count() == parameters
 
@@ -292,3 +328,78 @@ def test_only_rotary_positions_can_be_other_than_stored(tmp_path):
     argv = argv_of("aira-2-124m", folder, "--model.max_positions=2048")
     with pytest.raises(ConfigError, match="has a table of 1024 learned ones"):
         find(cli.parse(TrainSFT, argv)[0], make_mesh("fsdp=-1"))
+
+
+@pytest.mark.parametrize("name", REWARD)
+def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkeypatch):
+    train_reward = pytest.importorskip("easyaira.train_reward")
+    from easyaira.config import TrainReward
+
+    case = REWARD[name]
+    argv = argv_of(name, folder_of(case, name, tmp_path / "base"), "--mesh=fsdp=-1")
+    config, _ = cli.parse(TrainReward, argv)
+    found = find(config, make_mesh(config.mesh), scorer=True)
+    assert found.model.parameter_count() == case.parameters
+    assert found.max_length == (config.data.max_length or 512)
+    assert (updates(config, 1), config.output_dir) == (case.updates, f"runs/{name}")
+    schedule = optim.make_schedule(config.optimizer, case.updates)
+    rates = [float(schedule(step)) for step in (0, case.updates // 2, case.updates)]
+    np.testing.assert_allclose(rates, [5e-5, 2.5e-5, 0], atol=1e-12)
+    if name.endswith("-pt"):  # when they are shrunk, they are the same as the English ones
+        return
+
+    skipped = {"compared": False, "why": "this test compares"}
+    monkeypatch.setattr(release, "_compare_logits", lambda *_: skipped)
+    names = ("instruction", "chosen_response", "rejected_response")
+    rows = [dict(zip(names, row.values(), strict=True)) for row in tiny.dpo_rows(24)]
+    if "toxicity" in name:
+        rows = [{"harmless": r["chosen_response"] + str(i), "harmful": r["rejected_response"]}
+                for i, r in enumerate(rows)]  # fmt: skip
+    data = tiny.write_rows(tmp_path / "data.jsonl", rows)
+    argv = argv_of(
+        name, folder_of(case, name, tmp_path / "small", shrunk=True), f"--data.train={data}",
+        "--data.split=train", "--max_steps=3", "--train_batch_size=8", "--logging_steps=1",
+        "--mesh=fsdp=-1", f"--output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    cli.run_command(train_reward.main, argv)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/hf")
+    assert model.num_labels == 1 and model.config.id2label == {0: "REWARD"}
+    card = (tmp_path / "run/hf/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace('"path/to/this/folder"', repr(str(tmp_path / "run/hf"))), {})
+
+
+def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monkeypatch):
+    lora = pytest.importorskip("easyaira.lora")
+    name, case = "backward-llama-2-7b", BACKWARD
+    argv = [
+        f"--config={CONFIGS / name}.yaml",
+        f"--model.name_or_path={folder_of(case, name, tmp_path / 'base')}", "--mesh=fsdp=-1",
+    ]  # fmt: skip
+    config, _ = cli.parse(TrainSFT, argv)
+    model = model_of(case.base, "here")
+    adapter = lora.adapter_of(config.lora, model)
+    shapes = jax.tree.leaves(jax.eval_shape(adapter.init, jax.random.key(0)))
+    assert sum(leaf.size for leaf in shapes) == 8_388_608
+    assert model.parameter_count() == case.parameters
+    total = updates(config, len(Batches(range(case.rows), config.train_batch_size)))
+    assert (total, optim.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
+
+    skipped = {"compared": False, "why": "this test compares"}
+    monkeypatch.setattr(release, "_compare_logits", lambda *_, **__: skipped)
+    folder = folder_of(case, name, tmp_path / "small", shrunk=True)
+    tiny.torch_model(json.loads((folder / "config.json").read_text())).save_pretrained(folder)
+    rows = [{"text": f"### Human: what {i}?### Assistant: yes"} for i in range(24)]
+    data = tiny.write_rows(tmp_path / "data.jsonl", rows)
+    cli.run_command(
+        train_sft.main,
+        [
+            argv[0], f"--model.name_or_path={folder}", f"--data.train={data}", "--mesh=fsdp=-1",
+            "--max_steps=3", "--train_batch_size=8", "--num_samples=0",
+            f"--output_dir={tmp_path / 'run'}",
+        ],
+    )  # fmt: skip
+    peft = pytest.importorskip("peft")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/hf")
+    trained = [p for n, p in loaded.named_parameters() if "lora_B" in n]
+    assert len(trained) == 8 and all(p.abs().sum() > 0 for p in trained)  # 2 layers x 4
