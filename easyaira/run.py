@@ -13,6 +13,7 @@ import jax
 import easyaira
 from easyaira import card, energy, metrics, plan, release, report, run_folder, trainer
 from easyaira import config as configs
+from easyaira.checkpoint import Checkpoints
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
@@ -51,6 +52,22 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
     if step == setup.total_steps and (not config.export or (folder / "hf").exists()):
         print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
         return
+    with energy.track(config.energy if step != setup.total_steps else None, folder):
+        params, samples = _updates(setup, algorithm, stop, checkpoints, facts)
+    _finish(setup, params, samples, facts)
+
+
+def _updates(
+    setup: Setup,
+    algorithm: Algorithm,
+    stop: trainer.StopSignal,
+    checkpoints: Checkpoints,
+    facts: release.Facts,
+) -> tuple[Any, Samples]:
+    """Make the updates that are left. Returns the parameters alone: the proof of the export needs
+    the memory of all else."""
+    config, folder = setup.config, Path(setup.config.output_dir)
+    step = checkpoints.latest()
     if step is None:
         params = setup.load()
         state = trainer.init_state(params, setup.tx, setup.mesh)
@@ -61,39 +78,42 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
         params, opt_state, _, saved = checkpoints.restore(step, target.params, target.opt_state)
         state = trainer.resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
-    with energy.track(config.energy, folder):
-        frozen, known, known_held_out, before = algorithm.begin(setup, params, folder, step is None)
-        samples = Samples(setup, folder / "samples.json")
-        if step is None:
-            samples.answer("before", params)
-        del params  # the first update gives its memory away
-        log = metrics.Log(folder, step or 0, setup.total_steps)
-        try:
-            state = trainer.fit(
-                state,
-                frozen,
-                loss_fn=algorithm.loss_fn(setup),
-                tx=setup.tx,
-                schedule=setup.schedule,
-                batches=replace(setup.batches, known=known),
-                held_out=setup.held_out and replace(setup.held_out, known=known_held_out),
-                total_steps=setup.total_steps,
-                config=config,
-                mesh=setup.mesh,
-                key=setup.dropout_key,
-                flops_per_token=plan.flops_per_token(setup.model, frozen is not None),
-                before=before,
-                window=window,
-                log=log,
-                checkpoints=checkpoints,
-                meta=facts.to_meta() | {"easyaira": easyaira.__version__},
-                stop=stop,
-            )
-        finally:
-            log.close()
-            checkpoints.close()
-    params = state.params
-    del frozen, state  # the proof of the export needs the memory
+    frozen, known, known_held_out, before = algorithm.begin(setup, params, folder, step is None)
+    samples = Samples(setup, folder / "samples.json")
+    if step is None:
+        samples.answer("before", params)
+    del params  # the first update gives its memory away
+    log = metrics.Log(folder, step or 0, setup.total_steps)
+    try:
+        state = trainer.fit(
+            state,
+            frozen,
+            loss_fn=algorithm.loss_fn(setup),
+            tx=setup.tx,
+            schedule=setup.schedule,
+            batches=replace(setup.batches, known=known),
+            held_out=setup.held_out and replace(setup.held_out, known=known_held_out),
+            total_steps=setup.total_steps,
+            config=config,
+            mesh=setup.mesh,
+            key=setup.dropout_key,
+            flops_per_token=plan.flops_per_token(setup.model, frozen is not None),
+            before=before,
+            window=window,
+            log=log,
+            checkpoints=checkpoints,
+            meta=facts.to_meta() | {"easyaira": easyaira.__version__},
+            stop=stop,
+        )
+    finally:
+        log.close()
+        checkpoints.close()
+    return state.params, samples
+
+
+def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -> None:
+    """Show what training changed, and release it."""
+    config, folder = setup.config, Path(setup.config.output_dir)
     samples.answer("after", params)
     write_report(setup, samples)
     if config.export:
