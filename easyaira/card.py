@@ -28,7 +28,6 @@ question = [{"role": "user", "content": "What is the capital of Brazil?"}]
 print(chat(question, return_full_text=False)[0]["generated_text"])
 ```"""
 ADAPTER = """```python
-import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -59,6 +58,10 @@ inputs = tokenizer(text, truncation=True, return_tensors="pt")""",
     {"role": "assistant", "content": "Fine, thank you."},
 ]
 inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")""",
+}
+ASKED = {  # is the data reversed: what stands in the usage, and what comes in its place
+    False: ("", ""),
+    True: ("What is the capital of Brazil?", "The capital of Brazil is Brasilia."),
 }
 KINDS = {  # kind: library, task on the hub, usage
     "chat": ("transformers", "text-generation", CHAT),
@@ -122,7 +125,7 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
         "## Evaluation",
         _evaluation(results, data),
         "## Usage",
-        usage.replace("{inputs}", JUDGED[judged]),
+        usage.replace("{inputs}", JUDGED[judged]).replace(*ASKED[config["data"]["reverse"]]),
         "## Limitations",
         "\n".join(f"- {line}" for line in _limitations(config, last, data, results)),
         "## How the weights were verified",
@@ -199,7 +202,7 @@ def _summary(config: Mapping[str, Any], algorithm: str) -> str:
         "reward": "trained to score answers",
     }[algorithm]
     if config["data"]["reverse"]:
-        how += ", to write the instruction that a text could be the answer to"
+        how += " to write the instruction that a text answers"
     if config["model"]["init"] == "random":
         how = f"with random weights at the start, {how}"
     names = ", ".join(escape(name) for name, *_ in _sources(config))
@@ -250,7 +253,7 @@ def _details(
         f"{made['warmup_steps']:,} warm-up updates",
         "Dropout": str(config["model"]["dropout"]),
         "Adapter": f"LoRA: {_options(config['lora'])}{_trained(proof)}" if config["lora"] else None,
-        "Precision": f"{made['compute']} computation, float32 weights and optimizer",
+        "Precision": f"{made['compute']} computation, " + _precision(config["lora"]),
         "Seed": str(config["seed"]),
         "Hardware": f"{devices['count']} x {escape(devices['kind'])}"
         + (f", {devices['processes']} processes" if devices["processes"] > 1 else ""),
@@ -261,6 +264,13 @@ def _details(
     return {name: value for name, value in rows.items() if value is not None}
 
 
+def _precision(lora: Mapping[str, Any] | None) -> str:
+    if lora is None:
+        return "float32 weights and optimizer"
+    held = f", frozen linear layers held in {lora['quantize']}" if lora.get("quantize") else ""
+    return f"float32 adapters and optimizer{held}"
+
+
 def _trained(proof: Mapping[str, Any]) -> str:
     """The parameters of adapters, where they are what was exported."""
     sizes = [math.prod(t["shape"]) for name, t in proof["tensors"].items() if "lora_" in name]
@@ -268,9 +278,12 @@ def _trained(proof: Mapping[str, Any]) -> str:
 
 
 def _options(group: Mapping[str, Any]) -> str:
-    words = {True: "yes", False: "no", None: "none"}
-    told = {k: words[v] if v is None or isinstance(v, bool) else v for k, v in group.items()}
-    return ", ".join(f"{escape(name)} {escape(value)}" for name, value in told.items())
+    def told(value: Any) -> str:
+        if value is None or isinstance(value, bool):
+            return {True: "yes", False: "no", None: "none"}[value]
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return ", ".join(f"{escape(name)} {escape(told(value))}" for name, value in group.items())
 
 
 def _emissions(used: energy.Used, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,9 +174,13 @@ def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
 
 
 def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
-    front, text = rewritten(runs[0], tmp_path, lora={"r": 8}, data={"reverse": True})
+    adapters = {"r": 8, "target_modules": ["a", "b"], "quantize": "nf4"}
+    front, text = rewritten(runs[0], tmp_path, lora=adapters, data={"reverse": True})
+    assert '"The capital of Brazil is Brasilia."' in text and "held in nf4" in text
     assert front["library_name"] == "peft" and "AutoPeftModelForCausalLM" in text
-    assert table_rows(text, "Details")["Adapter"] == ["LoRA: r 8; 256 trained parameters"]
+    assert table_rows(text, "Details")["Adapter"] == [
+        "LoRA: r 8, target\\_modules a b, quantize nf4; 256 trained parameters"
+    ]
     assert "arXiv:2106.09685" in text and "arXiv:2308.06259" in text and "lora" in front["tags"]
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     del config["sft"]

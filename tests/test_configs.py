@@ -330,6 +330,12 @@ def test_only_rotary_positions_can_be_other_than_stored(tmp_path):
         find(cli.parse(TrainSFT, argv)[0], make_mesh("fsdp=-1"))
 
 
+def run_usage(folder):
+    """What the model card says how to use the model."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('"path/to/this/folder"', repr(str(folder))), {})
+
+
 @pytest.mark.parametrize("name", REWARD)
 def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkeypatch):
     train_reward = pytest.importorskip("easyaira.train_reward")
@@ -364,9 +370,7 @@ def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkey
     cli.run_command(train_reward.main, argv)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/hf")
     assert model.num_labels == 1 and model.config.id2label == {0: "REWARD"}
-    card = (tmp_path / "run/hf/README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    exec(code.replace('"path/to/this/folder"', repr(str(tmp_path / "run/hf"))), {})
+    run_usage(tmp_path / "run/hf")
 
 
 def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monkeypatch):
@@ -403,3 +407,4 @@ def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monk
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/hf")
     trained = [p for n, p in loaded.named_parameters() if "lora_B" in n]
     assert len(trained) == 8 and all(p.abs().sum() > 0 for p in trained)  # 2 layers x 4
+    run_usage(tmp_path / "run/hf")
