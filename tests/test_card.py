@@ -142,7 +142,7 @@ def rewritten(run, tmp_path, **changes):
     config = yaml.safe_load((run / "config.yaml").read_text())
     for group, options in changes.items():
         config[group] = config[group] | options if isinstance(config.get(group), dict) else options
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     tensors = ("base.lora_A.weight", "base.lora_B.weight") if changes.get("lora") else ("w",)
     (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(tensors)))
     return of(tmp_path)
