@@ -37,7 +37,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "energy": ["codecarbon>=3.3"],
         "dev": [
+            "codecarbon>=3.3",
             "hypothesis>=6.130",
             "pre-commit>=4.0",
             "pytest>=8.4",

@@ -24,6 +24,7 @@ from easyaira.errors import ConfigError
 
 Share = restricted_number_type("Share", float, [(">=", 0.0), ("<", 1.0)])
 HalfShare = restricted_number_type("HalfShare", float, [(">=", 0.0), ("<", 0.5)])
+TopP = restricted_number_type("TopP", float, [(">", 0.0), ("<=", 1.0)])
 MaxSteps = restricted_number_type("MaxSteps", int, [(">=", -1), ("!=", 0)])
 
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
@@ -63,6 +64,9 @@ class ModelConfig:
     """Make the embedding as long as the tokenizer. New rows are the mean of the old ones, or drawn
     with the model's own standard deviation (as Aira's originals were). By default the embedding
     changes only for tokens that the template adds, with the mean."""
+    max_positions: PositiveInt | None = None
+    """Longest sequence, where it shall be another than config.json says: only for models with
+    rotary positions. The released config.json will say it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation: auto is bfloat16 on accelerators and float32 on CPU. Weights,
     optimizer state, norms, softmax and losses are float32 always."""
@@ -239,6 +243,65 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EnergyConfig:
+    """Energy and CO2 of the training, by CodeCarbon (the extra `energy`), in emissions.csv."""
+
+    country: str
+    """Where the machine stands, whose electricity mix decides the CO2: three letters of ISO 3166,
+    such as BRA."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What generation_config.json of the released model says. Null leaves what the starting model's
+    file says."""
+
+    do_sample: bool | None = None
+    """Draw tokens, or take the likeliest."""
+    temperature: PositiveFloat | None = None
+    """Logits are divided by it; below 1 makes likely tokens likelier."""
+    top_k: PositiveInt | None = None
+    """Draw from so many of the likeliest tokens."""
+    top_p: TopP | None = None
+    """Draw from the likeliest tokens that together have this probability."""
+    repetition_penalty: PositiveFloat | None = None
+    """Above 1 makes tokens that stand in the text already less likely."""
+    max_new_tokens: PositiveInt | None = None
+    """An answer is cut here."""
+    renormalize_logits: bool | None = None
+    """Normalise again after all of the above."""
+
+    def __post_init__(self):
+        if self.do_sample is False and (self.temperature or self.top_k or self.top_p):
+            raise ConfigError(
+                "generation.do_sample: false would ignore temperature, top_k and top_p; leave "
+                "them out, or set it to true"
+            )
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """What the model card says and a run cannot know. What is left out is said to be unknown."""
+
+    license: str | None = None
+    """Of the released model, as the hub names it: apache-2.0, or other with the next two."""
+    license_name: str | None = None
+    """Name of another licence."""
+    license_link: str | None = None
+    """Where another licence can be read."""
+    base_license: str | None = None
+    """Of the starting model, and of what that was made from."""
+    data_licenses: dict[str, str] = field(default_factory=dict)
+    """Source of data.train -> its licence."""
+    language: list[str] = field(default_factory=list)
+    """Of the data: en, pt."""
+    widget: list[str] = field(default_factory=list)
+    """Texts to try on the model's page on the hub, as the model takes them."""
+    inference: dict[str, Any] = field(default_factory=dict)
+    """Settings of generation on that page."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run: what every command that trains has in common."""
 
@@ -277,6 +340,10 @@ class RunConfig:
     """auto: continue what output_dir holds, or start; must: an error if it holds no run."""
     export: bool = True
     """Write the Hugging Face folder output_dir/hf at the end."""
+    energy: EnergyConfig | None = None
+    """Track the energy that training takes: {country: BRA}."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self):
         if self.lora is not None:

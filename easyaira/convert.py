@@ -6,6 +6,7 @@ python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ def to_hf(
     model = model_of(found.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
     run = found.folder
+    trained = (run / "config.yaml").exists()
     with jax.set_mesh(mesh):
         report = release.export(
             Path(out),
@@ -45,7 +47,7 @@ def to_hf(
             facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
             tokenizer=found.tokenizer(),
             mesh=mesh,
-            card=card.of_run(run) if (run / "config.yaml").exists() else card.of_conversion(source),
+            card=partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
             dtype=dtype,
         )
     print(f"{out}: {report['read_back']}; logits: {report['logits']}")

@@ -15,7 +15,7 @@ from easyaira.mesh import path_of
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
     """Updates in which the rate climbs."""
-    return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    return int(config.warmup_steps) or math.ceil(config.warmup_ratio * total_steps)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

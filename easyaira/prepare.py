@@ -131,6 +131,8 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
     origin = pretrained.find(name, revision, weights_wanted=not random)
     where, compute = str(origin.folder), _compute(config, mesh)
     stored = model_of(origin.config, where, compute, scorer=scorer)
+    if config.model.max_positions is not None:
+        stored = _with_positions(stored, config.model.max_positions)
     if not random:
         origin.check(stored)
     tokenizer = origin.tokenizer(config.model.tokenizer)
@@ -213,9 +215,7 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
     held_out = None
     if data.held_out is not None:
         held_out = Batches(data.held_out, micro_batch, **layout)
-    total_steps = config.max_steps
-    if total_steps == -1:
-        total_steps = max(1, round(config.num_train_epochs * len(batches)))
+    total_steps = updates(config, len(batches))
     schedule = optim.make_schedule(config.optimizer, total_steps)
     tx = optim.make_optimizer(config.optimizer, schedule)
     return Setup(
@@ -233,6 +233,13 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         schedule=schedule,
         tx=tx,
     )
+
+
+def updates(config: RunConfig, epoch: int) -> int:
+    """Updates of a run, given those of an epoch."""
+    if config.max_steps != -1:
+        return config.max_steps
+    return max(1, round(config.num_train_epochs * epoch))
 
 
 WORTH_SHARING = 0.15  # of the positions; below it, the longer rows cost more than is saved
@@ -293,6 +300,16 @@ def _encoder_template(config: RunConfig, tokenizer: Any, model: Model) -> str:
             f"{known}, from which positions count; use the model's own tokenizer"
         )
     return "encoder"
+
+
+def _with_positions(model: Model, count: int) -> Model:
+    """The model with another longest sequence; no weight depends on it."""
+    if not hasattr(model.config, "rope_theta"):
+        raise ConfigError(
+            "model.max_positions: is for rotary positions; this model has a table of "
+            f"{model.config.max_positions} learned ones, so leave it out"
+        )
+    return replace(model, config=replace(model.config, max_position_embeddings=int(count)))
 
 
 def _resized(config: RunConfig, stored: Model, template: Template) -> Model:

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyaira import weights
-from easyaira.errors import StorageError, WeightsError
+from easyaira.errors import ConfigError, StorageError, WeightsError
 from easyaira.models.registry import Model
 from easyaira.pretrained import Pretrained
 
@@ -53,6 +53,29 @@ class Facts:
         return asdict(self)
 
 
+def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json with these settings, as transformers reads it.
+
+    Raises:
+        ConfigError: transformers would refuse it.
+    """
+    from transformers import GenerationConfig
+
+    # this mark would let transformers put config.json's settings in the place of these
+    settings = {k: v for k, v in settings.items() if k != "_from_model_config"}
+    sampling = {"temperature", "top_p", "top_k"} & settings.keys()
+    if settings.get("do_sample") is False:
+        settings = {k: v for k, v in settings.items() if k not in sampling}
+    elif sampling:
+        settings["do_sample"] = True  # transformers refuses settings that it would ignore
+    try:
+        GenerationConfig(**settings).validate(strict=True)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"generation_config.json: transformers refuses it: {reason}") from error
+    return settings
+
+
 def export(
     folder: Path,
     *,
@@ -61,7 +84,7 @@ def export(
     facts: Facts,
     tokenizer: Any,
     mesh: Any,
-    card: str,
+    card: Callable[[dict[str, Any]], str],
     replace: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -73,7 +96,7 @@ def export(
         facts: what the files beside the weights say.
         tokenizer: is saved with its chat template.
         mesh: where parameters lie.
-        card: README.md.
+        card: README.md, from what export_report.json says.
         replace: the folder may exist, and is replaced.
         dtype: for all tensors, instead of what `facts` says.
 
@@ -107,10 +130,10 @@ def export(
         if facts.generation_config:
             _write_json(new / "generation_config.json", facts.generation_config)
         tokenizer.save_pretrained(str(new))
-        (new / "README.md").write_text(card)
         report = {"tensors": written, "read_back": _verify(new, written)}
         report["logits"] = _compare_logits(new, model, mesh, tokenizer)
         _write_json(new / "export_report.json", report)
+        (new / "README.md").write_text(card(report), encoding="utf-8")
     return report
 
 

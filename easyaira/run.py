@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import easyaira
-from easyaira import card, metrics, plan, release, report, run_folder, trainer
+from easyaira import card, energy, metrics, plan, release, report, run_folder, trainer
+from easyaira import config as configs
+from easyaira.checkpoint import Checkpoints
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
@@ -20,6 +23,7 @@ from easyaira.samples import Samples
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
     """Do what the command line asks for."""
     with trainer.StopSignal() as stop:
+        energy.check(config.energy)
         setup = prepare(config, algorithm)
         keep_compiled(config)
         with jax.set_mesh(setup.mesh):
@@ -42,11 +46,28 @@ def keep_compiled(config: RunConfig) -> None:
 def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
     """Train, or continue, or find that all is done; then report and export."""
     config, folder = setup.config, Path(setup.config.output_dir)
+    facts = released(setup)
     checkpoints = run_folder.claim(setup)
     step = checkpoints.latest()
     if step == setup.total_steps and (not config.export or (folder / "hf").exists()):
         print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
         return
+    with energy.track(config.energy if step != setup.total_steps else None, folder):
+        params, samples = _updates(setup, algorithm, stop, checkpoints, facts)
+    _finish(setup, params, samples, facts)
+
+
+def _updates(
+    setup: Setup,
+    algorithm: Algorithm,
+    stop: trainer.StopSignal,
+    checkpoints: Checkpoints,
+    facts: release.Facts,
+) -> tuple[Any, Samples]:
+    """Make the updates that are left. Returns the parameters alone: the proof of the export needs
+    the memory of all else."""
+    config, folder = setup.config, Path(setup.config.output_dir)
+    step = checkpoints.latest()
     if step is None:
         params = setup.load()
         state = trainer.init_state(params, setup.tx, setup.mesh)
@@ -81,15 +102,19 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
             window=window,
             log=log,
             checkpoints=checkpoints,
-            meta=released(setup).to_meta() | {"easyaira": easyaira.__version__},
+            meta=facts.to_meta() | {"easyaira": easyaira.__version__},
             stop=stop,
             summary=algorithm.summary,
         )
     finally:
         log.close()
         checkpoints.close()
-    params = state.params
-    del frozen, state  # the proof of the export needs the memory
+    return state.params, samples
+
+
+def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -> None:
+    """Show what training changed, and release it."""
+    config, folder = setup.config, Path(setup.config.output_dir)
     samples.answer("after", params)
     write_report(setup, samples)
     if config.export:
@@ -98,10 +123,10 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
             folder / "hf",
             model=setup.model,
             params=params,
-            facts=released(setup),
+            facts=facts,
             tokenizer=setup.tokenizer,
             mesh=setup.mesh,
-            card=card.of_run(folder),
+            card=partial(card.of_run, folder),
             replace=True,
         )
         print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
@@ -111,29 +136,34 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
 def released(setup: Setup) -> release.Facts:
     """What the files beside the weights will say: the original's words, and what the run changed.
 
-    Weights are stored as they were in the model that the run began with.
+    Weights are stored as they were in the model that the run began with. The ids of control tokens
+    are the tokenizer's, alike in config.json and generation_config.json.
+
+    Raises:
+        ConfigError: transformers would not read these files.
     """
+    origin, tokenizer, options = setup.origin, setup.tokenizer, configs.to_dict(setup.config)
     random = setup.config.model.init == "random"
-    dtypes = {"": "float32"} if random else setup.origin.stored_dtypes()
-    config: dict[str, Any] = dict(setup.origin.config) | {"vocab_size": setup.model.vocab_size}
+    dtypes = {"": "float32"} if random else origin.stored_dtypes()
+    config: dict[str, Any] = dict(origin.config) | {"vocab_size": setup.model.vocab_size}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
+    if positions := options["model"]["max_positions"]:
+        config["max_position_embeddings"] = positions
     if setup.model.scorer:
         return release.Facts(config | _scored(setup), {}, dtypes)
-    generation = dict(setup.origin.generation_config)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    if tokenizer.sep_token_id is not None:  # a token of the template, which both files name
+        ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
+    ids = {name: token for name, token in ids.items() if token is not None}
     ends = list(setup.template.end_ids)
-    if setup.template.added:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: getattr(setup.tokenizer, name) for name in names}
-        config |= ids
-        generation |= ids
-    else:
-        stored = generation.get("eos_token_id", [])
+    if not setup.template.added and setup.config.model.tokenizer is None:
+        stored = origin.generation_config.get("eos_token_id", [])
         stored = stored if isinstance(stored, list) else [stored]
         ends += [token for token in stored if token is not None and token not in ends]
-    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    if not generation.get("do_sample") and {"temperature", "top_p", "top_k"} & generation.keys():
-        generation["do_sample"] = True  # transformers refuses settings that it would ignore
-    return release.Facts(config, generation, dtypes)
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    asked = {k: v for k, v in options["generation"].items() if v is not None}
+    generation = release.generation_config(origin.generation_config | asked | ids)
+    return release.Facts(config | ids, generation, dtypes)
 
 
 def _scored(setup: Setup) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 import yaml
 
 import easyaira
-from easyaira import cli, pretrained
+from easyaira import cli, optim, pretrained
 from easyaira import config as configs
 from easyaira.checkpoint import Checkpoints
 from easyaira.data import report as data_report
@@ -27,6 +27,7 @@ MAY_CHANGE = """
     mesh output_dir resume export num_samples logging_steps eval_steps save_steps save_total_limit
     model.gradient_checkpointing data.cache_dir
 """.split()
+GROUPS_MAY_CHANGE = {"energy", "generation", "card"}
 
 
 def claim(setup: Setup) -> Checkpoints:
@@ -71,7 +72,10 @@ def _compare(saved: Mapping[str, Any], setup: Setup, record: Path) -> None:
     """Refuse a folder whose run computes something else."""
     saved = dict(saved)
     fingerprint = saved.pop(cli.PROVENANCE, {}).get("data_fingerprint")
-    then, now = _flat(saved), _flat(configs.to_dict(setup.config))
+    then, now = (
+        _flat({k: v for k, v in content.items() if k not in GROUPS_MAY_CHANGE})
+        for content in (saved, configs.to_dict(setup.config))
+    )
     for key in sorted((then.keys() | now.keys()) - set(MAY_CHANGE)):
         if then.get(key) != now.get(key):
             raise ConfigError(
@@ -115,8 +119,22 @@ def provenance(setup: Setup) -> dict[str, Any]:
             "mesh": {axis: int(size) for axis, size in setup.mesh.shape.items()},
             "processes": jax.process_count(),
         },
+        "compute": setup.model.compute.dtype.name,
+        "warmup_steps": optim.warmup_steps(setup.config.optimizer, setup.total_steps),
         "data_fingerprint": setup.data.report["fingerprint"],
         "model_commit": setup.origin.commit,
+        "base_model": _base_model(setup),
         "parameters": setup.model.parameter_count(),
+        "positions": setup.model.config.max_positions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _base_model(setup: Setup) -> str | None:
+    """The hub's model that this run goes back to, perhaps through earlier runs."""
+    if setup.origin.commit:
+        return setup.config.model.name_or_path
+    record = setup.origin.folder / "config.yaml"
+    if setup.origin.step is None or not record.exists():
+        return None
+    return yaml.safe_load(record.read_text(encoding="utf-8"))[cli.PROVENANCE].get("base_model")

@@ -14,6 +14,7 @@ HOUSE = """
     errors
     config cli mesh losses
     weights optim checkpoint metrics report verify
+    energy
 
     models.layers
     models.attention models.heads

@@ -22,7 +22,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from easyaira.config import DataConfig, SFTConfig, Source
-from easyaira.data import dataset, sources
+from easyaira.data import dataset, schemas, sources
 from easyaira.data.examples import recipe_of
 from easyaira.data.sources import BadRow
 from easyaira.data.templates import Template
@@ -656,9 +656,26 @@ def test_all_forms_of_conversations_mean_the_same(tmp_path):
         {"prompt": [USER], "completion": [GOOD]},
         {"messages": [USER, GOOD]},
         {"conversations": [USER, GOOD]},
+        {"transcript": "### Human: a?### Assistant: b"},
     ]
     files = [tiny.write_rows(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate(rows)]
     assert len({load(file).train.ids.item() for file in files}) == 1
+
+
+def test_a_transcript_is_its_turns(tmp_path):
+    text = "### Human: a?\n### b ### Assistant: c\n\n- d### Human: e?### Assistant: f"
+    form = schemas.form_of(["transcript"], "conversation")
+    turns = schemas.conversation({"transcript": text}, form)
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert [turn["content"] for turn in turns] == ["a?\n### b", "c\n\n- d", "e?", "f"]
+    for wrong in ("a?", "x ### Human: a?", ""):
+        file = tiny.write_rows(tmp_path / "a.jsonl", [{"transcript": wrong}])
+        pytest.raises(DataError, load, file).match("must begin with ### Human:")
+    # backwards, the question is learned from its answer
+    file = tiny.write_rows(tmp_path / "b.jsonl", [{"text": text}])
+    learned = load(file, reverse=True, columns={"transcript": "text"}).train
+    tokens = learned.tokens[learned.learned]
+    assert tiny.tokenizer().decode(tokens) == "a?\n### b<|endoftext|>"
 
 
 @pytest.mark.parametrize(

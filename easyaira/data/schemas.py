@@ -4,6 +4,7 @@ be judged. To add a form: one line in FORMS.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ FORMS = {
         Form(("completion",), "prompt"),
         Form(("messages",)),
         Form(("conversations",)),
+        Form(("transcript",)),
     ),
     "pair": (
         Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
@@ -81,12 +83,26 @@ def conversation(row: Mapping[str, Any], form: Form) -> list[Message]:
     Raises:
         Unreadable: a column is missing, or holds something else.
     """
+    if form.columns == ("transcript",):
+        return _turns(_text(row, "transcript"))
     if form.prompt is None:
         return _messages(row, form.columns[0])
     return [
         *_messages(row, form.prompt, role="user"),
         *_messages(row, form.columns[0], role="assistant"),
     ]
+
+
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def _turns(transcript: str) -> list[Message]:
+    """`### Human: ...### Assistant: ...`, as OpenAssistant-Guanaco writes conversations."""
+    before, *parts = re.split(r"### (Human|Assistant):", transcript)
+    if before.strip() or not parts:
+        raise Unreadable("column transcript: must begin with ### Human: or ### Assistant:")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": SPEAKERS[who], "content": text.strip()} for who, text in turns]
 
 
 def pair(row: Mapping[str, Any], form: Form) -> tuple[list[Message], str, str]:

@@ -1,0 +1,262 @@
+"""Model cards: the run's facts and no others, in front matter that the hub reads, whatever names
+and texts people give; and the files beside the weights, whose control tokens agree."""
+
+import json
+import re
+import shutil
+
+import jax
+import pytest
+import tiny
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+
+from easyaira import card, cli, convert, energy, release, run, train_dpo, train_sft
+from easyaira import mesh as meshes
+from easyaira.config import TrainSFT
+from easyaira.errors import ConfigError
+from easyaira.prepare import prepare
+
+NASTY = "a|b\n---\nlicense: mit\n```\n# <script>x</script> [l](u) \"q\" 'p' {y: z} & \\ é \x07"
+
+
+def of(folder):
+    """A card's front matter and its text."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    loaded = ModelCard(text)
+    assert metadata_load(folder / "README.md") == yaml.safe_load(text.split("---\n")[1])
+    return loaded.data.to_dict(), loaded.text
+
+
+def table_rows(text, heading):
+    """First cell -> the others, of the table under a heading."""
+    part = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert len({len(row) for row in cells}) == 1, lines
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells[2:]}
+
+
+@pytest.fixture(scope="module")
+def runs(models, data, tmp_path_factory):
+    """An SFT run whose every name and text is nasty, and a DPO run from it."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
+    root = tmp_path_factory.mktemp("runs")
+    nasty = NASTY.replace("/", "_")
+    folder = root / nasty
+    folder.mkdir()
+    tiny.save(folder / "model", tiny.CONFIGS["gpt2"])
+    (folder / "model").rename(folder / nasty)
+    rows = tiny.write_rows(folder / f"{nasty}.jsonl", tiny.sft_rows(40))
+    settings = {
+        "model": {"name_or_path": str(folder / nasty)},
+        "data": {"train": str(rows), "eval": 0.1, "template": "aira"},
+        "generation": {"temperature": 0.3, "top_k": 30, "max_new_tokens": 8},
+        "card": {
+            "license": "other", "license_name": NASTY, "base_license": NASTY,
+            "data_licenses": {rows.name: NASTY}, "language": ["pt"], "widget": [NASTY],
+            "inference": {"temperature": 0.2},
+        },
+        "max_steps": 3, "num_samples": 0, "output_dir": str(root / "a|b `c`"),
+    }  # fmt: skip
+    (root / "sft.yaml").write_text(yaml.safe_dump(settings))
+    cli.run_command(train_sft.main, [f"--config={root / 'sft.yaml'}"])
+    patch.setattr(release, "_compare_logits", uncompared)
+    cli.run_command(
+        train_dpo.main,
+        [
+            f"--model.name_or_path={root / 'a|b `c`'}", f"--data.train={data / 'dpo.jsonl'}",
+            "--data.template=aira", "--max_steps=2", "--num_samples=0", "--dpo.beta=0.25",
+            f"--output_dir={root / 'dpo'}",
+        ],
+    )  # fmt: skip
+    patch.undo()
+    return root / "a|b `c`", root / "dpo"
+
+
+def uncompared(*_):
+    """In the place of PyTorch, where another test has it."""
+    return {"compared": False, "why": "torch is not installed"}
+
+
+def test_no_name_or_text_breaks_the_card(runs):
+    front, text = of(runs[0] / "hf")
+    assert front["license"] == "other" and front["license_name"] == NASTY
+    assert front["widget"] == [{"text": NASTY}] and front["language"] == ["pt"]
+    assert front["inference"] == {"parameters": {"temperature": 0.2}}
+    assert "base_model" not in front and "datasets" not in front  # local folders
+    assert front["tags"] == ["easyaira", "sft"] and front["metrics"] == ["perplexity", "accuracy"]
+    assert text.count("```") == 2 and "<script" not in text and "---\nlicense" not in text
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(headings) == 8 and "](u)" not in text.replace("\\](u)", "")
+    for heading in ("Details", "Evaluation", "Licences"):
+        assert table_rows(text, heading)
+    assert str(runs[0].parent) not in text
+
+
+def test_the_card_has_the_runs_facts(runs):
+    _, text = of(runs[0] / "hf")
+    told = {name: cells[0] for name, cells in table_rows(text, "Details").items()}
+    assert told["Size"] == "12,480 parameters"  # 12,416 and 4 tokens of width 16
+    assert told["Rows"] == "36 examples trained on, of 40 rows read; 4 held out"
+    assert told["Updates"] == "3" and told["Seed"] == "42" and told["Energy"] == "not tracked"
+    assert told["Learning rate"] == "5e-05, cosine, after 0 warm-up updates"
+    assert "betas 0.9 and 0.999, epsilon 1e-08" in told["Optimizer"]
+    rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    before, after = (f"{row['eval_loss']:.4g}" for row in (rows[0], rows[-1]))
+    assert before != after and table_rows(text, "Evaluation")["loss"] == [before, after]
+    assert "Training saw 60 % of the data" in text  # 24 of 40, in 5 updates an epoch
+    proof = json.loads((runs[0] / "hf/export_report.json").read_text())
+    assert proof["read_back"] in text and f"{proof['logits']['max_difference']:.2g}" in text
+
+
+def test_what_nobody_said_is_unknown(runs):
+    front, text = of(runs[1] / "hf")
+    assert front["license"] == "unknown" and "language" not in front
+    assert set(sum(table_rows(text, "Licences").values(), [])) == {"not stated"}
+    assert "No rows were held out" in text and "metrics" not in front
+    assert "arXiv:2305.18290" in text and "not compared: torch is not installed." in text
+    assert "beta 0.25" in table_rows(text, "Details")["Objective"][0]
+
+
+def test_the_usage_runs(runs, capsys):
+    _, text = of(runs[0] / "hf")
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace('"path/to/this/folder"', repr(str(runs[0] / "hf")))
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
+def proof(names=("w",)):
+    logits = {"compared": True, "max_difference": 1e-6, "largest_logit": 3.0}
+    tensors = {name: {"shape": [8, 16]} for name in names}
+    return {"tensors": tensors, "read_back": "all is well", "logits": logits}
+
+
+def rewritten(run, tmp_path, **changes):
+    """The card of a copy of a run whose config.yaml is changed: group -> its options."""
+    for name in ("metrics.jsonl", "data_report.json"):
+        (tmp_path / name).write_text((run / name).read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for group, options in changes.items():
+        config[group] = config[group] | options if isinstance(config.get(group), dict) else options
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    tensors = ("base.lora_A.weight", "base.lora_B.weight") if changes.get("lora") else ("w",)
+    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(tensors)))
+    return of(tmp_path)
+
+
+def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
+    row = {"duration": 60, "energy_consumed": 0.25, "emissions": 0.1, "country_name": "Brazil"}
+    energy._write(tmp_path, [row | {"source": "GPU measured (by its driver)"}] * 2 + [{}])
+    front, text = rewritten(
+        runs[0],
+        tmp_path,
+        model={"name_or_path": "openai-community/gpt2"},
+        data={"train": [{"path": "owner/data", "split": "english"}]},
+        provenance={"model_commit": "abc", "base_model": "openai-community/gpt2"},
+        card={"data_licenses": {"owner/data": "apache-2.0"}, "base_license": "mit"},
+    )
+    assert front["base_model"] == "openai-community/gpt2" and front["datasets"] == ["owner/data"]
+    told = front["co2_eq_emissions"]
+    assert told["emissions"] == 200 and told["geographical_location"] == "Brazil"
+    assert told["source"] == "CodeCarbon: GPU measured (by its driver)"
+    assert told["training_type"] == "fine-tuning" and told["hardware_used"] == "1 x cpu"
+    details = table_rows(text, "Details")
+    assert (
+        "0.5 kWh and 0.2 kg" in details["Energy"][0] and "1 sessions were" in details["Energy"][0]
+    )
+    licences = table_rows(text, "Licences")
+    assert licences["owner/data"] == ["apache-2.0"]
+    assert licences["openai-community/gpt2 at commit abc"] == ["mit"]
+
+
+def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
+    adapters = {"r": 8, "target_modules": ["a", "b"], "quantize": "nf4"}
+    front, text = rewritten(runs[0], tmp_path, lora=adapters, data={"reverse": True})
+    assert '"The capital of Brazil is Brasilia."' in text and "held in nf4" in text
+    assert front["library_name"] == "peft" and "AutoPeftModelForCausalLM" in text
+    assert table_rows(text, "Details")["Adapter"] == [
+        "LoRA: r 8, target\\_modules a b, quantize nf4; 256 trained parameters"
+    ]
+    assert "arXiv:2106.09685" in text and "arXiv:2308.06259" in text and "lora" in front["tags"]
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    del config["sft"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"reward": {"x": None}}))
+    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof()))
+    front, text = of(tmp_path)
+    assert front["pipeline_tag"] == "text-classification"
+    assert "AutoModelForSequenceClassification" in text and "x none" in text
+    assert "apply_chat_template(messages" in text and "{inputs}" not in text
+
+
+def test_a_conversions_card_is_one_document(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "_compare_logits", uncompared)
+    cli.run_command(convert.main, ["from_hf", str(models / "gpt2"), str(tmp_path / "a|b")])
+    cli.run_command(convert.main, ["to_hf", str(tmp_path / "a|b"), str(tmp_path / "hf")])
+    front, text = of(tmp_path / "hf")
+    assert front["tags"] == ["easyaira"] and "a\\|b" in text and str(tmp_path) not in text
+
+
+def token_ids(folder):
+    """The ids of control tokens in each of a folder's files, as transformers reads them."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    names = [f"{name}_token_id" for name in ("bos", "eos", "pad", "sep", "unk")]
+    loaded = [
+        kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoConfig, GenerationConfig)
+    ]
+    return [[getattr(source, name, None) for name in names] for source in loaded]
+
+
+def test_control_tokens_are_the_same_in_all_files(runs):
+    for folder in runs:  # the second one starts from a tokenizer that has them
+        tokenizer, config, generation = token_ids(folder / "hf")
+        assert tokenizer == config == generation == [300, 301, 303, 302, 0]
+    settings = json.loads((runs[0] / "hf/generation_config.json").read_text())
+    assert settings["do_sample"] is True and "_from_model_config" not in settings
+    assert (settings["temperature"], settings["top_k"], settings["max_new_tokens"]) == (0.3, 30, 8)
+    assert json.loads((runs[1] / "hf/generation_config.json").read_text())["temperature"] == 0.3
+
+
+def test_a_file_with_other_ids_is_put_right(runs, data, tmp_path):
+    """config.json of the published Aira models still has GPT-2's ids."""
+    shutil.copytree(runs[0] / "hf", tmp_path / "aira")
+    file = tmp_path / "aira/config.json"
+    wrong = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    arguments = [
+        f"--model.name_or_path={tmp_path / 'aira'}", f"--data.train={data / 'sft.jsonl'}",
+        "--data.template=aira", "--generation.do_sample=false",
+    ]  # fmt: skip
+    config, _ = cli.parse(TrainSFT, arguments)
+    facts = run.released(prepare(config, train_sft.sft_algorithm(config)))
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
+    for told in (facts.config, facts.generation_config):
+        assert [told[name] for name in names] == [300, 301, 303, 302, 0]
+    # the file said to draw with a temperature
+    assert facts.generation_config["do_sample"] is False
+    assert "temperature" not in facts.generation_config
+
+
+def test_settings_that_transformers_refuses_are_refused_before_the_run(
+    models, data, tmp_path, capsys
+):
+    with pytest.raises(ConfigError, match="generation_config.json: transformers refuses it"):
+        release.generation_config({"num_beams": 2, "num_return_sequences": 3})
+    for option, message in (
+        ("--generation.do_sample=false", "false would ignore temperature"),
+        ("--generation.top_p=1.5", "generation.top_p: expected"),
+        ("--generation.temprature=1", "did you mean generation.temperature?"),
+    ):
+        arguments = [
+            f"--model.name_or_path={models / 'gpt2'}", f"--data.train={data / 'sft.jsonl'}",
+            "--generation.temperature=0.5", option, f"--output_dir={tmp_path / 'run'}",
+        ]  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            cli.run_command(train_sft.main, arguments)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and message in err, err
+        assert not (tmp_path / "run").exists()
