@@ -15,18 +15,24 @@ from easyaira import cli
 
 
 def to_hf(
-    source: str, out: str, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    source: str,
+    out: str,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    merge: bool = False,
 ) -> None:
     """Write a run, or one of its checkpoints, as a verified Hugging Face folder.
+
+    A run with adapters (LoRA) becomes an adapter in PEFT's format, or, merged, a model.
 
     Args:
         source: Run folder (its newest checkpoint), or a folder checkpoints/STEP of it.
         out: The new folder.
         dtype: How weights are stored; default: as in the model that the run began with.
+        merge: Add adapters to the weights that they stand on.
     """
     import jax
 
-    from easyaira import card, pretrained, release
+    from easyaira import card, lora, pretrained, release
     from easyaira import mesh as meshes
     from easyaira.errors import ConfigError
     from easyaira.models.registry import model_of
@@ -34,20 +40,35 @@ def to_hf(
     found = pretrained.find(source)
     if found.step is None:
         raise ConfigError(f"{source}: wanted a run folder or one of its checkpoints")
+    if merge and found.adapter is None:
+        raise ConfigError(f"merge: {source} has no adapters; leave it out")
+    alone = found.adapter is not None and not merge
+    if alone and dtype:
+        raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
     model = model_of(found.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
     run = found.folder
+    common = {
+        "tokenizer": found.tokenizer(),
+        "mesh": mesh,
+        "card": card.of_run(run) if (run / "config.yaml").exists() else card.of_conversion(source),
+    }
     with jax.set_mesh(mesh):
-        report = release.export(
-            Path(out),
-            model=model,
-            params=found.load(model, mesh),
-            facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
-            tokenizer=found.tokenizer(),
-            mesh=mesh,
-            card=card.of_run(run) if (run / "config.yaml").exists() else card.of_conversion(source),
-            dtype=dtype,
-        )
+        if alone:
+            adapter = lora.of_record(found.adapter, model)
+            params = found.load_adapter(adapter, mesh)
+            report = release.export_adapter(
+                Path(out), adapter=adapter, params=params, base=found.base, **common
+            )
+        else:
+            report = release.export(
+                Path(out),
+                model=model,
+                params=found.load(model, mesh),
+                facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
+                dtype=dtype,
+                **common,
+            )
     print(f"{out}: {report['read_back']}; logits: {report['logits']}")
 
 

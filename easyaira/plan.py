@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from easyaira import lora, optim, trainer
 from easyaira import mesh as meshes
-from easyaira import optim, trainer
-from easyaira.models.registry import Model
 from easyaira.prepare import Algorithm, Setup
 
 
@@ -22,10 +21,12 @@ def describe(setup: Setup) -> str:
     noted = f", noted {told['noted']}" if told["noted"] else ""
     shared = "; prompts stored once a pair" if setup.batches.share_prompt else ""
     warmup = optim.warmup_steps(config.optimizer, setup.total_steps)
+    adapter = f"{describe_adapter(setup)}\n" if setup.adapter else ""
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
         f"{model.vocab_size}, {model.compute.dtype.name} on {setup.mesh.size} x "
         f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
+        f"{adapter}"
         f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}"
         f"{noted}; "
         f"{told['tokens']:,} tokens, {told['learned_tokens']:,} of them "
@@ -35,10 +36,28 @@ def describe(setup: Setup) -> str:
     )
 
 
+def describe_adapter(setup: Setup) -> str:
+    """What is trained instead of the model's weights, and how those are held."""
+    adapter = setup.adapter
+    count, total = adapter.parameter_count(), setup.model.parameter_count()
+    held = jax.tree.leaves(adapter.held_target(setup.mesh, setup.model.compute.dtype))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+    return (
+        f"lora    {count:,} trainable parameters ({count / (count + total):.4%}): rank "
+        f"{adapter.config.r}, scale {adapter.scale:g}, on {len(adapter.targets)} linear layers of "
+        f"each block; linear layers held in {adapter.config.quantize or setup.model.compute.dtype.name}, the base "
+        f"takes {size / 2**20:,.1f} MiB"
+    )
+
+
 def plan(setup: Setup, algorithm: Algorithm) -> str:
     """Where parameters lie and what memory a step takes, without allocating any of it."""
     lines = ["", f"{'parameter':44}{'shape':28}divided by"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(setup.target(setup.model)):
+    parameters = setup.target(setup.model)
+    if setup.adapter:
+        held = setup.adapter.held_target(setup.mesh, setup.model.compute.dtype)
+        parameters = lora.joined(held, setup.trained())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
         lines.append(f"{meshes.path_of(path):44}{str(leaf.shape):28}{spec}")
     memory = compile_step(setup, algorithm).memory_analysis()
@@ -52,21 +71,25 @@ def plan(setup: Setup, algorithm: Algorithm) -> str:
 
 def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
     """The training step, compiled for the first update's shapes without any array."""
-    state = trainer.abstract_state(setup.target(setup.model), setup.tx, setup.mesh)
-    reference = algorithm.frozen(setup)
-    frozen = reference and setup.target(reference)
+    state = trainer.abstract_state(setup.trained(), setup.tx, setup.mesh)
+    frozen = setup.frozen_target(algorithm)
     arrays = dict(setup.batches[0].arrays)
-    if setup.data.train.answers == 2 and frozen is None:
+    if setup.data.train.answers == 2 and algorithm.frozen(setup) is None:
         shape = (setup.config.gradient_accumulation_steps, setup.micro_batch, 2)
         arrays["ref_logps"] = np.zeros(shape, np.float32)
     batch = meshes.like(arrays, trainer.batch_shardings(arrays, setup.mesh))
-    step = trainer.make_train_step(algorithm.loss_fn(setup), setup.tx)
+    step = trainer.make_train_step(setup.loss_fn(algorithm), setup.tx)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, setup.dropout_key).compile()
 
 
-def flops_per_token(model: Model, reference_in_step: bool) -> float:
+def flops_per_token(setup: Setup, reference_in_step: bool) -> float:
     """Operations of an update per real token: two per weight of a product forward and four
-    backward, and two more for a reference that is computed in the step. Attention scores are left
-    out."""
+    backward (two if it is frozen), and two more for a reference that is computed in the step.
+    Attention scores are left out."""
+    model, adapter = setup.model, setup.adapter
     lookups = 0 if model.config.tie_word_embeddings else model.vocab_size * model.config.width
-    return (8 if reference_in_step else 6) * (model.parameter_count() - lookups)
+    products = model.parameter_count() - lookups
+    forward = 4 if reference_in_step else 2
+    if adapter is None:
+        return (forward + 4) * products
+    return (forward + 2) * products + (forward + 4) * adapter.parameter_count()

@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from easyaira import lora, weights
 from easyaira import mesh as meshes
-from easyaira import weights
 from easyaira.checkpoint import Checkpoints
 from easyaira.errors import ConfigError, TokenizerError
 from easyaira.models.registry import Model
@@ -71,14 +72,36 @@ class Pretrained:
         kinds = sorted(set(names.values()), key=list(names.values()).count)
         return {n: kind for n, kind in names.items() if kind != kinds[-1]} | {"": kinds[-1]}
 
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What a checkpoint of a run with adapters says of them (lora.to_record)."""
+        return self.meta.get("lora") if self.step is not None else None
+
+    @cached_property
+    def base(self) -> Pretrained:
+        """What the adapters of a run stand on."""
+        base = self.adapter["base"]
+        return find(base["name"], base["commit"])
+
+    def location(self) -> dict[str, Any]:
+        """Where this is found again, from any working directory."""
+        if self.commit is not None:
+            return {"name": self.name, "commit": self.commit}
+        folder = self.folder.resolve()
+        at = folder if self.step is None else folder / CHECKPOINTS / str(self.step)
+        return {"name": str(at), "commit": None}
+
     def check(self, model: Model) -> None:
         """Compare the files with what the model's config wants, before anything is read.
 
         Raises:
+            ConfigError: adapters whose base is gone.
             WeightsError: tensors are missing, left over or of another shape.
         """
         if self.step is None:
             self._matched(model)
+        elif self.adapter is not None:
+            self.base.check(model)
 
     def _matched(self, model: Model) -> dict[str, np.ndarray]:
         return weights.match(
@@ -92,16 +115,46 @@ class Pretrained:
             where=str(self.folder),
         )
 
-    def load(self, model: Model, mesh: Any) -> Any:
-        """The float32 parameters, each device with its own slice.
+    def load(self, model: Model, mesh: Any, each: weights.Each | None = None) -> Any:
+        """The float32 parameters, each device with its own slice. Adapters are merged into theirs.
+
+        Args:
+            each: what becomes of a parameter as soon as it is read.
 
         Raises:
-            WeightsError: as `check`, and a tensor that is not finite.
+            WeightsError: as `check`, and a tensor that is not finite, or adapters whose base is
+                not what it was.
             StorageError: a checkpoint that cannot be read.
         """
         target = meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, mesh))
         if self.step is None:
-            return weights.from_hf(self._matched(model), target, model.rows)
+            return weights.from_hf(self._matched(model), target, model.rows, each)
+        if self.adapter is None:
+            params = self._restore(target)
+        else:
+            adapter = lora.of_record(self.adapter, model)
+            params = self.load_base(model, mesh)
+            params = adapter.merge(params, self.load_adapter(adapter, mesh))
+        if each is None:
+            return params
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        del params
+        leaves = [
+            each(*leaves.pop(0)) for _ in range(len(leaves))
+        ]  # each may free what it is given
+        return jax.tree.unflatten(tree, leaves)
+
+    def load_base(self, model: Model, mesh: Any) -> Any:
+        """What adapters stand on, in float32, if it is still what it was."""
+        params = self.base.load(model, mesh)
+        lora.check_base(self.adapter, weights.fingerprint(params), self.name)
+        return params
+
+    def load_adapter(self, adapter: lora.Adapter, mesh: Any) -> Any:
+        """The parameters of adapters alone."""
+        return self._restore(adapter.target(mesh))
+
+    def _restore(self, target: Any) -> Any:
         checkpoints = Checkpoints(self.folder / CHECKPOINTS)
         try:
             return checkpoints.restore_params(self.step, target)
