@@ -93,7 +93,7 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     if key is None:
         return message
     name, problem = key.groups()
-    if group := re.search(r"given class_path '([\w.]+)': (.*?) - Expected a NoneType", problem):
+    if group := re.search(r"given class_path '([\w.]+)': (.*) - Expected a NoneType", problem):
         return _in_group(name, group[1], group[2])
     return _of_key(name, problem)
 

@@ -13,6 +13,8 @@ from jsonargparse import ArgumentParser
 
 from easyaira import cli
 
+MERGE = "Add adapters to the weights that they stand on."
+
 
 def to_hf(
     source: str,
@@ -28,7 +30,7 @@ def to_hf(
         source: Run folder (its newest checkpoint), or a folder checkpoints/STEP of it.
         out: The new folder.
         dtype: How weights are stored; default: as in the model that the run began with.
-        merge: Add adapters to the weights that they stand on.
+        merge: see MERGE.
     """
     import jax
 
@@ -113,7 +115,9 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subcommands(required=True, dest="command")
     for command in (to_hf, from_hf):
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)
-        sub.add_function_arguments(command, as_positional=True)
+        sub.add_function_arguments(command, as_positional=True, skip={"merge"})
+        if command is to_hf:
+            sub.add_argument("--merge", action="store_true", help=MERGE)
         commands.add_subcommand(command.__name__, sub, help=command.__doc__.splitlines()[0])
     args = cli.parse_args(parser, argv)
     command = {"to_hf": to_hf, "from_hf": from_hf}[args.command]

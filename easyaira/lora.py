@@ -1,9 +1,9 @@
 """Adapters (LoRA) as a parameter tree of their own, beside a base that stays as it is.
 
-The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out], stacked over layers as
-the kernel [L, in, out] is; `out` has two axes where the kernel's has (GPT-2's q, k, v). The tuned
-model is `model.apply` of the base with these beside its kernels (`Adapter.on`), the original is
-`model.apply` of the base. In a run, only the adapter has gradients, optimizer state and
+The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out], stacked over layers
+as the kernel [L, in, out] is; `out` has two axes where the kernel's has (GPT-2's q, k, v). The
+tuned model is `model.apply` of the base with these beside its kernels (`Adapter.on`), the original
+is `model.apply` of the base. In a run, only the adapter has gradients, optimizer state and
 checkpoints; the base is an argument of the step and is held in few bits (`Adapter.hold`).
 
 Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA.
@@ -347,7 +347,7 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     wanted = [names] if isinstance(names, str) else names
     found: dict[str, list[Row]] = {name: [] for name in wanted}
     for row in rows:
-        modules = [_module(name) for name in row.names(kernels[row.ours])]
+        modules = [module_of(row).format(i) for i in range(kernels[row.ours].shape[0])]
         for name in wanted:
             try:
                 fitting = sum(fits(module, name) for module in modules)
@@ -356,12 +356,12 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
             if 0 < fitting < len(modules):
                 raise ConfigError(
                     f"lora.target_modules: {name!r} fits {fitting} of {len(modules)} layers of "
-                    f"{_module(row.theirs)}; adapters on some of the layers are not built"
+                    f"{module_of(row)}; adapters on some of the layers are not built"
                 )
             if fitting:
                 found[name].append(row)
     if missing := [name for name in wanted if not found[name]] or (["[]"] if not wanted else []):
-        there = sorted({_module(row.theirs).rpartition(".")[2] for row in rows})
+        there = sorted({module_of(row).rpartition(".")[2] for row in rows})
         raise ConfigError(
             f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
             f"there are {', '.join(there)}"
@@ -404,12 +404,13 @@ def _linear_layers(model: Model) -> list[Row]:
     return [row for row in model.rows if row.stacked and row.ours.endswith("/kernel")]
 
 
-def _module(tensor: str) -> str:
-    return tensor.removesuffix(".weight")
+def module_of(row: Row) -> str:
+    """Hugging Face's name of a linear layer, with {} for the number of its block."""
+    return row.theirs.removesuffix(".weight")
 
 
 def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
-    modules = [PEFT_PREFIX + _module(row.theirs.format(i)) for i in range(layers)]
+    modules = [PEFT_PREFIX + module_of(row).format(i) for i in range(layers)]
     return [(f"{module}.lora_A.weight", f"{module}.lora_B.weight") for module in modules]
 
 

@@ -42,11 +42,12 @@ def describe_adapter(setup: Setup) -> str:
     count, total = adapter.parameter_count(), setup.model.parameter_count()
     held = jax.tree.leaves(adapter.held_target(setup.mesh, setup.model.compute.dtype))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+    names = ", ".join(lora.module_of(row).partition("{}.")[2] for row in adapter.targets)
+    kind = adapter.config.quantize or setup.model.compute.dtype.name
     return (
         f"lora    {count:,} trainable parameters ({count / (count + total):.4%}): rank "
-        f"{adapter.config.r}, scale {adapter.scale:g}, on {len(adapter.targets)} linear layers of "
-        f"each block; linear layers held in {adapter.config.quantize or setup.model.compute.dtype.name}, the base "
-        f"takes {size / 2**20:,.1f} MiB"
+        f"{adapter.config.r}, scale {adapter.scale:g}, on {names}; frozen linear layers held in "
+        f"{kind}, all frozen weights take {size / 2**20:,.1f} MiB"
     )
 
 

@@ -23,6 +23,8 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
     if problems := {kind: keys for kind, keys in info.items() if keys}:
         sys.exit(f"keys do not match: {problems}")
     if base:
+        for outdated in (DeprecationWarning, FutureWarning):  # that peft's use of transformers is
+            warnings.simplefilter("ignore", outdated)
         from peft import PeftModel  # it warns of keys that do not match, which is an error here
 
         model = PeftModel.from_pretrained(model, folder)
