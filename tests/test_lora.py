@@ -14,7 +14,7 @@ import torch
 from test_training import configure, losses_of, same_bits, stop_after
 from transformers import AutoModelForCausalLM
 
-from easyaira import convert, lora, losses, metrics, plan, prepare, quantize
+from easyaira import convert, lora, losses, metrics, optim, plan, prepare, quantize
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import LoraConfig
@@ -173,6 +173,11 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
             near(ours[name.replace(".default", "")], parameter.grad.numpy())
             seen += 1
     assert seen == len(ours) > 10
+
+
+def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
+    adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"))
+    assert all(jax.tree.leaves(optim.decays(adapter.shapes)))
 
 
 def test_the_parameters_of_the_backward_model():
