@@ -39,6 +39,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "dev": [
             "hypothesis>=6.130",
+            "peft>=0.19",
             "pre-commit>=4.0",
             "pytest>=8.4",
             "pytest-xdist>=3.6",

@@ -159,6 +159,7 @@ def write_report(setup: Setup, samples: Samples) -> None:
         title=Path(config.output_dir).name,
         facts={
             "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
+            "trained": f"{(setup.adapter or setup.model).parameter_count():,} parameters",
             "data": f"{len(data.train)} examples from {config.data.train}",
             "held out": len(data.held_out) if data.held_out else "none",
             "updates": f"{setup.total_steps} of {config.train_batch_size} examples",

@@ -117,5 +117,6 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "data_fingerprint": setup.data.report["fingerprint"],
         "model_commit": setup.origin.commit,
         "parameters": setup.model.parameter_count(),
+        "trainable_parameters": (setup.adapter or setup.model).parameter_count(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
