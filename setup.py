@@ -41,6 +41,7 @@ setup(
         "dev": [
             "codecarbon>=3.3",
             "hypothesis>=6.130",
+            "peft>=0.19",
             "pre-commit>=4.0",
             "pytest>=8.4",
             "pytest-xdist>=3.6",

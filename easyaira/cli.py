@@ -8,11 +8,13 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import jsonargparse
 from jsonargparse import ArgumentParser
 
+from easyaira import config as configs
 from easyaira.errors import ConfigError, EasyAiraError
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -91,6 +93,13 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     if key is None:
         return message
     name, problem = key.groups()
+    if group := re.search(r"given class_path '([\w.]+)': (.*) - Expected a NoneType", problem):
+        return _in_group(name, group[1], group[2])
+    return _of_key(name, problem)
+
+
+def _of_key(name: str, problem: str) -> str:
+    """What is wrong with the value of an option, in one line."""
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
         wanted = union[1].replace("NoneType", "null").replace(", ", " or ")
         return f"{name}: expected {wanted}, got {union[2]}"
@@ -99,6 +108,18 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         return f"{name}: expected {plain[1]}, got {plain[2]}" + _did_you_mean(plain[2], choices)
     if bounds := re.match(r"Not of type \w+: (.*) does not conform to restriction (.*)$", problem):
         return f"{name}: expected a number with {bounds[2].replace('v', 'value ')}, got {bounds[1]}"
+    return f"{name}: {problem}"
+
+
+def _in_group(name: str, class_path: str, problem: str) -> str:
+    """What is wrong in a group of options that may be null, in one line."""
+    options = [field.name for field in fields(vars(configs)[class_path.rpartition(".")[2]])]
+    if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
+        return f"{name}.{unknown[1]}: no such option" + _did_you_mean(unknown[1], options)
+    if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
+        return f"{name}.{missing[1]}: must be given where {name} is not null"
+    if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
+        return _of_key(f"{name}.{inner[1]}", inner[2])
     return f"{name}: {problem}"
 
 

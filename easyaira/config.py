@@ -302,14 +302,37 @@ class CardConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) beside frozen linear layers."""
+
+    target_modules: list[str] | str
+    """Hugging Face's names of the linear layers that get one, as in peft: a list of last parts
+    ([q_proj, k_proj, v_proj, o_proj]), or a regular expression that fits whole names."""
+    r: PositiveInt = 8
+    """Rank of an adapter."""
+    alpha: PositiveFloat = 8.0
+    """An adapter's product is multiplied by alpha / r."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    dropout: Share = 0.0
+    """Dropout on the input of adapters."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the frozen linear layers in 8 or 4 bits (QLoRA); null: in the precision of the
+    computation."""
+    adapter: str | None = None
+    """Adapter to go on with: a folder in PEFT's format, ours or peft's, or its hub id. Its rank,
+    alpha and targets must be those given here."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run: what every command that trains has in common."""
 
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lora: dict[str, Any] | None = None
-    """Adapters are not built yet: only null, which trains all weights."""
+    lora: LoraConfig | None = None
+    """Train adapters and leave the model's own weights as they are; null trains all weights."""
     train_batch_size: PositiveInt = 8
     """Examples (pairs in DPO) per update, over all devices and accumulation steps."""
     gradient_accumulation_steps: PositiveInt = 1
@@ -346,9 +369,10 @@ class RunConfig:
     card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self):
-        if self.lora is not None:
+        if self.lora is not None and self.model.init == "random":
             raise ConfigError(
-                "lora: adapters are not built yet; set it to null to train all weights"
+                "lora: adapters on random weights, which are kept nowhere; set model.init to "
+                "pretrained, or lora to null"
             )
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise ConfigError(

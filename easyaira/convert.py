@@ -14,20 +14,28 @@ from jsonargparse import ArgumentParser
 
 from easyaira import cli
 
+MERGE = "Add adapters to the weights that they stand on."
+
 
 def to_hf(
-    source: str, out: str, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    source: str,
+    out: str,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    merge: bool = False,
 ) -> None:
     """Write a run, or one of its checkpoints, as a verified Hugging Face folder.
+
+    A run with adapters (LoRA) becomes an adapter in PEFT's format, or, merged, a model.
 
     Args:
         source: Run folder (its newest checkpoint), or a folder checkpoints/STEP of it.
         out: The new folder.
         dtype: How weights are stored; default: as in the model that the run began with.
+        merge: see MERGE.
     """
     import jax
 
-    from easyaira import card, pretrained, release
+    from easyaira import card, lora, pretrained, release
     from easyaira import mesh as meshes
     from easyaira.errors import ConfigError
     from easyaira.models.registry import model_of
@@ -35,21 +43,36 @@ def to_hf(
     found = pretrained.find(source)
     if found.step is None:
         raise ConfigError(f"{source}: wanted a run folder or one of its checkpoints")
+    if merge and found.adapter is None:
+        raise ConfigError(f"merge: {source} has no adapters; leave it out")
+    alone = found.adapter is not None and not merge
+    if alone and dtype:
+        raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
     model = model_of(found.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
     run = found.folder
     trained = (run / "config.yaml").exists()
+    common = {
+        "tokenizer": found.tokenizer(),
+        "mesh": mesh,
+        "card": partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
+    }
     with jax.set_mesh(mesh):
-        report = release.export(
-            Path(out),
-            model=model,
-            params=found.load(model, mesh),
-            facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
-            tokenizer=found.tokenizer(),
-            mesh=mesh,
-            card=partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
-            dtype=dtype,
-        )
+        if alone:
+            adapter = lora.of_record(found.adapter, model)
+            params = found.load_adapter(adapter, mesh)
+            report = release.export_adapter(
+                Path(out), adapter=adapter, params=params, base=found.base, **common
+            )
+        else:
+            report = release.export(
+                Path(out),
+                model=model,
+                params=found.load(model, mesh),
+                facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
+                dtype=dtype,
+                **common,
+            )
     print(f"{out}: {report['read_back']}; logits: {report['logits']}")
 
 
@@ -94,7 +117,9 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subcommands(required=True, dest="command")
     for command in (to_hf, from_hf):
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)
-        sub.add_function_arguments(command, as_positional=True)
+        sub.add_function_arguments(command, as_positional=True, skip={"merge"})
+        if command is to_hf:
+            sub.add_argument("--merge", action="store_true", help=MERGE)
         commands.add_subcommand(command.__name__, sub, help=command.__doc__.splitlines()[0])
     args = cli.parse_args(parser, argv)
     command = {"to_hf": to_hf, "from_hf": from_hf}[args.command]

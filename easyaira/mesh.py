@@ -127,19 +127,27 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf.
 
     Raises:
-        ConfigError: a mesh axis does not divide the axis of a parameter that it is to cut.
+        ConfigError: see `sharding_of`.
     """
+    specs = partition_specs(tree, rules)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, spec: sharding_of(path_of(path), leaf.shape, spec, mesh), tree, specs
+    )
 
-    def sharding(key_path, leaf, spec):
-        for size, axes in zip(leaf.shape, spec, strict=True):
-            if size % (parts := _parts(mesh, axes)):
-                raise ConfigError(
-                    f"mesh: {path_of(key_path)} has shape {leaf.shape}, and {axes}={parts} does "
-                    f"not divide {size}; choose a size that does"
-                )
-        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree, partition_specs(tree, rules))
+def sharding_of(name: str, shape: Sequence[int], spec: P, mesh: Mesh) -> NamedSharding:
+    """The NamedSharding of a parameter.
+
+    Raises:
+        ConfigError: a mesh axis does not divide the axis of the parameter that it is to cut.
+    """
+    for size, axes in zip(shape, spec, strict=True):
+        if size % (parts := _parts(mesh, axes)):
+            raise ConfigError(
+                f"mesh: {name} has shape {tuple(shape)}, and {axes}={parts} does not divide "
+                f"{size}; choose a size that does"
+            )
+    return NamedSharding(mesh, spec)
 
 
 def like(tree: Any, specs: Any) -> Any:

@@ -43,8 +43,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 def decays(params: Any) -> Any:
     """Which parameters decay: matrices and embeddings, not norms and biases."""
+    matrices = ("kernel", "embedding", "lora_a", "lora_b")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_of(path).endswith(("kernel", "embedding")), params
+        lambda path, _: path_of(path).endswith(matrices), params
     )
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from easyaira import lora, optim, trainer
 from easyaira import mesh as meshes
-from easyaira import optim, trainer
-from easyaira.models.registry import Model
 from easyaira.prepare import Algorithm, Setup
 
 
@@ -23,10 +22,12 @@ def describe(setup: Setup) -> str:
     shared = "; prompts stored once a pair" if setup.batches.share_prompt else ""
     learned = "" if model.scorer else f", {told['learned_tokens']:,} of them learned"
     warmup = optim.warmup_steps(config.optimizer, setup.total_steps)
+    adapter = f"{describe_adapter(setup)}\n" if setup.adapter else ""
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
         f"{model.vocab_size}, {model.compute.dtype.name} on {setup.mesh.size} x "
-        f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n{_new_head(setup)}"
+        f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
+        f"{_new_head(setup)}{adapter}"
         f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}"
         f"{noted}; "
         f"{told['tokens']:,} tokens{learned}{shared}\n"
@@ -46,10 +47,29 @@ def _new_head(setup: Setup) -> str:
     )
 
 
+def describe_adapter(setup: Setup) -> str:
+    """What is trained instead of the model's weights, and how those are held."""
+    adapter = setup.adapter
+    count, total = adapter.parameter_count(), setup.model.parameter_count()
+    held = jax.tree.leaves(adapter.held_target(setup.mesh, setup.model.compute.dtype))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+    names = ", ".join(lora.module_of(row).partition("{}.")[2] for row in adapter.targets)
+    kind = adapter.config.quantize or setup.model.compute.dtype.name
+    return (
+        f"lora    {count:,} trainable parameters ({count / (count + total):.4%}): rank "
+        f"{adapter.config.r}, scale {adapter.scale:g}, on {names}; frozen linear layers held in "
+        f"{kind}, all frozen weights take {size / 2**20:,.1f} MiB"
+    )
+
+
 def plan(setup: Setup, algorithm: Algorithm) -> str:
     """Where parameters lie and what memory a step takes, without allocating any of it."""
     lines = ["", f"{'parameter':44}{'shape':28}divided by"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(setup.target(setup.model)):
+    parameters = setup.target(setup.model)
+    if setup.adapter:
+        held = setup.adapter.held_target(setup.mesh, setup.model.compute.dtype)
+        parameters = lora.joined(held, setup.trained())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
         lines.append(f"{meshes.path_of(path):44}{str(leaf.shape):28}{spec}")
     memory = compile_step(setup, algorithm).memory_analysis()
@@ -63,25 +83,29 @@ def plan(setup: Setup, algorithm: Algorithm) -> str:
 
 def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
     """The training step, compiled for the first update's shapes without any array."""
-    state = trainer.abstract_state(setup.target(setup.model), setup.tx, setup.mesh)
-    reference = algorithm.frozen(setup)
-    frozen = reference and setup.target(reference)
+    state = trainer.abstract_state(setup.trained(), setup.tx, setup.mesh)
+    frozen = setup.frozen_target(algorithm)
     arrays = dict(setup.batches[0].arrays)
     of_examples = (setup.config.gradient_accumulation_steps, setup.micro_batch)
     for name, shape in algorithm.known(setup).items():
         arrays[name] = np.zeros((*of_examples, *shape), np.float32)
     batch = meshes.like(arrays, trainer.batch_shardings(arrays, setup.mesh))
-    step = trainer.make_train_step(algorithm.loss_fn(setup), setup.tx)
+    step = trainer.make_train_step(setup.loss_fn(algorithm), setup.tx)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, setup.dropout_key).compile()
 
 
-def flops_per_token(model: Model, reference_in_step: bool) -> float:
+def flops_per_token(setup: Setup, reference_in_step: bool) -> float:
     """Operations of an update per real token: two per weight of a product forward and four
-    backward, and two more for a reference that is computed in the step. Attention scores are left
-    out, and a scorer's head, which is applied once a text."""
+    backward (two if it is frozen), and two more for a reference that is computed in the step.
+    Attention scores are left out, and a scorer's head, which is applied once a text."""
+    model, adapter = setup.model, setup.adapter
     if model.scorer:
         leaves = jax.tree_util.tree_leaves_with_path(model.shapes["model"])
-        products = [x.size for at, x in leaves if not meshes.path_of(at).endswith("embedding")]
-        return 6 * sum(products)
-    lookups = 0 if model.config.tie_word_embeddings else model.vocab_size * model.config.width
-    return (8 if reference_in_step else 6) * (model.parameter_count() - lookups)
+        products = sum(x.size for at, x in leaves if not meshes.path_of(at).endswith("embedding"))
+    else:
+        tied = model.config.tie_word_embeddings
+        products = model.parameter_count() - (0 if tied else model.vocab_size * model.config.width)
+    forward = 4 if reference_in_step else 2
+    if adapter is None:
+        return (forward + 4) * products
+    return (forward + 2) * products + (forward + 4) * adapter.parameter_count()

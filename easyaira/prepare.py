@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from easyaira import lora, optim, pretrained, trainer, weights
 from easyaira import mesh as meshes
-from easyaira import optim, pretrained, trainer
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.data.batches import Batches
@@ -35,6 +35,7 @@ class Setup:
             one that is trained, whose vocabulary may have been resized.
         batches, held_out: the data, in updates and in micro-batches.
         total_steps, schedule, tx: the optimizer's side.
+        adapter: what is trained instead of the model's own weights.
     """
 
     config: RunConfig
@@ -50,6 +51,7 @@ class Setup:
     total_steps: int
     schedule: optax.Schedule
     tx: optax.GradientTransformation
+    adapter: lora.Adapter | None
 
     @property
     def micro_batch(self) -> int:
@@ -58,19 +60,77 @@ class Setup:
 
     @cached_property
     def dropout_key(self) -> jax.Array | None:
-        return jax.random.key(self.config.seed) if self.config.model.dropout else None
+        dropout = self.config.model.dropout or (self.config.lora and self.config.lora.dropout)
+        return jax.random.key(self.config.seed) if dropout else None
 
     def target(self, model: Model) -> Any:
         """Shapes and shardings of a model's parameters on the mesh."""
         return meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, self.mesh))
 
+    def trained(self) -> Any:
+        """Shapes and shardings of what an update changes."""
+        if self.adapter is None:
+            return self.target(self.model)
+        return self.adapter.target(self.mesh)
+
+    def start(self) -> Any:
+        """What an update changes, before the first one; the same however often it is asked for."""
+        if self.adapter is None:
+            return self.load()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.trained())
+        if self.config.lora.adapter is None:
+            key = jax.random.key(self.config.seed)
+            return jax.jit(self.adapter.init, out_shardings=shardings)(key)
+        folder = pretrained.find(self.config.lora.adapter).folder
+        return jax.device_put(self.adapter.read_peft(folder), shardings)
+
+    @cached_property
+    def base(self) -> lora.Base:
+        """What adapters stand on, as it is held."""
+        hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
+        found = weights.Fingerprint()
+
+        def each(path: tuple, leaf: jax.Array) -> Any:
+            found.add(path, leaf)
+            return hold(path, leaf)
+
+        return lora.Base(self.origin.load(self.model, self.mesh, each=each), found.digest())
+
+    def weights(self, params: Any) -> Any:
+        """The model's weights, given those that are trained. Nothing is copied."""
+        return params if self.adapter is None else self.adapter.on(self.base.params, params)
+
+    def loss_fn(self, algorithm: Algorithm) -> trainer.LossFn:
+        """The algorithm's loss, as a function of what is trained."""
+        loss_fn = algorithm.loss_fn(self)
+        return loss_fn if self.adapter is None else self.adapter.over_base(loss_fn)
+
+    def frozen(self, of_algorithm: Any) -> Any:
+        """What the step takes as frozen, given what the algorithm wants frozen."""
+        if self.adapter is None:
+            return of_algorithm
+        return self.adapter.frozen(self.base.params, of_algorithm)
+
+    def frozen_target(self, algorithm: Algorithm) -> Any:
+        """Shapes and shardings of `frozen`."""
+        reference = algorithm.frozen(self)
+        target = reference and self.target(reference)
+        if self.adapter is None:
+            return target
+        base = self.adapter.held_target(self.mesh, self.model.compute.dtype)
+        if reference is self.model:
+            target = jax.eval_shape(self.adapter.applied, self.trained())
+        return self.adapter.frozen(base, target)
+
     def load(self) -> Any:
-        """The parameters that training starts from, the same however often they are asked for."""
+        """The weights that training starts from, the same however often they are asked for."""
+        if self.adapter is not None:
+            return self.weights(self.start())
         key = jax.random.key(self.config.seed)
         shardings = meshes.shardings(self.model.shapes, self.model.rules, self.mesh)
         if self.config.model.init == "random":
             return jax.jit(self.model.init, out_shardings=shardings)(key)
-        params = self.origin.load(self.stored, self.mesh, key)
+        params = self.origin.load(self.stored, self.mesh, head_key=key)
         if self.stored.vocab_size == self.model.vocab_size:
             return params
         how = self.config.model.resize or "mean"
@@ -184,6 +244,10 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
     found = find(config, mesh, algorithm.scorer)
     model = found.model
     meshes.shardings(model.shapes, model.rules, mesh)  # refuses a mesh that does not divide them
+    adapter = None
+    if config.lora is not None:
+        adapter = _adapter(config, found)
+        adapter.held_target(mesh, model.compute.dtype)  # likewise
     if model.config.kv_heads % mesh.shape["tp"]:
         raise ConfigError(
             f"mesh: tp={mesh.shape['tp']} does not divide the model's {model.config.heads} heads "
@@ -232,6 +296,7 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         total_steps=total_steps,
         schedule=schedule,
         tx=tx,
+        adapter=adapter,
     )
 
 
@@ -260,6 +325,20 @@ def attention_cost(width: int, heads: int) -> float:
 
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
+
+
+def _adapter(config: RunConfig, found: Found) -> lora.Adapter:
+    """The adapter of a run, compared with the one that it goes on with."""
+    if found.model.vocab_size != found.stored.vocab_size:
+        raise ConfigError(
+            f"lora: the tokenizer's {found.model.vocab_size - found.stored.vocab_size:+} tokens "
+            "would have embeddings that adapters do not train; use a template without new tokens, "
+            "such as plain, or start from a model that has been trained with them"
+        )
+    adapter = lora.adapter_of(config.lora, found.model)
+    if config.lora.adapter is not None:
+        adapter.read_peft(pretrained.find(config.lora.adapter).folder)
+    return adapter
 
 
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from easyaira import lora, weights
 from easyaira import mesh as meshes
-from easyaira import weights
 from easyaira.checkpoint import Checkpoints
 from easyaira.errors import ConfigError, TokenizerError, WeightsError
 from easyaira.mesh import path_of
@@ -73,16 +73,38 @@ class Pretrained:
         kinds = sorted(set(names.values()), key=list(names.values()).count)
         return {n: kind for n, kind in names.items() if kind != kinds[-1]} | {"": kinds[-1]}
 
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What a checkpoint of a run with adapters says of them (lora.to_record)."""
+        return self.meta.get("lora") if self.step is not None else None
+
+    @cached_property
+    def base(self) -> Pretrained:
+        """What the adapters of a run stand on."""
+        base = self.adapter["base"]
+        return find(base["name"], base["commit"])
+
+    def location(self) -> dict[str, Any]:
+        """Where this is found again, from any working directory."""
+        if self.commit is not None:
+            return {"name": self.name, "commit": self.commit}
+        folder = self.folder.resolve()
+        at = folder if self.step is None else folder / CHECKPOINTS / str(self.step)
+        return {"name": str(at), "commit": None}
+
     def check(self, model: Model) -> list[str]:
         """Compare the files with what the model's config wants, before anything is read. Returns
         the paths of a scorer's head that are not stored, and will have to be drawn.
 
         Raises:
+            ConfigError: adapters whose base is gone.
             WeightsError: other tensors are missing, left over or of another shape.
         """
         if self.step is None:
             stored = self._matched(model)
             return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
+        if self.adapter is not None:
+            self.base.check(self._saved)
         if self._saved.scorer and not model.scorer:
             raise WeightsError(f"{self.name}: holds a scorer, which has no head to write with")
         return [] if self._saved.scorer else [r.ours for r in model.rows if r.ours[:6] == "score/"]
@@ -106,16 +128,25 @@ class Pretrained:
             where=str(self.folder),
         )
 
-    def load(self, model: Model, mesh: Any, head_key: jax.Array | None = None) -> Any:
-        """The float32 parameters, each device with its own slice.
+    def load(
+        self,
+        model: Model,
+        mesh: Any,
+        *,
+        head_key: jax.Array | None = None,
+        each: weights.Each | None = None,
+    ) -> Any:
+        """The float32 parameters, each device with its own slice. Adapters are merged into theirs.
 
         Args:
             model: what they are for.
             mesh: where they will lie.
             head_key: draws the head of a scorer, as far as it is not stored.
+            each: what becomes of a parameter as soon as it is read.
 
         Raises:
-            WeightsError: as `check`, and a tensor that is not finite, or a head that is not stored.
+            WeightsError: as `check`, and a tensor that is not finite, a head that is not stored, or
+                adapters whose base is not what it was.
             StorageError: a checkpoint that cannot be read.
         """
         target = _target(model, mesh)
@@ -124,16 +155,44 @@ class Pretrained:
             raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward gives it a head")
         drawn = _drawn(model, target, missing, head_key) if missing else {}
         if self.step is None:
-            return weights.from_hf(self._matched(model), target, model.rows, drawn)
+            return weights.from_hf(self._matched(model), target, model.rows, drawn, each)
+        if self._saved.scorer == model.scorer:
+            params = self._stored(model, mesh)
+        else:
+            found = _leaves(self._stored(self._saved, mesh)) | drawn
+            params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_of(path)], target)
+        if each is None:
+            return params
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        del params
+        leaves = [
+            each(*leaves.pop(0)) for _ in range(len(leaves))
+        ]  # each may free what it is given
+        return jax.tree.unflatten(tree, leaves)
+
+    def _stored(self, model: Model, mesh: Any) -> Any:
+        """What a checkpoint of ours holds."""
+        if self.adapter is None:
+            return self._restore(_target(model, mesh))
+        adapter = lora.of_record(self.adapter, model)
+        return adapter.merge(self.load_base(model, mesh), self.load_adapter(adapter, mesh))
+
+    def load_base(self, model: Model, mesh: Any) -> Any:
+        """What adapters stand on, in float32, if it is still what it was."""
+        params = self.base.load(model, mesh)
+        lora.check_base(self.adapter, weights.fingerprint(params), self.name)
+        return params
+
+    def load_adapter(self, adapter: lora.Adapter, mesh: Any) -> Any:
+        """The parameters of adapters alone."""
+        return self._restore(adapter.target(mesh))
+
+    def _restore(self, target: Any) -> Any:
         checkpoints = Checkpoints(self.folder / CHECKPOINTS)
         try:
-            if self._saved.scorer == model.scorer:
-                return checkpoints.restore_params(self.step, target)
-            saved = checkpoints.restore_params(self.step, _target(self._saved, mesh))
+            return checkpoints.restore_params(self.step, target)
         finally:
             checkpoints.close()
-        found = _leaves(saved) | drawn
-        return jax.tree_util.tree_map_with_path(lambda path, _: found[path_of(path)], target)
 
     def tokenizer(self, name: str | None = None) -> Any:
         """The model's tokenizer, or the one that `name` says.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -24,10 +23,10 @@ from easyaira.data import dataset
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.examples import recipe_of
 from easyaira.errors import ConfigError
-from easyaira.mesh import path_of
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup
 from easyaira.report import write_file
+from easyaira.weights import fingerprint
 
 KEYS = "reference.json"  # of the run folder: which files of the cache are the run's
 LAID_OUT_BY = "size accumulation shards packing share_prompt seed attention".split()
@@ -201,28 +200,3 @@ def _key(setup: Setup, batches: Batches, weights: str) -> str:
     decides = [batches.examples.fingerprint(), layout, repr(model.config), repr(model.compute)]
     decides += [mesh, device, versions, weights]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-
-
-def fingerprint(params: Any) -> str:
-    """Of all bits of weights, whatever their sharding: two sums of words, times odd numbers that
-    depend on their place, for each leaf."""
-
-    def of_leaf(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros_like(bits)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        odd = (place * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
-        mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
-        return jnp.stack([(bits * odd).sum(dtype=jnp.uint32), (mixed * odd).sum(dtype=jnp.uint32)])
-
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(of_leaf, tree))(params))
-    named = {
-        path_of(path): (leaf.tolist(), params_leaf.shape)
-        for (path, leaf), params_leaf in zip(
-            jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(params), strict=True
-        )
-    }
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()

@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
-from easyaira import weights
+from easyaira import lora, weights
 from easyaira.errors import ConfigError, StorageError, WeightsError
 from easyaira.models.registry import Model
 from easyaira.pretrained import Pretrained
@@ -118,11 +119,7 @@ def export(
                 dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
             )
             for name, tensor in tensors:
-                written[name] = {
-                    "shape": list(tensor.shape),
-                    "dtype": tensor.dtype.name,
-                    "sha256": _hash(tensor),
-                }
+                written[name] = _described(tensor)
                 yield name, tensor
 
         weights.save_folder(noted(), new)
@@ -130,8 +127,61 @@ def export(
         if facts.generation_config:
             _write_json(new / "generation_config.json", facts.generation_config)
         tokenizer.save_pretrained(str(new))
-        report = {"tensors": written, "read_back": _verify(new, written)}
-        report["logits"] = _compare_logits(new, model, mesh, tokenizer)
+        report = {"tensors": written, "read_back": _verify(weights.open_folder(new), written, new)}
+        report["logits"] = _compare_logits(
+            new, model, tokenizer, lambda: Pretrained(str(new), new).load(model, mesh)
+        )
+        _write_json(new / "export_report.json", report)
+        (new / "README.md").write_text(card(report), encoding="utf-8")
+    return report
+
+
+def export_adapter(
+    folder: Path,
+    *,
+    adapter: lora.Adapter,
+    params: Any,
+    base: Pretrained,
+    tokenizer: Any,
+    mesh: Any,
+    card: Callable[[dict[str, Any]], str],
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Write and verify an adapter in PEFT's format; returns what export_report.json says.
+
+    Its logits are compared on the base as it is stored, also where training held it in fewer bits.
+
+    Args:
+        folder: the target; it appears only when all is verified.
+        adapter, params: what is exported, in float32.
+        base: what it stands on, and will be loaded onto.
+        tokenizer, mesh, card, replace: as for `export`.
+
+    Raises:
+        StorageError: the folder exists, or cannot be written.
+        WeightsError: the folder does not verify.
+    """
+    if folder.exists() and not replace and any(folder.iterdir()):
+        raise StorageError(f"{folder}: is not empty; choose another folder")
+    at = base.location()
+    with _beside(folder) as new:
+        tensors = adapter.to_peft(params)
+        written = {name: _described(tensor) for name, tensor in tensors.items()}
+        file = new / lora.ADAPTER_WEIGHTS
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # the library makes it readable for its owner alone
+        _write_json(new / lora.ADAPTER_CONFIG, adapter.peft_config(at["name"], at["commit"]))
+        tokenizer.save_pretrained(str(new))
+        report = {"tensors": written, "read_back": _verify(weights.open_file(file), written, new)}
+
+        def load() -> Any:
+            return adapter.merge(base.load(adapter.model, mesh), adapter.read_peft(new))
+
+        if base.step is None:
+            report["logits"] = _compare_logits(new, adapter.model, tokenizer, load, base.folder)
+        else:
+            why = "the base is a run folder; convert it with to_hf, or this run with --merge"
+            report["logits"] = {"compared": False, "why": why}
         _write_json(new / "export_report.json", report)
         (new / "README.md").write_text(card(report), encoding="utf-8")
     return report
@@ -172,9 +222,14 @@ def _hash(tensor: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
 
 
-def _verify(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> str:
+def _described(tensor: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": tensor.dtype.name, "sha256": _hash(tensor)}
+
+
+def _verify(
+    found: Mapping[str, np.ndarray], written: Mapping[str, Mapping[str, Any]], folder: Path
+) -> str:
     """Read every tensor back from the files and compare its hash with what was in memory."""
-    found = weights.open_folder(folder)
     wrong = set(found) ^ set(written)
     wrong |= {n for n in written if n in found and _hash(found[n]) != written[n]["sha256"]}
     if wrong:
@@ -182,22 +237,35 @@ def _verify(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> str:
     return f"all {len(found)} tensors equal what was trained, bit for bit"
 
 
-def _compare_logits(folder: Path, model: Model, mesh: Any, tokenizer: Any) -> dict[str, Any]:
-    """Logits of the folder in PyTorch and in JAX, both in float32, on fixed prompts."""
+def _compare_logits(
+    folder: Path,
+    model: Model,
+    tokenizer: Any,
+    load: Callable[[], Any],
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Logits of the folder in PyTorch and in JAX, both in float32, on fixed prompts.
+
+    Args:
+        load: the folder's weights, as we read them.
+        base: the folder of the model that `folder` is an adapter of.
+    """
     prompts = [tokenizer(t, add_special_tokens=model.scorer).input_ids[:64] for t in PROMPTS]
     prompts = [ids[: model.config.max_positions] for ids in prompts]
     needed = 5 * model.parameter_count()
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if importlib.util.find_spec("torch") is None:
-        return {"compared": False, "why": "torch is not installed"}
+    for package in ("torch", "peft") if base else ("torch",):
+        if importlib.util.find_spec(package) is None:
+            return {"compared": False, "why": f"{package} is not installed"}
     if available < needed:
         return {"compared": False, "why": f"needs {needed} bytes of memory, there are {available}"}
     command = [sys.executable, "-m", "easyaira.verify", str(folder), json.dumps(prompts)]
+    command += [str(base)] if base else []
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise WeightsError(f"{folder}: transformers cannot load it: {result.stderr.strip()[-500:]}")
     theirs = np.load(folder / "logits.npz")
-    loaded = Pretrained(str(folder), folder).load(model, mesh)
+    loaded = load()
     largest = difference = 0.0
     for i, ids in enumerate(prompts):
         tokens = jnp.array([ids])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import easyaira
-from easyaira import card, energy, metrics, plan, release, report, run_folder, trainer
+from easyaira import card, energy, lora, metrics, plan, release, report, run_folder, trainer
 from easyaira import config as configs
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import RunConfig
@@ -69,26 +69,30 @@ def _updates(
     config, folder = setup.config, Path(setup.config.output_dir)
     step = checkpoints.latest()
     if step is None:
-        params = setup.load()
+        params = setup.start()
         state = trainer.init_state(params, setup.tx, setup.mesh)
         window = metrics.Window()
     else:
         print(f"run     continues {folder} after update {step}", flush=True)
-        target = trainer.abstract_state(setup.target(setup.model), setup.tx, setup.mesh)
+        target = trainer.abstract_state(setup.trained(), setup.tx, setup.mesh)
         params, opt_state, _, saved = checkpoints.restore(step, target.params, target.opt_state)
+        if setup.adapter:
+            lora.check_base(saved["lora"], setup.base.fingerprint, str(folder))
         state = trainer.resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
-    frozen, known, known_held_out, before = algorithm.begin(setup, params, folder, step is None)
+    frozen, known, known_held_out, before = algorithm.begin(
+        setup, setup.weights(params), folder, step is None
+    )
     samples = Samples(setup, folder / "samples.json")
     if step is None:
-        samples.answer("before", params)
+        samples.answer("before", setup.weights(params))
     del params  # the first update gives its memory away
     log = metrics.Log(folder, step or 0, setup.total_steps)
     try:
         state = trainer.fit(
             state,
-            frozen,
-            loss_fn=algorithm.loss_fn(setup),
+            setup.frozen(frozen),
+            loss_fn=setup.loss_fn(algorithm),
             tx=setup.tx,
             schedule=setup.schedule,
             batches=replace(setup.batches, known=known),
@@ -97,12 +101,12 @@ def _updates(
             config=config,
             mesh=setup.mesh,
             key=setup.dropout_key,
-            flops_per_token=plan.flops_per_token(setup.model, frozen is not None),
+            flops_per_token=plan.flops_per_token(setup, frozen is not None),
             before=before,
             window=window,
             log=log,
             checkpoints=checkpoints,
-            meta=facts.to_meta() | {"easyaira": easyaira.__version__},
+            meta=facts.to_meta() | adapted(setup) | {"easyaira": easyaira.__version__},
             stop=stop,
             summary=algorithm.summary,
         )
@@ -115,22 +119,34 @@ def _updates(
 def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -> None:
     """Show what training changed, and release it."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    samples.answer("after", params)
+    samples.answer("after", setup.weights(params))
     write_report(setup, samples)
+    vars(setup).pop("base", None)  # and here, too
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
-        proof = release.export(
-            folder / "hf",
-            model=setup.model,
-            params=params,
-            facts=facts,
-            tokenizer=setup.tokenizer,
-            mesh=setup.mesh,
-            card=partial(card.of_run, folder),
-            replace=True,
-        )
+        common = {
+            "params": params,
+            "tokenizer": setup.tokenizer,
+            "mesh": setup.mesh,
+            "card": partial(card.of_run, folder),
+            "replace": True,
+        }
+        if setup.adapter:
+            proof = release.export_adapter(
+                folder / "hf", adapter=setup.adapter, base=setup.origin, **common
+            )
+        else:
+            proof = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
+
+
+def adapted(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of its adapters, if that is what it holds."""
+    if setup.adapter is None:
+        return {}
+    base = setup.origin.location()
+    return {"lora": lora.to_record(setup.adapter, base, setup.base.fingerprint)}
 
 
 def released(setup: Setup) -> release.Facts:
@@ -188,6 +204,7 @@ def write_report(setup: Setup, samples: Samples) -> None:
         title=Path(config.output_dir).name,
         facts={
             "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
+            "trained": f"{(setup.adapter or setup.model).parameter_count():,} parameters",
             "data": f"{len(data.train)} examples from {config.data.train}",
             "held out": len(data.held_out) if data.held_out else "none",
             "updates": f"{setup.total_steps} of {config.train_batch_size} examples",

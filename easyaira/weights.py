@@ -7,6 +7,7 @@ serves both directions; whatever is missing, left over or of another shape is an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 SHARD_BYTES = 5 * 10**9
+
+Each = Callable[[tuple, jax.Array], Any]  # (path in the tree, parameter) -> what is kept of it
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
             f"{folder}: has both {single.name} and {index_file.name}; remove the old one"
         )
     if single.exists():
-        return _open_file(single)
+        return open_file(single)
     if not index_file.exists():
         found = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         hint = (
@@ -126,7 +129,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     for name in sorted(files):
         if Path(name).name != name:
             raise UnsafeInputError(f"{index_file}: names {name!r}, which is outside of the folder")
-        shard = _open_file(folder / name)
+        shard = open_file(folder / name)
         if wrong := [t for t in shard if weight_map.get(t) != name]:
             raise WeightsError(
                 f"{folder / name}: holds {wrong[0]}, which the index places elsewhere"
@@ -139,7 +142,12 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _open_file(file: Path) -> dict[str, np.ndarray]:
+def open_file(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file by name, mapped into memory and not yet read.
+
+    Raises:
+        WeightsError: it is damaged, or not there.
+    """
     try:
         with safe_open(file, "numpy"):  # the library checks header, offsets and size
             pass
@@ -234,6 +242,7 @@ def from_hf(
     tree: Any,
     rows: Sequence[Row],
     drawn: Mapping[str, jax.Array] | None = None,
+    each: Each | None = None,
 ) -> Any:
     """Our parameters in float32. Each device is given its slice, and only that is read.
 
@@ -241,25 +250,31 @@ def from_hf(
         tensors: as `match` gives them.
         tree: our parameters' shapes, dtypes and, where they have one, shardings.
         drawn: our path -> a parameter that is not read.
+        each: what becomes of a parameter as soon as it is there.
 
     Raises:
         WeightsError: a tensor holds NaN or infinity.
     """
-    loaded = dict(drawn or {})
-    for row, leaf in pair_rows(tree, rows):
-        if row.ours in loaded:
-            continue
+    rows_by_path = {row.ours: row for row, _ in pair_rows(tree, rows)}
+    drawn = drawn or {}
+
+    def load(path: tuple, leaf: Any) -> Any:
+        row = rows_by_path[path_of(path)]
+        if row.ours in drawn:
+            return each(path, drawn[row.ours]) if each else drawn[row.ours]
         layers = [(name, row.op.to_ours(tensors[name])) for name in row.names(leaf)]
 
-        def read(index, row=row, leaf=leaf, layers=layers):
+        def read(index):
             spans = [slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
             if not row.stacked:
                 return _read(*layers[0], spans)
             return np.stack([_read(name, view, spans[1:]) for name, view in layers[spans[0]]])
 
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        loaded[row.ours] = jax.make_array_from_callback(leaf.shape, sharding, read)
-    return jax.tree_util.tree_map_with_path(lambda path, _: loaded[path_of(path)], tree)
+        array = jax.make_array_from_callback(leaf.shape, sharding, read)
+        return array if each is None else each(path, array)
+
+    return jax.tree_util.tree_map_with_path(load, tree)
 
 
 def _read(name: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
@@ -324,3 +339,38 @@ def save_folder(
     total = sum(size for names in parts for size in names.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+class Fingerprint:
+    """Of all bits of weights, whatever their sharding, gathered parameter by parameter."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple[jax.Array, tuple[int, ...]]] = {}
+
+    def add(self, path: tuple, leaf: jax.Array) -> None:
+        self.sums[path_of(path)] = (_sums(leaf), leaf.shape)
+
+    def digest(self) -> str:
+        named = {
+            path: (jax.device_get(s).tolist(), shape) for path, (s, shape) in self.sums.items()
+        }
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _sums(leaf: jax.Array) -> jax.Array:
+    """Two sums of words, times odd numbers that depend on their place."""
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros_like(bits)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    odd = (place * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
+    mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
+    return jnp.stack([(bits * odd).sum(dtype=jnp.uint32), (mixed * odd).sum(dtype=jnp.uint32)])
+
+
+def fingerprint(params: Any) -> str:
+    """Of all bits of weights that are there."""
+    found = Fingerprint()
+    jax.tree_util.tree_map_with_path(found.add, params)
+    return found.digest()

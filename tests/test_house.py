@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 # Five floors. A file imports only from files above it in this list.
 HOUSE = """
     errors
-    config cli mesh losses
+    config cli mesh losses quantize
     weights optim checkpoint metrics report verify
     energy
 
@@ -26,7 +26,7 @@ HOUSE = """
     data.dataset data.batches
     data.report
 
-    trainer objectives pretrained generate card
+    trainer objectives lora pretrained generate card
     prepare release
     run_folder plan
     samples reference

@@ -1,0 +1,450 @@
+"""Adapters (LoRA) as a parameter tree of their own, beside a base that stays as it is.
+
+The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out], stacked over layers
+as the kernel [L, in, out] is; `out` has two axes where the kernel's has (GPT-2's q, k, v). The
+tuned model is `model.apply` of the base with these beside its kernels (`Adapter.on`), the original
+is `model.apply` of the base. In a run, only the adapter has gradients, optimizer state and
+checkpoints; the base is an argument of the step and is held in few bits (`Adapter.hold`).
+
+Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyaira import mesh as meshes
+from easyaira import weights
+from easyaira.config import LoraConfig
+from easyaira.errors import ConfigError, WeightsError
+from easyaira.mesh import path_of
+from easyaira.models.registry import Model
+from easyaira.quantize import quantize
+from easyaira.weights import TRANSPOSE, Row
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+# adapter_config.json keys that change the numbers and are not built: their only accepted values
+PEFT_NEUTRAL: dict[str, tuple] = {
+    "alora_invocation_tokens": (None,),
+    "alpha_pattern": (None, {}),
+    "bias": ("none",),
+    "layer_replication": (None,),
+    "layers_to_transform": (None,),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "peft_type": ("LORA",),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (None, False),
+}
+
+
+class Base(NamedTuple):
+    """Frozen weights as they are held, and the fingerprint of what they were made from."""
+
+    params: Any
+    fingerprint: str
+
+
+class Frozen(NamedTuple):
+    """What a step with adapters takes as frozen: the base, and what the algorithm asked for, of
+    which nothing that is the base's is there twice."""
+
+    base: Any
+    of_algorithm: Any
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Which linear layers of a model have an adapter, and of what kind. Holds no weights.
+
+    Attributes:
+        targets: the rows of the weight table whose kernels are adapted.
+    """
+
+    config: LoraConfig
+    model: Model
+    targets: tuple[Row, ...]
+
+    @property
+    def scale(self) -> float:
+        rank = math.sqrt(self.config.r) if self.config.rslora else self.config.r
+        return self.config.alpha / rank
+
+    @cached_property
+    def shapes(self) -> Any:
+        """Shapes of the adapter's float32 parameters."""
+        kernels, tree = _flat(self.model.shapes), {}
+        for row in self.targets:
+            layers, inputs, *outputs = kernels[row.ours].shape
+            for name, shape in (("a", (inputs, self.config.r)), ("b", (self.config.r, *outputs))):
+                path = row.ours.replace("/kernel", f"/lora_{name}")
+                tree[path] = jax.ShapeDtypeStruct((layers, *shape), jnp.float32)
+        return _nested(tree)
+
+    def parameter_count(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
+    def specs(self) -> Any:
+        """PartitionSpecs, from the kernels' own: `lora_a` is divided as the kernel's inputs are,
+        `lora_b` as its outputs are, and the rank never."""
+        kernels = _flat(meshes.partition_specs(self.model.shapes, self.model.rules))
+
+        def spec(path, leaf):
+            folder, _, name = path_of(path).rpartition("/")
+            layer, inputs, *outputs = kernels[f"{folder}/kernel"]
+            return P(layer, inputs, None) if name == "lora_a" else P(layer, None, *outputs)
+
+        return jax.tree_util.tree_map_with_path(spec, self.shapes)
+
+    def target(self, mesh: Mesh) -> Any:
+        """Shapes and shardings of the parameters on a mesh."""
+        shardings = jax.tree.map(partial(NamedSharding, mesh), self.specs(), is_leaf=_is_spec)
+        return meshes.like(self.shapes, shardings)
+
+    def init(self, key: jax.Array) -> Any:
+        """A uniform in +-1/sqrt(in), as peft's Kaiming draw with a = sqrt(5) is; B zero."""
+        paths = sorted(_flat(self.shapes))
+
+        def leaf(path, shape):
+            if path[-1].key == "lora_b":
+                return jnp.zeros(shape.shape)
+            bound = 1 / math.sqrt(shape.shape[1])
+            own = jax.random.fold_in(key, paths.index(path_of(path)))
+            return jax.random.uniform(own, shape.shape, minval=-bound, maxval=bound)
+
+        return jax.tree_util.tree_map_with_path(leaf, self.shapes)
+
+    def applied(self, params: Any) -> Any:
+        """The adapter as the model takes it: with its scale in `lora_b`, and its dropout."""
+
+        def leaf(path, value):
+            return value * self.scale if path[-1].key == "lora_b" else value
+
+        tree = jax.tree_util.tree_map_with_path(leaf, params)
+        if not self.config.dropout:
+            return tree
+        rates = {
+            path.replace("lora_a", "lora_dropout"): jnp.full(leaf.shape[:1], self.config.dropout)
+            for path, leaf in _flat(tree).items()
+            if path.endswith("lora_a")
+        }
+        return joined(tree, _nested(rates))
+
+    def on(self, base: Any, params: Any) -> Any:
+        """The tree of the tuned model: the base, by reference, with the adapter beside it."""
+        return joined(base, self.applied(params))
+
+    def over_base(self, loss_fn: Callable) -> Callable:
+        """An algorithm's loss function of all weights as one of the adapter's, with the base among
+        the frozen ones. This is all that training adapters changes of a step."""
+
+        def of_adapter(params: Any, frozen: Frozen, batch: Any, key: Any) -> Any:
+            others = frozen.of_algorithm
+            if _is_adapter(others):
+                others = joined(frozen.base, others)
+            return loss_fn(self.on(frozen.base, params), others, batch, key)
+
+        return of_adapter
+
+    def frozen(self, base: Any, of_algorithm: Any) -> Frozen:
+        """What `over_base` takes as frozen. Of weights that are the base with an adapter (a DPO
+        reference), only the adapter is kept."""
+        flat = {path: leaf for path, leaf in _flat(of_algorithm).items() if "/lora_" in path}
+        return Frozen(base, _nested(flat) if flat else of_algorithm)
+
+    # the base, as it is held
+
+    def hold(self, path: tuple, leaf: jax.Array, dtype: Any) -> Any:
+        """A float32 weight of the base in as few bits as the run asked for.
+
+        Linear layers of the blocks are quantised where that is asked for. They and embeddings are
+        otherwise held in the computing dtype, to which they would be cast anyway where they are
+        used: no number changes by that, and a frozen weight needs no float32 copy. Norms and
+        biases are small, and stay float32.
+        """
+        name = path_of(path)
+        if self.config.quantize and name in self._quantized:
+            return quantize(leaf, self.config.quantize, axis=1)
+        return leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+
+    @cached_property
+    def _quantized(self) -> set[str]:
+        return {row.ours for row in _linear_layers(self.model)}
+
+    def held_target(self, mesh: Mesh, dtype: Any) -> Any:
+        """Shapes and shardings of the base as it is held. Scales are divided as the outputs are."""
+        specs = meshes.partition_specs(self.model.shapes, self.model.rules)
+
+        def held(path, leaf, spec):
+            shapes = jax.eval_shape(lambda x: self.hold(path, x, dtype), leaf)
+            if not isinstance(shapes, dict):
+                return _sharded(shapes, mesh, spec, path)
+            layer, _, *outputs = spec
+            scale = P(layer, None, *outputs)
+            return {
+                name: _sharded(shape, mesh, scale if name == "scale" else spec, path)
+                for name, shape in shapes.items()
+            }
+
+        return jax.tree_util.tree_map_with_path(held, self.model.shapes, specs)
+
+    def holder(self, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Array], Any]:
+        """`hold` as a loader calls it, weight by weight, so that no more than one of them is there
+        in float32."""
+        target = self.held_target(mesh, dtype)
+
+        def hold(path: tuple, leaf: jax.Array) -> Any:
+            wanted = target
+            for key in path:
+                wanted = wanted[key.key]
+            out = jax.tree.map(lambda shape: shape.sharding, wanted)
+            return jax.jit(lambda x: self.hold(path, x, dtype), out_shardings=out)(leaf)
+
+        return hold
+
+    def merge(self, base: Any, params: Any) -> Any:
+        """The tuned model as weights alone: kernel + scale A B, in float32.
+
+        Args:
+            base: float32 weights, as they are stored, not as they were held.
+        """
+        flat = _flat(params)
+
+        def leaf(path, kernel):
+            a, b = (flat.get(path_of(path).replace("/kernel", f"/lora_{m}")) for m in "ab")
+            return kernel if a is None else _add_product(kernel, a, b * self.scale)
+
+        return jax.tree_util.tree_map_with_path(leaf, base)
+
+    # PEFT's format
+
+    def to_peft(self, params: Any) -> dict[str, np.ndarray]:
+        """Tensors as peft names and lays them out: A [r, in], B [out, r], one of each layer."""
+        flat, tensors = _flat(params), {}
+        for row in self.targets:
+            a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
+            for i, (name_a, name_b) in enumerate(_peft_names(row, len(a))):
+                tensors[name_a] = np.ascontiguousarray(a[i].T)
+                tensors[name_b] = np.ascontiguousarray(b[i].reshape(self.config.r, -1).T)
+        return tensors
+
+    def from_peft(self, tensors: Mapping[str, np.ndarray], where: str) -> Any:
+        """The other way, checked by name and shape.
+
+        Raises:
+            WeightsError: tensors are missing, left over, of another shape or not finite.
+        """
+        shapes, flat, left = _flat(self.shapes), {}, dict(tensors)
+        for row in self.targets:
+            a, b = (shapes[row.ours.replace("/kernel", f"/lora_{m}")] for m in "ab")
+            of_a, of_b = [], []
+            for name_a, name_b in _peft_names(row, a.shape[0]):
+                for name, shape, layers in (
+                    (name_a, a.shape[1:], of_a),
+                    (name_b, b.shape[1:], of_b),
+                ):
+                    tensor = left.pop(name, None)
+                    wanted = (math.prod(shape[1:]), shape[0])
+                    if tensor is None or tensor.shape != wanted or not np.isfinite(tensor).all():
+                        found = "is missing" if tensor is None else f"has shape {tensor.shape}"
+                        raise WeightsError(
+                            f"{where}: {name} {found}; wanted are {wanted} and finite values. Is "
+                            "it an adapter of this model, with these lora.target_modules?"
+                        )
+                    layers.append(tensor.astype(np.float32).T.reshape(shape))
+            flat[row.ours.replace("/kernel", "/lora_a")] = np.stack(of_a)
+            flat[row.ours.replace("/kernel", "/lora_b")] = np.stack(of_b)
+        if left:
+            raise WeightsError(
+                f"{where}: holds {sorted(left)[0]}, which lora.target_modules does not name"
+            )
+        return _nested(flat)
+
+    def peft_config(self, base: str, revision: str | None) -> dict[str, Any]:
+        """adapter_config.json."""
+        alpha = self.config.alpha
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "revision": revision,
+            "r": self.config.r,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": self.config.dropout,
+            "use_rslora": self.config.rslora,
+            "target_modules": self.config.target_modules,
+            "fan_in_fan_out": any(row.op is not TRANSPOSE for row in self.targets),
+            "bias": "none",
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+    def read_peft(self, folder: Path) -> Any:
+        """The adapter of a folder in PEFT's format, ours or peft's.
+
+        Raises:
+            ConfigError: it is of another kind, rank or scale than this one.
+            WeightsError: see `from_peft`.
+        """
+        file = folder / ADAPTER_CONFIG
+        try:
+            found = json.loads(file.read_text())
+            differ = [
+                key for key, only in PEFT_NEUTRAL.items() if found.get(key, only[0]) not in only
+            ]
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"lora.adapter: {file} cannot be read: {error}") from error
+        if differ:
+            raise ConfigError(
+                f"{file}: {differ[0]}: {found[differ[0]]!r} is not built; only "
+                f"{PEFT_NEUTRAL[differ[0]][0]!r}"
+            )
+        for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
+            wanted, there = getattr(self.config, ours), found.get(theirs, False)
+            if wanted != there:
+                raise ConfigError(
+                    f"lora.{ours}: {wanted} here and {there} in {file}; set it to {there}"
+                )
+        tensors = weights.open_file(folder / ADAPTER_WEIGHTS)
+        return self.from_peft(tensors, str(folder))
+
+
+def adapter_of(config: LoraConfig, model: Model) -> Adapter:
+    """The adapter that `config` asks for.
+
+    Raises:
+        ConfigError: a target that the model does not have, or has in some of its layers only.
+    """
+    names = config.target_modules
+    rows = _linear_layers(model)
+    kernels = _flat(model.shapes)
+
+    def fits(module: str, name: str) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(name, module) is not None
+        return module == name or module.endswith(f".{name}")
+
+    wanted = [names] if isinstance(names, str) else names
+    found: dict[str, list[Row]] = {name: [] for name in wanted}
+    for row in rows:
+        modules = [module_of(row).format(i) for i in range(kernels[row.ours].shape[0])]
+        for name in wanted:
+            try:
+                fitting = sum(fits(module, name) for module in modules)
+            except re.error as error:
+                raise ConfigError(f"lora.target_modules: {name!r}: {error}") from error
+            if 0 < fitting < len(modules):
+                raise ConfigError(
+                    f"lora.target_modules: {name!r} fits {fitting} of {len(modules)} layers of "
+                    f"{module_of(row)}; adapters on some of the layers are not built"
+                )
+            if fitting:
+                found[name].append(row)
+    if missing := [name for name in wanted if not found[name]] or (["[]"] if not wanted else []):
+        there = sorted({module_of(row).rpartition(".")[2] for row in rows})
+        raise ConfigError(
+            f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
+            f"there are {', '.join(there)}"
+        )
+    targets = tuple(row for row in rows if any(row in some for some in found.values()))
+    return Adapter(config, model, targets)
+
+
+def of_record(record: Mapping[str, Any], model: Model) -> Adapter:
+    """The adapter that a checkpoint's `lora` speaks of."""
+    return adapter_of(LoraConfig(**record["config"]), model)
+
+
+def to_record(adapter: Adapter, base: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of its adapter, and of the weights that it stands on."""
+    config = json.loads(json.dumps(asdict(adapter.config)))  # plain numbers
+    return {"config": config, "base": {**base, "fingerprint": fingerprint}}
+
+
+def check_base(record: Mapping[str, Any], fingerprint: str, where: str) -> None:
+    """Refuse other weights than those that an adapter was trained on.
+
+    Raises:
+        WeightsError: they are others.
+    """
+    if record["base"]["fingerprint"] != fingerprint:
+        raise WeightsError(
+            f"{where}: its adapter was trained on other weights than {record['base']['name']} "
+            "holds now; restore them"
+        )
+
+
+@jax.jit
+def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return kernel + jnp.einsum("lir,lr...->li...", a, b, precision="highest")
+
+
+def _linear_layers(model: Model) -> list[Row]:
+    """The rows of linear layers in the blocks, which are stacked."""
+    return [row for row in model.rows if row.stacked and row.ours.endswith("/kernel")]
+
+
+def module_of(row: Row) -> str:
+    """Hugging Face's name of a linear layer, with {} for the number of its block."""
+    return row.theirs.removesuffix(".weight")
+
+
+def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
+    modules = [PEFT_PREFIX + module_of(row).format(i) for i in range(layers)]
+    return [(f"{module}.lora_A.weight", f"{module}.lora_B.weight") for module in modules]
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_spec)
+    return {path_of(path): leaf for path, leaf in leaves}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        at = tree
+        for folder in folders:
+            at = at.setdefault(folder, {})
+        at[name] = leaf
+    return tree
+
+
+def joined(one: Any, other: Any) -> Any:
+    """Both trees in one; no leaf is in both."""
+    if not isinstance(other, Mapping):
+        return other
+    return {**one, **{k: joined(one[k], v) if k in one else v for k, v in other.items()}}
+
+
+def _is_adapter(tree: Any) -> bool:
+    return any("/lora_" in path for path in _flat(tree))
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, P)
+
+
+def _sharded(shape: Any, mesh: Mesh, spec: P, path: tuple) -> Any:
+    sharding = meshes.sharding_of(path_of(path), shape.shape, spec, mesh)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

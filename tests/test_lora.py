@@ -1,0 +1,698 @@
+"""Adapters and quantised bases, against peft, torch and the formulas of their papers."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_training import configure, losses_of, same_bits, stop_after
+from transformers import AutoModelForCausalLM
+
+from easyaira import convert, lora, losses, metrics, optim, plan, prepare, quantize
+from easyaira import mesh as meshes
+from easyaira.checkpoint import Checkpoints
+from easyaira.config import LoraConfig
+from easyaira.errors import ConfigError, Preempted, WeightsError
+from easyaira.models.registry import model_of
+from easyaira.pretrained import Pretrained, find
+from easyaira.run import run
+
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "o_proj", "down_proj"],
+    "opt": ["q_proj", "v_proj", "fc1", "out_proj"],
+}
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def adapter_for(kind, model, **options):
+    options = {"target_modules": TARGETS[kind], "r": 4, "alpha": 8.0, **options}
+    return lora.adapter_of(LoraConfig(**options), model)
+
+
+def drawn(adapter, std=0.2, seed=1):
+    """An adapter that has been trained: nothing in it is zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, std, leaf.shape), jnp.float32), adapter.shapes
+    )
+
+
+def rows_of(seed=0):
+    return tiny.layout(np.random.default_rng(seed).integers(1, tiny.VOCAB, (3, 12)))
+
+
+def logits(model, params, rows, key=None):
+    def of(params, rows):
+        hidden, head = model.apply(params, rows, key)
+        return (hidden @ head)[..., : model.vocab_size]
+
+    return np.asarray(jax.jit(of)(params, rows))
+
+
+def near(ours, theirs, tolerance=1e-5):
+    assert np.abs(ours - theirs).max() <= tolerance * max(np.abs(theirs).max(), 1)
+
+
+def saved_adapter(folder, kind, adapter, params):
+    """The adapter as our export lays it out."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    save_file(adapter.to_peft(params), folder / lora.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / lora.ADAPTER_CONFIG).write_text(json.dumps(adapter.peft_config(kind, None)))
+    return folder
+
+
+def peft_model(folder, kind, **options):
+    """peft's adapter on transformers' model, with random matrices, and the folder it saves."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[kind], **options}
+    config = PeftConfig(task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2", **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# the adapter as a function
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_a_new_adapter_changes_no_bit(kind, models):
+    model, base = tiny.load(models / kind)
+    adapter = adapter_for(kind, model)
+    params = adapter.init(jax.random.key(0))
+    np.testing.assert_array_equal(
+        logits(model, adapter.on(base, params), rows_of()), logits(model, base, rows_of())
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key == "lora_b":
+            assert not leaf.any()
+        else:  # torch.nn.init.kaiming_uniform_(A, a=sqrt(5)) of A [r, in]
+            bound = leaf.shape[1] ** -0.5
+            assert bound * 0.9 < np.abs(leaf).max() <= bound
+            assert not np.array_equal(leaf[0], leaf[1])  # every layer draws its own
+    first, *others = [x.ravel()[:9] for x in jax.tree.leaves(params) if x.any()]
+    assert not any(np.array_equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_merged_is_unmerged(kind, rslora, models):
+    model, base = tiny.load(models / kind)
+    adapter = adapter_for(kind, model, rslora=rslora)
+    assert adapter.scale == (4.0 if rslora else 2.0)
+    params = drawn(adapter)
+    tuned = logits(model, adapter.on(base, params), rows_of())
+    near(logits(model, adapter.merge(base, params), rows_of()), tuned)
+    assert np.abs(tuned - logits(model, base, rows_of())).max() > 0.1
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_path, recwarn):
+    from peft import PeftModel
+
+    model, base = tiny.load(models / kind)
+    adapter = adapter_for(kind, model, rslora=rslora)
+    params = drawn(adapter)
+    folder = saved_adapter(tmp_path / "a", kind, adapter, params)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models / kind), folder
+    ).eval()
+    assert not [w for w in recwarn if "missing" in str(w.message)]
+    rows = rows_of()
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(np.array(rows["tokens"]))).logits.numpy()
+    near(logits(model, adapter.on(base, params), rows), wanted)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_path):
+    theirs = peft_model(models / kind, kind)
+    theirs.save_pretrained(tmp_path)
+    model, base = tiny.load(models / kind)
+    adapter = adapter_for(kind, model)
+    params = adapter.read_peft(tmp_path)
+    rows = rows_of()
+    ids = torch.tensor(np.array(rows["tokens"]))
+    out = theirs(input_ids=ids).logits
+    near(logits(model, adapter.on(base, params), rows), out.detach().numpy())
+    picked = out[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+    (-picked.mean()).backward()
+
+    def loss_fn(params):
+        hidden, head = model.apply(adapter.on(base, params), rows)
+        out = losses.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
+        return -out.logps.sum() / picked.numel()
+
+    ours = adapter.to_peft(jax.jit(jax.grad(loss_fn))(params))
+    seen = 0
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None:
+            near(ours[name.replace(".default", "")], parameter.grad.numpy())
+            seen += 1
+    assert seen == len(ours) > 10
+
+
+def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
+    adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"))
+    assert all(jax.tree.leaves(optim.decays(adapter.shapes)))
+
+
+def test_the_parameters_of_the_backward_model():
+    model = model_of(LLAMA_2_7B, "here")
+    adapter = lora.adapter_of(LoraConfig(ATTENTION, r=8, alpha=32.0), model)
+    assert adapter.parameter_count() == 8_388_608
+    assert model.parameter_count() == 6_738_415_616
+    assert adapter.scale == 4
+
+
+def test_dropout_of_adapters_is_active_with_a_key_and_only_then(models):
+    model, base = tiny.load(models / "llama")
+    plain, dropping = (adapter_for("llama", model, dropout=rate) for rate in (0.0, 0.5))
+    params = drawn(plain)
+    rows = rows_of()
+    wanted = logits(model, plain.on(base, params), rows)
+    tuned = dropping.on(base, params)
+    np.testing.assert_array_equal(logits(model, tuned, rows), wanted)
+    first, again, other = (logits(model, tuned, rows, jax.random.key(k)) for k in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.allclose(first, other)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    dropped = logits(model, dropping.on(base, zeros), rows, jax.random.key(0))
+    np.testing.assert_array_equal(dropped, logits(model, base, rows))  # the base drops nothing
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    from easyaira.models.layers import Linear
+
+    a = jnp.eye(64)[None]
+    params = {"kernel": jnp.zeros((64, 64)), "lora_a": a[0], "lora_b": jnp.eye(64)}
+    params["lora_dropout"] = jnp.float32(0.25)
+    x = jnp.ones((500, 64))
+    y = Linear(64, 0.02).apply({"params": params}, x, rngs={"dropout": jax.random.key(0)})
+    kept = np.asarray(y) != 0
+    np.testing.assert_allclose(np.asarray(y)[kept], 1 / 0.75, rtol=1e-6)
+    share, deviation = kept.mean(), (0.75 * 0.25 / kept.size) ** 0.5
+    assert abs(share - 0.75) < 5 * deviation
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (["q_proj", "c_attn"], "'c_attn' is no linear layer .* there are down_proj, gate_proj"),
+        ([], "is no linear layer"),
+        ("nothing", "'nothing' is no linear layer"),
+        (["lm_head"], "'lm_head' is no linear layer"),
+        (r".*layers\.0\.self_attn\.q_proj", "fits 1 of 2 layers of model.layers.{}.self_attn.q"),
+        ("*", "nothing to repeat"),
+    ],
+)
+def test_targets_that_are_not_there_are_named(targets, message):
+    model = model_of(tiny.CONFIGS["llama"], "here")
+    with pytest.raises(ConfigError, match=message):
+        lora.adapter_of(LoraConfig(targets), model)
+
+
+def test_targets_are_matched_as_peft_matches_them():
+    model = model_of(tiny.CONFIGS["gpt2"], "here")
+
+    def found(targets):
+        return [lora.module_of(row) for row in lora.adapter_of(LoraConfig(targets), model).targets]
+
+    blocks = "transformer.h.{}."
+    assert found(["c_proj"]) == [blocks + "attn.c_proj", blocks + "mlp.c_proj"]
+    assert found(["attn.c_proj"]) == [blocks + "attn.c_proj"]
+    assert found(r".*\.attn\.c_\w+") == [blocks + "attn.c_attn", blocks + "attn.c_proj"]
+    with pytest.raises(ConfigError):
+        found(["proj"])  # a part of a name's last part is not it
+
+
+# ---------------------------------------------------------------------------------------------
+# quantised bases
+
+
+def test_the_levels_of_nf4_are_those_of_the_paper():
+    """Appendix E of Dettmers et al. (2023)."""
+    published = [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]  # fmt: skip
+    np.testing.assert_allclose(quantize.NF4, published, atol=2e-7)
+
+
+@pytest.mark.parametrize("shape", [(2, 172, 24), (2, 64, 3, 16), (1, 7, 5)])
+def test_int8_is_within_half_a_step(shape):
+    kernel = np.random.default_rng(0).normal(0, 0.2, shape).astype(np.float32)
+    kernel[0, :, ..., 0] = 0  # an output without weights
+    held = quantize.quantize(jnp.asarray(kernel), "int8", axis=1)
+    assert held["int8"].dtype == jnp.int8 and held["int8"].shape == shape
+    step = np.abs(kernel).max(1, keepdims=True) / 127
+    back = jax.vmap(lambda h: quantize.dequantize(h, shape[1], jnp.float32))(held)
+    assert (np.abs(back - kernel) <= step / 2 * (1 + 1e-5)).all()
+    assert not back[0, :, ..., 0].any()
+
+
+@pytest.mark.parametrize("shape", [(2, 172, 24), (2, 64, 3, 16), (1, 7, 5)])
+def test_nf4_takes_the_nearest_level_of_each_block(shape):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(0, 0.2, shape).astype(np.float32)
+    held = quantize.quantize(jnp.asarray(kernel), "nf4", axis=1)
+    inputs = shape[1]
+    assert held["nf4"].dtype == jnp.uint8
+    assert held["nf4"].shape == (shape[0], -(-inputs // 2), *shape[2:])
+    assert held["scale"].shape == (shape[0], -(-inputs // 64), *shape[2:])
+    back = jax.vmap(lambda h: quantize.dequantize(h, inputs, jnp.float32))(held)
+    for start in range(0, inputs, 64):
+        block = kernel[:, start : start + 64]
+        largest = np.abs(block).max(1, keepdims=True)
+        choices = quantize.NF4.reshape(-1, *(1,) * block.ndim) * largest
+        nearest = np.abs(choices - block).min(0)
+        error = np.abs(np.asarray(back[:, start : start + 64]) - block)
+        np.testing.assert_allclose(error, nearest, atol=1e-6)
+        widest = np.diff(quantize.NF4).max() / 2  # 0.152 of the largest, between -1 and -0.70
+        assert (error <= widest * largest + 1e-6).all()
+
+
+def test_nf4_has_the_error_of_its_levels_on_normal_weights():
+    """A block's values over its largest are nearly normal; the mean squared error is that of the
+    levels, integrated over the normal density of the same scale."""
+    kernel = np.random.default_rng(0).normal(0, 1, (1, 64, 4000)).astype(np.float32)
+    held = quantize.quantize(jnp.asarray(kernel), "nf4", axis=1)
+    back = np.asarray(quantize.dequantize(jax.tree.map(lambda x: x[0], held), 64, jnp.float32))
+    error = ((back - kernel[0]) ** 2).mean() ** 0.5
+    largest = np.abs(kernel).max(1).mean()
+    x = np.linspace(-largest, largest, 20001)
+    nearest = np.abs(x[:, None] - quantize.NF4 * largest).min(1)
+    density = np.array([statistics.NormalDist().pdf(v) for v in x])
+    wanted = ((nearest**2 * density).sum() / density.sum()) ** 0.5
+    assert error == pytest.approx(wanted, rel=0.05)
+    assert error < 0.11  # of the standard deviation
+
+
+@pytest.mark.parametrize("how, bytes_per_weight", [("int8", 1.02), ("nf4", 0.57)])
+def test_memory_of_a_held_base(how, bytes_per_weight):
+    """Of Llama 2 7B, from shapes; norms, embedding and head are not quantised."""
+    model = model_of(LLAMA_2_7B, "here")
+    adapter = lora.adapter_of(LoraConfig(ATTENTION, quantize=how), model)
+    held = adapter.held_target(meshes.make_mesh("fsdp=-1"), jnp.bfloat16)
+    linear = kernels = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(held):
+        name = meshes.path_of(path)
+        if "_proj/" in name:
+            linear += leaf.size * leaf.dtype.itemsize
+        else:
+            assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes):
+        kernels += leaf.size * ("_proj/" in meshes.path_of(path))
+    assert 0.5 < linear / kernels <= bytes_per_weight
+
+
+@pytest.mark.parametrize("kind, how", [("gpt2", "nf4"), ("llama", "int8"), ("opt", "nf4")])
+def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, models):
+    """Logits and the adapter's gradients."""
+    model, base = tiny.load(models / kind)
+    adapter = adapter_for(kind, model, quantize=how)
+    held = Pretrained("x", models / kind).load(
+        model, meshes.make_mesh("fsdp=-1"), adapter.holder(meshes.make_mesh("fsdp=-1"), jnp.float32)
+    )
+
+    def plain(leaf, kept):
+        if not isinstance(kept, dict):
+            return leaf
+        return jax.vmap(lambda h: quantize.dequantize(h, leaf.shape[1], jnp.float32))(kept)
+
+    dequantised = jax.tree.map(plain, base, held)
+    params = drawn(adapter)
+
+    def loss_fn(params, base):
+        hidden, head = model.apply(adapter.on(base, params), rows_of())
+        tokens = rows_of()["tokens"]
+        return losses.token_logps(hidden, head, tokens, vocab_size=model.vocab_size).logps.mean()
+
+    near(logits(model, held, rows_of()), logits(model, dequantised, rows_of()))
+    grad = jax.jit(jax.grad(loss_fn))
+    ours, wanted = (grad(params, tree) for tree in (held, dequantised))
+    jax.tree.map(near, ours, wanted)
+    assert not np.allclose(logits(model, held, rows_of()), logits(model, base, rows_of()))
+
+
+def test_the_backward_pass_keeps_codes_and_not_kernels():
+    """Of 16 layers, without gradient checkpointing: the bytes of a step do not hold a float copy
+    of each layer's kernels."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16}
+    model = model_of(tiny.CONFIGS["llama"] | sizes, "here")
+    adapter = lora.adapter_of(LoraConfig(["q_proj"], quantize="nf4"), model)
+    mesh = meshes.make_mesh("fsdp=-1")
+    rows = rows_of()
+
+    def loss_fn(params, base):
+        return (model.apply(adapter.on(base, params), rows)[0] ** 2).sum()
+
+    held = adapter.held_target(mesh, jnp.float32)
+    step = jax.jit(jax.grad(loss_fn)).lower(adapter.target(mesh), held).compile()
+    kernels = sum(
+        leaf.size * 4
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes)
+        if "_proj/" in meshes.path_of(path)
+    )
+    assert step.memory_analysis().temp_size_in_bytes < kernels / 2
+
+
+def test_a_base_in_bfloat16_computes_what_one_in_float32_does(models):
+    """In bfloat16, to which kernels and embeddings are cast where they are used."""
+    model, base = tiny.load(models / "llama")
+    low = model.with_dtype(jnp.bfloat16)
+    adapter = adapter_for("llama", low)
+    held = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: adapter.hold(path, leaf, jnp.bfloat16), base
+    )
+    params = drawn(adapter)
+    a, b = (
+        logits(low, adapter.on(tree, params), rows_of()).astype(np.float32) for tree in (base, held)
+    )
+    hidden = [low.apply(adapter.on(tree, params), rows_of())[0] for tree in (base, held)]
+    np.testing.assert_array_equal(*hidden)
+    near(a, b, 1e-2)
+
+
+# ---------------------------------------------------------------------------------------------
+# partition rules
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_adapters_are_divided_as_their_kernels_are(kind, devices):
+    model = model_of(tiny.CONFIGS[kind], "here")
+    specs = adapter_for(kind, model).specs()
+    P = jax.sharding.PartitionSpec
+    if kind == "gpt2":
+        attention = specs["model"]["h"]["attn"]
+        assert attention["c_attn"] == {
+            "lora_a": P(None, "fsdp", None),
+            "lora_b": P(None, None, None, "tp"),
+        }
+        assert attention["c_proj"]["lora_a"] == P(None, "tp", None)
+    if kind == "llama":
+        mlp = specs["model"]["layers"]["mlp"]["down_proj"]
+        assert mlp == {"lora_a": P(None, "tp", None), "lora_b": P(None, None, "fsdp")}
+    devices(8)
+    adapter_for(kind, model).target(meshes.make_mesh("fsdp=4,tp=2"))
+
+
+# ---------------------------------------------------------------------------------------------
+# runs
+
+LORA = {"lora.r": 4, "lora.alpha": 8, "optimizer.learning_rate": 2e-2}
+
+
+def setup_of(task, kind, models, data, out, **options):
+    options = LORA | {"lora.target_modules": json.dumps(TARGETS[kind]), **options}
+    config, algorithm = configure(task, models / kind, data, out, **options)
+    return config, algorithm
+
+
+def train(task, kind, models, data, out, **options):
+    """Run; returns the rows of metrics.jsonl and the adapter."""
+    config, algorithm = setup_of(task, kind, models, data, out, **options)
+    run(config, algorithm, dry_run=False)
+    setup = prepare.prepare(config, algorithm)
+    checkpoints = Checkpoints(Path(out) / "checkpoints")
+    params = checkpoints.restore_params(checkpoints.latest(), setup.trained())
+    checkpoints.close()
+    return metrics.read(Path(out) / "metrics.jsonl"), jax.device_get(params)
+
+
+def far(a, b):
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.mark.parametrize("quantized", [None, "nf4"])
+def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path, monkeypatch):
+    from easyaira import trainer
+
+    seen = {}
+    real = trainer.fit
+
+    def watched(state, frozen, **others):
+        seen["opt_state"] = jax.eval_shape(lambda s: s, state.opt_state)
+        before = jax.device_get(frozen)
+        state = real(state, frozen, **others)
+        same_bits(jax.device_get(frozen), before)
+        seen["frozen"] = frozen
+        return state
+
+    monkeypatch.setattr(trainer, "fit", watched)
+    options = {"lora.quantize": quantized} if quantized else {}
+    rows, params = train("sft", "llama", models, data, tmp_path / "run", **options)
+    assert losses_of(rows)[-1] < 0.8 * losses_of(rows)[0]
+    assert all(leaf.any() for leaf in jax.tree.leaves(params))
+    config, algorithm = setup_of("sft", "llama", models, data, tmp_path / "run", **options)
+    setup = prepare.prepare(config, algorithm)
+    count = setup.adapter.parameter_count()
+    moments = [leaf.size for leaf in jax.tree.leaves(seen["opt_state"]) if leaf.size > 1]
+    assert sum(moments) == 2 * count
+    same_bits(jax.device_get(seen["frozen"].base), jax.device_get(setup.base.params))
+    saved = Checkpoints(tmp_path / "run/checkpoints")
+    meta = saved.meta(20)
+    saved.close()
+    assert meta["lora"]["base"]["name"] == str(models / "llama")
+    stored = sum(f.stat().st_size for f in (tmp_path / "run/checkpoints/20").rglob("*"))
+    assert stored < 4 * 4 * count + 100_000
+
+
+@pytest.mark.parametrize("kind, quantized", [("gpt2", None), ("llama", "nf4")])
+def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data, tmp_path):
+    options = {"data.eval": 0.2, "max_steps": 10}
+    options |= {"lora.quantize": quantized} if quantized else {}
+    args = ("dpo", kind, models, data)
+    rows, params = train(*args, tmp_path / "before", **options)
+    in_step, other = train(
+        *args, tmp_path / "in-step", **options, **{"dpo.precompute_ref_log_probs": False}
+    )
+    for found in (rows, in_step):
+        assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+        for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+            assert found[0][name] == 0
+        assert found[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[-1]["rewards/margins"] > 0.05
+    for a, b in zip(rows, in_step, strict=True):
+        for name in ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), abs=1e-5)
+    # the reference is the base: its log-probabilities are those of a run that trains all weights
+    config, algorithm = setup_of(*args, tmp_path / "x", **options)
+    setup = prepare.prepare(config, algorithm)
+    batch = jax.tree.map(lambda x: x[0], dict(setup.batches[0].arrays))
+    from easyaira.objectives import pair_scores
+
+    plain, start = (
+        pair_scores(setup.model, tree, batch, pairs=8).logps
+        for tree in (setup.base.params, setup.load())
+    )
+    np.testing.assert_array_equal(plain, start)
+
+
+def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
+    options = {"dpo.precompute_ref_log_probs": False}
+    config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+    setup = prepare.prepare(config, algorithm)
+    frozen = setup.frozen(setup.load())
+    assert len(jax.tree.leaves(frozen.base)) == 12
+    of_reference = [meshes.path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(frozen[1])]
+    assert of_reference and all("/lora_" in path for path in of_reference)
+    shapes = setup.frozen_target(algorithm)
+    assert jax.tree.structure(shapes) == jax.tree.structure(frozen)
+    for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(frozen), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_another_reference_stands_alone(models, data, tmp_path):
+    tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"])
+    options = {"model.ref_name_or_path": tmp_path / "other", "max_steps": 4}
+    found = []
+    for precompute in (True, False):
+        options["dpo.precompute_ref_log_probs"] = precompute
+        rows, _ = train("dpo", "llama", models, data, tmp_path / str(precompute), **options)
+        assert rows[0]["rewards/margins"] != 0
+        found.append(losses_of(rows))
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("task, extra", [("sft", {"lora.quantize": "nf4"}), ("dpo", {})])
+def test_stop_and_continue_is_the_same_run_bit_for_bit(
+    task, extra, models, data, tmp_path, monkeypatch
+):
+    args = (task, "gpt2", models, data)
+    options = {"lora.dropout": 0.3, "logging_steps": 4, **extra}
+    rows, params = train(*args, tmp_path / "through", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Preempted):
+            train(*args, tmp_path / "stopped", **options)
+    again_rows, again = train(*args, tmp_path / "stopped", **options)
+    same_bits(again, params)
+    assert losses_of(again_rows) == losses_of(rows)
+
+
+def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
+    shutil.copytree(models / "gpt2", tmp_path / "gpt2")
+    args = ("sft", "gpt2", tmp_path, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Preempted):
+            train(*args)
+    tiny.save(tmp_path / "gpt2", tiny.CONFIGS["gpt2"], std=0.19)
+    with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
+        train(*args)
+    found = find(str(tmp_path / "run"))
+    model = model_of(found.config, "run")
+    with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
+        found.load(model, meshes.make_mesh("fsdp=-1"))
+    shutil.rmtree(tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match="gpt2: no such folder"):
+        find(str(tmp_path / "run")).check(model)
+
+
+@pytest.mark.parametrize("quantized", [None, "int8", "nf4"])
+def test_meshes_agree_with_one_device(quantized, models, data, tmp_path, devices):
+    options = {"max_steps": 5, "eval_steps": 0}
+    options |= {"lora.quantize": quantized} if quantized else {}
+    args = ("sft", "gpt2", models, data)
+    rows, params = train(*args, tmp_path / "one", **options)
+    devices(8)
+    for mesh in ("1,8,1", "2,2,2"):
+        other_rows, other = train(*args, tmp_path / mesh[:3], mesh=mesh, **options)
+        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
+
+
+def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_path, capsys):
+    """The adapter's folder, the merged folder, and the run itself say the same."""
+    from peft import PeftModel
+
+    out = tmp_path / "run"
+    rows, params = train("sft", "gpt2", models, data, out, export=True, max_steps=10)
+    proof = json.loads((out / "hf/export_report.json").read_text())
+    assert proof["logits"]["compared"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md",
+            "tokenizer_config.json"} <= {path.name for path in (out / "hf").iterdir()}  # fmt: skip
+    convert.main(["to_hf", str(out), str(tmp_path / "merged"), "--merge"])
+    convert.main(["to_hf", str(out), str(tmp_path / "adapter")])
+    assert capsys.readouterr().out.count("'compared': True") == 3
+    stored = json.loads((tmp_path / "merged/export_report.json").read_text())["tensors"]
+    assert {tensor["dtype"] for tensor in stored.values()} == {"float32"}
+    found = find(str(out))
+    model = model_of(found.config, "run")
+    ids = rows_of()["tokens"]
+    ours = logits(model, found.load(model, meshes.make_mesh("fsdp=-1")), rows_of())
+    base, again = (AutoModelForCausalLM.from_pretrained(models / "gpt2") for _ in range(2))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        untuned, *wanted = (
+            theirs(input_ids=torch.tensor(np.array(ids))).logits.numpy()
+            for theirs in (again, merged, PeftModel.from_pretrained(base, tmp_path / "adapter"))
+        )
+    for theirs in wanted:
+        near(ours, theirs)
+    assert np.abs(untuned - ours).max() > 0.1
+
+
+def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
+    """A run goes on from a LoRA run's merged weights; another from the exported adapter itself."""
+    first = tmp_path / "first"
+    rows, params = train("sft", "llama", models, data, first, export=True, max_steps=10)
+    config, algorithm = configure(
+        "sft", first, data, tmp_path / "second", **LORA, max_steps=4,
+        **{"lora.target_modules": "[q_proj]"},
+    )  # fmt: skip
+    setup = prepare.prepare(config, algorithm)
+    adapter = adapter_for("llama", setup.model)
+    wanted = logits(setup.model, adapter.merge(tiny.load(models / "llama")[1], params), rows_of())
+    near(logits(setup.model, setup.load(), rows_of()), wanted)
+    run(config, algorithm, dry_run=False)
+    found = find(str(tmp_path / "second"))
+    assert found.adapter["base"]["name"] == str(first / "checkpoints/10")
+    near(logits(setup.model, found.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
+
+    options = {"lora.adapter": first / "hf", "max_steps": 4}
+    again, _ = train("dpo", "llama", models, data, tmp_path / "third", **options)
+    assert again[0]["rewards/margins"] == 0  # the reference is what the policy starts from
+    config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+    setup = prepare.prepare(config, algorithm)
+    same_bits(jax.device_get(setup.start()), params)
+    for change, message in (
+        ({"lora.r": 2}, "lora.r: 2 here and 4 in"),
+        ({"lora.alpha": 4}, "lora.alpha: 4.0 here and 8 in"),
+        ({"lora.rslora": True}, "lora.rslora: True here and False in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare.prepare(
+                *setup_of("dpo", "llama", models, data, tmp_path / "x", **options, **change)
+            )
+    with pytest.raises(WeightsError, match="which lora.target_modules does not name"):
+        prepare.prepare(
+            *setup_of("dpo", "llama", models, data, tmp_path / "x",
+                      **options, **{"lora.target_modules": "[q_proj]"})
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key, value", [("bias", "all"), ("use_dora", True), ("rank_pattern", {"q_proj": 2})]
+)
+def test_adapters_of_other_kinds_are_refused(key, value, models, tmp_path):
+    model, _ = tiny.load(models / "llama")
+    adapter = adapter_for("llama", model)
+    folder = saved_adapter(tmp_path / "a", "llama", adapter, drawn(adapter))
+    adapter.read_peft(folder)
+    file = folder / lora.ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=f"{key}: .* is not built"):
+        adapter.read_peft(folder)
+
+
+def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data, tmp_path):
+    options = {"data.template": "tulu", "model.resize": "mean"}
+    tiny.tokenizer(310).save_pretrained(tmp_path / "longer")
+    options["model.tokenizer"] = tmp_path / "longer"
+    with pytest.raises(ConfigError, match="embeddings that adapters do not train"):
+        prepare.prepare(*setup_of("sft", "llama", models, data, tmp_path / "x", **options))
+    tiny.save(tmp_path / "hf", tiny.CONFIGS["gpt2"])
+    convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    with pytest.raises(ConfigError, match="has no adapters"):
+        convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "y"), merge=True)
+
+
+def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
+    said = {}
+    for how in (None, "nf4"):
+        options = {"lora.quantize": how} if how else {}
+        config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+        setup = prepare.prepare(config, algorithm)
+        said[how] = plan.describe(setup)
+        count = f"{setup.adapter.parameter_count():,} trainable parameters"
+        assert count in said[how]
+        assert "on self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.down_proj" in said[how]
+        table = plan.plan(setup, algorithm)
+        assert ("q_proj/kernel/nf4" in table) == (how == "nf4")
+        assert "q_proj/lora_a" in table
+    assert "held in nf4" in said["nf4"] and "held in float32" in said[None]
