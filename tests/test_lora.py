@@ -336,7 +336,9 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, mo
     model, base = tiny.load(models / kind)
     adapter = adapter_for(kind, model, quantize=how)
     held = Pretrained("x", models / kind).load(
-        model, meshes.make_mesh("fsdp=-1"), adapter.holder(meshes.make_mesh("fsdp=-1"), jnp.float32)
+        model,
+        meshes.make_mesh("fsdp=-1"),
+        each=adapter.holder(meshes.make_mesh("fsdp=-1"), jnp.float32),
     )
 
     def plain(leaf, kept):
