@@ -363,11 +363,10 @@ def test_equal_texts_are_never_on_both_sides(ground, tmp_path):
     assert not set(data.held_out.prompt_ids) & set(data.train.prompt_ids)
 
 
-@pytest.mark.parametrize("data", ["pair", "label"])
-def test_an_encoder_cuts_as_its_tokenizer_does(data, ground, tmp_path):
-    config, algorithm = configure(
-        ground, "roberta", data, tmp_path / "x", **{"data.max_length": 26}
-    )
+@pytest.mark.parametrize("data, limit", [("pair", 20), ("label", 9)])
+def test_an_encoder_cuts_as_its_tokenizer_does(data, limit, ground, tmp_path):
+    options = {"data.max_length": limit, "data.max_dropped": 0.9}
+    config, algorithm = configure(ground, "roberta", data, tmp_path / "x", **options)
     examples = prepare.prepare(config, algorithm).data.train
     tokenizer = AutoTokenizer.from_pretrained(ground / "roberta")
     rows = tiny.dpo_rows(40) if data == "pair" else tiny.label_rows(40)
@@ -375,8 +374,8 @@ def test_an_encoder_cuts_as_its_tokenizer_does(data, ground, tmp_path):
     for row, found in zip(np.array(rows)[examples.rows], sequences_of(examples, 0), strict=True):
         text = row["text"] if data == "label" else f"{row['prompt']}</s>{row['chosen']}"
         longest = max(longest, len(tokenizer(text).input_ids))
-        assert found == tokenizer(text, truncation=True, max_length=26).input_ids
-    assert longest > 26
+        assert found == tokenizer(text, truncation=True, max_length=limit).input_ids
+    assert longest > limit
 
 
 def test_which_label_is_good_is_said_in_the_configuration(ground, tmp_path):
