@@ -68,6 +68,9 @@ class ModelConfig:
     optimizer state, norms, softmax and losses are float32 always."""
     gradient_checkpointing: Literal["none", "dots", "full"] = "none"
     """Keep all activations, only results of matrix products, or only the input of each layer."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """How attention is computed: by XLA everywhere, by cuDNN's kernel on NVIDIA GPUs (in bfloat16),
+    by the splash kernel on TPUs; auto takes the kernel where there is one."""
     dropout: Share = 0.0
     """Dropout on embeddings, attention and residual branches. Off unless asked for, whatever the
     model's config.json says; DPO refuses it."""

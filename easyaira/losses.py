@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ PerPair = Float[Array, "B"]
 
 class TokenLogps(NamedTuple):
     """What the head says about each token, given the ones before it. 0 at the first of a row, and
-    where no loss was asked for. Only `logps` has a gradient."""
+    where no loss was asked for. Only `logps` has a gradient, and none of them in `token_nll`."""
 
     logps: PerToken
     is_top1: PerToken  # 1 where the token is the likeliest one
@@ -44,7 +44,6 @@ def token_logps(
 ) -> TokenLogps:
     """log p(token | the tokens before it in its row), without holding logits for whole rows.
 
-    This is the one place that shifts: the entry of a token comes from the hidden state before it.
     Only tokens in `loss_mask` are projected. They are gone through in chunks, as many as there
     happen to be; logits are computed again in the backward pass. Liger's linear cross-entropy (Hsu
     et al., 2024) is the same idea for one loss.
@@ -57,6 +56,44 @@ def token_logps(
         vocab_size: number of real columns.
         chunk_logits: how many logits a device may hold at a time.
     """
+    positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
+    return unflatten(_logps(*positions, vocab_size))
+
+
+def token_nll(
+    hidden: Float[Array, "R T D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "R T"],
+    loss_mask: Bool[Array, "R T"] | None = None,
+    *,
+    vocab_size: int,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> tuple[Float[Array, ""], TokenLogps]:
+    """-sum of log p(token | the tokens before it) over `loss_mask`, and what `token_logps` says.
+
+    A sum's gradient is the same for every token, and is computed while a chunk's logits are there:
+    three products with the head instead of four. Arguments as in `token_logps`.
+    """
+    positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
+    total, parts = _nll(*positions, vocab_size)
+    return total, unflatten(parts)
+
+
+# Shapes below: S shards, N positions of a shard, C positions of a chunk.
+
+
+class _Positions(NamedTuple):
+    """Hidden states, and the token that follows each. This is the one place that shifts: the entry
+    of a token comes from the hidden state before it."""
+
+    states: jax.Array  # [S, N, D]
+    head: jax.Array
+    targets: jax.Array  # [S, N]
+    wanted: jax.Array  # [S, N]
+    chunk: int
+
+
+def _positions(hidden, head, tokens, loss_mask, chunk_logits):
     rows, length, _ = hidden.shape
     shards = mesh.parts_of(rows, BATCH_AXES)
     wanted = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask
@@ -65,15 +102,13 @@ def token_logps(
         x = x.reshape(shards, rows // shards * (length - 1), *x.shape[2:])
         return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
 
+    def unflatten(parts) -> TokenLogps:
+        parts = (part.reshape(rows, length - 1) for part in parts)
+        return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
+
     chunk = max(1, min(rows // shards * (length - 1), chunk_logits // head.shape[1]))
-    parts = _project(
-        flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:]), vocab_size, chunk
-    )
-    parts = (part.reshape(rows, length - 1) for part in parts)
-    return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
-
-
-# Shapes below: S shards, N positions of a shard, C positions of a chunk.
+    flattened = flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:])
+    return _Positions(*flattened, chunk), unflatten
 
 
 class _Chunks(NamedTuple):
@@ -104,69 +139,120 @@ def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, index, values)
 
 
-def _logits(states: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.einsum("scd,dv->scv", states, head, preferred_element_type=jnp.float32)
+def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
+    """The head as it is multiplied: gathered once, and not for each chunk."""
+    return constrain(head.astype(dtype), None, "tp")
+
+
+def _logits(states: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum("scd,dv->scv", states, kernel, preferred_element_type=jnp.float32)
+
+
+def _look(states, kernel, targets, vocab_size):
+    """Of the positions of a chunk: logps, is_top1, mean_logits, entropy and the logarithm of the
+    normaliser [S, C]; and d logps / d logits [S, C, V]."""
+    columns = jnp.arange(kernel.shape[1])
+    real = columns < vocab_size
+    logits = _logits(states, kernel)
+    mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
+    logits = jnp.where(real, logits, -jnp.inf)
+    # a sum over a mask and not an index: it stays local when the vocabulary is divided
+    is_target = columns == targets[..., None]
+    target = jnp.where(is_target, logits, 0).sum(-1)
+    largest = logits.max(-1)
+    exps = jnp.exp(logits - largest[..., None])
+    total = exps.sum(-1)
+    expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
+    lse = largest + jnp.log(total)
+    values = (target - lse, (target >= largest) * 1.0, mean, lse - expected, lse)
+    return values, is_target - exps / total[..., None]
+
+
+def _gradients(states, kernel, d_logits):
+    """Of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in float32."""
+    d_logits = d_logits.astype(states.dtype)
+    d_states = jnp.einsum("scv,dv->scd", d_logits, kernel).astype(states.dtype)
+    d_head = jnp.einsum("scd,scv->sdv", states, d_logits, preferred_element_type=jnp.float32)
+    return d_states, d_head
+
+
+def _zero_gradients(states, head):
+    zeros = jnp.zeros((states.shape[0], *head.shape), jnp.float32)
+    return jnp.zeros_like(states), constrain(zeros, BATCH_AXES, None, "tp")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _project(states, head, targets, wanted, vocab_size, chunk):
+def _logps(states, head, targets, wanted, chunk, vocab_size):
     """logps, is_top1, mean_logits and entropy, [S, N] each."""
-    return _project_forward(states, head, targets, wanted, vocab_size, chunk)[0]
+    return _logps_forward(states, head, targets, wanted, chunk, vocab_size)[0]
 
 
-def _project_forward(states, head, targets, wanted, vocab_size, chunk):
-    chunks = _chunks(wanted, chunk)
-    columns = jnp.arange(head.shape[1])
-    real = columns < vocab_size
-    kernel = constrain(head.astype(states.dtype), None, "tp")
+def _logps_forward(states, head, targets, wanted, chunk, vocab_size):
+    chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
-    def body(i, carry):
+    def body(i, parts):
         index = chunks.index(i)
-        logits = _logits(_take(states, index), kernel)
-        mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
-        logits = jnp.where(real, logits, -jnp.inf)
-        # a sum over a mask and not an index: it stays local when the vocabulary is divided
-        is_target = columns == _take(targets, index)[..., None]
-        target = jnp.where(is_target, logits, 0).sum(-1)
-        largest = logits.max(-1)
-        exps = jnp.exp(logits - largest[..., None])
-        total = exps.sum(-1)
-        expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
-        lse = largest + jnp.log(total)
-        values = (target - lse, (target >= largest) * 1.0, mean, lse - expected, lse)
-        return tuple(_put(of, index, new) for of, new in zip(carry, values, strict=True))
+        values, _ = _look(_take(states, index), kernel, _take(targets, index), vocab_size)
+        return tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    *out, lse = jax.lax.fori_loop(0, chunks.count, body, (zeros,) * 5)
-    return tuple(out), (states, head, targets, wanted, lse)
+    *parts, lse = jax.lax.fori_loop(0, chunks.count, body, (zeros,) * 5)
+    return tuple(parts), (states, head, targets, wanted, lse)
 
 
-def _project_backward(vocab_size, chunk, saved, cotangents):
+def _logps_backward(chunk, vocab_size, saved, cotangents):
     states, head, targets, wanted, lse = saved
-    chunks = _chunks(wanted, chunk)
+    chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
     columns = jnp.arange(head.shape[1])
-    kernel = constrain(head.astype(states.dtype), None, "tp")
 
-    def body(i, carry):
-        d_states, d_head = carry
+    def body(i, gradients):
+        d_states, d_head = gradients
         index = chunks.index(i)
         some = _take(states, index)
-        scale = _take(cotangents[0], index)[..., None]
         p = jnp.exp(_logits(some, kernel) - _take(lse, index)[..., None])
         p = jnp.where(columns < vocab_size, p, 0)
         is_target = columns == _take(targets, index)[..., None]
-        d_logits = ((is_target - p) * scale).astype(states.dtype)
-        d_some = jnp.einsum("scv,dv->scd", d_logits, kernel)
-        more = jnp.einsum("scd,scv->sdv", some, d_logits, preferred_element_type=jnp.float32)
-        return _put(d_states, index, d_some.astype(states.dtype)), d_head + more
+        scale = _take(cotangents[0], index)[..., None]
+        d_some, more = _gradients(some, kernel, (is_target - p) * scale)
+        return _put(d_states, index, d_some), d_head + more
 
-    zeros = jnp.zeros((states.shape[0], *head.shape), jnp.float32)
-    zeros = constrain(zeros, BATCH_AXES, None, "tp")
-    d_states, d_head = jax.lax.fori_loop(0, chunks.count, body, (jnp.zeros_like(states), zeros))
+    d_states, d_head = jax.lax.fori_loop(0, chunks.count, body, _zero_gradients(states, head))
     return d_states, d_head.sum(0).astype(head.dtype), None, None
 
 
-_project.defvjp(_project_forward, _project_backward)
+_logps.defvjp(_logps_forward, _logps_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _nll(states, head, targets, wanted, chunk, vocab_size):
+    """-sum of logps; and logps, is_top1, mean_logits and entropy, [S, N] each."""
+    parts = _logps(states, head, targets, wanted, chunk, vocab_size)
+    return -parts[0].sum(), parts
+
+
+def _nll_forward(states, head, targets, wanted, chunk, vocab_size):
+    chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
+
+    def body(i, carry):
+        parts, (d_states, d_head) = carry
+        index = chunks.index(i)
+        some = _take(states, index)
+        (*values, _), slope = _look(some, kernel, _take(targets, index), vocab_size)
+        d_some, more = _gradients(some, kernel, -slope)
+        parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
+        return parts, (_put(d_states, index, d_some), d_head + more)
+
+    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 4
+    start = zeros, _zero_gradients(states, head)
+    parts, (d_states, d_head) = jax.lax.fori_loop(0, chunks.count, body, start)
+    return (-parts[0].sum(), parts), (d_states, d_head.sum(0).astype(head.dtype))
+
+
+def _nll_backward(chunk, vocab_size, gradients, cotangents):
+    return *(jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)), None, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
 
 
 def pair_sums(

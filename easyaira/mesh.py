@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -168,11 +168,28 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = [
-        entry if size % _parts(mesh, entry) == 0 else None
-        for size, entry in zip(x.shape, axes, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, _possible(mesh, x, axes))
+
+
+def by_device(f: Callable[..., jax.Array], axes: Sequence[Sequence[Any]]) -> Callable:
+    """`f` computed by each device for its part of the arguments: for kernels, which the compiler
+    does not divide. `axes` are of each argument, as in `constrain`; the result's are those of the
+    first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f
+
+    def divided(*arrays: jax.Array) -> jax.Array:
+        specs = tuple(_possible(mesh, *of) for of in zip(arrays, axes, strict=True))
+        return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+    return divided
+
+
+def _possible(mesh: Any, x: jax.Array, axes: Sequence[Any]) -> P:
+    """The axes, but for those that the mesh does not divide."""
+    sizes = zip(x.shape, axes, strict=True)
+    return P(*(entry if size % _parts(mesh, entry) == 0 else None for size, entry in sizes))
 
 
 def parts_of(size: int, axes: Any) -> int:

@@ -20,12 +20,12 @@ def sft(model: Model) -> LossFn:
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         hidden, head = model.apply(params, batch, key)
         tokens, learned = batch["tokens"], batch["loss_mask"]
-        out = losses.token_logps(hidden, head, tokens, learned, vocab_size=model.vocab_size)
-        mask = learned.astype(jnp.float32)
+        nll, out = losses.token_nll(hidden, head, tokens, learned, vocab_size=model.vocab_size)
+        count = learned.sum().astype(jnp.float32)
         return {
-            "loss": (-(out.logps * mask).sum(), mask.sum()),
-            "mean_token_accuracy": ((out.is_top1 * mask).sum(), mask.sum()),
-            "entropy": ((out.entropy * mask).sum(), mask.sum()),
+            "loss": (nll, count),
+            "mean_token_accuracy": (out.is_top1.sum(), count),
+            "entropy": (out.entropy.sum(), count),
         }
 
     return loss_fn

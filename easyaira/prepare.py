@@ -244,6 +244,8 @@ def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
         "share_prompt": shares_prompt(config.data.share_prompt, data.train),
         "attention": attention_cost(model.config.width, model.config.heads),
     }
+    compute = replace(model.compute, shared_prompt=layout["share_prompt"])
+    model = replace(model, compute=compute)
     batches = Batches(
         data.train,
         config.train_batch_size,
@@ -314,12 +316,21 @@ def _adapter(config: RunConfig, found: Found) -> lora.Adapter:
     return adapter
 
 
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
+
+
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    dtype = config.model.dtype
+    platform = mesh.devices.flat[0].platform
+    dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-    return Compute(jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout)
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    if attention == "auto":
+        attention = KERNELS.get(platform, "xla")
+    if attention != "xla" and attention != KERNELS.get(platform):
+        raise ConfigError(f"model.attention: there is no {attention} on {platform}; use auto")
+    return Compute(
+        jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout, attention
+    )
 
 
 def _resized(config: RunConfig, stored: Model, template: Template) -> Model:

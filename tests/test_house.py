@@ -16,6 +16,7 @@ HOUSE = """
     weights optim checkpoint metrics report verify
 
     models.layers
+    models.attention
     models.gpt2 models.llama models.opt models.heads
     models.registry
 

@@ -62,7 +62,36 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
         np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_vocabulary():
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("at_once", [10**6, 7, 1])
+def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once, share):
+    """With a factor in front, and beside another use of the hidden states."""
+    hidden, head, tokens = head_and_hidden()
+    wanted = np.random.default_rng(1).random((ROWS, LENGTH)) < share
+    kwargs = {"vocab_size": VOCAB, "chunk_logits": at_once * COLUMNS}
+
+    def by_sum(hidden, head):
+        nll, out = losses.token_nll(hidden, head, tokens, wanted, **kwargs)
+        return 2.5 * nll + (hidden**2).sum(), out
+
+    def by_parts(hidden, head):
+        out = losses.token_logps(hidden, head, tokens, wanted, **kwargs)
+        return -2.5 * out.logps.sum() + (hidden**2).sum(), out
+
+    (value, out), grads = jax.value_and_grad(by_sum, (0, 1), has_aux=True)(hidden, head)
+    (wanted_value, parts), wanted_grads = jax.value_and_grad(by_parts, (0, 1), has_aux=True)(
+        hidden, head
+    )
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, out, parts)
+    for a, b in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    evaluated, _ = losses.token_nll(hidden, head, tokens, wanted, **kwargs)  # without a gradient
+    np.testing.assert_allclose(evaluated, -parts.logps.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("core", [losses.token_logps, losses.token_nll])
+def test_memory_does_not_grow_with_the_vocabulary(core):
     """Besides the head and its gradient, which the caller holds, only chunks of logits."""
 
     def held(columns):
@@ -71,8 +100,8 @@ def test_memory_does_not_grow_with_the_vocabulary():
         tokens = jax.ShapeDtypeStruct((8, 513), jnp.int32)
 
         def total(hidden, head, tokens):
-            out = losses.token_logps(hidden, head, tokens, vocab_size=columns, chunk_logits=2**22)
-            return out.logps.sum()
+            out = core(hidden, head, tokens, vocab_size=columns, chunk_logits=2**22)
+            return out.logps.sum() if core is losses.token_logps else out[0]
 
         step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
         memory = step.lower(hidden, head, tokens).compile().memory_analysis()

@@ -4,6 +4,8 @@ Runs go through the command line's own functions; only the exports are left out 
 the subject.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from easyaira import cli, metrics, prepare, trainer
+from easyaira import cli, losses, metrics, prepare, trainer
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import TrainDPO, TrainSFT
 from easyaira.errors import ConfigError, NonFiniteError
+from easyaira.models import attention
+from easyaira.models.layers import padded_vocab
 from easyaira.reference import dpo_algorithm
 from easyaira.run import run
 from easyaira.train_sft import sft_algorithm
@@ -212,6 +216,31 @@ def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models,
         np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
         assert [r["num_tokens"] for r in other_rows[1:]] == [r["num_tokens"] for r in rows[1:]]
         close(other, params, 1e-4)
+
+
+@pytest.mark.parametrize("task, kernel", [("sft", "xla"), ("dpo", "xla"), ("dpo", "splash")])
+def test_every_fast_path_at_once_changes_nothing(
+    task, kernel, models, data, tmp_path, devices, monkeypatch
+):
+    """Packed, prompts shared, small chunks of logits, blocks of queries or the TPU's kernel
+    (interpreted), reference from the cache, eight devices; against none of them."""
+    args = (task, models / "llama", data)
+    slow = {"dpo.precompute_ref_log_probs": False, "data.share_prompt": "never"}
+    slow = {"data.packing": False, "max_steps": 4} | (slow if task == "dpo" else {})
+    rows, params = train(*args, tmp_path / "slow", **slow)
+    for core in ("token_logps", "token_nll"):
+        smaller = partial(getattr(losses, core), chunk_logits=5 * padded_vocab(tiny.VOCAB))
+        monkeypatch.setattr(losses, core, smaller)
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    interpreted = partial(attention._splash_rows, interpret=True)
+    monkeypatch.setattr(attention, "_splash_rows", interpreted)
+    monkeypatch.setattr(prepare, "KERNELS", {"cpu": kernel})
+    devices(8)
+    fast = {"data.share_prompt": "always"} if task == "dpo" else {}
+    fast |= {"max_steps": 4, "mesh": "dp=2,fsdp=2,tp=2"}
+    other_rows, other = train(*args, tmp_path / "fast", **fast)
+    np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
+    close(other, params, 1e-4)
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -183,7 +183,10 @@ class Batches:
     @cached_property
     def shapes(self) -> list[Shape]:
         """The shapes of this run, the cheapest first, chosen from a sample of its updates: the one
-        that serves all best, and others as long as each saves more than its compilation costs."""
+        that serves all best, and others as long as each saves more than its compilation costs. They
+        do not depend on drop_last, so that going through all the data meets the same programs."""
+        if self.drop_last:
+            return replace(self, drop_last=False).shapes
         sample = [self.groups(update) for update in self._sampled()]
         longest = np.array([max(max(group, default=1) for group in groups) for groups in sample])
         totals = np.array([max(sum(group) for group in groups) for groups in sample])

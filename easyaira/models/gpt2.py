@@ -10,6 +10,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
+from easyaira.models.attention import attention
 from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, LayerNorm, Linear
 from easyaira.weights import SPLIT_QKV, VOCAB, Row
 
@@ -47,8 +48,7 @@ class Attention(nn.Module):
         # [D, 3, D] and not [D, 3 D]: tensor parallelism cuts heads, never q from k
         qkv = Linear((3, D), c.initializer_range, use_bias=True, name="c_attn")(x_RTD)
         q, k, v = (qkv[:, :, i].reshape(R, T, c.n_head, D // c.n_head) for i in range(3))
-        dropout = layers.attention_dropout(self.compute)
-        out_RTD = layers.attention(q, k, v, segment_ids, sides, dropout)
+        out_RTD = attention(q, k, v, segment_ids, sides, self.compute)
         residual_std = c.initializer_range / (2 * c.n_layer) ** 0.5
         return Linear(D, residual_std, use_bias=True, name="c_proj")(out_RTD)
 

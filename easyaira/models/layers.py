@@ -45,6 +45,8 @@ class Compute:
     dtype: Any = jnp.float32
     gradient_checkpointing: str = "none"  # none | dots | full
     dropout: float = 0.0
+    attention: str = "xla"  # xla | cudnn | splash, see attention.py
+    shared_prompt: bool = False  # rows may hold prompts with two answers
 
 
 class Linear(nn.Module):
@@ -160,50 +162,6 @@ def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x_RTHN.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_RTHN.dtype)
-
-
-def visible(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
-    """Which token may look at which: [R, T, T], query by key.
-
-    A token sees its own segment, up to itself, and within it the shared prompt (side 0) and its own
-    side. Segment 0 is padding, which nobody sees, and neither does anybody see side 3.
-    """
-    query_segment, key_segment = segment_ids_RT[:, :, None], segment_ids_RT[:, None, :]
-    query_side, key_side = sides_RT[:, :, None], sides_RT[:, None, :]
-    place = jnp.arange(segment_ids_RT.shape[1])
-    return (
-        (query_segment == key_segment)
-        & (key_segment > 0)
-        & ((key_side == 0) | ((key_side == query_side) & (key_side != 3)))
-        & (place[:, None] >= place)
-    )
-
-
-def attention(
-    q_RTHN: jax.Array,
-    k_RTKN: jax.Array,
-    v_RTKN: jax.Array,
-    segment_ids_RT: jax.Array,
-    sides_RT: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K."""
-    R, T, H, N = q_RTHN.shape
-    mask = visible(segment_ids_RT, sides_RT)
-    if dropout is None:
-        out = jax.nn.dot_product_attention(q_RTHN, k_RTKN, v_RTKN, mask=mask[:, None])
-        return out.reshape(R, T, H * N)
-    K = k_RTKN.shape[2]
-    q = q_RTHN.reshape(R, T, K, H // K, N)
-    scores = jnp.einsum("rqkgn,rtkn->rkgqt", q, k_RTKN, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores / math.sqrt(N), jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1)).astype(v_RTKN.dtype)
-    return jnp.einsum("rkgqt,rtkn->rqkgn", weights, v_RTKN).reshape(R, T, H * N)
-
-
-def attention_dropout(compute: Compute) -> Callable[[jax.Array], jax.Array] | None:
-    """Dropout of attention weights, or None, with which a fused attention can be used."""
-    return Dropout(compute.dropout) if compute.dropout else None
 
 
 def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:

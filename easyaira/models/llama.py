@@ -11,6 +11,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
+from easyaira.models.attention import attention
 from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, Linear, RMSNorm
 from easyaira.weights import TRANSPOSE, VOCAB, Row
 
@@ -59,8 +60,7 @@ class Attention(nn.Module):
         q_RTHN = layers.rotate(heads("q_proj", c.num_attention_heads), angles)
         k_RTKN = layers.rotate(heads("k_proj", c.kv_heads), angles)
         v_RTKN = heads("v_proj", c.kv_heads)
-        dropout = layers.attention_dropout(self.compute)
-        out = layers.attention(q_RTHN, k_RTKN, v_RTKN, segment_ids, sides, dropout)
+        out = attention(q_RTHN, k_RTKN, v_RTKN, segment_ids, sides, self.compute)
         return Linear(D, c.initializer_range, name="o_proj")(out)
 
 

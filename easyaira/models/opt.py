@@ -11,6 +11,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
+from easyaira.models.attention import attention
 from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, LayerNorm, Linear
 from easyaira.weights import TRANSPOSE, VOCAB, Row
 
@@ -55,8 +56,7 @@ class Attention(nn.Module):
         linear = partial(Linear, D, c.init_std, use_bias=True)
         heads = (R, T, c.num_attention_heads, D // c.num_attention_heads)
         q, k, v = (linear(name=f"{name}_proj")(x_RTD).reshape(heads) for name in "qkv")
-        dropout = layers.attention_dropout(self.compute)
-        return linear(name="out_proj")(layers.attention(q, k, v, segment_ids, sides, dropout))
+        return linear(name="out_proj")(attention(q, k, v, segment_ids, sides, self.compute))
 
 
 class Block(nn.Module):

@@ -1,0 +1,55 @@
+"""Synthetic examples whose lengths are distributed like those of real data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from easyaira.data.examples import PER_EXAMPLE, Examples
+
+
+class Kind(NamedTuple):
+    """Lengths in tokens.
+
+    Attributes:
+        prompt, answer: median and spread of a log-normal distribution.
+        longest: example.
+        max_length: that runs on such data ask for; a naive step pads to it.
+    """
+
+    prompt: tuple[int, float]
+    answer: tuple[int, float]
+    longest: int
+    max_length: int
+
+
+KINDS = {
+    "aira": Kind((25, 0.4), (200, 0.5), 400, 600),  # the data stay below 400, the recipe says 600
+    "hh": Kind((150, 0.8), (60, 0.7), 1024, 1024),
+    "ultrafeedback": Kind((120, 0.9), (280, 0.7), 2048, 2048),
+}
+
+
+def synthetic(kind: str, rows: int, pairs: bool, folder: Path, longest: int) -> Examples:
+    """Examples of at most `longest` tokens, log-normal before the cut, their tokens on disk, from a
+    fixed seed."""
+    rng = np.random.default_rng(0)
+    (prompt, prompt_spread), (answer, answer_spread) = KINDS[kind][:2]
+    medians = [prompt] + [answer] * (2 if pairs else 1)
+    spreads = [prompt_spread] + [answer_spread] * (2 if pairs else 1)
+    lengths = rng.lognormal(np.log(medians), spreads, (rows, len(medians))).astype(np.int64) + 1
+    lengths[:, 0] = np.minimum(lengths[:, 0], longest // 2)
+    lengths[:, 1:] = np.minimum(lengths[:, 1:], longest - lengths[:, :1])
+    starts = np.concatenate([[0], np.cumsum(lengths.ravel())])
+    per_row = lengths.shape[1]
+    bounds = starts[np.arange(rows)[:, None] * per_row + np.arange(per_row + 1)]
+    arrays = {name: np.zeros(rows, dtype) for name, dtype in PER_EXAMPLE.items()}
+    arrays["rows"] = np.arange(rows)
+    for name, dtype in (("tokens", np.int32), ("learned", np.bool_)):
+        held = np.memmap(folder / f"{kind}-{pairs}-{name}", dtype, "w+", shape=(int(starts[-1]),))
+        for begin in range(0, len(held), 10**7):
+            held[begin : begin + 10**7] = rng.integers(0, 2, len(held[begin : begin + 10**7]))
+        arrays[name] = held.view(np.ndarray)
+    return Examples(**arrays | {"bounds": bounds})

@@ -1,0 +1,48 @@
+"""Figures as a table to read and as bars to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a row under the names of its figures; None is a figure that there is not."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.3f}"
+        return "-" if value is None else f"{value}"
+
+    names = list(rows[0])
+    cells = [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(c) for c in column) for column in zip(names, *cells, strict=True)]
+    texts = [isinstance(value, str) for value in rows[0].values()]
+    for line in (names, *cells):
+        aligned = zip(line, widths, texts, strict=True)
+        print("  ".join(c.ljust(w) if text else c.rjust(w) for c, w, text in aligned), flush=True)
+
+
+def bars(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
+    """Tokens per CPU second of each side, with its ratio to the first, as a picture."""
+    from matplotlib.figure import Figure
+
+    names = [row["side"] for row in rows]
+    heights = [row["tokens/CPU s"] for row in rows]
+    figure = Figure(figsize=(10, 1.3 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh(names, heights, height=0.65)
+    labels = [f"{height:,.0f}" for height in heights]
+    if len(rows) > 1:
+        labels = [
+            f"{label}  ({row['speed, first = 1']:.2f} x)"
+            for label, row in zip(labels, rows, strict=True)
+        ]
+    axes.bar_label(drawn, labels, padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * max(heights))
+    axes.set_xlabel("real tokens per CPU second (a prompt counts once with each answer)")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)

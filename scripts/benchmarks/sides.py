@@ -1,0 +1,391 @@
+"""The sides of a comparison of training: what each makes of the same examples.
+
+A side is built in a process of its own, from what the command line asked for (`work`, see
+training.py) and from its own options, and is warm when it is handed over.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import tracing
+from benchmarks.lengths import KINDS, synthetic
+from easyaira.data.batches import Batch, Batches, Shape
+from easyaira.data.examples import Examples
+
+MODELS = {  # config.json; what is left out is as Hugging Face has it
+    "gpt2-small": {
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 1024,
+    },
+    "gpt2-124m": {"model_type": "gpt2", "n_positions": 1024},
+    "opt-125m": {
+        "model_type": "opt",
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "word_embed_proj_dim": 768,
+        "max_position_embeddings": 2048,
+    },
+    "tinyllama": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+    "llama-2-7b": {"model_type": "llama", "max_position_embeddings": 4096},
+}
+BETA, LEARNING_RATE = 0.1, 1e-5
+
+
+class Side(NamedTuple):
+    """Attributes:
+    first: time.time() when its first update was done.
+    facts: what is the same in every round.
+    run: the updates of a round; their seconds, and CPU seconds.
+    peak: MiB that the process has held at most, on its accelerator if there is one.
+    trace: (folder) -> where the time of a round goes, see tracing.costs.
+    """
+
+    first: float
+    facts: dict[str, float | str | None]
+    run: Callable[[], tuple[float, float]]
+    peak: Callable[[], float]
+    trace: Callable[[Path], list[dict[str, Any]]] | None = None
+
+
+def max_length(work: Mapping[str, Any]) -> int:
+    """That runs on such data ask for, as far as the model has positions."""
+    model = MODELS[work["model"]]
+    positions = model.get("n_positions") or model["max_position_embeddings"]
+    return min(KINDS[work["lengths"]].max_length, positions)
+
+
+def examples_of(work: Mapping[str, Any]) -> Examples:
+    """The examples of a round, the same for all sides; answers are learned, prompts are not."""
+    count = work["examples"] * work["updates"]
+    folder = Path(tempfile.mkdtemp())
+    longest = min(KINDS[work["lengths"]].longest, max_length(work))
+    examples = synthetic(work["lengths"], count, work["task"] == "dpo", folder, longest)
+    examples.learned[:] = True
+    for start, end in examples.bounds[:, :2]:
+        examples.learned[start:end] = False
+    return examples
+
+
+def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
+    """The training step and the loader of EasyAira, as a run uses them.
+
+    Args:
+        options: packing, share_prompt, dtype, gradient_checkpointing; `in_step`: the reference is
+            computed in every step; `naive`: padded to the recipe's length, full logits, the
+            reference in every step.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from easyaira import mesh as meshes
+    from easyaira import objectives, trainer
+    from easyaira.config import DPOConfig
+    from easyaira.models.layers import Compute
+    from easyaira.models.registry import model_of
+    from easyaira.prepare import attention_cost, shares_prompt
+    from easyaira.reference import make_score
+
+    examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
+    naive = options.get("naive", False)
+    in_step = pairs and (naive or options.get("in_step", False))
+    compute = Compute(
+        jnp.dtype(options.get("dtype", "bfloat16")), options.get("gradient_checkpointing", "none")
+    )
+    model = model_of(MODELS[work["model"]], work["model"], compute)
+    mesh = meshes.make_mesh("fsdp=-1")
+    batches = Batches(
+        examples,
+        size,
+        shards=meshes.data_shards(mesh),
+        packing=options.get("packing", True),
+        share_prompt=shares_prompt(options.get("share_prompt", "auto"), examples),
+        attention=attention_cost(model.config.width, model.config.heads),
+    )
+    with jax.set_mesh(mesh):
+        shardings = meshes.shardings(model.shapes, model.rules, mesh)
+        params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+        frozen = jax.tree.map(jnp.copy, params) if in_step else None
+        if pairs and not in_step:
+            score = make_score(model, size)
+            logps = np.zeros((len(examples), 2), np.float32)
+            for ready in trainer.ahead(batches, 0, len(batches), mesh):
+                found = np.asarray(score(params, ready.arrays).logps)
+                logps[ready.batch.examples] = found[tuple(ready.batch.slots.T)]
+            batches = replace(batches, known={"ref_logps": logps})
+    if naive:
+        one_a_row = replace(batches, packing=False, share_prompt=False)
+        batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model)
+    elif pairs:
+        reference = model if in_step else None
+        loss_fn = objectives.dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)
+    else:
+        loss_fn = objectives.sft(model)
+    return _stepping(model, batches, loss_fn, params, frozen, mesh)
+
+
+def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
+    """The updates of `batches`, with the one training step; each shape is a program with a name of
+    its own, by which a trace can tell them apart."""
+    import jax
+    import optax
+
+    from easyaira import optim, plan, trainer
+    from easyaira.config import OptimizerConfig
+
+    tx = optim.make_optimizer(OptimizerConfig(), lambda step: LEARNING_RATE)
+    tx = optax.GradientTransformation(tx.init, jax.named_scope(tracing.OPTIMIZER)(tx.update))
+    train_step = trainer.make_train_step(jax.named_scope(tracing.LOSS)(loss_fn), tx)
+    programs: dict[Shape, Any] = {}
+    positions: list[int] = []  # of every update so far
+    with jax.set_mesh(mesh):
+        state = trainer.init_state(params, tx, mesh)
+    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def compiled(shape: Shape, arrays: Mapping[str, jax.Array]) -> Any:
+        def step(*given):
+            return train_step(*given)
+
+        step.__name__ = program_name(shape)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(lies, None))
+        return step.lower(state, frozen, arrays, None).compile()
+
+    def updates(start: int, stop: int) -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            for ready in trainer.ahead(batches, start, stop, mesh):
+                shape = ready.batch.shape
+                if shape not in programs:
+                    programs[shape] = compiled(shape, ready.arrays)
+                state, _ = programs[shape](state, frozen, ready.arrays, None)
+                positions.append(ready.batch.positions)
+            jax.block_until_ready(state.step)
+
+    def run() -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        updates(0, len(batches))
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def peak() -> float:
+        device = mesh.devices.flat[0].memory_stats() or {}
+        return device.get("peak_bytes_in_use", 0) / 2**20 or peak_of_process()
+
+    def trace(folder: Path) -> list[dict[str, Any]]:
+        with tracing.recording(folder):
+            run()
+        texts = {program_name(shape): program.as_text() for shape, program in programs.items()}
+        return tracing.costs(folder, texts, len(batches))
+
+    updates(0, 1)
+    first = time.time()
+    updates(1, len(batches))
+    tokens = int(batches.examples.lengths().sum())
+    temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs.values()]
+    facts = {
+        "tokens": tokens,
+        "positions per token": sum(positions) / tokens,
+        "temporaries MiB": max(temporaries) / 2**20,
+        "operations per token": plan.flops_per_token(model, frozen is not None),
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+    }
+    return Side(first, facts, run, peak, trace)
+
+
+def peak_of_process() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def program_name(shape: Shape) -> str:
+    return f"step_{shape.rows}x{shape.length}"
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Updates as they are without any of our layout: one sequence a row, each padded to `length`.
+
+    Attributes:
+        batches: the same updates, neither packed nor with prompts stored once.
+    """
+
+    batches: Batches
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def examples(self) -> Examples:
+        return self.batches.examples
+
+    def __getitem__(self, update: int) -> Batch:
+        """Arrays are [1, B, answers, length]: one micro-batch."""
+        batch = self.batches[update]
+        size, answers = len(batch.examples), self.examples.answers
+
+        def padded(rows: np.ndarray) -> np.ndarray:
+            rows = rows[0, : size * answers, : self.length]  # in the order of examples and answers
+            rows = np.pad(rows, ((0, 0), (0, self.length - rows.shape[1])))
+            return rows.reshape(1, size, answers, self.length)
+
+        arrays = {name: padded(rows) for name, rows in batch.arrays.items()}
+        shape = Shape(size * answers, self.length)
+        return batch._replace(arrays=arrays, shape=shape, positions=shape.rows * shape.length)
+
+
+def full_logits(model: Any) -> Callable:
+    """What is usually written: a forward pass for each side, with logits for every position in
+    float32. DPO has its reference in the step; with one answer it is SFT."""
+    import jax
+    import jax.numpy as jnp
+
+    from easyaira import losses
+
+    def logps_of(params, rows):  # [B]
+        hidden, head = model.apply(params, rows)
+        logits = hidden @ head[:, : model.vocab_size].astype(hidden.dtype)
+        logps = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+        logps = jnp.take_along_axis(logps, rows["tokens"][:, 1:, None], axis=-1)[..., 0]
+        return (logps * rows["loss_mask"][:, 1:]).sum(-1)
+
+    def loss_fn(params, frozen, batch, key):
+        sides = [
+            jax.tree.map(lambda array, i=i: array[:, i], batch)
+            for i in range(batch["tokens"].shape[1])
+        ]
+        policy = [logps_of(params, rows) for rows in sides]
+        if len(sides) == 1:
+            return {"loss": (-policy[0].sum(), batch["loss_mask"].sum())}
+        reference = [jax.lax.stop_gradient(logps_of(frozen, rows)) for rows in sides]
+        chosen, rejected = (of - ref for of, ref in zip(policy, reference, strict=True))
+        return {"loss": (losses.sigmoid(chosen, rejected, beta=BETA).sum(), len(chosen))}
+
+    return loss_fn
+
+
+def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
+    """TRL's trainer on the same lengths: words of a vocabulary in which each is one token."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from torch.utils.data import SequentialSampler
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    config = AutoConfig.for_model(**MODELS[work["model"]])
+    words = {f"w{i}": i for i in range(config.vocab_size - 1)} | {"</s>": config.vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="w0"
+    )
+    torch.manual_seed(0)
+    folder = tempfile.mkdtemp()  # from which TRL reads its reference
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    rng = np.random.default_rng(0)
+    names = ["prompt", "chosen", "rejected"] if work["task"] == "dpo" else ["prompt", "completion"]
+    rows = []
+    examples = examples_of(work)
+    for lengths in np.diff(examples.bounds).tolist():
+        lengths[1:] = [length - 1 for length in lengths[1:]]  # the trainer adds the end token
+        texts = [" ".join(f"w{i}" for i in rng.integers(0, 9999, n)) for n in lengths]
+        rows.append({name: f"{text} " for name, text in zip(names, texts, strict=True)})
+    data = Dataset.from_list(
+        [{k: v if k == "prompt" else v.strip() for k, v in r.items()} for r in rows]
+    )
+    options = dict(options)
+    settings_class, base = DPOConfig, DPOTrainer
+    if work["task"] == "sft":
+        settings_class, base = SFTConfig, SFTTrainer
+        options.pop("precompute_ref_log_probs", None)
+
+    class InOrder(base):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    class Clock(TrainerCallback):
+        first = None
+
+        def on_train_begin(self, *_, **__):
+            self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_, **__):
+            self.first = self.first or time.time()
+
+        def on_train_end(self, *_, **__):
+            self.wall = time.perf_counter() - self.wall
+            self.cpu = time.process_time() - self.cpu
+
+    clock = Clock()
+    settings = settings_class(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=work["examples"],
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_length=max_length(work),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        **options,
+    )
+    trainer = InOrder(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+
+    def run() -> tuple[float, float]:
+        trainer.train()
+        return clock.wall, clock.cpu
+
+    def peak() -> float:
+        return torch.cuda.max_memory_allocated() / 2**20 or peak_of_process()
+
+    run()  # reads the reference, too, where that is done before
+    reference_in_step = work["task"] == "dpo" and not options.get("precompute_ref_log_probs")
+    tied = model.config.tie_word_embeddings
+    lookups = 0 if tied else model.get_input_embeddings().weight.numel()
+    facts = {
+        "tokens": int(examples.lengths().sum()),
+        "positions per token": None,
+        "temporaries MiB": None,
+        "operations per token": (8 if reference_in_step else 6)
+        * (model.num_parameters() - lookups),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "devices": max(torch.cuda.device_count(), 1),
+    }
+    return Side(clock.first, facts, run, peak)
+
+
+ENGINES = {"ours": ours, "trl": trl}

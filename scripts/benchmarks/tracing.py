@@ -1,0 +1,172 @@
+"""A trace of updates, and what of them costs most: which part of the model, in which pass.
+
+The profiler knows operations of compiled programs by names such as `fusion.12`. The program's text
+says which line of the model each comes from (`op_name`), and which have no name of their own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LOSS, OPTIMIZER = "the_loss", "the_optimizer"  # scopes that a measured step puts into names
+
+REST, LAYERS = "all else", "layers, all else"
+
+PARTS = (  # of an op_name, the first that is found in it
+    (r"/(attn|self_attn)/(c_attn|c_proj|[qkvo]_proj|out_proj)/", "attention's projections"),
+    (r"/(attn|self_attn)/", "attention"),
+    (r"/(mlp|fc1|fc2)/", "MLP"),
+    (r"/(ln_\w|\w*norm)/", "norms"),
+    (r"/(wte|wpe|embed\w*)/|/model/(jit\(\w*take\w*\)|gather|scatter)", "embedding"),
+    (r"CausalLM", LAYERS),
+    (LOSS, "head and loss"),
+    (OPTIMIZER, "optimizer"),
+)
+PRODUCTS = {"dot", "convolution"}
+HOLDERS = {"while", "call", "conditional"}  # their time is that of what is in them
+LOOSE = {"constant", "parameter", "tuple"}  # what they belong to says nothing of their users
+
+
+@contextmanager
+def recording(folder: Path) -> Iterator[None]:
+    """What happens is written to `folder`, for TensorBoard's profile page and for Perfetto."""
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(folder, create_perfetto_trace=False, profiler_options=options):
+        yield
+
+
+def costs(folder: Path, texts: Mapping[str, str], updates: int) -> list[dict[str, Any]]:
+    """Seconds of an update by part, pass and kind of operation, the largest first.
+
+    They are added up over all threads, so that a share is one of what all operations take and not
+    of the time on the clock.
+
+    Args:
+        folder: of the newest trace.
+        texts: the compiled programs by name.
+        updates: how many were recorded.
+
+    Raises:
+        SystemExit: the trace has no operation of these programs.
+    """
+    parts = {name: places(text) for name, text in texts.items()}
+    file = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    with gzip.open(file) as stream:
+        events = json.load(stream)["traceEvents"]
+    total: dict[str, float] = defaultdict(float)
+    for event in events:
+        about = event.get("args") or {}
+        program = about.get("hlo_module", "").removeprefix("jit_")
+        if event.get("ph") == "X" and program in parts and "hlo_op" in about:
+            place = parts[program].get(about["hlo_op"], REST)
+            if place is not None:
+                total[place] += event["dur"] / 1e6
+    if not total:
+        raise SystemExit(f"{file}: no operation of {', '.join(texts)} in it")
+    whole = sum(total.values())
+    return [
+        {"cost": place, "s an update": seconds / updates, "share": seconds / whole}
+        for place, seconds in sorted(total.items(), key=lambda item: -item[1])
+    ]
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = .*? ([a-z][\w\-]*)\(([^)]*)")
+_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+
+
+class _Operation(NamedTuple):
+    opcode: str
+    operands: list[str]
+    op_name: str
+    calls: str | None
+
+
+def places(text: str) -> dict[str, str | None]:
+    """The place of every operation of a compiled program; None for those that only hold others.
+
+    Operations without a name (copies, conversions, what was rewritten) take the part of the nearest
+    operation that has one: among those that they call, then along the operands and users.
+    """
+    computations: dict[str, dict[str, _Operation]] = {}
+    for line in text.splitlines():
+        if begin := _COMPUTATION.match(line):
+            inside = computations.setdefault(begin[1], {})
+        elif found := _OPERATION.match(line):
+            op_name, calls = _NAME.search(line), _CALLS.search(line)
+            operands = re.findall(r"%([\w.\-]+)", found[3])
+            inside[found[1]] = _Operation(
+                found[2], operands, op_name[1] if op_name else "", calls and calls[1]
+            )
+
+    def called(operation: _Operation) -> list[_Operation]:
+        return list(computations.get(operation.calls, {}).values())
+
+    def own_part(operation: _Operation) -> str | None:
+        if operation.op_name:
+            return part_of(operation.op_name)
+        found = Counter(part_of(inner.op_name) for inner in called(operation) if inner.op_name)
+        return max(found, key=found.__getitem__) if found else None
+
+    told: dict[str, str | None] = {}
+    for operations in computations.values():
+        parts = {name: own_part(operation) for name, operation in operations.items()}
+        parts = _spread(parts, operations)
+        for name, operation in operations.items():
+            product = any(
+                one.opcode in PRODUCTS or one.op_name.endswith("dot_general")
+                for one in (operation, *called(operation))
+            )
+            kind = "products" if product else "all but products"
+            told[name] = None if operation.opcode in HOLDERS else f"{parts[name]}: {kind}"
+    return told
+
+
+def _spread(
+    parts: Mapping[str, str | None], operations: Mapping[str, _Operation]
+) -> dict[str, str]:
+    """Parts for all operations of a computation, from the nearest that have one: first from those
+    that say more than `layers`, and not through a loop, then from any."""
+    told = {name: part for name, part in parts.items() if part and part != REST}
+    for sources, loose in (
+        ([name for name, part in told.items() if not part.startswith(LAYERS)], LOOSE | HOLDERS),
+        (list(told), LOOSE),
+    ):
+        beside: dict[str, list[str]] = defaultdict(list)
+        for name, operation in operations.items():
+            for operand in operation.operands:
+                if operand in operations and not (
+                    {operation.opcode, operations[operand].opcode} & loose
+                ):
+                    beside[name].append(operand)
+                    beside[operand].append(name)
+        coming = deque(sources)
+        while coming:
+            name = coming.popleft()
+            for other in beside[name]:
+                if other not in told:
+                    told[other] = told[name]
+                    coming.append(other)
+    usual = Counter(told.values()).most_common(1)
+    return {name: told.get(name, usual[0][0] if usual else REST) for name in parts}
+
+
+def part_of(op_name: str) -> str:
+    """`head and loss, backward`, from jit(step)/transpose(jvp(the_loss))/while/body/..."""
+    part = next((part for pattern, part in PARTS if re.search(pattern, op_name)), None)
+    if part is None or part == "optimizer":
+        return part or REST
+    if "rematted_computation" in op_name:
+        return f"{part}, computed again"
+    return f"{part}, {'backward' if 'transpose(' in op_name else 'forward'}"

@@ -1,0 +1,152 @@
+"""Each way to compute attention against the contract, and the contract against a loop."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyaira.mesh import make_mesh
+from easyaira.models import attention as attentions
+from easyaira.models.attention import attention, visible
+from easyaira.models.layers import Compute
+
+EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
+LENGTHS = sorted({*range(1, 301, 23), *EDGES, 300})
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def rows(length: int, *, shared: bool, seed: int = 0):
+    """Two rows: sequences of uneven lengths, some of them pairs, then padding."""
+    rng = np.random.default_rng([length, seed])
+    shape = (2, length)
+    q, k, v = (
+        jnp.asarray(rng.normal(0, 1, (*shape, heads, WIDTH)), jnp.float32)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    segments, sides = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row in range(2):
+        at, number = 0, 0
+        while at < length - row * 3:
+            end = min(at + int(rng.integers(1, max(length // 2, 2))), length - row * 3)
+            number += 1
+            segments[row, at:end] = number
+            if shared:  # prompt, first answer, second answer
+                first, second = sorted(rng.integers(at, end + 1, 2))
+                sides[row, first:second], sides[row, second:end] = 1, 2
+            else:
+                sides[row, at:end] = number % 3
+            at = end
+    return (q, k, v), jnp.asarray(segments), jnp.asarray(sides)
+
+
+def by_hand(q, k, v, mask):
+    """softmax(q k / sqrt(N)) v with a mask, in full."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("rqhn,rthn->rhqt", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30))
+    out = jnp.einsum("rhqt,rthn->rqhn", weights, v)
+    return out.reshape(*q.shape[:2], -1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_contract_equals_its_sentence(causal):
+    _, segments, sides = rows(40, shared=True)
+    sides = sides.at[0, 5].set(3)
+    seen = np.asarray(visible(segments, sides, causal=causal))
+    for r, q, k in np.ndindex(seen.shape):
+        of_own = segments[r, q] == segments[r, k] != 0
+        side = sides[r, k] == 0 or (sides[r, k] == sides[r, q] and sides[r, k] != 3)
+        assert seen[r, q, k] == bool(of_own and side and (k <= q or not causal))
+    part = visible(segments, sides, slice(8, 24), slice(0, 24), causal=causal)
+    assert np.array_equal(part, seen[:, 8:24, :24])
+
+
+def check(compute, arrays, segments, sides, causal=True):
+    """Outputs and gradients of real tokens equal those by hand."""
+    real = np.asarray(segments > 0)
+    mask = visible(segments, sides, causal=causal)
+    weights = jnp.asarray(np.random.default_rng(0).normal(0, 1, real.shape + (HEADS * WIDTH,)))
+    weights = weights * real[..., None]
+
+    def total(of):
+        def loss(arrays):
+            out = of(*arrays)
+            return (out * weights).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+    ours = partial(attention, compute=compute, causal=causal)
+    (_, out), grads = total(lambda *x: ours(*x, segments, sides))
+    (_, wanted), wanted_grads = total(lambda *x: by_hand(*x, mask))
+    np.testing.assert_allclose(out[real], wanted[real], rtol=2e-5, atol=2e-5)
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted_grad, rtol=2e-5, atol=2e-5)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blocks_of_queries_change_nothing(length, monkeypatch):
+    monkeypatch.setattr(attentions, "BLOCK", 64)
+    arrays, segments, sides = rows(length, shared=length % 2 == 0)
+    check(Compute(), arrays, segments, sides)
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 200])
+def test_blocks_without_causality(length, monkeypatch):
+    monkeypatch.setattr(attentions, "BLOCK", 64)
+    arrays, segments, sides = rows(length, shared=False)
+    check(Compute(), arrays, segments, sides, causal=False)
+
+
+@pytest.mark.parametrize("length, shared", [(n, n % 3 == 0) for n in LENGTHS] + [(200, True)])
+def test_splash_kernel_equals_xla(length, shared, monkeypatch):
+    """The TPU's kernel, interpreted."""
+    interpreted = partial(attentions._splash_rows, interpret=True)
+    monkeypatch.setattr(attentions, "_splash_rows", interpreted)
+    arrays, segments, sides = rows(length, shared=shared)
+    check(Compute(attention="splash", shared_prompt=shared), arrays, segments, sides)
+
+
+@pytest.mark.parametrize("axes", ["dp=2,fsdp=2,tp=2"])
+def test_splash_kernel_on_many_devices(axes, devices, monkeypatch):
+    """Each device computes its rows and heads by itself, and nothing is gathered for it."""
+    devices(8)
+    interpreted = partial(attentions._splash_rows, interpret=True)
+    monkeypatch.setattr(attentions, "_splash_rows", interpreted)
+    arrays, segments, sides = rows(130, shared=True)
+    arrays, segments, sides = jax.tree.map(
+        lambda x: jnp.concatenate([x] * 2), (arrays, segments, sides)
+    )
+    compute = Compute(attention="splash", shared_prompt=True)
+    alone = attention(*arrays, segments, sides, compute)
+    with jax.set_mesh(make_mesh(axes)):
+        divided = (
+            jax.jit(lambda *x: attention(*x, compute)).lower(*arrays, segments, sides).compile()
+        )
+        out = divided(*arrays, segments, sides)
+    np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_splash_kernel_compiles_for_a_tpu(shared):
+    """By the TPU's own compiler, forward and backward, for lengths and heads that it must pad."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 2, 2), ("dp", "fsdp", "tp"))
+    lie = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("dp", "fsdp")))
+    shapes = [((4, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+    shapes += [((4, 200), jnp.int32)] * 2
+    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=lie) for shape, dtype in shapes]
+    compute = Compute(jnp.bfloat16, attention="splash", shared_prompt=shared)
+
+    def total(*x):
+        return attention(*x, compute).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*given).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, d q, d k and v

@@ -1,0 +1,186 @@
+"""scripts/benchmark.py: what it compares is the same work, and what it says of it is right."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from benchmarks import show, sides, tracing, training
+
+from easyaira import mesh as meshes
+from easyaira import objectives, trainer
+from easyaira.config import DPOConfig
+from easyaira.data.batches import Batches
+from easyaira.models.registry import model_of
+
+PAIRS = 3
+
+
+@pytest.fixture(params=["sft", "dpo"])
+def work(request, monkeypatch):
+    """A tiny model under the name `tiny`, and three short examples for it."""
+    monkeypatch.setitem(sides.MODELS, "tiny", tiny.CONFIGS["gpt2"])
+    monkeypatch.setitem(sides.KINDS, "short", ((6, 0.5), (8, 0.5), 30))
+    asked = {"task": request.param, "model": "tiny", "lengths": "short"}
+    return asked | {"examples": PAIRS, "updates": 2}
+
+
+def gradients(loss_fn, params, frozen, batches):
+    """Loss and gradients of the first update."""
+    part = jax.tree.map(lambda array: jnp.asarray(array[0]), dict(batches[0].arrays))
+
+    def mean(params):
+        total, count = loss_fn(params, frozen, part, None)["loss"]
+        return total / count
+
+    return jax.jit(jax.value_and_grad(mean))(params)
+
+
+def test_the_naive_step_does_the_same(work, models):
+    """Its loss and gradients are those of packed rows with prompts stored once."""
+    model, params = tiny.load(models / "gpt2")
+    rng = np.random.default_rng(0)
+    frozen = jax.tree.map(lambda leaf: leaf + 0.05 * rng.normal(size=leaf.shape), params)
+    examples, pairs = sides.examples_of(work), work["task"] == "dpo"
+    examples.tokens[:] = rng.integers(0, tiny.VOCAB, len(examples.tokens))
+    if pairs:
+        config = DPOConfig(beta=sides.BETA)
+        loss_fn = objectives.dpo(model, config, pairs=PAIRS, reference=model)
+    else:
+        loss_fn = objectives.sft(model)
+    ours = gradients(loss_fn, params, frozen, Batches(examples, PAIRS, share_prompt=pairs))
+    padded = sides.Padded(Batches(examples, PAIRS, packing=False), sides.max_length(work))
+    naive = gradients(sides.full_logits(model), params, frozen, padded)
+    assert padded[0].arrays["tokens"].shape == (1, PAIRS, examples.answers, 30)
+    np.testing.assert_allclose(naive[0], ours[0], rtol=1e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(ours[1]):
+        other = dict(jax.tree_util.tree_leaves_with_path(naive[1]))[path]
+        scale = float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(other, leaf, rtol=1e-4, atol=1e-5 * scale, err_msg=str(path))
+
+
+def test_examples_fit_into_the_model():
+    work = {"task": "dpo", "model": "gpt2-small", "lengths": "ultrafeedback"}
+    examples = sides.examples_of(work | {"examples": 64, "updates": 4})
+    assert examples.lengths().max() == sides.max_length(work) == 1024
+
+
+def test_every_model_can_be_built():
+    for name, config in sides.MODELS.items():
+        model = model_of(config, name)
+        assert model.config.max_positions >= sides.max_length({"model": name, "lengths": "aira"})
+    assert model_of(sides.MODELS["gpt2-124m"], "").parameter_count() == 124_439_808
+
+
+@pytest.mark.parametrize("naive", [False, True])
+def test_a_trace_names_what_costs(work, naive, tmp_path):
+    side = sides.ours(work, {"naive": naive})
+    assert side.facts["tokens"] == sides.examples_of(work).lengths().sum()
+    costs = side.trace(tmp_path)
+    assert sum(cost["share"] for cost in costs) == pytest.approx(1)
+    assert [c["share"] for c in costs] == sorted((c["share"] for c in costs), reverse=True)
+    names = {cost["cost"] for cost in costs}
+    for part in ("head and loss, forward", "head and loss, backward", "MLP, backward"):
+        assert f"{part}: products" in names
+    assert {"optimizer: all but products", "norms, forward: all but products"} <= names
+    assert list(tmp_path.rglob("*.xplane.pb"))  # what TensorBoard reads
+
+
+def test_operations_without_a_name_belong_to_their_neighbours():
+    places = tracing.places(
+        """\
+%fused (p.0: f32[2]) -> f32[2] {
+  %p.0 = f32[2]{0} parameter(0)
+  ROOT %dot.1 = f32[2]{0} dot(%p.0, %p.0)
+}
+
+ENTRY %main (p.1: f32[2]) -> (f32[2]) {
+  %p.1 = f32[2]{0} parameter(0)
+  %copy.1 = f32[2]{0} copy(%p.1)
+  %bitcast.1 = f32[2]{0} bitcast(%copy.1)
+  %add.1 = f32[2]{0} add(%bitcast.1, %bitcast.1), metadata={op_name="jit(s)/jvp(the_loss)/CausalLM/model/h/mlp/add"}
+  %fusion.1 = f32[2]{0} fusion(%add.1), kind=kLoop, calls=%fused
+  %while.1 = (f32[2], s32[]) while(%tuple.1), body=%fused, metadata={op_name="jit(s)/transpose(jvp(the_loss))/while"}
+  %multiply.2 = f32[2]{0} multiply(%p.1, %p.1), metadata={op_name="jit(s)/the_optimizer/mul"}
+  %multiply.3 = f32[2]{0} multiply(%p.1, %p.1), metadata={op_name="jit(s)/the_optimizer/mul"}
+  ROOT %multiply.1 = f32[2]{0} multiply(%p.1, %p.1), metadata={op_name="jit(s)/the_optimizer/mul"}
+}
+"""  # noqa: E501
+    )
+    assert places["copy.1"] == places["add.1"] == "MLP, forward: all but products"
+    assert places["fusion.1"] == "MLP, forward: products"
+    assert places["while.1"] is None
+    assert places["multiply.1"] == "optimizer: all but products"
+
+
+ARGUMENTS = {
+    "task": "dpo",
+    "model": "gpt2-small",
+    "lengths": "hh",
+    "examples": 2,
+    "updates": 2,
+    "rounds": 3,
+    "ladder": False,
+    "against": "share_prompt",
+    "gradient_checkpointing": None,
+    "peer": None,
+    "profile": None,
+    "debug": False,
+}
+
+
+def test_ratios_are_medians_of_rounds(monkeypatch, tmp_path, capsys):
+    """Rounds are in turns, and each is compared with the same round of the other side."""
+    asked = []
+
+    class Fake:
+        def __init__(self, entry, work, debug):
+            self.entry, self.place = entry, len(asked) and 1
+            asked.append("built")
+            self.facts = {"tokens": 1000, "operations per token": 1e9, "device": "NVIDIA A100-x"}
+            self.facts |= {"devices": 2, "to first s": 1.0, "positions per token": 1.5}
+            self.facts |= {"temporaries MiB": 10.0}
+            self.cpu = iter([[8.0, 40.0, 8.0], [4.0, 10.0, 2.0]][self.place])
+
+        def ask(self, what):
+            asked.append(self.place)
+            return {"wall": 2.0, "cpu": next(self.cpu), "peak MiB": 5.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(training, "Worker", Fake)
+    rows, costs = training.measure(SimpleNamespace(**ARGUMENTS))
+    assert asked[2:] == [0, 1] * 3 and costs is None
+    assert [row["speed, first = 1"] for row in rows] == [1, 4]  # of 2, 4 and 4
+    assert rows[0]["tokens/s"] == 500 and rows[0]["update s"] == 1
+    assert rows[1]["tokens/CPU s"] == 250
+    assert rows[0]["MFU"] == pytest.approx(500 * 1e9 / (2 * 312e12))
+    show.table(rows)
+    assert "prompt stored once" in capsys.readouterr().out.splitlines()[2]
+    show.bars(rows, "title", tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_only_pairs_have_is_not_measured_in_sft():
+    arguments = ARGUMENTS | {"task": "sft"}
+    with pytest.raises(SystemExit, match="use --task dpo"):
+        training.sides_of(SimpleNamespace(**arguments))
+    ladder = training.sides_of(SimpleNamespace(**(arguments | {"against": None, "ladder": True})))
+    assert [entry.name for entry in ladder][-1] == "+ packed"
+    assert not {"+ reference once", "+ prompt once"} & {entry.name for entry in ladder}
+
+
+def test_one_update_on_two_devices(work, devices):
+    """Weights and rows divided: the same program, with a half on each."""
+    devices(2)
+    side = sides.ours(work | {"examples": 4}, {})
+    assert side.facts["devices"] == 2 and side.run()[1] > 0
+    assert meshes.data_shards(meshes.make_mesh("fsdp=-1")) == 2
+    assert trainer.State._fields[0] == "step"
