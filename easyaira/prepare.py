@@ -324,9 +324,6 @@ def attention_cost(width: int, heads: int) -> float:
     return (4 * width + 30 * heads) / (24 * width**2)
 
 
-KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
-
-
 def _adapter(config: RunConfig, found: Found) -> lora.Adapter:
     """The adapter of a run, compared with the one that it goes on with."""
     if found.model.vocab_size != found.stored.vocab_size:
@@ -339,6 +336,9 @@ def _adapter(config: RunConfig, found: Found) -> lora.Adapter:
     if config.lora.adapter is not None:
         adapter.read_peft(pretrained.find(config.lora.adapter).folder)
     return adapter
+
+
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
 
 
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:

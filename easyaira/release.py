@@ -173,6 +173,11 @@ def export_adapter(
         _write_json(new / lora.ADAPTER_CONFIG, adapter.peft_config(at["name"], at["commit"]))
         tokenizer.save_pretrained(str(new))
         report = {"tensors": written, "read_back": _verify(weights.open_file(file), written, new)}
+        if adapter.config.quantize:
+            report["read_back"] += (
+                f"; it was trained on a base in {adapter.config.quantize} and is released for the "
+                "weights as they are stored, which give other logits"
+            )
 
         def load() -> Any:
             return adapter.merge(base.load(adapter.model, mesh), adapter.read_peft(new))
