@@ -80,7 +80,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
             config=config,
             mesh=setup.mesh,
             key=setup.dropout_key,
-            flops_per_token=plan.flops_per_token(setup, frozen is not None),
+            flops_per_token=plan.flops_per_token(setup.model, frozen is not None, setup.adapter),
             before=before,
             window=window,
             log=log,
