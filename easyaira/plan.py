@@ -9,6 +9,7 @@ import numpy as np
 
 from easyaira import lora, optim, trainer
 from easyaira import mesh as meshes
+from easyaira.models.registry import Model
 from easyaira.prepare import Algorithm, Setup
 
 
@@ -94,11 +95,12 @@ def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, setup.dropout_key).compile()
 
 
-def flops_per_token(setup: Setup, reference_in_step: bool) -> float:
+def flops_per_token(
+    model: Model, reference_in_step: bool, adapter: lora.Adapter | None = None
+) -> float:
     """Operations of an update per real token: two per weight of a product forward and four
     backward (two if it is frozen), and two more for a reference that is computed in the step.
     Attention scores are left out, and a scorer's head, which is applied once a text."""
-    model, adapter = setup.model, setup.adapter
     if model.scorer:
         leaves = jax.tree_util.tree_leaves_with_path(model.shapes["model"])
         products = sum(x.size for at, x in leaves if not meshes.path_of(at).endswith("embedding"))

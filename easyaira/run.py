@@ -101,7 +101,7 @@ def _updates(
             config=config,
             mesh=setup.mesh,
             key=setup.dropout_key,
-            flops_per_token=plan.flops_per_token(setup, frozen is not None),
+            flops_per_token=plan.flops_per_token(setup.model, frozen is not None, setup.adapter),
             before=before,
             window=window,
             log=log,
