@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     from easyaira import mesh, prepare
     from easyaira.data import report
-    from easyaira.data.examples import recipe_of
+    from easyaira.data.build import recipe_of
 
     found = prepare.find(config, mesh.make_mesh("fsdp=-1"))
     recipe = recipe_of(task_of(config), config.data, found.max_length, config.sft)

@@ -18,7 +18,8 @@ from easyaira import mesh as meshes
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.data.batches import Batches
-from easyaira.data.examples import Examples, Recipe
+from easyaira.data.build import Recipe
+from easyaira.data.examples import Examples
 from easyaira.data.templates import Template
 from easyaira.errors import ConfigError, TokenizerError
 from easyaira.models.layers import Compute

@@ -203,7 +203,7 @@ class Pretrained:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
         from transformers import AutoTokenizer
 
-        # warns of long texts; what is cut is decided and counted in data/examples.py
+        # warns of long texts; what is cut is decided and counted in data/build.py
         logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
         if name is not None:

@@ -21,7 +21,7 @@ from easyaira import metrics, objectives, pretrained, trainer
 from easyaira.config import TrainDPO
 from easyaira.data import dataset
 from easyaira.data.batches import LAYOUT, Batches
-from easyaira.data.examples import recipe_of
+from easyaira.data.build import recipe_of
 from easyaira.errors import ConfigError
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def reward_algorithm(config: TrainReward) -> Algorithm:
     """Reward modelling as `run` takes it; its task is what the columns of the data are for."""
     from easyaira import objectives
+    from easyaira.data.build import recipe_of
     from easyaira.data.dataset import task_of
-    from easyaira.data.examples import recipe_of
     from easyaira.prepare import Algorithm, Setup
 
     def labelled(setup: Setup) -> bool:

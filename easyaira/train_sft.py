@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def sft_algorithm(config: TrainSFT) -> Algorithm:
     """SFT as `run` takes it."""
     from easyaira import objectives
-    from easyaira.data.examples import recipe_of
+    from easyaira.data.build import recipe_of
     from easyaira.prepare import Algorithm
 
     return Algorithm(

@@ -8,7 +8,7 @@ import tiny
 
 from easyaira.config import DataConfig, SFTConfig, Source
 from easyaira.data import dataset, report
-from easyaira.data.examples import recipe_of
+from easyaira.data.build import recipe_of
 from easyaira.data.templates import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
@@ -238,7 +238,7 @@ def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypat
     assert len(list(root.iterdir())) == 1
     assert isinstance(first.train.tokens.base, np.memmap)
     with monkeypatch.context() as nothing_can_be_built:
-        nothing_can_be_built.setattr(dataset.examples, "build", None)
+        nothing_can_be_built.setattr(dataset.build, "build", None)
         again = load(file, seed=5)
     np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
     assert first.report == again.report

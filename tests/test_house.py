@@ -23,6 +23,7 @@ HOUSE = """
 
     data.sources data.schemas data.templates
     data.examples
+    data.build
     data.dataset data.batches
     data.report
 

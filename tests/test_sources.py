@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from easyaira.config import DataConfig, SFTConfig, Source
 from easyaira.data import dataset, schemas, sources
-from easyaira.data.examples import recipe_of
+from easyaira.data.build import recipe_of
 from easyaira.data.sources import BadRow
 from easyaira.data.templates import Template
 from easyaira.errors import DataError

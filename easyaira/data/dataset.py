@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from easyaira.config import DataConfig, Source
-from easyaira.data import examples, schemas, sources, templates
-from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, Recipe
+from easyaira.data import build, examples, schemas, sources, templates
+from easyaira.data.build import Recipe
+from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples
 from easyaira.data.templates import Template
 from easyaira.errors import ConfigError, DataError, StorageError, TokenizerError
 
@@ -200,7 +201,7 @@ def _cached(
         raise cache_error(root, error) from error
     try:
         rows = islice(sources.read(source), limit)
-        examples.build(rows, building, recipe=recipe, template=template, label=label)
+        build.build(rows, building, recipe=recipe, template=template, label=label)
         try:
             building.rename(folder)
         except OSError:

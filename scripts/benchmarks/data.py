@@ -104,7 +104,7 @@ def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
 
     from easyaira.config import DataConfig
     from easyaira.data import dataset
-    from easyaira.data.examples import Recipe
+    from easyaira.data.build import Recipe
     from easyaira.data.templates import Template
 
     tasks = {"sft": "conversation", "preference": "pair", "toxicity": "label"}
