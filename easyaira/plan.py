@@ -26,7 +26,8 @@ def describe(setup: Setup) -> str:
     adapter = f"{describe_adapter(setup)}\n" if setup.adapter else ""
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
-        f"{model.vocab_size}, {model.compute.dtype.name} on {setup.mesh.size} x "
+        f"{model.vocab_size}, {model.compute.dtype.name}, attention by {model.compute.attention}, "
+        f"on {setup.mesh.size} x "
         f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
         f"{_new_head(setup)}{adapter}"
         f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}"
