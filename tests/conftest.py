@@ -43,6 +43,13 @@ def one_device(devices):
     devices(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Programs of a file's tests are not kept in memory for those of the next."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A Hugging Face folder of each architecture."""

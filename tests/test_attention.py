@@ -13,7 +13,7 @@ from easyaira.models.attention import attention, visible
 from easyaira.models.layers import Compute
 
 EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
-LENGTHS = sorted({*range(1, 301, 23), *EDGES, 300})
+LENGTHS = sorted({*range(1, 301, 52), *EDGES, 300})
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
