@@ -49,6 +49,18 @@ model = AutoModelForSequenceClassification.from_pretrained(folder)
 {inputs}
 print(model(**inputs).logits[0, 0].item())  # the higher, the better
 ```"""
+SCORING_ADAPTER = """```python
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    folder, num_labels=1, pad_token_id=tokenizer.pad_token_id
+)
+{inputs}
+print(model(**inputs).logits[0, 0].item())  # the higher, the better
+```"""
 JUDGED = {  # what a reward model takes, by what it was trained on
     "text": """inputs = tokenizer("You are welcome.", truncation=True, return_tensors="pt")""",
     "answer, encoder": """text = "How are you?" + tokenizer.sep_token + "Fine, thank you."
@@ -67,6 +79,7 @@ KINDS = {  # kind: library, task on the hub, usage
     "chat": ("transformers", "text-generation", CHAT),
     "adapter": ("peft", "text-generation", ADAPTER),
     "reward": ("transformers", "text-classification", REWARD),
+    "adapter, reward": ("peft", "text-classification", SCORING_ADAPTER),
 }
 PAPERS = {
     "dpo": "Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290",
@@ -99,7 +112,7 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
     results = _results(rows, algorithm)
     kind = "reward" if algorithm == "reward" else "chat"
     if any("lora_" in name for name in proof["tensors"]):
-        kind = "adapter"
+        kind = {"chat": "adapter", "reward": "adapter, reward"}[kind]
     library, task, usage = KINDS[kind]
     judged = "text" if data["recipe"]["task"] == "label" else "answer"
     judged += ", encoder" if judged == "answer" and data["template"] == "encoder" else ""
@@ -273,8 +286,10 @@ def _precision(lora: Mapping[str, Any] | None) -> str:
 
 def _trained(proof: Mapping[str, Any]) -> str:
     """The parameters of adapters, where they are what was exported."""
-    sizes = [math.prod(t["shape"]) for name, t in proof["tensors"].items() if "lora_" in name]
-    return f"; {sum(sizes):,} trained parameters" if sizes else ""
+    if not any("lora_" in name for name in proof["tensors"]):
+        return ""
+    trained = sum(math.prod(tensor["shape"]) for tensor in proof["tensors"].values())
+    return f"; {trained:,} trained parameters"
 
 
 def _options(group: Mapping[str, Any]) -> str:

@@ -416,6 +416,8 @@ class TrainReward(RunConfig):
         super().__post_init__()
         if self.num_samples:
             raise ConfigError("num_samples: a model that scores answers no prompts; leave it out")
+        if self.generation != GenerationConfig():
+            raise ConfigError("generation: a model that scores writes nothing; leave it out")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

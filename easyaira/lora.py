@@ -6,6 +6,9 @@ tuned model is `model.apply` of the base with these beside its kernels (`Adapter
 is `model.apply` of the base. In a run, only the adapter has gradients, optimizer state and
 checkpoints; the base is an argument of the step and is held in few bits (`Adapter.hold`).
 
+A scorer's head is trained whole, as peft trains it. Its parameters are the adapter's, under their
+own paths, and no part of the base.
+
 Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA.
 """
 
@@ -38,6 +41,7 @@ from easyaira.weights import TRANSPOSE, Row
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+PEFT_HEADS = {"classifier", "score"}  # that peft names for every scorer, of which a model has one
 
 # adapter_config.json keys that change the numbers and are not built: their only accepted values
 PEFT_NEUTRAL: dict[str, tuple] = {
@@ -47,7 +51,6 @@ PEFT_NEUTRAL: dict[str, tuple] = {
     "layer_replication": (None,),
     "layers_to_transform": (None,),
     "lora_bias": (None, False),
-    "modules_to_save": (None, []),
     "peft_type": ("LORA",),
     "rank_pattern": (None, {}),
     "target_parameters": (None, []),
@@ -58,9 +61,11 @@ PEFT_NEUTRAL: dict[str, tuple] = {
 
 
 class Base(NamedTuple):
-    """Frozen weights as they are held, and the fingerprint of what they were made from."""
+    """Frozen weights as they are held, the head that a scorer starts from (else nothing), and the
+    fingerprint of what the frozen weights were made from."""
 
     params: Any
+    head: Any
     fingerprint: str
 
 
@@ -78,11 +83,13 @@ class Adapter:
 
     Attributes:
         targets: the rows of the weight table whose kernels are adapted.
+        head: the rows of a scorer's head, which is trained whole; a language model has none.
     """
 
     config: LoraConfig
     model: Model
     targets: tuple[Row, ...]
+    head: tuple[Row, ...]
 
     @property
     def scale(self) -> float:
@@ -92,7 +99,8 @@ class Adapter:
     @cached_property
     def shapes(self) -> Any:
         """Shapes of the adapter's float32 parameters."""
-        kernels, tree = _flat(self.model.shapes), {}
+        kernels = _flat(self.model.shapes)
+        tree = {row.ours: kernels[row.ours] for row in self.head}
         for row in self.targets:
             layers, inputs, *outputs = kernels[row.ours].shape
             for name, shape in (("a", (inputs, self.config.r)), ("b", (self.config.r, *outputs))):
@@ -105,11 +113,13 @@ class Adapter:
 
     def specs(self) -> Any:
         """PartitionSpecs, from the kernels' own: `lora_a` is divided as the kernel's inputs are,
-        `lora_b` as its outputs are, and the rank never."""
+        `lora_b` as its outputs are, and the rank never. The head is divided as it always is."""
         kernels = _flat(meshes.partition_specs(self.model.shapes, self.model.rules))
 
         def spec(path, leaf):
             folder, _, name = path_of(path).rpartition("/")
+            if self.replaces(path_of(path)):
+                return kernels[path_of(path)]
             layer, inputs, *outputs = kernels[f"{folder}/kernel"]
             return P(layer, inputs, None) if name == "lora_a" else P(layer, None, *outputs)
 
@@ -120,11 +130,14 @@ class Adapter:
         shardings = jax.tree.map(partial(NamedSharding, mesh), self.specs(), is_leaf=_is_spec)
         return meshes.like(self.shapes, shardings)
 
-    def init(self, key: jax.Array) -> Any:
-        """A uniform in +-1/sqrt(in), as peft's Kaiming draw with a = sqrt(5) is; B zero."""
-        paths = sorted(_flat(self.shapes))
+    def init(self, key: jax.Array, head: Any = None) -> Any:
+        """A uniform in +-1/sqrt(in), as peft's Kaiming draw with a = sqrt(5) is; B zero; the head
+        as it is given (`parted`)."""
+        paths, given = sorted(_flat(self.shapes)), _flat(head)
 
         def leaf(path, shape):
+            if self.replaces(path_of(path)):
+                return given[path_of(path)]
             if path[-1].key == "lora_b":
                 return jnp.zeros(shape.shape)
             bound = 1 / math.sqrt(shape.shape[1])
@@ -173,6 +186,17 @@ class Adapter:
 
     # the base, as it is held
 
+    def replaces(self, path: str) -> bool:
+        """Whether this weight of the model is of the head."""
+        return any(row.ours == path for row in self.head)
+
+    def parted(self, tree: Any) -> tuple[Any, Any]:
+        """A tree of all of the model's weights as what adapters stand on, and the head."""
+        base, head = {}, {}
+        for path, leaf in _flat(tree).items():
+            (head if self.replaces(path) else base)[path] = leaf
+        return _nested(base), _nested(head)
+
     def hold(self, path: tuple, leaf: jax.Array, dtype: Any) -> Any:
         """A float32 weight of the base in as few bits as the run asked for.
 
@@ -193,26 +217,29 @@ class Adapter:
     def held_target(self, mesh: Mesh, dtype: Any) -> Any:
         """Shapes and shardings of the base as it is held. Scales are divided as the outputs are."""
         specs = meshes.partition_specs(self.model.shapes, self.model.rules)
+        (shapes, _), (specs, _) = self.parted(self.model.shapes), self.parted(specs)
 
         def held(path, leaf, spec):
-            shapes = jax.eval_shape(lambda x: self.hold(path, x, dtype), leaf)
-            if not isinstance(shapes, dict):
-                return _sharded(shapes, mesh, spec, path)
+            kept = jax.eval_shape(lambda x: self.hold(path, x, dtype), leaf)
+            if not isinstance(kept, dict):
+                return _sharded(kept, mesh, spec, path)
             layer, _, *outputs = spec
             scale = P(layer, None, *outputs)
             return {
                 name: _sharded(shape, mesh, scale if name == "scale" else spec, path)
-                for name, shape in shapes.items()
+                for name, shape in kept.items()
             }
 
-        return jax.tree_util.tree_map_with_path(held, self.model.shapes, specs)
+        return jax.tree_util.tree_map_with_path(held, shapes, specs)
 
     def holder(self, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Array], Any]:
         """`hold` as a loader calls it, weight by weight, so that no more than one of them is there
-        in float32."""
+        in float32. The head is not held, and stays as it is."""
         target = self.held_target(mesh, dtype)
 
         def hold(path: tuple, leaf: jax.Array) -> Any:
+            if self.replaces(path_of(path)):
+                return leaf
             wanted = target
             for key in path:
                 wanted = wanted[key.key]
@@ -222,14 +249,17 @@ class Adapter:
         return hold
 
     def merge(self, base: Any, params: Any) -> Any:
-        """The tuned model as weights alone: kernel + scale A B, in float32.
+        """The tuned model as weights alone: kernel + scale A B, in float32, and the trained head.
 
         Args:
-            base: float32 weights, as they are stored, not as they were held.
+            base: float32 weights, as they are stored, not as they were held. Of a scorer, with any
+                head.
         """
         flat = _flat(params)
 
         def leaf(path, kernel):
+            if self.replaces(path_of(path)):
+                return flat[path_of(path)]
             a, b = (flat.get(path_of(path).replace("/kernel", f"/lora_{m}")) for m in "ab")
             return kernel if a is None else _add_product(kernel, a, b * self.scale)
 
@@ -238,13 +268,17 @@ class Adapter:
     # PEFT's format
 
     def to_peft(self, params: Any) -> dict[str, np.ndarray]:
-        """Tensors as peft names and lays them out: A [r, in], B [out, r], one of each layer."""
+        """Tensors as peft names and lays them out: A [r, in], B [out, r], one of each layer, and
+        those of the head."""
         flat, tensors = _flat(params), {}
         for row in self.targets:
             a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
             for i, (name_a, name_b) in enumerate(_peft_names(row, len(a))):
                 tensors[name_a] = np.ascontiguousarray(a[i].T)
                 tensors[name_b] = np.ascontiguousarray(b[i].reshape(self.config.r, -1).T)
+        for row in self.head:
+            tensor = row.op.to_theirs(np.asarray(flat[row.ours]))
+            tensors[PEFT_PREFIX + row.theirs] = np.ascontiguousarray(tensor)
         return tensors
 
     def from_peft(self, tensors: Mapping[str, np.ndarray], where: str) -> Any:
@@ -254,6 +288,17 @@ class Adapter:
             WeightsError: tensors are missing, left over, of another shape or not finite.
         """
         shapes, flat, left = _flat(self.shapes), {}, dict(tensors)
+
+        def take(name: str, wanted: tuple[int, ...]) -> np.ndarray:
+            tensor = left.pop(name, None)
+            if tensor is None or tensor.shape != wanted or not np.isfinite(tensor).all():
+                found = "is missing" if tensor is None else f"has shape {tensor.shape}"
+                raise WeightsError(
+                    f"{where}: {name} {found}; wanted are {wanted} and finite values. Is it an "
+                    f"adapter of this model, with these lora.target_modules{self._whole}?"
+                )
+            return tensor.astype(np.float32)
+
         for row in self.targets:
             a, b = (shapes[row.ours.replace("/kernel", f"/lora_{m}")] for m in "ab")
             of_a, of_b = [], []
@@ -262,29 +307,36 @@ class Adapter:
                     (name_a, a.shape[1:], of_a),
                     (name_b, b.shape[1:], of_b),
                 ):
-                    tensor = left.pop(name, None)
-                    wanted = (math.prod(shape[1:]), shape[0])
-                    if tensor is None or tensor.shape != wanted or not np.isfinite(tensor).all():
-                        found = "is missing" if tensor is None else f"has shape {tensor.shape}"
-                        raise WeightsError(
-                            f"{where}: {name} {found}; wanted are {wanted} and finite values. Is "
-                            "it an adapter of this model, with these lora.target_modules?"
-                        )
-                    layers.append(tensor.astype(np.float32).T.reshape(shape))
+                    tensor = take(name, (math.prod(shape[1:]), shape[0]))
+                    layers.append(tensor.T.reshape(shape))
             flat[row.ours.replace("/kernel", "/lora_a")] = np.stack(of_a)
             flat[row.ours.replace("/kernel", "/lora_b")] = np.stack(of_b)
+        for row in self.head:
+            layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
+            flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
         if left:
             raise WeightsError(
                 f"{where}: holds {sorted(left)[0]}, which lora.target_modules does not name"
             )
         return _nested(flat)
 
+    @property
+    def head_modules(self) -> list[str]:
+        """peft's names of the modules that make up the head."""
+        prefix = self.model.architecture.prefix
+        modules = (row.theirs.removeprefix(prefix).partition(".")[0] for row in self.head)
+        return sorted(set(modules))
+
+    @property
+    def _whole(self) -> str:
+        return f" and modules_to_save {self.head_modules}" if self.head else ""
+
     def peft_config(self, base: str, revision: str | None) -> dict[str, Any]:
         """adapter_config.json."""
         alpha = self.config.alpha
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": "SEQ_CLS" if self.model.scorer else "CAUSAL_LM",
             "base_model_name_or_path": base,
             "revision": revision,
             "r": self.config.r,
@@ -294,7 +346,7 @@ class Adapter:
             "target_modules": self.config.target_modules,
             "fan_in_fan_out": any(row.op is not TRANSPOSE for row in self.targets),
             "bias": "none",
-            "modules_to_save": None,
+            "modules_to_save": self.head_modules or None,
             "init_lora_weights": True,
             "inference_mode": True,
         }
@@ -312,12 +364,18 @@ class Adapter:
             differ = [
                 key for key, only in PEFT_NEUTRAL.items() if found.get(key, only[0]) not in only
             ]
+            saved = set(found.get("modules_to_save") or ()) - set(self.head_modules)
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"lora.adapter: {file} cannot be read: {error}") from error
         if differ:
             raise ConfigError(
                 f"{file}: {differ[0]}: {found[differ[0]]!r} is not built; only "
                 f"{PEFT_NEUTRAL[differ[0]][0]!r}"
+            )
+        if saved and not (self.head and saved <= PEFT_HEADS):
+            raise ConfigError(
+                f"{file}: modules_to_save: {sorted(saved)[0]!r} is not built; only "
+                f"{self.head_modules or None}"
             )
         for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
             wanted, there = getattr(self.config, ours), found.get(theirs, False)
@@ -367,7 +425,8 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
             f"there are {', '.join(there)}"
         )
     targets = tuple(row for row in rows if any(row in some for some in found.values()))
-    return Adapter(config, model, targets)
+    head = model.architecture.score_head.rows if model.scorer else ()
+    return Adapter(config, model, targets, tuple(head))
 
 
 def of_record(record: Mapping[str, Any], model: Model) -> Adapter:

@@ -40,7 +40,10 @@ def describe(setup: Setup) -> str:
 
 def _new_head(setup: Setup) -> str:
     """What of a scorer's head the model that it begins with does not have."""
-    drawn = [] if setup.config.model.init == "random" else setup.origin.check(setup.stored)
+    adapters = setup.config.lora and setup.config.lora.adapter
+    if setup.config.model.init == "random" or adapters:  # which bring the head with them
+        return ""
+    drawn = setup.origin.check(setup.stored)
     if not drawn:
         return ""
     return (
@@ -52,16 +55,23 @@ def _new_head(setup: Setup) -> str:
 def describe_adapter(setup: Setup) -> str:
     """What is trained instead of the model's weights, and how those are held."""
     adapter = setup.adapter
-    count, total = adapter.parameter_count(), setup.model.parameter_count()
+    count, total = adapter.parameter_count(), setup.model.parameter_count() + _added(adapter)
     held = jax.tree.leaves(adapter.held_target(setup.mesh, setup.model.compute.dtype))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
     names = ", ".join(lora.module_of(row).partition("{}.")[2] for row in adapter.targets)
+    if adapter.head:
+        names += f", and all of {', '.join(adapter.head_modules)}"
     kind = adapter.config.quantize or setup.model.compute.dtype.name
     return (
-        f"lora    {count:,} trainable parameters ({count / (count + total):.4%}): rank "
+        f"lora    {count:,} trainable parameters ({count / total:.4%}): rank "
         f"{adapter.config.r}, scale {adapter.scale:g}, on {names}; frozen linear layers held in "
         f"{kind}, all frozen weights take {size / 2**20:,.1f} MiB"
     )
+
+
+def _added(adapter: lora.Adapter) -> int:
+    """Parameters of adapters beside the model's own; its head is one of those."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["model"]))
 
 
 def plan(setup: Setup, algorithm: Algorithm) -> str:
@@ -111,4 +121,4 @@ def flops_per_token(
     forward = 4 if reference_in_step else 2
     if adapter is None:
         return (forward + 4) * products
-    return (forward + 2) * products + (forward + 4) * adapter.parameter_count()
+    return (forward + 2) * products + (forward + 4) * _added(adapter)

@@ -81,21 +81,24 @@ class Setup:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.trained())
         if self.config.lora.adapter is None:
             key = jax.random.key(self.config.seed)
-            return jax.jit(self.adapter.init, out_shardings=shardings)(key)
+            return jax.jit(self.adapter.init, out_shardings=shardings)(key, self.base.head)
         folder = pretrained.find(self.config.lora.adapter).folder
         return jax.device_put(self.adapter.read_peft(folder), shardings)
 
     @cached_property
     def base(self) -> lora.Base:
-        """What adapters stand on, as it is held."""
+        """What adapters stand on, as it is held, and the head that goes on from `load`'s."""
         hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
         found = weights.Fingerprint()
 
         def each(path: tuple, leaf: jax.Array) -> Any:
-            found.add(path, leaf)
+            if not self.adapter.replaces(meshes.path_of(path)):
+                found.add(path, leaf)
             return hold(path, leaf)
 
-        return lora.Base(self.origin.load(self.model, self.mesh, each=each), found.digest())
+        key = jax.random.key(self.config.seed)
+        params = self.origin.load(self.model, self.mesh, head_key=key, each=each)
+        return lora.Base(*self.adapter.parted(params), found.digest())
 
     def weights(self, params: Any) -> Any:
         """The model's weights, given those that are trained. Nothing is copied."""
@@ -328,6 +331,12 @@ def attention_cost(width: int, heads: int) -> float:
 def _adapter(config: RunConfig, found: Found) -> lora.Adapter:
     """The adapter of a run, compared with the one that it goes on with."""
     if found.model.vocab_size != found.stored.vocab_size:
+        if found.stored.scorer and config.model.resize is None:
+            raise ConfigError(
+                "lora: the tokenizer has no padding token of its own, and adapters give the model "
+                "no new one; set pad_token in its tokenizer_config.json to a control token that no "
+                "text ends with, or name a tokenizer that has one in model.tokenizer"
+            )
         raise ConfigError(
             f"lora: the tokenizer's {found.model.vocab_size - found.stored.vocab_size:+} tokens "
             "would have embeddings that adapters do not train; use a template without new tokens, "

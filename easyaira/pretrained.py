@@ -175,12 +175,14 @@ class Pretrained:
         if self.adapter is None:
             return self._restore(_target(model, mesh))
         adapter = lora.of_record(self.adapter, model)
-        return adapter.merge(self.load_base(model, mesh), self.load_adapter(adapter, mesh))
+        return adapter.merge(self.load_base(adapter, mesh), self.load_adapter(adapter, mesh))
 
-    def load_base(self, model: Model, mesh: Any) -> Any:
-        """What adapters stand on, in float32, if it is still what it was."""
-        params = self.base.load(model, mesh)
-        lora.check_base(self.adapter, weights.fingerprint(params), self.name)
+    def load_base(self, adapter: lora.Adapter, mesh: Any) -> Any:
+        """What adapters stand on, in float32, if it is still what it was; a head that it has not
+        got is drawn, and will be replaced."""
+        params = self.base.load(adapter.model, mesh, head_key=jax.random.key(0))
+        frozen, _ = adapter.parted(params)
+        lora.check_base(self.adapter, weights.fingerprint(frozen), self.name)
         return params
 
     def load_adapter(self, adapter: lora.Adapter, mesh: Any) -> Any:

@@ -179,8 +179,9 @@ def export_adapter(
                 "weights as they are stored, which give other logits"
             )
 
-        def load() -> Any:
-            return adapter.merge(base.load(adapter.model, mesh), adapter.read_peft(new))
+        def load() -> Any:  # a head that the base has not got is drawn, and replaced
+            params = base.load(adapter.model, mesh, head_key=jax.random.key(0))
+            return adapter.merge(params, adapter.read_peft(new))
 
         if base.step is None:
             report["logits"] = _compare_logits(new, adapter.model, tokenizer, load, base.folder)

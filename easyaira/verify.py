@@ -5,7 +5,8 @@ pad_token_id, as those who use it will do.
 
 python -m easyaira.verify FOLDER '[[1, 2, 3]]' [BASE]     writes FOLDER/logits.npz
 
-With BASE, FOLDER is an adapter in PEFT's format of the model in BASE.
+With BASE, FOLDER is an adapter in PEFT's format of the model in BASE. A scorer's adapter brings the
+head with it, so BASE may lack it, or have another in its place.
 """
 
 import json
@@ -22,13 +23,30 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        AutoTokenizer,
         BatchEncoding,
     )
 
     config = AutoConfig.from_pretrained(base or folder)
     scorer = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    options, replaced = {}, ()
+    if base:
+        with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
+            adapter = json.load(file)
+        scorer = adapter["task_type"] == "SEQ_CLS"
+        if scorer:
+            pad = AutoTokenizer.from_pretrained(folder).pad_token_id
+            options = {"num_labels": 1, "pad_token_id": pad}
+            replaced = tuple(adapter["modules_to_save"])
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
-    model, info = auto.from_pretrained(base or folder, dtype="float32", output_loading_info=True)
+    model, info = auto.from_pretrained(
+        base or folder, dtype="float32", output_loading_info=True, **options
+    )
+    if replaced:
+        info["missing_keys"] = [
+            key for key in info["missing_keys"] if not set(replaced) & set(key.split("."))
+        ]
+        info["unexpected_keys"] = []  # the heads of other tasks; ours was checked by its own rows
     if problems := {kind: keys for kind, keys in info.items() if keys}:
         sys.exit(f"keys do not match: {problems}")
     if base:
@@ -44,7 +62,7 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
 
     if scorer:
         longest = max(map(len, prompts))
-        padded = [ids + [config.pad_token_id] * (longest - len(ids)) for ids in prompts]
+        padded = [ids + [model.config.pad_token_id] * (longest - len(ids)) for ids in prompts]
         real = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts]
         logits = run(input_ids=padded, attention_mask=real)
     else:

@@ -15,7 +15,7 @@ import yaml
 from test_training import losses_of, same_bits, stop_after, torch_adamw, torch_step
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from easyaira import cli, generate, losses, metrics, objectives, plan, prepare
+from easyaira import cli, convert, generate, losses, metrics, objectives, plan, prepare
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError, EasyAiraError, Preempted, TokenizerError, WeightsError
@@ -243,7 +243,7 @@ def test_what_is_written(released, ground):
         assert config["id2label"] == {"0": "GOOD"} and config["label2id"] == {"GOOD": 0}
         card = (folder / "hf/README.md").read_text()
         front = yaml.safe_load(card.split("---")[1])
-        assert front["pipeline_tag"] == "text-classification" and "eval_auc" in card
+        assert front["pipeline_tag"] == "text-classification" and "| auc |" in card
         assert not (folder / "hf/generation_config.json").exists()
         chat = (folder / "hf/chat_template.jinja").exists()
         assert chat == (kind == "llama"), "an encoder has no chat template"
@@ -276,7 +276,7 @@ def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys)
     for (kind, data), folder in released.items():
         card = (folder / "hf/README.md").read_text()
         code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-        exec(code.replace("FOLDER", str(folder / "hf")), {})  # noqa: S102
+        exec(code.replace("path/to/this/folder", str(folder / "hf")), {})  # noqa: S102
         printed = float(capsys.readouterr().out.strip().splitlines()[-1])
         config, algorithm = configure(ground, kind, data, folder)
         template = prepare.find(config, prepare.meshes.make_mesh("fsdp=-1"), True).template
@@ -350,6 +350,221 @@ def test_a_dry_run_says_what_would_happen(ground, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------
+# adapters
+
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
+TARGETS |= dict.fromkeys(("bert", "roberta"), ["query", "dense"])  # peft leaves a head's dense out
+HEADS = {"bert": ["classifier", "pooler"], "roberta": ["classifier"], "llama": ["score"]}
+
+
+@pytest.fixture(scope="module")
+def lora_ground(ground, tmp_path_factory):
+    """The same, with a padding token in the tokenizer of the decoder, which has no head."""
+    root = tmp_path_factory.mktemp("lora")
+    for path in ground.iterdir():
+        (root / path.name).symlink_to(path) if path.name != "llama" else None
+    tiny.save(root / "llama", BASES["llama"])
+    tiny.tokenizer(pad="<pad>").save_pretrained(root / "llama")
+    return root
+
+
+def with_lora(kind, **options):
+    return {"lora.target_modules": json.dumps(TARGETS[kind]), "lora.r": 4, **options}
+
+
+def lora_setup(ground, kind, out, data="pair", **options):
+    return prepare.prepare(*configure(ground, kind, data, out, **with_lora(kind, **options)))
+
+
+def some_tokens(seed=0):
+    return np.random.default_rng(seed).integers(2, tiny.VOCAB, (3, 12))
+
+
+def scores_of(model, *trees):
+    """Of each of the trees, the scores of some texts."""
+    batch = tiny.layout(some_tokens(), segment_ids=np.arange(1, 4)[:, None].repeat(12, 1))
+    score = jax.jit(lambda params: model.score(params, batch, examples=3, answers=1)[0])
+    return [np.array(score(params)[:, 0]) for params in trees]
+
+
+def drawn(adapter):
+    """An adapter and a head that have been trained: nothing in them is zero."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), adapter.shapes)
+
+
+def scores_in_peft(model):
+    with torch.no_grad():
+        rows = [torch.tensor(row[None]) for row in some_tokens()]
+        return np.array([model.eval()(input_ids=row).logits[0, 0].item() for row in rows])
+
+
+def peft_base(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, tmp_path, devices):
+    whole = prepare.prepare(*configure(lora_ground, kind, "pair", tmp_path / "x")).load()
+    setup = lora_setup(lora_ground, kind, tmp_path / "x")
+    model, adapter, start = setup.model, setup.adapter, setup.start()
+    same_bits(start["score"], whole["score"])  # stored, or drawn from the same seed
+    assert "score" not in setup.base.params
+    params = drawn(adapter)
+    parts = (params | {"score": start["score"]}, params | {"model": start["model"]})
+    merged = adapter.merge(whole, params)
+    assert jax.tree.structure(merged) == jax.tree.structure(whole)
+    adapted = (setup.weights(tree) for tree in (start, params, *parts))
+    before, after, new, tuned, *others = scores_of(model, whole, merged, *adapted)
+    np.testing.assert_array_equal(new, before)
+    np.testing.assert_allclose(tuned, after, atol=1e-5)
+    for other in (new, *others):
+        assert np.abs(other - tuned).max() > 0.01
+    count = sum(leaf.size for leaf in jax.tree.leaves(whole["score"]))
+    of_layers = sum(leaf.size for leaf in jax.tree.leaves(start["model"]))
+    assert adapter.parameter_count() == count + of_layers
+    share = (count + of_layers) / (model.parameter_count() + of_layers)
+    told = plan.describe(setup)
+    assert f"{count + of_layers:,} trainable parameters ({share:.4%})" in told
+    assert f", and all of {', '.join(HEADS[kind])};" in told
+    jax.tree.map(lambda leaf: leaf.delete(), start)  # as the first update does
+    wanted = jax.device_get(setup.start())
+    devices(8)
+    divided = lora_setup(lora_ground, kind, tmp_path / "x", mesh="2,2,2")
+    same_bits(jax.device_get(divided.start()), wanted)
+    assert divided.base.fingerprint == setup.base.fingerprint
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, recwarn):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.numpy import load_file, save_file
+
+    setup = lora_setup(lora_ground, kind, tmp_path / "x")
+    adapter = setup.adapter
+    theirs = get_peft_model(
+        peft_base(lora_ground / kind),
+        LoraConfig(
+            task_type="SEQ_CLS",
+            r=4,
+            lora_alpha=8,
+            target_modules=TARGETS[kind],
+            modules_to_save=[name for name in HEADS[kind] if name == "pooler"],
+        ),
+    )
+    torch.manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    params = adapter.read_peft(tmp_path / "theirs")
+    wanted = scores_in_peft(theirs)
+    saved = load_file(tmp_path / "theirs/adapter_model.safetensors")
+    tensors = adapter.to_peft(params)
+    assert saved.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, saved[name], err_msg=name)
+
+    others, folder = drawn(adapter), tmp_path / "ours"
+    folder.mkdir()
+    save_file(adapter.to_peft(others), folder / "adapter_model.safetensors", {"format": "pt"})
+    config = adapter.peft_config("base", None)
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == HEADS[kind]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    recwarn.clear()
+    loaded = PeftModel.from_pretrained(peft_base(lora_ground / kind), folder)
+    assert not [w for w in recwarn if "missing" in str(w.message)]
+    ours = scores_of(setup.model, setup.weights(params), setup.weights(others))
+    np.testing.assert_allclose(ours, [wanted, scores_in_peft(loaded)], atol=1e-5)
+
+    config["modules_to_save"] = [*HEADS[kind], "embed_tokens"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="modules_to_save: 'embed_tokens' is not built"):
+        adapter.read_peft(folder)
+    tensors = {n: t for n, t in adapter.to_peft(params).items() if "pooler" not in n}
+    if kind == "bert":  # as peft saves one where nobody named the pooler
+        with pytest.raises(WeightsError, match="pooler.dense.weight is missing.* modules_to_save"):
+            adapter.from_peft(tensors, "here")
+
+
+@pytest.mark.parametrize("kind, quantize", [("llama", "nf4"), ("bert", None)])
+def test_an_adapters_run_stops_and_continues_bit_for_bit(
+    kind, quantize, lora_ground, tmp_path, monkeypatch
+):
+    options = with_lora(kind, **{"lora.dropout": 0.2, "optimizer.learning_rate": 2e-2})
+    options |= {"lora.quantize": quantize} if quantize else {}
+
+    def trained(out):
+        config, algorithm = configure(lora_ground, kind, "pair", out, **options)
+        run(config, algorithm, dry_run=False)
+        checkpoints = Checkpoints(out / "checkpoints")
+        setup = prepare.prepare(config, algorithm)
+        params = checkpoints.restore_params(STEPS, setup.trained())
+        checkpoints.close()
+        return setup, metrics.read(out / "metrics.jsonl"), params
+
+    setup, rows, params = trained(tmp_path / "through")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["score"]):
+        before = setup.base.head["score"]
+        for key in path:
+            before = before[key.key]
+        # the last bias is the same for both answers of a pair, so it learns nothing
+        assert np.array_equal(leaf, before) == (path_of(path) == "classifier/bias"), path
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Preempted):
+            trained(tmp_path / "stopped")
+    _, again_rows, again = trained(tmp_path / "stopped")
+    same_bits(again, params)
+    assert losses_of(again_rows) == losses_of(rows)
+
+
+def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_path, capsys):
+    """From a language model, which has no head."""
+    from peft import PeftModel
+
+    before = {path.name: path.read_bytes() for path in (lora_ground / "llama").iterdir()}
+    out, options = tmp_path / "run", {"data.eval": 0.2, "optimizer.learning_rate": 2e-2}
+    config, algorithm = configure(
+        lora_ground, "llama", "pair", out, **with_lora("llama", export=True, **options)
+    )
+    run(config, algorithm, dry_run=False)
+    assert "head    score/linear/kernel drawn" in capsys.readouterr().out
+    assert json.loads((out / "hf/export_report.json").read_text())["logits"]["compared"]
+    convert.to_hf(str(out), str(tmp_path / "merged"), merge=True)
+    assert "'compared': True" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in (lora_ground / "llama").iterdir()}
+    found = prepare.pretrained.find(str(out))
+    model = prepare.model_of(found.config, "run")
+    [ours] = scores_of(model, found.load(model, prepare.meshes.make_mesh("fsdp=-1")))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    adapted = PeftModel.from_pretrained(peft_base(lora_ground / "llama"), out / "hf")
+    for theirs in (merged, adapted):
+        np.testing.assert_allclose(ours, scores_in_peft(theirs), atol=1e-5)
+
+    front = yaml.safe_load((out / "hf/README.md").read_text().split("---")[1])
+    assert front["library_name"] == "peft" and front["pipeline_tag"] == "text-classification"
+    code = re.search(r"```python\n(.*?)```", (out / "hf/README.md").read_text(), re.DOTALL)[1]
+    exec(code.replace("path/to/this/folder", str(out / "hf")), {})  # noqa: S102
+    printed = float(capsys.readouterr().out.strip().splitlines()[-1])
+    tokenizer = AutoTokenizer.from_pretrained(out / "hf")
+    said = [("user", "How are you?"), ("assistant", "Fine, thank you.")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    ids = tokenizer.apply_chat_template(messages, return_dict=True).input_ids
+    assert printed == pytest.approx(their_scores(tmp_path / "merged", [ids])[0], abs=1e-5)
+
+    for options in (
+        with_lora("llama", **{"lora.adapter": out / "hf"}),
+        {"model.name_or_path": out},
+        with_lora("llama", **{"model.name_or_path": tmp_path / "merged"}),
+    ):
+        config, algorithm = configure(lora_ground, "llama", "pair", tmp_path / "x", **options)
+        setup = prepare.prepare(config, algorithm)
+        assert "head    " not in plan.describe(setup)
+        np.testing.assert_allclose(scores_of(model, setup.load())[0], ours, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
 # data, and what is refused
 
 
@@ -402,6 +617,8 @@ def test_flops_are_those_of_products_with_every_token():
         ("bert", "pair", {"data.template": "tulu"}, ConfigError, "data.template: tulu is for"),
         ("gpt2", "label", {"data.share_prompt": "always"}, ConfigError, "only pairs have a prompt"),
         ("bert", "pair", {"num_samples": 2}, ConfigError, "num_samples: a model that scores"),
+        ("bert", "pair", {"generation.top_k": 3}, ConfigError, "generation: a model that scores"),
+        ("llama", "pair", {"lora.target_modules": "[q_proj]"}, ConfigError, "no padding token of"),
         ("bert", "pair", {"data.reverse": True}, ConfigError, "data.reverse: is for SFT"),
         ("roberta", "pair", {"model.tokenizer": "bert"}, TokenizerError, "pads with 0"),
         ("bert", "pair", {"model.tokenizer": "gpt2"}, TokenizerError, "pads with None"),

@@ -136,11 +136,12 @@ def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
     return tokenizer(config["vocab_size"])
 
 
-def tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer, `<|endoftext|>` being 0."""
+def tokenizer(vocab_size: int = VOCAB, pad: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, `<|endoftext|>` being 0, and `pad`, if there is one, being 1."""
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(
-        tokenizer_object=_trained(vocab_size, [end]),
+        tokenizer_object=_trained(vocab_size, [end, pad] if pad else [end]),
+        pad_token=pad,
         bos_token=end,
         eos_token=end,
         unk_token=end,
