@@ -221,7 +221,7 @@ def found(folder):
 def drawn(folder, seed=0):
     origin = found(folder)
     model = model_of(origin.config, str(folder), scorer=True)
-    params = origin.load(model, make_mesh("fsdp=-1"), jax.random.key(seed))
+    params = origin.load(model, make_mesh("fsdp=-1"), head_key=jax.random.key(seed))
     return origin.check(model), tiny.as_theirs(model, params)
 
 

@@ -101,7 +101,7 @@ def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Modul
     """transformers' model of a config, all of its weights drawn with `std`."""
     torch.manual_seed(seed)
     settings = {k: v for k, v in config.items() if k != "architectures"}
-    scores = config["architectures"][0].endswith("ForSequenceClassification")
+    scores = config.get("architectures", [""])[0].endswith("ForSequenceClassification")
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     model = auto.from_config(AutoConfig.for_model(**settings), attn_implementation="eager")
     with torch.no_grad():
