@@ -19,6 +19,7 @@ from easyaira import mesh
 from easyaira.mesh import BATCH_AXES, constrain
 
 CHUNK_LOGITS = 2**25  # logits that a device holds at a time, 128 MiB
+KEPT_CHUNKS = 4  # of which the backward pass need not compute the logits again
 
 PerToken = Float[Array, "R T"]
 PerPair = Float[Array, "B"]
@@ -46,8 +47,9 @@ def token_logps(
     """log p(token | the tokens before it in its row), without holding logits for whole rows.
 
     Only tokens in `loss_mask` are projected. They are gone through in chunks, as many as there
-    happen to be; logits are computed again in the backward pass. Liger's linear cross-entropy (Hsu
-    et al., 2024) is the same idea for one loss.
+    happen to be. What the backward pass needs of logits is kept of the first KEPT_CHUNKS, and
+    computed again of all others, so that small batches cost no more than full logits and memory is
+    bounded. Liger's linear cross-entropy (Hsu et al., 2024) is the same idea for one loss.
 
     Args:
         hidden: final hidden states, in the computing dtype.
@@ -191,33 +193,44 @@ def _logps(states, head, targets, wanted, chunk, vocab_size):
 def _logps_forward(states, head, targets, wanted, chunk, vocab_size):
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
-    def body(i, parts):
+    def body(i, carry):
+        parts, kept = carry
         index = chunks.index(i)
-        values, _ = _look(_take(states, index), kernel, _take(targets, index), vocab_size)
-        return tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
+        values, slope = _look(_take(states, index), kernel, _take(targets, index), vocab_size)
+        parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
+        return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
 
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    *parts, lse = jax.lax.fori_loop(0, chunks.count, body, (zeros,) * 5)
-    return tuple(parts), (states, head, targets, wanted, lse)
+    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 5
+    count = min(KEPT_CHUNKS, chunks.order.shape[1] // chunk)
+    kept = jnp.zeros((count, states.shape[0], chunk, head.shape[1]), states.dtype)
+    kept = constrain(kept, None, BATCH_AXES, None, "tp")
+    (*parts, lse), kept = jax.lax.fori_loop(0, chunks.count, body, (zeros, kept))
+    return tuple(parts), (states, head, targets, wanted, lse, kept)
 
 
 def _logps_backward(chunk, vocab_size, saved, cotangents):
-    states, head, targets, wanted, lse = saved
+    states, head, targets, wanted, lse, kept = saved
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
     columns = jnp.arange(head.shape[1])
 
-    def body(i, gradients):
+    def again(some, index):
+        p = jnp.exp(_logits(some, kernel) - _take(lse, index)[..., None])
+        p = jnp.where(columns < vocab_size, p, 0)
+        return ((columns == _take(targets, index)[..., None]) - p).astype(kept.dtype)
+
+    def body(i, gradients, slope_of):
         d_states, d_head = gradients
         index = chunks.index(i)
         some = _take(states, index)
-        p = jnp.exp(_logits(some, kernel) - _take(lse, index)[..., None])
-        p = jnp.where(columns < vocab_size, p, 0)
-        is_target = columns == _take(targets, index)[..., None]
         scale = _take(cotangents[0], index)[..., None]
-        d_some, more = _gradients(some, kernel, (is_target - p) * scale)
+        d_some, more = _gradients(some, kernel, slope_of(i, some, index) * scale)
         return _put(d_states, index, d_some), d_head + more
 
-    d_states, d_head = jax.lax.fori_loop(0, chunks.count, body, _zero_gradients(states, head))
+    of_kept = partial(body, slope_of=lambda i, some, index: kept[i])
+    of_others = partial(body, slope_of=lambda i, some, index: again(some, index))
+    first = jnp.minimum(chunks.count, len(kept))
+    gradients = jax.lax.fori_loop(0, first, of_kept, _zero_gradients(states, head))
+    d_states, d_head = jax.lax.fori_loop(first, chunks.count, of_others, gradients)
     return d_states, d_head.sum(0).astype(head.dtype), None, None
 
 

@@ -25,7 +25,7 @@ def head_and_hidden():
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
-@pytest.mark.parametrize("at_once", [10**6, 7, 1])
+@pytest.mark.parametrize("at_once", [10**6, 15, 7, 1])  # all, some or few chunks are kept
 def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
     hidden, head, tokens = head_and_hidden()
     rng = np.random.default_rng(1)
