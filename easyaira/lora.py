@@ -33,7 +33,7 @@ from easyaira import mesh as meshes
 from easyaira import weights
 from easyaira.config import LoraConfig
 from easyaira.errors import ConfigError, WeightsError
-from easyaira.mesh import path_of
+from easyaira.mesh import by_path, path_of
 from easyaira.models.registry import Model
 from easyaira.quantize import quantize
 from easyaira.weights import TRANSPOSE, Row
@@ -99,7 +99,7 @@ class Adapter:
     @cached_property
     def shapes(self) -> Any:
         """Shapes of the adapter's float32 parameters."""
-        kernels = _flat(self.model.shapes)
+        kernels = by_path(self.model.shapes)
         tree = {row.ours: kernels[row.ours] for row in self.head}
         for row in self.targets:
             layers, inputs, *outputs = kernels[row.ours].shape
@@ -114,7 +114,7 @@ class Adapter:
     def specs(self) -> Any:
         """PartitionSpecs, from the kernels' own: `lora_a` is divided as the kernel's inputs are,
         `lora_b` as its outputs are, and the rank never. The head is divided as it always is."""
-        kernels = _flat(meshes.partition_specs(self.model.shapes, self.model.rules))
+        kernels = by_path(meshes.partition_specs(self.model.shapes, self.model.rules))
 
         def spec(path, leaf):
             folder, _, name = path_of(path).rpartition("/")
@@ -133,7 +133,7 @@ class Adapter:
     def init(self, key: jax.Array, head: Any = None) -> Any:
         """A uniform in +-1/sqrt(in), as peft's Kaiming draw with a = sqrt(5) is; B zero; the head
         as it is given (`parted`)."""
-        paths, given = sorted(_flat(self.shapes)), _flat(head)
+        paths, given = sorted(by_path(self.shapes)), by_path(head)
 
         def leaf(path, shape):
             if self.replaces(path_of(path)):
@@ -157,7 +157,7 @@ class Adapter:
             return tree
         rates = {
             path.replace("lora_a", "lora_dropout"): jnp.full(leaf.shape[:1], self.config.dropout)
-            for path, leaf in _flat(tree).items()
+            for path, leaf in by_path(tree).items()
             if path.endswith("lora_a")
         }
         return joined(tree, _nested(rates))
@@ -181,7 +181,7 @@ class Adapter:
     def frozen(self, base: Any, of_algorithm: Any) -> Frozen:
         """What `over_base` takes as frozen. Of weights that are the base with an adapter (a DPO
         reference), only the adapter is kept."""
-        flat = {path: leaf for path, leaf in _flat(of_algorithm).items() if "/lora_" in path}
+        flat = {path: leaf for path, leaf in by_path(of_algorithm).items() if "/lora_" in path}
         return Frozen(base, _nested(flat) if flat else of_algorithm)
 
     # the base, as it is held
@@ -193,7 +193,7 @@ class Adapter:
     def parted(self, tree: Any) -> tuple[Any, Any]:
         """A tree of all of the model's weights as what adapters stand on, and the head."""
         base, head = {}, {}
-        for path, leaf in _flat(tree).items():
+        for path, leaf in by_path(tree).items():
             (head if self.replaces(path) else base)[path] = leaf
         return _nested(base), _nested(head)
 
@@ -255,7 +255,7 @@ class Adapter:
             base: float32 weights, as they are stored, not as they were held. Of a scorer, with any
                 head.
         """
-        flat = _flat(params)
+        flat = by_path(params)
 
         def leaf(path, kernel):
             if self.replaces(path_of(path)):
@@ -270,7 +270,7 @@ class Adapter:
     def to_peft(self, params: Any) -> dict[str, np.ndarray]:
         """Tensors as peft names and lays them out: A [r, in], B [out, r], one of each layer, and
         those of the head."""
-        flat, tensors = _flat(params), {}
+        flat, tensors = by_path(params), {}
         for row in self.targets:
             a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
             for i, (name_a, name_b) in enumerate(_peft_names(row, len(a))):
@@ -287,7 +287,7 @@ class Adapter:
         Raises:
             WeightsError: tensors are missing, left over, of another shape or not finite.
         """
-        shapes, flat, left = _flat(self.shapes), {}, dict(tensors)
+        shapes, flat, left = by_path(self.shapes), {}, dict(tensors)
 
         def take(name: str, wanted: tuple[int, ...]) -> np.ndarray:
             tensor = left.pop(name, None)
@@ -395,7 +395,7 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     """
     names = config.target_modules
     rows = _linear_layers(model)
-    kernels = _flat(model.shapes)
+    kernels = by_path(model.shapes)
 
     def fits(module: str, name: str) -> bool:
         if isinstance(names, str):
@@ -425,8 +425,7 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
             f"there are {', '.join(there)}"
         )
     targets = tuple(row for row in rows if any(row in some for some in found.values()))
-    head = model.architecture.score_head.rows if model.scorer else ()
-    return Adapter(config, model, targets, tuple(head))
+    return Adapter(config, model, targets, tuple(model.score_rows))
 
 
 def of_record(record: Mapping[str, Any], model: Model) -> Adapter:
@@ -473,11 +472,6 @@ def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
     return [(f"{module}.lora_A.weight", f"{module}.lora_B.weight") for module in modules]
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_spec)
-    return {path_of(path): leaf for path, leaf in leaves}
-
-
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -497,7 +491,7 @@ def joined(one: Any, other: Any) -> Any:
 
 
 def _is_adapter(tree: Any) -> bool:
-    return any("/lora_" in path for path in _flat(tree))
+    return any("/lora_" in path for path in by_path(tree))
 
 
 def _is_spec(value: Any) -> bool:

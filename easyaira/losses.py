@@ -147,16 +147,12 @@ def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     return constrain(head.astype(dtype), None, "tp")
 
 
-def _logits(states: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum("scd,dv->scv", states, kernel, preferred_element_type=jnp.float32)
-
-
 def _look(states, kernel, targets, vocab_size):
-    """Of the positions of a chunk: logps, is_top1, mean_logits, entropy and the logarithm of the
-    normaliser [S, C]; and d logps / d logits [S, C, V]."""
+    """Of the positions of a chunk: logps, is_top1, mean_logits and entropy [S, C]; and d logps /
+    d logits [S, C, V]."""
     columns = jnp.arange(kernel.shape[1])
     real = columns < vocab_size
-    logits = _logits(states, kernel)
+    logits = jnp.einsum("scd,dv->scv", states, kernel, preferred_element_type=jnp.float32)
     mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
     logits = jnp.where(real, logits, -jnp.inf)
     # a sum over a mask and not an index: it stays local when the vocabulary is divided
@@ -167,7 +163,7 @@ def _look(states, kernel, targets, vocab_size):
     total = exps.sum(-1)
     expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
     lse = largest + jnp.log(total)
-    values = (target - lse, (target >= largest) * 1.0, mean, lse - expected, lse)
+    values = (target - lse, (target >= largest) * 1.0, mean, lse - expected)
     return values, is_target - exps / total[..., None]
 
 
@@ -200,23 +196,21 @@ def _logps_forward(states, head, targets, wanted, chunk, vocab_size):
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 5
+    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 4
     count = min(KEPT_CHUNKS, chunks.order.shape[1] // chunk)
     kept = jnp.zeros((count, states.shape[0], chunk, head.shape[1]), states.dtype)
     kept = constrain(kept, None, BATCH_AXES, None, "tp")
-    (*parts, lse), kept = jax.lax.fori_loop(0, chunks.count, body, (zeros, kept))
-    return tuple(parts), (states, head, targets, wanted, lse, kept)
+    parts, kept = jax.lax.fori_loop(0, chunks.count, body, (zeros, kept))
+    return parts, (states, head, targets, wanted, kept)
 
 
 def _logps_backward(chunk, vocab_size, saved, cotangents):
-    states, head, targets, wanted, lse, kept = saved
+    states, head, targets, wanted, kept = saved
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
-    columns = jnp.arange(head.shape[1])
 
     def again(some, index):
-        p = jnp.exp(_logits(some, kernel) - _take(lse, index)[..., None])
-        p = jnp.where(columns < vocab_size, p, 0)
-        return ((columns == _take(targets, index)[..., None]) - p).astype(kept.dtype)
+        _, slope = _look(some, kernel, _take(targets, index), vocab_size)
+        return slope.astype(kept.dtype)
 
     def body(i, gradients, slope_of):
         d_states, d_head = gradients
@@ -251,7 +245,7 @@ def _nll_forward(states, head, targets, wanted, chunk, vocab_size):
         parts, (d_states, d_head) = carry
         index = chunks.index(i)
         some = _take(states, index)
-        (*values, _), slope = _look(some, kernel, _take(targets, index), vocab_size)
+        values, slope = _look(some, kernel, _take(targets, index), vocab_size)
         d_some, more = _gradients(some, kernel, -slope)
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, (_put(d_states, index, d_some), d_head + more)

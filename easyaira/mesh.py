@@ -94,6 +94,12 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by their paths; a PartitionSpec is a leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, P))
+    return {path_of(path): leaf for path, leaf in leaves}
+
+
 def partition_specs(tree: Any, rules: Rules) -> Any:
     """The PartitionSpec of every leaf: the first rule whose pattern is found in its path.
 

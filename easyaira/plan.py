@@ -41,8 +41,8 @@ def describe(setup: Setup) -> str:
 def _new_head(setup: Setup) -> str:
     """What of a scorer's head the model that it begins with does not have."""
     adapters = setup.config.lora and setup.config.lora.adapter
-    if setup.config.model.init == "random" or adapters:  # which bring the head with them
-        return ""
+    if not setup.model.scorer or setup.config.model.init == "random" or adapters:
+        return ""  # adapters bring the head with them
     drawn = setup.origin.check(setup.stored)
     if not drawn:
         return ""
@@ -77,13 +77,13 @@ def _added(adapter: lora.Adapter) -> int:
 def plan(setup: Setup, algorithm: Algorithm) -> str:
     """Where parameters lie and what memory a step takes, without allocating any of it."""
     lines = ["", f"{'parameter':44}{'shape':28}divided by"]
-    parameters = setup.target(setup.model)
+    parameters = setup.model.target(setup.mesh)
     if setup.adapter:
         held = setup.adapter.held_target(setup.mesh, setup.model.compute.dtype)
         parameters = lora.joined(held, setup.trained())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+    for path, leaf in meshes.by_path(parameters).items():
         spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
-        lines.append(f"{meshes.path_of(path):44}{str(leaf.shape):28}{spec}")
+        lines.append(f"{path:44}{str(leaf.shape):28}{spec}")
     memory = compile_step(setup, algorithm).memory_analysis()
     held, used = (
         f"{size / 2**20:,.0f} MiB"
@@ -113,8 +113,8 @@ def flops_per_token(
     backward (two if it is frozen), and two more for a reference that is computed in the step.
     Attention scores are left out, and a scorer's head, which is applied once a text."""
     if model.scorer:
-        leaves = jax.tree_util.tree_leaves_with_path(model.shapes["model"])
-        products = sum(x.size for at, x in leaves if not meshes.path_of(at).endswith("embedding"))
+        leaves = meshes.by_path(model.shapes["model"])
+        products = sum(leaf.size for at, leaf in leaves.items() if not at.endswith("embedding"))
     else:
         tied = model.config.tie_word_embeddings
         products = model.parameter_count() - (0 if tied else model.vocab_size * model.config.width)

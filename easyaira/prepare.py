@@ -64,15 +64,9 @@ class Setup:
         dropout = self.config.model.dropout or (self.config.lora and self.config.lora.dropout)
         return jax.random.key(self.config.seed) if dropout else None
 
-    def target(self, model: Model) -> Any:
-        """Shapes and shardings of a model's parameters on the mesh."""
-        return meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, self.mesh))
-
     def trained(self) -> Any:
         """Shapes and shardings of what an update changes."""
-        if self.adapter is None:
-            return self.target(self.model)
-        return self.adapter.target(self.mesh)
+        return (self.adapter or self.model).target(self.mesh)
 
     def start(self) -> Any:
         """What an update changes, before the first one; the same however often it is asked for."""
@@ -118,7 +112,7 @@ class Setup:
     def frozen_target(self, algorithm: Algorithm) -> Any:
         """Shapes and shardings of `frozen`."""
         reference = algorithm.frozen(self)
-        target = reference and self.target(reference)
+        target = reference and reference.target(self.mesh)
         if self.adapter is None:
             return target
         base = self.adapter.held_target(self.mesh, self.model.compute.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,9 @@ import jax
 import numpy as np
 
 from easyaira import lora, weights
-from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
 from easyaira.errors import ConfigError, TokenizerError, WeightsError
-from easyaira.mesh import path_of
+from easyaira.mesh import by_path, path_of
 from easyaira.models.registry import Model, model_of
 
 TOKENIZER = "tokenizer"  # the tokenizer's folder in a run folder
@@ -101,13 +101,12 @@ class Pretrained:
             WeightsError: other tensors are missing, left over or of another shape.
         """
         if self.step is None:
-            stored = self._matched(model)
-            return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
+            return _absent(model, self._matched(model))
         if self.adapter is not None:
             self.base.check(self._saved)
         if self._saved.scorer and not model.scorer:
             raise WeightsError(f"{self.name}: holds a scorer, which has no head to write with")
-        return [] if self._saved.scorer else [r.ours for r in model.rows if r.ours[:6] == "score/"]
+        return [] if self._saved.scorer else [row.ours for row in model.score_rows]
 
     @cached_property
     def _saved(self) -> Model:
@@ -149,31 +148,31 @@ class Pretrained:
                 adapters whose base is not what it was.
             StorageError: a checkpoint that cannot be read.
         """
-        target = _target(model, mesh)
-        missing = self.check(model)
+        target = model.target(mesh)
+        stored = self._matched(model) if self.step is None else None
+        missing = self.check(model) if stored is None else _absent(model, stored)
         if missing and head_key is None:
             raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward gives it a head")
         drawn = _drawn(model, target, missing, head_key) if missing else {}
-        if self.step is None:
-            return weights.from_hf(self._matched(model), target, model.rows, drawn, each)
+        if stored is not None:
+            return weights.from_hf(stored, target, model.rows, drawn, each)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
         else:
-            found = _leaves(self._stored(self._saved, mesh)) | drawn
+            found = by_path(self._stored(self._saved, mesh)) | drawn
             params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_of(path)], target)
         if each is None:
             return params
         leaves, tree = jax.tree_util.tree_flatten_with_path(params)
         del params
-        leaves = [
-            each(*leaves.pop(0)) for _ in range(len(leaves))
-        ]  # each may free what it is given
+        # one after another, so that each may be freed as soon as something else has become of it
+        leaves = [each(*leaves.pop(0)) for _ in range(len(leaves))]
         return jax.tree.unflatten(tree, leaves)
 
     def _stored(self, model: Model, mesh: Any) -> Any:
         """What a checkpoint of ours holds."""
         if self.adapter is None:
-            return self._restore(_target(model, mesh))
+            return self._restore(model.target(mesh))
         adapter = lora.of_record(self.adapter, model)
         return adapter.merge(self.load_base(adapter, mesh), self.load_adapter(adapter, mesh))
 
@@ -222,23 +221,19 @@ class Pretrained:
         return tokenizer
 
 
-def _target(model: Model, mesh: Any) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters."""
-    return meshes.like(model.shapes, meshes.shardings(model.shapes, model.rules, mesh))
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _absent(model: Model, stored: Mapping[str, Any]) -> list[str]:
+    """Paths of what a model wants and is not among its stored tensors."""
+    return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
 
 
 def _drawn(model: Model, target: Any, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
     """These parameters of new weights. The compiler leaves out all others."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
-        leaves = _leaves(model.init(key))
+        leaves = by_path(model.init(key))
         return {path: leaves[path] for path in paths}
 
-    places = _leaves(target)
+    places = by_path(target)
     return jax.jit(draw, out_shardings={path: places[path].sharding for path in paths})(key)
 
 

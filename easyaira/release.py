@@ -105,10 +105,8 @@ def export(
         StorageError: the folder exists, or cannot be written.
         WeightsError: the folder does not verify.
     """
-    if folder.exists() and not replace and any(folder.iterdir()):
-        raise StorageError(f"{folder}: is not empty; choose another folder")
     stored = {"": dtype} if dtype else facts.stored_dtypes
-    with _beside(folder) as new:
+    with _beside(folder, replace) as new:
         written: dict[str, dict[str, Any]] = {}
 
         def noted() -> Iterator[tuple[str, np.ndarray]]:
@@ -161,10 +159,8 @@ def export_adapter(
         StorageError: the folder exists, or cannot be written.
         WeightsError: the folder does not verify.
     """
-    if folder.exists() and not replace and any(folder.iterdir()):
-        raise StorageError(f"{folder}: is not empty; choose another folder")
     at = base.location()
-    with _beside(folder) as new:
+    with _beside(folder, replace) as new:
         tensors = adapter.to_peft(params)
         written = {name: _described(tensor) for name, tensor in tensors.items()}
         file = new / lora.ADAPTER_WEIGHTS
@@ -194,8 +190,10 @@ def export_adapter(
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
+def _beside(folder: Path, replace: bool) -> Iterator[Path]:
     """A new folder that takes the place of `folder` if all goes well, and is removed if not."""
+    if folder.exists() and not replace and any(folder.iterdir()):
+        raise StorageError(f"{folder}: is not empty; choose another folder")
     new = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
     try:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from easyaira.errors import UnsafeInputError, WeightsError
-from easyaira.mesh import path_of
+from easyaira.mesh import by_path, path_of
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -85,7 +85,7 @@ def pair_rows(tree: Any, rows: Sequence[Row]) -> list[tuple[Row, Any]]:
     Raises:
         WeightsError: a leaf without a row, or a row without a leaf: the table is wrong.
     """
-    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = by_path(tree)
     ours = [row.ours for row in rows]
     if sorted(ours) != sorted(leaves):
         raise WeightsError(

@@ -73,7 +73,7 @@ def train(*args, **options):
     run(config, algorithm, dry_run=False)
     setup = prepare.prepare(config, algorithm)
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
-    params = checkpoints.restore_params(checkpoints.latest(), setup.target(setup.model))
+    params = checkpoints.restore_params(checkpoints.latest(), setup.model.target(setup.mesh))
     checkpoints.close()
     return metrics.read(Path(config.output_dir) / "metrics.jsonl"), jax.device_get(params)
 

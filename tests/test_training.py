@@ -66,7 +66,7 @@ def result(config, algorithm):
     folder = Path(config.output_dir)
     setup = prepare.prepare(config, algorithm)
     checkpoints = Checkpoints(folder / "checkpoints")
-    params = checkpoints.restore_params(checkpoints.latest(), setup.target(setup.model))
+    params = checkpoints.restore_params(checkpoints.latest(), setup.model.target(setup.mesh))
     checkpoints.close()
     return metrics.read(folder / "metrics.jsonl"), jax.device_get(params)
 

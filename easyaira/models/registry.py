@@ -13,9 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from easyaira.errors import ConfigError
-from easyaira.mesh import Rules, path_of
+from easyaira.mesh import Rules, by_path, like, path_of, shardings
 from easyaira.models import bert, gpt2, llama, opt, roberta
 from easyaira.models.heads import (
     LAST_TOKEN,
@@ -131,10 +132,14 @@ class Model:
         return (*self.architecture.ignored, *((r"lm_head\.weight$",) if self.scorer else ()))
 
     @property
+    def score_rows(self) -> Sequence[Row]:
+        """Those of a scorer's head; a language model has none."""
+        return self.architecture.score_head.rows if self.scorer else ()
+
+    @property
     def optional(self) -> Sequence[str]:
         """Products that a new scorer draws, where the model it begins with has none."""
-        head = self.architecture.score_head.rows if self.scorer else ()
-        return sorted({row.ours.rpartition("/")[0] for row in head})
+        return sorted({row.ours.rpartition("/")[0] for row in self.score_rows})
 
     @property
     def hf_class(self) -> str:
@@ -155,6 +160,10 @@ class Model:
     @cached_property
     def shapes(self) -> Any:
         return jax.eval_shape(self.init, jax.random.key(0))
+
+    def target(self, mesh: Mesh) -> Any:
+        """Shapes, dtypes and shardings of the parameters on a mesh."""
+        return like(self.shapes, shardings(self.shapes, self.rules, mesh))
 
     def apply(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
@@ -192,8 +201,8 @@ class Model:
         """Weights, without the padding of the vocabulary."""
         total = 0
         axis = {row.ours: row.op.vocab_axis for row in self.rows}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.shapes):
-            vocab_axis = axis[path_of(path)]
+        for path, leaf in by_path(self.shapes).items():
+            vocab_axis = axis[path]
             padding = 1 if vocab_axis is None else leaf.shape[vocab_axis]
             real = 1 if vocab_axis is None else self.vocab_size
             total += leaf.size // padding * real
