@@ -67,13 +67,14 @@ def parse_mesh(text: str, device_count: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str) -> Mesh:
-    """All devices, arranged as `text` says; their axes are left to the compiler (Auto).
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (default: all there are), arranged as `text` says; their axes are left to the
+    compiler (Auto).
 
     Raises:
         ConfigError: see `parse_mesh`.
     """
-    devices = all_devices()
+    devices = all_devices() if devices is None else devices
     sizes = parse_mesh(text, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
     auto = (AxisType.Auto,) * len(AXES)

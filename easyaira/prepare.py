@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -223,13 +223,20 @@ def read_data(config: RunConfig, found: Found, recipe: Recipe) -> dataset.Data:
     )
 
 
-def prepare(config: RunConfig, algorithm: Algorithm) -> Setup:
+def prepare(
+    config: RunConfig, algorithm: Algorithm, devices: Sequence[jax.Device] | None = None
+) -> Setup:
     """Find and check all that a run needs. Nothing is computed, and no weight is read.
+
+    Args:
+        config: the run's.
+        algorithm: what makes it SFT, DPO or a reward model.
+        devices: where it shall run, perhaps devices that are not there; default: all there are.
 
     Raises:
         EasyAiraError: whatever is wrong with configuration, model, tokenizer or data.
     """
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh, devices)
     shards = meshes.data_shards(mesh)
     micro_batch = config.train_batch_size // config.gradient_accumulation_steps
     if micro_batch % shards:
