@@ -15,7 +15,8 @@ import jsonargparse
 from jsonargparse import ArgumentParser
 
 from easyaira import config as configs
-from easyaira.errors import ConfigError, EasyAiraError
+from easyaira.errors import ConfigError, EasyAiraError, Preempted
+from easyaira.stop import StopSignal
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -132,16 +133,23 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """Run `command` on the command line; end the process as the contract of exit statuses says."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command(argv)
+        with StopSignal():
+            command(argv)
     except EasyAiraError as error:
         if "--debug" in argv:
             raise
-        kind = "stopped" if error.exit_status == 75 else "error"
-        print(f"{kind}: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("stopped: interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = told(error)
+        print(message, file=sys.stderr)
+        sys.exit(status)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """An error in a line, and the exit status that tells a scheduler what to do about it."""
+    if isinstance(error, EasyAiraError):
+        kind = "stopped" if error.exit_status == Preempted.exit_status else "error"
+        return f"{kind}: {error}", error.exit_status
+    lines = str(error).strip().splitlines()
+    return f"error: {type(error).__name__}: {lines[0][:300] if lines else 'a bug'}", 1

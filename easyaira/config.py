@@ -325,6 +325,41 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run: one on each TPU host, or one on each GPU or machine of GPUs.
+    TPU VMs, GKE, SLURM and Open MPI say who they are; elsewhere the first three options do."""
+
+    coordinator_address: str | None = None
+    """Address and a free port of the first process, such as 10.0.0.1:1234."""
+    num_processes: PositiveInt | None = None
+    """How many processes there are."""
+    process_id: NonNegativeInt | None = None
+    """Which of them this is, from 0."""
+    detect: bool = True
+    """Ask the launcher who the others are; false: without coordinator_address, run alone."""
+    initialization_timeout: PositiveInt = 300
+    """Seconds to wait for the others at the start."""
+    timeout: PositiveInt = 60
+    """Seconds after which a silent process is lost, and all others end with exit status 5."""
+    hang_timeout: PositiveInt = 1800
+    """Seconds without progress after which a process ends with exit status 5, and says where it
+    was. It must be longer than the longest compilation and the longest save."""
+
+    def __post_init__(self):
+        rest = (self.num_processes, self.process_id)
+        if self.coordinator_address is None and rest != (None, None):
+            raise ConfigError(
+                "distributed.coordinator_address: num_processes and process_id say nothing "
+                "without it; set it to the address of process 0"
+            )
+        if None not in rest and self.process_id >= self.num_processes:
+            raise ConfigError(
+                f"distributed.process_id: {self.process_id} of {self.num_processes} processes; "
+                f"they are counted from 0 to {self.num_processes - 1}"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run: what every command that trains has in common."""
 
@@ -363,6 +398,7 @@ class RunConfig:
     """auto: continue what output_dir holds, or start; must: an error if it holds no run."""
     export: bool = True
     """Write the Hugging Face folder output_dir/hf at the end."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     energy: EnergyConfig | None = None
     """Track the energy that training takes: {country: BRA}."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)

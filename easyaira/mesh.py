@@ -90,6 +90,13 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["dp"] * mesh.shape["fsdp"]
 
 
+def local_shards(mesh: Mesh) -> list[int]:
+    """Of those parts, the ones that devices of this process hold."""
+    devices = mesh.devices.reshape(data_shards(mesh), -1)
+    here = jax.process_index()
+    return [i for i, shard in enumerate(devices) if any(d.process_index == here for d in shard)]
+
+
 def path_of(key_path: tuple[Any, ...]) -> str:
     """A leaf's place in a tree as text, such as `layers/mlp/up_proj/kernel`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")

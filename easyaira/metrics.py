@@ -51,17 +51,25 @@ class Window:
 
     Args:
         saved: what `to_save` gave when the run was stopped.
+
+    Attributes:
+        unmeasured: the run was stopped while it evaluated, which is to be made good.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
         saved = saved or {"sums": {}, "num_tokens": 0}
+        self.unmeasured: bool = saved.get("unmeasured", False)
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
         self._since: float | None = None  # time counts from here; None while it does not
         self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
     def to_save(self) -> dict[str, Any]:
-        return {"sums": self.sums, "num_tokens": self.num_tokens}
+        return {
+            "sums": self.sums,
+            "num_tokens": self.num_tokens,
+            "unmeasured": self.unmeasured,
+        }
 
     def run(self) -> None:
         """Let time count: not while the first update compiles, nor in evaluation and saving."""
@@ -173,6 +181,19 @@ class Log:
         self._bar.close()
         self._file.close()
         self._board.close()
+
+
+class NoLog:
+    """Of the processes that do not write."""
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        pass
+
+    def advance(self, steps: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
     """The training step, compiled for the first update's shapes without any array."""
     state = trainer.abstract_state(setup.trained(), setup.tx, setup.mesh)
     frozen = setup.frozen_target(algorithm)
-    arrays = dict(setup.batches[0].arrays)
+    arrays = dict(replace(setup.batches, local=None)[0].arrays)
     of_examples = (setup.config.gradient_accumulation_steps, setup.micro_batch)
     for name, shape in algorithm.known(setup).items():
         arrays[name] = np.zeros((*of_examples, *shape), np.float32)

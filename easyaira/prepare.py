@@ -261,6 +261,7 @@ def prepare(
     data = read_data(config, found, algorithm.recipe(found.max_length))
     layout = {
         "shards": shards,
+        "local": meshes.local_shards(mesh),
         "packing": config.data.packing,
         "share_prompt": not model.architecture.encoder
         and shares_prompt(config.data.share_prompt, data.train),

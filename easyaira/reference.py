@@ -17,12 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 import easyaira
-from easyaira import metrics, objectives, pretrained, trainer
+from easyaira import hosts, metrics, objectives, pretrained, trainer
 from easyaira.config import TrainDPO
 from easyaira.data import dataset
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.build import recipe_of
 from easyaira.errors import ConfigError
+from easyaira.mesh import constrain
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup
 from easyaira.report import write_file
@@ -124,7 +125,8 @@ def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Arra
         def of_part(part):
             return objectives.pair_scores(model, params, part, pairs=pairs)
 
-        return jax.lax.map(of_part, {name: batch[name] for name in LAYOUT})
+        scores = jax.lax.map(of_part, {name: batch[name] for name in LAYOUT})
+        return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
 
     return jax.jit(score)
 
@@ -149,32 +151,42 @@ def logps_of(
         StorageError: the cache cannot be written.
     """
     record = folder / KEYS
-    keys = json.loads(record.read_text()) if record.exists() else {}
+    keys = hosts.share(json.loads(record.read_text()) if record.exists() else {})
     if part not in keys:
         if "weights" not in keys:  # one pass over them, for all parts
             keys["weights"] = fingerprint(weights())
         keys[part] = _key(setup, batches, keys["weights"])
-        write_file(record, json.dumps(keys, indent=2) + "\n")
+        if hosts.first():
+            write_file(record, json.dumps(keys, indent=2) + "\n")
     root = dataset.cache_folder(setup.config.data, "reference")
     file, partial = root / f"{keys[part]}.npy", folder / f"reference_{part}.partial.npy"
-    shape = (len(batches.examples), 2)
+    logps = np.zeros((len(batches.examples), 2), np.float32)
     try:
-        if file.exists():
-            found = np.load(file, mmap_mode="r", allow_pickle=False)
-            if found.shape == shape and np.isfinite(found).all():
-                return found
-        if not partial.exists():
-            np.save(partial, np.full(shape, np.nan, np.float32))
-        logps = np.lib.format.open_memmap(partial, "r+")
-        score_all(score, weights(), batches, setup, logps)
-        logps.flush()
-        beside = root / f".{keys[part]}-{os.getpid()}"
-        shutil.copyfile(partial, beside)
-        beside.rename(file)
-        partial.unlink()
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        if hosts.first():
+            logps = _kept(file, partial, logps.shape)
+        logps = hosts.from_first(logps, setup.mesh)
+        if np.isnan(logps).any():
+            score_all(score, weights(), batches, setup, logps)
+            if hosts.first():
+                logps.flush()
+                beside = root / f".{keys[part]}-{os.getpid()}"
+                shutil.copyfile(partial, beside)
+                beside.rename(file)
+                partial.unlink()
+        return logps
     except OSError as error:
         raise dataset.cache_error(root, error) from error
+
+
+def _kept(file: Path, partial: Path, shape: tuple[int, int]) -> np.ndarray:
+    """What was computed before, mapped into memory; what is missing is NaN, to be filled in."""
+    if file.exists():
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        if found.shape == shape and np.isfinite(found).all():
+            return found
+    if not partial.exists():
+        np.save(partial, np.full(shape, np.nan, np.float32))
+    return np.lib.format.open_memmap(partial, "r+")
 
 
 def score_all(
@@ -184,7 +196,7 @@ def score_all(
     batches = replace(batches, drop_last=False)
     missing = [u for u in range(len(batches)) if np.isnan(logps[batches.members(u)]).any()]
     start = missing[0] if missing else len(batches)
-    updates = trainer.ahead(batches, start, len(batches), setup.mesh)
+    updates = trainer.ahead(batches, start, len(batches), setup.mesh, "of the reference")
     bar = {"initial": start, "total": len(batches), "unit": " batches", "disable": None}
     for ready in tqdm(updates, "reference", **bar):
         scored = np.asarray(score(params, ready.arrays).logps)

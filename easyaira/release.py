@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from easyaira import lora, weights
+from easyaira import hosts, lora, weights
 from easyaira.errors import ConfigError, StorageError, WeightsError
 from easyaira.models.registry import Model
 from easyaira.pretrained import Pretrained
@@ -89,14 +90,15 @@ def export(
     replace: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Write and verify a Hugging Face folder; returns what export_report.json says.
+    """Write and verify a Hugging Face folder; returns what export_report.json says. All processes
+    must call it; the first one writes, and returns it.
 
     Args:
         folder: the target; it appears only when all is verified.
         model, params: what is exported.
         facts: what the files beside the weights say.
         tokenizer: is saved with its chat template.
-        mesh: where parameters lie.
+        mesh: where the written folder is loaded, for its logits; devices of this process alone.
         card: README.md, from what export_report.json says.
         replace: the folder may exist, and is replaced.
         dtype: for all tensors, instead of what `facts` says.
@@ -106,16 +108,19 @@ def export(
         WeightsError: the folder does not verify.
     """
     stored = {"": dtype} if dtype else facts.stored_dtypes
+    tensors = weights.to_hf(
+        params,
+        model.rows,
+        vocab_size=model.vocab_size,
+        dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
+    )
+    if not hosts.first():
+        deque(tensors, maxlen=0)  # each is collected by all
+        return {}
     with _beside(folder, replace) as new:
         written: dict[str, dict[str, Any]] = {}
 
         def noted() -> Iterator[tuple[str, np.ndarray]]:
-            tensors = weights.to_hf(
-                params,
-                model.rows,
-                vocab_size=model.vocab_size,
-                dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
-            )
             for name, tensor in tensors:
                 written[name] = _described(tensor)
                 yield name, tensor
@@ -127,7 +132,7 @@ def export(
         tokenizer.save_pretrained(str(new))
         report = {"tensors": written, "read_back": _verify(weights.open_folder(new), written, new)}
         report["logits"] = _compare_logits(
-            new, model, tokenizer, lambda: Pretrained(str(new), new).load(model, mesh)
+            new, model, tokenizer, lambda: Pretrained(str(new), new).load(model, mesh), mesh
         )
         _write_json(new / "export_report.json", report)
         (new / "README.md").write_text(card(report), encoding="utf-8")
@@ -145,7 +150,8 @@ def export_adapter(
     card: Callable[[dict[str, Any]], str],
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Write and verify an adapter in PEFT's format; returns what export_report.json says.
+    """Write and verify an adapter in PEFT's format; returns what export_report.json says. All
+    processes must call it; the first one writes, and returns it.
 
     Its logits are compared on the base as it is stored, also where training held it in fewer bits.
 
@@ -160,8 +166,10 @@ def export_adapter(
         WeightsError: the folder does not verify.
     """
     at = base.location()
+    tensors = adapter.to_peft(jax.tree.map(hosts.fetch, params))
+    if not hosts.first():
+        return {}
     with _beside(folder, replace) as new:
-        tensors = adapter.to_peft(params)
         written = {name: _described(tensor) for name, tensor in tensors.items()}
         file = new / lora.ADAPTER_WEIGHTS
         save_file(tensors, file, metadata={"format": "pt"})
@@ -180,7 +188,9 @@ def export_adapter(
             return adapter.merge(params, adapter.read_peft(new))
 
         if base.step is None:
-            report["logits"] = _compare_logits(new, adapter.model, tokenizer, load, base.folder)
+            report["logits"] = _compare_logits(
+                new, adapter.model, tokenizer, load, mesh, base.folder
+            )
         else:
             why = "the base is a run folder; convert it with to_hf, or this run with --merge"
             report["logits"] = {"compared": False, "why": why}
@@ -246,12 +256,13 @@ def _compare_logits(
     model: Model,
     tokenizer: Any,
     load: Callable[[], Any],
+    mesh: Any,
     base: Path | None = None,
 ) -> dict[str, Any]:
     """Logits of the folder in PyTorch and in JAX, both in float32, on fixed prompts.
 
     Args:
-        load: the folder's weights, as we read them.
+        load: the folder's weights, as we read them onto `mesh`.
         base: the folder of the model that `folder` is an adapter of.
     """
     prompts = [tokenizer(t, add_special_tokens=model.scorer).input_ids[:64] for t in PROMPTS]
@@ -269,16 +280,16 @@ def _compare_logits(
     if result.returncode:
         raise WeightsError(f"{folder}: transformers cannot load it: {result.stderr.strip()[-500:]}")
     theirs = np.load(folder / "logits.npz")
-    loaded = load()
     largest = difference = 0.0
-    for i, ids in enumerate(prompts):
-        tokens = jnp.array([ids])
-        layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
-        layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
-        with jax.default_matmul_precision("highest"):
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        loaded = load()
+        for i, ids in enumerate(prompts):
+            tokens = jnp.array([ids])
+            layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
+            layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
             ours = np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout))
-        largest = max(largest, float(np.abs(ours).max()))
-        difference = max(difference, float(np.abs(ours - theirs[f"arr_{i}"]).max()))
+            largest = max(largest, float(np.abs(ours).max()))
+            difference = max(difference, float(np.abs(ours - theirs[f"arr_{i}"]).max()))
     (folder / "logits.npz").unlink()
     if not difference <= TOLERANCE * (max(largest, 1) if model.scorer else largest):
         raise WeightsError(

@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import easyaira
-from easyaira import card, energy, lora, metrics, plan, release, report, run_folder, trainer
+from easyaira import card, energy, hosts, lora, metrics, plan, release, report, run_folder, trainer
 from easyaira import config as configs
+from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
 from easyaira.samples import Samples
+from easyaira.stop import StopSignal
 
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
     """Do what the command line asks for."""
-    with trainer.StopSignal() as stop:
+    with hosts.joined(config.distributed), StopSignal(hosts.leave) as stop:
+        hosts.agree(run_folder.made_with(config))
         energy.check(config.energy)
         setup = prepare(config, algorithm)
+        hosts.agree(run_folder.made_of(setup))
         keep_compiled(config)
         with jax.set_mesh(setup.mesh):
             print(plan.describe(setup), flush=True)
@@ -43,13 +48,14 @@ def keep_compiled(config: RunConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
+def train(setup: Setup, algorithm: Algorithm, stop: StopSignal) -> None:
     """Train, or continue, or find that all is done; then report and export."""
     config, folder = setup.config, Path(setup.config.output_dir)
     facts = released(setup)
     checkpoints = run_folder.claim(setup)
     step = checkpoints.latest()
-    if step == setup.total_steps and (not config.export or (folder / "hf").exists()):
+    released_before = hosts.share((folder / "hf").exists())
+    if step == setup.total_steps and (not config.export or released_before):
         print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
         return
     with energy.track(config.energy if step != setup.total_steps else None, folder):
@@ -60,7 +66,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: trainer.StopSignal) -> None:
 def _updates(
     setup: Setup,
     algorithm: Algorithm,
-    stop: trainer.StopSignal,
+    stop: StopSignal,
     checkpoints: Checkpoints,
     facts: release.Facts,
 ) -> tuple[Any, Samples]:
@@ -87,7 +93,7 @@ def _updates(
     if step is None:
         samples.answer("before", setup.weights(params))
     del params  # the first update gives its memory away
-    log = metrics.Log(folder, step or 0, setup.total_steps)
+    log = metrics.Log(folder, step or 0, setup.total_steps) if hosts.first() else metrics.NoLog()
     try:
         state = trainer.fit(
             state,
@@ -120,14 +126,17 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -
     """Show what training changed, and release it."""
     config, folder = setup.config, Path(setup.config.output_dir)
     samples.answer("after", setup.weights(params))
-    write_report(setup, samples)
+    if hosts.first():
+        write_report(setup, samples)
     vars(setup).pop("base", None)  # and here, too
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
         common = {
             "params": params,
             "tokenizer": setup.tokenizer,
-            "mesh": setup.mesh,
+            "mesh": meshes.make_mesh("fsdp=-1", jax.local_devices())
+            if hosts.several()
+            else setup.mesh,
             "card": partial(card.of_run, folder),
             "replace": True,
         }
@@ -137,8 +146,13 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -
             )
         else:
             proof = release.export(folder / "hf", model=setup.model, facts=facts, **common)
-        print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
+        if proof:
+            print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
+
+
+def _own_mesh() -> Mesh:
+    return meshes.make_mesh("fsdp=-1", jax.local_devices())
 
 
 def adapted(setup: Setup) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import subprocess
 import time
@@ -14,9 +16,10 @@ import jax
 import yaml
 
 import easyaira
-from easyaira import cli, optim, pretrained
+from easyaira import cli, hosts, optim, pretrained
 from easyaira import config as configs
 from easyaira.checkpoint import Checkpoints
+from easyaira.config import RunConfig
 from easyaira.data import report as data_report
 from easyaira.errors import ConfigError, StorageError
 from easyaira.prepare import Setup
@@ -27,16 +30,47 @@ MAY_CHANGE = """
     mesh output_dir resume export num_samples logging_steps eval_steps save_steps save_total_limit
     model.gradient_checkpointing data.cache_dir
 """.split()
-GROUPS_MAY_CHANGE = {"energy", "generation", "card"}
+GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 
 
 def claim(setup: Setup) -> Checkpoints:
     """Make the run folder ours, or make sure that it is; returns its checkpoints.
 
+    The folder is the first process's; the others see its checkpoints alone.
+
     Raises:
-        ConfigError: it is another run's, holds something else, or nothing where a run must be.
+        ConfigError: it is another run's, holds something else, or nothing where a run must be; or
+            not all hosts see its checkpoints.
         StorageError: it cannot be written.
     """
+    config, folder = setup.config, Path(setup.config.output_dir) / pretrained.CHECKPOINTS
+    if hosts.first():
+        _write(setup)
+    if hosts.several():
+        _check_seen(folder)
+    checkpoints = Checkpoints(folder, keep=config.save_total_limit, write=True)
+    if config.resume == "must" and checkpoints.latest() is None:
+        raise ConfigError(
+            f"resume: no finished checkpoint in {folder.parent}; use auto to start anew"
+        )
+    return checkpoints
+
+
+def _check_seen(folder: Path) -> None:
+    """Make sure that a file which the first process writes is seen by all."""
+    token = hosts.share(os.urandom(8).hex())
+    mark = folder / f".seen-{token}"
+    if hosts.first():
+        folder.mkdir(exist_ok=True)
+        mark.write_text(token)
+    hosts.share()
+    hosts.agree({f"checkpoints: seeing what host 0 writes in {folder}": mark.exists()})
+    if hosts.first():
+        mark.unlink()
+
+
+def _write(setup: Setup) -> None:
+    """What a run folder holds from the start."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     if record.exists():
@@ -55,12 +89,6 @@ def claim(setup: Setup) -> Checkpoints:
         setup.tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
-    checkpoints = Checkpoints(
-        folder / pretrained.CHECKPOINTS, keep=config.save_total_limit, write=True
-    )
-    if config.resume == "must" and checkpoints.latest() is None:
-        raise ConfigError(f"resume: no finished checkpoint in {folder}; use auto to start anew")
-    return checkpoints
 
 
 def _strangers(folder: Path) -> list[Path]:
@@ -100,9 +128,43 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def made_with(config: RunConfig) -> dict[str, Any]:
+    """What must be alike on all hosts before anything is read: options, versions, code."""
+    options = {k: v for k, v in configs.to_dict(config).items() if k != "distributed"}
+    source = Path(easyaira.__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(source.rglob("*.py")):
+        code.update(str(path.relative_to(source)).encode() + path.read_bytes())
+    return (
+        _flat(options)
+        | {f"version of {name}": found for name, found in _versions().items()}
+        | {"code of easyaira (sha256)": code.hexdigest()[:16]}
+        | {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+        | {"devices": [jax.local_devices()[0].device_kind, jax.local_device_count()]}
+    )
+
+
+def made_of(setup: Setup) -> dict[str, Any]:
+    """What must be alike on all hosts before anything is computed: the data, the model."""
+    return {
+        "fingerprint of the data": setup.data.report["fingerprint"],
+        "tokenizer and template": setup.template.fingerprint(),
+        "config.json of the model": dict(setup.origin.config),
+        "commit of the model": setup.origin.commit,
+        "updates": setup.total_steps,
+        "rows and lengths": [list(shape) for shape in setup.batches.shapes],
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = "jax jaxlib flax optax orbax-checkpoint transformers tokenizers numpy".split()
+    return {"python": platform.python_version(), "easyaira": easyaira.__version__} | {
+        package: version(package) for package in packages
+    }
+
+
 def provenance(setup: Setup) -> dict[str, Any]:
     """What this run is made with, for config.yaml."""
-    packages = "jax jaxlib flax optax orbax-checkpoint transformers tokenizers numpy".split()
     source = Path(easyaira.__file__).parent
     git = ["git", "-C", str(source), "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
@@ -110,8 +172,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
     except FileNotFoundError:
         commit = ""
     return {
-        "versions": {"python": platform.python_version(), "easyaira": easyaira.__version__}
-        | {package: version(package) for package in packages},
+        "versions": _versions(),
         "git_commit": commit or None,
         "devices": {
             "kind": setup.mesh.devices.flat[0].device_kind,

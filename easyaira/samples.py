@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from easyaira import hosts
 from easyaira.generate import generate
 from easyaira.prepare import Setup
 from easyaira.report import write_file
@@ -49,4 +50,5 @@ class Samples:
         )
         for row, tokens in zip(self.rows, answers, strict=True):
             row[when] = self.setup.template.text(tokens)
-        write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
+        if hosts.first():
+            write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")

@@ -10,7 +10,6 @@ micro-batch: an evaluation hands all of them to the algorithm's summary."""
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +22,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira import metrics
+from easyaira import hosts, metrics
 from easyaira.checkpoint import Checkpoints, abstract
 from easyaira.config import RunConfig
 from easyaira.data.batches import LAYOUT, Batch, Batches
 from easyaira.errors import NonFiniteError, Preempted
-from easyaira.mesh import BATCH_AXES, constrain, like
+from easyaira.mesh import BATCH_AXES, constrain, data_shards, like, local_shards
+from easyaira.stop import StopSignal
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array | None], Sums]
@@ -142,7 +142,21 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
 
 
 def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    return jax.device_put(batch.arrays, batch_shardings(batch.arrays, mesh))
+    """A batch on the devices. Each process brings the rows of its own."""
+    per_shard, own = batch.shape.rows, local_shards(mesh)
+
+    def put(name: str, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if name not in LAYOUT:
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        micro_batches, _, length = array.shape
+        rows = array.reshape(micro_batches, len(own), per_shard, length)
+        shape = (micro_batches, data_shards(mesh) * per_shard, length)
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: rows[:, own.index((index[1].start or 0) // per_shard)]
+        )
+
+    shardings = batch_shardings(batch.arrays, mesh)
+    return {name: put(name, array, shardings[name]) for name, array in batch.arrays.items()}
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:
@@ -163,13 +177,16 @@ def evaluate(
     batches: Batches,
     mesh: Mesh,
     summary: Summary | None = None,
-) -> dict[str, float | None]:
+    stop: StopSignal | None = None,
+) -> dict[str, float | None] | None:
     """Averages over all examples of `batches`, and what `summary` says of all of them together,
-    named eval_..."""
+    named eval_...; None if a signal came meanwhile, to any host."""
     sums: metrics.Sums = {}
     known: dict[str, list[np.ndarray]] = {}
-    for ready in ahead(batches, 0, len(batches), mesh):
+    for ready in ahead(batches, 0, len(batches), mesh, "of the evaluation"):
         more, examples = jax.device_get(eval_step(params, frozen, ready.arrays))
+        if stop and hosts.any_of(bool(stop.received), mesh):
+            return None
         sums = metrics.add(sums, more)
         for name, values in examples.items():
             known.setdefault(name, []).append(values[ready.batch.slots[:, 1]])
@@ -194,7 +211,9 @@ class Ready(NamedTuple):
     waited: float
 
 
-def ahead(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[Ready]:
+def ahead(
+    batches: Batches, start: int, stop: int, mesh: Mesh, what: str = "of the training"
+) -> Iterator[Ready]:
     """Updates start..stop - 1, each made on a thread while the one before it is computed."""
 
     def make(update: int) -> tuple[Batch, dict[str, jax.Array]]:
@@ -204,36 +223,13 @@ def ahead(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[Ready
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         coming: Future | None = pool.submit(make, start) if start < stop else None
         for update in range(start, stop):
+            hosts.beat(f"making batch {update + 1} {what}")
             asked = time.perf_counter()
             batch, arrays = coming.result()
             waited = time.perf_counter() - asked
             coming = pool.submit(make, update + 1) if update + 1 < stop else None
+            hosts.beat(f"computing batch {update + 1} {what}")
             yield Ready(batch, arrays, waited)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT: at once where there is nothing to save, and in the loop, where there is,
-    after the update under way. A second signal ends the process at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self.deferred = False
-
-    def __enter__(self) -> StopSignal:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame):
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-        if not self.deferred:
-            raise Preempted(f"{self.received}; nothing is lost, run the same command again")
 
 
 def fit(
@@ -271,14 +267,15 @@ def fit(
     start = int(state.step)
     pending: list[tuple[int, Ready, Sums]] = []  # updates whose numbers are still on the device
     shapes = set()  # of rows, each of which was compiled for
+    asked: Any = False  # whether a host was told to stop before the update before
 
     def due(step: int, every: int) -> bool:
         return step == total_steps or bool(every and step % every == 0)
 
-    def measure() -> dict[str, float | None]:
+    def measure() -> dict[str, float | None] | None:
         if held_out is None:
             return {}
-        return evaluate(eval_step, state.params, frozen, held_out, mesh, summary)
+        return evaluate(eval_step, state.params, frozen, held_out, mesh, summary, stop)
 
     def settle(until: int, measured: Mapping[str, float | None]) -> None:
         """Fetch the numbers of updates up to `until`, and write what is to be logged of them."""
@@ -298,35 +295,46 @@ def fit(
             if row:
                 log.write(step, row)
 
-    if start == 0 and (row := {**before, **measure()}):
-        log.write(0, row)
-    stop.deferred = True
+    if start == 0 or window.unmeasured:
+        row = {**before, **(measure() or {})}
+        window.unmeasured = False
+        if row:
+            log.write(start, row)
     for step, ready in enumerate(ahead(batches, start, total_steps, mesh), start + 1):
         state, sums = train_step(state, frozen, ready.arrays, key)
+        stop.deferred = True  # from here on, there is something to save
         shapes.add(ready.batch.shape)
         pending.append((step, ready, sums))
         log.advance(1)
-        stopping = stop.received  # read once: a signal that comes later is for the next update
-        saving = due(step, config.save_steps) or stopping
+        # read once: a signal that comes later is for the next update. What several hosts have
+        # received is known to all of them one update later, since nobody waits for it
+        before_last, asked = asked, hosts.any_of(bool(stop.received), mesh)
+        stopping = bool(before_last if hosts.several() else asked)
         evaluating = due(step, config.eval_steps)
         settle(step - 1, {})  # one update behind, so that the device never waits for the host
-        if saving or evaluating or step == start + 1:
+        if stopping or evaluating or due(step, config.save_steps) or step == start + 1:
             jax.block_until_ready(state.step)
             window.pause()
-            settle(step, measure() if evaluating else {})
-        if saving:
+            measured = measure() if evaluating and not stopping else {}
+            if measured is None:
+                stopping = True
+            window.unmeasured = evaluating and stopping
+            settle(step, measured or {})
+        if stopping or due(step, config.save_steps):
             position = {"seed": config.seed, "update": step}
             saved_meta = meta | {"window": window.to_save()}
             checkpoints.save(step, state.params, state.opt_state, position, saved_meta)
         if stopping:
+            hosts.beat(f"saving after update {step}")
             checkpoints.wait()
             raise Preempted(
-                f"{stopping} after update {step} of {total_steps}; the state is saved, run "
-                "the same command again"
+                f"{stop.received or 'another host'} after update {step} of {total_steps}; the "
+                "state is saved, run the same command again"
             )
         window.run()
-    stop.deferred = False
+    hosts.beat("saving the last update")
     checkpoints.wait()
+    stop.deferred = False
     return state
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from easyaira import hosts
 from easyaira.errors import UnsafeInputError, WeightsError
 from easyaira.mesh import by_path, path_of
 
@@ -290,14 +291,16 @@ def _read(name: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
 def to_hf(
     params: Any, rows: Sequence[Row], *, vocab_size: int, dtypes: Callable[[str], np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors, one at a time, rounded once to the dtype that `dtypes` gives for a name.
+    """Their tensors, one at a time, rounded once to the dtype that `dtypes` gives for a name. All
+    processes of a run must go through them.
 
     Raises:
         WeightsError: a value is not finite, or too large for the dtype.
     """
     for row, leaf in pair_rows(params, rows):
         for i, name in enumerate(row.names(leaf)):
-            layer = np.asarray(leaf[i] if row.stacked else leaf)
+            hosts.beat(f"collecting {name}")
+            layer = hosts.fetch(leaf[i] if row.stacked else leaf)
             with np.errstate(over="ignore"):
                 tensor = np.ascontiguousarray(row.cut(layer, vocab_size)).astype(dtypes(name))
             if not np.isfinite(tensor.astype(np.float32)).all():

@@ -12,7 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 # Five floors. A file imports only from files above it in this list.
 HOUSE = """
     errors
+    stop
     config cli mesh losses quantize
+    hosts
     weights optim checkpoint metrics report verify
     energy
 

@@ -124,7 +124,7 @@ class Batches:
     size: int
     accumulation: int = 1
     shards: int = 1
-    local: range | None = None
+    local: Sequence[int] | None = None
     packing: bool = True
     share_prompt: bool = False
     seed: int | None = None
@@ -228,7 +228,7 @@ class Batches:
     def __getitem__(self, update: int) -> Batch:
         members, groups = self.members(update), self.groups(update)
         shape, rows = self.arrange(groups)
-        local = self.local or range(self.shards)
+        local = range(self.shards) if self.local is None else self.local
         layout = (self.accumulation, len(local), *shape)
         arrays = {name: np.zeros(layout, np.int32) for name in LAYOUT}
         arrays["loss_mask"] = arrays["loss_mask"].astype(bool)

@@ -1,0 +1,74 @@
+"""SIGTERM and SIGINT: a run is told to stop, at any time, and ends with what it has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from easyaira.errors import Preempted
+
+GRACE = 5.0  # seconds in which the interpreter must have taken notice of a signal
+
+
+def _leave(error: Preempted) -> None:
+    print(f"stopped: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_status)
+
+
+class StopSignal:
+    """At once where there is nothing to save, and in the loop, where there is, after the update
+    under way. A second signal ends the process at once.
+
+    Python takes notice of a signal between two of its own instructions, so not while a program is
+    compiled, which takes minutes; a thread does, and ends the process in its place.
+
+    Args:
+        leave: how that thread ends the process.
+
+    Attributes:
+        received: the signal's name.
+        deferred: there is something to save: who set this will look at `received`.
+    """
+
+    def __init__(self, leave: Callable[[Preempted], None] = _leave):
+        self.received: str | None = None
+        self.deferred = False
+        self._leave = leave
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, args=(read,), daemon=True, name="signals").start()
+        return self
+
+    def __exit__(self, *_):
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._write)  # which ends the thread
+
+    def _handle(self, number: int, _frame):
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+        if not self.deferred:
+            raise self._preempted(number)
+
+    def _preempted(self, number: int) -> Preempted:
+        name = signal.Signals(number).name
+        return Preempted(f"{name}; nothing is lost, run the same command again")
+
+    def _wait(self, read: int) -> None:
+        with os.fdopen(read, "rb", buffering=0) as pipe:
+            while byte := pipe.read(1):
+                if byte[0] in self._before:
+                    time.sleep(GRACE)
+                    if not self.received and not self.deferred:
+                        self._leave(self._preempted(byte[0]))
