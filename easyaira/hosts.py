@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import distributed  # JAX's key-value store has no public name
+from jax._src import clusters, distributed  # the launchers that JAX knows, and its key-value store
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -121,8 +121,7 @@ def _connect(config: DistributedConfig) -> Any:
     """
     if distributed.global_state.client is not None:
         return distributed.global_state.client if several() else None
-    alone = "1" in (os.environ.get(n) for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    if config.coordinator_address is None and (alone or not config.detect):
+    if config.coordinator_address is None and not (config.detect and launcher()):
         return None
     # its handler of SIGTERM would take the place of ours
     jax.config.update("jax_enable_preemption_service", False)
@@ -136,8 +135,6 @@ def _connect(config: DistributedConfig) -> Any:
             shutdown_timeout_seconds=config.timeout,
         )
     except ValueError as error:
-        if config.coordinator_address is None and "coordinator_address" in str(error):
-            return None  # JAX knows of no launcher here
         raise ConfigError(f"distributed: {error}") from error
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -152,6 +149,14 @@ def _connect(config: DistributedConfig) -> Any:
         # JAX gives each process of SLURM and Open MPI one GPU; alone on a machine, it has them all
         jax.config.update("jax_cuda_visible_devices", "all")
     return client if several() else None
+
+
+def launcher() -> str | None:
+    """Who started this process as one of several, if it is one that JAX knows."""
+    if "1" in (os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
+        return None
+    known = (env for env in clusters.ClusterEnv._cluster_types if not env.opt_in_only_method)
+    return next((env.name for env in known if env.is_env_present()), None)
 
 
 def _get(client: Any, key: str) -> str:
