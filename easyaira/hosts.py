@@ -131,7 +131,8 @@ def _connect(config: DistributedConfig) -> Any:
             config.num_processes,
             config.process_id,
             initialization_timeout=config.initialization_timeout,
-            heartbeat_timeout_seconds=2 * config.timeout,  # after ours, which says what happened
+            # after ours, which says what happened
+            heartbeat_timeout_seconds=int(2 * config.timeout + 3 * GRACE),
             shutdown_timeout_seconds=config.timeout,
         )
     except ValueError as error:
@@ -162,8 +163,9 @@ def launcher() -> str | None:
 def _get(client: Any, key: str) -> str:
     """A value of the store, waited for in parts, so that signals are seen. Who waits for others
     does not hang; they may."""
+    global _doing
     while True:
-        beat("waiting for another host")
+        _doing = _doing._replace(what="waiting for another host", since=time.monotonic())
         try:
             return client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
@@ -272,7 +274,9 @@ class _Watch(threading.Thread):
         self.over = threading.Event()
         self.ended: Ended | None = None  # how this process would end by itself
         self._tick = itertools.count()
-        self._heard: dict[str, tuple[str, float]] = {}  # of hosts: their last beat, and when
+        self._heard: dict[int, tuple[str, float]] = {}  # of hosts: their last beat, and when
+        self._lost: set[int] = set()
+        self._cause: dict[str, Any] | None = None
         self._since: float | None = None  # when the cause was first seen
         self._lock = threading.Lock()
         if client is not None:
@@ -281,17 +285,23 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         interval = min(1.0, self.config.timeout / 10)
-        while not self.over.wait(interval):
+        limit = self.config.hang_timeout if self.client is None else 2 * self.config.timeout
+        while True:
+            # ends a process in which no Python runs any more, this neither
+            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+            if self.over.wait(interval):
+                break
             try:
                 self._look()
             except jax.errors.JaxRuntimeError:
                 pass  # the coordinator is gone; JAX ends this process soon, see _aborted
+        faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
         silent = time.monotonic() - _doing.since
         hangs = silent > self.config.hang_timeout and self.ended is None
         if hangs:
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
             hung = f"no progress for {silent:.0f} s, {_doing.what} (distributed.hang_timeout)"
             self.ended = Ended(f"error: {hung}", HostError.exit_status, True, time.monotonic())
         if self.client is None:
@@ -309,6 +319,7 @@ class _Watch(threading.Thread):
             self._listen(said)
             self._tell(said)
             return
+        self._cause = json.loads(said["cause"])
         self._since = self._since or time.monotonic()
         waited = time.monotonic() - self._since
         if self.ended is None and waited < GRACE:
@@ -318,10 +329,10 @@ class _Watch(threading.Thread):
                 f"easyaira/watch/left/{jax.process_index()}", "", allow_overwrite=True
             )
         elif waited < 2 * GRACE:
-            left = sum(key.startswith("left/") for key in said)
-            if left < jax.process_count() - 1:
+            left = {int(key.partition("/")[2]) for key in said if key.startswith("left/")}
+            if len(left | self._lost) < jax.process_count() - 1:
                 return  # the others read the cause in this process
-        self._finish(json.loads(said["cause"]))
+        self._finish()
 
     def _listen(self, said: Mapping[str, str]) -> None:
         """The first process looks after all, and they after it."""
@@ -334,6 +345,7 @@ class _Watch(threading.Thread):
             if beat != before:
                 self._heard[i] = (beat, now)
             elif now - when > self.config.timeout:
+                self._lost.add(i)
                 at = beat.split(" ", 2)[-1] or "starting"
                 self._post(f"host {i}", f"silent for {now - when:.0f} s, last {at}; was it killed?")
 
@@ -341,7 +353,7 @@ class _Watch(threading.Thread):
         """Make it the cause that this process ends, unless it seems to be a consequence."""
         if self.ended is None:
             return
-        if self.ended.known or time.monotonic() - self.ended.at > 2 * self.config.timeout:
+        if self.ended.known or time.monotonic() - self.ended.at > self.config.timeout + GRACE:
             message = self.ended.message.partition(": ")[2]
             if self.ended.status == HostError.exit_status:
                 counts = {
@@ -362,8 +374,9 @@ class _Watch(threading.Thread):
             if "ALREADY_EXISTS" not in str(error):
                 raise
 
-    def _finish(self, cause: Mapping[str, Any]) -> None:
+    def _finish(self) -> None:
         """End this process, with the cause as its last line."""
+        cause = self._cause
         told = f"{cause['who']}: {cause['message']}"
         preempted = cause["status"] == Preempted.exit_status
         kind = "stopped" if preempted else "error"
@@ -381,13 +394,9 @@ class _Watch(threading.Thread):
 
     def _aborted(self, _number: int) -> None:
         """JAX ends a process by abort() when its coordinator is gone."""
-        ended = self.ended
-        if ended is not None and ended.known:
-            self._end(ended.message, ended.status)
-        self._end(
-            "error: host 0: lost, and with it the store that all talk through; was it killed?",
-            HostError.exit_status,
-        )
+        gone = "lost, and with it the store that all talk through; was it killed?"
+        self._cause = self._cause or {"who": "host 0", "message": gone, "status": 5}
+        self._finish()
 
     def leave(self, error: BaseException) -> None:
         """End this process with an error, and all others with it as their last line."""

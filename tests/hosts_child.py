@@ -1,0 +1,58 @@
+"""A process of a run that computes nothing, and what can befall it: see test_hosts.py.
+
+python hosts_child.py PORT PROCESSES INDEX FAULT
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+from easyaira import cli, hosts
+from easyaira.config import DistributedConfig
+from easyaira.errors import DataError
+from easyaira.mesh import make_mesh
+from easyaira.stop import StopSignal
+
+
+def befall(fault: str) -> None:
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "known":
+        raise DataError("rows.jsonl:7: not a row")
+    if fault == "bug":
+        raise ZeroDivisionError("of ours")
+    if fault == "hangs":
+        time.sleep(600)
+    if fault == "stuck":  # where Python does not notice anything, as in a compilation
+        ctypes.PyDLL(None).sleep(600)
+    if fault == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)
+        ctypes.CDLL(None).sleep(60)
+
+
+def main(argv: list[str]) -> None:
+    port, processes, index, fault = argv
+    fault, _, place = fault.partition(" on ")
+    limits = {"timeout": 4, "hang_timeout": 6 if fault == "hangs" else 100}
+    config = DistributedConfig(f"127.0.0.1:{port}", int(processes), int(index), **limits)
+    with hosts.joined(config), StopSignal(hosts.leave):
+        differing = {"seed": index} if fault == "differing" else {}
+        hosts.agree({"optimizer.learning_rate": 1e-5} | differing)
+        assert hosts.share(f"of host {index}") == "of host 0"
+        mesh = make_mesh("fsdp=-1")
+        print("alike", flush=True)
+        for update in range(10 if fault == "fine" else 10_000):
+            hosts.beat(f"computing update {update}")
+            asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
+            assert asked == (fault == "asked" and update == 5)
+            if asked:
+                return
+            if update == 5 and index == place:
+                befall(fault)
+            time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    cli.run_command(main, sys.argv[1:])
