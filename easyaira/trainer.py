@@ -268,6 +268,7 @@ def fit(
     pending: list[tuple[int, Ready, Sums]] = []  # updates whose numbers are still on the device
     shapes = set()  # of rows, each of which was compiled for
     asked: Any = False  # whether a host was told to stop before the update before
+    step, stopping = start, False
 
     def due(step: int, every: int) -> bool:
         return step == total_steps or bool(every and step % every == 0)
@@ -325,16 +326,16 @@ def fit(
             saved_meta = meta | {"window": window.to_save()}
             checkpoints.save(step, state.params, state.opt_state, position, saved_meta)
         if stopping:
-            hosts.beat(f"saving after update {step}")
-            checkpoints.wait()
-            raise Preempted(
-                f"{stop.received or 'another host'} after update {step} of {total_steps}; the "
-                "state is saved, run the same command again"
-            )
+            break
         window.run()
-    hosts.beat("saving the last update")
+    hosts.beat("saving")
     checkpoints.wait()
     stop.deferred = False
+    if stopping or stop.received:
+        raise Preempted(
+            f"{stop.received or 'another host was told to stop'} after update {step} of "
+            f"{total_steps}; the state is saved, run the same command again"
+        )
     return state
 
 

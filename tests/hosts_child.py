@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from easyaira import cli, hosts
+from easyaira import cli, hosts, stop
 from easyaira.config import DistributedConfig
 from easyaira.errors import DataError
 from easyaira.mesh import make_mesh
@@ -35,7 +35,8 @@ def befall(fault: str) -> None:
 def main(argv: list[str]) -> None:
     port, processes, index, fault = argv
     fault, _, place = fault.partition(" on ")
-    limits = {"timeout": 4, "hang_timeout": 6 if fault == "hangs" else 100}
+    hosts.GRACE = stop.GRACE = 2.0
+    limits = {"timeout": 3, "hang_timeout": 6 if fault == "hangs" else 100}
     config = DistributedConfig(f"127.0.0.1:{port}", int(processes), int(index), **limits)
     with hosts.joined(config), StopSignal(hosts.leave):
         differing = {"seed": index} if fault == "differing" else {}

@@ -36,7 +36,7 @@ def start(arguments: list, devices: int = 1, **more: str) -> subprocess.Popen:
 class Ended:
     """Exit statuses and what was printed, in the order of the processes, and seconds it took."""
 
-    def __init__(self, processes: list[subprocess.Popen], timeout: float = 240):
+    def __init__(self, processes: list[subprocess.Popen], timeout: float = 500):
         began = time.monotonic()
         try:
             told = [process.communicate(timeout=timeout) for process in processes]

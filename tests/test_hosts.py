@@ -1,7 +1,16 @@
 """Several processes as one run: two on this machine, over gloo."""
 
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
+import tiny
+import train_child
 from processes import Ended, free_port, start
+
+from easyaira import cli, metrics, train_dpo, trainer
 
 
 def two(fault):
@@ -34,3 +43,138 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault)
     assert ended.statuses == statuses, ended
     assert ended.seconds < seconds
     assert "alike" not in ended.out[1]  # the first process prints
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ground")
+    tiny.save(root / "gpt2", tiny.CONFIGS["gpt2"])
+    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
+    return root
+
+
+def argv(ground, out, *more):
+    return [
+        f"--model.name_or_path={ground / 'gpt2'}",
+        f"--data.train={ground / 'dpo.jsonl'}",
+        f"--data.cache_dir={out}-cache",
+        "--data.eval=0.1",
+        "--data.template=plain",
+        "--max_steps=6",
+        "--eval_steps=3",
+        "--save_steps=3",
+        "--logging_steps=1",
+        "--num_samples=0",
+        f"--output_dir={out}",
+        *more,
+    ]
+
+
+def hosts(count, devices, out, arguments, point=""):
+    """A run of several processes; `point` befalls the last of them."""
+    port, processes = free_port(), []
+    for i in range(count):
+        where = [f"--distributed.coordinator_address=127.0.0.1:{port}"]
+        where += [f"--distributed.num_processes={count}", f"--distributed.process_id={i}"]
+        job = {"task": "dpo", "point": point if i == count - 1 else "", "rows": f"{out}-rows-{i}"}
+        job["argv"] = [*map(str, arguments), *where]
+        processes.append(start(["-m", "train_child", json.dumps([job])], devices))
+    return Ended(processes)
+
+
+def losses(folder, name="loss"):
+    rows = metrics.read(folder / "metrics.jsonl")
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def exported(folder):
+    return json.loads((folder / "hf/export_report.json").read_text())["tensors"]
+
+
+def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, devices):
+    mesh = "--mesh=fsdp=4,tp=2"
+    devices(8)
+    alone = tmp_path / "alone"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "to_device", trainer.to_device)  # given back afterwards
+        train_child.record(f"{alone}-rows")
+        cli.run_command(train_dpo.main, argv(ground, alone, mesh))
+
+    two = tmp_path / "two"
+    ended = hosts(2, 4, two, argv(ground, two, mesh), point="update")
+    assert ended.statuses == [75, 75], ended
+    assert "the state is saved" in ended.last(0)
+    stopped = max(losses(two))
+    assert stopped in (3, 4, 5), ended  # told in update 3, by the other host
+    for step in range(stopped + 1):
+        assert losses(two)[step] == pytest.approx(losses(alone)[step], abs=1e-6)
+
+    # each host feeds its own rows, which together are those of the run in one process
+    whole, *parts = (
+        list(np.load(f"{name}-rows{i}.npz").values())
+        for name, i in ((alone, ""), (two, "-0"), (two, "-1"))
+    )
+    for rows, *of_hosts in zip(whole, *parts, strict=False):
+        assert all(part.shape[1] == rows.shape[1] // 2 for part in of_hosts)
+        np.testing.assert_array_equal(np.concatenate(of_hosts, 1), rows)
+
+    # one host prints and writes
+    out = [line for line in ended.out[1].splitlines() if "[Gloo]" not in line]
+    assert not out and "step 3: loss" in ended.out[0]
+    assert len(list((two / "tensorboard").iterdir())) == 1
+
+    copies = {count: Path(shutil.copytree(two, tmp_path / f"{count}")) for count in (1, 8)}
+    for count, copy in copies.items():
+        devices(count)
+        cli.run_command(train_dpo.main, argv(ground, copy, "--mesh=fsdp=-1"))
+    ended = hosts(2, 2, two, argv(ground, two, "--mesh=fsdp=2,tp=2"))
+    assert ended.statuses == [0, 0], ended
+    assert "bit for bit" in ended.out[0] and "'compared': True" in ended.out[0]
+    for folder in (two, *copies.values()):
+        assert losses(folder).keys() == losses(alone).keys()
+        for step, loss in losses(alone).items():
+            assert losses(folder)[step] == pytest.approx(loss, abs=1e-6)
+    assert exported(two).keys() == exported(alone).keys()
+
+
+POINTS = {  # where a signal comes, and what is said
+    "import": "SIGTERM; nothing is lost",
+    "data": "SIGTERM; nothing is lost",
+    "reference": "SIGTERM; nothing is lost",
+    "compile": "SIGTERM; nothing is lost",
+    "update": "SIGTERM after update 3 of 6; the state is saved",
+    "evaluation": "SIGTERM after update 3 of 6; the state is saved",
+    "save": "SIGTERM after update 4 of 6; the state is saved",
+    "last save": "SIGTERM after update 6 of 6; the state is saved",
+    "report": "SIGTERM; nothing is lost",
+    "export": "SIGTERM; nothing is lost",
+}
+
+
+def test_a_signal_at_any_time_ends_with_75_and_the_same_command_goes_on(ground, tmp_path):
+    def job(point, folder):
+        out = str(tmp_path / f"{folder}.txt")
+        common = {"task": "dpo", "out": out, "unproved": True}
+        return common | {"point": point, "argv": argv(ground, tmp_path / folder)}
+
+    jobs = [job("", "straight")] + [job(point, point) for point in POINTS if point != "import"]
+    ended = Ended([start(["-m", "train_child", json.dumps(jobs)])])
+    told = [json.loads(line) for line in ended.out[0].splitlines()]
+    assert told[0]["status"] == 0, (tmp_path / "straight.txt").read_text()
+    imported = Ended([start(["-m", "train_child", json.dumps([job("import", "import")])])])
+    assert imported.statuses == [75] and not (tmp_path / "import").exists(), imported
+    (tmp_path / "import.txt").write_text(imported.err[0])
+    for (point, says), how in zip(POINTS.items(), [{"status": 75}, *told[1:]], strict=True):
+        out = (tmp_path / f"{point}.txt").read_text()
+        assert how["status"] == 75, f"{point}: {how} {out}"
+        assert says in out.strip().splitlines()[-1], f"{point}: {out}"
+        if point == "compile":
+            assert how["seconds"] < 30
+    again = [job("", point) for point in POINTS]
+    ended = Ended([start(["-m", "train_child", json.dumps(again)])])
+    for point, line in zip(POINTS, ended.out[0].splitlines(), strict=True):
+        out = (tmp_path / f"{point}.txt").read_text()
+        assert json.loads(line)["status"] == 0, f"{point}: {out}"
+        assert exported(tmp_path / point) == exported(tmp_path / "straight"), point
+        for name in ("loss", "eval_loss"):
+            assert losses(tmp_path / point, name) == losses(tmp_path / "straight", name), point

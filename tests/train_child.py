@@ -1,0 +1,154 @@
+"""Training commands as processes of their own, with a signal at a named point.
+
+python -m train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows, unproved}
+
+One job runs in this process. Several run one after another, each in a copy of this process, which
+has imported all that they need; their statuses are printed. `out` takes what a job prints, `rows`
+the rows that it feeds to its devices.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+
+def told_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def at_call(module, name, number=1, after=True):
+    """A signal in the `number`-th call of a function."""
+    calls, inner = [], getattr(module, name)
+
+    def outer(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number and not after:
+            told_to_stop()
+        result = inner(*args, **kwargs)
+        if len(calls) == number and after:
+            told_to_stop()
+        return result
+
+    setattr(module, name, outer)
+
+
+def at_batch(what, number):
+    """A signal before the `number`-th batch of a kind is computed."""
+    from easyaira import trainer
+
+    seen, inner = [], trainer.ahead
+
+    def outer(batches, start, stop, mesh, kind="of the training"):
+        for ready in inner(batches, start, stop, mesh, kind):
+            seen.extend([ready] * (kind == what))
+            if kind == what and len(seen) == number:
+                told_to_stop()
+            yield ready
+
+    trainer.ahead = outer
+
+
+def in_a_compilation():
+    """A signal that Python does not notice, since it is told nothing for a minute."""
+    from easyaira import trainer
+
+    inner = trainer.make_train_step
+
+    def outer(*args):
+        told_to_stop()
+        ctypes.CDLL(None).sleep(60)
+        return inner(*args)
+
+    trainer.make_train_step = outer
+
+
+def at_import():
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "easyaira.trainer":
+                told_to_stop()
+
+    sys.meta_path.insert(0, Finder())
+
+
+def plant(point):
+    from easyaira import checkpoint, release, report
+    from easyaira.data import build
+
+    {
+        "data": lambda: at_call(build, "build"),
+        "reference": lambda: at_batch("of the reference", 2),
+        "compile": in_a_compilation,
+        "update": lambda: at_batch("of the training", 3),
+        "evaluation": lambda: at_batch("of the evaluation", 2),
+        "save": lambda: at_call(checkpoint.Checkpoints, "save"),
+        "last save": lambda: at_call(checkpoint.Checkpoints, "save", 2),
+        "report": lambda: at_call(report, "write"),
+        "export": lambda: at_call(release, "_verify", after=False),
+        "": lambda: None,
+    }[point]()
+
+
+def record(path):
+    from easyaira import trainer
+
+    inner, rows = trainer.to_device, []
+
+    def outer(batch, mesh):
+        rows.append(batch.arrays["tokens"])
+        np.savez(path, *rows)
+        return inner(batch, mesh)
+
+    trainer.to_device = outer
+
+
+def run(job):
+    from easyaira import cli, stop
+
+    stop.GRACE = 1.0
+    if job.get("unproved"):  # against PyTorch, which other tests do
+        from easyaira import release
+
+        release._compare_logits = lambda *_: {"compared": False, "why": "not asked for"}
+    if job["point"] == "import":
+        at_import()
+    else:
+        plant(job["point"])
+    if job.get("rows"):
+        record(job["rows"])
+    cli.run_command(importlib.import_module(f"easyaira.train_{job['task']}").main, job["argv"])
+
+
+def main(jobs):
+    if len(jobs) == 1:
+        run(jobs[0])
+        return
+    import easyaira.quickstart  # noqa: F401
+    import easyaira.reference
+    import easyaira.run  # noqa: F401
+    import easyaira.train_dpo  # noqa: F401
+
+    importlib.import_module("transformers").AutoTokenizer  # noqa: B018
+    importlib.import_module("transformers").GenerationConfig  # noqa: B018
+    for job in jobs:
+        began = time.monotonic()
+        child = os.fork()
+        if not child:
+            sys.stdout.flush()
+            with open(job["out"], "w") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            run(job)
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"status": status, "seconds": time.monotonic() - began}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
