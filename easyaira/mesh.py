@@ -1,8 +1,9 @@
 """Devices as a mesh of three axes, and where every array lies on it.
 
 `dp` copies the weights and divides the data; `fsdp` divides both; `tp` divides every matrix
-product. Models carry no mesh: their partition rules are a table of (path pattern, PartitionSpec),
-and inside a traced function `constrain` speaks of axis names only.
+product, and between products the tokens of a row. Models carry no mesh: their partition rules are a
+table of (path pattern, PartitionSpec), and inside a traced function `constrain` speaks of axis
+names only.
 """
 
 from __future__ import annotations

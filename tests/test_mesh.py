@@ -4,6 +4,7 @@ parameter."""
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira import mesh as meshes
 from easyaira.errors import ConfigError, WeightsError
+from easyaira.losses import token_nll
+from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of, resize
 
 
@@ -223,6 +226,55 @@ def test_fsdp_divides_the_bytes_of_weights_and_optimizer(kind, devices):
         )
     whole_norms = 0.2  # norms and biases are small at real sizes, and not divided
     assert held[8] < held[1] * (1 / 8 + whole_norms)
+
+
+@pytest.fixture
+def never_cached():
+    """What the compiler says is said when it compiles."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [("gpt2", "fsdp=2,tp=4"), ("llama", "2,2,2"), ("opt-350m", "2,2,2"), ("bert", "1,2,4")],
+)
+def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
+    kind, text, devices, never_cached, capfd
+):
+    devices(8)
+    mesh = meshes.make_mesh(text)
+    compute = Compute(gradient_checkpointing="full")
+    opt_350m = {"do_layer_norm_before": False, "word_embed_proj_dim": 8}
+    configs = {**tiny.SCORERS, **tiny.CONFIGS, "opt-350m": tiny.CONFIGS["opt"] | opt_350m}
+    model = model_of(configs[kind], "here", compute)
+    rows = jax.NamedSharding(mesh, P(meshes.BATCH_AXES, None))
+    batch = jax.device_put(tiny.layout(np.zeros((8, 48), np.int32)), rows)
+
+    def loss(params):
+        if model.scorer:
+            return model.score(params, batch, examples=8, answers=1)[0].sum()
+        hidden, head = model.apply(params, batch)
+        return token_nll(hidden, head, batch["tokens"], vocab_size=model.vocab_size)[0]
+
+    def step(params):
+        return jax.tree.map(jnp.subtract, params, jax.grad(loss)(params))
+
+    target = model.target(mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(target).compile()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    shards, tp = meshes.data_shards(mesh), mesh.shape["tp"]
+    kept = f"f32[2,{8 // shards},{48 // tp},16]"  # what each layer began with
+    assert kept in compiled.as_text()
+    assert f"f32[2,{8 // shards},48,16]" not in compiled.as_text()
+    for leaf, sharding in zip(
+        jax.tree.leaves(target), jax.tree.leaves(compiled.output_shardings), strict=True
+    ):
+        assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
 def test_constrain_leaves_alone_what_does_not_divide(devices):
