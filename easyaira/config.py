@@ -392,6 +392,9 @@ class RunConfig:
     mesh: str = "dp=1,fsdp=-1,tp=1"
     """Devices per axis: dp (copies of the weights), fsdp (weights divided, data divided), tp (each
     product divided). Named in any order, -1 for the rest, or EasyLM's dp,fsdp,tp: 1,-1,1."""
+    dcn: str | None = None
+    """How often an axis of mesh is cut over the network between TPU slices, or else between hosts:
+    dp=2 puts one copy of the weights on each of two, fsdp=2 half of each. tp cannot be cut so."""
     output_dir: str = "runs/run"
     """The run folder. The same command continues the run that it holds."""
     resume: Literal["auto", "must"] = "auto"

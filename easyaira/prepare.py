@@ -236,7 +236,7 @@ def prepare(
     Raises:
         EasyAiraError: whatever is wrong with configuration, model, tokenizer or data.
     """
-    mesh = meshes.make_mesh(config.mesh, devices)
+    mesh = meshes.make_mesh(config.mesh, devices, config.dcn)
     shards = meshes.data_shards(mesh)
     micro_batch = config.train_batch_size // config.gradient_accumulation_steps
     if micro_batch % shards:

@@ -27,8 +27,8 @@ from easyaira.report import write_file
 
 # what may differ when a run is continued, since it does not change what is computed
 MAY_CHANGE = """
-    mesh output_dir resume export num_samples logging_steps eval_steps save_steps save_total_limit
-    model.gradient_checkpointing data.cache_dir
+    mesh dcn output_dir resume export num_samples logging_steps eval_steps save_steps
+    save_total_limit model.gradient_checkpointing data.cache_dir
 """.split()
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 

@@ -1,6 +1,10 @@
-"""Mesh forms, and partition rules that cover every parameter."""
+"""Mesh forms, how devices of several hosts lie on it, and partition rules that cover every
+parameter."""
+
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -8,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira import mesh as meshes
 from easyaira.errors import ConfigError, WeightsError
+from easyaira.losses import token_nll
+from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of, resize
 
 
@@ -35,6 +41,134 @@ def test_what_does_not_fit_says_how_many_devices_there_are_or_how_to_write_it(te
     with pytest.raises(ConfigError, match="8|-1|dp") as error:
         meshes.parse_mesh(text, 8)
     assert "\n" not in str(error.value)
+
+
+class Device(SimpleNamespace):
+    """What a mesh is told of a device that is not there."""
+
+    __hash__ = object.__hash__
+
+
+def fake(place: int, each: int, platform: str, **more) -> Device:
+    """One of several hosts' devices; `more` says what is known of its place."""
+    known = {name: value(place // each) for name, value in more.items()}
+    known = {"process_index": place // each} | known
+    return Device(id=place, platform=platform, device_kind=platform, **known)
+
+
+def hosts(count: int, each: int, platform: str = "gpu", **more) -> list[Device]:
+    """Their devices, in no order."""
+    order = np.random.default_rng(0).permutation(count * each)
+    return [fake(int(place), each, platform, **more) for place in order]
+
+
+def slices(count: int) -> list[Device]:
+    """The devices of TPU slices of 2 x 4 chips, in which a process has 4."""
+    found = []
+    for place in range(8 * count):
+        chip = fake(place, 4, "tpu", slice_index=lambda host: host // 2)
+        chip.coords, chip.core_on_chip = (place // 4 % 2, place % 4, 0), 0
+        found.append(chip)
+    return found
+
+
+def arranged(of: str, *args, **kwargs) -> list:
+    """What `of` says of each device of a mesh."""
+    mesh = meshes.make_mesh(*args, **kwargs)
+    assert mesh.axis_names == meshes.AXES and len({d.id for d in mesh.devices.flat}) == mesh.size
+    return np.vectorize(lambda device: getattr(device, of))(mesh.devices).tolist()
+
+
+def per_slice(host: int) -> int:
+    return host
+
+
+@pytest.mark.parametrize("more", [{}, {"slice_index": per_slice}, {"slice_index": lambda _: 0}])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_neighbours_along_tp_share_a_host(platform, more):
+    """Where each host is a slice, as GPUs of several hosts are; where nothing says so; and where
+    all are one."""
+    two = hosts(2, 4, platform, **more)
+    one, other = [[0, 0], [0, 0]], [[1, 1], [1, 1]]
+    assert arranged("process_index", "fsdp=-1,tp=2", two) == [one + other]
+    assert arranged("process_index", "dp=2,fsdp=-1,tp=2", two) == [one, other]
+    assert arranged("process_index", "dp=2,fsdp=-1,tp=2", two, "dp=2") == [one, other]
+    across = [[0, 0], [1, 1]]
+    assert arranged("process_index", "dp=2,fsdp=2,tp=2", two, "fsdp=2") == [across, across]
+    assert arranged("process_index", "1,4,2", two, "1,-1,1") == [one + other]
+
+
+def test_tp_over_hosts_is_refused_where_their_network_is_slow():
+    for more in ({}, {"slice_index": per_slice}):
+        with pytest.raises(ConfigError, match="tp=8 .* each has 4 .* tp=1, tp=2, tp=4$"):
+            meshes.make_mesh("tp=8", hosts(2, 4, **more))
+        with pytest.raises(ConfigError, match="tp=4 .* each has 6 .* tp=1, tp=2, tp=3, tp=6$"):
+            meshes.make_mesh("tp=4,fsdp=-1", hosts(2, 6, **more))
+        with pytest.raises(ConfigError, match="tp=8 .* each has 4"):
+            meshes.make_mesh("tp=8,dp=2", hosts(4, 4, **more))
+    meshes.make_mesh("tp=8", hosts(8, 1, slice_index=lambda _: 0))  # a process for each GPU
+    meshes.make_mesh("tp=8", slices(1))
+    meshes.make_mesh("1,-1,8", slices(2), "fsdp=2")
+
+
+def test_a_mesh_over_tpu_slices():
+    with pytest.raises(ConfigError, match="dcn: .* 2 TPU slices.* dp=2$"):
+        meshes.make_mesh("fsdp=-1", slices(2))
+    for text, dcn in (("dp=2,fsdp=-1", "dp=2"), ("2,4,2", "dp=2"), ("4,2,2", "2,1,1")):
+        found = arranged("slice_index", text, slices(2), dcn)
+        half = len(found) // 2
+        assert {*np.ravel(found[:half])} == {0} and {*np.ravel(found[half:])} == {1}
+    found = np.array(arranged("slice_index", "dp=4,fsdp=8", slices(4), "dp=2,fsdp=2"))[:, :, 0]
+    assert [found[i, j] for i in (0, 2) for j in (0, 4)] == [0, 1, 2, 3]
+    assert all(len({*np.ravel(found[i : i + 2, j : j + 4])}) == 1 for i in (0, 2) for j in (0, 4))
+
+
+@pytest.mark.parametrize(
+    "text, dcn, message",
+    [
+        ("dp=2,fsdp=-1", "dp=4", "asks for 4 hosts, and there are 2"),
+        ("fsdp=-1", "dp=2", "dp=2 does not divide dp=1 of mesh"),
+        ("dp=2,fsdp=-1", "tp=2", "'tp=2' has tp over the slow network; use dp or fsdp"),
+        ("dp=2,fsdp=-1", "two", "dcn: cannot read 'two'"),
+        ("dp=2,fsdp=-1", "dp=-2", "dcn: 'dp=-2' has an axis of size -2"),
+    ],
+)
+def test_what_does_not_fit_the_network_is_named(text, dcn, message):
+    with pytest.raises(ConfigError, match=f"^dcn: .*{message}|^{message}") as error:
+        meshes.make_mesh(text, hosts(2, 4), dcn)
+    assert "\n" not in str(error.value)
+
+
+def test_dcn_is_for_several_slices_or_alike_hosts():
+    with pytest.raises(ConfigError, match="dcn: is for several TPU slices, and there is one"):
+        meshes.make_mesh("dp=2,fsdp=-1", slices(1), "dp=2")
+    with pytest.raises(ConfigError, match=r"dcn: hosts have unlike numbers of devices: \[2, 4\]"):
+        meshes.make_mesh("fsdp=-1", [fake(place, 4, "gpu") for place in range(6)], "fsdp=2")
+
+
+def test_the_parts_of_a_batch_that_a_process_holds(monkeypatch):
+    """They are those that its devices are given by a batch's sharding."""
+    held = {}
+    for host in (0, 1):
+        monkeypatch.setattr(meshes.jax, "process_index", lambda host=host: host)
+        for text, dcn in (("2,2,2", "dp=2"), ("2,2,2", "fsdp=2"), ("2,2,2", None), ("8,1,1", None)):
+            held[host, text, dcn] = meshes.local_shards(meshes.make_mesh(text, hosts(2, 4), dcn))
+    assert held[0, "2,2,2", "dp=2"] == [0, 1] and held[1, "2,2,2", "dp=2"] == [2, 3]
+    assert held[0, "2,2,2", "fsdp=2"] == [0, 2] and held[1, "2,2,2", "fsdp=2"] == [1, 3]
+    assert held[0, "2,2,2", None] == [0, 1] and held[1, "8,1,1", None] == [4, 5, 6, 7]
+    monkeypatch.undo()
+    wide = hosts(2, 1, slice_index=lambda _: 0)  # one tp group in two processes: both read its rows
+    assert meshes.local_shards(meshes.make_mesh("tp=2", wide)) == [0]
+
+
+def test_parts_are_counted_as_a_batch_is_divided(devices):
+    devices(8)
+    mesh = meshes.make_mesh("2,2,2")
+    rows = jax.device_put(np.arange(4), jax.NamedSharding(mesh, P(meshes.BATCH_AXES)))
+    place = {shard.device: int(shard.data[0]) for shard in rows.addressable_shards}
+    parts = mesh.devices.reshape(meshes.data_shards(mesh), -1)
+    assert [{place[device] for device in part} for part in parts] == [{0}, {1}, {2}, {3}]
+    assert meshes.local_shards(mesh) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -92,6 +226,55 @@ def test_fsdp_divides_the_bytes_of_weights_and_optimizer(kind, devices):
         )
     whole_norms = 0.2  # norms and biases are small at real sizes, and not divided
     assert held[8] < held[1] * (1 / 8 + whole_norms)
+
+
+@pytest.fixture
+def never_cached():
+    """What the compiler says is said when it compiles."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [("gpt2", "fsdp=2,tp=4"), ("llama", "2,2,2"), ("opt-350m", "2,2,2"), ("bert", "1,2,4")],
+)
+def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
+    kind, text, devices, never_cached, capfd
+):
+    devices(8)
+    mesh = meshes.make_mesh(text)
+    compute = Compute(gradient_checkpointing="full")
+    opt_350m = {"do_layer_norm_before": False, "word_embed_proj_dim": 8}
+    configs = {**tiny.SCORERS, **tiny.CONFIGS, "opt-350m": tiny.CONFIGS["opt"] | opt_350m}
+    model = model_of(configs[kind], "here", compute)
+    rows = jax.NamedSharding(mesh, P(meshes.BATCH_AXES, None))
+    batch = jax.device_put(tiny.layout(np.zeros((8, 48), np.int32)), rows)
+
+    def loss(params):
+        if model.scorer:
+            return model.score(params, batch, examples=8, answers=1)[0].sum()
+        hidden, head = model.apply(params, batch)
+        return token_nll(hidden, head, batch["tokens"], vocab_size=model.vocab_size)[0]
+
+    def step(params):
+        return jax.tree.map(jnp.subtract, params, jax.grad(loss)(params))
+
+    target = model.target(mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(target).compile()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    shards, tp = meshes.data_shards(mesh), mesh.shape["tp"]
+    kept = f"f32[2,{8 // shards},{48 // tp},16]"  # what each layer began with
+    assert kept in compiled.as_text()
+    assert f"f32[2,{8 // shards},48,16]" not in compiled.as_text()
+    for leaf, sharding in zip(
+        jax.tree.leaves(target), jax.tree.leaves(compiled.output_shardings), strict=True
+    ):
+        assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
 def test_constrain_leaves_alone_what_does_not_divide(devices):

@@ -20,7 +20,7 @@ import numpy as np
 
 from easyaira import mesh
 from easyaira.mesh import BATCH_AXES
-from easyaira.models.layers import Compute, Dropout
+from easyaira.models.layers import Compute, Dropout, by_features
 
 BLOCK = 512  # queries
 MAX_BLOCKS = 16  # of a row: they are unrolled in the program
@@ -70,7 +70,8 @@ def attention(
     (splash), in 32 bits or with an odd length (cudnn).
     """
     R, T, H, N = q_RTHN.shape
-    rows = (q_RTHN, k_RTKN, v_RTKN, segment_ids_RT, sides_RT)
+    heads = (mesh.constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
+    rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None
     sixteen_bits = q_RTHN.dtype.itemsize == 2
     if drop:
@@ -82,7 +83,7 @@ def attention(
         out = jax.nn.dot_product_attention(*rows[:3], mask=mask, implementation="cudnn")
     else:
         out = _by_blocks(*rows, causal=causal)
-    return out.reshape(R, T, H * N)
+    return by_features(out.reshape(R, T, H * N))
 
 
 def _by_blocks(q, k, v, segment_ids, sides, *, causal):

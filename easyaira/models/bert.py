@@ -52,11 +52,12 @@ class Attention(nn.Module):
     def __call__(self, x_RTD, segment_ids, sides):
         c = self.config
         R, T, D = x_RTD.shape
+        x_RTD = layers.whole(x_RTD)
         linear = partial(Linear, D, c.initializer_range, use_bias=True)
         heads = (R, T, c.num_attention_heads, D // c.num_attention_heads)
         q, k, v = (linear(name=name)(x_RTD).reshape(heads) for name in ("query", "key", "value"))
         out = attention(q, k, v, segment_ids, sides, self.compute, causal=False)
-        return linear(name="output")(out)
+        return layers.between(linear(name="output")(out))
 
 
 class Block(nn.Module):
@@ -65,15 +66,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_RTD, segment_ids, sides):
+        x_RTD = layers.between(x_RTD)
         c = self.config
         dropout = Dropout(self.compute.dropout)
         norm = partial(LayerNorm, c.layer_norm_eps)
         linear = partial(Linear, std=c.initializer_range, use_bias=True)
         attended = Attention(c, self.compute, name="attention")(x_RTD, segment_ids, sides)
         x_RTD = norm(name="attention_norm")(x_RTD + dropout(attended))
-        h_RTF = ACTIVATIONS[c.hidden_act](linear(c.intermediate_size, name="intermediate")(x_RTD))
-        x_RTD = norm(name="output_norm")(x_RTD + dropout(linear(c.hidden_size, name="out")(h_RTF)))
-        return layers.divide_batch(x_RTD), None
+        h_RTF = linear(c.intermediate_size, name="intermediate")(layers.whole(x_RTD))
+        h_RTF = ACTIVATIONS[c.hidden_act](layers.by_features(h_RTF))
+        fed = layers.between(linear(c.hidden_size, name="out")(h_RTF))
+        x_RTD = norm(name="output_norm")(x_RTD + dropout(fed))
+        return x_RTD, None
 
 
 class Bert(nn.Module):
@@ -92,7 +96,7 @@ class Bert(nn.Module):
         types = table(c.type_vocab_size, name="token_type_embeddings")
         x_RTD = words(tokens, dtype) + places(positions + c.offset, dtype)
         x_RTD += types(jnp.zeros_like(tokens), dtype)
-        x_RTD = LayerNorm(c.layer_norm_eps, name="embeddings_norm")(layers.divide_batch(x_RTD))
+        x_RTD = LayerNorm(c.layer_norm_eps, name="embeddings_norm")(layers.between(x_RTD))
         x_RTD = Dropout(self.compute.dropout)(x_RTD)
         blocks = layers.layers(Block, c.num_hidden_layers, self.compute)
         x_RTD, _ = blocks(c, self.compute, name="layer")(x_RTD, segment_ids, sides)
@@ -115,7 +119,7 @@ class PooledScore(nn.Module):
 
 PARTITION_RULES = (
     (r"word_embeddings/embedding$", P("tp", "fsdp")),
-    (r"(position|token_type)_embeddings/embedding$", P(None, "fsdp")),
+    (r"(position|token_type)_embeddings/embedding$", P(None, ("fsdp", "tp"))),
     (r"attention/(query|key|value)/kernel$", P("fsdp", "tp")),
     (r"layer/intermediate/kernel$", P("fsdp", "tp")),
     (r"(attention/output|layer/out)/kernel$", P("tp", "fsdp")),

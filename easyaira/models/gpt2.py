@@ -45,12 +45,14 @@ class Attention(nn.Module):
     def __call__(self, x_RTD, segment_ids, sides):
         c = self.config
         R, T, D = x_RTD.shape
+        x_RTD = layers.whole(x_RTD)
         # [D, 3, D] and not [D, 3 D]: tensor parallelism cuts heads, never q from k
         qkv = Linear((3, D), c.initializer_range, use_bias=True, name="c_attn")(x_RTD)
         q, k, v = (qkv[:, :, i].reshape(R, T, c.n_head, D // c.n_head) for i in range(3))
         out_RTD = attention(q, k, v, segment_ids, sides, self.compute)
         residual_std = c.initializer_range / (2 * c.n_layer) ** 0.5
-        return Linear(D, residual_std, use_bias=True, name="c_proj")(out_RTD)
+        out_RTD = Linear(D, residual_std, use_bias=True, name="c_proj")(out_RTD)
+        return layers.between(out_RTD)
 
 
 class MLP(nn.Module):
@@ -60,10 +62,11 @@ class MLP(nn.Module):
     def __call__(self, x_RTD):
         c = self.config
         D = x_RTD.shape[-1]
+        x_RTD = layers.whole(x_RTD)
         h_RTF = Linear(c.n_inner or 4 * D, c.initializer_range, use_bias=True, name="c_fc")(x_RTD)
-        h_RTF = ACTIVATIONS[c.activation_function](h_RTF)
+        h_RTF = ACTIVATIONS[c.activation_function](layers.by_features(h_RTF))
         residual_std = c.initializer_range / (2 * c.n_layer) ** 0.5
-        return Linear(D, residual_std, use_bias=True, name="c_proj")(h_RTF)
+        return layers.between(Linear(D, residual_std, use_bias=True, name="c_proj")(h_RTF))
 
 
 class Block(nn.Module):
@@ -72,12 +75,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_RTD, segment_ids, sides):
+        x_RTD = layers.between(x_RTD)
         norm = partial(LayerNorm, self.config.layer_norm_epsilon)
         dropout = Dropout(self.compute.dropout)
         attend = Attention(self.config, self.compute, name="attn")
         x_RTD += dropout(attend(norm(name="ln_1")(x_RTD), segment_ids, sides))
         x_RTD += dropout(MLP(self.config, name="mlp")(norm(name="ln_2")(x_RTD)))
-        return layers.divide_batch(x_RTD), None
+        return x_RTD, None
 
 
 class GPT2(nn.Module):
@@ -92,7 +96,7 @@ class GPT2(nn.Module):
         padded = layers.padded_vocab(c.vocab_size)
         wte = Embedding(c.vocab_size, c.n_embd, c.initializer_range, padded, name="wte")
         wpe = Embedding(c.n_positions, c.n_embd, c.initializer_range, name="wpe")
-        x_RTD = layers.divide_batch(wte(tokens, dtype) + wpe(positions, dtype))
+        x_RTD = layers.between(wte(tokens, dtype) + wpe(positions, dtype))
         x_RTD = Dropout(self.compute.dropout)(x_RTD)
         blocks = layers.layers(Block, c.n_layer, self.compute)(c, self.compute, name="h")
         x_RTD, _ = blocks(x_RTD, segment_ids, sides)
@@ -101,7 +105,7 @@ class GPT2(nn.Module):
 
 PARTITION_RULES = (
     (r"wte/embedding$", P("tp", "fsdp")),
-    (r"wpe/embedding$", P(None, "fsdp")),
+    (r"wpe/embedding$", P(None, ("fsdp", "tp"))),
     (r"c_attn/kernel$", P("fsdp", None, "tp")),
     (r"c_fc/kernel$", P("fsdp", "tp")),
     (r"c_proj/kernel$", P("tp", "fsdp")),

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira import mesh
 from easyaira.mesh import BATCH_AXES, Rules, constrain
-from easyaira.models.layers import Compute, Linear
+from easyaira.models.layers import Compute, Linear, whole
 from easyaira.weights import TRANSPOSE, VOCAB_TRANSPOSE, Row
 
 
@@ -49,6 +49,7 @@ class CausalLM(nn.Module):
         c = self.config
         backbone = self.backbone(c, self.compute, name="model")
         hidden_RTD, table_VD = backbone(tokens, positions, segment_ids, sides)
+        hidden_RTD = whole(hidden_RTD)
         if c.tie_word_embeddings:
             return hidden_RTD, table_VD.T
         shape = (hidden_RTD.shape[-1], table_VD.shape[0])
@@ -111,7 +112,7 @@ class Scorer(nn.Module):
         backbone = self.backbone(self.config, self.compute, name="model")
         hidden_RTD, _ = backbone(tokens, positions, segment_ids, sides)
         states_BAD, there_BA = answer_states(
-            hidden_RTD,
+            whole(hidden_RTD),
             segment_ids,
             sides,
             examples=examples,

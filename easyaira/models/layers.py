@@ -108,8 +108,10 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.padded_size or self.size, self.width))
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        table = constrain(self.embedding.astype(dtype), "tp", None)
-        return table[ids]
+        # a vocabulary is divided over tp, as its head is; tables of positions are small, and whole
+        rows = "tp" if self.padded_size else None
+        table = constrain(self.embedding.astype(dtype), rows, None)
+        return whole(table[ids])
 
 
 class LayerNorm(nn.Module):
@@ -178,6 +180,25 @@ def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
     )
 
 
-def divide_batch(x_RTD: jax.Array) -> jax.Array:
-    """Keep activations divided by rows; left alone, the compiler moves them instead of weights."""
+# How activations are divided, all of them by rows. What is said nowhere the compiler decides, and
+# then moves activations instead of weights.
+
+
+def between(x_RTD: jax.Array) -> jax.Array:
+    """Between the products: by tokens over tp, so that norms, residuals and what is kept of each
+    layer take 1/tp of the memory.
+
+    Korthikanti et al. (2022), Reducing Activation Recomputation, section 4.2.2: the all-reduce
+    after a product that tp divides becomes a reduce-scatter, and an all-gather before the next.
+    """
+    return constrain(x_RTD, BATCH_AXES, "tp", None)
+
+
+def whole(x_RTD: jax.Array) -> jax.Array:
+    """Before the products of a branch, and before the head."""
     return constrain(x_RTD, BATCH_AXES, None, None)
+
+
+def by_features(x_RTF: jax.Array) -> jax.Array:
+    """Within a branch: by features or heads, as tp divides its first product."""
+    return constrain(x_RTF, BATCH_AXES, None, "tp")

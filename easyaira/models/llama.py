@@ -52,6 +52,7 @@ class Attention(nn.Module):
     def __call__(self, x_RTD, angles, segment_ids, sides):
         c = self.config
         R, T, D = x_RTD.shape
+        x_RTD = layers.whole(x_RTD)
 
         def heads(name, count):
             features = Linear(count * c.head_width, c.initializer_range, name=name)(x_RTD)
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         k_RTKN = layers.rotate(heads("k_proj", c.kv_heads), angles)
         v_RTKN = heads("v_proj", c.kv_heads)
         out = attention(q_RTHN, k_RTKN, v_RTKN, segment_ids, sides, self.compute)
-        return Linear(D, c.initializer_range, name="o_proj")(out)
+        return layers.between(Linear(D, c.initializer_range, name="o_proj")(out))
 
 
 class MLP(nn.Module):
@@ -70,11 +71,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_RTD):
         c = self.config
+        x_RTD = layers.whole(x_RTD)
         linear = partial(Linear, std=c.initializer_range)
-        gate_RTF = linear(c.intermediate_size, name="gate_proj")(x_RTD)
-        up_RTF = linear(c.intermediate_size, name="up_proj")(x_RTD)
+        gate_RTF = layers.by_features(linear(c.intermediate_size, name="gate_proj")(x_RTD))
+        up_RTF = layers.by_features(linear(c.intermediate_size, name="up_proj")(x_RTD))
         h_RTF = ACTIVATIONS[c.hidden_act](gate_RTF) * up_RTF
-        return linear(x_RTD.shape[-1], name="down_proj")(h_RTF)
+        return layers.between(linear(x_RTD.shape[-1], name="down_proj")(h_RTF))
 
 
 class Block(nn.Module):
@@ -83,6 +85,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_RTD, angles, segment_ids, sides):
+        x_RTD = layers.between(x_RTD)
         norm = partial(RMSNorm, self.config.rms_norm_eps)
         dropout = Dropout(self.compute.dropout)
         attend = Attention(self.config, self.compute, name="self_attn")
@@ -90,7 +93,7 @@ class Block(nn.Module):
         x_RTD += dropout(attend(normed, angles, segment_ids, sides))
         normed = norm(name="post_attention_layernorm")(x_RTD)
         x_RTD += dropout(MLP(self.config, name="mlp")(normed))
-        return layers.divide_batch(x_RTD), None
+        return x_RTD, None
 
 
 class Llama(nn.Module):
@@ -106,7 +109,7 @@ class Llama(nn.Module):
         table = Embedding(
             c.vocab_size, c.hidden_size, c.initializer_range, padded, name="embed_tokens"
         )
-        x_RTD = layers.divide_batch(table(tokens, self.compute.dtype))
+        x_RTD = layers.between(table(tokens, self.compute.dtype))
         x_RTD = Dropout(self.compute.dropout)(x_RTD)
         angles = layers.rotary(positions, c.head_width, c.rope_theta)
         blocks = layers.layers(Block, c.num_hidden_layers, self.compute)

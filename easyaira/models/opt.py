@@ -53,10 +53,12 @@ class Attention(nn.Module):
     def __call__(self, x_RTD, segment_ids, sides):
         c = self.config
         R, T, D = x_RTD.shape
+        x_RTD = layers.whole(x_RTD)
         linear = partial(Linear, D, c.init_std, use_bias=True)
         heads = (R, T, c.num_attention_heads, D // c.num_attention_heads)
         q, k, v = (linear(name=f"{name}_proj")(x_RTD).reshape(heads) for name in "qkv")
-        return linear(name="out_proj")(attention(q, k, v, segment_ids, sides, self.compute))
+        out_RTD = attention(q, k, v, segment_ids, sides, self.compute)
+        return layers.between(linear(name="out_proj")(out_RTD))
 
 
 class Block(nn.Module):
@@ -65,6 +67,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_RTD, segment_ids, sides):
+        x_RTD = layers.between(x_RTD)
         c = self.config
         dropout = Dropout(self.compute.dropout)
 
@@ -74,16 +77,17 @@ class Block(nn.Module):
             return norm(x + dropout(branch(x)))
 
         def feed_forward(x):
-            h_RTF = Linear(c.ffn_dim, c.init_std, use_bias=True, name="fc1")(x)
+            linear = partial(Linear, std=c.init_std, use_bias=True)
+            h_RTF = layers.by_features(linear(c.ffn_dim, name="fc1")(layers.whole(x)))
             h_RTF = ACTIVATIONS[c.activation_function](h_RTF)
-            return Linear(c.hidden_size, c.init_std, use_bias=True, name="fc2")(h_RTF)
+            return layers.between(linear(c.hidden_size, name="fc2")(h_RTF))
 
         attend = partial(
             Attention(c, self.compute, name="self_attn"), segment_ids=segment_ids, sides=sides
         )
         x_RTD = add(x_RTD, attend, LayerNorm(1e-5, name="self_attn_layer_norm"))
         x_RTD = add(x_RTD, feed_forward, LayerNorm(1e-5, name="final_layer_norm"))
-        return layers.divide_batch(x_RTD), None
+        return x_RTD, None
 
 
 class OPT(nn.Module):
@@ -102,7 +106,7 @@ class OPT(nn.Module):
         x_RTD = embed(tokens, dtype)
         if c.projected:
             x_RTD = Linear(c.hidden_size, c.init_std, name="project_in")(x_RTD)
-        x_RTD = layers.divide_batch(x_RTD + places(positions + OFFSET, dtype))
+        x_RTD = layers.between(x_RTD + places(positions + OFFSET, dtype))
         x_RTD = Dropout(self.compute.dropout)(x_RTD)
         blocks = layers.layers(Block, c.num_hidden_layers, self.compute)
         x_RTD, _ = blocks(c, self.compute, name="layers")(x_RTD, segment_ids, sides)
@@ -115,7 +119,7 @@ class OPT(nn.Module):
 
 PARTITION_RULES = (
     (r"embed_tokens/embedding$", P("tp", "fsdp")),
-    (r"embed_positions/embedding$", P(None, "fsdp")),
+    (r"embed_positions/embedding$", P(None, ("fsdp", "tp"))),
     (r"(q_proj|k_proj|v_proj|fc1|project_in)/kernel$", P("fsdp", "tp")),
     (r"(out_proj|fc2|project_out)/kernel$", P("tp", "fsdp")),
     (r"(q_proj|k_proj|v_proj|fc1)/bias$", P("tp")),
