@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A run on all hosts of a TPU VM pod, which have this folder with its .venv in their home. Again
+# where it was told to stop (75) or a host was lost (5), as long as the pod is there.
+#   TPU=my-pod ZONE=us-central2-b scripts/launch/tpu_vm.sh train_dpo --config configs/... --mesh ...
+set -euo pipefail
+: "${TPU:?name of the TPU VM}" "${ZONE:?its zone}"
+command="cd ${FOLDER:-easyaira} && exec .venv/bin/python -m easyaira.$(printf '%q ' "$@")"
+status=1
+for ((attempt = 1; attempt <= ${ATTEMPTS:-10}; attempt++)); do
+  status=0
+  gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker all --command "$command" || status=$?
+  [[ $status == 75 || $status == 5 ]] || break
+done
+exit "$status"
