@@ -103,8 +103,8 @@ def compile_step(setup: Setup, algorithm: Algorithm) -> Any:
     for name, shape in algorithm.known(setup).items():
         arrays[name] = np.zeros((*of_examples, *shape), np.float32)
     batch = meshes.like(arrays, trainer.batch_shardings(arrays, setup.mesh))
-    step = trainer.make_train_step(setup.loss_fn(algorithm), setup.tx)
-    return jax.jit(step, donate_argnums=0).lower(state, frozen, batch, setup.dropout_key).compile()
+    step = trainer.jit_train_step(setup.loss_fn(algorithm), setup.tx, state)
+    return step.lower(state, frozen, batch, setup.dropout_key).compile()
 
 
 def flops_per_token(

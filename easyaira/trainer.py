@@ -135,6 +135,13 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     return train_step
 
 
+def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Callable:
+    """The training step as a program; the state comes back as it lay, in the memory it lay in."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(loss_fn, tx)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Rows are divided over the mesh; what is known of examples is small, and everywhere."""
     rows = NamedSharding(mesh, P(None, BATCH_AXES, None))
@@ -261,7 +268,7 @@ def fit(
         Preempted: a signal came, and the state is saved.
         StorageError: a checkpoint could not be written.
     """
-    train_step = jax.jit(make_train_step(loss_fn, tx), donate_argnums=0)
+    train_step = jit_train_step(loss_fn, tx, state)
     eval_step = make_eval_step(loss_fn)
     peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
     start = int(state.step)
