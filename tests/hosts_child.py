@@ -1,6 +1,6 @@
 """A process of a run that computes nothing, and what can befall it: see test_hosts.py.
 
-python hosts_child.py PORT PROCESSES INDEX FAULT
+python -m hosts_child PORT PROCESSES INDEX FAULT      PORT 0: a launcher says who is who
 """
 
 import ctypes
@@ -37,7 +37,11 @@ def main(argv: list[str]) -> None:
     fault, _, place = fault.partition(" on ")
     hosts.GRACE = stop.GRACE = 2.0
     limits = {"timeout": 3, "hang_timeout": 6 if fault == "hangs" else 100}
-    config = DistributedConfig(f"127.0.0.1:{port}", int(processes), int(index), **limits)
+    found = {}
+    if int(port):
+        found["coordinator_address"] = f"127.0.0.1:{port}"
+        found |= {"num_processes": int(processes), "process_id": int(index)}
+    config = DistributedConfig(**found, **limits)
     with hosts.joined(config), StopSignal(hosts.leave):
         differing = {"seed": index} if fault == "differing" else {}
         hosts.agree({"optimizer.learning_rate": 1e-5} | differing)

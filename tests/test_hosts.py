@@ -4,13 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 import train_child
 from processes import Ended, free_port, start
 
-from easyaira import cli, metrics, train_dpo, trainer
+from easyaira import cli, metrics, run_folder, train_dpo, trainer
+from easyaira.config import DataConfig, DistributedConfig, ModelConfig, TrainSFT
+from easyaira.hosts import launcher
 
 
 def two(fault):
@@ -45,6 +48,43 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault)
     assert "alike" not in ended.out[1]  # the first process prints
 
 
+def slurm(i, job):
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+    }
+
+
+def open_mpi(i, job):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    }
+
+
+@pytest.mark.parametrize("variables", [slurm, open_mpi])
+def test_hosts_find_each_other_by_what_their_launcher_says(variables):
+    job = free_port()  # any number; the port is made of it
+    ended = Ended(
+        [start(["-m", "hosts_child", 0, 2, i, "asked"], **variables(i, job)) for i in range(2)], 60
+    )
+    assert ended.statuses == [0, 0], ended
+    assert "alike" in ended.out[0] and "alike" not in ended.out[1]
+
+
+def test_a_process_that_a_launcher_started_alone_is_alone(monkeypatch):
+    for name, value in slurm(0, 7).items():
+        monkeypatch.setenv(name, value)
+    assert launcher() == "slurm"
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert launcher() is None
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     root = tmp_path_factory.mktemp("ground")
@@ -70,14 +110,14 @@ def argv(ground, out, *more):
     ]
 
 
-def hosts(count, devices, out, arguments, point=""):
-    """A run of several processes; `point` befalls the last of them."""
+def hosts(count, devices, out, arguments, point="", last=()):
+    """A run of several processes; `point` befalls the last of them, which has more arguments."""
     port, processes = free_port(), []
     for i in range(count):
         where = [f"--distributed.coordinator_address=127.0.0.1:{port}"]
         where += [f"--distributed.num_processes={count}", f"--distributed.process_id={i}"]
         job = {"task": "dpo", "point": point if i == count - 1 else "", "rows": f"{out}-rows-{i}"}
-        job["argv"] = [*map(str, arguments), *where]
+        job["argv"] = [*map(str, arguments), *where, *(last if i == count - 1 else ())]
         processes.append(start(["-m", "train_child", json.dumps([job])], devices))
     return Ended(processes)
 
@@ -135,6 +175,32 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
         for step, loss in losses(alone).items():
             assert losses(folder)[step] == pytest.approx(loss, abs=1e-6)
     assert exported(two).keys() == exported(alone).keys()
+
+
+def test_hosts_that_differ_say_in_what_and_write_nothing(ground, tmp_path):
+    other = ["--optimizer.learning_rate=1e-4"]
+    ended = hosts(2, 1, tmp_path / "run", argv(ground, tmp_path / "run"), last=other)
+    assert ended.statuses == [2, 2], ended
+    for i in range(2):
+        assert "learning_rate: host 0 has 5e-05 and host 1 0.0001; all hosts" in ended.last(i)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_hosts_compare_changes_with_all_that_decides_a_run(monkeypatch, tmp_path):
+    def made_with(**more):
+        return run_folder.made_with(TrainSFT(ModelConfig("m"), DataConfig("d"), **more))
+
+    plain = made_with()
+    assert made_with(distributed=DistributedConfig(timeout=7)) == plain
+    assert made_with(seed=1)["seed"] == 1 != plain["seed"]
+    assert plain["version of jax"] == jax.__version__
+    shutil.copytree(Path(run_folder.easyaira.__file__).parent, tmp_path / "easyaira")
+    with open(tmp_path / "easyaira/losses.py", "a") as file:
+        file.write("# changed\n")
+    monkeypatch.setattr(run_folder.easyaira, "__file__", str(tmp_path / "easyaira/__init__.py"))
+    assert [key for key, value in made_with().items() if value != plain[key]] == [
+        "code of easyaira (sha256)"
+    ]
 
 
 POINTS = {  # where a signal comes, and what is said
