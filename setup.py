@@ -37,6 +37,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "gs": ["gcsfs>=2026.4"],
+        "s3": ["s3fs>=2026.4"],
         "energy": ["codecarbon>=3.3"],
         "dev": [
             "codecarbon>=3.3",

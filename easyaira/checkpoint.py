@@ -1,44 +1,120 @@
 """Checkpoints: everything that a run needs to continue, on any mesh. The only user of Orbax.
 
-A checkpoint holds the items `params`, `opt_state`, `data` (the position in the data) and `meta`
-(what kind of model this is, and the metrics that were under way). Saving goes on in the background;
-an error of it is raised by the next save or by `close`."""
+A checkpoint holds the items `params`, `opt_state`, `data` (the position in the data), `meta` (what
+kind of model this is, and the metrics that were under way) and `sums` (of all bits of the others).
+Orbax itself notices no changed byte, so the sums are taken on the devices before arrays are saved,
+and again of what was restored. Saving goes on in the background; an error of it is raised by the
+next save or by `close`.
+
+The folder may lie in an object store: `gs://` and `s3://` are read and written by fsspec (through
+etils) and, for arrays, by TensorStore."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
+import hashlib
+import importlib.util
+import itertools
+import json
 import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from etils.epath.backend import fsspec_backend
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from easyaira.errors import StorageError
+from easyaira import hosts
+from easyaira.errors import ConfigError, StorageError
+from easyaira.mesh import by_path
+from easyaira.weights import bit_sums
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file at INFO
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what reads a URL of an object store
+COMMIT = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # there, nothing can be renamed at once
+
+
+class Restored(NamedTuple):
+    """All items of a checkpoint."""
+
+    step: int
+    params: Any
+    opt_state: Any
+    data: dict[str, Any]
+    meta: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints of a folder.
 
     Args:
-        folder: where a folder per step lies.
+        folder: where a folder per step lies, or a URL: gs://bucket/path, s3://bucket/path. Every
+            process sees it.
         keep: how many are kept; None keeps all.
-        write: this process saves here, so what an interrupted save left behind is removed.
+        write: this run saves here, so what an interrupted save left behind is removed.
+
+    Raises:
+        ConfigError: a package that reads the URL is missing.
+        StorageError: the folder cannot be made or listed.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None, *, write: bool = False):
-        self.folder = folder.absolute()
-        self.manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=write, cleanup_tmp_directories=write
-            ),
-        )
+    def __init__(self, folder: str | Path, keep: int | None = None, *, write: bool = False):
+        self.folder = _locate(folder)
+        self.write = write
+        self.saving = 0  # the step of the last save
+        try:
+            if write and hosts.first():
+                self._clean()
+            self.manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    create=write,
+                    temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
+                    if _stored(self.folder)
+                    else None,
+                ),
+            )
+        except Exception as error:  # Orbax passes on whatever the storage raises
+            raise StorageError(f"{self.folder}: cannot be opened: {_short(error)}") from error
+
+    def _clean(self) -> None:
+        """Remove what a killed save left. (Orbax's own cleaning takes every folder in a bucket that
+        is no checkpoint for such.)"""
+        unfinished = re.compile(r"\d+" if _stored(self.folder) else r"\d+\.orbax-checkpoint-tmp.*")
+        for path in _inside(self.folder):
+            if unfinished.fullmatch(path.name) and not _finished(path):
+                path.rmtree()
+
+    def steps(self) -> list[int]:
+        """The finished steps, once what is being saved is finished, too. The first process looks,
+        for all, and all must ask.
+
+        Raises:
+            StorageError: they cannot be listed.
+        """
+        with contextlib.suppress(Exception):  # told by `wait`
+            self.manager.wait_until_finished()
+        try:
+            steps = _steps(self.folder) if hosts.first() else []
+        except Exception as error:
+            raise StorageError(f"{self.folder}: cannot be listed: {_short(error)}") from error
+        return hosts.share(steps)
 
     def latest(self) -> int | None:
-        """The newest finished step."""
-        return self.manager.latest_step()
+        """The newest finished step; raises as `steps`."""
+        return max(self.steps(), default=None)
 
     def save(self, step: int, params: Any, opt_state: Any, data: dict, meta: dict) -> None:
         """Start saving; the arrays may be given away as soon as this returns.
@@ -46,59 +122,146 @@ class Checkpoints:
         Raises:
             StorageError: this save cannot start, or the one before it failed.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            opt_state=ocp.args.StandardSave(opt_state),
-            data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave(meta),
-        )
-        try:
-            saved = self.manager.save(step, args=items, force=True)
-        except Exception as error:  # Orbax passes on whatever the file system raises
-            raise self._failed("save", step, error) from error
-        if not saved:
-            raise StorageError(f"{self.folder}/{step}: not saved; a newer step is there already")
+        self._save(step, {"params": params, "opt_state": opt_state}, {"data": data, "meta": meta})
 
     def save_params(self, step: int, params: Any, meta: dict) -> None:
         """Save weights alone, as a converted model has no more."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)
-        )
-        try:
-            self.manager.save(step, args=items)
-        except Exception as error:
-            raise self._failed("save", step, error) from error
+        self._save(step, {"params": params}, {"meta": meta})
 
-    def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any, dict, dict]:
-        """(params, opt_state, data, meta) as `params` and `opt_state` describe them: shapes, dtypes
-        and the shardings of the mesh that is there now."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(opt_state),
-            data=ocp.args.JsonRestore(),
-            meta=ocp.args.JsonRestore(),
+    def _save(self, step: int, trees: dict[str, Any], records: dict[str, Any]) -> None:
+        sums = _sums(trees, records)
+        records = records | {"sums": sums | {"sums": _hash(sums)}}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
+        self.wait()
+        self.saving = step
+        try:
+            saved = self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # Orbax passes on whatever the storage raises
+            raise self._failed("saved", step, error) from error
+        if not saved:
+            raise StorageError(f"{self.folder}/{step}: not saved; a newer step is there already")
+
+    def restore_latest(self, params: Any, opt_state: Any) -> Restored:
+        """The newest checkpoint that is what was saved, on the mesh that is there now. Newer ones
+        that are not are moved aside, and named.
+
+        Args:
+            params, opt_state: shapes, dtypes and shardings, as `abstract` gives them.
+
+        Raises:
+            StorageError: none is; nothing was moved.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            found, problem = None, ""
+            try:
+                found = self.restore(step, params, opt_state)
+            except StorageError as error:
+                problem = str(error)
+            mesh = jax.tree.leaves(params)[0].sharding.mesh if hosts.several() else None
+            if hosts.any_of(found is None, mesh) and found is not None:
+                found, problem = None, f"{self.folder}/{step}: cannot be read by another host"
+            if found is not None:
+                self._move_aside(damaged, step)
+                return found
+            damaged[step] = problem
+        raise StorageError(
+            f"{self.folder}: no checkpoint can be continued from: {'; '.join(damaged.values())}"
+            if damaged
+            else f"{self.folder}: there is no finished checkpoint"
         )
-        found = self._restore(step, items)
-        return found.params, found.opt_state, found.data, found.meta
+
+    def _move_aside(self, damaged: dict[int, str], good: int) -> None:
+        if not damaged or not self.write:
+            return
+        for step, problem in damaged.items():
+            if hosts.first():
+                try:
+                    there = {path.name for path in _inside(self.folder)}
+                    names = (f"{step}.damaged" + (f"-{n}" if n else "") for n in itertools.count())
+                    name = next(name for name in names if name not in there)
+                    self._rename(str(step), name)
+                except Exception as error:
+                    raise self._failed("moved aside", step, error) from error
+                print(f"store   {problem}; kept as {name}; goes on from {good}", flush=True)
+        hosts.share()  # the first process has moved them
+        self.manager.reload()
+
+    def _rename(self, name: str, to: str) -> None:
+        if not _stored(self.folder):
+            (self.folder / name).rename(self.folder / to)
+            return
+        store = fsspec_backend.fs(self.folder)  # s3fs does not move folders
+        root = str(self.folder).partition("://")[2]
+        for file in store.find(f"{root}/{name}"):
+            store.copy(file, f"{root}/{to}" + file.removeprefix(f"{root}/{name}"))
+        store.rm(f"{root}/{name}", recursive=True)
+
+    def restore(self, step: int, params: Any, opt_state: Any) -> Restored:
+        """All of a checkpoint, or nothing; see `restore_latest`.
+
+        Raises:
+            StorageError: it cannot be read, or is not what was saved.
+        """
+        found = self._restore(step, {"params": params, "opt_state": opt_state}, ("data", "meta"))
+        return Restored(step, *(found[name] for name in Restored._fields[1:]))
 
     def restore_params(self, step: int, params: Any) -> Any:
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        return self._restore(step, items).params
+        """The weights alone; raises as `restore`."""
+        return self._restore(step, {"params": params}, ())["params"]
 
     def meta(self, step: int) -> dict:
-        return self._restore(step, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        """What a checkpoint says of its model; raises as `restore`."""
+        return self._restore(step, {}, ("meta",))["meta"]
 
-    def _restore(self, step: int, items: Any) -> Any:
+    def _restore(self, step: int, trees: dict[str, Any], records: tuple[str, ...]) -> dict:
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        items |= {name: ocp.args.JsonRestore() for name in (*records, "sums")}
+        hosts.beat(f"restoring checkpoint {step}")
+        failure = None
+        with _quiet():
+            try:
+                found = self.manager.restore(step, args=ocp.args.Composite(**items))
+                sums = dict(found.sums)
+                intact = sums.pop("sums") == _hash(sums)
+            except Exception as error:
+                failure = self._failed("restored", step, self._unread(step) or error)
+            if failure:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    gc.collect()  # coroutines that are left
+        if failure:
+            raise failure
+        now = _sums({k: found[k] for k in trees}, {k: found[k] for k in records})
+        wrong = [name for name in now if now[name] != sums.get(name)]
+        missing = [n for n in sums if n.split("/")[0] in (*trees, *records) and n not in now]
+        if not intact or wrong or missing:
+            name = (wrong + missing)[0] if intact else "sums"
+            reason = f"{name} is not what was saved"
+            raise self._failed("restored", step, reason)
+        return {name: found[name] for name in (*trees, *records)}
+
+    def _failed(self, verb: str, step: int, problem: Exception | str) -> StorageError:
+        reason = problem if isinstance(problem, str) else _short(problem)
         try:
-            return self.manager.restore(step, args=items)
-        except Exception as error:
-            raise self._failed("restored", step, error) from error
-
-    def _failed(self, verb: str, step: int, error: Exception) -> StorageError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        others = [s for s in self.manager.all_steps() if s != step]
-        rest = f"; finished steps: {others}" if others else ""
+            others = [other for other in _steps(self.folder) if other != step]
+        except Exception:
+            others = []
+        rest = f" (other finished steps: {others})" if others else ""
         return StorageError(f"{self.folder}/{step}: cannot be {verb}: {reason}{rest}")
+
+    def _unread(self, step: int) -> str | None:
+        """Which of a checkpoint's descriptions is no JSON any more: Orbax does not say."""
+        for pattern in ("*/metadata", "*/_METADATA", "*/array_metadatas/*"):
+            for file in (self.folder / str(step)).glob(pattern):
+                try:
+                    json.loads(file.read_bytes())
+                except ValueError as error:
+                    return f"{file.parent.name}/{file.name}: {error}"
+                except Exception:
+                    continue
+        return None
 
     def wait(self) -> None:
         """Until the save under way is finished.
@@ -109,11 +272,164 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise self._failed("saved", self.latest() or 0, error) from error
+            raise self._failed("saved", self.saving, error) from error
 
     def close(self) -> None:
         self.wait()
         self.manager.close()
+
+
+def _sums(trees: dict[str, Any], records: dict[str, Any]) -> dict[str, str]:
+    """What tells one content from another: each array by its path, and each record."""
+    leaves = by_path(trees)
+    places = [leaf.sharding for leaf in leaves.values()]
+    meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
+    found = by_path(jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(trees)))
+    sums = {
+        name: f"{leaf.dtype}{list(leaf.shape)} {found[name][0]:08x}{found[name][1]:08x}"
+        for name, leaf in leaves.items()
+    }
+    return sums | {name: _hash(record) for name, record in records.items()}
+
+
+@functools.cache
+def _replicated(mesh: jax.sharding.Mesh) -> Any:
+    """`bit_sums`, whose results every process sees."""
+    return jax.jit(bit_sums, out_shardings=NamedSharding(mesh, P()))
+
+
+def _hash(record: Any) -> str:
+    plain = json.loads(json.dumps(record))  # as it will be read
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the hundreds of lines that Orbax's threads and left coroutines print of one damaged
+    file. What is raised is to be caught inside."""
+    hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
+    level = log.level
+    sys.unraisablehook = sys.excepthook = lambda *_: None
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
+        log.setLevel(level)
+
+
+def _short(error: BaseException) -> str:
+    """The array or the file that an error of Orbax speaks of, and its reason, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = text.split(" [tensorstore_spec")[0]
+    if array := re.search(r'"([^"]+)/[^"/]*" in OCDBT database at [^"]*"([^"]*)/":? (.*)', text):
+        item = array[2].rpartition("/")[2]
+        return f"{item}/{array[1].replace('.', '/')}: {array[3]}"[:300]
+    return text[:300]
+
+
+def peek(folder: str | Path) -> tuple[int | None, dict[str, Any]]:
+    """The newest finished step that says what it is, and that, unverified. For one process alone.
+
+    Raises:
+        ConfigError: as `Checkpoints`.
+        StorageError: the folder cannot be listed.
+    """
+    path = _locate(folder)
+    try:
+        steps = _steps(path)
+    except Exception as error:
+        raise StorageError(f"{path}: cannot be listed: {_short(error)}") from error
+    for step in reversed(steps):
+        with contextlib.suppress(Exception):  # a damaged one is passed over when a run continues
+            return step, dict(json.loads((path / str(step) / "meta/metadata").read_text()))
+    return None, {}
+
+
+def _locate(folder: str | Path) -> epath.Path:
+    if not _stored(folder):
+        return epath.Path(Path(folder).absolute())
+    _prepare(str(folder))
+    return epath.Path(folder)
+
+
+def _stored(folder: Any) -> bool:
+    """Whether it lies in an object store."""
+    return "://" in str(folder)
+
+
+def _inside(folder: epath.Path) -> list[epath.Path]:
+    """What lies in a folder, and not what fsspec remembers: TensorStore writes beside it."""
+    if _stored(folder):
+        fsspec_backend.fs(folder).invalidate_cache()
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _finished(path: epath.Path) -> bool:
+    return path.name.isdigit() and (not _stored(path) or (path / COMMIT).exists())
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """All finished steps, as they lie there: Orbax's own list is wrong after a failed save."""
+    return sorted(int(path.name) for path in _inside(folder) if _finished(path))
+
+
+def _prepare(url: str) -> None:
+    """Let a URL of an object store be read.
+
+    Raises:
+        ConfigError: of a kind that cannot be, or a package is missing.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in STORES:
+        raise ConfigError(f"{url}: cannot be read; use a folder, gs://bucket/path or s3://...")
+    if importlib.util.find_spec(STORES[scheme]) is None:
+        raise ConfigError(
+            f"{url}: {STORES[scheme]} is not installed; pip install 'easyaira[{scheme}]'"
+        )
+    os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, too
+    if scheme == "s3":
+        _teach_s3()
+
+
+@functools.cache
+def _teach_s3() -> None:
+    """Let Orbax hand arrays in S3 to TensorStore, which can store them there: Orbax 0.12 itself
+    names its drivers for folders and gs:// only (google/orbax#2739). An endpoint that is not
+    Amazon's is named by AWS_ENDPOINT_URL, as everywhere.
+
+    Raises:
+        StorageError: this Orbax is another one.
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    try:
+        normalize = tensorstore_utils._normalize_path
+        is_store = tensorstore_utils._use_gcs_driver
+        spec = gcs_utils.get_kvstore_for_gcs
+    except AttributeError as error:
+        raise StorageError(
+            f"s3://: orbax-checkpoint {ocp.__version__} is not known to store arrays there; "
+            "install 0.12.8, or use a folder or gs://"
+        ) from error
+
+    def s3_spec(path: str) -> dict[str, Any]:
+        if not path.startswith("s3://"):
+            return spec(path)
+        bucket, _, key = path.removeprefix("s3://").partition("/")
+        found = {"driver": "s3", "bucket": bucket, "path": key}
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if endpoint:
+            found |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+        return found
+
+    tensorstore_utils._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normalize(path))
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith("s3://") or is_store(path)
+    gcs_utils.get_kvstore_for_gcs = s3_spec
 
 
 def abstract(tree: Any) -> Any:

@@ -8,6 +8,7 @@ imports jax or numpy, so that `--help` and a misspelt option answer at once.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -397,6 +398,9 @@ class RunConfig:
     dp=2 puts one copy of the weights on each of two, fsdp=2 half of each. tp cannot be cut so."""
     output_dir: str = "runs/run"
     """The run folder. The same command continues the run that it holds."""
+    checkpoint_dir: str | None = None
+    """Where checkpoints lie; default: output_dir/checkpoints. A folder or a URL (gs://bucket/path,
+    s3://bucket/path) that every host sees."""
     resume: Literal["auto", "must"] = "auto"
     """auto: continue what output_dir holds, or start; must: an error if it holds no run."""
     export: bool = True
@@ -412,6 +416,13 @@ class RunConfig:
             raise ConfigError(
                 "lora: adapters on random weights, which are kept nowhere; set model.init to "
                 "pretrained, or lora to null"
+            )
+        if re.match(r"\w+:/", place := self.checkpoint_dir or "") and not re.match(
+            r"(gs|s3)://[^/]+", place
+        ):
+            raise ConfigError(
+                f"checkpoint_dir: cannot read {place!r}; write a folder, gs://bucket/path or "
+                "s3://bucket/path"
             )
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise ConfigError(

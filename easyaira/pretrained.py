@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import yaml
 
-from easyaira import lora, weights
+from easyaira import cli, lora, weights
 from easyaira.checkpoint import Checkpoints
 from easyaira.errors import ConfigError, TokenizerError, WeightsError
 from easyaira.mesh import by_path, path_of
@@ -43,7 +44,7 @@ class Pretrained:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What a checkpoint of ours says of its model."""
-        checkpoints = Checkpoints(self.folder / CHECKPOINTS)
+        checkpoints = Checkpoints(checkpoint_dir(self.folder))
         try:
             return checkpoints.meta(self.step)
         finally:
@@ -189,7 +190,7 @@ class Pretrained:
         return self._restore(adapter.target(mesh))
 
     def _restore(self, target: Any) -> Any:
-        checkpoints = Checkpoints(self.folder / CHECKPOINTS)
+        checkpoints = Checkpoints(checkpoint_dir(self.folder))
         try:
             return checkpoints.restore_params(self.step, target)
         finally:
@@ -247,9 +248,19 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
+def checkpoint_dir(run: Path) -> Path | str:
+    """Where the checkpoints of a run folder lie; its config.yaml may name another place."""
+    try:
+        written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        written = None  # no run folder, or of another program
+    ours = isinstance(written, dict) and cli.PROVENANCE in written
+    return (ours and written.get("checkpoint_dir")) or run / CHECKPOINTS
+
+
 def find(name: str, revision: str | None = None, *, weights_wanted: bool = True) -> Pretrained:
     """The files that `name` stands for: a run folder (its newest checkpoint) or one of its
-    checkpoints, a Hugging Face folder, or a hub id.
+    checkpoints (RUN/checkpoints/STEP, wherever they lie), a Hugging Face folder, or a hub id.
 
     Raises:
         ConfigError: nothing is there.
@@ -257,11 +268,14 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     path = Path(name).expanduser()
     if revision and path.is_dir():
         raise ConfigError(f"model.revision: {name} is a local folder, which has no revisions")
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        run = path.parent.parent
+        if path.is_dir() or checkpoint_dir(run) != run / CHECKPOINTS:
+            return Pretrained(name, run, step=int(path.name))
     if path.is_dir():
-        if path.parent.name == CHECKPOINTS and path.name.isdigit():
-            return Pretrained(name, path.parent.parent, step=int(path.name))
-        if (path / CHECKPOINTS).is_dir():
-            checkpoints = Checkpoints(path / CHECKPOINTS)
+        place = checkpoint_dir(path)
+        if place != path / CHECKPOINTS or place.is_dir():
+            checkpoints = Checkpoints(place)
             step = checkpoints.latest()
             checkpoints.close()
             if step is None:

@@ -79,9 +79,11 @@ def _updates(
         state = trainer.init_state(params, setup.tx, setup.mesh)
         window = metrics.Window()
     else:
-        print(f"run     continues {folder} after update {step}", flush=True)
         target = trainer.abstract_state(setup.trained(), setup.tx, setup.mesh)
-        params, opt_state, _, saved = checkpoints.restore(step, target.params, target.opt_state)
+        step, params, opt_state, _, saved = checkpoints.restore_latest(
+            target.params, target.opt_state
+        )
+        print(f"run     continues {folder} after update {step}", flush=True)
         if setup.adapter:
             lora.check_base(saved["lora"], setup.base.fingerprint, str(folder))
         state = trainer.resume_state(step, params, opt_state, setup.mesh)
@@ -112,7 +114,9 @@ def _updates(
             window=window,
             log=log,
             checkpoints=checkpoints,
-            meta=facts.to_meta() | adapted(setup) | {"easyaira": easyaira.__version__},
+            meta=facts.to_meta()
+            | adapted(setup)
+            | {"easyaira": easyaira.__version__, "run": run_folder.identity(setup)},
             stop=stop,
             summary=algorithm.summary,
         )

@@ -18,7 +18,7 @@ import yaml
 import easyaira
 from easyaira import cli, hosts, optim, pretrained
 from easyaira import config as configs
-from easyaira.checkpoint import Checkpoints
+from easyaira.checkpoint import Checkpoints, peek
 from easyaira.config import RunConfig
 from easyaira.data import report as data_report
 from easyaira.errors import ConfigError, StorageError
@@ -27,7 +27,7 @@ from easyaira.report import write_file
 
 # what may differ when a run is continued, since it does not change what is computed
 MAY_CHANGE = """
-    mesh dcn output_dir resume export num_samples logging_steps eval_steps save_steps
+    mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
     save_total_limit model.gradient_checkpointing data.cache_dir
 """.split()
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
@@ -43,17 +43,21 @@ def claim(setup: Setup) -> Checkpoints:
             not all hosts see its checkpoints.
         StorageError: it cannot be written.
     """
-    config, folder = setup.config, Path(setup.config.output_dir) / pretrained.CHECKPOINTS
+    config, place = setup.config, _place(setup.config)
     if hosts.first():
-        _write(setup)
-    if hosts.several():
-        _check_seen(folder)
-    checkpoints = Checkpoints(folder, keep=config.save_total_limit, write=True)
+        _write(setup, place)
+    if hosts.several() and "://" not in place:
+        _check_seen(Path(place))
+    checkpoints = Checkpoints(place, keep=config.save_total_limit, write=True)
     if config.resume == "must" and checkpoints.latest() is None:
-        raise ConfigError(
-            f"resume: no finished checkpoint in {folder.parent}; use auto to start anew"
-        )
+        raise ConfigError(f"resume: no finished checkpoint in {place}; use auto to start anew")
     return checkpoints
+
+
+def _place(config: RunConfig) -> str:
+    """Where the checkpoints are to lie: a folder, from any working directory, or a URL."""
+    place = config.checkpoint_dir or str(Path(config.output_dir) / pretrained.CHECKPOINTS)
+    return place if "://" in place else str(Path(place).expanduser().absolute())
 
 
 def _check_seen(folder: Path) -> None:
@@ -61,7 +65,7 @@ def _check_seen(folder: Path) -> None:
     token = hosts.share(os.urandom(8).hex())
     mark = folder / f".seen-{token}"
     if hosts.first():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(token)
     hosts.share()
     hosts.agree({f"checkpoints: seeing what host 0 writes in {folder}": mark.exists()})
@@ -69,19 +73,23 @@ def _check_seen(folder: Path) -> None:
         mark.unlink()
 
 
-def _write(setup: Setup) -> None:
-    """What a run folder holds from the start."""
+def _write(setup: Setup, place: str) -> None:
+    """What a run folder holds from the start, if it and what lies at `place` are this run's."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     if record.exists():
-        _compare(yaml.safe_load(record.read_text(encoding="utf-8")), setup, record)
+        written = yaml.safe_load(record.read_text(encoding="utf-8"))
+        fingerprint = written.pop(cli.PROVENANCE, {}).get("data_fingerprint")
+        _compare(written | {"data_fingerprint": fingerprint}, setup, folder)
     elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
         raise ConfigError(f"output_dir: {folder} is not empty and holds no run; choose another")
-    elif config.resume == "must":
+    elif config.resume == "must" and not config.checkpoint_dir:
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
+    _check_place(setup, place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = configs.to_dict(config) | {cli.PROVENANCE: provenance(setup)}
+        content["checkpoint_dir"] = place if config.checkpoint_dir else None
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         data_report.write(folder, setup.data)
         if not setup.template.encoder:
@@ -91,29 +99,47 @@ def _write(setup: Setup) -> None:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
 
 
+def _check_place(setup: Setup, place: str) -> None:
+    """Refuse checkpoints of another run, and a place where this run's are no more."""
+    before = str(pretrained.checkpoint_dir(Path(setup.config.output_dir).absolute()))
+    step, meta = peek(place)
+    if step is None and before != place and peek(before)[0] is not None:
+        raise ConfigError(
+            f"checkpoint_dir: {place} holds no checkpoint, and the run's are in {before}; move "
+            "them, or leave it as it was"
+        )
+    if step is not None and setup.config.checkpoint_dir:
+        _compare(meta.get("run", {}), setup, place)
+
+
 def _strangers(folder: Path) -> list[Path]:
     """What lies in a folder besides the report of `easyaira.inspect`."""
     return [path for path in folder.iterdir() if path.name not in data_report.FILES]
 
 
-def _compare(saved: Mapping[str, Any], setup: Setup, record: Path) -> None:
-    """Refuse a folder whose run computes something else."""
-    saved = dict(saved)
-    fingerprint = saved.pop(cli.PROVENANCE, {}).get("data_fingerprint")
+def identity(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of its run: the configuration, and which rows it is trained on."""
+    fingerprint = setup.data.report["fingerprint"]
+    return configs.to_dict(setup.config) | {"data_fingerprint": fingerprint}
+
+
+def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
+    """Refuse a place whose run (its `identity`) computes something else."""
     then, now = (
         _flat({k: v for k, v in content.items() if k not in GROUPS_MAY_CHANGE})
-        for content in (saved, configs.to_dict(setup.config))
+        for content in (saved, identity(setup))
     )
+    other_rows = then.pop("data_fingerprint", None) != now.pop("data_fingerprint")
     for key in sorted((then.keys() | now.keys()) - set(MAY_CHANGE)):
         if then.get(key) != now.get(key):
             raise ConfigError(
-                f"{key}: the run in {record.parent} has {then.get(key)!r} and this command "
+                f"{key}: the run in {place} has {then.get(key)!r} and this command "
                 f"{now.get(key)!r}; restore it to continue, or choose another output_dir"
             )
-    if fingerprint != setup.data.report["fingerprint"]:
+    if other_rows:
         raise ConfigError(
-            f"data: the run in {record.parent} was trained on other rows than data.train gives "
-            "now; restore them to continue, or choose another output_dir"
+            f"data: the run in {place} was trained on other rows than data.train gives now; "
+            "restore them to continue, or choose another output_dir"
         )
 
 
