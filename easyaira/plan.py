@@ -252,7 +252,8 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     forward = 2 * (inner * positions + learned) + scores
     trained = 2 if adapter is None else 1  # products of the backward pass, for each weight
     again = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
-    kernel = model.compute.attention != "xla"  # which computes scores again, for each gradient
+    # a kernel computes scores again for each gradient, and long rows are computed again in blocks
+    kernel = model.compute.attention != "xla" and not model.compute.dropout
     work = {
         "forward": forward + 2 * added * positions,
         "backward": 2 * trained * inner * positions
@@ -320,10 +321,8 @@ def failures(setup: Setup, program: Program) -> list[str]:
         if parts > 1 and not any(leaf.sharding.spec):
             found.append(f"{path} {leaf.shape} is not divided, although fsdp x tp = {parts}")
         if leaf.ndim > 2:  # of all layers
-            over_tp = sum(
-                "tp" in ((a,) if isinstance(a, str) else a or ()) for a in leaf.sharding.spec
-            )
-            stacks[leaf.size // setup.mesh.shape["tp"] ** min(over_tp, 1), leaf.shape[0]] = path
+            tp = setup.mesh.shape["tp"] if "'tp'" in str(leaf.sharding.spec) else 1
+            stacks[leaf.size // tp, leaf.shape[0]] = path
     for c in program.collectives or []:
         for _, sizes in c.shapes if c.kind == "all-gather" else ():
             if path := stacks.get((math.prod(sizes), sizes[0] if sizes else 0)):
@@ -341,9 +340,8 @@ def show(setup: Setup, found: Plan) -> str:
     lines += ["", f"{'bytes per device':24}{'MiB':>10}"]
 
     def line(name: str, size: float, source: str) -> None:
-        lines.append(
-            f"{name:24}{size / 2**20:>10,.{0 if size >= 10 * 2**20 else 2}f}  {source}".rstrip()
-        )
+        digits = 0 if size >= 10 * 2**20 else 2
+        lines.append(f"{name:24}{size / 2**20:>10,.{digits}f}  {source}".rstrip())
 
     if program.refused:
         for name, size in found.sizes.items():
