@@ -15,6 +15,7 @@ from easyaira.config import TrainDPO, TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.models import llama
 from easyaira.reference import dpo_algorithm
+from easyaira.run import run
 
 WIDE = tiny.CONFIGS["llama"] | {
     "hidden_size": 256,
@@ -346,17 +347,16 @@ def test_the_tpu_compiler_warns_of_arrays_that_it_gathers():
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tp=2", "dp=2,fsdp=2,tp=2"])
-def test_two_layers_of_llama_compile_for_a_pod(mesh, ground):
+def test_two_layers_of_llama_compile_for_a_pod(mesh, ground, capsys):
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
     options = {"mesh": mesh, "model.gradient_checkpointing": "full"}
     config, algorithm = configure(ground, "dpo", **options)
+    asked = cli.DryRun("v5e:2x4")
     with pytest.raises(ConfigError, match="asks for 3 devices and there are 8"):
-        prepare.prepare(replace(config, mesh="dp=3"), algorithm, chips.pod("v5e:2x4"))
-    setup = prepare.prepare(config, algorithm, chips.pod("v5e:2x4"))
-    assert setup.model.compute.attention == "splash" and setup.mesh.size == 8
+        run(replace(config, mesh="dp=3"), algorithm, dry_run=asked)
     with jax.default_matmul_precision("default"):  # tests ask for the highest; bfloat16 has none
-        found = plan.measure(setup, algorithm)
-    assert not found.failures, found.failures
-    kinds = found.moved()
-    assert "all-gather" in kinds or "collective-permute" in kinds
-    assert "fits: " in plan.show(setup, found)
+        run(config, algorithm, dry_run=asked)
+    told = capsys.readouterr().out
+    assert "attention by splash, on 8 x TPU v5 lite" in told and "\nfits: " in told
+    assert "all-gather" in told or "collective-permute" in told
+    assert "\nfailure" not in told, told
