@@ -296,10 +296,11 @@ def seconds_of(setup: Setup, update: Update, work: float, moved: float) -> float
     if chip is None:
         return None
     tp, itemsize = setup.mesh.shape["tp"], setup.model.compute.dtype.itemsize
-    kernels = [x for p, x in meshes.by_path(setup.model.shapes).items() if p.endswith("kernel")]
+    leaves = meshes.by_path(setup.model.shapes["model"]).items()
+    kernels = [x for path, x in leaves if path.endswith("kernel") and x.ndim > 2]  # of all layers
     passes = update.parts * (3 + (setup.model.compute.gradient_checkpointing == "full"))
     weights = passes * itemsize * sum(x.size for x in kernels) / tp
-    states = sum(x.size // x.shape[-1] + x.size // x.shape[-2] for x in kernels if x.ndim > 1)
+    states = sum(x.shape[0] * x.shape[1] + x.size // x.shape[1] for x in kernels)  # in and out
     states *= passes * itemsize * update.rows * update.length / tp
     trained = per_device(setup.trained())
     traffic = weights + states + trained * (7 + 3 * update.parts)  # AdamW; adding gradients up

@@ -180,9 +180,9 @@ def line(row: Row, of: dict[str, Any]) -> str:
     held, used, needed, there, moved = (
         of[name] / 2**30 for name in ("held", "used", "needed", "there", "moved")
     )
-    memory = f"{held:.1f} | {used:.1f} | {there:.0f}"
+    memory = f"{held:.1f} | {used:.1f} | {there:.1f}"
     if not of["fits"]:
-        memory = f" | {needed:.1f} in all, does not fit | {there:.0f}"
+        memory = f" | {needed:.1f} in all, does not fit | {there:.1f}"
     remat = {"none": "kept", "dots": "products kept", "full": "computed again"}[of["remat"]]
     return (
         f"| {row.recipe} | {row.topology} | {row.mesh} | {of['parts']} | {of['shape']} | {remat} "
