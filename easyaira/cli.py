@@ -9,7 +9,7 @@ import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 from jsonargparse import ArgumentParser
@@ -33,14 +33,38 @@ def parser_of(config_class: type) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file of options; may be repeated.")
     parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
-    parser.add_argument("--dry_run", action="store_true", help="Say what would happen, and stop.")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Say what would happen, with the memory, communication and time of a step, and stop.",
+    )
+    parser.add_argument(
+        "--topology",
+        metavar="v5p:4x4x2",
+        help="The same for a TPU pod that is not there: v3, v4, v5e, v5p or v6e and the chips on "
+        "each side; needs libtpu.",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="The same, and look for the fastest mesh, gradient_accumulation_steps and "
+        "model.gradient_checkpointing that fit.",
+    )
     parser.add_argument(f"--{PROVENANCE}", type=dict, help=SUPPRESS)
     parser.add_class_arguments(config_class, None)
     return parser
 
 
-def parse(config_class: type, argv: list[str]) -> tuple[Any, bool]:
-    """The configuration that the command line asks for, and whether it is only a dry run.
+class DryRun(NamedTuple):
+    """A run that is only planned: for which pod, if not for the devices at hand, and whether better
+    settings are to be looked for."""
+
+    topology: str | None = None
+    search: bool = False
+
+
+def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
+    """The configuration that the command line asks for, and what is to be planned instead of done.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a value of the wrong type or out
@@ -48,8 +72,9 @@ def parse(config_class: type, argv: list[str]) -> tuple[Any, bool]:
     """
     parser = parser_of(config_class)
     parsed = parse_args(parser, _join_negative_mesh(argv))
-    dry_run = parsed.dry_run
-    for key in ("config", "debug", "dry_run", PROVENANCE):
+    asked = DryRun(parsed.topology, parsed.search)
+    dry_run = asked if parsed.dry_run or any(asked) else None
+    for key in ("config", "debug", "dry_run", "topology", "search", PROVENANCE):
         parsed.pop(key, None)
     return config_class(**vars(parser.instantiate(parsed))), dry_run
 

@@ -109,9 +109,14 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
         parts = (part.reshape(rows, length - 1) for part in parts)
         return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
 
-    chunk = max(1, min(rows // shards * (length - 1), chunk_logits // head.shape[1]))
+    chunk = chunk_size(rows // shards * (length - 1), head.shape[1], chunk_logits)
     flattened = flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:])
     return _Positions(*flattened, chunk), unflatten
+
+
+def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
+    """How many of a device's positions are projected at a time."""
+    return max(1, min(positions, chunk_logits // columns))
 
 
 class _Chunks(NamedTuple):

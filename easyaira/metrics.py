@@ -12,19 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-Sums = dict[str, tuple[float, float]]  # name -> (sum, count)
+from easyaira.chips import chip_of
 
-# bfloat16 operations per second of a device, from the vendors' data sheets (dense)
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v3": 61.5e12,  # per core, of which JAX sees two a chip
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
+Sums = dict[str, tuple[float, float]]  # name -> (sum, count)
 
 
 def add(total: Sums, more: Mapping[str, tuple[Any, Any]]) -> Sums:
@@ -43,7 +33,8 @@ def averages(sums: Mapping[str, tuple[float, float]], prefix: str = "") -> dict[
 
 def peak_flops(device_kind: str) -> float | None:
     """Of a device whose kind is in the table; others have no `mfu`."""
-    return next((f for kind, f in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+    chip = chip_of(device_kind)
+    return chip and chip.flops
 
 
 class Window:

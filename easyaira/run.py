@@ -16,27 +16,39 @@ from easyaira import card, energy, hosts, lora, metrics, plan, release, report, 
 from easyaira import config as configs
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
+from easyaira.chips import pod
+from easyaira.cli import DryRun
 from easyaira.config import RunConfig
 from easyaira.data import dataset
 from easyaira.prepare import Algorithm, Setup, prepare
 from easyaira.samples import Samples
+from easyaira.search import search
 from easyaira.stop import StopSignal
 
 
-def run(config: RunConfig, algorithm: Algorithm, *, dry_run: bool) -> None:
+def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
     """Do what the command line asks for."""
     with hosts.joined(config.distributed), StopSignal(hosts.leave) as stop:
         hosts.agree(run_folder.made_with(config))
         energy.check(config.energy)
+        if dry_run:
+            return show(config, algorithm, dry_run)
         setup = prepare(config, algorithm)
         hosts.agree(run_folder.made_of(setup))
         keep_compiled(config)
         with jax.set_mesh(setup.mesh):
             print(plan.describe(setup), flush=True)
-            if dry_run:
-                print(plan.plan(setup, algorithm), flush=True)
-            else:
-                train(setup, algorithm, stop)
+            train(setup, algorithm, stop)
+
+
+def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
+    """Print the plan of a run, and do nothing of it."""
+    setup = prepare(config, algorithm, dry_run.topology and pod(dry_run.topology))
+    print(plan.describe(setup), flush=True)
+    print("plan    compiles the largest update; minutes, for a large model", flush=True)
+    print(plan.plan(setup, algorithm), flush=True)
+    for line in search(setup, algorithm) if dry_run.search else ():
+        print(line, flush=True)
 
 
 def keep_compiled(config: RunConfig) -> None:

@@ -147,6 +147,7 @@ def test_splash_kernel_compiles_for_a_tpu(shared):
     def total(*x):
         return attention(*x, compute).astype(jnp.float32).sum()
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    precision = jax.default_matmul_precision("default")  # bfloat16 has no other on a TPU
+    with precision, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*given).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, d q, d k and v

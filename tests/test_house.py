@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 HOUSE = """
     errors
     stop
-    config cli mesh losses quantize
+    config chips cli mesh losses quantize program
     hosts
     weights optim checkpoint metrics report verify
     energy
@@ -32,6 +32,7 @@ HOUSE = """
     trainer objectives lora pretrained generate card
     prepare release
     run_folder plan
+    search
     samples reference
     run
 

@@ -342,7 +342,7 @@ def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp
 def test_a_dry_run_says_what_would_happen(ground, tmp_path, capsys):
     for kind, data in (("gpt2", "pair"), ("bert", "label")):
         config, algorithm = configure(ground, kind, data, tmp_path / "run")
-        run(config, algorithm, dry_run=True)
+        run(config, algorithm, dry_run=cli.DryRun())
         told = capsys.readouterr().out
         assert "memory per device" in told and "score/" in told
         assert ("head    " in told) == (kind == "gpt2")

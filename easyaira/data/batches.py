@@ -205,6 +205,11 @@ class Batches:
         shapes = choose_shapes(lengths, needed, self.cost, updates=len(self))
         return sorted(shapes, key=self.cost)
 
+    def largest(self) -> int:
+        """Of the updates that stand for all, the one whose shape costs most."""
+        shapes = {update: self.arrange(self.groups(update))[0] for update in self._sampled()}
+        return max(shapes, key=lambda update: self.cost(shapes[update]))
+
     def cost(self, shape: Shape) -> float:
         return shape.rows * shape.length * (1 + self.attention * shape.length)
 

@@ -1,0 +1,216 @@
+"""The table of docs/pods.md: what each recipe needs on which pod, by `--topology`.
+
+    python scripts/pods.py --figures figures.json               # needs libtpu; minutes for a row
+    python scripts/pods.py --figures figures.json --only v5e    # some rows; found ones stay
+
+Models have their real sizes and no weights; data are rows of random letters as long as the recipe
+allows, so that figures are those of the largest update that the recipe can meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from easyaira import cli, plan
+from easyaira.chips import memory_of, pod
+from easyaira.config import TrainDPO, TrainSFT
+from easyaira.models.registry import model_of
+from easyaira.prepare import prepare
+from easyaira.reference import dpo_algorithm
+from easyaira.train_sft import sft_algorithm
+from easyaira.weights import pair_rows
+
+ROOT = Path(__file__).parents[1]
+LLAMA = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
+LLAMA |= {"max_position_embeddings": 4096, "tie_word_embeddings": False}
+LLAMA_7B = LLAMA | {"hidden_size": 4096, "intermediate_size": 11008}
+LLAMA_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_13B = LLAMA | {"hidden_size": 5120, "intermediate_size": 13824}
+LLAMA_13B |= {"num_hidden_layers": 40, "num_attention_heads": 40}
+TINY_LLAMA = LLAMA | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+TINY_LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 4}
+TINY_LLAMA |= {"max_position_embeddings": 2048}
+GPT2_XL = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+GPT2_XL |= {"n_embd": 1600, "n_layer": 48, "n_head": 25}
+
+MODELS = {  # the base of each recipe, from the models' config.json
+    "tulu-2.5-dpo-13b-uf-overall": LLAMA_13B,
+    "tulu-2-sft-13b": LLAMA_13B,
+    "tulu-2-sft-7b": LLAMA_7B,
+    "backward-llama-2-7b": LLAMA_7B,
+    "aira-2-1b1": TINY_LLAMA,
+    "aira-2-1b5": GPT2_XL,
+}
+
+
+class Row(NamedTuple):
+    """A line of the table: a recipe on a pod, and what its configuration does not say."""
+
+    recipe: str
+    topology: str
+    mesh: str
+    accumulation: int | None = None
+
+
+DPO_13B = "tulu-2.5-dpo-13b-uf-overall"
+ROWS = [
+    Row(DPO_13B, "v5p:4x4x2", "dp=1,fsdp=32,tp=1"),
+    Row(DPO_13B, "v5p:4x4x2", "dp=1,fsdp=8,tp=4"),
+    Row(DPO_13B, "v5p:4x4x2", "dp=1,fsdp=4,tp=8"),
+    Row(DPO_13B, "v4:4x4x2", "dp=1,fsdp=32,tp=1"),
+    Row(DPO_13B, "v5e:8x8", "dp=1,fsdp=32,tp=2"),
+    Row(DPO_13B, "v3:8x16", "dp=2,fsdp=16,tp=8"),
+    Row("tulu-2-sft-13b", "v5p:4x4x2", "dp=1,fsdp=4,tp=8"),
+    Row("tulu-2-sft-7b", "v5p:2x2x4", "dp=1,fsdp=2,tp=8"),
+    Row("backward-llama-2-7b", "v5e:2x2", "dp=1,fsdp=4,tp=1", 4),
+    Row("aira-2-1b1", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
+    Row("aira-2-1b5", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
+]
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """A Hugging Face folder of real size: config.json, a tokenizer whose tokens are letters, and a
+    file of weights that are all zero and take no room on the disk."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"<unused {i}>" for i in range(config["vocab_size"] - len(names))]
+    letters = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    tokenizer = Tokenizer(letters)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    model, header, end = model_of(config, "config.json"), {}, 0
+    for row, leaf in pair_rows(model.shapes, model.rows):
+        layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
+        shape = row.cut(layer, model.vocab_size).shape
+        for name in row.names(leaf):
+            size = 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_rows(file: Path, recipe: str, length: int, count: int) -> None:
+    """Rows as long as a recipe allows, in the format that it reads."""
+    prompt = "a" * (length // 4)
+    answers = ["b" * (length - len(prompt) - 64), "c" * (length - len(prompt) - 64)]
+    turns = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        for answer in answers
+    ]
+    if "dpo" in recipe:
+        row = {"chosen": turns[0], "rejected": turns[1]}
+    elif "tulu" in recipe:
+        row = {"messages": turns[0]}
+    elif "backward" in recipe:
+        row = {"text": f"### Human: {prompt}### Assistant: {answers[0]}"}
+    else:
+        row = {"prompt": prompt, "completion": answers[0]}
+    file.write_text((json.dumps(row) + "\n") * count)
+
+
+def configured(recipe: str, work: Path, *flags: str) -> Any:
+    """The recipe's own configuration, on a model and data of ours."""
+    config_class = TrainDPO if "dpo" in recipe else TrainSFT
+    file = f"--config={ROOT / 'configs' / recipe}.yaml"
+    read, _ = cli.parse(config_class, [file])
+    model, rows = work / recipe, work / f"{recipe}.jsonl"
+    if not model.exists():
+        write_model(model, MODELS[recipe])
+        write_rows(rows, recipe, read.data.max_length, 2 * read.train_batch_size)
+    given = [f"--model.name_or_path={model}", f"--data.train={rows}", "--data.split=train"]
+    given += ["--max_steps=1000", f"--data.cache_dir={work}"]
+    return cli.parse(config_class, [file, *given, *flags])[0]
+
+
+def figures(row: Row, work: Path) -> dict[str, Any]:
+    """A line's figures, from a plan for its pod."""
+    flags = [f"--mesh={row.mesh}"]
+    if row.accumulation:
+        flags += [f"--gradient_accumulation_steps={row.accumulation}"]
+    config = configured(row.recipe, work, *flags)
+    algorithm = dpo_algorithm(config) if "dpo" in row.recipe else sft_algorithm(config)
+    setup = prepare(config, algorithm, pod(row.topology))
+    found = plan.measure(setup, algorithm)
+    print(plan.describe(setup), plan.show(setup, found), sep="\n", flush=True)
+    moved = sum(size for _, size in found.moved().values())
+    work_done = sum(found.work.values())
+    return {
+        "parts": config.gradient_accumulation_steps,
+        "shape": f"{found.update.rows} x {found.update.length:,}",
+        "remat": config.model.gradient_checkpointing,
+        "held": found.program.arguments,
+        "used": found.program.temporaries,
+        "needed": found.program.memory,
+        "there": memory_of(setup.mesh.devices.flat[0]),
+        "fits": plan.fits(setup, found.program)[0],
+        "moved": moved,
+        "communication": found.moved(),
+        "sizes": found.sizes,
+        "seconds": plan.seconds_of(setup, found.update, work_done, moved),
+        "compiled": found.program.seconds,
+        "failures": found.failures,
+    }
+
+
+COLUMNS = (
+    "recipe, pod, mesh, micro-batches, rows of a device, activations, held (GiB), in a step (GiB), "
+    "of (GiB), sent by a device (GiB), estimated step (s), compiled in (s)"
+).split(", ")
+
+
+def line(row: Row, of: dict[str, Any]) -> str:
+    """A line of the table."""
+    held, used, needed, there, moved = (
+        of[name] / 2**30 for name in ("held", "used", "needed", "there", "moved")
+    )
+    memory = f"{held:.1f} | {used:.1f} | {there:.1f}"
+    if not of["fits"]:
+        memory = f" | {needed:.1f} in all, does not fit | {there:.1f}"
+    remat = {"none": "kept", "dots": "products kept", "full": "computed again"}[of["remat"]]
+    return (
+        f"| {row.recipe} | {row.topology} | {row.mesh} | {of['parts']} | {of['shape']} | {remat} "
+        f"| {memory} | {moved:.1f} | {of['seconds']:.2g} | {of['compiled']:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--figures", type=Path, required=True, help="what was found; added to")
+    parser.add_argument("--only", default="", help="rows with this in their recipe or pod")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "pods.md")
+    given = parser.parse_args()
+    known = json.loads(given.figures.read_text()) if given.figures.exists() else {}
+    with tempfile.TemporaryDirectory() as work:
+        for row in ROWS:
+            key = " ".join(map(str, row))
+            if key not in known and given.only in key:
+                known[key] = figures(row, Path(work))
+                given.figures.write_text(json.dumps(known, indent=1))
+    lines = [line(row, known[key]) for row in ROWS if (key := " ".join(map(str, row))) in known]
+    page = given.page.read_text()
+    before, _, after = page.partition("<!-- table -->\n")
+    after = after.partition("<!-- end of table -->")[2]
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    table = "\n".join([*head, *lines])
+    given.page.write_text(f"{before}<!-- table -->\n{table}\n<!-- end of table -->{after}")
+
+
+if __name__ == "__main__":
+    main()
