@@ -1,12 +1,7 @@
 """The commands from start to end, as a user runs them: folders, messages, exit statuses."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -222,36 +217,6 @@ def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, t
     assert not (tmp_path / "run/hf").exists()
     status, out, _ = call(train_sft.main, arguments, capsys)
     assert status == 0 and "continues" in out and (tmp_path / "run/hf/config.json").exists()
-
-
-def test_sigterm_saves_and_the_same_command_continues(ground, tmp_path):
-    """A process of its own, stopped by a signal while it trains."""
-    arguments = argv(ground, "sft", tmp_path / "run", "--max_steps=400", "--export=false",
-                     "--save_steps=0", "--logging_steps=5", "--num_samples=0")  # fmt: skip
-    command = [sys.executable, "-m", "easyaira.train_sft", *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "run" / "metrics.jsonl"
-    waited = 0.0
-    while len(metrics.read(log)) < 3 and waited < 120:
-        time.sleep(0.1)
-        waited += 0.1
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    told = re.search(r"SIGTERM after update (\d+) of 400; the state is saved", err)
-    assert told, err
-    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert saved == [int(told[1])]
-    done = subprocess.run(
-        [*command, "--max_steps=400"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"continues {tmp_path / 'run'} after update {told[1]}" in done.stdout
-    steps = [row["step"] for row in metrics.read(log)]
-    assert steps == sorted(set(steps)) and steps[-1] == 400
 
 
 def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_path, capsys):
