@@ -64,15 +64,15 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal) -> None:
     """Train, or continue, or find that all is done; then report and export."""
     config, folder = setup.config, Path(setup.config.output_dir)
     facts = released(setup)
-    checkpoints = run_folder.claim(setup)
-    step = checkpoints.latest()
-    released_before = hosts.share((folder / "hf").exists())
-    if step == setup.total_steps and (not config.export or released_before):
-        print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
-        return
-    with energy.track(config.energy if step != setup.total_steps else None, folder):
-        params, samples = _updates(setup, algorithm, stop, checkpoints, facts)
-    _finish(setup, params, samples, facts)
+    with run_folder.claimed(setup) as checkpoints:
+        step = checkpoints.latest()
+        released_before = hosts.share((folder / "hf").exists())
+        if step == setup.total_steps and (not config.export or released_before):
+            print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
+            return
+        with energy.track(config.energy if step != setup.total_steps else None, folder):
+            params, samples = _updates(setup, algorithm, stop, checkpoints, facts)
+        _finish(setup, params, samples, facts)
 
 
 def _updates(

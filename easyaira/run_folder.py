@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,28 +32,56 @@ MAY_CHANGE = """
     mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
     save_total_limit model.gradient_checkpointing data.cache_dir
 """.split()
+LOCK = ".lock"  # held by the process that is at work in the folder
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 
 
-def claim(setup: Setup) -> Checkpoints:
-    """Make the run folder ours, or make sure that it is; returns its checkpoints.
+@contextmanager
+def claimed(setup: Setup) -> Iterator[Checkpoints]:
+    """Make the run folder ours, or make sure that it is, and keep others out; gives its
+    checkpoints.
 
     The folder is the first process's; the others see its checkpoints alone.
 
     Raises:
-        ConfigError: it is another run's, holds something else, or nothing where a run must be; or
-            not all hosts see its checkpoints.
+        ConfigError: it is another run's, holds something else, or nothing where a run must be;
+            another process is in it; or not all hosts see its checkpoints.
         StorageError: it cannot be written.
     """
     config, place = setup.config, _place(setup.config)
-    if hosts.first():
-        _write(setup, place)
-    if hosts.several() and "://" not in place:
-        _check_seen(Path(place))
-    checkpoints = Checkpoints(place, keep=config.save_total_limit, write=True)
-    if config.resume == "must" and checkpoints.latest() is None:
-        raise ConfigError(f"resume: no finished checkpoint in {place}; use auto to start anew")
-    return checkpoints
+    with ExitStack() as held:
+        if hosts.first():
+            _check(setup, place)
+            held.enter_context(_locked(Path(config.output_dir)))
+            _write(setup, place)
+        if hosts.several() and "://" not in place:
+            _check_seen(Path(place))
+        checkpoints = Checkpoints(place, keep=config.save_total_limit, write=True)
+        if config.resume == "must" and checkpoints.latest() is None:
+            raise ConfigError(f"resume: no finished checkpoint in {place}; use auto to start anew")
+        yield checkpoints
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out. The system lets go of the lock of one that was killed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ConfigError(
+                    f"output_dir: {file.read().strip() or 'another process'} is at work in "
+                    f"{folder}; wait until it has ended, or choose another folder"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {platform.node()}\n")
+            file.flush()
+            yield
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error}") from error
 
 
 def _place(config: RunConfig) -> str:
@@ -73,8 +103,8 @@ def _check_seen(folder: Path) -> None:
         mark.unlink()
 
 
-def _write(setup: Setup, place: str) -> None:
-    """What a run folder holds from the start, if it and what lies at `place` are this run's."""
+def _check(setup: Setup, place: str) -> None:
+    """Refuse a folder, or checkpoints at `place`, that are not this run's."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     if record.exists():
@@ -86,8 +116,13 @@ def _write(setup: Setup, place: str) -> None:
     elif config.resume == "must" and not config.checkpoint_dir:
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
     _check_place(setup, place)
+
+
+def _write(setup: Setup, place: str) -> None:
+    """What a run folder holds from the start."""
+    config, folder = setup.config, Path(setup.config.output_dir)
+    record = folder / "config.yaml"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         content = configs.to_dict(config) | {cli.PROVENANCE: provenance(setup)}
         content["checkpoint_dir"] = place if config.checkpoint_dir else None
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -114,7 +149,8 @@ def _check_place(setup: Setup, place: str) -> None:
 
 def _strangers(folder: Path) -> list[Path]:
     """What lies in a folder besides the report of `easyaira.inspect`."""
-    return [path for path in folder.iterdir() if path.name not in data_report.FILES]
+    ours = (*data_report.FILES, LOCK)
+    return [path for path in folder.iterdir() if path.name not in ours]
 
 
 def identity(setup: Setup) -> dict[str, Any]:

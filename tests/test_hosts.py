@@ -48,6 +48,13 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault)
     assert "alike" not in ended.out[1]  # the first process prints
 
 
+def test_a_process_that_is_alone_ends_too_when_it_hangs():
+    ended = Ended([start(["-m", "hosts_child", 0, 1, 0, "hangs on 0"])], 60)
+    assert ended.statuses == [5], ended
+    assert "no progress for 6 s, computing update 5" in ended.last(0)
+    assert "in befall" in ended.err[0]  # where it was
+
+
 def slurm(i, job):
     return {
         "SLURM_JOB_ID": str(job),

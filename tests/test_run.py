@@ -1,6 +1,7 @@
 """The commands from start to end, as a user runs them: folders, messages, exit statuses."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import tiny
 import yaml
 
-from easyaira import cli, convert, generate, metrics, train_dpo, train_sft
+from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
     assert status == 0 and "bit for bit" in out
     held = {path.name for path in sft.iterdir()}
     assert held == {
+        ".lock",
         "config.yaml", "metrics.jsonl", "tensorboard", "data_report.json", "data_report.html",
         "checkpoints", "report.html", "samples.json", "tokenizer", "hf",
     }  # fmt: skip
@@ -217,6 +219,15 @@ def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, t
     assert not (tmp_path / "run/hf").exists()
     status, out, _ = call(train_sft.main, arguments, capsys)
     assert status == 0 and "continues" in out and (tmp_path / "run/hf/config.json").exists()
+
+
+def test_two_runs_are_not_in_one_folder(ground, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with run_folder._locked(folder):
+        status, _, err = call(train_sft.main, argv(ground, "sft", folder), capsys)
+    assert status == 2 and f"process {os.getpid()} of " in err and "is at work in" in err
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert call(train_sft.main, argv(ground, "sft", folder, "--export=false"), capsys)[0] == 0
 
 
 def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_path, capsys):
