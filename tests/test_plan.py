@@ -340,6 +340,13 @@ def test_kinds_of_chips_are_told_apart():
 # --------------------------------------------------------------------------------------------------
 
 
+def test_old_chips_have_no_kernel_for_attention(ground):
+    pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
+    config, algorithm = configure(ground)
+    setup = prepare.prepare(config, algorithm, chips.pod("v3:2x2"))
+    assert setup.model.compute.attention == "xla" and setup.mesh.size == 8  # two cores a chip
+
+
 def test_the_tpu_compiler_warns_of_arrays_that_it_gathers():
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
     mesh = meshes.make_mesh("2,2,2", chips.pod("v5e:2x4"))
