@@ -359,7 +359,7 @@ def test_two_layers_of_llama_compile_for_a_pod(mesh, ground, capsys):
     options = {"mesh": mesh, "model.gradient_checkpointing": "full"}
     config, algorithm = configure(ground, "dpo", **options)
     asked = cli.DryRun("v5e:2x4")
-    with pytest.raises(ConfigError, match="asks for 3 devices and there are 8"):
+    with pytest.raises(ConfigError, match="there are 8"):
         run(replace(config, mesh="dp=3"), algorithm, dry_run=asked)
     with jax.default_matmul_precision("default"):  # tests ask for the highest; bfloat16 has none
         run(config, algorithm, dry_run=asked)
