@@ -354,14 +354,18 @@ KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
 
 
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform, kernel = device.platform, KERNELS.get(device.platform)
+    if device.device_kind in ("TPU v2", "TPU v3"):
+        kernel = None  # splash multiplies in bfloat16, for which these have no instruction
     dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     if attention == "auto":
-        attention = KERNELS.get(platform, "xla")
-    if attention != "xla" and attention != KERNELS.get(platform):
-        raise ConfigError(f"model.attention: there is no {attention} on {platform}; use auto")
+        attention = kernel or "xla"
+    if attention not in ("xla", kernel):
+        where = device.device_kind if platform == "tpu" else platform
+        raise ConfigError(f"model.attention: there is no {attention} on {where}; use auto")
     return Compute(
         jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout, attention
     )
