@@ -180,6 +180,11 @@ def _gradients(states, kernel, d_logits):
     return d_states, d_head
 
 
+def _of_head(d_head, head):
+    """All shards' parts of the head's gradient; divided as the head is, so that none holds all."""
+    return constrain(d_head.sum(0), "fsdp", "tp").astype(head.dtype)
+
+
 def _zero_gradients(states, head):
     zeros = jnp.zeros((states.shape[0], *head.shape), jnp.float32)
     return jnp.zeros_like(states), constrain(zeros, BATCH_AXES, None, "tp")
@@ -230,7 +235,7 @@ def _logps_backward(chunk, vocab_size, saved, cotangents):
     first = jnp.minimum(chunks.count, len(kept))
     gradients = jax.lax.fori_loop(0, first, of_kept, _zero_gradients(states, head))
     d_states, d_head = jax.lax.fori_loop(first, chunks.count, of_others, gradients)
-    return d_states, d_head.sum(0).astype(head.dtype), None, None
+    return d_states, _of_head(d_head, head), None, None
 
 
 _logps.defvjp(_logps_forward, _logps_backward)
@@ -258,7 +263,7 @@ def _nll_forward(states, head, targets, wanted, chunk, vocab_size):
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * 4
     start = zeros, _zero_gradients(states, head)
     parts, (d_states, d_head) = jax.lax.fori_loop(0, chunks.count, body, start)
-    return (-parts[0].sum(), parts), (d_states, d_head.sum(0).astype(head.dtype))
+    return (-parts[0].sum(), parts), (d_states, _of_head(d_head, head))
 
 
 def _nll_backward(chunk, vocab_size, gradients, cotangents):

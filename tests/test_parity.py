@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from easyaira import convert, losses
+from easyaira.models.layers import Embedding
 from easyaira.models.registry import MODELS
 
 CASES = {
@@ -215,3 +216,17 @@ def test_dropout_is_active_with_a_key_and_only_then(tmp_path):
         )
         np.testing.assert_allclose(dropping.apply(params, rows)[0], plain, rtol=1e-4, atol=1e-4)
         assert jnp.array_equal(first, again) and not jnp.allclose(first, other)
+
+
+def test_a_token_that_occurs_often_has_its_gradient_summed_in_float32():
+    """bfloat16 holds 256 + 1 as 256, so 4,096 ones would add up to that."""
+    table = Embedding(8, 4, 0.02)
+    ids = jnp.zeros((8, 512), jnp.int32)
+    params = table.init(jax.random.key(0), ids, jnp.bfloat16)
+
+    def total(params):
+        return table.apply(params, ids, jnp.bfloat16).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(params)["params"]["embedding"]
+    np.testing.assert_array_equal(gradient[0], np.full(4, 4096.0))
+    np.testing.assert_array_equal(gradient[1:], 0)

@@ -109,9 +109,27 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         # a vocabulary is divided over tp, as its head is; tables of positions are small, and whole
-        rows = "tp" if self.padded_size else None
-        table = constrain(self.embedding.astype(dtype), rows, None)
-        return whole(table[ids])
+        table, rows = self.embedding, "tp" if self.padded_size else None
+        return whole(_look_up(table, ids, table.shape, table.dtype, dtype, rows))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _look_up(table_VD, ids, shape, held, dtype, rows):
+    """Rows of a table in `dtype`. Their gradient is added up in float32, whatever that is: a token
+    may occur a thousand times in a batch, and bfloat16 cannot count so far."""
+    return constrain(table_VD.astype(dtype), rows, None)[ids]
+
+
+def _look_up_forward(table_VD, ids, shape, held, dtype, rows):
+    return _look_up(table_VD, ids, shape, held, dtype, rows), ids
+
+
+def _look_up_backward(shape, held, dtype, rows, ids, d_rows):
+    d_table = jnp.zeros(shape, jnp.float32).at[ids].add(whole(d_rows).astype(jnp.float32))
+    return constrain(d_table, rows, None).astype(held), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class LayerNorm(nn.Module):
