@@ -22,6 +22,14 @@ def told_to_stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def killed():
+    """As soon as the checkpoint before is finished."""
+    folder = next(a for a in sys.argv[1].split('"') if a.startswith("--output_dir=")).split("=")[1]
+    while not os.path.exists(f"{folder}/checkpoints/3"):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def at_call(module, name, number=1, after=True):
     """A signal in the `number`-th call of a function."""
     calls, inner = [], getattr(module, name)
@@ -38,7 +46,7 @@ def at_call(module, name, number=1, after=True):
     setattr(module, name, outer)
 
 
-def at_batch(what, number):
+def at_batch(what, number, act=told_to_stop):
     """A signal before the `number`-th batch of a kind is computed."""
     from easyaira import trainer
 
@@ -48,7 +56,7 @@ def at_batch(what, number):
         for ready in inner(batches, start, stop, mesh, kind):
             seen.extend([ready] * (kind == what))
             if kind == what and len(seen) == number:
-                told_to_stop()
+                act()
             yield ready
 
     trainer.ahead = outer
@@ -86,6 +94,10 @@ def plant(point):
         "reference": lambda: at_batch("of the reference", 2),
         "compile": in_a_compilation,
         "update": lambda: at_batch("of the training", 3),
+        "second update": lambda: at_batch("of the training", 2),
+        "killed": lambda: at_batch(
+            "of the training", 6, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        ),
         "evaluation": lambda: at_batch("of the evaluation", 2),
         "save": lambda: at_call(checkpoint.Checkpoints, "save"),
         "last save": lambda: at_call(checkpoint.Checkpoints, "save", 2),
