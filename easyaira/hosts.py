@@ -121,8 +121,10 @@ def _connect(config: DistributedConfig) -> Any:
     """
     if distributed.global_state.client is not None:
         return distributed.global_state.client if several() else None
-    if config.coordinator_address is None and not (config.detect and launcher()):
+    found = launcher() if config.detect else None
+    if config.coordinator_address is None and not found:
         return None
+    told = None not in (config.coordinator_address, config.num_processes, config.process_id)
     # its handler of SIGTERM would take the place of ours
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -130,6 +132,7 @@ def _connect(config: DistributedConfig) -> Any:
             config.coordinator_address,
             config.num_processes,
             config.process_id,
+            cluster_detection_method="deactivate" if told or not found else found,
             initialization_timeout=config.initialization_timeout,
             # after ours, which says what happened
             heartbeat_timeout_seconds=int(2 * config.timeout + 3 * GRACE),
@@ -153,11 +156,14 @@ def _connect(config: DistributedConfig) -> Any:
 
 
 def launcher() -> str | None:
-    """Who started this process as one of several, if it is one that JAX knows."""
+    """Who started this process as one of several, if it is one that JAX knows by name (not of
+    Kubernetes without TPUs, where any process would be taken for one of several)."""
     if "1" in (os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
         return None
-    known = (env for env in clusters.ClusterEnv._cluster_types if not env.opt_in_only_method)
-    return next((env.name for env in known if env.is_env_present()), None)
+    known = [env for env in clusters.ClusterEnv._cluster_types if env.name]
+    return next(
+        (env.name for env in known if not env.opt_in_only_method and env.is_env_present()), None
+    )
 
 
 def _get(client: Any, key: str) -> str:

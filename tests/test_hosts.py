@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -90,6 +91,12 @@ def test_a_process_that_a_launcher_started_alone_is_alone(monkeypatch):
     assert launcher() == "slurm"
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert launcher() is None
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # as in any pod
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launcher() is None
 
 
 @pytest.fixture(scope="module")
