@@ -159,9 +159,6 @@ class Checkpoints:
                 found = self.restore(step, params, opt_state)
             except StorageError as error:
                 problem = str(error)
-            mesh = jax.tree.leaves(params)[0].sharding.mesh if hosts.several() else None
-            if hosts.any_of(found is None, mesh) and found is not None:
-                found, problem = None, f"{self.folder}/{step}: cannot be read by another host"
             if found is not None:
                 self._move_aside(damaged, step)
                 return found
@@ -222,7 +219,7 @@ class Checkpoints:
         failure = None
         with _quiet():
             try:
-                found = self.manager.restore(step, args=ocp.args.Composite(**items))
+                found = self._reader().restore(step, args=ocp.args.Composite(**items))
                 sums = dict(found.sums)
                 intact = sums.pop("sums") == _hash(sums)
             except Exception as error:
@@ -231,8 +228,10 @@ class Checkpoints:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     gc.collect()  # coroutines that are left
-        if failure:
-            raise failure
+        # Orbax reads without the others here, so that all come to this place, whatever they read
+        problem = hosts.problem_of_any(str(failure) if failure else None)
+        if problem:
+            raise failure or StorageError(problem)
         now = _sums({k: found[k] for k in trees}, {k: found[k] for k in records})
         wrong = [name for name in now if now[name] != sums.get(name)]
         missing = [n for n in sums if n.split("/")[0] in (*trees, *records) and n not in now]
@@ -241,6 +240,23 @@ class Checkpoints:
             reason = f"{name} is not what was saved"
             raise self._failed("restored", step, reason)
         return {name: found[name] for name in (*trees, *records)}
+
+    def _reader(self) -> Any:
+        """Of several processes, one that meets the others at no barrier: what cannot be read is
+        often read by one of them alone."""
+        if not hosts.several():
+            return self.manager
+        me = jax.process_index()
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                read_only=True,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read{me}"
+                ),
+            ),
+        )
 
     def _failed(self, verb: str, step: int, problem: Exception | str) -> StorageError:
         reason = problem if isinstance(problem, str) else _short(problem)

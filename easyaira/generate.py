@@ -49,6 +49,7 @@ def generate(
     import numpy as np
 
     from easyaira.data.batches import bucket
+    from easyaira.mesh import constrain
 
     positions = model.config.max_positions
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -93,7 +94,8 @@ def generate(
 
     def run(params, tokens, lengths):
         start = (tokens, lengths, jnp.zeros(len(prompts), bool), jax.random.key(seed))
-        return jax.lax.while_loop(lambda c: ~c[2].all(), partial(step, params), start)[:2]
+        carry = jax.lax.while_loop(lambda c: ~c[2].all(), partial(step, params), start)
+        return constrain(carry[0], None, None), constrain(carry[1], None)  # all hosts read them
 
     tokens, filled = jax.device_get(jax.jit(run)(params, tokens, jnp.array(lengths)))
     return [row[len(p) : n].tolist() for row, p, n in zip(tokens, prompts, filled, strict=True)]

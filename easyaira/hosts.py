@@ -215,6 +215,20 @@ def agree(values: Mapping[str, Any]) -> None:
         raise ConfigError(problem)
 
 
+def problem_of_any(problem: str | None) -> str | None:
+    """What went wrong on a host, for all; None if nothing did. All must ask."""
+    if not several():
+        return problem
+    name, client = f"easyaira/problem/{next(_shared)}", distributed.global_state.client
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(problem))
+    found = None
+    if first():
+        every = (json.loads(_get(client, f"{name}/{i}")) for i in range(jax.process_count()))
+        told = ((i, text) for i, text in enumerate(every) if text is not None)
+        found = next((f"host {i}: {text}" for i, text in told), None)
+    return share(found)
+
+
 def any_of(flag: bool, mesh: Mesh) -> Any:
     """Whether it is so on any host. Of several, an array, computed after the update under way, so
     that nobody waits for it. All must ask."""
@@ -291,7 +305,9 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         interval = min(1.0, self.config.timeout / 10)
-        limit = self.config.hang_timeout if self.client is None else 2 * self.config.timeout
+        limit = (
+            self.config.hang_timeout if self.client is None else 3 * self.config.timeout + 5 * GRACE
+        )
         while True:
             # ends a process in which no Python runs any more, this neither
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)

@@ -93,9 +93,11 @@ def begin(
     frozen, known, known_held_out = None, {}, {}
     if config.dpo.precompute_ref_log_probs:
         weights = (lambda: params) if own and first else cache(lambda: reference_weights(setup))
-        known = {"ref_logps": logps_of(setup, setup.batches, "train", weights, score_ref, folder)}
+        known = {
+            "ref_logps": logps_of(setup, setup.batches, "train", weights, score_ref, folder, first)
+        }
         if setup.held_out:
-            logps = logps_of(setup, setup.held_out, "held_out", weights, score_ref, folder)
+            logps = logps_of(setup, setup.held_out, "held_out", weights, score_ref, folder, first)
             known_held_out = {"ref_logps": logps}
         del weights
     else:
@@ -138,6 +140,7 @@ def logps_of(
     weights: Callable[[], Any],
     score: Callable,
     folder: Path,
+    first: bool,
 ) -> np.ndarray:
     """The reference's log-probabilities of both answers of every example, [n, 2], from the cache or
     into it.
@@ -152,14 +155,18 @@ def logps_of(
     """
     record = folder / KEYS
     keys = hosts.share(json.loads(record.read_text()) if record.exists() else {})
-    if part not in keys:
-        if "weights" not in keys:  # one pass over them, for all parts
-            keys["weights"] = fingerprint(weights())
-        keys[part] = _key(setup, batches, keys["weights"])
-        if hosts.first():
-            write_file(record, json.dumps(keys, indent=2) + "\n")
     root = dataset.cache_folder(setup.config.data, "reference")
-    file, partial = root / f"{keys[part]}.npy", folder / f"reference_{part}.partial.npy"
+    file, partial = root / f"{keys.get(part)}.npy", folder / f"reference_{part}.partial.npy"
+    if "weights" not in keys:  # one pass over them, for all parts
+        keys["weights"] = fingerprint(weights())
+    key, kept = _key(setup, batches, keys["weights"]), hosts.share(file.exists())
+    # before the first update policy and reference are compared bit by bit, so on the same mesh;
+    # later, what was computed on the mesh that the run had then is as good
+    if keys.get(part) != key and (first or not kept):
+        keys[part], file = key, root / f"{key}.npy"
+        if hosts.first():
+            partial.unlink(missing_ok=True)
+            write_file(record, json.dumps(keys, indent=2) + "\n")
     logps = np.zeros((len(batches.examples), 2), np.float32)
     try:
         if hosts.first():

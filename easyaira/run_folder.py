@@ -67,21 +67,24 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out. The system lets go of the lock of one that was killed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOCK, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ConfigError(
-                    f"output_dir: {file.read().strip() or 'another process'} is at work in "
-                    f"{folder}; wait until it has ended, or choose another folder"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} of {platform.node()}\n")
-            file.flush()
-            yield
+        file = open(folder / LOCK, "a+", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"output_dir: {file.read().strip() or 'another process'} is at work in "
+                f"{folder}; wait until it has ended, or choose another folder"
+            ) from None
+        except OSError:
+            pass  # a disk that knows no locks (Lustre without flock, NFS without lockd)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def _place(config: RunConfig) -> str:
