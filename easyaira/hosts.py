@@ -11,10 +11,12 @@ one that gets nowhere for `hang_timeout` seconds hangs, also where it is the onl
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -72,10 +74,11 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def beat(what: str) -> None:
-    """Say that this process goes on, with `what`."""
+def beat(what: str, *, bounded: bool = True) -> None:
+    """Say that this process goes on, with `what`; not `bounded`: with something that may take any
+    time and says nothing meanwhile, such as a download."""
     global _doing
-    _doing = Doing(_doing.count + 1, what, time.monotonic())
+    _doing = Doing(_doing.count + 1, what, time.monotonic() if bounded else math.inf)
 
 
 @contextmanager
@@ -304,15 +307,20 @@ class _Watch(threading.Thread):
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def run(self) -> None:
+        global _doing
         interval = min(1.0, self.config.timeout / 10)
         limit = (
             self.config.hang_timeout if self.client is None else 3 * self.config.timeout + 5 * GRACE
         )
+        looked = time.monotonic()
         while True:
             # ends a process in which no Python runs any more, this neither
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
             if self.over.wait(interval):
                 break
+            looked, before = time.monotonic(), looked
+            if looked - before > 10 * interval:  # a process that was stopped (Ctrl-Z) did not hang
+                _doing = _doing._replace(since=_doing.since + looked - before)
             try:
                 self._look()
             except jax.errors.JaxRuntimeError:
@@ -406,18 +414,22 @@ class _Watch(threading.Thread):
         if own is not None and (own.known or cause["message"] in own.message):
             last = own.message if cause["message"] in own.message else f"{kind}: {told}"
             self._end(last, own.status)
-        self._end(f"{kind}: {told}", Preempted.exit_status if preempted else HostError.exit_status)
+        bug = cause["status"] == 1  # or a machine that fails: worth another try
+        self._end(f"{kind}: {told}", HostError.exit_status if bug else cause["status"])
 
     def _end(self, last: str, status: int) -> None:
         with self._lock:  # one thread speaks, and no other after it
-            sys.stdout.flush()
+            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+                sys.stdout.flush()
             print(last, file=sys.stderr, flush=True)
             os._exit(status)
 
     def _aborted(self, _number: int) -> None:
         """JAX ends a process by abort() when its coordinator is gone."""
-        gone = "lost, and with it the store that all talk through; was it killed?"
-        self._cause = self._cause or {"who": "host 0", "message": gone, "status": 5}
+        gone = {"who": "host 0", "message": "lost, and with it the store that all talk through"}
+        if first():
+            gone = {"who": "host 0", "message": "ended by abort(), for what is said above"}
+        self._cause = self._cause or gone | {"status": HostError.exit_status}
         self._finish()
 
     def leave(self, error: BaseException) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from easyaira import hosts, lora, weights
+from easyaira.chips import memory_of
 from easyaira.errors import ConfigError, StorageError, WeightsError
 from easyaira.models.registry import Model
 from easyaira.pretrained import Pretrained
@@ -126,6 +127,7 @@ def export(
                 yield name, tensor
 
         weights.save_folder(noted(), new)
+        hosts.beat("proving what was written", bounded=False)
         _write_json(new / "config.json", _with_dtype(facts.config, dtype))
         if facts.generation_config:
             _write_json(new / "generation_config.json", facts.generation_config)
@@ -171,6 +173,7 @@ def export_adapter(
         return {}
     with _beside(folder, replace) as new:
         written = {name: _described(tensor) for name, tensor in tensors.items()}
+        hosts.beat("proving what was written", bounded=False)
         file = new / lora.ADAPTER_WEIGHTS
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)  # the library makes it readable for its owner alone
@@ -269,6 +272,10 @@ def _compare_logits(
     prompts = [ids[: model.config.max_positions] for ids in prompts]
     needed = 5 * model.parameter_count()
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = memory_of(mesh.devices.flat[0])
+    if room is not None and 4 * model.parameter_count() / mesh.size > 0.8 * room:
+        why = f"needs {4 * model.parameter_count()} bytes on {mesh.size} devices of {room:.0f}"
+        return {"compared": False, "why": why}
     for package in ("torch", "peft") if base else ("torch",):
         if importlib.util.find_spec(package) is None:
             return {"compared": False, "why": f"{package} is not installed"}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 import easyaira
 from easyaira import card, energy, hosts, lora, metrics, plan, release, report, run_folder, trainer
@@ -28,9 +27,11 @@ from easyaira.stop import StopSignal
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
     """Do what the command line asks for."""
-    with hosts.joined(config.distributed), StopSignal(hosts.leave) as stop:
+    # a second signal, while this process waits for the others to read why it ends, ends it at once
+    with StopSignal(hosts.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(run_folder.made_with(config))
         energy.check(config.energy)
+        hosts.beat("reading model and data", bounded=False)
         if dry_run:
             return show(config, algorithm, dry_run)
         setup = prepare(config, algorithm)
@@ -53,8 +54,9 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
 
 def keep_compiled(config: RunConfig) -> None:
     """Let later runs on this machine read the programs that this one compiles, which are code, so
-    in a folder that is the user's alone. JAX's own setting goes first."""
-    if jax.config.jax_compilation_cache_dir is None:
+    in a folder that is the user's alone. JAX's own setting goes first. Of several processes, JAX
+    lets only the first write, so they need a folder that all see, which is the user's to name."""
+    if jax.config.jax_compilation_cache_dir is None and not hosts.several():
         folder = dataset.cache_folder(config.data, "programs", platform.node())
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -147,12 +149,11 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -
     vars(setup).pop("base", None)  # and here, too
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
+        own = meshes.make_mesh("fsdp=-1", jax.local_devices()) if hosts.several() else setup.mesh
         common = {
             "params": params,
             "tokenizer": setup.tokenizer,
-            "mesh": meshes.make_mesh("fsdp=-1", jax.local_devices())
-            if hosts.several()
-            else setup.mesh,
+            "mesh": own,
             "card": partial(card.of_run, folder),
             "replace": True,
         }
@@ -165,10 +166,6 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: release.Facts) -
         if proof:
             print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
-
-
-def _own_mesh() -> Mesh:
-    return meshes.make_mesh("fsdp=-1", jax.local_devices())
 
 
 def adapted(setup: Setup) -> dict[str, Any]:

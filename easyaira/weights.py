@@ -261,6 +261,7 @@ def from_hf(
 
     def load(path: tuple, leaf: Any) -> Any:
         row = rows_by_path[path_of(path)]
+        hosts.beat(f"reading {row.ours}")
         if row.ours in drawn:
             return each(path, drawn[row.ours]) if each else drawn[row.ours]
         layers = [(name, row.op.to_ours(tensors[name])) for name in row.names(leaf)]

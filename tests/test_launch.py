@@ -46,7 +46,9 @@ def test_a_tpu_pod_goes_on_as_long_as_that_helps(statuses, calls, last, tmp_path
     assert made[0][made[0].index("--worker") + 1] == "all"
 
 
-@pytest.mark.parametrize("status, queued", [(0, False), (75, True), (5, True), (2, False)])
+@pytest.mark.parametrize(
+    "status, queued", [(0, False), (75, True), (5, True), (137, True), (2, False)]
+)
 def test_a_slurm_job_is_queued_again_where_that_helps(status, queued, tmp_path):
     got, made = call("slurm.sh", tmp_path, [status], SLURM_JOB_ID="7")
     assert got == status

@@ -1,6 +1,7 @@
 """Training commands as processes of their own, with a signal at a named point.
 
-python -m train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows, unproved}
+python -m train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows, unproved,
+devices}
 
 One job runs in this process. Several run one after another, each in a copy of this process, which
 has imported all that they need; their statuses are printed. `out` takes what a job prints, `rows`
@@ -156,6 +157,9 @@ def main(jobs):
             with open(job["out"], "w") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
+            if "devices" in job:
+                flag = f"--xla_force_host_platform_device_count={job['devices']}"
+                os.environ["XLA_FLAGS"] = flag
             run(job)
             sys.exit()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
