@@ -16,6 +16,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 import tiny
+import undrawn
 
 from easyaira import mesh as meshes
 
@@ -30,6 +31,21 @@ def devices(monkeypatch):
         monkeypatch.setattr(meshes, "all_devices", lambda: jax.devices()[:count])
 
     return use
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Pages of runs come without their curves, which take seconds to draw..."""
+    with pytest.MonkeyPatch.context() as patch:
+        undrawn.leave_out(patch.setattr)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """... but for tests that look at them."""
+    for module, name, drawn in undrawn.PICTURES:
+        monkeypatch.setattr(module, name, drawn)
 
 
 @pytest.fixture(autouse=True)

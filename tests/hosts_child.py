@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
         differing = {"seed": index} if fault == "differing" else {}
         hosts.agree({"optimizer.learning_rate": 1e-5} | differing)
         assert hosts.share(f"of host {index}") == "of host 0"
+        odd = index if index != "0" else None
+        assert hosts.problem_of_any(odd) == ("host 1: 1" if int(processes) > 1 else None)
+        assert hosts.problem_of_any(None) is None
         mesh = make_mesh("fsdp=-1")
         print("alike", flush=True)
         for update in range(10 if fault == "fine" else 10_000):

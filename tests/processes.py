@@ -19,7 +19,8 @@ def free_port() -> int:
 def environment(devices: int, **more: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path, **more}
+    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # each process would compile again
+    return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **more}
 
 
 def start(arguments: list, devices: int = 1, **more: str) -> subprocess.Popen:

@@ -1,7 +1,6 @@
 """Several processes as one run: two on this machine, over gloo."""
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -193,12 +192,8 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
     for count, copy in copies.items():
         devices(count)
         cli.run_command(train_dpo.main, argv(ground, copy, steps, "--mesh=fsdp=-1"))
-    read_by_one = two / "checkpoints" / str(max(stopped)) / "params/ocdbt.process_1/d"
-    for file in read_by_one.iterdir():
-        os.truncate(file, file.stat().st_size // 2)
     ended = hosts(2, 2, two, argv(ground, two, steps, "--mesh=fsdp=2,tp=2", "--num_samples=1"))
     assert ended.statuses == [0, 0], ended
-    assert f"kept as {max(stopped)}.damaged; goes on from 3" in ended.out[0], ended
     assert json.loads((two / "samples.json").read_text())[0]["after"]
     assert "bit for bit" in ended.out[0] and "'compared': True" in ended.out[0]
     for folder in (two, *copies.values()):

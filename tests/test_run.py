@@ -49,7 +49,7 @@ def call(main, arguments, capsys):
     return status, captured.out, captured.err
 
 
-def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
+def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pictures):
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
     extra = ["--data.template=aira", "--model.init=random", "--optimizer.weight_decay=0.1"]
     status, out, _ = call(train_sft.main, argv(ground, "sft", sft, *extra, model="bare"), capsys)
@@ -73,6 +73,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
     assert trained <= rows[1].keys() and "eval_loss" in rows[0] and "eval_loss" in rows[2]
     page = (sft / "report.html").read_text()
     assert "<svg" in page and "learning_rate" in page
+    assert "<svg" in (sft / "data_report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is fetched from elsewhere
     report = json.loads((sft / "data_report.json").read_text())
     assert report["train"]["read"] == 40 == report["train"]["kept"]

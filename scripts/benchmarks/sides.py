@@ -136,7 +136,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
             batches = replace(batches, known={"ref_logps": logps})
     if naive:
         one_a_row = replace(batches, packing=False, share_prompt=False)
-        batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model)
+        batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model, examples.answers)
     elif pairs:
         reference = model if in_step else None
         loss_fn = objectives.dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)
@@ -240,21 +240,20 @@ class Padded:
         return self.batches.examples
 
     def __getitem__(self, update: int) -> Batch:
-        """Arrays are [1, B, answers, length]: one micro-batch."""
+        """Arrays are [1, B answers, length]: one micro-batch, answers of an example together."""
         batch = self.batches[update]
         size, answers = len(batch.examples), self.examples.answers
 
         def padded(rows: np.ndarray) -> np.ndarray:
             rows = rows[0, : size * answers, : self.length]  # in the order of examples and answers
-            rows = np.pad(rows, ((0, 0), (0, self.length - rows.shape[1])))
-            return rows.reshape(1, size, answers, self.length)
+            return np.pad(rows, ((0, 0), (0, self.length - rows.shape[1])))[None]
 
         arrays = {name: padded(rows) for name, rows in batch.arrays.items()}
         shape = Shape(size * answers, self.length)
         return batch._replace(arrays=arrays, shape=shape, positions=shape.rows * shape.length)
 
 
-def full_logits(model: Any) -> Callable:
+def full_logits(model: Any, answers: int) -> Callable:
     """What is usually written: a forward pass for each side, with logits for every position in
     float32. DPO has its reference in the step; with one answer it is SFT."""
     import jax
@@ -270,10 +269,7 @@ def full_logits(model: Any) -> Callable:
         return (logps * rows["loss_mask"][:, 1:]).sum(-1)
 
     def loss_fn(params, frozen, batch, key):
-        sides = [
-            jax.tree.map(lambda array, i=i: array[:, i], batch)
-            for i in range(batch["tokens"].shape[1])
-        ]
+        sides = [jax.tree.map(lambda array, i=i: array[i::answers], batch) for i in range(answers)]
         policy = [logps_of(params, rows) for rows in sides]
         if len(sides) == 1:
             return {"loss": (-policy[0].sum(), batch["loss_mask"].sum())}
