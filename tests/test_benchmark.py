@@ -57,9 +57,7 @@ def test_the_naive_step_does_the_same(work, models):
         loss_fn = objectives.sft(model)
     ours = gradients(loss_fn, params, frozen, Batches(examples, PAIRS, share_prompt=pairs))
     padded = sides.Padded(Batches(examples, PAIRS, packing=False), sides.max_length(work))
-    naive = gradients(
-        sides.full_logits(model, 2 if frozen is not None else 1), params, frozen, padded
-    )
+    naive = gradients(sides.full_logits(model, examples.answers), params, frozen, padded)
     assert padded[0].arrays["tokens"].shape == (1, PAIRS * examples.answers, 30)
     np.testing.assert_allclose(naive[0], ours[0], rtol=1e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(ours[1]):
