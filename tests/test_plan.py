@@ -1,5 +1,6 @@
 """The plan of a run: what a compiled program says of itself, and what is made of it."""
 
+import os
 from dataclasses import replace
 
 import jax
@@ -191,8 +192,19 @@ def look_up(mesh):
 
 
 def test_an_array_that_is_gathered_to_be_moved_is_noticed():
-    mesh = meshes.make_mesh("2,2,2", jax.devices())
-    found = program.compiled(lambda: look_up(mesh), loops=1)
+    said = (
+        "W0101 spmd_partitioner.cc:635] [SPMD] Involuntary full rematerialization. The compiler "
+        "cannot go from sharding {devices=[4]} to {devices=[2]} efficiently for HLO operation "
+        "%gather = f32[8,16]{1,0} gather(%x), and so on.\n"
+    )
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+
+    class Warned:
+        def compile(self):
+            os.write(2, said.encode())  # as XLA does, whatever Python's standard error is
+            return lowered.compile()
+
+    found = program.compiled(Warned, loops=1)
     assert len(found.rematerialized) == 1 and found.rematerialized[0].startswith("%gather = f32[8,")
 
 
