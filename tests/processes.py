@@ -1,4 +1,4 @@
-"""Processes of a test: started together, waited for, and shown where they fail."""
+"""Commands of a test, in this process and in others: called, waited for, shown where they fail."""
 
 import os
 import socket
@@ -7,7 +7,20 @@ import sys
 import time
 from pathlib import Path
 
+from easyaira import cli
+
 ROOT = Path(__file__).parents[1]
+
+
+def call(main, arguments, capsys):
+    """Run a command in this process: exit status, standard output, standard error."""
+    try:
+        cli.run_command(main, [str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def free_port() -> int:

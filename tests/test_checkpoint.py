@@ -18,8 +18,9 @@ import pytest
 import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import call
 
-from easyaira import checkpoint, cli, pretrained, train_sft
+from easyaira import checkpoint, pretrained, train_sft
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints, abstract
 from easyaira.errors import ConfigError, StorageError
@@ -245,16 +246,6 @@ def argv(models, data, out, *extra):
         "--data.template=plain", "--max_steps=6", "--save_steps=2", "--save_total_limit=9",
         "--num_samples=0", "--export=false", f"--output_dir={out}", *map(str, extra),
     ]  # fmt: skip
-
-
-def call(main, arguments, capsys):
-    try:
-        cli.run_command(main, [str(argument) for argument in arguments])
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def weights_of(folder, step):

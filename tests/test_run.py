@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from processes import call
 
 from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft
 
@@ -36,17 +37,6 @@ def argv(ground, task, out, *extra, model="gpt2"):
         f"--output_dir={out}",
         *extra,
     ]
-
-
-def call(main, arguments, capsys):
-    """Run a command in this process: exit status, standard output, standard error."""
-    try:
-        cli.run_command(main, [str(argument) for argument in arguments])
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pictures):
