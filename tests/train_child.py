@@ -87,7 +87,7 @@ def at_import():
 
 
 def plant(point):
-    from easyaira import checkpoint, release, report
+    from easyaira import checkpoint, release
     from easyaira.data import build
 
     {
@@ -100,9 +100,7 @@ def plant(point):
             "of the training", 6, lambda: os.kill(os.getpid(), signal.SIGKILL)
         ),
         "evaluation": lambda: at_batch("of the evaluation", 2),
-        "save": lambda: at_call(checkpoint.Checkpoints, "save"),
         "last save": lambda: at_call(checkpoint.Checkpoints, "save", 2),
-        "report": lambda: at_call(report, "write"),
         "export": lambda: at_call(release, "_verify", after=False),
         "": lambda: None,
     }[point]()
