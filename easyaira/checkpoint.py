@@ -154,15 +154,13 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            found, problem = None, ""
             try:
                 found = self.restore(step, params, opt_state)
             except StorageError as error:
-                problem = str(error)
-            if found is not None:
-                self._move_aside(damaged, step)
-                return found
-            damaged[step] = problem
+                damaged[step] = str(error)
+                continue
+            self._move_aside(damaged, step)
+            return found
         raise StorageError(
             f"{self.folder}: no checkpoint can be continued from: {'; '.join(damaged.values())}"
             if damaged
@@ -237,8 +235,7 @@ class Checkpoints:
         missing = [n for n in sums if n.split("/")[0] in (*trees, *records) and n not in now]
         if not intact or wrong or missing:
             name = (wrong + missing)[0] if intact else "sums"
-            reason = f"{name} is not what was saved"
-            raise self._failed("restored", step, reason)
+            raise self._failed("restored", step, f"{name} is not what was saved")
         return {name: found[name] for name in (*trees, *records)}
 
     def _reader(self) -> Any:

@@ -193,6 +193,15 @@ def share(value: Any = None) -> Any:
     return json.loads(_get(client, key))
 
 
+def _gathered(value: Any) -> list[Any]:
+    """Of several processes, what each says, for the first one; nothing for the others. All must
+    ask."""
+    name, client = f"easyaira/gathered/{next(_shared)}", distributed.global_state.client
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
+    count = jax.process_count() if first() else 0
+    return [json.loads(_get(client, f"{name}/{i}")) for i in range(count)]
+
+
 def agree(values: Mapping[str, Any]) -> None:
     """Make sure that these are alike on all hosts.
 
@@ -201,19 +210,15 @@ def agree(values: Mapping[str, Any]) -> None:
     """
     if not several():
         return
-    name, client = f"easyaira/agree/{next(_shared)}", distributed.global_state.client
-    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(values))
     problem = None
-    if first():
-        for i in range(1, jax.process_count()):
-            theirs = json.loads(_get(client, f"{name}/{i}"))
-            mine = json.loads(json.dumps(values))
-            for key in sorted(mine.keys() | theirs.keys()):
-                if problem is None and mine.get(key) != theirs.get(key):
-                    problem = (
-                        f"{key}: host 0 has {mine.get(key)!r} and host {i} {theirs.get(key)!r}; "
-                        "all hosts must run the same code, configuration and data"
-                    )
+    mine, *others = _gathered(values) or [values]
+    for i, theirs in enumerate(others, 1):
+        for key in sorted(mine.keys() | theirs.keys()):
+            if problem is None and mine.get(key) != theirs.get(key):
+                problem = (
+                    f"{key}: host 0 has {mine.get(key)!r} and host {i} {theirs.get(key)!r}; "
+                    "all hosts must run the same code, configuration and data"
+                )
     if problem := share(problem):
         raise ConfigError(problem)
 
@@ -222,14 +227,8 @@ def problem_of_any(problem: str | None) -> str | None:
     """What went wrong on a host, for all; None if nothing did. All must ask."""
     if not several():
         return problem
-    name, client = f"easyaira/problem/{next(_shared)}", distributed.global_state.client
-    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(problem))
-    found = None
-    if first():
-        every = (json.loads(_get(client, f"{name}/{i}")) for i in range(jax.process_count()))
-        told = ((i, text) for i, text in enumerate(every) if text is not None)
-        found = next((f"host {i}: {text}" for i, text in told), None)
-    return share(found)
+    told = enumerate(_gathered(problem))
+    return share(next((f"host {i}: {text}" for i, text in told if text is not None), None))
 
 
 def any_of(flag: bool, mesh: Mesh) -> Any:

@@ -154,7 +154,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+    """An operation of a program, as it stands there."""
+
     name: str
     shape: str
     operation: str
@@ -164,7 +166,7 @@ class _Line(NamedTuple):
         return _NAME.findall(self.rest.partition(")")[0])
 
 
-Lines = Mapping[str, Mapping[str, _Line]]  # of each computation, by name, the last one its result
+Lines = Mapping[str, Mapping[str, Line]]  # of each computation, by name, the last one its result
 
 
 def collectives_of(text: str, loops: int = 1) -> list[Collective]:
@@ -175,7 +177,7 @@ def collectives_of(text: str, loops: int = 1) -> list[Collective]:
         text: HLO.
         loops: how often loops go round that do not say so themselves.
     """
-    entry, lines = _computations(text)
+    entry, lines = computations_of(text)
     count = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     known: dict[str, list[Collective]] = {}
 
@@ -190,7 +192,7 @@ def collectives_of(text: str, loops: int = 1) -> list[Collective]:
             known[name] = list(found.values())
         return known[name]
 
-    def of(line: _Line, where: str) -> list[Collective]:
+    def of(line: Line, where: str) -> list[Collective]:
         kind = line.operation.removesuffix("-start")
         if kind in COLLECTIVES:
             if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
@@ -211,9 +213,9 @@ def collectives_of(text: str, loops: int = 1) -> list[Collective]:
     return inside(entry)
 
 
-def _computations(text: str) -> tuple[str, Lines]:
+def computations_of(text: str) -> tuple[str, Lines]:
     """The name of the program's first computation, and the lines of all."""
-    lines: dict[str, dict[str, _Line]] = {}
+    lines: dict[str, dict[str, Line]] = {}
     entry = name = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -221,17 +223,17 @@ def _computations(text: str) -> tuple[str, Lines]:
             lines[name] = {}
             entry = name if head[1] else entry
         elif name and (match := _LINE.match(line)):
-            lines[name][match[1]] = _Line(*match.groups())
+            lines[name][match[1]] = Line(*match.groups())
     return entry, lines
 
 
-def _trips(loop: _Line, around: Mapping[str, _Line], lines: Lines) -> int | None:
+def _trips(loop: Line, around: Mapping[str, Line], lines: Lines) -> int | None:
     """How often a loop goes round: as it says (CPU, GPU), or as its counter does (TPU); None if
     that is decided while the program runs."""
     if said := _TRIPS.search(loop.rest):
         return int(said[1])
 
-    def number(line: _Line | None, among: Mapping[str, _Line]) -> int | None:
+    def number(line: Line | None, among: Mapping[str, Line]) -> int | None:
         while line and line.operation in ("copy", "bitcast"):
             line = among.get(line.operands()[0])
         constant = line and re.match(r"-?\d+\)", line.rest) and line.operation == "constant"
@@ -248,7 +250,7 @@ def _trips(loop: _Line, around: Mapping[str, _Line], lines: Lines) -> int | None
     if stop is None or place is None:
         return None
 
-    def at_place(result: _Line | None, among: Mapping[str, _Line]) -> _Line | None:
+    def at_place(result: Line | None, among: Mapping[str, Line]) -> Line | None:
         if result is None or result.operation != "tuple":
             return None
         return among.get(result.operands()[int(place[1])])

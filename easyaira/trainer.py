@@ -318,9 +318,9 @@ def fit(
         # received is known to all of them one update later, since nobody waits for it
         before_last, asked = asked, hosts.any_of(bool(stop.received), mesh)
         stopping = bool(before_last if hosts.several() else asked)
-        evaluating = due(step, config.eval_steps)
+        evaluating, saving = due(step, config.eval_steps), due(step, config.save_steps)
         settle(step - 1, {})  # one update behind, so that the device never waits for the host
-        if stopping or evaluating or due(step, config.save_steps) or step == start + 1:
+        if stopping or evaluating or saving or step == start + 1:
             jax.block_until_ready(state.step)
             window.pause()
             measured = measure() if evaluating and not stopping else {}
@@ -328,7 +328,7 @@ def fit(
                 stopping = True
             window.unmeasured = evaluating and stopping
             settle(step, measured or {})
-        if stopping or due(step, config.save_steps):
+        if stopping or saving:
             position = {"seed": config.seed, "update": step}
             saved_meta = meta | {"window": window.to_save()}
             checkpoints.save(step, state.params, state.opt_state, position, saved_meta)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from easyaira.program import Line, computations_of
+
 LOSS, OPTIMIZER = "the_loss", "the_optimizer"  # scopes that a measured step puts into names
 
 REST, LAYERS = "all else", "layers, all else"
@@ -80,8 +82,6 @@ def costs(folder: Path, texts: Mapping[str, str], updates: int) -> list[dict[str
     ]
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = .*? ([a-z][\w\-]*)\(([^)]*)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
@@ -93,22 +93,22 @@ class _Operation(NamedTuple):
     calls: str | None
 
 
+def _operation(line: Line) -> _Operation:
+    op_name, calls = _NAME.search(line.rest), _CALLS.search(line.rest)
+    named, called = op_name[1] if op_name else "", calls and calls[1]
+    return _Operation(line.operation, line.operands(), named, called)
+
+
 def places(text: str) -> dict[str, str | None]:
     """The place of every operation of a compiled program; None for those that only hold others.
 
     Operations without a name (copies, conversions, what was rewritten) take the part of the nearest
     operation that has one: among those that they call, then along the operands and users.
     """
-    computations: dict[str, dict[str, _Operation]] = {}
-    for line in text.splitlines():
-        if begin := _COMPUTATION.match(line):
-            inside = computations.setdefault(begin[1], {})
-        elif found := _OPERATION.match(line):
-            op_name, calls = _NAME.search(line), _CALLS.search(line)
-            operands = re.findall(r"%([\w.\-]+)", found[3])
-            inside[found[1]] = _Operation(
-                found[2], operands, op_name[1] if op_name else "", calls and calls[1]
-            )
+    computations = {
+        computation: {name: _operation(line) for name, line in lines.items()}
+        for computation, lines in computations_of(text)[1].items()
+    }
 
     def called(operation: _Operation) -> list[_Operation]:
         return list(computations.get(operation.calls, {}).values())
