@@ -11,6 +11,7 @@ one that gets nowhere for `hang_timeout` seconds hangs, also where it is the onl
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -62,6 +63,7 @@ class Ended(NamedTuple):
 
 _doing = Doing(0, "starting", time.monotonic())
 _watch: _Watch | None = None
+_on_abort: Any = None  # libc keeps its address
 _shared = itertools.count()
 
 
@@ -105,6 +107,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         raise
     finally:
         _watch.over.set()
+        _watch.join(config.timeout)  # a thread that Python's end finds inside JAX aborts
         _watch = None
 
 
@@ -149,6 +152,7 @@ def _connect(config: DistributedConfig) -> Any:
             f"distributed: cannot meet the other processes at {config.coordinator_address}: "
             f"{reason}; start all of them, with the same coordinator_address and num_processes"
         ) from error
+    atexit.register(_disconnect)  # before JAX's own, which first drops its devices
     client, state = distributed.global_state.client, distributed.global_state
     client.key_value_set(f"easyaira/machine/{state.process_id}", platform.node())
     machines = [_get(client, f"easyaira/machine/{i}") for i in range(state.num_processes)]
@@ -156,6 +160,14 @@ def _connect(config: DistributedConfig) -> Any:
         # JAX gives each process of SLURM and Open MPI one GPU; alone on a machine, it has them all
         jax.config.update("jax_cuda_visible_devices", "all")
     return client if several() else None
+
+
+def _disconnect() -> None:
+    """Part from the other processes while Python still answers an abort(), see `_aborted`."""
+    sys.stdout.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # all have done their part
+        jax.distributed.shutdown()
+    ctypes.CDLL(None).signal(signal.SIGABRT, signal.SIG_DFL)
 
 
 def launcher() -> str | None:
@@ -291,6 +303,7 @@ class _Watch(threading.Thread):
     """
 
     def __init__(self, config: DistributedConfig, client: Any):
+        global _on_abort
         super().__init__(daemon=True, name="watch")
         self.config, self.client = config, client
         self.over = threading.Event()
@@ -302,8 +315,9 @@ class _Watch(threading.Thread):
         self._since: float | None = None  # when the cause was first seen
         self._lock = threading.Lock()
         if client is not None:
-            self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
-            ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+            self.index, self.count = jax.process_index(), jax.process_count()
+            _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
+            ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
     def run(self) -> None:
         global _doing
@@ -338,7 +352,7 @@ class _Watch(threading.Thread):
                 self._end(self.ended.message, self.ended.status)
             return
         self.client.key_value_set(
-            f"easyaira/watch/beat/{jax.process_index()}",
+            f"easyaira/watch/beat/{self.index}",
             f"{next(self._tick)} {_doing.count} {_doing.what}",
             allow_overwrite=True,
         )
@@ -353,21 +367,19 @@ class _Watch(threading.Thread):
         waited = time.monotonic() - self._since
         if self.ended is None and waited < GRACE:
             return  # it may end by itself, with a better message
-        if not first():
-            self.client.key_value_set(
-                f"easyaira/watch/left/{jax.process_index()}", "", allow_overwrite=True
-            )
+        if self.index != 0:
+            self.client.key_value_set(f"easyaira/watch/left/{self.index}", "", allow_overwrite=True)
         elif waited < 2 * GRACE:
             left = {int(key.partition("/")[2]) for key in said if key.startswith("left/")}
-            if len(left | self._lost) < jax.process_count() - 1:
+            if len(left | self._lost) < self.count - 1:
                 return  # the others read the cause in this process
         self._finish()
 
     def _listen(self, said: Mapping[str, str]) -> None:
         """The first process looks after all, and they after it."""
         now = time.monotonic()
-        for i in range(jax.process_count()):
-            if i == jax.process_index() or not (first() or i == 0):
+        for i in range(self.count):
+            if i == self.index or 0 not in (i, self.index):
                 continue
             beat = said.get(f"beat/{i}", "")
             before, when = self._heard.get(i, (None, now))
@@ -392,7 +404,7 @@ class _Watch(threading.Thread):
                 }
                 behind = min(counts, key=lambda i: int(counts[i][0]))
                 message += f"; host {behind} is furthest behind, {counts[behind][1]}"
-            self._post(f"host {jax.process_index()}", message, self.ended.status)
+            self._post(f"host {self.index}", message, self.ended.status)
 
     def _post(self, who: str, message: str, status: int = HostError.exit_status) -> None:
         """Make this the cause, unless there is one."""
@@ -424,9 +436,12 @@ class _Watch(threading.Thread):
             os._exit(status)
 
     def _aborted(self, _number: int) -> None:
-        """JAX ends a process by abort() when its coordinator is gone."""
+        """JAX ends a process by abort() when its coordinator is gone. After all is done, that is
+        no news; and no question to JAX here, which may have dropped its devices."""
+        if self.over.is_set():
+            os._exit(0)
         gone = {"who": "host 0", "message": "lost, and with it the store that all talk through"}
-        if first():
+        if self.index == 0:
             gone = {"who": "host 0", "message": "ended by abort(), for what is said above"}
         self._cause = self._cause or gone | {"status": HostError.exit_status}
         self._finish()
@@ -443,6 +458,6 @@ class _Watch(threading.Thread):
     def all_done(self) -> None:
         """Wait until every process has done its part: the first may still be writing."""
         key = "easyaira/done"
-        self.client.key_value_set(f"{key}/{jax.process_index()}", "")
-        for i in range(jax.process_count()) if first() else (0,):
+        self.client.key_value_set(f"{key}/{self.index}", "")
+        for i in range(self.count) if self.index == 0 else (0,):
             _get(self.client, f"{key}/{i}")

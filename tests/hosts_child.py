@@ -32,6 +32,28 @@ def befall(fault: str) -> None:
         ctypes.CDLL(None).sleep(60)
 
 
+def compute(index: str, processes: str, fault: str, place: str) -> None:
+    differing = {"seed": index} if fault == "differing" else {}
+    hosts.agree({"optimizer.learning_rate": 1e-5} | differing)
+    assert hosts.share(f"of host {index}") == "of host 0"
+    odd = index if index != "0" else None
+    assert hosts.problem_of_any(odd) == ("host 1: 1" if int(processes) > 1 else None)
+    assert hosts.problem_of_any(None) is None
+    mesh = make_mesh("fsdp=-1")
+    print("alike", flush=True)
+    for update in range(10_000):
+        hosts.beat(f"computing update {update}")
+        asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
+        assert asked == (fault == "asked" and update == 5)
+        if asked:
+            return
+        if update == 5 and fault == "late":
+            return
+        if update == 5 and index == place:
+            befall(fault)
+        time.sleep(0.02)
+
+
 def main(argv: list[str]) -> None:
     port, processes, index, fault = argv
     fault, _, place = fault.partition(" on ")
@@ -43,23 +65,9 @@ def main(argv: list[str]) -> None:
         found |= {"num_processes": int(processes), "process_id": int(index)}
     config = DistributedConfig(**found, **limits)
     with hosts.joined(config), StopSignal(hosts.leave):
-        differing = {"seed": index} if fault == "differing" else {}
-        hosts.agree({"optimizer.learning_rate": 1e-5} | differing)
-        assert hosts.share(f"of host {index}") == "of host 0"
-        odd = index if index != "0" else None
-        assert hosts.problem_of_any(odd) == ("host 1: 1" if int(processes) > 1 else None)
-        assert hosts.problem_of_any(None) is None
-        mesh = make_mesh("fsdp=-1")
-        print("alike", flush=True)
-        for update in range(10_000):
-            hosts.beat(f"computing update {update}")
-            asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
-            assert asked == (fault == "asked" and update == 5)
-            if asked:
-                return
-            if update == 5 and index == place:
-                befall(fault)
-            time.sleep(0.02)
+        compute(index, processes, fault, place)
+    if fault == "late" and index == place:
+        time.sleep(limits["timeout"] + 2)  # longer than JAX waits for the others at its end
 
 
 if __name__ == "__main__":

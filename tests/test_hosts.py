@@ -26,6 +26,8 @@ def two(fault):
 BAD_ROW = "rows.jsonl:7: not a row"
 FAULTS = {  # what befalls which host: statuses, the last line of both, and its bound in seconds
     "asked": ([0, 0], ["", ""], 30),
+    "late on 0": ([0, 0], ["", ""], 30),
+    "late on 1": ([0, 0], ["", ""], 30),
     "differing": ([2, 2], ["error: seed: host 0 has '0' and host 1 '1'"] * 2, 30),
     "known on 1": ([2, 2], [f"error: host 1: {BAD_ROW}", f"error: {BAD_ROW}"], 30),
     "known on 0": ([2, 2], [f"error: {BAD_ROW}", f"error: host 0: {BAD_ROW}"], 30),
