@@ -34,7 +34,7 @@ from etils.epath.backend import fsspec_backend
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira import hosts
+from easyaira import hosts, watch
 from easyaira.errors import ConfigError, StorageError
 from easyaira.mesh import by_path
 from easyaira.weights import bit_sums
@@ -213,7 +213,7 @@ class Checkpoints:
     def _restore(self, step: int, trees: dict[str, Any], records: tuple[str, ...]) -> dict:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonRestore() for name in (*records, "sums")}
-        hosts.beat(f"restoring checkpoint {step}")
+        watch.beat(f"restoring checkpoint {step}")
         failure = None
         with _quiet():
             try:

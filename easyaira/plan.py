@@ -235,6 +235,12 @@ def depth_of(model: Model) -> int:
     return next(leaf.shape[0] for row, leaf in pair_rows(model.shapes, model.rows) if row.stacked)
 
 
+def kernels_of(model: Model) -> list[jax.ShapeDtypeStruct]:
+    """Weights of the layers' products, [layers, in, ...]."""
+    leaves = meshes.by_path(model.shapes["model"]).items()
+    return [leaf for path, leaf in leaves if path.endswith("kernel") and leaf.ndim > 2]
+
+
 def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, float]:
     """Floating-point operations of a device in an update, padding too: of products with weights,
     and of attention's scores, as they are computed."""
@@ -296,8 +302,7 @@ def seconds_of(setup: Setup, update: Update, work: float, moved: float) -> float
     if chip is None:
         return None
     tp, itemsize = setup.mesh.shape["tp"], setup.model.compute.dtype.itemsize
-    leaves = meshes.by_path(setup.model.shapes["model"]).items()
-    kernels = [x for path, x in leaves if path.endswith("kernel") and x.ndim > 2]  # of all layers
+    kernels = kernels_of(setup.model)
     passes = update.parts * (3 + (setup.model.compute.gradient_checkpointing == "full"))
     weights = passes * itemsize * sum(x.size for x in kernels) / tp
     states = sum(x.shape[0] * x.shape[1] + x.size // x.shape[1] for x in kernels)  # in and out

@@ -85,10 +85,9 @@ def compiled(lower: Callable[[], Any], loops: int) -> Program:
         try:
             program = lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            refused = lacking(error)
+            if refused is None:
                 raise
-            words = re.search(r"[Rr]an out of memory[^\n]*", str(error))
-            refused = words[0] if words else str(error).splitlines()[0]
             return Program(time.perf_counter() - begun, refused=refused)
     seconds = time.perf_counter() - begun
     memory = program.memory_analysis()
@@ -105,6 +104,14 @@ def compiled(lower: Callable[[], Any], loops: int) -> Program:
         collectives=collectives,
         rematerialized=tuple(sorted(warnings)),
     )
+
+
+def lacking(error: Exception) -> str | None:
+    """What an error says of a device's memory, if that is what was missing."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    words = re.search(r"([Rr]an o|O)ut of memory[^\n]*", str(error))
+    return words[0] if words else str(error).splitlines()[0]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from easyaira import hosts, lora, weights
+from easyaira import hosts, lora, watch, weights
 from easyaira.chips import memory_of
 from easyaira.errors import ConfigError, StorageError, WeightsError
 from easyaira.models.registry import Model
@@ -127,7 +127,7 @@ def export(
                 yield name, tensor
 
         weights.save_folder(noted(), new)
-        hosts.beat("proving what was written", bounded=False)
+        watch.beat("proving what was written", bounded=False)
         _write_json(new / "config.json", _with_dtype(facts.config, dtype))
         if facts.generation_config:
             _write_json(new / "generation_config.json", facts.generation_config)
@@ -173,7 +173,7 @@ def export_adapter(
         return {}
     with _beside(folder, replace) as new:
         written = {name: _described(tensor) for name, tensor in tensors.items()}
-        hosts.beat("proving what was written", bounded=False)
+        watch.beat("proving what was written", bounded=False)
         file = new / lora.ADAPTER_WEIGHTS
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)  # the library makes it readable for its owner alone

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,19 @@ from typing import Any
 import jax
 
 import easyaira
-from easyaira import card, energy, hosts, lora, metrics, plan, release, report, run_folder, trainer
+from easyaira import (
+    card,
+    energy,
+    hosts,
+    lora,
+    metrics,
+    plan,
+    release,
+    report,
+    run_folder,
+    trainer,
+    watch,
+)
 from easyaira import config as configs
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
@@ -19,7 +33,9 @@ from easyaira.chips import pod
 from easyaira.cli import DryRun
 from easyaira.config import RunConfig
 from easyaira.data import dataset
+from easyaira.errors import ConfigError
 from easyaira.prepare import Algorithm, Setup, prepare
+from easyaira.program import lacking
 from easyaira.samples import Samples
 from easyaira.search import search
 from easyaira.stop import StopSignal
@@ -28,18 +44,38 @@ from easyaira.stop import StopSignal
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
     """Do what the command line asks for."""
     # a second signal, while this process waits for the others to read why it ends, ends it at once
-    with StopSignal(hosts.leave) as stop, hosts.joined(config.distributed):
+    with StopSignal(watch.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(run_folder.made_with(config))
         energy.check(config.energy)
-        hosts.beat("reading model and data", bounded=False)
+        watch.beat("reading model and data", bounded=False)
         if dry_run:
             return show(config, algorithm, dry_run)
         setup = prepare(config, algorithm)
         hosts.agree(run_folder.made_of(setup))
         keep_compiled(config)
-        with jax.set_mesh(setup.mesh):
+        with jax.set_mesh(setup.mesh), memory_explained(config):
             print(plan.describe(setup), flush=True)
             train(setup, algorithm, stop)
+
+
+@contextmanager
+def memory_explained(config: RunConfig) -> Iterator[None]:
+    """Of a device that has not got the memory, say what helps.
+
+    Raises:
+        ConfigError: in the place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if (problem := lacking(error)) is None:
+            raise
+        raise ConfigError(
+            f"{watch.doing()}: {problem} What helps: a larger gradient_accumulation_steps (is "
+            f"{config.gradient_accumulation_steps}), model.gradient_checkpointing: full (is "
+            f"{config.model.gradient_checkpointing}), more devices over fsdp; --search tries them. "
+            "A run goes on with them from its newest checkpoint"
+        ) from error
 
 
 def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:

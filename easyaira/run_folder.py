@@ -27,10 +27,11 @@ from easyaira.errors import ConfigError, StorageError
 from easyaira.prepare import Setup
 from easyaira.report import write_file
 
-# what may differ when a run is continued, since it does not change what is computed
+# what may differ when a run is continued, since it does not change what is computed, but for
+# rounding
 MAY_CHANGE = """
     mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
-    save_total_limit model.gradient_checkpointing data.cache_dir
+    save_total_limit gradient_accumulation_steps model.gradient_checkpointing data.cache_dir
 """.split()
 LOCK = ".lock"  # held by the process that is at work in the folder
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}

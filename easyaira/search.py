@@ -129,8 +129,7 @@ def kept_bytes(setup: Setup, update: plan.Update) -> float:
     model, tp = setup.model, setup.mesh.shape["tp"]
     per_position = plan.depth_of(model) * model.config.width
     if _keeps(setup) != "full":
-        leaves = meshes.by_path(model.shapes["model"]).items()
-        kernels = [leaf for path, leaf in leaves if path.endswith("kernel")]
+        kernels = plan.kernels_of(model)
         per_position += sum(kernel.size // kernel.shape[1] for kernel in kernels)
     return update.rows * update.length * per_position * model.compute.dtype.itemsize / tp
 

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira import hosts, metrics
+from easyaira import hosts, metrics, watch
 from easyaira.checkpoint import Checkpoints, abstract
 from easyaira.config import RunConfig
 from easyaira.data.batches import LAYOUT, Batch, Batches
@@ -230,12 +230,12 @@ def ahead(
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         coming: Future | None = pool.submit(make, start) if start < stop else None
         for update in range(start, stop):
-            hosts.beat(f"making batch {update + 1} {what}")
+            watch.beat(f"making batch {update + 1} {what}")
             asked = time.perf_counter()
             batch, arrays = coming.result()
             waited = time.perf_counter() - asked
             coming = pool.submit(make, update + 1) if update + 1 < stop else None
-            hosts.beat(f"computing batch {update + 1} {what}")
+            watch.beat(f"computing batch {update + 1} {what}")
             yield Ready(batch, arrays, waited)
 
 
@@ -335,7 +335,7 @@ def fit(
         if stopping:
             break
         window.run()
-    hosts.beat("saving")
+    watch.beat("saving")
     checkpoints.wait()
     stop.deferred = False
     if stopping or stop.received:

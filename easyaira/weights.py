@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from easyaira import hosts
+from easyaira import hosts, watch
 from easyaira.errors import UnsafeInputError, WeightsError
 from easyaira.mesh import by_path, path_of
 
@@ -261,7 +261,7 @@ def from_hf(
 
     def load(path: tuple, leaf: Any) -> Any:
         row = rows_by_path[path_of(path)]
-        hosts.beat(f"reading {row.ours}")
+        watch.beat(f"reading {row.ours}")
         if row.ours in drawn:
             return each(path, drawn[row.ours]) if each else drawn[row.ours]
         layers = [(name, row.op.to_ours(tensors[name])) for name in row.names(leaf)]
@@ -300,7 +300,7 @@ def to_hf(
     """
     for row, leaf in pair_rows(params, rows):
         for i, name in enumerate(row.names(leaf)):
-            hosts.beat(f"collecting {name}")
+            watch.beat(f"collecting {name}")
             layer = hosts.fetch(leaf[i] if row.stacked else leaf)
             with np.errstate(over="ignore"):
                 tensor = np.ascontiguousarray(row.cut(layer, vocab_size)).astype(dtypes(name))

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from easyaira import cli, hosts, stop
+from easyaira import cli, hosts, stop, watch
 from easyaira.config import DistributedConfig
 from easyaira.errors import DataError
 from easyaira.mesh import make_mesh
@@ -42,7 +42,7 @@ def compute(index: str, processes: str, fault: str, place: str) -> None:
     mesh = make_mesh("fsdp=-1")
     print("alike", flush=True)
     for update in range(10_000):
-        hosts.beat(f"computing update {update}")
+        watch.beat(f"computing update {update}")
         asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
         assert asked == (fault == "asked" and update == 5)
         if asked:
@@ -57,14 +57,14 @@ def compute(index: str, processes: str, fault: str, place: str) -> None:
 def main(argv: list[str]) -> None:
     port, processes, index, fault = argv
     fault, _, place = fault.partition(" on ")
-    hosts.GRACE = stop.GRACE = 1.5
+    watch.GRACE = stop.GRACE = 1.5
     limits = {"timeout": 3, "hang_timeout": 6 if fault == "hangs" else 100}
     found = {}
     if int(port):
         found["coordinator_address"] = f"127.0.0.1:{port}"
         found |= {"num_processes": int(processes), "process_id": int(index)}
     config = DistributedConfig(**found, **limits)
-    with hosts.joined(config), StopSignal(hosts.leave):
+    with hosts.joined(config), StopSignal(watch.leave):
         compute(index, processes, fault, place)
     if fault == "late" and index == place:
         time.sleep(limits["timeout"] + 2)  # longer than JAX waits for the others at its end

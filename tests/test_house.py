@@ -14,6 +14,7 @@ HOUSE = """
     errors
     stop
     config chips cli mesh losses quantize program
+    watch
     hosts
     weights optim checkpoint metrics report verify
     energy

@@ -5,13 +5,14 @@ import os
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import yaml
 from processes import call
 
-from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft
+from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft, trainer
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,38 @@ def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, t
     assert not (tmp_path / "run/hf").exists()
     status, out, _ = call(train_sft.main, arguments, capsys)
     assert status == 0 and "continues" in out and (tmp_path / "run/hf/config.json").exists()
+
+
+def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
+    ground, tmp_path, capsys, monkeypatch
+):
+    more = ["--save_steps=2", "--logging_steps=1", "--data.eval=null", "--export=false"]
+    more += ["--num_samples=0", "--train_batch_size=8"]
+    straight, stuck = tmp_path / "straight", tmp_path / "stuck"
+    assert call(train_dpo.main, argv(ground, "dpo", straight, *more), capsys)[0] == 0
+    with monkeypatch.context() as patch:
+        calls, jit = [], trainer.jit_train_step
+
+        def full_in_the_third_update(*given):
+            step = jit(*given)
+
+            def update(*arguments):
+                calls.append(step)
+                return step(*arguments) if len(calls) < 3 else jnp.zeros(2**50, jnp.uint8)
+
+            return update
+
+        patch.setattr(trainer, "jit_train_step", full_in_the_third_update)
+        status, _, err = call(train_dpo.main, argv(ground, "dpo", stuck, *more), capsys)
+    assert status == 2
+    said = "error: computing batch 3 of the training: Out of memory allocating 1125899906842624"
+    assert err.splitlines()[-1].startswith(said), err
+    assert "a larger gradient_accumulation_steps (is 1), model.gradient_checkpointing: full" in err
+    helped = ["--gradient_accumulation_steps=4", "--model.gradient_checkpointing=full"]
+    status, out, _ = call(train_dpo.main, argv(ground, "dpo", stuck, *more, *helped), capsys)
+    assert status == 0 and "after update 2" in out
+    losses = [[row["loss"] for row in metrics.read(f / "metrics.jsonl")] for f in (straight, stuck)]
+    assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-6)
 
 
 def test_two_runs_are_not_in_one_folder(ground, tmp_path, capsys):
