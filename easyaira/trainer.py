@@ -338,10 +338,11 @@ def fit(
     watch.beat("saving")
     checkpoints.wait()
     stop.deferred = False
-    if stopping or stop.received:
+    told = hosts.problem_of_any(stop.received) if stopping else stop.received
+    if told:
         raise Preempted(
-            f"{stop.received or 'another host was told to stop'} after update {step} of "
-            f"{total_steps}; the state is saved, run the same command again"
+            f"{told} after update {step} of {total_steps}; the state is saved, run the same "
+            "command again"
         )
     return state
 

@@ -70,6 +70,7 @@ ROWS = [
     Row(DPO_13B, "v5e:8x8", "dp=1,fsdp=32,tp=2"),
     Row(DPO_13B, "v3:8x16", "dp=2,fsdp=16,tp=8"),
     Row("tulu-2-sft-13b", "v5p:4x4x2", "dp=1,fsdp=4,tp=8"),
+    Row("tulu-2-sft-13b", "v5p:4x4x2", "dp=1,fsdp=32,tp=1"),
     Row("tulu-2-sft-7b", "v5p:2x2x4", "dp=1,fsdp=2,tp=8"),
     Row("backward-llama-2-7b", "v5e:2x2", "dp=1,fsdp=4,tp=1", 4),
     Row("aira-2-1b1", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
