@@ -23,7 +23,7 @@ import jax
 
 from easyaira.config import EnergyConfig
 from easyaira.errors import ConfigError, StorageError
-from easyaira.report import write_file
+from easyaira.files import write_file
 
 FILE = "emissions.csv"
 SECONDS = 15  # between two readings: CodeCarbon's own default, which costs a run nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from easyaira.chips import chip_of
+from easyaira.errors import StorageError
+from easyaira.files import write_file
 
 Sums = dict[str, tuple[float, float]]  # name -> (sum, count)
 
@@ -107,9 +110,14 @@ class Log:
         folder: the run folder.
         step: the step that a run continues from; what was logged after it is taken back.
         total: updates of the whole run.
+        unmeasured: the evaluation at `step` is made again, so what was logged of it is taken back;
+            of step 0, everything is.
+
+    Raises:
+        StorageError: it cannot be written, here or later.
     """
 
-    def __init__(self, folder: Path, step: int, total: int):
+    def __init__(self, folder: Path, step: int, total: int, unmeasured: bool):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -117,8 +125,15 @@ class Log:
         self._event, self._summary = Event, Summary
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(self.path, "a")
+        if step == 0:
+            kept = []
+        if unmeasured:
+            kept = [r for r in kept if r["step"] < step or not any("eval_" in key for key in r)]
+        try:
+            write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(self.path, "a")
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error}") from error
         self._board = EventFileWriter(str(folder / "tensorboard"))
         self._bar = tqdm(
             total=total,
@@ -133,8 +148,11 @@ class Log:
             name: value if value is None or math.isfinite(value) else str(value)
             for name, value in values.items()
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error}") from error
         scalars = [
             self._summary.Value(tag=name, simple_value=value)
             for name, value in values.items()
@@ -170,8 +188,10 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # told by `write`
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
 
 
 class NoLog:

@@ -23,10 +23,10 @@ from easyaira.data import dataset
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.build import recipe_of
 from easyaira.errors import ConfigError
+from easyaira.files import write_file
 from easyaira.mesh import constrain
 from easyaira.models.registry import Model, model_of
 from easyaira.prepare import Algorithm, Setup
-from easyaira.report import write_file
 from easyaira.weights import fingerprint
 
 KEYS = "reference.json"  # of the run folder: which files of the cache are the run's

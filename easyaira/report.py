@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from easyaira import metrics
+from easyaira.files import write_file
 
 PANELS = (  # a title, and the metrics that share an axis
     ("loss", ("loss", "eval_loss")),
@@ -98,13 +98,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def page(title: str, *parts: str) -> str:
     """A whole HTML document."""
     return PAGE.format(title=html.escape(title), body="\n".join(parts))
-
-
-def write_file(path: Path, text: str) -> None:
-    """All of it, or what was there before."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 def write(

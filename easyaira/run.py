@@ -145,7 +145,9 @@ def _updates(
     if step is None:
         samples.answer("before", setup.weights(params))
     del params  # the first update gives its memory away
-    log = metrics.Log(folder, step or 0, setup.total_steps) if hosts.first() else metrics.NoLog()
+    log = metrics.NoLog()
+    if hosts.first():
+        log = metrics.Log(folder, step or 0, setup.total_steps, window.unmeasured)
     try:
         state = trainer.fit(
             state,

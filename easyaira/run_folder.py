@@ -24,8 +24,8 @@ from easyaira.checkpoint import Checkpoints, peek
 from easyaira.config import RunConfig
 from easyaira.data import report as data_report
 from easyaira.errors import ConfigError, StorageError
+from easyaira.files import write_file
 from easyaira.prepare import Setup
-from easyaira.report import write_file
 
 # what may differ when a run is continued, since it does not change what is computed, but for
 # rounding
@@ -217,9 +217,18 @@ def made_of(setup: Setup) -> dict[str, Any]:
         "tokenizer and template": setup.template.fingerprint(),
         "config.json of the model": dict(setup.origin.config),
         "commit of the model": setup.origin.commit,
+        "weights of the model": _weights(setup),
         "updates": setup.total_steps,
         "rows and lengths": [list(shape) for shape in setup.batches.shapes],
     }
+
+
+def _weights(setup: Setup) -> list[str]:
+    """Samples of the weights that a run begins with, and of its reference's."""
+    if setup.config.model.init == "random":
+        return []
+    name = setup.config.model.ref_name_or_path
+    return [setup.origin.sample()] + ([pretrained.find(name).sample()] if name else [])
 
 
 def _versions() -> dict[str, str]:

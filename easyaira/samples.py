@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from easyaira import hosts
+from easyaira.files import write_file
 from easyaira.generate import generate
 from easyaira.prepare import Setup
-from easyaira.report import write_file
 
 SAMPLE_TOKENS = 64
 

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,7 @@ def watched(config: DistributedConfig, client: Any) -> Iterator[None]:
     _watch.start()
     try:
         yield
+        _watch.done = True
     except BaseException as error:
         if client is not None:
             _watch.leave(error)
@@ -113,7 +115,9 @@ class Watch(threading.Thread):
         global _on_abort
         super().__init__(daemon=True, name="watch")
         self.config, self.client = config, client
+        self.stacks = sys.__stderr__ or open(os.devnull, "w")  # closed by who started it
         self.over = threading.Event()
+        self.done = False  # all that this process had to do
         self.ended: Ended | None = None  # how this process would end by itself
         self._tick = itertools.count()
         self._heard: dict[int, tuple[str, float]] = {}  # of hosts: their last beat, and when
@@ -135,7 +139,7 @@ class Watch(threading.Thread):
         looked = time.monotonic()
         while True:
             # ends a process in which no Python runs any more, this neither
-            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(limit, exit=True, file=self.stacks)
             if self.over.wait(interval):
                 break
             looked, before = time.monotonic(), looked
@@ -151,7 +155,7 @@ class Watch(threading.Thread):
         silent = time.monotonic() - _doing.since
         hangs = silent > self.config.hang_timeout and self.ended is None
         if hangs:
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(self.stacks, all_threads=True)
             hung = f"no progress for {silent:.0f} s, {_doing.what} (distributed.hang_timeout)"
             self.ended = Ended(f"error: {hung}", HostError.exit_status, True, time.monotonic())
         if self.client is None:
@@ -229,23 +233,22 @@ class Watch(threading.Thread):
         preempted = cause["status"] == Preempted.exit_status
         kind = "stopped" if preempted else "error"
         own = self.ended
-        if own is not None and (own.known or cause["message"] in own.message):
-            last = own.message if cause["message"] in own.message else f"{kind}: {told}"
-            self._end(last, own.status)
+        if own is not None and cause["message"] in own.message:
+            self._end(own.message, own.status)
         bug = cause["status"] == 1  # or a machine that fails: worth another try
         self._end(f"{kind}: {told}", HostError.exit_status if bug else cause["status"])
 
     def _end(self, last: str, status: int) -> None:
         with self._lock:  # one thread speaks, and no other after it
-            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
-                sys.stdout.flush()
-            print(last, file=sys.stderr, flush=True)
+            for say in (sys.stdout.flush, partial(print, last, file=sys.stderr, flush=True)):
+                with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+                    say()
             os._exit(status)
 
     def _aborted(self, _number: int) -> None:
         """JAX ends a process by abort() when its coordinator is gone. After all is done, that is
         no news; and no question to JAX here, which may have dropped its devices."""
-        if self.over.is_set():
+        if self.done:
             os._exit(0)
         gone = {"who": "host 0", "message": "lost, and with it the store that all talk through"}
         if self.index == 0:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 import tiny
 import train_child
-from processes import Ended, free_port, start
+from processes import Ended, environment, free_port, start
 
-from easyaira import cli, metrics, run_folder, train_dpo, trainer
+from easyaira import cli, metrics, pretrained, run_folder, train_dpo, trainer, watch
 from easyaira.config import DataConfig, DistributedConfig, ModelConfig, TrainSFT
 from easyaira.hosts import launcher
 
@@ -229,6 +231,47 @@ def test_what_hosts_compare_changes_with_all_that_decides_a_run(monkeypatch, tmp
     assert [key for key, value in made_with().items() if value != plain[key]] == [
         "code of easyaira (sha256)"
     ]
+
+
+def test_a_sample_tells_weights_from_others(ground, tmp_path):
+    """Of a folder by any change of a tensor's first or last values, of a run by any of its own."""
+    other = Path(shutil.copytree(ground / "gpt2", tmp_path / "gpt2"))
+    sample = pretrained.find(str(ground / "gpt2")).sample()
+    assert pretrained.find(str(other)).sample() == sample
+    file = other / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x3f")
+    assert pretrained.find(str(other)).sample() != sample
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for seed, run in enumerate(runs):
+        few = ["--max_steps=1", "--data.eval=null", "--export=false", f"--seed={seed}"]
+        cli.run_command(train_dpo.main, argv(ground, run, *few))
+    samples = [pretrained.find(str(run)).sample() for run in (*runs, runs[0])]
+    assert samples[0] == samples[2] != samples[1]
+
+
+def test_a_host_ends_with_the_cause_and_its_status(monkeypatch):
+    """Not with what only followed from it, even if that is an error that users know."""
+
+    def end(_, *ended):
+        raise SystemExit(ended)
+
+    monkeypatch.setattr(watch.Watch, "_end", end)
+    followed, same = ("error: cannot be saved", 4), ("error: lost, as host 1 sees it", 5)
+    for (message, status), wanted in ((followed, ("error: host 0: lost", 5)), (same, same)):
+        watcher = watch.Watch(DistributedConfig(), None)
+        watcher._cause = {"who": "host 0", "message": "lost", "status": 5}
+        watcher.ended = watch.Ended(message, status, True, 0.0)
+        with pytest.raises(SystemExit) as ended:
+            watcher._finish()
+        assert ended.value.code == wanted
+
+
+def test_a_process_whose_reader_has_gone_ends_as_it_should():
+    """Standard error is closed from the start, or a pipe that nobody reads any more."""
+    arguments = f"{sys.executable} -m hosts_child 0 1 0 'hangs on 0'"
+    for shell in (f"{arguments} 2>&-", f"{arguments} 2> >(true)"):
+        ended = subprocess.run(["bash", "-c", shell], env=environment(1), timeout=60)
+        assert ended.returncode == 5, shell
 
 
 POINTS = {  # where a signal comes, and what is said

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 
 # Five floors. A file imports only from files above it in this list.
 HOUSE = """
-    errors
+    errors files
     stop
     config chips cli mesh losses quantize program
     watch

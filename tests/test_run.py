@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import yaml
 from processes import call
 
 from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft, trainer
+from easyaira.errors import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +245,26 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     assert status == 0 and "after update 2" in out
     losses = [[row["loss"] for row in metrics.read(f / "metrics.jsonl")] for f in (straight, stuck)]
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_path):
+    def log(step, unmeasured=False):
+        with closing(metrics.Log(tmp_path, step, 9, unmeasured)) as log:
+            log.write(step, {"loss": 1.0})
+            log.write(step, {"eval_loss": 2.0})
+        return [list(row) for row in metrics.read(tmp_path / "metrics.jsonl")]
+
+    first = [["step", "loss"], ["step", "eval_loss"]]
+    assert log(0) == first == log(0)  # nothing was saved before: all starts again
+    assert log(4) == first * 2
+    assert log(4, unmeasured=True) == first + [["step", "loss"], *first]
+    full = metrics.Log(tmp_path, 5, 9, False)
+    full._file = open("/dev/full", "w")
+    with pytest.raises(StorageError, match="metrics.jsonl: cannot be written: .*No space"):
+        full.write(6, {"loss": 1.0})
+    full.close()
+    with pytest.raises(StorageError, match="cannot be written"):
+        metrics.Log(tmp_path / "nowhere", 0, 9, False)
 
 
 def test_two_runs_are_not_in_one_folder(ground, tmp_path, capsys):

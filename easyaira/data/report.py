@@ -12,6 +12,7 @@ import numpy as np
 from easyaira import report
 from easyaira.data.dataset import Data
 from easyaira.data.examples import Account, Examples
+from easyaira.files import write_file
 
 FILES = ("data_report.json", "data_report.html")
 
@@ -32,8 +33,8 @@ STYLE = (
 def write(folder: Path, data: Data) -> None:
     """Both files, into an existing folder."""
     text = json.dumps(data.report, indent=2, ensure_ascii=False) + "\n"
-    report.write_file(folder / FILES[0], text)
-    report.write_file(folder / FILES[1], page(data))
+    write_file(folder / FILES[0], text)
+    write_file(folder / FILES[1], page(data))
 
 
 def page(data: Data) -> str:
