@@ -29,8 +29,11 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira import watch
 from easyaira.config import DistributedConfig
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, HostError
 
+# With its other scheduler, XLA on CPUs has been seen to begin a program's collectives in another
+# order on each host, and so to wait for ever: in two of four runs of 100 updates.
+IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 _shared = itertools.count()
 
 
@@ -48,7 +51,8 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     """Be one of the run's processes, and end as all of them do.
 
     Raises:
-        ConfigError: the other processes cannot be found.
+        ConfigError: it cannot be said who the others are.
+        HostError: they do not come.
     """
     watch.beat("starting")
     client = _connect(config)
@@ -64,16 +68,30 @@ def _connect(config: DistributedConfig) -> Any:
     """The client of JAX's coordinator, or None where this process is alone.
 
     Raises:
-        ConfigError: the other processes cannot be found.
+        ConfigError: it cannot be said who the others are.
+        HostError: they do not come.
     """
     if distributed.global_state.client is not None:
         return distributed.global_state.client if several() else None
     found = launcher() if config.detect else None
     if config.coordinator_address is None and not found:
         return None
+    limit = f"{config.initialization_timeout} s (distributed.initialization_timeout)"
+    absent = (
+        f"distributed: the other processes did not come to {config.coordinator_address or found} "
+        f"within {limit}; start all of them, with the same coordinator_address and num_processes"
+    )
+
+    def give_up() -> None:  # JAX aborts
+        print(f"error: {absent}", file=sys.stderr, flush=True)
+        os._exit(HostError.exit_status)
+
+    watch.on_abort(give_up)
     told = None not in (config.coordinator_address, config.num_processes, config.process_id)
     # its handler of SIGTERM would take the place of ours
     jax.config.update("jax_enable_preemption_service", False)
+    if IN_ORDER not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{IN_ORDER}=false"
     try:
         jax.distributed.initialize(
             config.coordinator_address,
@@ -88,11 +106,7 @@ def _connect(config: DistributedConfig) -> Any:
     except ValueError as error:
         raise ConfigError(f"distributed: {error}") from error
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"distributed: cannot meet the other processes at {config.coordinator_address}: "
-            f"{reason}; start all of them, with the same coordinator_address and num_processes"
-        ) from error
+        raise HostError(f"{absent}: {str(error).splitlines()[0]}") from error
     atexit.register(_disconnect)  # before JAX's own, which first drops its devices
     client, state = distributed.global_state.client, distributed.global_state
     client.key_value_set(f"easyaira/machine/{state.process_id}", platform.node())

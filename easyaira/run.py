@@ -43,6 +43,8 @@ from easyaira.stop import StopSignal
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
     """Do what the command line asks for."""
+    if not dry_run:
+        run_folder.refuse_taken(Path(config.output_dir))
     # a second signal, while this process waits for the others to read why it ends, ends it at once
     with StopSignal(watch.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(run_folder.made_with(config))

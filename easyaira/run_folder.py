@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import yaml
@@ -63,6 +63,33 @@ def claimed(setup: Setup) -> Iterator[Checkpoints]:
         yield checkpoints
 
 
+def refuse_taken(folder: Path) -> None:
+    """To be asked before this process meets others, lest it meets those of a run under way.
+
+    Raises:
+        ConfigError: another process is at work in the folder.
+    """
+    try:
+        file = open(folder / LOCK, encoding="utf-8")
+    except OSError:
+        return  # told when it is to be written
+    with file:
+        _hold(file, fcntl.LOCK_SH, folder)
+
+
+def _hold(file: TextIO, how: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ConfigError(
+            f"output_dir: {file.read().strip() or 'another process'} is at work in "
+            f"{folder}; wait until it has ended, or choose another folder"
+        ) from None
+    except OSError:
+        pass  # a disk that knows no locks (Lustre without flock, NFS without lockd)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out. The system lets go of the lock of one that was killed."""
@@ -72,16 +99,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"output_dir: {file.read().strip() or 'another process'} is at work in "
-                f"{folder}; wait until it has ended, or choose another folder"
-            ) from None
-        except OSError:
-            pass  # a disk that knows no locks (Lustre without flock, NFS without lockd)
+        _hold(file, fcntl.LOCK_EX, folder)
         file.truncate(0)
         file.write(f"process {os.getpid()} of {platform.node()}\n")
         file.flush()
@@ -227,7 +245,7 @@ def _weights(setup: Setup) -> list[str]:
     """Samples of the weights that a run begins with, and of its reference's."""
     if setup.config.model.init == "random":
         return []
-    name = setup.config.model.ref_name_or_path
+    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO has one
     return [setup.origin.sample()] + ([pretrained.find(name).sample()] if name else [])
 
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,6 +62,14 @@ def beat(what: str, *, bounded: bool = True) -> None:
     time and says nothing meanwhile, such as a download."""
     global _doing
     _doing = Doing(_doing.count + 1, what, time.monotonic() if bounded else math.inf)
+
+
+def on_abort(then: Callable[[], None]) -> None:
+    """What happens where JAX ends this process by abort(), which is no error of Python."""
+    global _on_abort
+    new = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: then())
+    ctypes.CDLL(None).signal(signal.SIGABRT, new)
+    _on_abort = new
 
 
 def doing() -> str:
@@ -112,7 +120,6 @@ class Watch(threading.Thread):
     """
 
     def __init__(self, config: DistributedConfig, client: Any):
-        global _on_abort
         super().__init__(daemon=True, name="watch")
         self.config, self.client = config, client
         self.stacks = sys.__stderr__ or open(os.devnull, "w")  # closed by who started it
@@ -127,8 +134,7 @@ class Watch(threading.Thread):
         self._lock = threading.Lock()
         if client is not None:
             self.index, self.count = jax.process_index(), jax.process_count()
-            _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
-            ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+            on_abort(self._aborted)
 
     def run(self) -> None:
         global _doing
@@ -245,7 +251,7 @@ class Watch(threading.Thread):
                     say()
             os._exit(status)
 
-    def _aborted(self, _number: int) -> None:
+    def _aborted(self) -> None:
         """JAX ends a process by abort() when its coordinator is gone. After all is done, that is
         no news; and no question to JAX here, which may have dropped its devices."""
         if self.done:

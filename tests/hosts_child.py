@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     fault, _, place = fault.partition(" on ")
     watch.GRACE = stop.GRACE = 1.5
     limits = {"timeout": 3, "hang_timeout": 6 if fault == "hangs" else 100}
-    found = {}
+    found = {"initialization_timeout": 3} if fault == "alone" else {}
     if int(port):
         found["coordinator_address"] = f"127.0.0.1:{port}"
         found |= {"num_processes": int(processes), "process_id": int(index)}

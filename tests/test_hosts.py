@@ -53,6 +53,13 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault)
     assert "alike" not in ended.out[1]  # the first process prints
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_host_whose_others_never_come_says_so(index):
+    ended = Ended([start(["-m", "hosts_child", free_port(), 2, index, "alone"])], 60)
+    assert ended.statuses == [5], ended
+    assert "error: distributed: the other processes did not come to 127.0.0.1" in ended.last(0)
+
+
 def test_a_process_that_is_alone_ends_too_when_it_hangs():
     ended = Ended([start(["-m", "hosts_child", 0, 1, 0, "hangs on 0"])], 60)
     assert ended.statuses == [5], ended
