@@ -45,6 +45,21 @@ STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what reads a URL of an object store
 COMMIT = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # there, nothing can be renamed at once
 
 
+class _Failures(logging.Handler):
+    """Of several processes, one that cannot write its part of a checkpoint waits for the others,
+    and they for it. Orbax's log is the first that knows."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        if "in background save thread" in said and record.exc_info and hosts.several():
+            folder = said.rpartition("directory: ")[2]
+            reason = _short(record.exc_info[1])
+            watch.leave(StorageError(f"{folder}: cannot be saved: {reason}"))
+
+
+logging.getLogger("absl").addHandler(_Failures())
+
+
 class Restored(NamedTuple):
     """All items of a checkpoint."""
 

@@ -32,7 +32,7 @@ from easyaira.config import DistributedConfig
 from easyaira.errors import ConfigError, HostError
 
 # With its other scheduler, XLA on CPUs has been seen to begin a program's collectives in another
-# order on each host, and so to wait for ever: in two of four runs of 100 updates.
+# order on each host, and so to wait for ever: in three of six runs of 100 updates.
 IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 _shared = itertools.count()
 

@@ -120,9 +120,11 @@ def _check_seen(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(token)
     hosts.share()
-    hosts.agree({f"checkpoints: seeing what host 0 writes in {folder}": mark.exists()})
-    if hosts.first():
-        mark.unlink()
+    try:
+        hosts.agree({f"checkpoints: seeing what host 0 writes in {folder}": mark.exists()})
+    finally:
+        if hosts.first():
+            mark.unlink()
 
 
 def _check(setup: Setup, place: str) -> None:

@@ -104,12 +104,13 @@ def watched(config: DistributedConfig, client: Any) -> Iterator[None]:
         _watch = None
 
 
-def leave(error: Preempted) -> None:
+def leave(error: EasyAiraError) -> None:
     """End this process, and so all, from a thread."""
     if _watch is not None and _watch.client is not None:
         _watch.leave(error)
-    print(f"stopped: {error}", file=sys.stderr, flush=True)
-    os._exit(error.exit_status)
+    message, status = cli.told(error)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 class Watch(threading.Thread):

@@ -214,6 +214,15 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
             assert losses(folder)[step] == pytest.approx(loss, abs=1e-6)
 
 
+def test_a_host_that_cannot_write_its_part_of_a_checkpoint_ends_all(ground, tmp_path):
+    few = ["--data.eval=null", "--export=false"]
+    ended = hosts(2, 1, tmp_path, argv(ground, tmp_path / "run", *few), point="disk full")
+    assert ended.statuses == [4, 4] and ended.seconds < 200, ended
+    problem = f"{tmp_path / 'run/checkpoints/6'}: cannot be saved: "
+    assert ended.last(0).startswith(f"error: host 1: {problem}"), ended
+    assert ended.last(1).startswith(f"error: {problem}"), ended
+
+
 def test_hosts_that_differ_say_in_what_and_write_nothing(ground, tmp_path):
     other = ["--optimizer.learning_rate=1e-4"]
     ended = hosts(2, 1, tmp_path / "run", argv(ground, tmp_path / "run"), last=other)

@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -77,6 +78,22 @@ def in_a_compilation():
     trainer.make_train_step = outer
 
 
+def disk_full():
+    """As the second checkpoint is saved."""
+    from easyaira import checkpoint
+
+    calls, inner = [], checkpoint.Checkpoints.save
+
+    def outer(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        return inner(*args)
+
+    checkpoint.Checkpoints.save = outer
+
+
 def at_import():
     class Finder:
         def find_spec(self, name, *_):
@@ -102,6 +119,7 @@ def plant(point):
         "evaluation": lambda: at_batch("of the evaluation", 2),
         "last save": lambda: at_call(checkpoint.Checkpoints, "save", 2),
         "export": lambda: at_call(release, "_verify", after=False),
+        "disk full": disk_full,
         "": lambda: None,
     }[point]()
 
