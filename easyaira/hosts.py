@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import itertools
 import json
 import os
 import platform
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +120,7 @@ def _disconnect() -> None:
     sys.stdout.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # all have done their part
         jax.distributed.shutdown()
-    ctypes.CDLL(None).signal(signal.SIGABRT, signal.SIG_DFL)
+    watch.on_abort(None)
 
 
 def launcher() -> str | None:

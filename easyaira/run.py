@@ -53,7 +53,8 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         if dry_run:
             return show(config, algorithm, dry_run)
         setup = prepare(config, algorithm)
-        hosts.agree(run_folder.made_of(setup))
+        if hosts.several():  # which reads of the weights, and finds the reference's
+            hosts.agree(run_folder.made_of(setup))
         keep_compiled(config)
         with jax.set_mesh(setup.mesh), memory_explained(config):
             print(plan.describe(setup), flush=True)

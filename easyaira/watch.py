@@ -64,10 +64,11 @@ def beat(what: str, *, bounded: bool = True) -> None:
     _doing = Doing(_doing.count + 1, what, time.monotonic() if bounded else math.inf)
 
 
-def on_abort(then: Callable[[], None]) -> None:
-    """What happens where JAX ends this process by abort(), which is no error of Python."""
+def on_abort(then: Callable[[], None] | None) -> None:
+    """What happens where JAX ends this process by abort(), which is no error of Python; None: what
+    always does."""
     global _on_abort
-    new = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: then())
+    new = signal.SIG_DFL if then is None else ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: then())
     ctypes.CDLL(None).signal(signal.SIGABRT, new)
     _on_abort = new
 
