@@ -267,6 +267,7 @@ def _details(
         "Dropout": str(config["model"]["dropout"]),
         "Adapter": f"LoRA: {_options(config['lora'])}{_trained(proof)}" if config["lora"] else None,
         "Precision": f"{made['compute']} computation, " + _precision(config["lora"]),
+        "Attention": escape(last["attention"]) if "attention" in last else None,
         "Seed": str(config["seed"]),
         "Hardware": f"{devices['count']} x {escape(devices['kind'])}"
         + (f", {devices['processes']} processes" if devices["processes"] > 1 else ""),

@@ -68,14 +68,16 @@ class ModelConfig:
     max_positions: PositiveInt | None = None
     """Longest sequence, where it shall be another than config.json says: only for models with
     rotary positions. The released config.json will say it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the computation: auto is bfloat16 on accelerators and float32 on CPU. Weights,
-    optimizer state, norms, softmax and losses are float32 always."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Precision of the computation: auto is bfloat16 on accelerators and float32 on CPU. tf32 is
+    float32 with products of 10-bit mantissas, on GPUs that have them; float32 never rounds so.
+    Weights, optimizer state, norms, softmax and losses are always float32."""
     gradient_checkpointing: Literal["none", "dots", "full"] = "none"
     """Keep all activations, only results of matrix products, or only the input of each layer."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """How attention is computed: by XLA everywhere, by cuDNN's kernel on NVIDIA GPUs (in bfloat16),
-    by the splash kernel on TPUs; auto takes the kernel where there is one."""
+    attention: Literal["auto", "xla", "cudnn", "pallas", "splash"] = "auto"
+    """How attention is computed: by XLA everywhere; by cuDNN's kernel (in bfloat16) or EasyAira's
+    own (pallas) on GPUs; by the splash kernel on TPUs. auto takes the first of these kernels that
+    agrees with XLA on the run's own rows, and XLA if none does."""
     dropout: Share = 0.0
     """Dropout on embeddings, attention and residual branches. Off unless asked for, whatever the
     model's config.json says; DPO refuses it."""

@@ -121,8 +121,6 @@ def parser():
 def main(argv: list[str]) -> None:
     args = cli.parse_args(parser(), argv)
 
-    import jax
-
     from easyaira import mesh as meshes
     from easyaira import pretrained
     from easyaira.data.templates import Template
@@ -134,7 +132,7 @@ def main(argv: list[str]) -> None:
     tokenizer = found.tokenizer()
     template = Template(tokenizer, args.template, found.config["model_type"])
     mesh = meshes.make_mesh("fsdp=-1")
-    with jax.set_mesh(mesh):
+    with model.on(mesh):
         params = found.load(model, mesh)
         answer = generate(
             model,

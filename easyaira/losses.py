@@ -122,7 +122,7 @@ def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -
 class _Chunks(NamedTuple):
     """The order in which positions are gone through: those with loss first, then nothing."""
 
-    order: jax.Array  # [S, whole chunks]; N where there is no position
+    order: jax.Array  # [S, whole chunks]; beyond N where there is no position; no number twice
     count: jax.Array  # how many chunks have a position with loss, on any shard
     size: int
 
@@ -131,20 +131,25 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(wanted: jax.Array, size: int) -> _Chunks:
-    S, N = wanted.shape
-    order = jnp.where(wanted, jnp.arange(N, dtype=jnp.int32), N)
-    order = jnp.pad(jnp.sort(order, axis=1), ((0, 0), (0, -N % size)), constant_values=N)
+    wanted = jnp.pad(wanted, ((0, 0), (0, -wanted.shape[1] % size)))
+    place = jnp.arange(wanted.shape[1], dtype=jnp.int32)
+    order = jnp.sort(jnp.where(wanted, place, len(place) + place), axis=1)
     count = (wanted.sum(1).max() + size - 1) // size
     return _Chunks(order, count, size)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[s, index[s, c]], zero where the index is N."""
+    """x[s, index[s, c]], zero where the index is beyond x."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
 
 
 def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, index, values)
+    """x with `values` at places that are all different, so in whatever order they are written."""
+
+    def put(row, at, new):
+        return row.at[at].set(new, mode="drop", unique_indices=True)
+
+    return jax.vmap(put)(x, index, values)
 
 
 def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
@@ -283,13 +288,26 @@ def pair_sums(
 ) -> Float[Array, "B 2"]:
     """Sums over the learned tokens of each answer: column 0 chosen, column 1 rejected.
 
-    Pair b has segment id b + 1; its chosen tokens have side 1, its rejected ones side 2.
+    Pair b has segment id b + 1; its chosen tokens have side 1, its rejected ones side 2. A device
+    holds all tokens of its pairs. Each sum selects its tokens from all of the device's: a
+    scatter-add would be cheaper, but a GPU adds in any order, and then equal weights do not give
+    equal bits.
     """
-    answer = jnp.where(loss_mask, (segment_ids - 1) * 2 + sides - 1, 2 * pairs)
-    sums = jax.ops.segment_sum(
-        (values * loss_mask).ravel(), answer.ravel(), num_segments=2 * pairs + 1
-    )
-    return sums[:-1].reshape(pairs, 2)
+    rows, length = values.shape
+    shards = mesh.parts_of(rows, BATCH_AXES)
+    shards = shards if pairs % shards == 0 else 1
+    local = pairs // shards
+
+    def by_shard(x: jax.Array) -> jax.Array:  # [S, tokens of a shard]
+        x = x.reshape(shards, rows // shards * length)
+        return constrain(x, BATCH_AXES, None)
+
+    answer = jnp.where(loss_mask, (segment_ids - 1) * 2 + sides - 1, -1)
+    first = jnp.arange(shards)[:, None] * 2 * local
+    wanted = first + jnp.arange(2 * local)  # [S, answers of a shard]
+    selected = by_shard(answer)[:, None] == wanted[..., None]
+    sums = jnp.where(selected, by_shard(values)[:, None], 0).sum(-1)
+    return sums.reshape(pairs, 2)
 
 
 # Preference losses. `chosen` and `rejected` are log-ratios log pi(y|x) - log pi_ref(y|x), written

@@ -143,11 +143,15 @@ class Log:
             disable=not sys.stderr.isatty(),
         )
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
+        """A row of metrics. Text, such as a kernel's name, is left out of tensorboard."""
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        values = {name: value for name, value in values.items() if name not in texts}
         row = {"step": step} | {
             name: value if value is None or math.isfinite(value) else str(value)
             for name, value in values.items()
         }
+        row |= texts
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -197,7 +201,7 @@ class Log:
 class NoLog:
     """Of the processes that do not write."""
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
         pass
 
     def advance(self, steps: int) -> None:

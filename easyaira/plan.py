@@ -173,6 +173,11 @@ def measure(setup: Setup, algorithm: Algorithm) -> Plan:
 
 
 def lower_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The training step for a batch's shapes, lowered for the mesh's devices."""
+    return trace_step(setup, algorithm, arrays).lower()
+
+
+def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
     """The training step, traced for a batch's shapes without any array."""
     state = trainer.abstract_state(setup.trained(), setup.tx, setup.mesh)
     frozen = setup.frozen_target(algorithm)
@@ -183,7 +188,7 @@ def lower_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarr
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
     step = trainer.jit_train_step(setup.loss_fn(algorithm), setup.tx, state)
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not be there
-        return step.lower(state, frozen, batch, key)
+        return step.trace(state, frozen, batch, key)
 
 
 def per_device(tree: Any) -> int:

@@ -54,6 +54,12 @@ class Setup:
     tx: optax.GradientTransformation
     adapter: lora.Adapter | None
 
+    def with_attention(self, attention: str) -> Setup:
+        """The same run, with another way to compute attention."""
+        model = replace(self.model, compute=replace(self.model.compute, attention=attention))
+        adapter = self.adapter and replace(self.adapter, model=model)
+        return replace(self, model=model, adapter=adapter)
+
     @property
     def micro_batch(self) -> int:
         """Examples that are computed at a time."""
@@ -266,6 +272,7 @@ def prepare(
         "share_prompt": not model.architecture.encoder
         and shares_prompt(config.data.share_prompt, data.train),
         "attention": attention_cost(model.config.width, model.config.heads),
+        "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
     model = replace(model, compute=compute)
@@ -350,24 +357,33 @@ def _adapter(config: RunConfig, found: Found) -> lora.Adapter:
     return adapter
 
 
-KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention
+KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}  # of attention, the first choice first
+# cuDNN's backward pass gives NaN at lengths with a remainder of 64 by 128, where a mask is passed
+# and a query sees nothing: pytorch/pytorch#196678
+ROW_MULTIPLE = {"gpu": 128}
 
 
 def _compute(config: RunConfig, mesh: Mesh) -> Compute:
     device = mesh.devices.flat[0]
-    platform, kernel = device.platform, KERNELS.get(device.platform)
+    platform, kernels = device.platform, KERNELS.get(device.platform, ())
     if device.device_kind in ("TPU v2", "TPU v3"):
-        kernel = None  # splash multiplies in bfloat16, for which these have no instruction
+        kernels = ()  # splash multiplies in bfloat16, for which these have no instruction
     dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     if attention == "auto":
-        attention = kernel or "xla"
-    if attention not in ("xla", kernel):
+        attention = (*kernels, "xla")[0]
+    if attention not in ("xla", *kernels):
         where = device.device_kind if platform == "tpu" else platform
         raise ConfigError(f"model.attention: there is no {attention} on {where}; use auto")
+    if tf32 := dtype == "tf32":
+        dtype = "float32"
     return Compute(
-        jnp.dtype(dtype), config.model.gradient_checkpointing, config.model.dropout, attention
+        jnp.dtype(dtype),
+        config.model.gradient_checkpointing,
+        config.model.dropout,
+        attention,
+        tf32=tf32,
     )
 
 

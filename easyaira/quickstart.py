@@ -209,7 +209,7 @@ def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = Tr
     model = model_of(found.config, str(source))
     template = Template(found.tokenizer(), "chat", "gpt2")
     mesh = meshes.make_mesh("dp=-1")
-    with jax.set_mesh(mesh):
+    with model.on(mesh):
         params = found.load(model, mesh) if trained else model.init(jax.random.key(42))
         prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in asked]
         tokens = generate(model, params, prompts, eos_ids=template.end_ids, max_new_tokens=24)

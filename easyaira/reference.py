@@ -30,7 +30,7 @@ from easyaira.prepare import Algorithm, Setup
 from easyaira.weights import fingerprint
 
 KEYS = "reference.json"  # of the run folder: which files of the cache are the run's
-LAID_OUT_BY = "size accumulation shards packing share_prompt seed attention".split()
+LAID_OUT_BY = "size accumulation shards packing share_prompt seed attention multiple".split()
 
 
 def dpo_algorithm(config: TrainDPO) -> Algorithm:
@@ -84,7 +84,7 @@ def begin(
     """The reference as training needs it, and what is measured before the first update.
 
     Raises:
-        AssertionError: policy and reference are the same weights and do not say the same.
+        ConfigError: policy and reference are the same weights and do not say the same.
     """
     config: TrainDPO = setup.config
     own = config.model.ref_name_or_path is None
@@ -108,13 +108,51 @@ def begin(
     arrays = trainer.to_device(batch, setup.mesh)
     policy = score(params, arrays)
     ref_logps = arrays["ref_logps"] if known else score_ref(frozen, arrays).logps
-    if own and not np.array_equal(policy.logps, ref_logps):
-        raise AssertionError("policy and reference differ before the first update")
+    if own:
+        again = np.asarray(score(params, arrays).logps)
+        check_equal(*(np.asarray(x) for x in (policy.logps, ref_logps, policy.lengths)), again)
     sums = jax.vmap(lambda scores, ref: objectives.dpo_sums(scores, ref, config.dpo))(
         policy, ref_logps
     )
     before = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
     return frozen, known, known_held_out, metrics.averages(metrics.add({}, before))
+
+
+def check_equal(
+    policy: np.ndarray, reference: np.ndarray, lengths: np.ndarray, again: np.ndarray
+) -> None:
+    """Refuse to start from a policy that differs from its own reference.
+
+    A program that gives the same bits twice must have given them to the reference, too. One that
+    does not (a GPU may add in any order) may differ by what adding up n float32 numbers in another
+    order can change: n u sum |x|, where u is half the distance of two neighbours at 1 and, since
+    log-probabilities have one sign, sum |x| = |sum x| (Higham, 2002, section 4.2).
+
+    Args:
+        policy, reference: sums of log-probabilities of answers, [A, B, 2].
+        lengths: how many were added up.
+        again: the policy's, by a second call of the same program.
+
+    Raises:
+        ConfigError: they differ by more; NaN differs.
+    """
+    difference = np.abs(policy - reference)
+    bound = np.zeros_like(difference)
+    if not np.array_equal(policy, again):
+        unit = np.finfo(np.float32).eps / 2
+        bound = 2 * lengths * unit * np.maximum(np.abs(policy), np.abs(reference))
+    wrong = ~(difference <= bound)
+    if wrong.any():
+        worst = np.unravel_index(np.argmax(np.where(wrong, difference, -1)), wrong.shape)
+        ours, theirs = float(policy[worst]), float(reference[worst])
+        side = ("chosen", "rejected")[worst[-1]]
+        raise ConfigError(
+            f"policy and reference have the same weights and differ before the first update: the "
+            f"log-probability of a {side} answer is {ours!r} by the policy and {theirs!r} by the "
+            f"reference, more than rounding explains ({float(bound[worst]):.1g}). The cached "
+            "reference is damaged, or this device computes wrongly: remove the cache (data."
+            "cache_dir), and run python -m easyaira.selftest"
+        )
 
 
 def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Array]], Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from easyaira import (
     card,
     energy,
     hosts,
+    kernel_check,
     lora,
     metrics,
     plan,
@@ -56,9 +57,10 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         if hosts.several():  # which reads of the weights, and finds the reference's
             hosts.agree(run_folder.made_of(setup))
         keep_compiled(config)
-        with jax.set_mesh(setup.mesh), memory_explained(config):
+        with setup.model.on(setup.mesh), memory_explained(config):
+            setup, checked = kernel_check.choose(setup)
             print(plan.describe(setup), flush=True)
-            train(setup, algorithm, stop)
+            train(setup, algorithm, stop, checked)
 
 
 @contextmanager
@@ -86,9 +88,10 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     setup = prepare(config, algorithm, dry_run.topology and pod(dry_run.topology))
     print(plan.describe(setup), flush=True)
     print("plan    compiles the largest update; minutes, for a large model", flush=True)
-    print(plan.plan(setup, algorithm), flush=True)
-    for line in search(setup, algorithm) if dry_run.search else ():
-        print(line, flush=True)
+    with jax.default_matmul_precision(setup.model.compute.matmul_precision):
+        print(plan.plan(setup, algorithm), flush=True)
+        for line in search(setup, algorithm) if dry_run.search else ():
+            print(line, flush=True)
 
 
 def keep_compiled(config: RunConfig) -> None:
@@ -101,8 +104,12 @@ def keep_compiled(config: RunConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def train(setup: Setup, algorithm: Algorithm, stop: StopSignal) -> None:
-    """Train, or continue, or find that all is done; then report and export."""
+def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping[str, str]) -> None:
+    """Train, or continue, or find that all is done; then report and export.
+
+    Args:
+        checked: what the first row of metrics.jsonl says of checks before the first update.
+    """
     config, folder = setup.config, Path(setup.config.output_dir)
     facts = released(setup)
     with run_folder.claimed(setup) as checkpoints:
@@ -112,7 +119,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal) -> None:
             print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
             return
         with energy.track(config.energy if step != setup.total_steps else None, folder):
-            params, samples = _updates(setup, algorithm, stop, checkpoints, facts)
+            params, samples = _updates(setup, algorithm, stop, checkpoints, facts, checked)
         _finish(setup, params, samples, facts)
 
 
@@ -122,6 +129,7 @@ def _updates(
     stop: StopSignal,
     checkpoints: Checkpoints,
     facts: release.Facts,
+    checked: Mapping[str, str],
 ) -> tuple[Any, Samples]:
     """Make the updates that are left. Returns the parameters alone: the proof of the export needs
     the memory of all else."""
@@ -165,7 +173,7 @@ def _updates(
             mesh=setup.mesh,
             key=setup.dropout_key,
             flops_per_token=plan.flops_per_token(setup.model, frozen is not None, setup.adapter),
-            before=before,
+            before={**before, **checked},
             window=window,
             log=log,
             checkpoints=checkpoints,

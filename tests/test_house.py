@@ -20,7 +20,7 @@ HOUSE = """
     energy
 
     models.layers
-    models.attention models.heads
+    models.attention models.heads models.embedding
     models.gpt2 models.llama models.opt models.bert models.roberta
     models.registry
 
@@ -44,6 +44,7 @@ ORDER = HOUSE.split()
 LEVEL = {name: i for i, line in enumerate(HOUSE.splitlines()) for name in line.split()}
 FLAX = {
     "models.layers",
+    "models.embedding",
     "models.gpt2",
     "models.llama",
     "models.opt",

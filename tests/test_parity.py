@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from easyaira import convert, losses
-from easyaira.models.layers import Embedding
+from easyaira.models.embedding import Embedding
 from easyaira.models.registry import MODELS
 
 CASES = {

@@ -117,6 +117,7 @@ class Batches:
         drop_last: leave out an epoch's last, smaller update.
         attention: cost of a position's attention, for each position of its row, as a share of all
             else that a position costs.
+        multiple: of which every row length is one, as a device's attention wants it.
         known: name -> [n, ...] what is known of each example.
     """
 
@@ -130,6 +131,7 @@ class Batches:
     seed: int | None = None
     drop_last: bool = False
     attention: float = 1 / 2048
+    multiple: int = 8
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -193,10 +195,8 @@ class Batches:
         limit = max(int(longest.max()), MAX_PACKED_LENGTH if self.packing else 0)
         sizes = {int(n) for n in (*longest, *totals) if n <= limit}
         sizes |= {size for size in (2**i + 2**j for i in range(3, 12) for j in (i - 1, i))}
-        lengths = sorted(
-            {bucket(n, 8) for n in sizes if longest.min() <= n <= min(limit, totals.max())}
-            | {bucket(int(longest.max()), 8)}
-        )
+        useful = {n for n in sizes if longest.min() <= n <= min(limit, totals.max())}
+        lengths = sorted({bucket(n, self.multiple) for n in useful | {int(longest.max())}})
         needed = np.full((len(lengths), len(sample)), np.inf)  # rows, where the length is enough
         for i, length in enumerate(lengths):
             for j, groups in enumerate(sample):
@@ -204,6 +204,13 @@ class Batches:
                     needed[i, j] = max(map(len, self.rows_of(groups, length)))
         shapes = choose_shapes(lengths, needed, self.cost, updates=len(self))
         return sorted(shapes, key=self.cost)
+
+    def of_each_shape(self) -> list[int]:
+        """The first update, and one more for each other shape."""
+        first: dict[Shape, int] = {}
+        for update in (0, *self._sampled()):
+            first.setdefault(self.arrange(self.groups(update))[0], update)
+        return list(first.values())
 
     def largest(self) -> int:
         """Of the updates that stand for all, the one whose shape costs most."""
@@ -226,7 +233,7 @@ class Batches:
                 rows = packed[shape.length]
                 if max(map(len, rows)) <= shape.rows:
                     return shape, rows
-        length = bucket(max(longest, self.shapes[-1].length), 8)
+        length = bucket(max(longest, self.shapes[-1].length), self.multiple)
         rows = self.rows_of(groups, length)
         return Shape(bucket(max(map(len, rows))), length), rows
 

@@ -4,7 +4,8 @@ compute it. Shapes: see layers.py; S keys.
 - `xla`: everywhere. Rows longer than a block are cut into blocks of queries, each of which sees the
   keys up to its end; its scores are computed again in the backward pass, so that memory grows with
   the length and not with its square.
-- `cudnn`: cuDNN's flash attention on NVIDIA GPUs, in 16 bits.
+- `cudnn`: cuDNN's flash attention on NVIDIA GPUs, in 16 bits. It is told by a mask who sees whom.
+- `pallas`: a flash attention for GPUs that is told one number for each key, see flash.py.
 - `splash`: the Pallas kernel for TPUs that comes with JAX, which knows segments and skips blocks
   that no query sees.
 """
@@ -79,8 +80,11 @@ def attention(
     elif compute.attention == "splash" and causal:
         out = _splash(*rows, shared=compute.shared_prompt)
     elif compute.attention == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
-        mask = visible(segment_ids_RT, sides_RT, causal=causal)[:, None]
-        out = jax.nn.dot_product_attention(*rows[:3], mask=mask, implementation="cudnn")
+        # a query that sees nothing sees itself: cuDNN's gradients of others are not always finite
+        unreal = (segment_ids_RT == 0) | (sides_RT == 3)
+        mask = visible(segment_ids_RT, sides_RT, causal=causal)
+        mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
+        out = jax.nn.dot_product_attention(*rows[:3], mask=mask[:, None], implementation="cudnn")
     else:
         out = _by_blocks(*rows, causal=causal)
     return by_features(out.reshape(R, T, H * N))

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
 from easyaira.models.attention import attention
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, LayerNorm, Linear
+from easyaira.models.embedding import Embedding
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm, Linear
 from easyaira.weights import SPLIT_QKV, VOCAB, Row
 
 

@@ -120,7 +120,8 @@ class Scorer(nn.Module):
             first_token=self.head.first_token,
         )
         head = self.head.module(self.config, self.compute, name="score")
-        return head(states_BAD.astype(jnp.float32)), there_BA
+        with jax.default_matmul_precision("highest"):
+            return head(states_BAD.astype(jnp.float32)), there_BA
 
 
 def answer_states(
@@ -156,7 +157,10 @@ def answer_states(
         reduce = jax.ops.segment_min if first_token else jax.ops.segment_max
         places = reduce(place, answer, num_segments=local + 1)[:-1]
         there = (places >= 0) & (places < len(place))  # where there is nothing, the far end
-        return hidden[jnp.where(there, places, 0)], there
+        # no place twice, also of answers that are missing: the gradient is written, not added up
+        beyond = len(place) + jnp.arange(local)
+        taken = hidden.at[jnp.where(there, places, beyond)]
+        return taken.get(mode="fill", fill_value=0, unique_indices=True), there
 
     states, there = jax.vmap(take)(
         flat(hidden_RTD), flat(segment_ids_RT), flat(sides_RT), jnp.arange(shards)

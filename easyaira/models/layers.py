@@ -45,8 +45,17 @@ class Compute:
     dtype: Any = jnp.float32
     gradient_checkpointing: str = "none"  # none | dots | full
     dropout: float = 0.0
-    attention: str = "xla"  # xla | cudnn | splash, see attention.py
+    attention: str = "xla"  # xla | cudnn | pallas | splash, see attention.py
     shared_prompt: bool = False  # rows may hold prompts with two answers
+    tf32: bool = False  # float32 products may round to 10 bits
+
+    @property
+    def matmul_precision(self) -> str | None:
+        """Of products, for `jax.default_matmul_precision`. By JAX's default, accelerators round the
+        factors of float32 products to 10 bits or fewer."""
+        if jnp.dtype(self.dtype).itemsize < 4:
+            return None
+        return "tensorfloat32" if self.tf32 else "highest"
 
 
 class Linear(nn.Module):
@@ -90,46 +99,6 @@ def _quantized_product(x: jax.Array, held: Mapping[str, jax.Array]) -> jax.Array
     """x @ kernel. What is kept for the backward pass are the codes and not the kernel, of which
     there would be one for each layer."""
     return jnp.tensordot(x, dequantize(held, x.shape[-1], x.dtype), 1)
-
-
-class Embedding(nn.Module):
-    """Rows of a table. Ids beyond the table would be clamped: the data layer refuses them."""
-
-    size: int
-    width: int
-    std: float
-    padded_size: int | None = None
-
-    def setup(self):
-        def init(key, shape, dtype=jnp.float32):
-            rows = jax.random.normal(key, (self.size, self.width), dtype) * self.std
-            return jnp.zeros(shape, dtype).at[: self.size].set(rows)
-
-        self.embedding = self.param("embedding", init, (self.padded_size or self.size, self.width))
-
-    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        # a vocabulary is divided over tp, as its head is; tables of positions are small, and whole
-        table, rows = self.embedding, "tp" if self.padded_size else None
-        return whole(_look_up(table, ids, table.shape, table.dtype, dtype, rows))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _look_up(table_VD, ids, shape, held, dtype, rows):
-    """Rows of a table in `dtype`. Their gradient is added up in float32, whatever that is: a token
-    may occur a thousand times in a batch, and bfloat16 cannot count so far."""
-    return constrain(table_VD.astype(dtype), rows, None)[ids]
-
-
-def _look_up_forward(table_VD, ids, shape, held, dtype, rows):
-    return _look_up(table_VD, ids, shape, held, dtype, rows), ids
-
-
-def _look_up_backward(shape, held, dtype, rows, ids, d_rows):
-    d_table = jnp.zeros(shape, jnp.float32).at[ids].add(whole(d_rows).astype(jnp.float32))
-    return constrain(d_table, rows, None).astype(held), None
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class LayerNorm(nn.Module):

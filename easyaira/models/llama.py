@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
 from easyaira.models.attention import attention
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, Linear, RMSNorm
+from easyaira.models.embedding import Embedding
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Linear, RMSNorm
 from easyaira.weights import TRANSPOSE, VOCAB, Row
 
 

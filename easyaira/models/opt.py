@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.models import layers
 from easyaira.models.attention import attention
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, Embedding, LayerNorm, Linear
+from easyaira.models.embedding import Embedding
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm, Linear
 from easyaira.weights import TRANSPOSE, VOCAB, Row
 
 OFFSET = 2  # the first position has row 2 of the table

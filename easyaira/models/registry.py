@@ -5,7 +5,8 @@ end, and a line in MODELS."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -196,6 +197,12 @@ class Model:
     def with_dtype(self, dtype: Any) -> Model:
         """The same model, computed with another precision."""
         return replace(self, compute=replace(self.compute, dtype=dtype))
+
+    @contextmanager
+    def on(self, mesh: Mesh) -> Iterator[None]:
+        """Where and how precisely programs of this model are to run."""
+        with jax.set_mesh(mesh), jax.default_matmul_precision(self.compute.matmul_precision):
+            yield
 
     def parameter_count(self) -> int:
         """Weights, without the padding of the vocabulary."""

@@ -1,0 +1,119 @@
+"""The attention kernel of an accelerator, compared with XLA's attention on a run's own rows.
+
+Kernels are wrong at some shapes, and others with every release: cuDNN's backward pass has given NaN
+at rows of 192 tokens where a query saw nothing (pytorch/pytorch#196678). So a run whose kernel was
+not named by `model.attention` compares, before its first update, the output and the gradients of
+one layer's attention on one update of each shape. A kernel that differs is not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from easyaira import trainer
+from easyaira.models.attention import attention
+from easyaira.models.layers import Compute
+from easyaira.models.registry import Model
+from easyaira.prepare import KERNELS, Setup
+
+BOUND = 4  # relative errors that are allowed, in roundings of the computing dtype
+
+
+def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
+    """The setup with the first kernel that agrees with XLA's attention, and what metrics.jsonl says
+    of it. Says in a line why a kernel was passed over.
+
+    Nothing is checked where the configuration names a kernel, and where XLA computes attention.
+    """
+    compute, device = setup.model.compute, setup.mesh.devices.flat[0]
+    if setup.config.model.attention != "auto" or compute.attention == "xla" or compute.dropout:
+        return setup, {}
+    updates = setup.batches.of_each_shape()
+    problems = []
+    for kernel in KERNELS[device.platform]:
+        problem = next(filter(None, (check(setup, kernel, update) for update in updates)), None)
+        if problem is None:
+            break
+        problems.append(f"{kernel}: {problem}")
+    else:
+        kernel = "xla"
+    fact = f"{kernel} ({'; '.join(problems)})" if problems else kernel
+    if problems:
+        print(f"attention: {fact}", flush=True)
+    return setup.with_attention(kernel), {"attention": fact}
+
+
+def check(setup: Setup, kernel: str, update: int) -> str | None:
+    """What is wrong with a kernel on the first micro-batch of an update, or None."""
+    rows = trainer.to_device(setup.batches[update], setup.mesh)
+    layout = rows["segment_ids"][0], rows["sides"][0]
+    of_kernel = replace(setup.model.compute, attention=kernel)
+    try:
+        errors = jax.device_get(compare(setup.model, of_kernel, *layout))
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # it does not compile or run
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    return judge(errors, jnp.finfo(of_kernel.dtype).eps, length=layout[0].shape[1])
+
+
+def judge(errors: dict[str, tuple[bool, float]], rounding: float, *, length: int) -> str | None:
+    """Errors as `compare` gives them, in words; None if they are in bounds."""
+    for name, (finite, error) in errors.items():
+        if not finite:
+            return f"the kernel's {name} was not finite on rows of {length}"
+        if not error <= BOUND * rounding:
+            return (
+                f"the kernel's {name} was off by {float(error):.2g} on rows of {length}, where "
+                f"{BOUND * float(rounding):.2g} is rounding"
+            )
+    return None
+
+
+def compare(model: Model, of_kernel: Compute, segment_ids: Any, sides: Any) -> Any:
+    """Output and gradients of a kernel: whether all numbers are finite, and the error of those that
+    count, ||x - y|| / ||y|| with y XLA's in float32.
+
+    Args:
+        segment_ids, sides: [R, T] of a micro-batch, as it lies on the devices.
+    """
+    return _compare(segment_ids, sides, model.config, of_kernel, not model.architecture.encoder)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _compare(segment_ids, sides, config, of_kernel, causal):
+    R, T = segment_ids.shape
+    width = getattr(config, "head_width", config.width // config.heads)
+    real = ((segment_ids > 0) & (sides != 3))[..., None]
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(R, T, count, width) for count in (config.heads, *(config.kv_heads,) * 2)]
+    inputs = [
+        jax.random.normal(key, shape).astype(of_kernel.dtype)
+        for key, shape in zip(keys, shapes, strict=False)
+    ]
+    # padding is never learned from, so no gradient comes back to it
+    d_out = jnp.where(real, jax.random.normal(keys[3], (R, T, config.heads * width)), 0)
+    d_out = d_out.astype(of_kernel.dtype)
+
+    def run(compute: Compute):
+        def out(*inputs):
+            return attention(*inputs, segment_ids, sides, compute, causal=causal)
+
+        value, pull = jax.vjp(out, *(x.astype(compute.dtype) for x in inputs))
+        return value, *pull(d_out.astype(compute.dtype))
+
+    found = run(of_kernel)
+    with jax.default_matmul_precision("highest"):
+        wanted = run(Compute())
+
+    def compared(x, y):
+        x32, y32 = (jnp.where(real, z.reshape(R, T, -1).astype(jnp.float32), 0) for z in (x, y))
+        norms = jnp.linalg.norm(x32 - y32), jnp.linalg.norm(y32)
+        return jnp.isfinite(x).all(), norms[0] / jnp.maximum(norms[1], 1e-30)
+
+    names = "output", "gradient of q", "gradient of k", "gradient of v"
+    pairs = zip(names, found, wanted, strict=True)
+    return {name: compared(x, y) for name, x, y in pairs}

@@ -1,0 +1,115 @@
+"""Rows of a table by id, with a gradient that is the same bits every time on every device.
+
+Shapes: S data shards, N tokens of a shard, D width, V rows of the table.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from easyaira import mesh
+from easyaira.mesh import BATCH_AXES, constrain
+from easyaira.models.layers import whole
+
+
+class Embedding(nn.Module):
+    """A table of vectors. Ids beyond it would be clamped: the data layer refuses them."""
+
+    size: int
+    width: int
+    std: float
+    padded_size: int | None = None
+
+    def setup(self):
+        def init(key, shape, dtype=jnp.float32):
+            rows = jax.random.normal(key, (self.size, self.width), dtype) * self.std
+            return jnp.zeros(shape, dtype).at[: self.size].set(rows)
+
+        self.embedding = self.param("embedding", init, (self.padded_size or self.size, self.width))
+
+    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        # a vocabulary is divided over tp, as its head is; tables of positions are small, and whole
+        table, rows = self.embedding, "tp" if self.padded_size else None
+        return whole(_look_up(table, ids, table.shape, table.dtype, dtype, rows))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _look_up(table_VD, ids, shape, stored, dtype, rows):
+    """Rows of a table in `dtype`. Their gradient is added up in float32, whatever that is: a token
+    may occur a thousand times in a batch, and bfloat16 cannot count so far."""
+    return constrain(table_VD.astype(dtype), rows, None)[ids]
+
+
+def _look_up_forward(table_VD, ids, shape, stored, dtype, rows):
+    return _look_up(table_VD, ids, shape, stored, dtype, rows), ids
+
+
+def _look_up_backward(shape, stored, dtype, rows, ids, d_rows):
+    d_rows = whole(d_rows).astype(jnp.float32)
+    d_table = jax.lax.platform_dependent(
+        d_rows,
+        ids,
+        default=partial(_scatter_add, shape=shape),  # CPUs and TPUs add in one order
+        cuda=partial(_sum_by_id, shape=shape, rows=rows),
+        rocm=partial(_sum_by_id, shape=shape, rows=rows),
+    )
+    return constrain(d_table, rows, None).astype(stored), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _scatter_add(d_rows, ids, *, shape):
+    return jnp.zeros(shape, jnp.float32).at[ids].add(d_rows)
+
+
+def _sum_by_id(d_rows, ids, *, shape, rows):
+    """The same sum on a GPU, where a scatter-add adds by atomics, in any order, and has been
+    compiled into compare-and-swap loops (openxla/xla#46225)."""
+    shards = mesh.parts_of(len(ids), BATCH_AXES)
+
+    def by_shard(x: jax.Array) -> jax.Array:  # [S, N, ...]: a device adds up its own tokens
+        x = x.reshape(shards, -1, *x.shape[ids.ndim :])
+        return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
+
+    parts = sum_by_id(by_shard(d_rows), by_shard(ids), size=shape[0])
+    return constrain(parts, BATCH_AXES, rows, None).sum(0)
+
+
+def sum_by_id(
+    values: Float[Array, "S N D"], ids: Int[Array, "S N"], *, size: int
+) -> Float[Array, "S V D"]:
+    """For each id below `size`, the sum of its values: a scatter-add whose order is fixed.
+
+    Ids are sorted. Each value then adds the one 1, 2, 4, ... places behind it, as long as that has
+    the same id: after k steps it holds the sum of up to 2^k values, and the first of an id's run
+    holds them all. The number of steps is the logarithm of the longest run. The rounding error
+    grows with that logarithm, too, and not with the run (pairwise summation; Higham, 1993).
+    """
+    count = ids.shape[1]
+    order = jnp.argsort(ids, axis=1, stable=True)
+    ids = jnp.take_along_axis(ids, order, axis=1)
+    values = jnp.take_along_axis(values, order[..., None], axis=1)
+    places = jnp.arange(count, dtype=jnp.int32)
+    begins = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    longest = (places - first).max() + 1
+
+    def add(carry):
+        distance, sums = carry
+        other = jnp.minimum(places + distance, count - 1)
+        same = (places + distance < count) & (ids[:, other] == ids)
+        return 2 * distance, sums + jnp.where(same[..., None], sums[:, other], 0)
+
+    _, sums = jax.lax.while_loop(lambda carry: carry[0] < longest, add, (jnp.int32(1), values))
+    wanted = jnp.arange(size, dtype=ids.dtype)
+    place = jax.vmap(jnp.searchsorted, in_axes=(0, None))(ids, wanted)
+    place = jnp.minimum(place, count - 1)
+    found = jnp.take_along_axis(ids, place, axis=1) == wanted
+    return jnp.where(found[..., None], jnp.take_along_axis(sums, place[..., None], axis=1), 0)

@@ -1,0 +1,419 @@
+"""What a CPU can show of GPUs: programs lowered for CUDA, and the checks before the first update
+with planted faults."""
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from easyaira import cli, kernel_check, losses, metrics, plan, prepare, reference
+from easyaira import mesh as meshes
+from easyaira.config import TrainDPO, TrainReward, TrainSFT
+from easyaira.errors import ConfigError
+from easyaira.models import attention
+from easyaira.models.embedding import _scatter_add, _sum_by_id, sum_by_id
+from easyaira.models.layers import Compute
+from easyaira.reference import dpo_algorithm
+from easyaira.run import run
+from easyaira.train_reward import reward_algorithm
+from easyaira.train_sft import sft_algorithm
+
+COMMANDS = {
+    "sft": (TrainSFT, sft_algorithm),
+    "dpo": (TrainDPO, dpo_algorithm),
+    "reward": (TrainReward, reward_algorithm),
+}
+
+
+def configured(task, model, data, out, **options):
+    options = {
+        "model.name_or_path": model,
+        "data.train": data,
+        "data.template": "plain",
+        "train_batch_size": 8,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "num_samples": 0,
+        "export": False,
+        "output_dir": out,
+        **options,
+    }
+    config_class, algorithm = COMMANDS[task]
+    config, _ = cli.parse(config_class, [f"--{name}={value}" for name, value in options.items()])
+    return config, algorithm(config)
+
+
+# 1. Sums that are the same every time
+
+
+def unordered_scatters(text):
+    """Scatters of a lowered program whose updates are added at places that may be the same."""
+    found = []
+    for scatter in re.finditer(
+        r'"stablehlo\.scatter"\(.*?\) <\{(.*?)\}> \(\{(.*?)\}\)', text, re.S
+    ):
+        attributes, body = scatter.groups()
+        if "stablehlo.add" in body and "unique_indices = true" not in attributes:
+            found.append(scatter[0])
+    return found
+
+
+def lowered(setup, algorithm, platform):
+    update = plan.largest_update(setup, algorithm)
+    traced = plan.trace_step(setup, algorithm, update.batch)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_scatter_that_adds_is_found():
+    def of(unique):
+        add = lambda x, at: x.at[at].add(1.0, unique_indices=unique)  # noqa: E731
+        return jax.jit(add).lower(jnp.zeros(4), jnp.array([1, 1])).as_text()
+
+    assert len(unordered_scatters(of(False))) == 1
+    assert not unordered_scatters(of(True))
+
+
+LORA = {"lora.r": 2, "lora.target_modules": "[q_proj,down_proj]", "lora.dropout": 0.1}
+STEPS = [
+    ("sft", "gpt2", {}),
+    ("sft", "opt", {"gradient_accumulation_steps": 2}),
+    ("sft", "llama", {"model.gradient_checkpointing": "full"}),
+    ("sft", "llama", LORA | {"lora.quantize": "nf4"}),
+    ("dpo", "gpt2", {"data.share_prompt": "always"}),
+    ("dpo", "llama", {"dpo.precompute_ref_log_probs": False, "data.share_prompt": "never"}),
+    ("dpo", "llama", LORA | {"dpo.precompute_ref_log_probs": False}),
+    ("dpo", "llama", {"mesh": "dp=2,fsdp=2,tp=2"}),
+    ("reward", "llama", {}),
+    ("reward", "bert", {"data.template": "chat"}),
+    ("reward", "roberta", {"data.template": "chat", "mesh": "dp=2"}),
+]
+
+
+@pytest.mark.parametrize("task, kind, options", STEPS)
+def test_no_step_adds_in_an_order_that_is_left_to_the_gpu(
+    task, kind, options, models, data, tmp_path, devices
+):
+    if "mesh" in options:
+        devices(8 if "tp" in options["mesh"] else 2)
+    if task == "reward":
+        tiny.save(tmp_path / kind, tiny.SCORERS[kind])
+    model = tmp_path / kind if task == "reward" else models / kind
+    rows = data / ("sft.jsonl" if task == "sft" else "dpo.jsonl")
+    config, algorithm = configured(task, model, rows, tmp_path / "run", **options)
+    setup = prepare.prepare(config, algorithm)
+    assert not unordered_scatters(lowered(setup, algorithm, "cuda"))
+    if "lora.r" not in options:  # the test sees what a CPU still does
+        assert unordered_scatters(lowered(setup, algorithm, "cpu"))
+
+
+def test_scoring_adds_in_one_order_too(models, data, tmp_path):
+    config, algorithm = configured("dpo", models / "gpt2", data / "dpo.jsonl", tmp_path / "run")
+    setup = prepare.prepare(config, algorithm)
+    score = reference.make_score(setup.model, setup.micro_batch)
+    traced = score.trace(setup.model.shapes, setup.batches[0].arrays)
+    assert "scatter" in (text := traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert not unordered_scatters(text)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 300])
+def test_sums_by_id_are_a_scatter_add(count):
+    rng = np.random.default_rng(count)
+    values = rng.normal(size=(3, count, 4)).astype(np.float32)
+    ids = rng.integers(0, 12, (3, count)).astype(np.int32)
+    ids[1] = 5  # one run
+    wanted = np.zeros((3, 13, 4))
+    for shard in range(3):
+        np.add.at(wanted[shard], ids[shard], values[shard].astype(np.float64))
+    found = jax.jit(partial(sum_by_id, size=13))(values, ids)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_by_id_are_more_exact_than_one_after_another():
+    values = np.random.default_rng(0).uniform(size=(1, 1 << 15, 1)).astype(np.float32)
+    ids = np.zeros((1, 1 << 15), np.int32)
+    exact = values.astype(np.float64).sum()
+    ours = abs(float(sum_by_id(values, ids, size=1)[0, 0, 0]) - exact)
+    theirs = abs(float(_scatter_add(values[0], ids[0], shape=(1, 1))[0, 0]) - exact)
+    assert ours <= 2e-7 * exact < theirs
+
+
+@pytest.mark.parametrize("axes", ["dp=1", "fsdp=8", "dp=2,fsdp=2,tp=2"])
+def test_a_gpus_gradient_of_a_look_up_on_any_mesh(axes, devices):
+    devices(1 if axes == "dp=1" else 8)
+    rng = np.random.default_rng(0)
+    d_rows = jnp.asarray(rng.normal(size=(16, 24, 8)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 200, (16, 24)), jnp.int32)
+    wanted = np.zeros((256, 8))
+    np.add.at(wanted, np.asarray(ids), np.asarray(d_rows, np.float64))
+    with jax.set_mesh(meshes.make_mesh(axes)):
+        compiled = jax.jit(partial(_sum_by_id, shape=(256, 8), rows="tp")).lower(d_rows, ids)
+        compiled = compiled.compile()
+        found = compiled(d_rows, ids)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    assert "all-gather" not in compiled.as_text()  # nobody sorts the tokens of others
+
+
+@pytest.mark.parametrize("axes", ["dp=1", "dp=4"])
+def test_sums_of_pairs_are_selected_by_the_device_that_holds_them(axes, devices):
+    devices(int(axes[-1]))
+    rng = np.random.default_rng(0)
+    R, T, pairs = 8, 20, 8
+    segment_ids = np.repeat(np.arange(1, 9), 1)[:, None] * np.ones((R, T), int)
+    sides = rng.integers(0, 4, (R, T))
+    mask = rng.random((R, T)) < 0.6
+    mask &= (sides == 1) | (sides == 2)
+    values = rng.normal(size=(R, T)).astype(np.float32)
+    wanted = [[values[b][mask[b] & (sides[b] == s)].sum() for s in (1, 2)] for b in range(pairs)]
+    with jax.set_mesh(meshes.make_mesh(axes)):
+        sums = jax.jit(partial(losses.pair_sums, pairs=pairs))
+        found = sums(values, mask, segment_ids, sides)
+        text = sums.lower(values, mask, segment_ids, sides).compile().as_text()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    assert "all-gather" not in text.replace("all-gather-done", "") or axes == "dp=1"
+
+
+# 2. The check before the first update
+
+LENGTHS = np.full((1, 4, 2), 300.0, np.float32)
+LOGPS = np.random.default_rng(0).uniform(-3000, -2000, (1, 4, 2)).astype(np.float32)
+NOISE = np.float32(7e-4) * np.random.default_rng(1).uniform(-1, 1, LOGPS.shape).astype(np.float32)
+
+
+def test_equal_bits_pass():
+    reference.check_equal(LOGPS, LOGPS, LENGTHS, LOGPS)
+
+
+def test_noise_of_a_gpu_passes_where_the_program_is_noisy():
+    reference.check_equal(LOGPS, LOGPS + NOISE, LENGTHS, LOGPS - NOISE)
+
+
+def test_one_bit_is_refused_where_the_program_is_not_noisy():
+    other = LOGPS.copy()
+    other[0, 2, 1] = np.nextafter(other[0, 2, 1], np.float32(0))
+    with pytest.raises(ConfigError, match="rejected answer is .* by the policy and .* by the ref"):
+        reference.check_equal(LOGPS, other, LENGTHS, LOGPS)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("planted", [1e-3, 0.1, np.nan])
+def test_a_difference_is_refused(noisy, planted):
+    scale = np.float32(0.01)  # of short answers
+    logps, noise = LOGPS * scale, NOISE * scale / 100
+    other = logps + noise if noisy else logps.copy()
+    other[0, 1, 0] += planted
+    with pytest.raises(ConfigError, match="differ before the first update"):
+        reference.check_equal(logps, other, LENGTHS / 30, logps - noise if noisy else logps)
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_reference_that_differs_ends_in_one_line(
+    in_step, models, data, tmp_path, monkeypatch, capsys
+):
+    def planted(setup):
+        return jax.tree.map(lambda x: x * 1.001, setup.load())
+
+    options = {"dpo.precompute_ref_log_probs": not in_step}
+    config, algorithm = configured(
+        "dpo", models / "gpt2", data / "dpo.jsonl", tmp_path / "run", **options
+    )
+    if in_step:
+        monkeypatch.setattr(reference, "reference_weights", planted)
+    else:  # a damaged cache
+        logps_of = reference.logps_of
+        monkeypatch.setattr(reference, "logps_of", lambda *args: logps_of(*args) + 1e-3)
+    with pytest.raises(SystemExit) as end:
+        cli.run_command(lambda argv: run(config, algorithm, dry_run=None), [])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert error[-1].startswith("error: policy and reference have the same weights and differ")
+    assert "Traceback" not in "".join(error)
+
+
+# 3. Attention
+
+
+def test_rows_on_gpus_are_multiples_of_128(models, data, tmp_path):
+    config, algorithm = configured("dpo", models / "gpt2", data / "dpo.jsonl", tmp_path / "run")
+    setup = prepare.prepare(config, algorithm)
+    wide = replace(setup.batches, multiple=prepare.ROW_MULTIPLE["gpu"])
+    assert {shape.length % 128 for shape in wide.shapes} == {0}
+    for update in range(len(wide)):
+        assert wide[update].shape.length % 128 == 0
+        assert wide[update].num_tokens == setup.batches[update].num_tokens
+
+
+def checked(setup, monkeypatch, *kernels):
+    """`choose` as on an accelerator with these kernels."""
+    monkeypatch.setattr(kernel_check, "KERNELS", {"cpu": kernels})
+    with setup.model.on(setup.mesh):
+        return kernel_check.choose(setup.with_attention(kernels[0]))
+
+
+@pytest.fixture
+def attention_of(monkeypatch):
+    """`attention_of(plant)`: kernels compute what XLA does, but for what `plant(kernel, q, mask)`
+    makes of the queries."""
+    attention = kernel_check.attention
+
+    def use(plant):
+        def planted(q, k, v, segment_ids, sides, compute, *, causal):
+            if compute.attention != "xla":
+                q = plant(compute.attention, q, segment_ids)
+            compute = replace(compute, attention="xla")
+            return attention(q, k, v, segment_ids, sides, compute, causal=causal)
+
+        monkeypatch.setattr(kernel_check, "attention", planted)
+
+    return use
+
+
+@jax.custom_vjp
+def nan_gradient(q, segment_ids):
+    return q
+
+
+def _nan_backward(segment_ids, d_q):
+    return jnp.where((segment_ids == 0)[..., None, None], jnp.nan, d_q), None
+
+
+nan_gradient.defvjp(lambda q, segment_ids: (q, segment_ids), _nan_backward)
+
+
+@pytest.fixture
+def setup_of(models, data, tmp_path):
+    def make(**options):
+        return prepare.prepare(
+            *configured("dpo", models / "llama", data / "dpo.jsonl", tmp_path / "run", **options)
+        )
+
+    return make
+
+
+def test_a_kernel_that_agrees_is_used(setup_of, attention_of, monkeypatch, capsys):
+    attention_of(lambda kernel, q, segment_ids: q)
+    setup, fact = checked(setup_of(**{"model.dtype": "bfloat16"}), monkeypatch, "cudnn", "pallas")
+    assert setup.model.compute.attention == "cudnn"
+    assert fact == {"attention": "cudnn"}
+    assert not capsys.readouterr().out
+
+
+def test_a_gradient_that_is_not_finite_means_another_kernel(
+    setup_of, attention_of, monkeypatch, capsys
+):
+    attention_of(lambda kernel, q, ids: nan_gradient(q, ids) if kernel == "cudnn" else q)
+    setup, fact = checked(setup_of(), monkeypatch, "cudnn", "pallas")
+    assert setup.model.compute.attention == "pallas"
+    assert re.fullmatch(
+        r"pallas \(cudnn: the kernel's gradient of q was not finite on rows of \d+\)",
+        fact["attention"],
+    )
+    assert capsys.readouterr().out == f"attention: {fact['attention']}\n"
+
+
+def test_a_wrong_kernel_means_xla(setup_of, attention_of, monkeypatch):
+    attention_of(lambda kernel, q, segment_ids: q * 1.3)
+    setup, fact = checked(setup_of(**{"model.dtype": "bfloat16"}), monkeypatch, "cudnn")
+    assert setup.model.compute.attention == "xla"
+    assert "off by" in fact["attention"]
+
+
+def test_a_kernel_that_does_not_compile_means_xla(setup_of, attention_of, monkeypatch):
+    def refuse(kernel, q, segment_ids):
+        raise NotImplementedError("head_dim 7")
+
+    attention_of(refuse)
+    setup, fact = checked(setup_of(), monkeypatch, "cudnn")
+    assert setup.model.compute.attention == "xla"
+    assert "NotImplementedError: head_dim 7" in fact["attention"]
+
+
+def test_a_named_kernel_is_not_checked(setup_of, monkeypatch):
+    setup = setup_of(**{"model.attention": "xla"}).with_attention("cudnn")
+    monkeypatch.setattr(kernel_check, "check", lambda *args: pytest.fail("checked"))
+    assert kernel_check.choose(setup) == (setup, {})
+
+
+def test_one_update_of_each_shape_is_checked(setup_of):
+    batches = setup_of(train_batch_size=2).batches
+    seen = {batches[update].shape for update in batches.of_each_shape()}
+    assert seen == {batches[update].shape for update in range(len(batches))}
+    assert batches.of_each_shape()[0] == 0
+
+
+def test_the_choice_is_in_the_metrics_and_the_card(
+    models, data, tmp_path, attention_of, monkeypatch
+):
+    attention_of(lambda kernel, q, segment_ids: q)
+    choose = kernel_check.choose
+
+    def on_accelerator(setup):
+        monkeypatch.setattr(kernel_check, "KERNELS", {"cpu": ("cudnn",)})
+        chosen, fact = choose(setup.with_attention("cudnn"))
+        return chosen.with_attention("xla"), fact
+
+    monkeypatch.setattr(kernel_check, "choose", on_accelerator)
+    config, algorithm = configured(
+        "sft", models / "gpt2", data / "sft.jsonl", tmp_path / "run", export=True
+    )
+    run(config, algorithm, dry_run=None)
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["attention"] == "cudnn"
+    assert "| Attention | cudnn |" in (tmp_path / "run" / "hf" / "README.md").read_text()
+
+
+@pytest.mark.skipif(not tiny.SHARED.exists(), reason="shared data are not here")
+def test_in_cudnns_mask_every_query_sees_a_key(monkeypatch):
+    with np.load(tiny.SHARED.parent / "cases/gpu-nan/layout.npz") as layout:
+        segment_ids, sides = (layout[name].squeeze() for name in ("segment_ids", "sides"))
+    R, T = segment_ids.shape
+    masks = []
+
+    def kernel(q, k, v, *, mask, implementation):
+        masks.append(np.asarray(mask))
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q = jnp.zeros((R, T, 2, 64), jnp.bfloat16)
+    attention.attention(q, q, q, segment_ids, sides, Compute(jnp.bfloat16, attention="cudnn"))
+    real = ((segment_ids > 0) & (sides != 3))[:, None, :, None]
+    assert not real.all() and masks[0].any(-1).all()
+    wanted = attention.visible(jnp.asarray(segment_ids), jnp.asarray(sides))[:, None]
+    np.testing.assert_array_equal(masks[0] & real, wanted & real)
+
+
+# 4. float32 is float32
+
+
+@pytest.mark.parametrize(
+    "dtype, wanted", [("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "DEFAULT")]
+)
+def test_precision_of_products(dtype, wanted, models, data, tmp_path):
+    options = {"model.dtype": dtype}
+    config, algorithm = configured("sft", models / "gpt2", data / "sft.jsonl", tmp_path, **options)
+    setup = prepare.prepare(config, algorithm)
+    with setup.model.on(setup.mesh):
+        text = lowered(setup, algorithm, "cuda")
+    found = set(re.findall(r"dot_general.*?precision = \[(\w+), \w+\]", text))
+    assert (found or {"DEFAULT"}) == {wanted}
+
+
+def test_scores_are_float32_in_bfloat16_models(data, tmp_path):
+    tiny.save(tmp_path / "llama", tiny.SCORERS["llama"])
+    config, algorithm = configured(
+        "reward",
+        tmp_path / "llama",
+        data / "dpo.jsonl",
+        tmp_path / "run",
+        **{"model.dtype": "bfloat16"},
+    )
+    setup = prepare.prepare(config, algorithm)
+    with setup.model.on(setup.mesh):
+        text = lowered(setup, algorithm, "cuda")
+    for line in text.splitlines():
+        if "dot_general" in line and "bf16" not in line:
+            assert "precision = [HIGHEST, HIGHEST]" in line
