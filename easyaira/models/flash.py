@@ -280,7 +280,7 @@ def _dkv_kernel(
         dk, dv = carry
         head = lax.div(step, count)
         at = (start + step - head * count) * tiles.queries
-        q, grad = (load(ref.at[:, head], at, tiles.queries) for ref in (q_ref, grad_ref))
+        q, grad = (load(ref, at, tiles.queries, of=(head,)) for ref in (q_ref, grad_ref))
         queries = at + jnp.arange(tiles.queries)
         lse, delta = (
             plgpu.load(
@@ -340,11 +340,11 @@ def _inside(rows, length: int, width: int, padded: int) -> jax.Array:
     return (rows < length)[:, None] & (jnp.arange(padded) < width)
 
 
-def _load(ref, first, size: int, *, length: int, width: int, at=None) -> jax.Array:
-    """A tile [size, padded width], which starts at row `at` (`first` by default) of the ref; 0
-    beyond the row's length and the head's width."""
+def _load(ref, first, size: int, *, length: int, width: int, at=None, of: tuple = ()) -> jax.Array:
+    """A tile [size, padded width], which starts at row `at` (`first` by default) of the ref, of the
+    head `of`; 0 beyond the row's length and the head's width."""
     mask = _inside(first + jnp.arange(size), length, width, ref.shape[-1])
-    return plgpu.load(ref.at[pl.ds(first if at is None else at, size)], mask=mask, other=0)
+    return plgpu.load(ref.at[pl.ds(first if at is None else at, size), *of], mask=mask, other=0)
 
 
 def _store(ref, tile, first, *, length: int, width: int) -> None:
