@@ -49,11 +49,11 @@ class Tiles(NamedTuple):
 # All fit the 99 KB of shared memory that a program has on compute capability 8.6 and 8.9.
 TILES = {
     (2, 64): (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    (2, 128): (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
+    (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)),
     (2, 256): (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
     (4, 64): (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    (4, 128): (Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    (4, 256): (Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    (4, 128): (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
 
 
