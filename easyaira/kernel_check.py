@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,10 @@ def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
     updates = setup.batches.of_each_shape()
     problems = []
     for kernel in KERNELS[device.platform]:
-        problem = next(filter(None, (check(setup, kernel, update) for update in updates)), None)
-        if problem is None:
+        found = next(filter(None, (check(setup, kernel, update) for update in updates)), None)
+        if found is None:
             break
-        problems.append(f"{kernel}: {problem}")
+        problems.append(f"{kernel}: {found}")
     else:
         kernel = "xla"
     fact = f"{kernel} ({'; '.join(problems)})" if problems else kernel
@@ -51,13 +51,23 @@ def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
 def check(setup: Setup, kernel: str, update: int) -> str | None:
     """What is wrong with a kernel on the first micro-batch of an update, or None."""
     rows = trainer.to_device(setup.batches[update], setup.mesh)
-    layout = rows["segment_ids"][0], rows["sides"][0]
     of_kernel = replace(setup.model.compute, attention=kernel)
+    causal = not setup.model.architecture.encoder
+    return problem(
+        rows["segment_ids"][0], rows["sides"][0], heads_of(setup.model), of_kernel, causal
+    )
+
+
+def problem(
+    segment_ids: Any, sides: Any, heads: Heads, of_kernel: Compute, causal: bool = True
+) -> str | None:
+    """What is wrong with a kernel on these rows, in words, or None."""
     try:
-        errors = jax.device_get(compare(setup.model, of_kernel, *layout))
+        errors = compare(segment_ids, sides, heads=heads, of_kernel=of_kernel, causal=causal)
+        errors = jax.device_get(errors)
     except (NotImplementedError, RuntimeError, ValueError) as error:  # it does not compile or run
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-    return judge(errors, jnp.finfo(of_kernel.dtype).eps, length=layout[0].shape[1])
+    return judge(errors, jnp.finfo(of_kernel.dtype).eps, length=segment_ids.shape[1])
 
 
 def judge(errors: dict[str, tuple[bool, float]], rounding: float, *, length: int) -> str | None:
@@ -73,29 +83,40 @@ def judge(errors: dict[str, tuple[bool, float]], rounding: float, *, length: int
     return None
 
 
-def compare(model: Model, of_kernel: Compute, segment_ids: Any, sides: Any) -> Any:
+class Heads(NamedTuple):
+    """Of one layer's attention."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+def heads_of(model: Model) -> Heads:
+    config = model.config
+    width = getattr(config, "head_width", config.width // config.heads)
+    return Heads(config.heads, config.kv_heads, width)
+
+
+@partial(jax.jit, static_argnames=("heads", "of_kernel", "causal"))
+def compare(
+    segment_ids: jax.Array, sides: jax.Array, *, heads: Heads, of_kernel: Compute, causal: bool
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Output and gradients of a kernel: whether all numbers are finite, and the error of those that
     count, ||x - y|| / ||y|| with y XLA's in float32.
 
     Args:
         segment_ids, sides: [R, T] of a micro-batch, as it lies on the devices.
     """
-    return _compare(segment_ids, sides, model.config, of_kernel, not model.architecture.encoder)
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _compare(segment_ids, sides, config, of_kernel, causal):
     R, T = segment_ids.shape
-    width = getattr(config, "head_width", config.width // config.heads)
     real = ((segment_ids > 0) & (sides != 3))[..., None]
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(R, T, count, width) for count in (config.heads, *(config.kv_heads,) * 2)]
+    shapes = [(R, T, count, heads.width) for count in (heads.queries, heads.keys, heads.keys)]
     inputs = [
         jax.random.normal(key, shape).astype(of_kernel.dtype)
         for key, shape in zip(keys, shapes, strict=False)
     ]
     # padding is never learned from, so no gradient comes back to it
-    d_out = jnp.where(real, jax.random.normal(keys[3], (R, T, config.heads * width)), 0)
+    d_out = jnp.where(real, jax.random.normal(keys[3], (R, T, heads.queries * heads.width)), 0)
     d_out = d_out.astype(of_kernel.dtype)
 
     def run(compute: Compute):
@@ -111,8 +132,8 @@ def _compare(segment_ids, sides, config, of_kernel, causal):
 
     def compared(x, y):
         x32, y32 = (jnp.where(real, z.reshape(R, T, -1).astype(jnp.float32), 0) for z in (x, y))
-        norms = jnp.linalg.norm(x32 - y32), jnp.linalg.norm(y32)
-        return jnp.isfinite(x).all(), norms[0] / jnp.maximum(norms[1], 1e-30)
+        error, size = jnp.linalg.norm(x32 - y32), jnp.linalg.norm(y32)
+        return jnp.isfinite(x).all(), jnp.where(size > 0, error / size, error)
 
     names = "output", "gradient of q", "gradient of k", "gradient of v"
     pairs = zip(names, found, wanted, strict=True)

@@ -20,6 +20,7 @@ HOUSE = """
     energy
 
     models.layers
+    models.flash
     models.attention models.heads models.embedding
     models.gpt2 models.llama models.opt models.bert models.roberta
     models.registry

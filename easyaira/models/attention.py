@@ -21,6 +21,7 @@ import numpy as np
 
 from easyaira import mesh
 from easyaira.mesh import BATCH_AXES
+from easyaira.models.flash import ends, flash
 from easyaira.models.layers import Compute, Dropout, by_features
 
 BLOCK = 512  # queries
@@ -68,7 +69,7 @@ def attention(
 
     What padding gets is finite and means nothing. Computed as `compute.attention` says where its
     rules allow, and by XLA where they do not: in training with dropout, without a causal mask
-    (splash), in 32 bits or with an odd length (cudnn).
+    (splash, pallas), in 32 bits or with an odd length (cudnn).
     """
     R, T, H, N = q_RTHN.shape
     heads = (mesh.constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
@@ -79,6 +80,8 @@ def attention(
         out = _with_dropout(*rows, causal=causal, drop=drop)
     elif compute.attention == "splash" and causal:
         out = _splash(*rows, shared=compute.shared_prompt)
+    elif compute.attention == "pallas" and causal:
+        out = _flash(*rows)
     elif compute.attention == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
         # a query that sees nothing sees itself: cuDNN's gradients of others are not always finite
         unreal = (segment_ids_RT == 0) | (sides_RT == 3)
@@ -117,6 +120,12 @@ def _with_dropout(q, k, v, segment_ids, sides, *, causal, drop):
     scores = jnp.where(mask, scores / math.sqrt(N), jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
     return jnp.einsum("rkgqt,rtkn->rqkgn", weights, v)
+
+
+def _flash(q, k, v, segment_ids, sides):
+    rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
+    of_device = mesh.by_device(flash, (heads, heads, heads, rows))
+    return of_device(q, k, v, ends(segment_ids, sides))
 
 
 def _splash(q, k, v, segment_ids, sides, *, shared: bool):
