@@ -82,6 +82,8 @@ INLINE = [
 
 def split(words):
     """(module, arguments) of a command of ours, and what starts it; None for other programs."""
+    if words[:3] == ("python", "-m", "easyaira"):
+        words = words[2:]
     if words[0] == "easyaira" and words[1:]:
         return __main__.COMMANDS[words[1]][0], list(words[2:]), None
     if words[:2] == ("python", "-m") and words[2].startswith("easyaira."):
