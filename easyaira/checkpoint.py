@@ -414,9 +414,7 @@ def _prepare(url: str) -> None:
     if scheme not in STORES:
         raise ConfigError(f"{url}: cannot be read; use a folder, gs://bucket/path or s3://...")
     if importlib.util.find_spec(STORES[scheme]) is None:
-        raise ConfigError(
-            f"{url}: {STORES[scheme]} is not installed; pip install 'easyaira[{scheme}]'"
-        )
+        raise ConfigError(f"{url}: {STORES[scheme]} is not installed; pip install '.[{scheme}]'")
     os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, too
     if scheme == "s3":
         _teach_s3()

@@ -66,9 +66,7 @@ def check(config: EnergyConfig | None) -> None:
     if config is None:
         return
     if importlib.util.find_spec("codecarbon") is None:
-        raise ConfigError(
-            'energy: needs CodeCarbon; pip install "easyaira[energy]", or leave energy out'
-        )
+        raise ConfigError('energy: needs CodeCarbon; pip install ".[energy]", or leave energy out')
     from codecarbon.input import DataSource
 
     if config.country not in DataSource().get_global_energy_mix_data():

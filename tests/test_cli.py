@@ -1,9 +1,15 @@
 """The command line: files and flags, and errors that name the key."""
 
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
+from processes import call
 
-from easyaira import cli
+from easyaira import __main__, __version__, cli, train_dpo
 from easyaira.config import TrainDPO, TrainSFT, to_dict
 from easyaira.errors import ConfigError
 
@@ -120,3 +126,73 @@ def test_print_config_prints_the_resolved_configuration(capsys):
 def test_dry_run_is_a_flag():
     assert cli.parse(TrainSFT, [*NEEDED, "--dry_run"])[1]
     assert not cli.parse(TrainSFT, NEEDED)[1]
+
+
+def test_the_command_alone_lists_all_commands(capsys):
+    for argv in ([], ["--help"], ["-h"]):
+        __main__.main(argv)
+        listed = capsys.readouterr().out.splitlines()
+        assert listed[0].startswith("usage: easyaira COMMAND")
+        assert [line.split()[0] for line in listed[3:]] == list(__main__.COMMANDS)
+
+
+def test_every_command_has_its_module():
+    missing = [
+        name
+        for name, (module, _) in __main__.COMMANDS.items()
+        if importlib.util.find_spec(f"easyaira.{module}") is None
+    ]
+    assert set(missing) <= {"selftest"}  # which comes with its own page
+
+
+@pytest.mark.parametrize(
+    "name, mend",
+    [
+        ("dpp", "did you mean dpo?"),
+        ("train_reward", "did you mean reward?"),
+        ("zzz", "choose one of sft, dpo, "),
+        ("--verbose", "no such command"),
+    ],
+)
+def test_an_unknown_command_is_one_line_with_the_nearest(name, mend, capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__.main([name, "--max_steps", "1"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and not said.out
+    assert said.err.startswith(f"error: {name}: no such command; ") and said.err.count("\n") == 1
+    assert mend in said.err
+
+
+def test_a_command_gets_its_arguments_and_its_exit_status(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(train_dpo, "main", given.extend)
+    monkeypatch.setattr(sys, "argv", ["easyaira", "dpo", "--config", "a b.yaml"])
+    __main__.main()
+    assert given == ["--config", "a b.yaml"] and sys.argv[0] == "easyaira dpo"
+    monkeypatch.undo()
+    status, _, err = call(train_dpo.main, ["--beta", "1"], capsys)
+    with pytest.raises(SystemExit) as end:
+        __main__.main(["dpo", "--beta", "1"])
+    assert (end.value.code, capsys.readouterr().err) == (status, err) == (2, err)
+
+
+def test_the_package_and_its_command_answer_at_once():
+    """Nothing but the standard library is imported for a list, a version or a wrong name."""
+    code = (
+        "import sys, easyaira; from easyaira.__main__ import main\n"
+        "main([]); main(['--version'])\n"
+        "try: main(['dpp'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'numpy', 'transformers', 'jsonargparse', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"easyaira {__version__}\n" in done.stdout
+    argv = [sys.executable, "-m", "easyaira", "--version"]
+    assert subprocess.check_output(argv, text=True) == f"easyaira {__version__}\n"
+
+
+def test_the_package_installs_the_command():
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    assert '"easyaira = easyaira.__main__:main"' in setup

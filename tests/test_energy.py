@@ -103,7 +103,7 @@ def test_what_is_missing_is_said_before_anything_is_written(tmp_path, monkeypatc
         "find_spec",
         lambda name: None if name == "codecarbon" else find(name),
     )
-    assert 'pip install "easyaira[energy]"' in fails("BRA")
+    assert 'pip install ".[energy]"' in fails("BRA")
 
 
 def test_a_run_tracks_its_sessions_offline(models, data, tmp_path, monkeypatch, capfd):

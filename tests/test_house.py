@@ -40,6 +40,7 @@ HOUSE = """
 
     train_sft train_dpo train_reward inspect convert
     quickstart
+    __main__
 """
 ORDER = HOUSE.split()
 LEVEL = {name: i for i, line in enumerate(HOUSE.splitlines()) for name in line.split()}

@@ -1,0 +1,56 @@
+"""One command for all: `easyaira dpo` is `python -m easyaira.train_dpo`.
+
+easyaira COMMAND --help
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from easyaira import __version__
+
+COMMANDS = {  # name: module, what it does
+    "sft": ("train_sft", "fine-tune a language model on prompts with completions"),
+    "dpo": ("train_dpo", "optimise a language model on pairs of answers"),
+    "reward": ("train_reward", "train a reward or toxicity model"),
+    "generate": ("generate", "answer a prompt"),
+    "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
+    "inspect": ("inspect", "show what a configuration would train on"),
+    "quickstart": ("quickstart", "run the whole job on a small model, from nothing"),
+    "selftest": ("selftest", "check the numbers on this machine's devices"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: easyaira COMMAND [--help] ...", "       easyaira --version", "", *lines]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h"):
+        print(usage())
+        return
+    if name == "--version":
+        print(f"easyaira {__version__}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: {name}: no such command; {mend}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[0] = f"easyaira {name}"  # the name in the command's own --help
+    module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")
+
+    from easyaira.cli import run_command  # --help and --version need no parser
+
+    run_command(module.main, rest)
+
+
+if __name__ == "__main__":
+    main()

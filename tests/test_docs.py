@@ -1,0 +1,387 @@
+"""README.md, CONTRIBUTING.md and docs/: every command is run in a small form or parsed, every
+snippet compiles, every option, file and link that is named exists."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+from unittest import mock
+
+import pytest
+import tiny
+import yaml
+
+from easyaira import __main__, chips, cli, quickstart, release
+from easyaira import config as configs
+from easyaira import mesh as meshes
+from easyaira.errors import ConfigError
+from easyaira.inspect import Inspect
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING = ("train_sft", "train_dpo", "train_reward", "inspect")
+PARSED = ("convert", "generate", *TRAINING)  # whose parser is asked
+RECORDS = ("results.md", "performance.md")
+COMES_LATER = {"docs/gpus.md"}  # the page of another change
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+class Command(NamedTuple):
+    page: str
+    line: int
+    words: tuple[str, ...]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of a page."""
+    text = page.read_text()
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(name_of(page), text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in found]
+
+
+def commands_of(block: Block) -> list[Command]:
+    """The commands of a block: continued lines joined, comments and NAME=value left out."""
+    found = []
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            one, words = words[:end], words[end + 1 :]
+            while one and re.fullmatch(r"[A-Z_]+=.*", one[0]):
+                one = one[1:]
+            found.append(Command(block.page, block.line, tuple(one)))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+COMMANDS = [c for block in BLOCKS if block.language == "bash" for c in commands_of(block)]
+INLINE = [
+    Command(name_of(page), 0, tuple(shlex.split(span)))
+    for page in PAGES
+    for span in re.findall(
+        r"`((?:easyaira|python -m easyaira\.)[^`\n]* --?[^`\n]*)`", page.read_text()
+    )
+    if not re.search(r"\.\.\.|--help", span)
+]
+
+
+def split(words):
+    """(module, arguments) of a command of ours, and what starts it; None for other programs."""
+    if words[:3] == ("python", "-m", "easyaira"):
+        words = words[2:]
+    if words[0] == "easyaira" and words[1:]:
+        return __main__.COMMANDS[words[1]][0], list(words[2:]), None
+    if words[:2] == ("python", "-m") and words[2].startswith("easyaira."):
+        return words[2].removeprefix("easyaira."), list(words[3:]), None
+    launchers = ("scripts/launch/tpu_vm.sh", "scripts/launch/slurm.sh")
+    if script := next((word for word in words if word in launchers), None):
+        at = words.index(script) + 1
+        return words[at], list(words[at + 1 :]), script
+    if words[0] == "mpirun":
+        return *split(words[words.index("python") :])[:2], "mpirun"
+    return None
+
+
+def why_parsed(command: Command) -> str | None:
+    """Why a command of ours is parsed instead of run."""
+    module, arguments, launcher = split(command.words)
+    text = " ".join(arguments)
+    reasons = {
+        "it needs a pod": launcher or "--distributed." in text or "--dcn" in text,
+        "it needs the compiler of a device": "--topology" in text or "--search" in text,
+        "it needs an object store": re.search(r"\b(gs|s3)://", text),
+        "it records a run of minutes": Path(command.page).name in RECORDS,
+        "it has tests of its own": module == "selftest",
+    }
+    return next((why for why, holds in reasons.items() if holds), None)
+
+
+def how(command: Command) -> str:
+    ours = split(command.words)
+    told = (why_parsed(command) or "run") if ours else "looked up"
+    return f"{command.page}:{command.line}: {' '.join(command.words)[:40]} [{told}]"
+
+
+class Parsed(Exception):
+    pass
+
+
+def parsed(module: str, arguments: list[str]):
+    """What the command's own parser makes of the arguments.
+
+    Raises:
+        ConfigError: it refuses them.
+    """
+    parse, parse_args = cli.parse, cli.parse_args
+
+    def parse_and_stop(*given):
+        with mock.patch.object(cli, "parse_args", parse_args):
+            raise Parsed(parse(*given))
+
+    def parse_args_and_stop(*given):
+        raise Parsed(parse_args(*given))
+
+    with (
+        mock.patch.object(cli, "parse", parse_and_stop),
+        mock.patch.object(cli, "parse_args", parse_args_and_stop),
+        pytest.raises(Parsed) as stop,
+    ):
+        importlib.import_module(f"easyaira.{module}").main(arguments)
+    return stop.value.args[0]
+
+
+def look_up(words) -> bool:
+    """Whether a program that is not ours can do what the page says; False: there is no rule."""
+    if words[0] in ("scripts/quickstart.sh", "scripts/test.sh"):
+        subprocess.run(["bash", "-n", ROOT / words[0]], check=True)
+        assert (ROOT / words[0]).stat().st_mode & 0o111
+    elif words[:2] == ("pip", "install"):
+        extras = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.M))
+        for word in words[2:]:
+            own = re.fullmatch(r"\.(?:\[(\w+)\])?", word)
+            assert own or not word.startswith("easyaira"), f"{word}: not on any index"
+            assert not own or own[1] in (None, *extras), word
+    elif words[:2] == ("python", "scripts/benchmark.py"):
+        benchmark().parser().parse_args(words[2:])
+    elif words[:2] == ("python", "scripts/pods.py"):
+        text = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+    elif words == ("pre-commit", "install"):
+        assert (ROOT / ".pre-commit-config.yaml").exists()
+    else:
+        environment = [("python3", "-m", "venv", ".venv"), ("source", ".venv/bin/activate")]
+        return words in environment
+    return True
+
+
+def benchmark():
+    if "benchmark" not in sys.modules:
+        sys.path.append(str(ROOT / "scripts"))
+        spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts/benchmark.py")
+        sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["benchmark"])
+    return sys.modules["benchmark"]
+
+
+def check_devices(config, dry_run) -> None:
+    """The mesh fits some number of devices, and the topology is one that is known."""
+    counts = [count for count in (1, 2, 4, 8, 32, 256) if fits(config.mesh, count)]
+    assert counts, config.mesh
+    if dry_run and dry_run.topology:
+        try:
+            chips.pod(dry_run.topology)
+        except ConfigError as error:
+            assert "needs" in str(error), error
+
+
+def fits(mesh: str, count: int) -> bool:
+    try:
+        return bool(meshes.parse_mesh(mesh, count))
+    except ConfigError:
+        return False
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *INLINE], ids=how)
+def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if (ours := split(command.words)) is None:
+        assert look_up(command.words), "no rule for this command: write one in this file"
+        return
+    module, arguments, launcher = ours
+    assert launcher in (None, "mpirun") or (ROOT / launcher).exists()
+    assert importlib.util.find_spec(f"easyaira.{module}"), module
+    if module in PARSED:
+        made = parsed(module, arguments)
+        if module in TRAINING:
+            check_devices(*made)
+    else:
+        assert module in ("quickstart", "selftest"), f"no rule for {module}"
+
+
+# Running them
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A tiny model of each kind, and rows for each command."""
+    root = tmp_path_factory.mktemp("ground")
+    for kind in ("gpt2", "llama"):
+        tiny.save(root / kind, tiny.CONFIGS[kind])
+    chat = tiny.tokenizer()
+    chat.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}{{ eos_token }}"
+    chat.save_pretrained(root / "llama")
+    for kind in ("bert", "roberta"):
+        tiny.save(root / kind, tiny.SCORERS[kind])
+    pairs = tiny.dpo_rows(24)
+    texts = [
+        {"harmless": r["chosen"] + str(i), "harmful": r["rejected"]} for i, r in enumerate(pairs)
+    ]
+    guanaco = [{"text": f"### Human: what {i}?### Assistant: yes"} for i in range(24)]
+    for name, rows in {
+        "train_sft": tiny.sft_rows(24), "train_dpo": pairs, "train_reward": pairs,
+        "harmful": texts, "guanaco": guanaco,
+    }.items():  # fmt: skip
+        tiny.write_rows(root / f"{name}.jsonl", rows)
+    return root
+
+
+def model_like(name: str, ground: Path) -> Path:
+    kinds = {"llama": "llama", "tulu": "llama", "roberta": "roberta", "bert-": "bert"}
+    return ground / next((kind for word, kind in kinds.items() if word in name.lower()), "gpt2")
+
+
+def data_like(name: str, module: str, ground: Path) -> Path:
+    kinds = {"harmful": "harmful", "guanaco": "guanaco"}
+    module = "train_sft" if module == "inspect" else module
+    return ground / f"{next((k for word, k in kinds.items() if word in name), module)}.jsonl"
+
+
+def shrunk(module: str, arguments: list[str], ground: Path) -> list[str]:
+    """The same arguments with a tiny model and data in the place of those that are not here."""
+    config, _ = parsed(module, arguments)
+    more = ["--max_steps=2", "--train_batch_size=4", "--optimizer.warmup_ratio=0"]
+    more += ["--optimizer.warmup_steps=1", "--gradient_accumulation_steps=1", "--eval_steps=0"]
+    more += ["--logging_steps=1", "--num_samples=0", "--mesh=fsdp=-1", "--data.max_length=64"]
+    if not Path(config.model.name_or_path).exists():
+        more.append(f"--model.name_or_path={model_like(config.model.name_or_path, ground)}")
+    if not Path(config.data.train).exists():
+        more.append(f"--data.train={data_like(config.data.train, module, ground)}")
+        more.append("--data.split=train")
+    return arguments + more
+
+
+def newest(source: str) -> str:
+    """RUN/checkpoints/STEP with the step that a shortened run has reached."""
+    path = Path(source)
+    if path.parent.name == "checkpoints":
+        return str(max(path.parent.iterdir(), key=lambda step: int(step.name)))
+    return source
+
+
+def run(command: Command, ground: Path) -> None:
+    module, arguments, _ = split(command.words)
+    if module in TRAINING:
+        arguments = shrunk(module, arguments, ground)
+    if module == "generate":
+        arguments += ["--max_new_tokens=4"]
+    if module == "convert":
+        arguments[1] = newest(arguments[1])
+    if module == "quickstart":
+        pytest.fail("it runs from its own script; name that, or write a rule")
+    importlib.import_module(f"easyaira.{module}").main(arguments)
+
+
+NEEDED = {  # what pages say was done before
+    "docs/release.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
+}
+PACKAGES = {"docs/lora.md": "peft", "docs/release.md": "codecarbon"}
+RUN = [page for page in PAGES if page.name not in (*RECORDS, "CONTRIBUTING.md")]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_the_commands_of_a_page_run_one_after_another(page, ground, tmp_path, monkeypatch, capfd):
+    """In a folder with configs/ and what the quickstart leaves, with its snippets between them."""
+    if name_of(page) in PACKAGES:
+        pytest.importorskip(PACKAGES[name_of(page)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(release, "_compare_logits", lambda *_, **__: {"compared": False, "why": ""})
+    monkeypatch.setitem(quickstart.MODEL, "n_layer", 1)
+    monkeypatch.setitem(quickstart.MODEL, "n_embd", 16)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    quickstart.write_data(tmp_path / "quickstart/data")
+    quickstart.write_base(tmp_path / "quickstart/base", tmp_path / "quickstart/data")
+    for file in (tmp_path / "quickstart/data").iterdir():  # the first rows, of few lengths
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:8]))
+    for line in NEEDED.get(name_of(page), []):
+        run(Command(name_of(page), 0, tuple(shlex.split(line))), ground)
+    for block in blocks_of(page):
+        if block.language == "python":
+            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
+        if block.language == "bash":
+            for command in commands_of(block):
+                if split(command.words) and not why_parsed(command):
+                    run(command, ground)
+
+
+# What else a page says
+
+
+def test_every_block_says_what_it_is():
+    for block in BLOCKS:
+        where = f"{block.page}:{block.line}"
+        assert block.language in ("bash", "python", "yaml", "text"), where
+        if block.language == "text":
+            hidden = r"^\s*(\$ )?(easyaira|python3?|pip|scripts/\S+|sbatch|mpirun) "
+            assert not re.search(hidden, block.text, re.MULTILINE), f"{where}: holds a command"
+        if block.language == "python":
+            compile(block.text, where, "exec")
+
+
+def test_every_yaml_block_is_a_configuration(tmp_path):
+    blocks = [block for block in BLOCKS if block.language == "yaml"]
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "block.yaml"
+        file.write_text(block.text)
+        needed = ["--model.name_or_path=m", "--data.train=d", f"--config={file}"]
+        config, _ = cli.parse(Inspect, needed)
+        assert set(yaml.safe_load(block.text)) <= {field.name for field in fields(config)}
+
+
+def options() -> set[str]:
+    """Every option as a page writes it: dpo.beta, and seed."""
+    known = set()
+    for command in (Inspect, configs.TrainReward):
+        for name, kind in get_type_hints(command).items():
+            groups = [k for k in (kind, *getattr(kind, "__args__", ())) if is_dataclass(k)]
+            known.add(name)
+            known |= {f"{name}.{field.name}" for group in groups for field in fields(group)}
+    return known
+
+
+def test_every_option_that_is_named_exists():
+    known = options()
+    groups = {name.partition(".")[0] for name in known if "." in name}
+    for page in PAGES:
+        for span in re.findall(r"`([^`\n]+)`", page.read_text()):
+            for group, name in re.findall(r"(?<![\w./])(?:--)?(\w+)\.(\w+)\b", span):
+                if (
+                    "no such option" not in span
+                    and group in groups
+                    and name not in ("py", "json", "yaml", "csv", "html")
+                ):
+                    assert f"{group}.{name}" in known, f"{name_of(page)}: `{span}`"
+
+
+def test_every_file_and_link_that_is_named_exists():
+    for page in PAGES:
+        text = page.read_text()
+        named = re.findall(r"`((?:tests|scripts|configs)/[\w./-]+\.\w+)`", text)
+        named += [f"tests/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)]
+        links = re.findall(r"\]\(([^)#]+)\)", text)
+        linked = [name_of((page.parent / link).resolve()) for link in links if "://" not in link]
+        missing = {name for name in (*named, *linked) if not (ROOT / name).exists()}
+        assert missing <= COMES_LATER, f"{name_of(page)}: {missing}"
+
+
+def test_the_readme_stays_short_and_names_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for page in PAGES:
+        assert page.name == "README.md" or page.name in text, page.name
+    assert (ROOT / "docs/quickstart.png").stat().st_size < 150_000
