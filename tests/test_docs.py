@@ -27,7 +27,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TRAINING = ("train_sft", "train_dpo", "train_reward", "inspect")
 PARSED = ("convert", "generate", *TRAINING)  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
-COMES_LATER = {"docs/gpus.md"}  # the page of another change
 
 
 class Block(NamedTuple):
@@ -376,7 +375,7 @@ def test_every_file_and_link_that_is_named_exists():
         links = re.findall(r"\]\(([^)#]+)\)", text)
         linked = [name_of((page.parent / link).resolve()) for link in links if "://" not in link]
         missing = {name for name in (*named, *linked) if not (ROOT / name).exists()}
-        assert missing <= COMES_LATER, f"{name_of(page)}: {missing}"
+        assert not missing, f"{name_of(page)}: {missing}"
 
 
 def test_the_readme_stays_short_and_names_every_page():
