@@ -1,22 +1,22 @@
 """Flash attention for GPUs within the rows of a batch, as Pallas kernels for Triton.
 
 The algorithm is FlashAttention-2 (Dao, 2023; Dao et al., 2022): an online softmax over tiles of
-keys, and a backward pass that recomputes the weights from the queries' log-sum-exp. No array here
-grows with the square of the length.
+keys, and a backward pass that recomputes the weights from the queries' log-sum-exp. No array grows
+with the square of the length.
 
-The mask is one integer a key. Query q sees key k exactly where `k <= q < end[k]`; `ends` computes
-these bounds from a batch's layout. Tiles that no query of a block sees are skipped.
+The mask is one integer a key: query q sees key k exactly where `k <= q < end[k]`. `ends` computes
+it from a batch's layout. Tiles that no query of a block sees are skipped.
 
-- A query that sees nothing has output 0, and it contributes 0 to all gradients.
-- Scores, softmax statistics and accumulators are float32. The weights and the scores' gradients
-  are rounded to the inputs' type before they enter a product, as in FlashAttention.
+- A query that sees nothing has output 0, and contributes 0 to all gradients.
+- Scores, softmax statistics and accumulators are float32. Weights, and gradients of scores, are
+  rounded to the inputs' type before they enter a product.
 - Products of float32 inputs are float32 (IEEE), never TF32: exact, and without tensor cores.
-- No atomics: each output tile is written once, by a loop of fixed order, so bits are repeatable.
-  The gradients of a shared key head are summed over its query heads in that loop, in float32.
-- Triton's tiles are powers of two: a head width between them is loaded with a mask and computed at
-  the next power (80 and 96 as 128), and so is the last tile of a row.
+- No atomics: a loop of fixed order computes each output tile, so bits are repeatable. That loop
+  also sums the gradients of a key head over its query heads, in float32.
+- Triton's tiles are powers of two. Other head widths are loaded with a mask and computed at the
+  next power (80 and 96 as 128).
 
-Axes: see layers.py; S keys, G query heads for each key head.
+Axes: see layers.py; S keys, G query heads of a key head.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By bytes of an element and padded head width: forward, gradient of queries, of keys and values.
-# All fit the 99 KB of shared memory that a program has on compute capability 8.6 and 8.9.
+# Of each kernel, by bytes of an element and padded head width. All fit the 99 KB of shared memory
+# that a program has on compute capability 8.6 and 8.9.
+KERNELS = ("forward", "dq", "dkv")
 TILES = {
     (2, 64): (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)),
@@ -60,48 +61,34 @@ TILES = {
 def ends(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
     """One past the last query that sees each key, int32 [R, T]; 0 where none does.
 
-    That is the end of the segment for a prompt's key (side 0) and the end of its side for an
-    answer's. Padding and side 3 are seen by nobody. With `k <= q < end[k]` this equals `visible` of
-    attention.py for every layout in which a segment with a shared prompt, and each side of a
-    segment, is contiguous, as data/batches.py lays them out. The two answers of a pair that are
-    sequences of their own may lie anywhere.
+    That is the end of the segment for a prompt's key (side 0), and the end of its side for an
+    answer's. Nobody sees padding and side 3. Then `k <= q < end[k]` equals attention.py's `visible`
+    for the layouts of data/batches.py: a segment that has a side 0 is contiguous, and so is each
+    side of a segment. The two answers of a pair without side 0 may lie anywhere.
     """
-    whole = _run_ends(segment_ids_RT)
-    side = _run_ends(segment_ids_RT * 4 + sides_RT)
+    R, T = segment_ids_RT.shape
+
+    def run_ends(ids):
+        last = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+        bounds = jnp.where(last, jnp.arange(1, T + 1, dtype=jnp.int32), T)
+        return lax.cummin(bounds, axis=1, reverse=True)
+
+    whole, side = run_ends(segment_ids_RT), run_ends(segment_ids_RT * 4 + sides_RT)
     seen = (segment_ids_RT > 0) & (sides_RT != 3)
     return jnp.where(seen, jnp.where(sides_RT == 0, whole, side), 0)
 
 
-def _run_ends(ids_RT: jax.Array) -> jax.Array:
-    """One past the end of the run of equal ids that each place belongs to."""
-    T = ids_RT.shape[1]
-    last = jnp.pad(ids_RT[:, 1:] != ids_RT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    bounds = jnp.where(last, jnp.arange(1, T + 1, dtype=jnp.int32), T)
-    return lax.cummin(bounds, axis=1, reverse=True)
-
-
 def flash(
-    q_RTHN: jax.Array,
-    k_RTKN: jax.Array,
-    v_RTKN: jax.Array,
-    end_RT: jax.Array,
-    *,
-    interpret: bool = False,
+    q_RTHN: jax.Array, k_RTKN: jax.Array, v_RTKN: jax.Array, end_RT: jax.Array, *, interpret=False
 ) -> jax.Array:
     """softmax(q k / sqrt(N)) v over the keys with `k <= q < end[k]`, [R, T, H, N].
 
-    Args:
-        q_RTHN: queries; bfloat16, float16 or float32; N is at most 256.
-        k_RTKN: keys, of the same type; H is a multiple of K.
-        v_RTKN: values, of the same type.
-        end_RT: int32, at most T; see `ends`.
-        interpret: run on any device, slowly, without Triton.
+    Inputs are all bfloat16, all float16 or all float32; H is a multiple of K, N at most 256, and
+    `end_RT` (see `ends`) at most T. `interpret` runs on any device, slowly and without Triton.
     """
     H, N, K = *q_RTHN.shape[2:], k_RTKN.shape[2]
-    if H % K:
-        raise ValueError(f"{H} query heads are no multiple of {K} key heads")
-    if N > 256:
-        raise ValueError(f"head width {N} is above 256")
+    if H % K or N > 256:
+        raise ValueError(f"{H} query heads must be a multiple of {K}, and width {N} at most 256")
     if len({x.dtype for x in (q_RTHN, k_RTKN, v_RTKN)}) > 1:
         raise ValueError("queries, keys and values must have one type")
     return _flash(q_RTHN, k_RTKN, v_RTKN, end_RT, interpret)
@@ -112,103 +99,72 @@ def _flash(q, k, v, end, interpret):
     return _forward(q, k, v, end, interpret)[0]
 
 
-def _flash_fwd(q, k, v, end, interpret):
-    out, lse = _forward(q, k, v, end, interpret)
+def _forward(q, k, v, end, interpret):
+    """Compute the output, and for the backward pass log2 of the softmax's denominator [R, H, T]."""
+    R, T, H, _ = q.shape
+    of = _Specs(q, k, "forward")
+    inputs = [(q, of.query), (k, of.keys), (v, of.keys), *of.mask(end)]
+    outputs = [(q, of.query), (jax.ShapeDtypeStruct((R, H, T), jnp.float32), of.statistic)]
+    out, lse = of.call(_forward_kernel, inputs, outputs, of.query_grid, interpret)
     return out, (q, k, v, end, out, lse)
 
 
-def _flash_bwd(interpret, saved, grad):
-    return *_backward(*saved, grad, interpret), None
-
-
-_flash.defvjp(_flash_fwd, _flash_bwd)
-
-
-def _forward(q, k, v, end, interpret):
-    """The output, and log2 of the softmax's denominator [R, H, T]; 0 where nothing is seen."""
-    R, T, H, N = q.shape
-    specs = _Specs(q, k, _tiles(q)[0])
-    return specs.call(
-        _forward_kernel,
-        inputs=[(q, specs.query), (k, specs.keys), (v, specs.keys), *specs.mask(end)],
-        outputs=[(q, specs.query), (jax.ShapeDtypeStruct((R, H, T), jnp.float32), specs.statistic)],
-        grid=(pl.cdiv(T, specs.tiles.queries), H, R),
-        interpret=interpret,
-    )
-
-
-def _backward(q, k, v, end, out, lse, grad, interpret):
-    R, T, H, N = q.shape
-    K = k.shape[2]
-    _, tiles, of_keys = _tiles(q)
+def _backward(interpret, saved, grad):
+    q, k, v, end, out, lse = saved
     delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [R, H, T]
-    specs = _Specs(q, k, tiles)
-    (dq,) = specs.call(
-        _dq_kernel,
-        inputs=[(q, specs.query), (k, specs.keys), (v, specs.keys), *specs.mask(end)]
-        + [(grad, specs.query), (lse, specs.statistic), (delta, specs.statistic)],
-        outputs=[(q, specs.query)],
-        grid=(pl.cdiv(T, tiles.queries), H, R),
-        interpret=interpret,
-    )
-    specs = _Specs(q, k, of_keys)
-    dk, dv = specs.call(
-        _dkv_kernel,
-        inputs=[(q, specs.group), (k, specs.key), (v, specs.key), (end, specs.key_end)]
-        + [(grad, specs.group), (lse, specs.group_statistic), (delta, specs.group_statistic)],
-        outputs=[(k, specs.key), (v, specs.key)],
-        grid=(pl.cdiv(T, of_keys.keys), K, R),
-        interpret=interpret,
-    )
-    return dq, dk, dv
+    of = _Specs(q, k, "dq")
+    inputs = [(q, of.query), (k, of.keys), (v, of.keys), *of.mask(end)]
+    inputs += [(grad, of.query), (lse, of.statistic), (delta, of.statistic)]
+    (dq,) = of.call(_dq_kernel, inputs, [(q, of.query)], of.query_grid, interpret)
+    of = _Specs(q, k, "dkv")
+    inputs = [(q, of.group), (k, of.key), (v, of.key), (end, of.key_end)]
+    inputs += [(grad, of.group), (lse, of.group_statistic), (delta, of.group_statistic)]
+    dk, dv = of.call(_dkv_kernel, inputs, [(k, of.key), (v, of.key)], of.key_grid, interpret)
+    return dq, dk, dv, None
 
 
-def _tiles(q: jax.Array) -> tuple[Tiles, Tiles, Tiles]:
-    return TILES[q.dtype.itemsize, max(64, pl.next_power_of_2(q.shape[-1]))]
+_flash.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The parts of each array that a program may address, by what the array is.
+    """The part of each kind of array that a program may address.
 
-    A part may be larger than its array: Triton gets a pointer to its start, and all loads and
-    stores beyond the array are masked.
+    A part may exceed its array: Triton gets a pointer, and masks hide what lies beyond the array.
     """
 
-    def __init__(self, q: jax.Array, k: jax.Array, tiles: Tiles):
-        R, self.length, H, self.width = q.shape
-        G = H // k.shape[2]
-        self.tiles = tiles
-        width = max(16, pl.next_power_of_2(self.width))  # 16: the least that a product takes
-        queries, keys, whole = tiles.queries, tiles.keys, self.length
-        # grid: tile of queries, query head, row
-        self.query = pl.BlockSpec((None, queries, None, width), lambda i, h, r: (r, i, h, 0))
-        self.keys = pl.BlockSpec((None, whole, None, width), lambda i, h, r: (r, 0, h // G, 0))
-        self.statistic = pl.BlockSpec((None, None, queries), lambda i, h, r: (r, h, i))
-        self.of_row = lambda size: pl.BlockSpec((None, size), lambda i, h, r: (r, 0))
-        # grid: tile of keys, key head, row
-        self.key = pl.BlockSpec((None, keys, None, width), lambda j, k, r: (r, j, k, 0))
-        self.key_end = pl.BlockSpec((None, keys), lambda j, k, r: (r, j))
-        self.group = pl.BlockSpec((None, whole, G, width), lambda j, k, r: (r, 0, k, 0))
-        self.group_statistic = pl.BlockSpec((None, G, whole), lambda j, k, r: (r, k, 0))
+    def __init__(self, q: jax.Array, k: jax.Array, kernel: str):
+        R, T, H, N = q.shape
+        K, spec = k.shape[2], pl.BlockSpec
+        G, width = H // K, max(16, pl.next_power_of_2(N))  # 16: the least that a product takes
+        tiles = TILES[q.dtype.itemsize, max(64, width)][KERNELS.index(kernel)]
+        self.tiles, self.size = tiles, {"length": T, "width": N}
+        self.query_grid = (pl.cdiv(T, tiles.queries), H, R)
+        self.query = spec((None, tiles.queries, None, width), lambda i, h, r: (r, i, h, 0))
+        self.keys = spec((None, T, None, width), lambda i, h, r: (r, 0, h // G, 0))
+        self.statistic = spec((None, None, tiles.queries), lambda i, h, r: (r, h, i))
+        self.key_grid = (pl.cdiv(T, tiles.keys), K, R)
+        self.key = spec((None, tiles.keys, None, width), lambda j, k, r: (r, j, k, 0))
+        self.key_end = spec((None, tiles.keys), lambda j, k, r: (r, j))
+        self.group = spec((None, T, G, width), lambda j, k, r: (r, 0, k, 0))
+        self.group_statistic = spec((None, G, T), lambda j, k, r: (r, k, 0))
 
     def mask(self, end: jax.Array) -> list[tuple[jax.Array, pl.BlockSpec]]:
-        """The ends of keys, and the largest of each tile, padded to a power of two."""
+        """The ends of keys, and the largest of each tile; these are padded to a power of two."""
         R, T = end.shape
         count = max(16, pl.next_power_of_2(pl.cdiv(T, self.tiles.keys)))
         padded = jnp.pad(end, ((0, 0), (0, count * self.tiles.keys - T)))
         last = padded.reshape(R, count, self.tiles.keys).max(-1)
-        return [(end, self.of_row(T)), (last, self.of_row(count))]
+        return [(x, pl.BlockSpec((None, x.shape[1]), lambda i, h, r: (r, 0))) for x in (end, last)]
 
-    def call(self, kernel, *, inputs, outputs, grid, interpret: bool) -> Any:
+    def call(self, kernel, inputs, outputs, grid, interpret: bool) -> Any:
+        tiles = self.tiles
         return pl.pallas_call(
-            partial(kernel, tiles=self.tiles, length=self.length, width=self.width),
+            partial(kernel, tiles=tiles, **self.size),
             grid=grid,
             in_specs=[spec for _, spec in inputs],
             out_specs=[spec for _, spec in outputs],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
-            compiler_params=plgpu.CompilerParams(
-                num_warps=self.tiles.warps, num_stages=self.tiles.stages
-            ),
+            compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
             interpret=interpret,
             name="flash" + kernel.__name__.removesuffix("_kernel"),
         )(*(x for x, _ in inputs))
@@ -236,8 +192,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, end_ref, last_ref, out_ref, lse_ref, *,
     out, top, total = _over_keys(last_ref, first, tiles, size["length"], add, carry)
     total = jnp.where(total > 0, total, 1)  # of a query that sees nothing: out is 0
     _store(out_ref, out / total[:, None], first, **size)
-    lse = jnp.where(top > FLOOR, top + jnp.log2(total), 0)
-    plgpu.store(lse_ref, lse, mask=first + jnp.arange(tiles.queries) < size["length"])
+    inside = first + jnp.arange(tiles.queries) < size["length"]
+    plgpu.store(lse_ref, top + jnp.log2(total), mask=inside)
 
 
 def _dq_kernel(
@@ -265,8 +221,8 @@ def _dq_kernel(
 def _dkv_kernel(
     q_ref, k_ref, v_ref, end_ref, grad_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, tiles, **size
 ):
-    """Loops over the tiles of queries from the diagonal to the last query that sees a key, of all
-    query heads. Its scores are [S, T], so that no product needs a tile transposed in registers."""
+    """Loop over tiles of queries, from the diagonal to the last query that sees a key, of each
+    query head. Scores are [S, T], so that no product needs a tile transposed in registers."""
     first = pl.program_id(0) * tiles.keys
     load = partial(_load, **size)
     k, v = (load(ref, first, tiles.keys, at=0) for ref in (k_ref, v_ref))
@@ -282,12 +238,9 @@ def _dkv_kernel(
         at = (start + step - head * count) * tiles.queries
         q, grad = (load(ref, at, tiles.queries, of=(head,)) for ref in (q_ref, grad_ref))
         queries = at + jnp.arange(tiles.queries)
-        lse, delta = (
-            plgpu.load(
-                ref.at[head, pl.ds(at, tiles.queries)], mask=queries < size["length"], other=0
-            )
-            for ref in (lse_ref, delta_ref)
-        )
+        statistics = (ref.at[head, pl.ds(at, tiles.queries)] for ref in (lse_ref, delta_ref))
+        inside = queries < size["length"]
+        lse, delta = (plgpu.load(ref, mask=inside, other=0) for ref in statistics)
         seen = (keys[:, None] <= queries) & (queries < end[:, None])
         scores = jnp.where(seen, _dot(k, q.T) * (scale * LOG2_E) - lse, MASKED)
         weights = jnp.exp2(scores)
@@ -296,17 +249,16 @@ def _dkv_kernel(
         return dk + _dot(change.astype(q.dtype), q), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    heads = q_ref.shape[1]
-    dk, dv = lax.fori_loop(0, heads * count, add, (zeros, zeros))
+    dk, dv = lax.fori_loop(0, q_ref.shape[1] * count, add, (zeros, zeros))
     _store(dk_ref, dk * scale, first, **size)
     _store(dv_ref, dv, first, **size)
 
 
 def _over_keys(last_ref, first, tiles: Tiles, length: int, add, carry):
-    """`add` over the tiles of keys up to the diagonal, without those before the first key that is
-    seen, and without the next run that is not: a rejected answer's queries skip the chosen one.
+    """Loop over tiles of keys up to the diagonal. Skip the unseen ones before the first that is
+    seen, and the next run of unseen ones: a rejected answer's queries skip the chosen answer.
 
-    One loop with computed places, and no branch, is what Triton can pipeline.
+    The loop computes its place and has no branch, since Triton pipelines only such loops.
     """
     last = last_ref[...]
     place = jnp.arange(last.shape[0])
@@ -314,13 +266,9 @@ def _over_keys(last_ref, first, tiles: Tiles, length: int, add, carry):
     needed = (last > first) & (place < stop)
     start = jnp.min(jnp.where(needed, place, stop))
     gap = jnp.min(jnp.where(needed | (place < start), stop, jnp.minimum(place, stop)))
-    resume = jnp.min(jnp.where(needed & (place > gap), place, stop))
-
-    def step(i, carry):
-        j = start + i
-        return add(jnp.where(j < gap, j, j - gap + resume), carry)
-
-    return lax.fori_loop(0, gap - start + stop - resume, step, carry)
+    skip = jnp.min(jnp.where(needed & (place > gap), place, stop)) - gap
+    end = stop - skip
+    return lax.fori_loop(start, end, lambda i, c: add(jnp.where(i < gap, i, i + skip), c), carry)
 
 
 def _seen(first_query, first_key, end_ref, tiles: Tiles, length: int) -> jax.Array:
@@ -336,17 +284,15 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _inside(rows, length: int, width: int, padded: int) -> jax.Array:
-    return (rows < length)[:, None] & (jnp.arange(padded) < width)
+def _inside(ref, first, size: int, length: int, width: int) -> jax.Array:
+    return (first + jnp.arange(size) < length)[:, None] & (jnp.arange(ref.shape[-1]) < width)
 
 
 def _load(ref, first, size: int, *, length: int, width: int, at=None, of: tuple = ()) -> jax.Array:
-    """A tile [size, padded width], which starts at row `at` (`first` by default) of the ref, of the
-    head `of`; 0 beyond the row's length and the head's width."""
-    mask = _inside(first + jnp.arange(size), length, width, ref.shape[-1])
-    return plgpu.load(ref.at[pl.ds(first if at is None else at, size), *of], mask=mask, other=0)
+    """A tile [size, padded width], at row `at` of the ref (default: `first`) and head `of`."""
+    index = (pl.ds(first if at is None else at, size), *of)
+    return plgpu.load(ref.at[index], mask=_inside(ref, first, size, length, width), other=0)
 
 
-def _store(ref, tile, first, *, length: int, width: int) -> None:
-    mask = _inside(first + jnp.arange(len(tile)), length, width, ref.shape[-1])
-    plgpu.store(ref, tile.astype(ref.dtype), mask=mask)
+def _store(ref, tile, first, **size) -> None:
+    plgpu.store(ref, tile.astype(ref.dtype), mask=_inside(ref, first, len(tile), **size))
