@@ -3,12 +3,11 @@
 import jax
 import numpy as np
 import pytest
-import test_parity
-import tiny
-from test_data import TASK, load
 
 from easyaira.data.batches import LAYOUT, UNSEEN, Batches, bucket, pack
 from easyaira.objectives import pair_scores, sft
+from helpers import tiny
+from helpers.examples import TASK, load
 
 
 def batches(tmp_path, *, pairs=False, **kwargs):
@@ -124,9 +123,9 @@ def test_pairs_without_a_prompt_can_be_shared_too(tmp_path):
     assert shared_as_two(b[0]) == sequences(wanted[0])
 
 
-@pytest.mark.parametrize("case", test_parity.CASES)
+@pytest.mark.parametrize("case", tiny.CASES)
 def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(case, tmp_path):
-    tiny.save(tmp_path / "model", test_parity.CASES[case])
+    tiny.save(tmp_path / "model", tiny.CASES[case])
     model, params = tiny.load(tmp_path / "model")
     weights = np.random.default_rng(0).normal(size=(8, 2))
 
@@ -152,7 +151,7 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
 
 @pytest.mark.parametrize("case", tiny.CONFIGS)
 def test_a_changed_token_leaves_the_other_answer_and_all_other_pairs_as_they_were(case, tmp_path):
-    tiny.save(tmp_path / "model", test_parity.CASES[case])
+    tiny.save(tmp_path / "model", tiny.CASES[case])
     model, params = tiny.load(tmp_path / "model")
     batch = batches(tmp_path, pairs=True, share_prompt=True)[0]
     rows = {name: batch.arrays[name][0] for name in LAYOUT}

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+
+from helpers import tiny
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from benchmarks import show, sides, tracing, training

@@ -7,7 +7,6 @@ import shutil
 
 import jax
 import pytest
-import tiny
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
@@ -16,6 +15,7 @@ from easyaira import mesh as meshes
 from easyaira.config import TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.prepare import prepare
+from helpers import tiny
 
 NASTY = "a|b\n---\nlicense: mit\n```\n# <script>x</script> [l](u) \"q\" 'p' {y: z} & \\ é \x07"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -26,6 +25,7 @@ from easyaira.errors import ConfigError
 from easyaira.mesh import make_mesh
 from easyaira.models.registry import model_of
 from easyaira.prepare import find, updates
+from helpers import tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

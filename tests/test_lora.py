@@ -3,18 +3,15 @@
 import json
 import shutil
 import statistics
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_training import configure, losses_of, same_bits, stop_after
 from transformers import AutoModelForCausalLM
 
-from easyaira import convert, lora, losses, metrics, optim, plan, prepare, quantize
+from easyaira import convert, lora, losses, optim, plan, prepare, quantize
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import LoraConfig
@@ -22,6 +19,8 @@ from easyaira.errors import ConfigError, Preempted, WeightsError
 from easyaira.models.registry import model_of
 from easyaira.pretrained import Pretrained, find
 from easyaira.run import run
+from helpers import tiny
+from helpers.runs import configure, losses_of, same_bits, stop_after, train
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -429,21 +428,9 @@ def test_adapters_are_divided_as_their_kernels_are(kind, devices):
 LORA = {"lora.r": 4, "lora.alpha": 8, "optimizer.learning_rate": 2e-2}
 
 
-def setup_of(task, kind, models, data, out, **options):
-    options = LORA | {"lora.target_modules": json.dumps(TARGETS[kind]), **options}
-    config, algorithm = configure(task, models / kind, data, out, **options)
-    return config, algorithm
-
-
-def train(task, kind, models, data, out, **options):
-    """Run; returns the rows of metrics.jsonl and the adapter."""
-    config, algorithm = setup_of(task, kind, models, data, out, **options)
-    run(config, algorithm, dry_run=False)
-    setup = prepare.prepare(config, algorithm)
-    checkpoints = Checkpoints(Path(out) / "checkpoints")
-    params = checkpoints.restore_params(checkpoints.latest(), setup.trained())
-    checkpoints.close()
-    return metrics.read(Path(out) / "metrics.jsonl"), jax.device_get(params)
+def adapted(kind, **options):
+    """The options of a run that trains an adapter."""
+    return LORA | {"lora.target_modules": json.dumps(TARGETS[kind]), **options}
 
 
 def far(a, b):
@@ -467,10 +454,14 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
 
     monkeypatch.setattr(trainer, "fit", watched)
     options = {"lora.quantize": quantized} if quantized else {}
-    rows, params = train("sft", "llama", models, data, tmp_path / "run", **options)
+    rows, params = train(
+        "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
+    )
     assert losses_of(rows)[-1] < 0.8 * losses_of(rows)[0]
     assert all(leaf.any() for leaf in jax.tree.leaves(params))
-    config, algorithm = setup_of("sft", "llama", models, data, tmp_path / "run", **options)
+    config, algorithm = configure(
+        "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
+    )
     setup = prepare.prepare(config, algorithm)
     count = setup.adapter.parameter_count()
     moments = [leaf.size for leaf in jax.tree.leaves(seen["opt_state"]) if leaf.size > 1]
@@ -487,9 +478,9 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
 
 @pytest.mark.parametrize("kind, quantized", [("gpt2", None), ("llama", "nf4")])
 def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data, tmp_path):
-    options = {"data.eval": 0.2, "max_steps": 10}
+    options = adapted(kind, **{"data.eval": 0.2, "max_steps": 10})
     options |= {"lora.quantize": quantized} if quantized else {}
-    args = ("dpo", kind, models, data)
+    args = ("dpo", models / kind, data)
     rows, params = train(*args, tmp_path / "before", **options)
     in_step, other = train(
         *args, tmp_path / "in-step", **options, **{"dpo.precompute_ref_log_probs": False}
@@ -504,7 +495,7 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
         for name in ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), abs=1e-5)
     # the reference is the base: its log-probabilities are those of a run that trains all weights
-    config, algorithm = setup_of(*args, tmp_path / "x", **options)
+    config, algorithm = configure(*args, tmp_path / "x", **options)
     setup = prepare.prepare(config, algorithm)
     batch = jax.tree.map(lambda x: x[0], dict(setup.batches[0].arrays))
     from easyaira.objectives import pair_scores
@@ -518,7 +509,9 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
 
 def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
     options = {"dpo.precompute_ref_log_probs": False}
-    config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+    config, algorithm = configure(
+        "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
+    )
     setup = prepare.prepare(config, algorithm)
     frozen = setup.frozen(setup.load())
     assert len(jax.tree.leaves(frozen.base)) == 12
@@ -536,7 +529,9 @@ def test_another_reference_stands_alone(models, data, tmp_path):
     found = []
     for precompute in (True, False):
         options["dpo.precompute_ref_log_probs"] = precompute
-        rows, _ = train("dpo", "llama", models, data, tmp_path / str(precompute), **options)
+        rows, _ = train(
+            "dpo", models / "llama", data, tmp_path / str(precompute), **adapted("llama", **options)
+        )
         assert rows[0]["rewards/margins"] != 0
         found.append(losses_of(rows))
     np.testing.assert_allclose(*found, atol=1e-5)
@@ -546,8 +541,8 @@ def test_another_reference_stands_alone(models, data, tmp_path):
 def test_stop_and_continue_is_the_same_run_bit_for_bit(
     task, extra, models, data, tmp_path, monkeypatch
 ):
-    args = (task, "gpt2", models, data)
-    options = {"lora.dropout": 0.3, "logging_steps": 4, **extra}
+    args = (task, models / "gpt2", data)
+    options = adapted("gpt2", **{"lora.dropout": 0.3, "logging_steps": 4}, **extra)
     rows, params = train(*args, tmp_path / "through", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
@@ -560,14 +555,14 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(
 
 def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
     shutil.copytree(models / "gpt2", tmp_path / "gpt2")
-    args = ("sft", "gpt2", tmp_path, data, tmp_path / "run")
+    args = ("sft", tmp_path / "gpt2", data, tmp_path / "run")
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(Preempted):
-            train(*args)
+            train(*args, **adapted("gpt2"))
     tiny.save(tmp_path / "gpt2", tiny.CONFIGS["gpt2"], std=0.19)
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
-        train(*args)
+        train(*args, **adapted("gpt2"))
     found = find(str(tmp_path / "run"))
     model = model_of(found.config, "run")
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
@@ -579,9 +574,9 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("quantized", [None, "int8", "nf4"])
 def test_meshes_agree_with_one_device(quantized, models, data, tmp_path, devices):
-    options = {"max_steps": 5, "eval_steps": 0}
+    options = adapted("gpt2", max_steps=5, eval_steps=0)
     options |= {"lora.quantize": quantized} if quantized else {}
-    args = ("sft", "gpt2", models, data)
+    args = ("sft", models / "gpt2", data)
     rows, params = train(*args, tmp_path / "one", **options)
     devices(8)
     for mesh in ("1,8,1", "2,2,2"):
@@ -593,8 +588,8 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
     """The adapter's folder, the merged folder, and the run itself say the same."""
     from peft import PeftModel
 
-    out = tmp_path / "run"
-    rows, params = train("sft", "gpt2", models, data, out, export=True, max_steps=10)
+    out, options = tmp_path / "run", {"export": True, "max_steps": 10}
+    rows, params = train("sft", models / "gpt2", data, out, **adapted("gpt2", **options))
     proof = json.loads((out / "hf/export_report.json").read_text())
     assert proof["logits"]["compared"]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md",
@@ -622,10 +617,10 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
 
 def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     """A run goes on from a LoRA run's merged weights; another from the exported adapter itself."""
-    first = tmp_path / "first"
-    rows, params = train("sft", "llama", models, data, first, export=True, max_steps=10)
+    first, options = tmp_path / "first", {"export": True, "max_steps": 10}
+    _, params = train("sft", models / "llama", data, first, **adapted("llama", **options))
     config, algorithm = configure(
-        "sft", first, data, tmp_path / "second", **LORA, max_steps=4,
+        "sft", first, data, tmp_path / "second", max_steps=4, **LORA,
         **{"lora.target_modules": "[q_proj]"},
     )  # fmt: skip
     setup = prepare.prepare(config, algorithm)
@@ -637,11 +632,10 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     assert found.adapter["base"]["name"] == str(first / "checkpoints/10")
     near(logits(setup.model, found.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
 
-    options = {"lora.adapter": first / "hf", "max_steps": 4}
-    again, _ = train("dpo", "llama", models, data, tmp_path / "third", **options)
+    args, options = ("dpo", models / "llama", data), {"lora.adapter": first / "hf", "max_steps": 4}
+    again, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
     assert again[0]["rewards/margins"] == 0  # the reference is what the policy starts from
-    config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare.prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
     same_bits(jax.device_get(setup.start()), params)
     for change, message in (
         ({"lora.r": 2}, "lora.r: 2 here and 4 in"),
@@ -650,13 +644,11 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             prepare.prepare(
-                *setup_of("dpo", "llama", models, data, tmp_path / "x", **options, **change)
+                *configure(*args, tmp_path / "x", **adapted("llama", **options, **change))
             )
+    fewer = {"lora.target_modules": "[q_proj]"}
     with pytest.raises(WeightsError, match="which lora.target_modules does not name"):
-        prepare.prepare(
-            *setup_of("dpo", "llama", models, data, tmp_path / "x",
-                      **options, **{"lora.target_modules": "[q_proj]"})
-        )  # fmt: skip
+        prepare.prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
 
 
 @pytest.mark.parametrize(
@@ -678,7 +670,9 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
     tiny.tokenizer(310).save_pretrained(tmp_path / "longer")
     options["model.tokenizer"] = tmp_path / "longer"
     with pytest.raises(ConfigError, match="embeddings that adapters do not train"):
-        prepare.prepare(*setup_of("sft", "llama", models, data, tmp_path / "x", **options))
+        prepare.prepare(
+            *configure("sft", models / "llama", data, tmp_path / "x", **adapted("llama", **options))
+        )
     tiny.save(tmp_path / "hf", tiny.CONFIGS["gpt2"])
     convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
     with pytest.raises(ConfigError, match="has no adapters"):
@@ -689,7 +683,9 @@ def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
     said = {}
     for how in (None, "nf4"):
         options = {"lora.quantize": how} if how else {}
-        config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+        config, algorithm = configure(
+            "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
+        )
         setup = prepare.prepare(config, algorithm)
         said[how] = plan.describe(setup)
         count = f"{setup.adapter.parameter_count():,} trainable parameters"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec as P
 
 from easyaira import mesh as meshes
@@ -15,6 +14,7 @@ from easyaira.errors import ConfigError, WeightsError
 from easyaira.losses import token_nll
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of, resize
+from helpers import tiny
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from easyaira import optim
@@ -12,6 +11,7 @@ from easyaira.config import OptimizerConfig
 from easyaira.errors import ConfigError
 from easyaira.mesh import path_of
 from easyaira.models.registry import model_of
+from helpers import tiny
 
 
 def test_cosine_points_of_aira_2_124m():

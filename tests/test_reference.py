@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import tiny
-from test_training import configure, train
 
 from easyaira import reference
 from easyaira.data import dataset
 from easyaira.errors import Preempted
 from easyaira.run import run
+from helpers import tiny
+from helpers.runs import configure, train
 
 FEW = {"max_steps": 4, "data.eval": 0.2}
 
