@@ -56,7 +56,7 @@ def reference_model(setup: Setup) -> Model:
     Raises:
         ConfigError: it does not share the policy's vocabulary.
     """
-    name = setup.config.model.ref_name_or_path
+    name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.model
     found = pretrained.find(name)
@@ -72,7 +72,7 @@ def reference_model(setup: Setup) -> Model:
 
 def reference_weights(setup: Setup) -> Any:
     """Always those that were there before training, whatever has been trained since."""
-    name = setup.config.model.ref_name_or_path
+    name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.load()
     return pretrained.find(name).load(reference_model(setup), setup.mesh)
