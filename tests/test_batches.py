@@ -1,6 +1,7 @@
 """Examples to batches: packing and sharing change where tokens lie, and nothing else."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,7 +132,7 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
 
     def measure(**kwargs):
         batch = batches(tmp_path, pairs=True, **kwargs)[0]
-        arrays = {name: batch.arrays[name][0] for name in LAYOUT}
+        arrays = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
 
         def total(params):
             logps = pair_scores(model, params, arrays, pairs=8).logps
@@ -182,9 +183,9 @@ def test_padding_that_is_learned_is_seen_by_no_token(tmp_path):
     assert batch.num_tokens == (40 - data.unseen).sum() == batch.filled
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"] | {"vocab_size": 400})
     model, params = tiny.load(tmp_path / "model")
-    lines = {name: batch.arrays[name][0] for name in LAYOUT}
+    lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
     before = np.asarray(model.apply(params, lines)[0])
-    other = np.where(sides[0] == UNSEEN, 7, lines["tokens"])
+    other = jnp.where(sides[0] == UNSEEN, 7, lines["tokens"])
     after = np.asarray(model.apply(params, lines | {"tokens": other})[0])
     seen = sides[0] != UNSEEN
     assert np.array_equal(before[seen], after[seen]) and not np.array_equal(before, after)
@@ -286,7 +287,7 @@ def test_compat_aira_is_the_loss_of_the_original_script(tmp_path):
         wanted = theirs(input_ids=ids, attention_mask=real.long(), labels=ids).loss.item()
     for packing in (False, True):
         batch = Batches(data, 8, packing=packing)[0]
-        lines = {name: batch.arrays[name][0] for name in LAYOUT}
+        lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
         total, count = sft(model)(params, None, lines, None)["loss"]
         assert count == 8 * 39
         assert abs(total / count - wanted) < 1e-5

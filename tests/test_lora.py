@@ -497,7 +497,7 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
     # the reference is the base: its log-probabilities are those of a run that trains all weights
     config, algorithm = configure(*args, tmp_path / "x", **options)
     setup = prepare.prepare(config, algorithm)
-    batch = jax.tree.map(lambda x: x[0], dict(setup.batches[0].arrays))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(setup.batches[0].arrays))
     from easyaira.objectives import pair_scores
 
     plain, start = (

@@ -208,7 +208,7 @@ def test_scores_of_the_released_folder_are_those_that_were_measured(released, gr
     accuracy are those of all held-out scores."""
     for (kind, data), folder in released.items():
         config, algorithm = configure(
-            ground, kind, data, folder, **{"data.eval": 0.2, "reward.label": "GOOD"}
+            *reward(ground, kind, data), folder, **{"data.eval": 0.2, "reward.label": "GOOD"}
         )
         held_out = prepare.prepare(config, algorithm).data.held_out
         last = metrics.read(folder / "metrics.jsonl")[-1]
@@ -267,7 +267,7 @@ def test_a_released_scorer_and_its_run_are_gone_on_with(released, ground, tmp_pa
 
 def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp_path, capsys):
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
-    options = {"data.template": "tulu", "max_steps": 2}
+    options = {"data.template": "tulu", "max_steps": 2, "optimizer.warmup_steps": 0}
     train("sft", ground / "llama", tmp_path, tmp_path / "sft", **options)
     capsys.readouterr()
     options = {"model.name_or_path": tmp_path / "sft", "optimizer.learning_rate": 0.0}
@@ -466,7 +466,7 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
     before = {path.name: path.read_bytes() for path in (lora_ground / "llama").iterdir()}
     out, options = tmp_path / "run", {"data.eval": 0.2, "optimizer.learning_rate": 2e-2}
     config, algorithm = configure(
-        lora_ground, "llama", "pair", out, **with_lora("llama", export=True, **options)
+        *reward(lora_ground, "llama", "pair"), out, **with_lora("llama", export=True, **options)
     )
     run(config, algorithm, dry_run=False)
     assert "head    score/linear/kernel drawn" in capsys.readouterr().out

@@ -3,7 +3,11 @@
 import ast
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
+
+from easyaira import losses
 
 TESTS = Path(__file__).parent
 
@@ -17,3 +21,10 @@ def test_no_test_imports_another(path):
         for name in names:
             module = name.removeprefix("tests.").split(".")[0]
             assert not module.startswith(("test_", "conftest")), f"{path.name} imports {name}"
+
+
+def test_shapes_of_arguments_are_checked():
+    """By the hook in conftest.py, which names the modules."""
+    hidden, head, tokens = jnp.zeros((2, 3, 8)), jnp.zeros((7, 5)), jnp.zeros((2, 3), jnp.int32)
+    with pytest.raises(TypeCheckError, match="head"):
+        losses.token_logps(hidden, head, tokens, vocab_size=5)
