@@ -20,8 +20,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# shapes and types of arguments are checked where arrays are: elsewhere beartype refuses much that is
-# no mistake, such as jsonargparse's restricted numbers and Linen's wrapped modules
+# arguments are checked where arrays are: elsewhere beartype refuses much that is no mistake, such as
+# jsonargparse's restricted numbers
 CHECKED = [f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "optim")]
 install_import_hook(CHECKED, "beartype.beartype")
 
