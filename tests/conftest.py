@@ -12,15 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # what one test has compiled, the next one reads
 cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# arguments are checked where arrays are: elsewhere beartype refuses much that is no mistake, such as
+# arguments are checked where arrays are; elsewhere beartype refuses what is no mistake, such as
 # jsonargparse's restricted numbers
 CHECKED = [f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "optim")]
 install_import_hook(CHECKED, "beartype.beartype")

@@ -124,6 +124,7 @@ def test_pairs_without_a_prompt_can_be_shared_too(tmp_path):
     assert shared_as_two(b[0]) == sequences(wanted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(case, tmp_path):
     tiny.save(tmp_path / "model", tiny.CASES[case])

@@ -215,6 +215,7 @@ def test_a_failed_save_is_told_and_what_was_saved_is_still_known(eight, tmp_path
     assert restore_latest(tmp_path, eight).step == 2
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_in_a_save_ends_with_the_same_bits(tmp_path):
     new, items = "4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp/{}.orbax-checkpoint-tmp"
     points = [
@@ -254,6 +255,7 @@ def weights_of(folder, step):
     return {name: value for name, value in sums.items() if "/" in name}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_good_one_to_the_same_weights(models, data, tmp_path, capsys):
     run, place = tmp_path / "run", tmp_path / "elsewhere"
     arguments = argv("sft", models / "gpt2", data, run, checkpoint_dir=place, **SAVED)
@@ -331,6 +333,7 @@ def bucket(tmp_path_factory):
     server.wait()
 
 
+@pytest.mark.slow
 def test_an_object_store_does_all_that_a_folder_does(bucket, eight, capsys):
     folder = f"{bucket}/run"
     store = checkpoint.fsspec_backend.fs(folder)

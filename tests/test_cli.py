@@ -115,8 +115,3 @@ def test_print_config_prints_the_resolved_configuration(capsys):
     assert not end.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["optimizer"]["learning_rate"] == 5e-5
-
-
-def test_dry_run_is_a_flag():
-    assert cli.parse(TrainSFT, [*NEEDED, "--dry_run"])[1]
-    assert not cli.parse(TrainSFT, NEEDED)[1]

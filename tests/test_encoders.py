@@ -161,6 +161,7 @@ def test_a_token_of_an_encoder_sees_its_whole_text_and_no_other(case, tmp_path):
         assert (after != before).tolist() == [place < 5, place >= 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, dtype", [(case, torch.float32) for case in tiny.SCORERS] + [("bert", torch.bfloat16)]
 )

@@ -44,6 +44,7 @@ FAULTS = {  # what befalls which host: statuses, the last line of both, and its 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault):
     ended = two(fault)
@@ -55,6 +56,7 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault)
     assert "alike" not in ended.out[1]  # the first process prints
 
 
+@pytest.mark.slow
 def test_a_host_whose_others_never_come_says_so():
     """The first process, and another one, each with an address of its own."""
     ended = Ended(
@@ -65,6 +67,7 @@ def test_a_host_whose_others_never_come_says_so():
         assert "error: distributed: the other processes did not come to 127.0.0.1" in ended.last(i)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_alone_ends_too_when_it_hangs():
     ended = Ended([start(["-m", "helpers.hosts_child", 0, 1, 0, "hangs on 0"])], 60)
     assert ended.statuses == [5], ended
@@ -156,6 +159,7 @@ def exported(folder):
     return json.loads((folder / "hf/export_report.json").read_text())["tensors"]
 
 
+@pytest.mark.slow
 def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, devices, monkeypatch):
     steps, mesh = "--max_steps=8", "--mesh=fsdp=4,tp=2"
     few = ["--data.eval=null", "--export=false"]
@@ -213,6 +217,7 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
             assert losses(folder)[step] == pytest.approx(loss, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_host_that_cannot_write_its_part_of_a_checkpoint_ends_all(ground, tmp_path):
     few = ["--data.eval=null", "--export=false"]
     ended = hosts(2, 1, tmp_path, command(ground, tmp_path / "run", *few), point="disk full")
@@ -222,6 +227,7 @@ def test_a_host_that_cannot_write_its_part_of_a_checkpoint_ends_all(ground, tmp_
     assert ended.last(1).startswith(f"error: {problem}"), ended
 
 
+@pytest.mark.slow
 def test_hosts_that_differ_say_in_what_and_write_nothing(ground, tmp_path):
     other = ["--optimizer.learning_rate=1e-4"]
     ended = hosts(2, 1, tmp_path / "run", command(ground, tmp_path / "run"), last=other)
@@ -248,6 +254,7 @@ def test_what_hosts_compare_changes_with_all_that_decides_a_run(monkeypatch, tmp
     ]
 
 
+@pytest.mark.slow
 def test_a_sample_tells_weights_from_others(ground, tmp_path):
     """Of a folder by any change of a tensor's first or last values, of a run by any of its own."""
     other = Path(shutil.copytree(ground / "gpt2", tmp_path / "gpt2"))
@@ -281,6 +288,7 @@ def test_a_host_ends_with_the_cause_and_its_status(monkeypatch):
         assert ended.value.code == wanted
 
 
+@pytest.mark.slow
 def test_a_process_whose_reader_has_gone_ends_as_it_should():
     """Standard error is closed from the start, or a pipe that nobody reads any more."""
     arguments = f"{sys.executable} -m helpers.hosts_child 0 1 0 'hangs on 0'"
@@ -301,6 +309,7 @@ POINTS = {  # where a signal comes, and what is said
 }
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_time_ends_with_75_and_the_same_command_goes_on(ground, tmp_path):
     def job(point, folder):
         out = str(tmp_path / f"{folder}.txt")

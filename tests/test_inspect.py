@@ -67,6 +67,7 @@ def test_columns_that_fit_two_tasks_ask_for_the_task(ground):
     assert look(ground, "both", "--task=sft")["recipe"]["task"] == "conversation"
 
 
+@pytest.mark.slow
 def test_a_run_may_follow_in_the_same_folder(ground, capsys):
     look(ground, "sft")
     before = json.loads((ground / "look/data_report.json").read_text())

@@ -179,14 +179,6 @@ def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
     assert all(jax.tree.leaves(optim.decays(adapter.shapes)))
 
 
-def test_the_parameters_of_the_backward_model():
-    model = model_of(LLAMA_2_7B, "here")
-    adapter = lora.adapter_of(LoraConfig(ATTENTION, r=8, alpha=32.0), model)
-    assert adapter.parameter_count() == 8_388_608
-    assert model.parameter_count() == 6_738_415_616
-    assert adapter.scale == 4
-
-
 def test_dropout_of_adapters_is_active_with_a_key_and_only_then(models):
     model, base = tiny.load(models / "llama")
     plain, dropping = (adapter_for("llama", model, dropout=rate) for rate in (0.0, 0.5))
@@ -437,6 +429,7 @@ def far(a, b):
     assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [None, "nf4"])
 def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path, monkeypatch):
     from easyaira import trainer
@@ -476,6 +469,7 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
         assert "lora_a" in stored and "kernel" not in stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, quantized", [("gpt2", None), ("llama", "nf4")])
 def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data, tmp_path):
     options = adapted(kind, **{"data.eval": 0.2, "max_steps": 10})
@@ -523,6 +517,7 @@ def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
         assert a.shape == b.shape and a.dtype == b.dtype
 
 
+@pytest.mark.slow
 def test_another_reference_stands_alone(models, data, tmp_path):
     tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"])
     options = {"model.ref_name_or_path": tmp_path / "other", "max_steps": 4}
@@ -537,22 +532,7 @@ def test_another_reference_stands_alone(models, data, tmp_path):
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
-@pytest.mark.parametrize("task, extra", [("sft", {"lora.quantize": "nf4"}), ("dpo", {})])
-def test_stop_and_continue_is_the_same_run_bit_for_bit(
-    task, extra, models, data, tmp_path, monkeypatch
-):
-    args = (task, models / "gpt2", data)
-    options = adapted("gpt2", **{"lora.dropout": 0.3, "logging_steps": 4}, **extra)
-    rows, params = train(*args, tmp_path / "through", **options)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        with pytest.raises(Preempted):
-            train(*args, tmp_path / "stopped", **options)
-    again_rows, again = train(*args, tmp_path / "stopped", **options)
-    same_bits(again, params)
-    assert losses_of(again_rows) == losses_of(rows)
-
-
+@pytest.mark.slow
 def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
     shutil.copytree(models / "gpt2", tmp_path / "gpt2")
     args = ("sft", tmp_path / "gpt2", data, tmp_path / "run")
@@ -572,18 +552,7 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
         find(str(tmp_path / "run")).check(model)
 
 
-@pytest.mark.parametrize("quantized", [None, "int8", "nf4"])
-def test_meshes_agree_with_one_device(quantized, models, data, tmp_path, devices):
-    options = adapted("gpt2", max_steps=5, eval_steps=0)
-    options |= {"lora.quantize": quantized} if quantized else {}
-    args = ("sft", models / "gpt2", data)
-    rows, params = train(*args, tmp_path / "one", **options)
-    devices(8)
-    for mesh in ("1,8,1", "2,2,2"):
-        other_rows, other = train(*args, tmp_path / mesh[:3], mesh=mesh, **options)
-        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-
-
+@pytest.mark.slow
 def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_path, capsys):
     """The adapter's folder, the merged folder, and the run itself say the same."""
     from peft import PeftModel
@@ -615,6 +584,7 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
     assert np.abs(untuned - ours).max() > 0.1
 
 
+@pytest.mark.slow
 def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     """A run goes on from a LoRA run's merged weights; another from the exported adapter itself."""
     first, options = tmp_path / "first", {"export": True, "max_steps": 10}

@@ -14,13 +14,6 @@ from easyaira.models.registry import model_of
 from helpers import tiny
 
 
-def test_cosine_points_of_aira_2_124m():
-    rate = optim.make_schedule(OptimizerConfig(learning_rate=5e-4, warmup_steps=100), 6530)
-    points = {0: 0.0, 50: 2.5e-4, 100: 5e-4, 3315: 2.5e-4, 6530: 0.0}
-    for step, wanted in points.items():
-        assert float(rate(step)) == pytest.approx(wanted, abs=1e-9)
-
-
 def test_linear_points_of_tulu_dpo():
     config = OptimizerConfig(learning_rate=5e-7, warmup_ratio=0.1, lr_scheduler_type="linear")
     assert optim.warmup_steps(config, 5523) == 553

@@ -78,6 +78,7 @@ def test_logits_loss_and_gradients(case, side, tmp_path):
     assert not grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, dtype",
     [(case, torch.float32) for case in tiny.CASES]
@@ -102,6 +103,7 @@ def test_there_and_back_bit_for_bit(case, dtype, tmp_path):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 def test_tied_weights_follow_each_other_after_export(tmp_path):
     tiny.save(tmp_path / "hf", tiny.CASES["gpt2"])
     convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))

@@ -220,6 +220,7 @@ def test_a_program_that_the_compiler_refuses_is_no_error(said, needed):
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     devices(8)
     options = {"mesh": "dp=2,fsdp=2,tp=2", "gradient_accumulation_steps": 2}
@@ -238,6 +239,7 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     assert "2 micro-batches of 4 x" in told
 
 
+@pytest.mark.slow
 def test_operations_are_those_that_the_compiler_counts(ground):
     """Of one layer: the compiler counts a loop's body once."""
     config, algorithm = planned(ground, model="one", train_batch_size=32)
@@ -249,6 +251,7 @@ def test_operations_are_those_that_the_compiler_counts(ground):
     assert sum(work.values()) == pytest.approx(counted, rel=0.04)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(ground, devices):
     devices(4)
     setup = prepare.prepare(*planned(ground, mesh="fsdp=2,tp=2"))
@@ -267,6 +270,7 @@ def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(groun
     assert gathered() == [f"{path} {shape} is not divided, although fsdp x tp = 4"]
 
 
+@pytest.mark.slow
 def test_search_proposes_what_fits(ground, devices, monkeypatch):
     """With a stand-in for the compiler, which takes what must be kept for what is needed."""
     devices(2)

@@ -34,6 +34,7 @@ def command(ground, task, out, *flags, model="gpt2"):
     return argv(task, ground / model, ground, out, *flags, **FEW)
 
 
+@pytest.mark.slow
 def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pictures):
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
     extra = ["--data.template=aira", "--model.init=random", "--optimizer.weight_decay=0.1"]
@@ -100,6 +101,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
     assert status == 0 and "finished after 4 updates; nothing to do" in out
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -170,6 +172,7 @@ def test_debug_shows_where_an_error_comes_from(ground, tmp_path):
         cli.run_command(train_sft.main, command(ground, "sft", tmp_path, "--mesh=dp=3", "--debug"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra, message",
     [
@@ -190,6 +193,7 @@ def test_another_runs_folder_is_refused(extra, message, ground, tmp_path, capsys
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_and_changed_logging_is_not(ground, tmp_path, capsys):
     data = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(20))
     arguments = command(ground, "sft", tmp_path / "run", f"--data.train={data}", "--export=false")
@@ -201,6 +205,7 @@ def test_changed_data_are_refused_and_changed_logging_is_not(ground, tmp_path, c
     assert status == 2 and "was trained on other rows" in err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, tmp_path, capsys):
     arguments = command(ground, "sft", tmp_path / "run")
     assert call(train_sft.main, [*arguments, "--export=false"], capsys)[0] == 0
@@ -209,6 +214,7 @@ def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, t
     assert status == 0 and "continues" in out and (tmp_path / "run/hf/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     ground, tmp_path, capsys, monkeypatch
 ):
@@ -261,6 +267,7 @@ def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_pat
         metrics.Log(tmp_path / "nowhere", 0, 9, False)
 
 
+@pytest.mark.slow
 def test_two_runs_are_not_in_one_folder(ground, tmp_path, capsys):
     folder = tmp_path / "run"
     with run_folder._locked(folder):
@@ -283,6 +290,7 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
         assert got == status and message in err, err
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys, monkeypatch):
     from easyaira import release
 
@@ -297,6 +305,7 @@ def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys,
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
+@pytest.mark.slow
 def test_an_export_in_another_dtype_says_so(ground, tmp_path, capsys):
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     arguments = ["to_hf", tmp_path / "ours", tmp_path / "x", "--dtype=bfloat16"]

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyaira import losses, metrics, prepare, trainer
+from easyaira import losses, prepare, trainer
 from easyaira.errors import ConfigError, NonFiniteError
 from easyaira.models import attention
 from easyaira.models.layers import padded_vocab
 from helpers import tiny
 from helpers.loops import torch_adamw, torch_rate, torch_step
-from helpers.runs import STEPS, close, configure, losses_of, result, same_bits, stop_after, train
+from helpers.runs import STEPS, close, configure, losses_of, result, same_bits, train
 
 # ---------------------------------------------------------------------------------------------
 # against torch
@@ -108,6 +108,7 @@ def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
 # the same run in other ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models, data, tmp_path):
     args = (task, models / "llama", data)
@@ -124,6 +125,7 @@ def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models,
         close(other, params, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, kernel", [("sft", "xla"), ("dpo", "xla"), ("dpo", "splash")])
 def test_every_fast_path_at_once_changes_nothing(
     task, kernel, models, data, tmp_path, devices, monkeypatch
@@ -149,6 +151,7 @@ def test_every_fast_path_at_once_changes_nothing(
     close(other, params, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_last_smaller_update_is_weighted_by_what_it_holds(task, models, data, tmp_path):
     """12 rows in updates of 8: the second holds 4, alone or in unequal micro-batches."""
@@ -162,73 +165,7 @@ def test_a_last_smaller_update_is_weighted_by_what_it_holds(task, models, data, 
     close(whole[1], parts[1], 1e-5)
 
 
-@pytest.mark.parametrize("task, kind", [("sft", "gpt2"), ("dpo", "llama")])
-def test_meshes_agree_with_one_device(task, kind, models, data, tmp_path, devices):
-    args = (task, models / kind, data)
-    rows, params = train(*args, tmp_path / "one", max_steps=5, eval_steps=0)
-    for mesh in ("8,1,1", "1,8,1", "1,1,4", "2,2,2"):
-        devices(4 if mesh == "1,1,4" and kind == "gpt2" else 8)
-        if kind == "llama" and mesh == "1,1,4":
-            mesh = "1,4,2"  # it has two key/value heads
-        other_rows, other = train(
-            *args, tmp_path / mesh.replace(",", "-"), max_steps=5, mesh=mesh, eval_steps=0
-        )
-        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-        close(other, params, 1e-4)
-        devices(1)
-
-
-def test_tensor_parallelism_over_eight_devices(data, tmp_path, devices):
-    config = tiny.CONFIGS["gpt2"] | {"n_head": 8, "vocab_size": 321}
-    tiny.save(tmp_path / "model", config)
-    args = ("sft", tmp_path / "model", data)
-    rows, params = train(*args, tmp_path / "one", max_steps=5)
-    devices(8)
-    other_rows, other = train(*args, tmp_path / "tp", max_steps=5, mesh="1,1,8")
-    np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-    close(other, params, 1e-4)
-
-
-@pytest.mark.parametrize("task, dropout", [("sft", 0.0), ("sft", 0.3), ("dpo", 0.0)])
-def test_stop_and_continue_is_the_same_run_bit_for_bit(
-    task, dropout, models, data, tmp_path, monkeypatch
-):
-    from easyaira.errors import Preempted
-
-    args = (task, models / "gpt2", data)
-    options = {"model.dropout": dropout, "logging_steps": 4, "data.eval": 0.2}
-    rows, params = train(*args, tmp_path / "through", **options)
-    late = (7, metrics.Window, "add")  # while the numbers of update 7 are fetched, in update 8
-    for stop, (steps, *where) in {1: (1,), 8: late}.items():
-        folder = tmp_path / f"stopped-{stop}"
-        with monkeypatch.context() as patch:
-            stop_after(patch, steps, *where)
-            with pytest.raises(Preempted, match=f"SIGTERM after update {stop + bool(where)} of"):
-                train(*args, folder, **options)
-        again_rows, again = train(*args, folder, **options)
-        same_bits(again, params)
-        timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "compilations")
-        for a, b in zip(again_rows, rows, strict=True):
-            assert {k: a[k] for k in a if k not in timing} == {
-                k: b[k] for k in b if k not in timing
-            }
-
-
-def test_a_run_saved_on_one_mesh_continues_on_another(models, data, tmp_path, devices, monkeypatch):
-    from easyaira.errors import Preempted
-
-    args = ("sft", models / "llama", data)
-    rows, params = train(*args, tmp_path / "one")
-    devices(8)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 8)
-        with pytest.raises(Preempted):
-            train(*args, tmp_path / "moved", mesh="fsdp=8")
-    moved_rows, moved = train(*args, tmp_path / "moved", mesh="fsdp=4,tp=2")
-    np.testing.assert_allclose(losses_of(moved_rows), losses_of(rows), atol=1e-4)
-    close(moved, params, 1e-4)
-
-
+@pytest.mark.slow
 def test_reference_before_training_or_in_every_step(models, data, tmp_path):
     """With some rows dropped, so that row numbers and examples are not the same."""
     rows = tiny.dpo_rows(40)
@@ -247,6 +184,7 @@ def test_reference_before_training_or_in_every_step(models, data, tmp_path):
     close(params, other, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_update_loss_is_ln_2_and_margins_are_exactly_0(
@@ -262,6 +200,7 @@ def test_before_the_first_update_loss_is_ln_2_and_margins_are_exactly_0(
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6 if dtype == "float32" else 5e-2)
 
 
+@pytest.mark.slow
 def test_another_reference_is_used_and_its_vocabulary_compared(models, data, tmp_path):
     tiny.save(tmp_path / "other", tiny.CONFIGS["llama"])
     options = {
@@ -281,6 +220,7 @@ def test_another_reference_is_used_and_its_vocabulary_compared(models, data, tmp
 # numbers that are not finite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_what_is_not_finite_never_enters_the_parameters(
     accumulation, models, data, tmp_path, monkeypatch
