@@ -28,4 +28,5 @@ install ".[dev]" ${JAX:+"$JAX"}
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n "${WORKERS:-2}" "$@"
+# neighbours stay on one worker, which shares their fixtures and compiled programs
+python -m pytest -n "${WORKERS:-2}" --dist worksteal "$@"
