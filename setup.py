@@ -42,14 +42,16 @@ setup(
         "s3": ["s3fs>=2026.4"],
         "energy": ["codecarbon>=3.3"],
         "dev": [
+            "beartype~=0.23.1",
             "codecarbon>=3.3",
             "hypothesis>=6.130",
+            "mypy~=2.4.1",
             "peft>=0.19",
             "pre-commit>=4.0",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff~=0.17.6",
-            "torch==2.13.0",
+            "torch>=2.9,<3",
         ],
     },
 )

@@ -106,7 +106,8 @@ def _connect(config: DistributedConfig) -> Any:
     except RuntimeError as error:
         raise HostError(f"{absent}: {str(error).splitlines()[0]}") from error
     atexit.register(_disconnect)  # before JAX's own, which first drops its devices
-    client, state = distributed.global_state.client, distributed.global_state
+    state: Any = distributed.global_state
+    client = state.client
     client.key_value_set(f"easyaira/machine/{state.process_id}", platform.node())
     machines = [_get(client, f"easyaira/machine/{i}") for i in range(state.num_processes)]
     if machines.count(platform.node()) == 1:

@@ -56,7 +56,7 @@ def reference_model(setup: Setup) -> Model:
     Raises:
         ConfigError: it does not share the policy's vocabulary.
     """
-    name = setup.config.model.ref_name_or_path
+    name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.model
     found = pretrained.find(name)
@@ -72,7 +72,7 @@ def reference_model(setup: Setup) -> Model:
 
 def reference_weights(setup: Setup) -> Any:
     """Always those that were there before training, whatever has been trained since."""
-    name = setup.config.model.ref_name_or_path
+    name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.load()
     return pretrained.find(name).load(reference_model(setup), setup.mesh)
@@ -109,8 +109,8 @@ def begin(
     policy = score(params, arrays)
     ref_logps = arrays["ref_logps"] if known else score_ref(frozen, arrays).logps
     if own:
-        again = np.asarray(score(params, arrays).logps)
-        check_equal(*(np.asarray(x) for x in (policy.logps, ref_logps, policy.lengths)), again)
+        again = score(params, arrays).logps
+        check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, again)))
     sums = jax.vmap(lambda scores, ref: objectives.dpo_sums(scores, ref, config.dpo))(
         policy, ref_logps
     )

@@ -260,7 +260,7 @@ def released(setup: Setup) -> release.Facts:
 
 def _scored(setup: Setup) -> dict[str, Any]:
     """What config.json says of a scorer, also of how PyTorch tells a text from its padding."""
-    label = setup.config.reward.label
+    label = setup.config.reward.label  # type: ignore[attr-defined]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     changed = names if setup.template.added else names[2:]
     return {

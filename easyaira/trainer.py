@@ -135,7 +135,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     return train_step
 
 
-def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Callable:
+def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Any:
     """The training step as a program; the state comes back as it lay, in the memory it lay in."""
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(loss_fn, tx)

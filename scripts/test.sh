@@ -1,12 +1,32 @@
 #!/usr/bin/env bash
-# Make an environment in .venv, check the style, and run every test. Arguments go to pytest.
+# Make an environment in .venv, check style and types, and run the tests. Arguments go to pytest.
 #   scripts/test.sh                        everything
+#   scripts/test.sh --fast                 all but the slow tests, in three minutes
+#   scripts/test.sh --matrix               the same with the oldest and the newest JAX, in .venv-3.11, ...
 #   scripts/test.sh tests/test_losses.py   one file
 #   PYTHON=python3.12 scripts/test.sh      with another Python (remove .venv first)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = --matrix ]; then
+  for version in 3.11 3.12 3.13; do
+    if ! command -v "python$version" >/dev/null; then
+      echo "skipped: python$version is not installed"
+      continue
+    fi
+    jax="jax>=0.11,<0.13" # which Python 3.11 does not have
+    [ "$version" = 3.11 ] && jax="jax>=0.10,<0.11"
+    PYTHON="python$version" VENV=".venv-$version" JAX="$jax" scripts/test.sh --fast "${@:2}"
+  done
+  exit
+fi
+if [ "${1:-}" = --fast ]; then
+  set -- -m "not slow" "${@:2}"
+fi
 source scripts/environment.sh
-install ".[dev]"
+install_torch
+install ".[dev]" ${JAX:+"$JAX"}
 ruff check .
 ruff format --check .
-python -m pytest -n "${WORKERS:-2}" "$@"
+mypy
+# neighbours stay on one worker, which shares their fixtures and compiled programs
+python -m pytest -n "${WORKERS:-2}" --dist worksteal "$@"

@@ -1,4 +1,7 @@
-"""All tests run in processes with eight virtual CPU devices; `devices` says how many are used."""
+"""All tests run in processes with eight virtual CPU devices; `devices` says how many are used.
+
+Fixtures import what only they need: a file of tests that needs no model starts at once.
+"""
 
 import os
 import tempfile
@@ -9,14 +12,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # what one test has compiled, the next one reads
 cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
-import tiny
-import undrawn
+from jaxtyping import install_import_hook
+
+# arguments are checked where arrays are; elsewhere beartype refuses what is no mistake, such as
+# jsonargparse's restricted numbers
+CHECKED = [f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "optim")]
+install_import_hook(CHECKED, "beartype.beartype")
 
 from easyaira import mesh as meshes
 
@@ -36,6 +43,8 @@ def devices(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
     """Pages of runs come without their curves, which take seconds to draw..."""
+    from helpers import undrawn
+
     with pytest.MonkeyPatch.context() as patch:
         undrawn.leave_out(patch.setattr)
         yield
@@ -44,6 +53,8 @@ def no_pictures():
 @pytest.fixture
 def pictures(monkeypatch):
     """... but for tests that look at them."""
+    from helpers import undrawn
+
     for module, name, drawn in undrawn.PICTURES:
         monkeypatch.setattr(module, name, drawn)
 
@@ -69,15 +80,15 @@ def forget():
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A Hugging Face folder of each architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for kind, config in tiny.CONFIGS.items():
-        tiny.save(root / kind, config)
-    return root
+    from helpers import tiny
+
+    return tiny.ground(tmp_path_factory.mktemp("models"), tiny.CONFIGS)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
+    """Rows of each task."""
+    from helpers import tiny
+
     root = tmp_path_factory.mktemp("data")
-    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
-    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
-    return root
+    return tiny.ground(root, sft=tiny.sft_rows(40), dpo=tiny.dpo_rows(40))

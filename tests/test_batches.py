@@ -1,20 +1,14 @@
 """Examples to batches: packing and sharing change where tokens lie, and nothing else."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_parity
-import tiny
-from test_data import TASK, load
 
 from easyaira.data.batches import LAYOUT, UNSEEN, Batches, bucket, pack
 from easyaira.objectives import pair_scores, sft
-
-
-def batches(tmp_path, *, pairs=False, **kwargs):
-    rows = tiny.dpo_rows(23) if pairs else tiny.sft_rows(23)
-    data = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task=TASK[pairs])
-    return Batches(data.train, **({"size": 8, "seed": 3} | kwargs))
+from helpers import tiny
+from helpers.examples import batches, load
 
 
 def sequences(batch):
@@ -124,15 +118,16 @@ def test_pairs_without_a_prompt_can_be_shared_too(tmp_path):
     assert shared_as_two(b[0]) == sequences(wanted[0])
 
 
-@pytest.mark.parametrize("case", test_parity.CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", tiny.CASES)
 def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(case, tmp_path):
-    tiny.save(tmp_path / "model", test_parity.CASES[case])
+    tiny.save(tmp_path / "model", tiny.CASES[case])
     model, params = tiny.load(tmp_path / "model")
     weights = np.random.default_rng(0).normal(size=(8, 2))
 
     def measure(**kwargs):
         batch = batches(tmp_path, pairs=True, **kwargs)[0]
-        arrays = {name: batch.arrays[name][0] for name in LAYOUT}
+        arrays = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
 
         def total(params):
             logps = pair_scores(model, params, arrays, pairs=8).logps
@@ -152,7 +147,7 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
 
 @pytest.mark.parametrize("case", tiny.CONFIGS)
 def test_a_changed_token_leaves_the_other_answer_and_all_other_pairs_as_they_were(case, tmp_path):
-    tiny.save(tmp_path / "model", test_parity.CASES[case])
+    tiny.save(tmp_path / "model", tiny.CASES[case])
     model, params = tiny.load(tmp_path / "model")
     batch = batches(tmp_path, pairs=True, share_prompt=True)[0]
     rows = {name: batch.arrays[name][0] for name in LAYOUT}
@@ -183,9 +178,9 @@ def test_padding_that_is_learned_is_seen_by_no_token(tmp_path):
     assert batch.num_tokens == (40 - data.unseen).sum() == batch.filled
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"] | {"vocab_size": 400})
     model, params = tiny.load(tmp_path / "model")
-    lines = {name: batch.arrays[name][0] for name in LAYOUT}
+    lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
     before = np.asarray(model.apply(params, lines)[0])
-    other = np.where(sides[0] == UNSEEN, 7, lines["tokens"])
+    other = jnp.where(sides[0] == UNSEEN, 7, lines["tokens"])
     after = np.asarray(model.apply(params, lines | {"tokens": other})[0])
     seen = sides[0] != UNSEEN
     assert np.array_equal(before[seen], after[seen]) and not np.array_equal(before, after)
@@ -287,7 +282,7 @@ def test_compat_aira_is_the_loss_of_the_original_script(tmp_path):
         wanted = theirs(input_ids=ids, attention_mask=real.long(), labels=ids).loss.item()
     for packing in (False, True):
         batch = Batches(data, 8, packing=packing)[0]
-        lines = {name: batch.arrays[name][0] for name in LAYOUT}
+        lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
         total, count = sft(model)(params, None, lines, None)["loss"]
         assert count == 8 * 39
         assert abs(total / count - wanted) < 1e-5

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+
+from helpers import tiny
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from benchmarks import show, sides, tracing, training
@@ -181,6 +182,7 @@ def test_what_only_pairs_have_is_not_measured_in_sft():
     assert not {"+ reference once", "+ prompt once"} & {entry.name for entry in ladder}
 
 
+@pytest.mark.slow
 def test_one_update_on_two_devices(work, devices):
     """Weights and rows divided: the same program, with a half on each."""
     devices(2)

@@ -7,7 +7,6 @@ import shutil
 
 import jax
 import pytest
-import tiny
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
@@ -16,6 +15,7 @@ from easyaira import mesh as meshes
 from easyaira.config import TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.prepare import prepare
+from helpers import tiny
 
 NASTY = "a|b\n---\nlicense: mit\n```\n# <script>x</script> [l](u) \"q\" 'p' {y: z} & \\ é \x07"
 
@@ -120,6 +120,7 @@ def test_what_nobody_said_is_unknown(runs):
     assert "beta 0.25" in table_rows(text, "Details")["Objective"][0]
 
 
+@pytest.mark.slow
 def test_the_usage_runs(runs, capsys):
     _, text = of(runs[0] / "hf")
     code = text.split("```python\n")[1].split("```")[0]
@@ -173,6 +174,7 @@ def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
     assert licences["openai-community/gpt2 at commit abc"] == ["mit"]
 
 
+@pytest.mark.slow
 def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     adapters = {"r": 8, "target_modules": ["a", "b"], "quantize": "nf4"}
     front, text = rewritten(runs[0], tmp_path, lora=adapters, data={"reverse": True})

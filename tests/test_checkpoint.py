@@ -18,7 +18,6 @@ import pytest
 import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import call
 
 from easyaira import checkpoint, pretrained, train_sft
 from easyaira import mesh as meshes
@@ -27,6 +26,8 @@ from easyaira.errors import ConfigError, StorageError
 from easyaira.mesh import by_path
 from easyaira.models.registry import model_of
 from easyaira.weights import bit_sums
+from helpers.processes import call
+from helpers.runs import argv
 
 SPECS = {"kernel": P("fsdp", "tp"), "bias": P(), "embed": P(("dp", "fsdp"))}
 
@@ -214,6 +215,7 @@ def test_a_failed_save_is_told_and_what_was_saved_is_still_known(eight, tmp_path
     assert restore_latest(tmp_path, eight).step == 2
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_in_a_save_ends_with_the_same_bits(tmp_path):
     new, items = "4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp/{}.orbax-checkpoint-tmp"
     points = [
@@ -223,7 +225,11 @@ def test_a_run_killed_anywhere_in_a_save_ends_with_the_same_bits(tmp_path):
         f"rename {new}",
         "unlink manifest.ocdbt",  # while the oldest is removed
     ]
-    command = [sys.executable, str(Path(__file__).with_name("killed_saves.py")), str(tmp_path)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("helpers") / "killed_saves.py"),
+        str(tmp_path),
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [*command, *points], env=environment, capture_output=True, text=True, timeout=120
@@ -240,12 +246,7 @@ def test_a_run_killed_anywhere_in_a_save_ends_with_the_same_bits(tmp_path):
 # runs
 
 
-def argv(models, data, out, *extra):
-    return [
-        f"--model.name_or_path={models / 'gpt2'}", f"--data.train={data / 'sft.jsonl'}",
-        "--data.template=plain", "--max_steps=6", "--save_steps=2", "--save_total_limit=9",
-        "--num_samples=0", "--export=false", f"--output_dir={out}", *map(str, extra),
-    ]  # fmt: skip
+SAVED = {"max_steps": 6, "save_steps": 2, "save_total_limit": 9}
 
 
 def weights_of(folder, step):
@@ -254,9 +255,10 @@ def weights_of(folder, step):
     return {name: value for name, value in sums.items() if "/" in name}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_good_one_to_the_same_weights(models, data, tmp_path, capsys):
     run, place = tmp_path / "run", tmp_path / "elsewhere"
-    arguments = argv(models, data, run, f"--checkpoint_dir={place}")
+    arguments = argv("sft", models / "gpt2", data, run, checkpoint_dir=place, **SAVED)
     assert call(train_sft.main, arguments, capsys)[0] == 0
     assert {p.name for p in place.iterdir()} == {"2", "4", "6"}
     assert not (run / "checkpoints").exists()
@@ -290,7 +292,7 @@ def test_a_run_goes_on_from_the_newest_good_one_to_the_same_weights(models, data
 
 def test_places_that_cannot_be(models, data, tmp_path, capsys, monkeypatch):
     for place in ("gs:/bucket/x", "hdfs://x/y", "s3://"):
-        arguments = argv(models, data, tmp_path / "run", f"--checkpoint_dir={place}")
+        arguments = argv("sft", models / "gpt2", data, tmp_path, checkpoint_dir=place)
         status, _, err = call(train_sft.main, arguments, capsys)
         assert status == 2 and f"checkpoint_dir: cannot read '{place}'" in err
     monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda _: None)
@@ -331,6 +333,7 @@ def bucket(tmp_path_factory):
     server.wait()
 
 
+@pytest.mark.slow
 def test_an_object_store_does_all_that_a_folder_does(bucket, eight, capsys):
     folder = f"{bucket}/run"
     store = checkpoint.fsspec_backend.fs(folder)

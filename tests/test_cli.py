@@ -123,11 +123,6 @@ def test_print_config_prints_the_resolved_configuration(capsys):
     assert printed["optimizer"]["learning_rate"] == 5e-5
 
 
-def test_dry_run_is_a_flag():
-    assert cli.parse(TrainSFT, [*NEEDED, "--dry_run"])[1]
-    assert not cli.parse(TrainSFT, NEEDED)[1]
-
-
 def test_the_command_alone_lists_all_commands(capsys):
     for argv in ([], ["--help"], ["-h"]):
         __main__.main(argv)

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -26,6 +25,7 @@ from easyaira.errors import ConfigError
 from easyaira.mesh import make_mesh
 from easyaira.models.registry import model_of
 from easyaira.prepare import find, updates
+from helpers import tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -283,6 +283,7 @@ SHRUNK = """
 """.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRUNK)
 def test_a_shrunken_copy_trains_and_is_read_by_transformers(name, tmp_path, monkeypatch):
     case = CASES[name]
@@ -336,6 +337,7 @@ def run_usage(folder):
     exec(code.replace('"path/to/this/folder"', repr(str(folder))), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REWARD)
 def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkeypatch):
     train_reward = pytest.importorskip("easyaira.train_reward")
@@ -373,6 +375,7 @@ def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkey
     run_usage(tmp_path / "run/hf")
 
 
+@pytest.mark.slow
 def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monkeypatch):
     lora = pytest.importorskip("easyaira.lora")
     name, case = "backward-llama-2-7b", BACKWARD
@@ -385,6 +388,7 @@ def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monk
     adapter = lora.adapter_of(config.lora, model)
     shapes = jax.tree.leaves(jax.eval_shape(adapter.init, jax.random.key(0)))
     assert sum(leaf.size for leaf in shapes) == 8_388_608
+    assert adapter.scale == 4
     assert model.parameter_count() == case.parameters
     total = updates(config, len(Batches(range(case.rows), config.train_batch_size)))
     assert (total, optim.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)

@@ -4,29 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 
-from easyaira.config import DataConfig, SFTConfig, Source
+from easyaira.config import DataConfig, Source
 from easyaira.data import dataset, report
-from easyaira.data.build import recipe_of
-from easyaira.data.templates import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
-
-
-def load(path, *, task="conversation", max_length=64, vocab_size=tiny.VOCAB, seed=0, **config):
-    sft = SFTConfig(**config.pop("sft", {})) if task == "conversation" else None
-    train = path if isinstance(path, list) else str(path)
-    settings = DataConfig(train=train, **{"template": "plain"} | config)
-    return dataset.load(
-        settings,
-        recipe_of(task, settings, max_length, sft),
-        template=Template(tiny.tokenizer(), settings.template, "gpt2", settings.allowed_tokens),
-        vocab_size=vocab_size,
-        seed=seed,
-    )
-
-
-TASK = {False: "conversation", True: "pair"}
+from helpers import tiny
+from helpers.examples import TASK, load
 
 
 def test_every_row_is_kept_or_counted_with_a_reason(tmp_path):

@@ -13,7 +13,6 @@ from typing import NamedTuple, get_type_hints
 from unittest import mock
 
 import pytest
-import tiny
 import yaml
 
 from easyaira import __main__, chips, cli, quickstart, release
@@ -21,6 +20,7 @@ from easyaira import config as configs
 from easyaira import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.inspect import Inspect
+from helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,7 +6,6 @@ import warnings
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -16,6 +15,7 @@ from easyaira.errors import ConfigError, WeightsError
 from easyaira.mesh import make_mesh
 from easyaira.models.registry import MODELS, model_of
 from easyaira.pretrained import Pretrained
+from helpers import tiny
 
 CASES = {
     **tiny.SCORERS,
@@ -161,6 +161,7 @@ def test_a_token_of_an_encoder_sees_its_whole_text_and_no_other(case, tmp_path):
         assert (after != before).tolist() == [place < 5, place >= 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, dtype", [(case, torch.float32) for case in tiny.SCORERS] + [("bert", torch.bfloat16)]
 )

@@ -106,6 +106,7 @@ def test_what_is_missing_is_said_before_anything_is_written(tmp_path, monkeypatc
     assert 'pip install ".[energy]"' in fails("BRA")
 
 
+@pytest.mark.slow
 def test_a_run_tracks_its_sessions_offline(models, data, tmp_path, monkeypatch, capfd):
     """The real CodeCarbon, with a home folder that asks it to send all it knows."""
     pytest.importorskip("codecarbon")

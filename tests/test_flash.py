@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from test_batches import batches
-from test_data import load
 
 from easyaira.data.batches import UNSEEN, Batches
 from easyaira.models import flash as kernels
 from easyaira.models.attention import visible
 from easyaira.models.flash import Tiles, ends, flash
+from helpers import tiny
+from helpers.examples import batches, load
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}  # of the largest entry
 

@@ -9,43 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from easyaira import cli, kernel_check, losses, metrics, plan, prepare, reference
 from easyaira import mesh as meshes
-from easyaira.config import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.models import attention
 from easyaira.models.embedding import _scatter_add, _sum_by_id, sum_by_id
 from easyaira.models.layers import Compute
-from easyaira.reference import dpo_algorithm
 from easyaira.run import run
-from easyaira.train_reward import reward_algorithm
-from easyaira.train_sft import sft_algorithm
-
-COMMANDS = {
-    "sft": (TrainSFT, sft_algorithm),
-    "dpo": (TrainDPO, dpo_algorithm),
-    "reward": (TrainReward, reward_algorithm),
-}
+from helpers import runs, tiny
 
 
 def configured(task, model, data, out, **options):
-    options = {
-        "model.name_or_path": model,
-        "data.train": data,
-        "data.template": "plain",
-        "train_batch_size": 8,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "num_samples": 0,
-        "export": False,
-        "output_dir": out,
-        **options,
-    }
-    config_class, algorithm = COMMANDS[task]
-    config, _ = cli.parse(config_class, [f"--{name}={value}" for name, value in options.items()])
-    return config, algorithm(config)
+    return runs.configure(task, model, data, out, **{"max_steps": 2} | options)
 
 
 # 1. Sums that are the same every time

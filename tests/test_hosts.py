@@ -11,18 +11,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
-import train_child
-from processes import Ended, environment, free_port, start
 
 from easyaira import cli, metrics, pretrained, run_folder, train_dpo, trainer, watch
 from easyaira.config import DataConfig, DistributedConfig, ModelConfig, TrainSFT
 from easyaira.hosts import launcher
+from helpers import tiny, train_child
+from helpers.processes import Ended, environment, free_port, start
+from helpers.runs import argv
 
 
 def two(fault):
     port = free_port()
-    return Ended([start(["-m", "hosts_child", port, 2, i, fault]) for i in range(2)], timeout=60)
+    return Ended(
+        [start(["-m", "helpers.hosts_child", port, 2, i, fault]) for i in range(2)], timeout=60
+    )
 
 
 BAD_ROW = "rows.jsonl:7: not a row"
@@ -42,6 +44,7 @@ FAULTS = {  # what befalls which host: statuses, the last line of both, and its 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault):
     ended = two(fault)
@@ -53,16 +56,20 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line(fault)
     assert "alike" not in ended.out[1]  # the first process prints
 
 
+@pytest.mark.slow
 def test_a_host_whose_others_never_come_says_so():
     """The first process, and another one, each with an address of its own."""
-    ended = Ended([start(["-m", "hosts_child", free_port(), 2, i, "alone"]) for i in (0, 1)], 60)
+    ended = Ended(
+        [start(["-m", "helpers.hosts_child", free_port(), 2, i, "alone"]) for i in (0, 1)], 60
+    )
     assert ended.statuses == [5, 5], ended
     for i in range(2):
         assert "error: distributed: the other processes did not come to 127.0.0.1" in ended.last(i)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_alone_ends_too_when_it_hangs():
-    ended = Ended([start(["-m", "hosts_child", 0, 1, 0, "hangs on 0"])], 60)
+    ended = Ended([start(["-m", "helpers.hosts_child", 0, 1, 0, "hangs on 0"])], 60)
     assert ended.statuses == [5], ended
     assert "no progress for 6 s, computing update 5" in ended.last(0)
     assert "in befall" in ended.err[0]  # where it was
@@ -91,7 +98,11 @@ def open_mpi(i, job):
 def test_hosts_find_each_other_by_what_their_launcher_says(variables):
     job = free_port()  # any number; the port is made of it
     ended = Ended(
-        [start(["-m", "hosts_child", 0, 2, i, "asked"], **variables(i, job)) for i in range(2)], 60
+        [
+            start(["-m", "helpers.hosts_child", 0, 2, i, "asked"], **variables(i, job))
+            for i in range(2)
+        ],
+        60,
     )
     assert ended.statuses == [0, 0], ended
     assert "alike" in ended.out[0] and "alike" not in ended.out[1]
@@ -113,27 +124,17 @@ def test_a_process_that_a_launcher_started_alone_is_alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ground")
-    tiny.save(root / "gpt2", tiny.CONFIGS["gpt2"])
-    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
-    return root
+    gpt2 = {"gpt2": tiny.CONFIGS["gpt2"]}
+    return tiny.ground(tmp_path_factory.mktemp("ground"), gpt2, dpo=tiny.dpo_rows(40))
 
 
-def argv(ground, out, *more):
-    return [
-        f"--model.name_or_path={ground / 'gpt2'}",
-        f"--data.train={ground / 'dpo.jsonl'}",
-        f"--data.cache_dir={out}-cache",
-        "--data.eval=0.1",
-        "--data.template=plain",
-        "--max_steps=6",
-        "--eval_steps=3",
-        "--save_steps=3",
-        "--logging_steps=1",
-        "--num_samples=0",
-        f"--output_dir={out}",
-        *more,
-    ]
+FEW = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "data.eval": 0.1, "export": True}
+
+
+def command(ground, out, *flags):
+    """A command line: six updates, evaluated and saved in their middle, and exported."""
+    own = {"data.cache_dir": f"{out}-cache"}
+    return argv("dpo", ground / "gpt2", ground, out, *flags, **FEW, **own)
 
 
 def hosts(count, devices, out, arguments, point="", last=()):
@@ -145,7 +146,7 @@ def hosts(count, devices, out, arguments, point="", last=()):
         where += ["--distributed.timeout=20"]
         job = {"task": "dpo", "point": point if i == count - 1 else "", "rows": f"{out}-rows-{i}"}
         job["argv"] = [*map(str, arguments), *where, *(last if i == count - 1 else ())]
-        processes.append(start(["-m", "train_child", json.dumps([job])], devices))
+        processes.append(start(["-m", "helpers.train_child", json.dumps([job])], devices))
     return Ended(processes)
 
 
@@ -158,6 +159,7 @@ def exported(folder):
     return json.loads((folder / "hf/export_report.json").read_text())["tensors"]
 
 
+@pytest.mark.slow
 def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, devices, monkeypatch):
     steps, mesh = "--max_steps=8", "--mesh=fsdp=4,tp=2"
     few = ["--data.eval=null", "--export=false"]
@@ -166,10 +168,10 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "to_device", trainer.to_device)  # given back afterwards
         train_child.record(f"{alone}-rows")
-        cli.run_command(train_dpo.main, argv(ground, alone, steps, mesh, *few))
+        cli.run_command(train_dpo.main, command(ground, alone, steps, mesh, *few))
 
     # one of two is killed: the other ends, too, and what was computed is what one process computes
-    ended = hosts(2, 4, two, argv(ground, two, steps, mesh, *few), point="killed")
+    ended = hosts(2, 4, two, command(ground, two, steps, mesh, *few), point="killed")
     assert ended.statuses == [5, -9] and ended.seconds < 200, ended
     assert "error: host 1: silent for" in ended.last(0)
     killed = losses(two)
@@ -191,7 +193,7 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
     assert "step 3: loss" in ended.out[0]
 
     # the same command goes on from update 3, bit for bit, until one of the two is told to stop
-    ended = hosts(2, 4, two, argv(ground, two, steps, mesh, *few), point="second update")
+    ended = hosts(2, 4, two, command(ground, two, steps, mesh, *few), point="second update")
     assert ended.statuses == [75, 75], ended
     for i in range(2):
         assert "stopped: host 1: SIGTERM after update" in ended.last(i), ended
@@ -203,9 +205,9 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
     copies = {count: Path(shutil.copytree(two, tmp_path / f"{count}")) for count in (1, 8)}
     for count, copy in copies.items():
         devices(count)
-        cli.run_command(train_dpo.main, argv(ground, copy, steps, *few, "--mesh=fsdp=-1"))
+        cli.run_command(train_dpo.main, command(ground, copy, steps, *few, "--mesh=fsdp=-1"))
     last = [*few[:1], "--mesh=fsdp=2,tp=2", "--num_samples=1"]
-    ended = hosts(2, 2, two, argv(ground, two, steps, *last))
+    ended = hosts(2, 2, two, command(ground, two, steps, *last))
     assert ended.statuses == [0, 0], ended
     assert json.loads((two / "samples.json").read_text())[0]["after"]
     assert "bit for bit" in ended.out[0] and "'compared': True" in ended.out[0]
@@ -215,18 +217,20 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
             assert losses(folder)[step] == pytest.approx(loss, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_host_that_cannot_write_its_part_of_a_checkpoint_ends_all(ground, tmp_path):
     few = ["--data.eval=null", "--export=false"]
-    ended = hosts(2, 1, tmp_path, argv(ground, tmp_path / "run", *few), point="disk full")
+    ended = hosts(2, 1, tmp_path, command(ground, tmp_path / "run", *few), point="disk full")
     assert ended.statuses == [4, 4] and ended.seconds < 200, ended
     problem = f"{tmp_path / 'run/checkpoints/6'}: cannot be saved: "
     assert ended.last(0).startswith(f"error: host 1: {problem}"), ended
     assert ended.last(1).startswith(f"error: {problem}"), ended
 
 
+@pytest.mark.slow
 def test_hosts_that_differ_say_in_what_and_write_nothing(ground, tmp_path):
     other = ["--optimizer.learning_rate=1e-4"]
-    ended = hosts(2, 1, tmp_path / "run", argv(ground, tmp_path / "run"), last=other)
+    ended = hosts(2, 1, tmp_path / "run", command(ground, tmp_path / "run"), last=other)
     assert ended.statuses == [2, 2], ended
     for i in range(2):
         assert "learning_rate: host 0 has 5e-05 and host 1 0.0001; all hosts" in ended.last(i)
@@ -250,6 +254,7 @@ def test_what_hosts_compare_changes_with_all_that_decides_a_run(monkeypatch, tmp
     ]
 
 
+@pytest.mark.slow
 def test_a_sample_tells_weights_from_others(ground, tmp_path):
     """Of a folder by any change of a tensor's first or last values, of a run by any of its own."""
     other = Path(shutil.copytree(ground / "gpt2", tmp_path / "gpt2"))
@@ -261,7 +266,7 @@ def test_a_sample_tells_weights_from_others(ground, tmp_path):
     runs = [tmp_path / "one", tmp_path / "two"]
     for seed, run in enumerate(runs):
         few = ["--max_steps=1", "--data.eval=null", "--export=false", f"--seed={seed}"]
-        cli.run_command(train_dpo.main, argv(ground, run, *few))
+        cli.run_command(train_dpo.main, command(ground, run, *few))
     samples = [pretrained.find(str(run)).sample() for run in (*runs, runs[0])]
     assert samples[0] == samples[2] != samples[1]
 
@@ -283,9 +288,10 @@ def test_a_host_ends_with_the_cause_and_its_status(monkeypatch):
         assert ended.value.code == wanted
 
 
+@pytest.mark.slow
 def test_a_process_whose_reader_has_gone_ends_as_it_should():
     """Standard error is closed from the start, or a pipe that nobody reads any more."""
-    arguments = f"{sys.executable} -m hosts_child 0 1 0 'hangs on 0'"
+    arguments = f"{sys.executable} -m helpers.hosts_child 0 1 0 'hangs on 0'"
     shells = (f"{arguments} 2>&-", f"{arguments} 2> >(true)")
     started = [subprocess.Popen(["bash", "-c", shell], env=environment(1)) for shell in shells]
     assert [process.wait(timeout=60) for process in started] == [5, 5]
@@ -303,17 +309,18 @@ POINTS = {  # where a signal comes, and what is said
 }
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_time_ends_with_75_and_the_same_command_goes_on(ground, tmp_path):
     def job(point, folder):
         out = str(tmp_path / f"{folder}.txt")
         common = {"task": "dpo", "out": out, "unproved": True}
-        return common | {"point": point, "argv": argv(ground, tmp_path / folder)}
+        return common | {"point": point, "argv": command(ground, tmp_path / folder)}
 
     jobs = [job("", "straight")] + [job(point, point) for point in POINTS if point != "import"]
-    ended = Ended([start(["-m", "train_child", json.dumps(jobs)])])
+    ended = Ended([start(["-m", "helpers.train_child", json.dumps(jobs)])])
     told = [json.loads(line) for line in ended.out[0].splitlines()]
     assert told[0]["status"] == 0, (tmp_path / "straight.txt").read_text()
-    imported = Ended([start(["-m", "train_child", json.dumps([job("import", "import")])])])
+    imported = Ended([start(["-m", "helpers.train_child", json.dumps([job("import", "import")])])])
     assert imported.statuses == [75] and not (tmp_path / "import").exists(), imported
     (tmp_path / "import.txt").write_text(imported.err[0])
     for (point, says), how in zip(POINTS.items(), [{"status": 75}, *told[1:]], strict=True):
@@ -324,7 +331,7 @@ def test_a_signal_at_any_time_ends_with_75_and_the_same_command_goes_on(ground, 
             assert how["seconds"] < 30
     again = [job("", point) for point in POINTS]
     again[list(POINTS).index("compile")]["devices"] = 2  # before the first update, any mesh will do
-    ended = Ended([start(["-m", "train_child", json.dumps(again)])])
+    ended = Ended([start(["-m", "helpers.train_child", json.dumps(again)])])
     for point, line in zip(POINTS, ended.out[0].splitlines(), strict=True):
         out = (tmp_path / f"{point}.txt").read_text()
         assert json.loads(line)["status"] == 0, f"{point}: {out}"

@@ -3,20 +3,22 @@
 import json
 
 import pytest
-import tiny
 
 from easyaira import inspect, train_sft
 from easyaira.errors import ConfigError, DataError
+from helpers import tiny
 
 
 @pytest.fixture
 def ground(tmp_path):
-    tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"])
-    rows = [*tiny.sft_rows(20), {"prompt": "a </s> <|endoftext|>", "completion": "b"}]
-    tiny.write_rows(tmp_path / "sft.jsonl", [*rows, {"prompt": "c", "completion": ""}])
-    tiny.write_rows(tmp_path / "dpo.jsonl", tiny.dpo_rows(20))
-    tiny.write_rows(tmp_path / "label.jsonl", [{"text": "red", "label": i % 2} for i in range(9)])
-    return tmp_path
+    odd = [{"prompt": "a </s> <|endoftext|>", "completion": "b"}, {"prompt": "c", "completion": ""}]
+    return tiny.ground(
+        tmp_path,
+        {"model": tiny.CONFIGS["gpt2"]},
+        sft=[*tiny.sft_rows(20), *odd],
+        dpo=tiny.dpo_rows(20),
+        label=[{"text": "red", "label": i % 2} for i in range(9)],
+    )
 
 
 def look(ground, name, *extra):
@@ -65,6 +67,7 @@ def test_columns_that_fit_two_tasks_ask_for_the_task(ground):
     assert look(ground, "both", "--task=sft")["recipe"]["task"] == "conversation"
 
 
+@pytest.mark.slow
 def test_a_run_may_follow_in_the_same_folder(ground, capsys):
     look(ground, "sft")
     before = json.loads((ground / "look/data_report.json").read_text())

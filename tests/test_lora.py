@@ -3,18 +3,15 @@
 import json
 import shutil
 import statistics
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_training import configure, losses_of, same_bits, stop_after
 from transformers import AutoModelForCausalLM
 
-from easyaira import convert, lora, losses, metrics, optim, plan, prepare, quantize
+from easyaira import convert, lora, losses, optim, plan, prepare, quantize
 from easyaira import mesh as meshes
 from easyaira.checkpoint import Checkpoints
 from easyaira.config import LoraConfig
@@ -22,6 +19,8 @@ from easyaira.errors import ConfigError, Preempted, WeightsError
 from easyaira.models.registry import model_of
 from easyaira.pretrained import Pretrained, find
 from easyaira.run import run
+from helpers import tiny
+from helpers.runs import configure, losses_of, same_bits, stop_after, train
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -178,14 +177,6 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
 def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
     adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"))
     assert all(jax.tree.leaves(optim.decays(adapter.shapes)))
-
-
-def test_the_parameters_of_the_backward_model():
-    model = model_of(LLAMA_2_7B, "here")
-    adapter = lora.adapter_of(LoraConfig(ATTENTION, r=8, alpha=32.0), model)
-    assert adapter.parameter_count() == 8_388_608
-    assert model.parameter_count() == 6_738_415_616
-    assert adapter.scale == 4
 
 
 def test_dropout_of_adapters_is_active_with_a_key_and_only_then(models):
@@ -429,27 +420,16 @@ def test_adapters_are_divided_as_their_kernels_are(kind, devices):
 LORA = {"lora.r": 4, "lora.alpha": 8, "optimizer.learning_rate": 2e-2}
 
 
-def setup_of(task, kind, models, data, out, **options):
-    options = LORA | {"lora.target_modules": json.dumps(TARGETS[kind]), **options}
-    config, algorithm = configure(task, models / kind, data, out, **options)
-    return config, algorithm
-
-
-def train(task, kind, models, data, out, **options):
-    """Run; returns the rows of metrics.jsonl and the adapter."""
-    config, algorithm = setup_of(task, kind, models, data, out, **options)
-    run(config, algorithm, dry_run=False)
-    setup = prepare.prepare(config, algorithm)
-    checkpoints = Checkpoints(Path(out) / "checkpoints")
-    params = checkpoints.restore_params(checkpoints.latest(), setup.trained())
-    checkpoints.close()
-    return metrics.read(Path(out) / "metrics.jsonl"), jax.device_get(params)
+def adapted(kind, **options):
+    """The options of a run that trains an adapter."""
+    return LORA | {"lora.target_modules": json.dumps(TARGETS[kind]), **options}
 
 
 def far(a, b):
     assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [None, "nf4"])
 def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path, monkeypatch):
     from easyaira import trainer
@@ -467,10 +447,14 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
 
     monkeypatch.setattr(trainer, "fit", watched)
     options = {"lora.quantize": quantized} if quantized else {}
-    rows, params = train("sft", "llama", models, data, tmp_path / "run", **options)
+    rows, params = train(
+        "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
+    )
     assert losses_of(rows)[-1] < 0.8 * losses_of(rows)[0]
     assert all(leaf.any() for leaf in jax.tree.leaves(params))
-    config, algorithm = setup_of("sft", "llama", models, data, tmp_path / "run", **options)
+    config, algorithm = configure(
+        "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
+    )
     setup = prepare.prepare(config, algorithm)
     count = setup.adapter.parameter_count()
     moments = [leaf.size for leaf in jax.tree.leaves(seen["opt_state"]) if leaf.size > 1]
@@ -485,11 +469,12 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
         assert "lora_a" in stored and "kernel" not in stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, quantized", [("gpt2", None), ("llama", "nf4")])
 def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data, tmp_path):
-    options = {"data.eval": 0.2, "max_steps": 10}
+    options = adapted(kind, **{"data.eval": 0.2, "max_steps": 10})
     options |= {"lora.quantize": quantized} if quantized else {}
-    args = ("dpo", kind, models, data)
+    args = ("dpo", models / kind, data)
     rows, params = train(*args, tmp_path / "before", **options)
     in_step, other = train(
         *args, tmp_path / "in-step", **options, **{"dpo.precompute_ref_log_probs": False}
@@ -504,9 +489,9 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
         for name in ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), abs=1e-5)
     # the reference is the base: its log-probabilities are those of a run that trains all weights
-    config, algorithm = setup_of(*args, tmp_path / "x", **options)
+    config, algorithm = configure(*args, tmp_path / "x", **options)
     setup = prepare.prepare(config, algorithm)
-    batch = jax.tree.map(lambda x: x[0], dict(setup.batches[0].arrays))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(setup.batches[0].arrays))
     from easyaira.objectives import pair_scores
 
     plain, start = (
@@ -518,7 +503,9 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
 
 def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
     options = {"dpo.precompute_ref_log_probs": False}
-    config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+    config, algorithm = configure(
+        "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
+    )
     setup = prepare.prepare(config, algorithm)
     frozen = setup.frozen(setup.load())
     assert len(jax.tree.leaves(frozen.base)) == 12
@@ -530,44 +517,32 @@ def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
         assert a.shape == b.shape and a.dtype == b.dtype
 
 
+@pytest.mark.slow
 def test_another_reference_stands_alone(models, data, tmp_path):
     tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"])
     options = {"model.ref_name_or_path": tmp_path / "other", "max_steps": 4}
     found = []
     for precompute in (True, False):
         options["dpo.precompute_ref_log_probs"] = precompute
-        rows, _ = train("dpo", "llama", models, data, tmp_path / str(precompute), **options)
+        rows, _ = train(
+            "dpo", models / "llama", data, tmp_path / str(precompute), **adapted("llama", **options)
+        )
         assert rows[0]["rewards/margins"] != 0
         found.append(losses_of(rows))
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
-@pytest.mark.parametrize("task, extra", [("sft", {"lora.quantize": "nf4"}), ("dpo", {})])
-def test_stop_and_continue_is_the_same_run_bit_for_bit(
-    task, extra, models, data, tmp_path, monkeypatch
-):
-    args = (task, "gpt2", models, data)
-    options = {"lora.dropout": 0.3, "logging_steps": 4, **extra}
-    rows, params = train(*args, tmp_path / "through", **options)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        with pytest.raises(Preempted):
-            train(*args, tmp_path / "stopped", **options)
-    again_rows, again = train(*args, tmp_path / "stopped", **options)
-    same_bits(again, params)
-    assert losses_of(again_rows) == losses_of(rows)
-
-
+@pytest.mark.slow
 def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
     shutil.copytree(models / "gpt2", tmp_path / "gpt2")
-    args = ("sft", "gpt2", tmp_path, data, tmp_path / "run")
+    args = ("sft", tmp_path / "gpt2", data, tmp_path / "run")
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(Preempted):
-            train(*args)
+            train(*args, **adapted("gpt2"))
     tiny.save(tmp_path / "gpt2", tiny.CONFIGS["gpt2"], std=0.19)
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
-        train(*args)
+        train(*args, **adapted("gpt2"))
     found = find(str(tmp_path / "run"))
     model = model_of(found.config, "run")
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
@@ -577,24 +552,13 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
         find(str(tmp_path / "run")).check(model)
 
 
-@pytest.mark.parametrize("quantized", [None, "int8", "nf4"])
-def test_meshes_agree_with_one_device(quantized, models, data, tmp_path, devices):
-    options = {"max_steps": 5, "eval_steps": 0}
-    options |= {"lora.quantize": quantized} if quantized else {}
-    args = ("sft", "gpt2", models, data)
-    rows, params = train(*args, tmp_path / "one", **options)
-    devices(8)
-    for mesh in ("1,8,1", "2,2,2"):
-        other_rows, other = train(*args, tmp_path / mesh[:3], mesh=mesh, **options)
-        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-
-
+@pytest.mark.slow
 def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_path, capsys):
     """The adapter's folder, the merged folder, and the run itself say the same."""
     from peft import PeftModel
 
-    out = tmp_path / "run"
-    rows, params = train("sft", "gpt2", models, data, out, export=True, max_steps=10)
+    out, options = tmp_path / "run", {"export": True, "max_steps": 10}
+    rows, params = train("sft", models / "gpt2", data, out, **adapted("gpt2", **options))
     proof = json.loads((out / "hf/export_report.json").read_text())
     assert proof["logits"]["compared"]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md",
@@ -620,12 +584,13 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
     assert np.abs(untuned - ours).max() > 0.1
 
 
+@pytest.mark.slow
 def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     """A run goes on from a LoRA run's merged weights; another from the exported adapter itself."""
-    first = tmp_path / "first"
-    rows, params = train("sft", "llama", models, data, first, export=True, max_steps=10)
+    first, options = tmp_path / "first", {"export": True, "max_steps": 10}
+    _, params = train("sft", models / "llama", data, first, **adapted("llama", **options))
     config, algorithm = configure(
-        "sft", first, data, tmp_path / "second", **LORA, max_steps=4,
+        "sft", first, data, tmp_path / "second", max_steps=4, **LORA,
         **{"lora.target_modules": "[q_proj]"},
     )  # fmt: skip
     setup = prepare.prepare(config, algorithm)
@@ -637,11 +602,10 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     assert found.adapter["base"]["name"] == str(first / "checkpoints/10")
     near(logits(setup.model, found.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
 
-    options = {"lora.adapter": first / "hf", "max_steps": 4}
-    again, _ = train("dpo", "llama", models, data, tmp_path / "third", **options)
+    args, options = ("dpo", models / "llama", data), {"lora.adapter": first / "hf", "max_steps": 4}
+    again, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
     assert again[0]["rewards/margins"] == 0  # the reference is what the policy starts from
-    config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare.prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
     same_bits(jax.device_get(setup.start()), params)
     for change, message in (
         ({"lora.r": 2}, "lora.r: 2 here and 4 in"),
@@ -650,13 +614,11 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             prepare.prepare(
-                *setup_of("dpo", "llama", models, data, tmp_path / "x", **options, **change)
+                *configure(*args, tmp_path / "x", **adapted("llama", **options, **change))
             )
+    fewer = {"lora.target_modules": "[q_proj]"}
     with pytest.raises(WeightsError, match="which lora.target_modules does not name"):
-        prepare.prepare(
-            *setup_of("dpo", "llama", models, data, tmp_path / "x",
-                      **options, **{"lora.target_modules": "[q_proj]"})
-        )  # fmt: skip
+        prepare.prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
 
 
 @pytest.mark.parametrize(
@@ -678,7 +640,9 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
     tiny.tokenizer(310).save_pretrained(tmp_path / "longer")
     options["model.tokenizer"] = tmp_path / "longer"
     with pytest.raises(ConfigError, match="embeddings that adapters do not train"):
-        prepare.prepare(*setup_of("sft", "llama", models, data, tmp_path / "x", **options))
+        prepare.prepare(
+            *configure("sft", models / "llama", data, tmp_path / "x", **adapted("llama", **options))
+        )
     tiny.save(tmp_path / "hf", tiny.CONFIGS["gpt2"])
     convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
     with pytest.raises(ConfigError, match="has no adapters"):
@@ -689,7 +653,9 @@ def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
     said = {}
     for how in (None, "nf4"):
         options = {"lora.quantize": how} if how else {}
-        config, algorithm = setup_of("dpo", "llama", models, data, tmp_path / "x", **options)
+        config, algorithm = configure(
+            "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
+        )
         setup = prepare.prepare(config, algorithm)
         said[how] = plan.describe(setup)
         count = f"{setup.adapter.parameter_count():,} trainable parameters"

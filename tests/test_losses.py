@@ -33,13 +33,16 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
     wanted = rng.random((ROWS, LENGTH)) < share
     weights *= wanted
 
+    learned = jnp.asarray(tokens), jnp.asarray(wanted)
+
     def ours(hidden, head):
         out = losses.token_logps(
-            hidden, head, tokens, wanted, vocab_size=VOCAB, chunk_logits=at_once * COLUMNS
+            hidden, head, *learned, vocab_size=VOCAB, chunk_logits=at_once * COLUMNS
         )
         return (out.logps * weights).sum(), out
 
-    (value, out), grads = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
+    of_ours = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
+    (value, out), grads = of_ours(jnp.asarray(hidden), jnp.asarray(head))
     h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     logits = (h @ w)[:, :-1, :VOCAB]
     logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
@@ -66,8 +69,8 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
 @pytest.mark.parametrize("at_once", [10**6, 7, 1])
 def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once, share):
     """With a factor in front, and beside another use of the hidden states."""
-    hidden, head, tokens = head_and_hidden()
-    wanted = np.random.default_rng(1).random((ROWS, LENGTH)) < share
+    hidden, head, tokens = map(jnp.asarray, head_and_hidden())
+    wanted = jnp.asarray(np.random.default_rng(1).random((ROWS, LENGTH)) < share)
     kwargs = {"vocab_size": VOCAB, "chunk_logits": at_once * COLUMNS}
 
     def by_sum(hidden, head):
@@ -115,6 +118,7 @@ def test_memory_does_not_grow_with_the_vocabulary(core):
 def test_padding_of_the_vocabulary_has_no_probability():
     hidden, head, tokens = head_and_hidden()
     head[:, VOCAB:] = 50 * np.sign(hidden[0, 0])[:, None]  # would win every softmax
+    hidden, head, tokens = map(jnp.asarray, (hidden, head, tokens))
     cut = losses.token_logps(hidden, head[:, :VOCAB], tokens, vocab_size=VOCAB)
     padded = losses.token_logps(hidden, head, tokens, vocab_size=VOCAB)
     for a, b in zip(cut, padded, strict=True):
@@ -122,10 +126,10 @@ def test_padding_of_the_vocabulary_has_no_probability():
 
 
 def test_log_softmax_is_float32_for_bfloat16_states():
-    hidden, head, tokens = head_and_hidden()
+    hidden, head, tokens = map(jnp.asarray, head_and_hidden())
     low = losses.token_logps(hidden.astype(jnp.bfloat16), head, tokens, vocab_size=VOCAB).logps
-    rounded = hidden.astype(jnp.bfloat16).astype(np.float32)
-    rounded_head = head.astype(jnp.bfloat16).astype(np.float32)
+    rounded = hidden.astype(jnp.bfloat16).astype(jnp.float32)
+    rounded_head = head.astype(jnp.bfloat16).astype(jnp.float32)
     high = losses.token_logps(rounded, rounded_head, tokens, vocab_size=VOCAB).logps
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, high, rtol=1e-5, atol=1e-5)
@@ -136,7 +140,8 @@ def test_pair_sums_by_pair_and_side():
     sides = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 0, 0]])
     mask = np.array([[0, 1, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0]], bool)
     values = np.arange(12.0).reshape(2, 6) + 1
-    sums = losses.pair_sums(values, mask, segments, sides, pairs=3)
+    arrays = map(jnp.asarray, (values, mask, segments, sides))
+    sums = losses.pair_sums(*arrays, pairs=3)
     np.testing.assert_array_equal(sums, [[2 + 3, 10], [8, 5], [0, 0]])
 
 

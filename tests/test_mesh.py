@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec as P
 
 from easyaira import mesh as meshes
@@ -15,6 +14,7 @@ from easyaira.errors import ConfigError, WeightsError
 from easyaira.losses import token_nll
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of, resize
+from helpers import tiny
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,7 @@ def never_cached():
     jax.config.update(name, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, text",
     [("gpt2", "fsdp=2,tp=4"), ("llama", "2,2,2"), ("opt-350m", "2,2,2"), ("bert", "1,2,4")],
@@ -296,11 +297,6 @@ def test_a_vocabulary_of_another_size_is_the_same_on_every_mesh(size, how, devic
     model = model_of(tiny.CONFIGS["llama"], "config.json")
     params = model.init(key)
     larger, wanted = resize(model, params, size, how, key)
-    kept = min(size, 300)
-    table, was = (tree["model"]["embed_tokens"]["embedding"] for tree in (wanted, params))
-    assert np.array_equal(table[:kept], was[:kept]) and not table[size:].any()
-    if how == "mean" and size > 300:
-        np.testing.assert_allclose(table[300:size] - was[:300].mean(0), 0, atol=1e-6)
     for text in ("fsdp=8", "dp=2,fsdp=2,tp=2"):
         mesh = meshes.make_mesh(text)
         places = meshes.shardings(larger.shapes, larger.rules, mesh)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from easyaira import optim
@@ -12,13 +11,7 @@ from easyaira.config import OptimizerConfig
 from easyaira.errors import ConfigError
 from easyaira.mesh import path_of
 from easyaira.models.registry import model_of
-
-
-def test_cosine_points_of_aira_2_124m():
-    rate = optim.make_schedule(OptimizerConfig(learning_rate=5e-4, warmup_steps=100), 6530)
-    points = {0: 0.0, 50: 2.5e-4, 100: 5e-4, 3315: 2.5e-4, 6530: 0.0}
-    for step, wanted in points.items():
-        assert float(rate(step)) == pytest.approx(wanted, abs=1e-9)
+from helpers import tiny
 
 
 def test_linear_points_of_tulu_dpo():

@@ -7,35 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 from easyaira import convert, losses
 from easyaira.models.embedding import Embedding
 from easyaira.models.registry import MODELS
+from helpers import tiny
 
-CASES = {
-    "gpt2": tiny.CONFIGS["gpt2"],
-    "gpt2-untied-relu": tiny.CONFIGS["gpt2"]
-    | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 40},
-    "gpt2-eps-erf": tiny.CONFIGS["gpt2"]
-    | {"layer_norm_epsilon": 1e-2, "activation_function": "gelu"},
-    "llama": tiny.CONFIGS["llama"],
-    "llama-tied-mha": tiny.CONFIGS["llama"]
-    | {"tie_word_embeddings": True, "num_key_value_heads": 4},
-    "llama-theta-eps-head": tiny.CONFIGS["llama"]
-    | {"rope_theta": 500.0, "rms_norm_eps": 1e-2, "head_dim": 8, "num_key_value_heads": 1},
-    "opt": tiny.CONFIGS["opt"],
-    "opt-350m": tiny.CONFIGS["opt"]
-    | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
-}
 PADDED = 12  # tokens of a row, of which the first or last few are padding
 
 
 def test_every_architecture_is_covered():
     writers = {kind for kind, architecture in MODELS.items() if not architecture.encoder}
-    assert {case["model_type"] for case in CASES.values()} == writers
+    assert {case["model_type"] for case in tiny.CASES.values()} == writers
 
 
 def batch(side: str):
@@ -52,9 +37,9 @@ def batch(side: str):
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiny.CASES)
 def test_logits_loss_and_gradients(case, side, tmp_path):
-    theirs = tiny.save(tmp_path, CASES[case])
+    theirs = tiny.save(tmp_path, tiny.CASES[case])
     model, params = tiny.load(tmp_path)
     tokens, real = batch(side)
     positions = np.maximum(real.cumsum(1) - 1, 0)
@@ -93,13 +78,14 @@ def test_logits_loss_and_gradients(case, side, tmp_path):
     assert not grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, dtype",
-    [(case, torch.float32) for case in CASES]
+    [(case, torch.float32) for case in tiny.CASES]
     + [("gpt2", torch.float16), ("llama", torch.bfloat16)],
 )
 def test_there_and_back_bit_for_bit(case, dtype, tmp_path):
-    theirs = tiny.save(tmp_path / "hf", CASES[case], dtype=dtype)
+    theirs = tiny.save(tmp_path / "hf", tiny.CASES[case], dtype=dtype)
     convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
     convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
     with warnings.catch_warnings():
@@ -117,8 +103,9 @@ def test_there_and_back_bit_for_bit(case, dtype, tmp_path):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 def test_tied_weights_follow_each_other_after_export(tmp_path):
-    tiny.save(tmp_path / "hf", CASES["gpt2"])
+    tiny.save(tmp_path / "hf", tiny.CASES["gpt2"])
     convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
     convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
@@ -127,9 +114,9 @@ def test_tied_weights_follow_each_other_after_export(tmp_path):
     assert torch.equal(back.lm_head.weight, back.transformer.wte.weight)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiny.CASES)
 def test_no_token_sees_its_future_or_another_segment(case, tmp_path):
-    tiny.save(tmp_path, CASES[case])
+    tiny.save(tmp_path, tiny.CASES[case])
     model, params = tiny.load(tmp_path)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, tiny.VOCAB, (1, 12))
@@ -154,7 +141,7 @@ def test_no_token_sees_its_future_or_another_segment(case, tmp_path):
 @pytest.mark.parametrize("case", tiny.CONFIGS)
 def test_prompt_shared_by_two_answers_equals_two_sequences(case, tmp_path):
     """One row of prompt, [its last token, chosen], [the same, rejected] says what two rows say."""
-    tiny.save(tmp_path, CASES[case])
+    tiny.save(tmp_path, tiny.CASES[case])
     model, params = tiny.load(tmp_path)
     rng = np.random.default_rng(0)
     prompt, chosen, rejected = (rng.integers(0, tiny.VOCAB, n) for n in (5, 4, 6))
@@ -173,7 +160,7 @@ def test_prompt_shared_by_two_answers_equals_two_sequences(case, tmp_path):
 def test_gradient_checkpointing_changes_no_number(policy, tmp_path):
     from dataclasses import replace
 
-    tiny.save(tmp_path, CASES["llama"])
+    tiny.save(tmp_path, tiny.CASES["llama"])
     model, params = tiny.load(tmp_path)
     rows = tiny.layout(batch("none")[0])
     plain = jax.grad(lambda p: (model.apply(p, rows)[0] ** 2).sum())(params)
@@ -184,7 +171,7 @@ def test_gradient_checkpointing_changes_no_number(policy, tmp_path):
 
 
 def test_bfloat16_computes_near_float32_and_gives_float32_gradients(tmp_path):
-    tiny.save(tmp_path, CASES["llama"], std=0.05)
+    tiny.save(tmp_path, tiny.CASES["llama"], std=0.05)
     model, params = tiny.load(tmp_path)
     low = model.with_dtype(jnp.bfloat16)
     rows = tiny.layout(batch("none")[0])
@@ -206,7 +193,7 @@ def test_dropout_is_active_with_a_key_and_only_then(tmp_path):
     from dataclasses import replace
 
     for case in ("gpt2", "llama"):
-        tiny.save(tmp_path / case, CASES[case])
+        tiny.save(tmp_path / case, tiny.CASES[case])
         model, params = tiny.load(tmp_path / case)
         dropping = replace(model, compute=replace(model.compute, dropout=0.5))
         rows = tiny.layout(batch("none")[0])

@@ -6,17 +6,16 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira import chips, cli, plan, prepare, program, search, train_sft
+from easyaira import chips, cli, plan, prepare, program, search
 from easyaira import mesh as meshes
-from easyaira.config import TrainDPO, TrainSFT
+from easyaira.config import TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.models import llama
-from easyaira.reference import dpo_algorithm
 from easyaira.run import run
+from helpers import runs, tiny
 
 WIDE = tiny.CONFIGS["llama"] | {
     "hidden_size": 256,
@@ -28,27 +27,15 @@ WIDE = tiny.CONFIGS["llama"] | {
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ground")
-    tiny.save_config(root / "wide", WIDE)
-    tiny.save_config(root / "one", WIDE | {"num_hidden_layers": 1})
-    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
-    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
-    return root
+    models = {"wide": WIDE, "one": WIDE | {"num_hidden_layers": 1}}
+    rows = {"sft": tiny.sft_rows(40), "dpo": tiny.dpo_rows(40)}
+    return tiny.ground(tmp_path_factory.mktemp("ground"), bare=models, **rows)
 
 
-def configure(ground, task="sft", model="wide", flags=(), **options):
-    options = {
-        "model.name_or_path": ground / model,
-        "model.init": "random",
-        "data.train": ground / f"{task}.jsonl",
-        "data.template": "plain",
-        "train_batch_size": 8,
-        "max_steps": 4,
-        **options,
-    }
-    argv = [f"--{name}={value}" for name, value in options.items()]
-    config, _ = cli.parse({"sft": TrainSFT, "dpo": TrainDPO}[task], [*argv, *flags])
-    return config, {"sft": train_sft.sft_algorithm, "dpo": dpo_algorithm}[task](config)
+def planned(ground, task="sft", model="wide", flags=(), **options):
+    """A run of four updates from random weights."""
+    options = {"model.init": "random", "max_steps": 4, **options}
+    return runs.configure(task, ground / model, ground, ground / "out", *flags, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,10 +220,11 @@ def test_a_program_that_the_compiler_refuses_is_no_error(said, needed):
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     devices(8)
     options = {"mesh": "dp=2,fsdp=2,tp=2", "gradient_accumulation_steps": 2}
-    config, algorithm = configure(ground, "dpo", **options)
+    config, algorithm = planned(ground, "dpo", **options)
     setup = prepare.prepare(config, algorithm)
     found = plan.measure(setup, algorithm)
     rows = {name: size for name, (size, _) in plan.split(found).items()}
@@ -251,9 +239,10 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     assert "2 micro-batches of 4 x" in told
 
 
+@pytest.mark.slow
 def test_operations_are_those_that_the_compiler_counts(ground):
     """Of one layer: the compiler counts a loop's body once."""
-    config, algorithm = configure(ground, model="one", train_batch_size=32)
+    config, algorithm = planned(ground, model="one", train_batch_size=32)
     setup = prepare.prepare(config, algorithm)
     update = plan.largest_update(setup, algorithm)
     counted = plan.lower_step(setup, algorithm, update.batch).compile().cost_analysis()["flops"]
@@ -262,9 +251,10 @@ def test_operations_are_those_that_the_compiler_counts(ground):
     assert sum(work.values()) == pytest.approx(counted, rel=0.04)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(ground, devices):
     devices(4)
-    setup = prepare.prepare(*configure(ground, mesh="fsdp=2,tp=2"))
+    setup = prepare.prepare(*planned(ground, mesh="fsdp=2,tp=2"))
     path, shape = "model/layers/mlp/up_proj/kernel", (2, 256, 512)
 
     def gathered(*sizes):
@@ -280,10 +270,11 @@ def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(groun
     assert gathered() == [f"{path} {shape} is not divided, although fsdp x tp = 4"]
 
 
+@pytest.mark.slow
 def test_search_proposes_what_fits(ground, devices, monkeypatch):
     """With a stand-in for the compiler, which takes what must be kept for what is needed."""
     devices(2)
-    config, algorithm = configure(ground, train_batch_size=2)
+    config, algorithm = planned(ground, train_batch_size=2)
     setup = prepare.prepare(config, algorithm)
 
     def measure(setup, algorithm):
@@ -298,7 +289,7 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
 
     def needed(proposed):
         flags = proposed.removeprefix("propose ").split()
-        config, _ = configure(ground, train_batch_size=2, flags=flags)
+        config, _ = planned(ground, train_batch_size=2, flags=flags)
         return measure(prepare.prepare(config, algorithm), algorithm).program.memory
 
     monkeypatch.setattr(plan, "measure", measure)
@@ -354,7 +345,7 @@ def test_kinds_of_chips_are_told_apart():
 
 def test_old_chips_have_no_kernel_for_attention(ground):
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
-    config, algorithm = configure(ground)
+    config, algorithm = planned(ground)
     setup = prepare.prepare(config, algorithm, chips.pod("v3:2x2"))
     assert setup.model.compute.attention == "xla" and setup.mesh.size == 8  # two cores a chip
 
@@ -369,7 +360,7 @@ def test_the_tpu_compiler_warns_of_arrays_that_it_gathers():
 def test_two_layers_of_llama_compile_for_a_pod(mesh, ground, capsys):
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
     options = {"mesh": mesh, "model.gradient_checkpointing": "full"}
-    config, algorithm = configure(ground, "dpo", **options)
+    config, algorithm = planned(ground, "dpo", **options)
     asked = cli.DryRun("v5e:2x4")
     with pytest.raises(ConfigError, match="there are 8"):
         run(replace(config, mesh="dp=3"), algorithm, dry_run=asked)

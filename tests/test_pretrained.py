@@ -5,10 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from easyaira import losses, metrics, train_dpo, train_sft
 from easyaira.generate import generate
+from helpers import tiny
 
 STORIES = tiny.SHARED / "models/stories260k"
 pytestmark = pytest.mark.skipif(not STORIES.exists(), reason="shared data are not here")

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import tiny
-from test_training import configure, train
 
 from easyaira import reference
 from easyaira.data import dataset
 from easyaira.errors import Preempted
 from easyaira.run import run
+from helpers import tiny
+from helpers.runs import configure, train
 
 FEW = {"max_steps": 4, "data.eval": 0.2}
 
@@ -32,6 +32,7 @@ def kept(config):
     return sorted((dataset.cache_root(config.data) / "reference").iterdir())
 
 
+@pytest.mark.slow
 def test_later_runs_read_what_the_first_has_computed(models, data, tmp_path, scored):
     first, _ = train("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
     assert len(scored) == 2  # training and held-out examples
@@ -43,6 +44,7 @@ def test_later_runs_read_what_the_first_has_computed(models, data, tmp_path, sco
     assert [row["loss"] for row in again[1:]] == [row["loss"] for row in first[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -59,6 +61,7 @@ def test_whatever_changes_their_bits_has_another_key(change, models, data, tmp_p
     assert len(scored) == 4
 
 
+@pytest.mark.slow
 def test_other_weights_have_another_key(models, data, tmp_path, scored):
     train("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
     tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"], std=0.19)
@@ -66,6 +69,7 @@ def test_other_weights_have_another_key(models, data, tmp_path, scored):
     assert len(scored) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_computation_is_gone_on_with(
     models,
     data,

@@ -3,29 +3,24 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import yaml
-from test_training import losses_of, same_bits, stop_after, torch_adamw, torch_step
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from easyaira import cli, convert, generate, losses, metrics, objectives, plan, prepare
 from easyaira.checkpoint import Checkpoints
-from easyaira.config import TrainDPO, TrainReward, TrainSFT
-from easyaira.errors import ConfigError, EasyAiraError, Preempted, TokenizerError, WeightsError
+from easyaira.errors import ConfigError, EasyAiraError, TokenizerError, WeightsError
 from easyaira.mesh import path_of
-from easyaira.reference import dpo_algorithm
 from easyaira.run import run
-from easyaira.train_reward import reward_algorithm
-from easyaira.train_sft import sft_algorithm
+from helpers import tiny
+from helpers.loops import torch_adamw, torch_rate, torch_step
+from helpers.runs import STEPS, close, configure, losses_of, same_bits, train
 
-STEPS = 6
 BASES = {
     **{kind: tiny.SCORERS[kind] for kind in ("bert", "roberta")},
     **{kind: tiny.CONFIGS[kind] for kind in ("gpt2", "llama")},
@@ -35,61 +30,20 @@ BASES = {
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     """Models and data to run on. Encoders are stored with a head, decoders without."""
-    root = tmp_path_factory.mktemp("ground")
-    for kind, config in BASES.items():
-        tiny.save(root / kind, config)
-    tiny.write_rows(root / "pair.jsonl", tiny.dpo_rows(40))
-    tiny.write_rows(root / "label.jsonl", tiny.label_rows(40))
     texts = tiny.label_rows(60)
     good, bad = ([r["text"] for r in texts if r["label"] == label] for label in (0, 1))
-    rows = [{"harmless": a, "harmful": b} for a, b in zip(good, bad, strict=False)]
-    tiny.write_rows(root / "texts.jsonl", rows)
-    return root
+    return tiny.ground(
+        tmp_path_factory.mktemp("ground"),
+        BASES,
+        pair=tiny.dpo_rows(40),
+        label=tiny.label_rows(40),
+        texts=[{"harmless": a, "harmful": b} for a, b in zip(good, bad, strict=False)],
+    )
 
 
-def configure(ground, kind, data, out, **options):
-    decoder = {} if kind in ("bert", "roberta") else {"data.template": "tulu"}
-    options = {
-        "model.name_or_path": ground / kind,
-        "data.train": ground / f"{data}.jsonl",
-        "train_batch_size": 8,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "export": False,
-        "output_dir": out,
-        "optimizer.learning_rate": 1e-3,
-        "optimizer.warmup_steps": 3,
-        "optimizer.weight_decay": 0.1,
-        **decoder,
-        **options,
-    }
-    config, _ = cli.parse(TrainReward, [f"--{name}={value}" for name, value in options.items()])
-    return config, reward_algorithm(config)
-
-
-def train(*args, **options):
-    """Run; returns the rows of metrics.jsonl and the final parameters."""
-    config, algorithm = configure(*args, **options)
-    run(config, algorithm, dry_run=False)
-    setup = prepare.prepare(config, algorithm)
-    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints")
-    params = checkpoints.restore_params(checkpoints.latest(), setup.model.target(setup.mesh))
-    checkpoints.close()
-    return metrics.read(Path(config.output_dir) / "metrics.jsonl"), jax.device_get(params)
-
-
-def close(a, b, atol):
-    """Equal to `atol`, but for the biases of keys: they have no effect on attention, so their
-    gradient is rounding noise, which Adam scales up to whole steps."""
-
-    def compare(path, x, y):
-        path = path_of(path)
-        if path.endswith("c_attn/bias"):
-            x, y = x[:, ::2], y[:, ::2]
-        if not path.endswith("key/bias"):
-            np.testing.assert_allclose(x, y, atol=atol, rtol=0, err_msg=path)
-
-    jax.tree_util.tree_map_with_path(compare, a, b)
+def reward(ground, kind, data):
+    """A run on them, for `configure` and `train`."""
+    return "reward", ground / kind, ground / f"{data}.jsonl"
 
 
 def their_scores(folder, sequences):
@@ -145,8 +99,8 @@ def test_auc_is_exact():
 def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
     """Of 20 rows, so that every third update has four instead of eight."""
     options = {"data.max_examples": 20, "reward.margin": 0.5}
-    rows, params = train(ground, kind, data, tmp_path / "run", **options)
-    setup = prepare.prepare(*configure(ground, kind, data, tmp_path / "x", **options))
+    rows, params = train(*reward(ground, kind, data), tmp_path / "run", **options)
+    setup = prepare.prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
     examples = setup.batches.examples
     config = tiny.SCORERS[kind]
     model = tiny.torch_model(config | {"vocab_size": setup.model.vocab_size})
@@ -167,15 +121,16 @@ def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
         else:
             margins = scores(step, 0) - scores(step, 1)
             loss = -F.logsigmoid(margins - 0.5).mean()
-        torch_step(model, adamw, loss, step if step < 3 else 3 + (step - 3) * 17 / (STEPS - 3))
+        torch_step(model, adamw, loss, torch_rate(step, STEPS["reward"]))
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert row["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
         assert row["accuracy"] == pytest.approx((margins > 0).float().mean().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, data", [("bert", "pair"), ("gpt2", "pair"), ("roberta", "label")])
 def test_packed_accumulated_and_shared_runs_are_the_same_run(kind, data, ground, tmp_path):
-    args = (ground, kind, data)
+    args = reward(ground, kind, data)
     rows, params = train(
         *args, tmp_path / "plain", **{"data.packing": False, "data.share_prompt": "never"}
     )
@@ -186,31 +141,6 @@ def test_packed_accumulated_and_shared_runs_are_the_same_run(kind, data, ground,
         other_rows, other = train(*args, tmp_path / name, **options)
         np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
         close(other, params, 1e-4)
-
-
-@pytest.mark.parametrize("kind, data", [("bert", "label"), ("llama", "pair")])
-def test_meshes_agree_with_one_device(kind, data, ground, tmp_path, devices):
-    args, options = (ground, kind, data), {"data.eval": 0.25, "eval_steps": 3}
-    rows, params = train(*args, tmp_path / "one", **options)
-    devices(8)
-    other_rows, other = train(*args, tmp_path / "many", mesh="2,2,2", **options)
-    for name in ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_auc"):
-        ours, theirs = ([r[name] for r in some if name in r] for some in (rows, other_rows))
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    close(other, params, 1e-4)
-
-
-def test_stop_and_continue_is_the_same_run_bit_for_bit(ground, tmp_path, monkeypatch):
-    options = {"model.dropout": 0.2, "data.eval": 0.2, "eval_steps": 2}
-    rows, params = train(ground, "bert", "label", tmp_path / "through", **options)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Preempted):
-            train(ground, "bert", "label", tmp_path / "stopped", **options)
-    again_rows, again = train(ground, "bert", "label", tmp_path / "stopped", **options)
-    same_bits(again, params)
-    for name in ("loss", "accuracy", "margin", "eval_auc"):
-        assert [r.get(name) for r in again_rows] == [r.get(name) for r in rows]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,11 +154,12 @@ def released(ground, tmp_path_factory):
     options = {"export": True, "data.eval": 0.2, "reward.label": "GOOD"}
     for kind, data in (("bert", "pair"), ("roberta", "label"), ("llama", "pair")):
         folders[kind, data] = root / kind
-        config, algorithm = configure(ground, kind, data, root / kind, **options)
+        config, algorithm = configure(*reward(ground, kind, data), root / kind, **options)
         run(config, algorithm, dry_run=False)
     return folders
 
 
+@pytest.mark.slow
 def test_what_is_written(released, ground):
     for (kind, _), folder in released.items():
         rows = metrics.read(folder / "metrics.jsonl")
@@ -249,12 +180,13 @@ def test_what_is_written(released, ground):
         assert chat == (kind == "llama"), "an encoder has no chat template"
 
 
+@pytest.mark.slow
 def test_scores_of_the_released_folder_are_those_that_were_measured(released, ground):
     """In torch, in a padded batch, each with all others as batch mates; and the last AUC and
     accuracy are those of all held-out scores."""
     for (kind, data), folder in released.items():
         config, algorithm = configure(
-            ground, kind, data, folder, **{"data.eval": 0.2, "reward.label": "GOOD"}
+            *reward(ground, kind, data), folder, **{"data.eval": 0.2, "reward.label": "GOOD"}
         )
         held_out = prepare.prepare(config, algorithm).data.held_out
         last = metrics.read(folder / "metrics.jsonl")[-1]
@@ -272,13 +204,14 @@ def test_scores_of_the_released_folder_are_those_that_were_measured(released, gr
         assert last["eval_auc"] == pytest.approx(np.mean(wins), abs=2e-2)
 
 
+@pytest.mark.slow
 def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys):
     for (kind, data), folder in released.items():
         card = (folder / "hf/README.md").read_text()
         code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
         exec(code.replace("path/to/this/folder", str(folder / "hf")), {})  # noqa: S102
         printed = float(capsys.readouterr().out.strip().splitlines()[-1])
-        config, algorithm = configure(ground, kind, data, folder)
+        config, algorithm = configure(*reward(ground, kind, data), folder)
         template = prepare.find(config, prepare.meshes.make_mesh("fsdp=-1"), True).template
         if data == "label":
             tokens = template.judged(["You are welcome."])[0]
@@ -291,6 +224,7 @@ def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys)
         assert printed == pytest.approx(float(score[0, 0]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_transformers_pipeline_gives_the_raw_score_under_its_label(released):
     folder = released["roberta", "label"] / "hf"
     said = pipeline("text-classification", str(folder))("I like Paris")
@@ -299,6 +233,7 @@ def test_transformers_pipeline_gives_the_raw_score_under_its_label(released):
     assert said == [{"label": "GOOD", "score": pytest.approx(float(score), abs=1e-5)}]
 
 
+@pytest.mark.slow
 def test_a_released_scorer_and_its_run_are_gone_on_with(released, ground, tmp_path):
     for kind, data in (("bert", "pair"), ("llama", "pair")):
         folder = released[kind, data]
@@ -307,26 +242,18 @@ def test_a_released_scorer_and_its_run_are_gone_on_with(released, ground, tmp_pa
             options = {"model.name_or_path": start, "data.eval": 0.2, "max_steps": 4}
             if kind == "llama":
                 options["data.template"] = "chat"
-            rows, _ = train(ground, kind, data, tmp_path / kind / start.name, **options)
+            rows, _ = train(*reward(ground, kind, data), tmp_path / kind / start.name, **options)
             assert rows[0]["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp_path, capsys):
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
-    argv = {
-        "model.name_or_path": ground / "llama",
-        "data.train": tmp_path / "sft.jsonl",
-        "data.template": "tulu",
-        "max_steps": 2,
-        "num_samples": 0,
-        "export": False,
-        "output_dir": tmp_path / "sft",
-    }
-    config, _ = cli.parse(TrainSFT, [f"--{name}={value}" for name, value in argv.items()])
-    run(config, sft_algorithm(config), dry_run=False)
+    options = {"data.template": "tulu", "max_steps": 2, "optimizer.warmup_steps": 0}
+    train("sft", ground / "llama", tmp_path, tmp_path / "sft", **options)
     capsys.readouterr()
     options = {"model.name_or_path": tmp_path / "sft", "optimizer.learning_rate": 0.0}
-    _, params = train(ground, "llama", "pair", tmp_path / "reward", **options)
+    _, params = train(*reward(ground, "llama", "pair"), tmp_path / "reward", **options)
     told = capsys.readouterr().out
     assert "head    score/linear/kernel drawn with standard deviation 0.02 from seed 42" in told
     checkpoints = Checkpoints(tmp_path / "sft/checkpoints")
@@ -339,9 +266,10 @@ def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp
     assert set(params) == {"model", "score"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_happen(ground, tmp_path, capsys):
     for kind, data in (("gpt2", "pair"), ("bert", "label")):
-        config, algorithm = configure(ground, kind, data, tmp_path / "run")
+        config, algorithm = configure(*reward(ground, kind, data), tmp_path / "run")
         run(config, algorithm, dry_run=cli.DryRun())
         told = capsys.readouterr().out
         assert "memory per device" in told and "score/" in told
@@ -373,7 +301,9 @@ def with_lora(kind, **options):
 
 
 def lora_setup(ground, kind, out, data="pair", **options):
-    return prepare.prepare(*configure(ground, kind, data, out, **with_lora(kind, **options)))
+    return prepare.prepare(
+        *configure(*reward(ground, kind, data), out, **with_lora(kind, **options))
+    )
 
 
 def some_tokens(seed=0):
@@ -403,9 +333,10 @@ def peft_base(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, tmp_path, devices):
-    whole = prepare.prepare(*configure(lora_ground, kind, "pair", tmp_path / "x")).load()
+    whole = prepare.prepare(*configure(*reward(lora_ground, kind, "pair"), tmp_path / "x")).load()
     setup = lora_setup(lora_ground, kind, tmp_path / "x")
     model, adapter, start = setup.model, setup.adapter, setup.start()
     same_bits(start["score"], whole["score"])  # stored, or drawn from the same seed
@@ -487,38 +418,24 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
             adapter.from_peft(tensors, "here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, quantize", [("llama", "nf4"), ("bert", None)])
-def test_an_adapters_run_stops_and_continues_bit_for_bit(
-    kind, quantize, lora_ground, tmp_path, monkeypatch
-):
+def test_the_head_is_trained_beside_the_adapter(kind, quantize, lora_ground, tmp_path):
     options = with_lora(kind, **{"lora.dropout": 0.2, "optimizer.learning_rate": 2e-2})
     options |= {"lora.quantize": quantize} if quantize else {}
 
-    def trained(out):
-        config, algorithm = configure(lora_ground, kind, "pair", out, **options)
-        run(config, algorithm, dry_run=False)
-        checkpoints = Checkpoints(out / "checkpoints")
-        setup = prepare.prepare(config, algorithm)
-        params = checkpoints.restore_params(STEPS, setup.trained())
-        checkpoints.close()
-        return setup, metrics.read(out / "metrics.jsonl"), params
-
-    setup, rows, params = trained(tmp_path / "through")
+    args = reward(lora_ground, kind, "pair")
+    _, params = train(*args, tmp_path / "through", **options)
+    setup = prepare.prepare(*configure(*args, tmp_path / "through", **options))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["score"]):
         before = setup.base.head["score"]
         for key in path:
             before = before[key.key]
         # the last bias is the same for both answers of a pair, so it learns nothing
         assert np.array_equal(leaf, before) == (path_of(path) == "classifier/bias"), path
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Preempted):
-            trained(tmp_path / "stopped")
-    _, again_rows, again = trained(tmp_path / "stopped")
-    same_bits(again, params)
-    assert losses_of(again_rows) == losses_of(rows)
 
 
+@pytest.mark.slow
 def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_path, capsys):
     """From a language model, which has no head."""
     from peft import PeftModel
@@ -526,7 +443,7 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
     before = {path.name: path.read_bytes() for path in (lora_ground / "llama").iterdir()}
     out, options = tmp_path / "run", {"data.eval": 0.2, "optimizer.learning_rate": 2e-2}
     config, algorithm = configure(
-        lora_ground, "llama", "pair", out, **with_lora("llama", export=True, **options)
+        *reward(lora_ground, "llama", "pair"), out, **with_lora("llama", export=True, **options)
     )
     run(config, algorithm, dry_run=False)
     assert "head    score/linear/kernel drawn" in capsys.readouterr().out
@@ -558,7 +475,9 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
         {"model.name_or_path": out},
         with_lora("llama", **{"model.name_or_path": tmp_path / "merged"}),
     ):
-        config, algorithm = configure(lora_ground, "llama", "pair", tmp_path / "x", **options)
+        config, algorithm = configure(
+            *reward(lora_ground, "llama", "pair"), tmp_path / "x", **options
+        )
         setup = prepare.prepare(config, algorithm)
         assert "head    " not in plan.describe(setup)
         np.testing.assert_allclose(scores_of(model, setup.load())[0], ours, atol=1e-5)
@@ -572,7 +491,7 @@ def test_equal_texts_are_never_on_both_sides(ground, tmp_path):
     rows = [{"text": f"{word} I like", "label": 0} for word in ("yes", "no", "red", "blue")] * 5
     tiny.write_rows(tmp_path / "same.jsonl", rows)
     options = {"data.train": tmp_path / "same.jsonl", "data.eval": 0.25}
-    config, algorithm = configure(ground, "bert", "label", tmp_path / "x", **options)
+    config, algorithm = configure(*reward(ground, "bert", "label"), tmp_path / "x", **options)
     data = prepare.prepare(config, algorithm).data
     assert len(data.held_out) == 5 and len(data.train) == 15
     assert not set(data.held_out.prompt_ids) & set(data.train.prompt_ids)
@@ -581,7 +500,7 @@ def test_equal_texts_are_never_on_both_sides(ground, tmp_path):
 @pytest.mark.parametrize("data, limit", [("pair", 20), ("label", 9)])
 def test_an_encoder_cuts_as_its_tokenizer_does(data, limit, ground, tmp_path):
     options = {"data.max_length": limit, "data.max_dropped": 0.9}
-    config, algorithm = configure(ground, "roberta", data, tmp_path / "x", **options)
+    config, algorithm = configure(*reward(ground, "roberta", data), tmp_path / "x", **options)
     examples = prepare.prepare(config, algorithm).data.train
     tokenizer = AutoTokenizer.from_pretrained(ground / "roberta")
     rows = tiny.dpo_rows(40) if data == "pair" else tiny.label_rows(40)
@@ -593,9 +512,14 @@ def test_an_encoder_cuts_as_its_tokenizer_does(data, limit, ground, tmp_path):
     assert longest > limit
 
 
+@pytest.mark.slow
 def test_which_label_is_good_is_said_in_the_configuration(ground, tmp_path):
     rows = [
-        train(ground, "bert", "label", tmp_path / str(label), **{"reward.positive_label": label})[0]
+        train(
+            *reward(ground, "bert", "label"),
+            tmp_path / str(label),
+            **{"reward.positive_label": label},
+        )[0]
         for label in (0, 1)
     ]
     assert rows[0][0]["margin"] == pytest.approx(-rows[1][0]["margin"])
@@ -628,19 +552,19 @@ def test_what_does_not_fit_is_refused(kind, data, options, error, told, ground, 
     if "model.tokenizer" in options:
         options = {"model.tokenizer": ground / options["model.tokenizer"]}
     with pytest.raises(error, match=told):
-        prepare.prepare(*configure(ground, kind, data, tmp_path / "x", **options))
+        prepare.prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
 
 
+@pytest.mark.slow
 def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released, tmp_path):
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
-    for folder, data, config_class, algorithm, told in (
-        (ground / "bert", tmp_path / "sft.jsonl", TrainSFT, sft_algorithm, "writes none"),
-        (released["llama", "pair"], ground / "pair.jsonl", TrainDPO, dpo_algorithm, "a scorer"),
-        (released["llama", "pair"] / "hf", ground / "pair.jsonl", TrainDPO, dpo_algorithm, "score"),
+    for task, folder, data, told in (
+        ("sft", ground / "bert", tmp_path, "writes none"),
+        ("dpo", released["llama", "pair"], ground / "pair.jsonl", "a scorer"),
+        ("dpo", released["llama", "pair"] / "hf", ground / "pair.jsonl", "score"),
     ):
-        argv = [f"--model.name_or_path={folder}", f"--data.train={data}", "--data.template=plain"]
-        config, _ = cli.parse(config_class, argv)
+        options = {"data.template": "plain"}
         with pytest.raises((ConfigError, WeightsError), match=told):
-            prepare.prepare(config, algorithm(config))
+            prepare.prepare(*configure(task, folder, data, tmp_path / "x", **options))
     with pytest.raises(EasyAiraError, match="writes none"):
         generate.main([str(ground / "bert"), "--prompt=Hi"])

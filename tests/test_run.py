@@ -9,43 +9,36 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import yaml
-from processes import call
 
 from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft, trainer
 from easyaira.errors import StorageError
+from helpers import tiny
+from helpers.processes import call
+from helpers.runs import argv
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     """Models and data to run on."""
-    root = tmp_path_factory.mktemp("ground")
-    tiny.save(root / "gpt2", tiny.CONFIGS["gpt2"])
-    tiny.save_config(root / "bare", tiny.CONFIGS["gpt2"])
-    tiny.write_rows(root / "sft.jsonl", tiny.sft_rows(40))
-    tiny.write_rows(root / "dpo.jsonl", tiny.dpo_rows(40))
-    return root
+    gpt2 = {"gpt2": tiny.CONFIGS["gpt2"]}
+    rows = {"sft": tiny.sft_rows(40), "dpo": tiny.dpo_rows(40)}
+    return tiny.ground(tmp_path_factory.mktemp("ground"), gpt2, {"bare": gpt2["gpt2"]}, **rows)
 
 
-def argv(ground, task, out, *extra, model="gpt2"):
-    return [
-        f"--model.name_or_path={ground / model}",
-        f"--data.train={ground / task}.jsonl",
-        "--data.eval=0.1",
-        "--data.template=plain",
-        "--max_steps=4",
-        "--logging_steps=2",
-        "--num_samples=2",
-        f"--output_dir={out}",
-        *extra,
-    ]
+FEW = {"data.eval": 0.1, "max_steps": 4, "logging_steps": 2, "num_samples": 2, "export": True}
 
 
+def command(ground, task, out, *flags, model="gpt2"):
+    """A command line: four updates, evaluated, sampled from and exported."""
+    return argv(task, ground / model, ground, out, *flags, **FEW)
+
+
+@pytest.mark.slow
 def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pictures):
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
     extra = ["--data.template=aira", "--model.init=random", "--optimizer.weight_decay=0.1"]
-    status, out, _ = call(train_sft.main, argv(ground, "sft", sft, *extra, model="bare"), capsys)
+    status, out, _ = call(train_sft.main, command(ground, "sft", sft, *extra, model="bare"), capsys)
     assert status == 0 and "bit for bit" in out
     held = {path.name for path in sft.iterdir()}
     assert held == {
@@ -93,7 +86,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
 
     status, out, _ = call(
         train_dpo.main,
-        argv(ground, "dpo", dpo).__add__([f"--model.name_or_path={sft}", "--data.template=chat"]),
+        command(ground, "dpo", dpo, f"--model.name_or_path={sft}", "--data.template=chat"),
         capsys,
     )
     assert status == 0, out
@@ -104,14 +97,15 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
     assert {"eval_" + name for name in paired} <= rows[2].keys()
     assert json.loads((dpo / "hf/config.json").read_text())["eos_token_id"] == 301
 
-    status, out, _ = call(train_sft.main, argv(ground, "sft", sft, *extra, model="bare"), capsys)
+    status, out, _ = call(train_sft.main, command(ground, "sft", sft, *extra, model="bare"), capsys)
     assert status == 0 and "finished after 4 updates; nothing to do" in out
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    call(train_sft.main, argv(ground, "sft", tmp_path / "run", "--export=false"), capsys)
+    call(train_sft.main, command(ground, "sft", tmp_path / "run", "--export=false"), capsys)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
     written = {event.step: event.value for event in board.Scalars("loss")}
@@ -122,7 +116,7 @@ def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, capsys):
     for main, task in ((train_sft.main, "sft"), (train_dpo.main, "dpo")):
-        arguments = argv(
+        arguments = command(
             ground, task, tmp_path / "run", "--dry_run", "--optimizer.warmup_ratio=0.5"
         )
         status, out, err = call(main, arguments, capsys)
@@ -162,7 +156,9 @@ def test_bad_input_ends_with_2_and_one_line_before_anything_is_written(
 ):
     tiny.save_config(ground / "large", tiny.CONFIGS["gpt2"] | {"vocab_size": 320})
     extra = [argument.replace("{ground}", str(ground)) for argument in extra]
-    status, out, err = call(train_sft.main, argv(ground, "sft", tmp_path / "run", *extra), capsys)
+    status, out, err = call(
+        train_sft.main, command(ground, "sft", tmp_path / "run", *extra), capsys
+    )
     assert status == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), err
@@ -173,9 +169,10 @@ def test_debug_shows_where_an_error_comes_from(ground, tmp_path):
     from easyaira.errors import ConfigError
 
     with pytest.raises(ConfigError):
-        cli.run_command(train_sft.main, argv(ground, "sft", tmp_path, "--mesh=dp=3", "--debug"))
+        cli.run_command(train_sft.main, command(ground, "sft", tmp_path, "--mesh=dp=3", "--debug"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra, message",
     [
@@ -187,18 +184,19 @@ def test_debug_shows_where_an_error_comes_from(ground, tmp_path):
 )
 def test_another_runs_folder_is_refused(extra, message, ground, tmp_path, capsys):
     out = tmp_path / "run"
-    assert call(train_sft.main, argv(ground, "sft", out, "--export=false"), capsys)[0] == 0
+    assert call(train_sft.main, command(ground, "sft", out, "--export=false"), capsys)[0] == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     tiny.save(ground / "other", tiny.CONFIGS["gpt2"])
     extra = [argument.replace("{ground}", str(ground)) for argument in extra]
-    status, _, err = call(train_sft.main, argv(ground, "sft", out, *extra), capsys)
+    status, _, err = call(train_sft.main, command(ground, "sft", out, *extra), capsys)
     assert status == 2 and re.search(message, err), err
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_and_changed_logging_is_not(ground, tmp_path, capsys):
     data = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(20))
-    arguments = argv(ground, "sft", tmp_path / "run", f"--data.train={data}", "--export=false")
+    arguments = command(ground, "sft", tmp_path / "run", f"--data.train={data}", "--export=false")
     assert call(train_sft.main, arguments, capsys)[0] == 0
     more = ["--logging_steps=1", "--model.gradient_checkpointing=dots"]
     assert call(train_sft.main, [*arguments, *more], capsys)[0] == 0
@@ -207,21 +205,23 @@ def test_changed_data_are_refused_and_changed_logging_is_not(ground, tmp_path, c
     assert status == 2 and "was trained on other rows" in err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, tmp_path, capsys):
-    arguments = argv(ground, "sft", tmp_path / "run")
+    arguments = command(ground, "sft", tmp_path / "run")
     assert call(train_sft.main, [*arguments, "--export=false"], capsys)[0] == 0
     assert not (tmp_path / "run/hf").exists()
     status, out, _ = call(train_sft.main, arguments, capsys)
     assert status == 0 and "continues" in out and (tmp_path / "run/hf/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     ground, tmp_path, capsys, monkeypatch
 ):
     more = ["--save_steps=2", "--logging_steps=1", "--data.eval=null", "--export=false"]
     more += ["--num_samples=0", "--train_batch_size=8"]
     straight, stuck = tmp_path / "straight", tmp_path / "stuck"
-    assert call(train_dpo.main, argv(ground, "dpo", straight, *more), capsys)[0] == 0
+    assert call(train_dpo.main, command(ground, "dpo", straight, *more), capsys)[0] == 0
     with monkeypatch.context() as patch:
         calls, jit = [], trainer.jit_train_step
 
@@ -235,13 +235,13 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
             return update
 
         patch.setattr(trainer, "jit_train_step", full_in_the_third_update)
-        status, _, err = call(train_dpo.main, argv(ground, "dpo", stuck, *more), capsys)
+        status, _, err = call(train_dpo.main, command(ground, "dpo", stuck, *more), capsys)
     assert status == 2
     said = "error: computing batch 3 of the training: Out of memory allocating 1125899906842624"
     assert err.splitlines()[-1].startswith(said), err
     assert "a larger gradient_accumulation_steps (is 1), model.gradient_checkpointing: full" in err
     helped = ["--gradient_accumulation_steps=4", "--model.gradient_checkpointing=full"]
-    status, out, _ = call(train_dpo.main, argv(ground, "dpo", stuck, *more, *helped), capsys)
+    status, out, _ = call(train_dpo.main, command(ground, "dpo", stuck, *more, *helped), capsys)
     assert status == 0 and "after update 2" in out
     losses = [[row["loss"] for row in metrics.read(f / "metrics.jsonl")] for f in (straight, stuck)]
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-6)
@@ -267,13 +267,14 @@ def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_pat
         metrics.Log(tmp_path / "nowhere", 0, 9, False)
 
 
+@pytest.mark.slow
 def test_two_runs_are_not_in_one_folder(ground, tmp_path, capsys):
     folder = tmp_path / "run"
     with run_folder._locked(folder):
-        status, _, err = call(train_sft.main, argv(ground, "sft", folder), capsys)
+        status, _, err = call(train_sft.main, command(ground, "sft", folder), capsys)
     assert status == 2 and f"process {os.getpid()} of " in err and "is at work in" in err
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert call(train_sft.main, argv(ground, "sft", folder, "--export=false"), capsys)[0] == 0
+    assert call(train_sft.main, command(ground, "sft", folder, "--export=false"), capsys)[0] == 0
 
 
 def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_path, capsys):
@@ -289,6 +290,7 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
         assert got == status and message in err, err
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys, monkeypatch):
     from easyaira import release
 
@@ -303,6 +305,7 @@ def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys,
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
+@pytest.mark.slow
 def test_an_export_in_another_dtype_says_so(ground, tmp_path, capsys):
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     arguments = ["to_hf", tmp_path / "ours", tmp_path / "x", "--dtype=bfloat16"]

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import tiny
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from easyaira.data.build import recipe_of
 from easyaira.data.sources import BadRow
 from easyaira.data.templates import Template
 from easyaira.errors import DataError
+from helpers import tiny
 
 ROWS = [{"prompt": "a?", "completion": "NA"}, {"prompt": "b, \u2028 c?", "completion": "007"}]
 USER, GOOD, BAD = (

@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer
 from easyaira.data import templates
 from easyaira.data.templates import AIRA_TOKENS, TEMPLATES, Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
+from helpers import tiny
 
 TURN = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Good day."}]
 TURNS = [*TURN, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]

@@ -10,86 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
-from easyaira import cli, losses, metrics, prepare, trainer
-from easyaira import mesh as meshes
-from easyaira.checkpoint import Checkpoints
-from easyaira.config import TrainDPO, TrainSFT
+from easyaira import losses, prepare, trainer
 from easyaira.errors import ConfigError, NonFiniteError
 from easyaira.models import attention
 from easyaira.models.layers import padded_vocab
-from easyaira.reference import dpo_algorithm
-from easyaira.run import run
-from easyaira.train_sft import sft_algorithm
-
-STEPS = 20
-LEARNING = {
-    "optimizer.learning_rate": 1e-3,
-    "optimizer.weight_decay": 0.1,
-    "optimizer.warmup_steps": 3,
-    "optimizer.max_grad_norm": 1.0,
-}
-
-
-def configure(task, model, data, out, **options):
-    options = {
-        "model.name_or_path": model,
-        "data.train": data / f"{task}.jsonl",
-        "data.template": "plain",
-        "train_batch_size": 8,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "num_samples": 0,
-        "export": False,
-        "output_dir": out,
-        **LEARNING,
-        **options,
-    }
-    argv = [f"--{name}={value}" for name, value in options.items()]
-    config, _ = cli.parse({"sft": TrainSFT, "dpo": TrainDPO}[task], argv)
-    return config, {"sft": sft_algorithm, "dpo": dpo_algorithm}[task](config)
-
-
-def train(*args, **options):
-    """Run; returns the rows of metrics.jsonl and the final parameters."""
-    config, algorithm = configure(*args, **options)
-    run(config, algorithm, dry_run=False)
-    return result(config, algorithm)
-
-
-def result(config, algorithm):
-    from pathlib import Path
-
-    folder = Path(config.output_dir)
-    setup = prepare.prepare(config, algorithm)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    params = checkpoints.restore_params(checkpoints.latest(), setup.model.target(setup.mesh))
-    checkpoints.close()
-    return metrics.read(folder / "metrics.jsonl"), jax.device_get(params)
-
-
-def losses_of(rows):
-    return [row["loss"] for row in rows if row["step"] > 0]
-
-
-def close(a, b, atol):
-    """Equal to `atol`, but for the bias of GPT-2's keys: it has no effect on attention, so its
-    gradient is rounding noise, which Adam scales up to whole steps."""
-
-    def compare(path, x, y):
-        if "c_attn" in meshes.path_of(path) and path[-1].key == "bias":
-            x, y = x[:, ::2], y[:, ::2]
-        np.testing.assert_allclose(x, y, atol=atol, rtol=0)
-
-    jax.tree_util.tree_map_with_path(compare, a, b)
-
-
-def same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
+from helpers import tiny
+from helpers.loops import torch_adamw, torch_rate, torch_step
+from helpers.runs import STEPS, close, configure, losses_of, result, same_bits, train
 
 # ---------------------------------------------------------------------------------------------
 # against torch
@@ -99,7 +29,7 @@ def torch_batches(task, model, data, out, **options):
     """The examples of each update as lists of (prompt, answers), from our own data layer."""
     setup = prepare.prepare(*configure(task, model, data, out, **options))
     e = setup.batches.examples
-    for update in range(STEPS):
+    for update in range(STEPS[task]):
         chosen = []
         for i in setup.batches.members(update):
             start, *answers, end = e.bounds[i].tolist()
@@ -116,30 +46,6 @@ def torch_logps(model, prompt, answer):
     return logps[torch.arange(len(ids[0]) - 1), ids[0, 1:]][len(prompt) - 1 :]
 
 
-def torch_adamw(model):
-    decay = [p for n, p in model.named_parameters() if p.ndim >= 2]
-    rest = [p for n, p in model.named_parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1.0)
-
-
-def torch_rate(step):
-    """Linear warm-up over 3 updates, then a cosine to 0."""
-    if step < 3:
-        return 1e-3 * step / 3
-    return 1e-3 * 0.5 * (1 + np.cos(np.pi * (step - 3) / (STEPS - 3)))
-
-
-def torch_step(model, adamw, loss, step):
-    adamw.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in adamw.param_groups:
-        group["lr"] = torch_rate(step)
-    adamw.step()
-    return norm.item()
-
-
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_sft_follows_a_torch_loop(kind, models, tmp_path):
     """Of 20 examples, so that every third update has four instead of eight."""
@@ -151,7 +57,7 @@ def test_sft_follows_a_torch_loop(kind, models, tmp_path):
     batches = torch_batches("sft", models / kind, data, tmp_path / "x")
     for step, (chosen, row) in enumerate(zip(batches, rows, strict=True)):
         nll = torch.cat([-torch_logps(model, prompt, answer) for prompt, (answer,) in chosen])
-        norm = torch_step(model, adamw, nll.mean(), step)
+        norm = torch_step(model, adamw, nll.mean(), torch_rate(step))
         assert row["loss"] == pytest.approx(nll.mean().item(), abs=1e-4)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert row["learning_rate"] == pytest.approx(torch_rate(step), rel=1e-5, abs=1e-12)
@@ -188,7 +94,7 @@ def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
         rewards = 0.1 * (scores - ref)
         margins = rewards[:, 0] - rewards[:, 1]
         loss = (-F.logsigmoid(margins) - 0.5 * scores[:, 0] / lengths).mean()
-        torch_step(model, adamw, loss, step)
+        torch_step(model, adamw, loss, torch_rate(step))
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert row["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
         assert row["rewards/chosen"] == pytest.approx(rewards[:, 0].mean().item(), abs=1e-4)
@@ -202,6 +108,7 @@ def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
 # the same run in other ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models, data, tmp_path):
     args = (task, models / "llama", data)
@@ -218,6 +125,7 @@ def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models,
         close(other, params, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, kernel", [("sft", "xla"), ("dpo", "xla"), ("dpo", "splash")])
 def test_every_fast_path_at_once_changes_nothing(
     task, kernel, models, data, tmp_path, devices, monkeypatch
@@ -243,6 +151,7 @@ def test_every_fast_path_at_once_changes_nothing(
     close(other, params, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_last_smaller_update_is_weighted_by_what_it_holds(task, models, data, tmp_path):
     """12 rows in updates of 8: the second holds 4, alone or in unequal micro-batches."""
@@ -256,88 +165,7 @@ def test_a_last_smaller_update_is_weighted_by_what_it_holds(task, models, data, 
     close(whole[1], parts[1], 1e-5)
 
 
-@pytest.mark.parametrize("task, kind", [("sft", "gpt2"), ("dpo", "llama")])
-def test_meshes_agree_with_one_device(task, kind, models, data, tmp_path, devices):
-    args = (task, models / kind, data)
-    rows, params = train(*args, tmp_path / "one", max_steps=5, eval_steps=0)
-    for mesh in ("8,1,1", "1,8,1", "1,1,4", "2,2,2"):
-        devices(4 if mesh == "1,1,4" and kind == "gpt2" else 8)
-        if kind == "llama" and mesh == "1,1,4":
-            mesh = "1,4,2"  # it has two key/value heads
-        other_rows, other = train(
-            *args, tmp_path / mesh.replace(",", "-"), max_steps=5, mesh=mesh, eval_steps=0
-        )
-        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-        close(other, params, 1e-4)
-        devices(1)
-
-
-def test_tensor_parallelism_over_eight_devices(data, tmp_path, devices):
-    config = tiny.CONFIGS["gpt2"] | {"n_head": 8, "vocab_size": 321}
-    tiny.save(tmp_path / "model", config)
-    args = ("sft", tmp_path / "model", data)
-    rows, params = train(*args, tmp_path / "one", max_steps=5)
-    devices(8)
-    other_rows, other = train(*args, tmp_path / "tp", max_steps=5, mesh="1,1,8")
-    np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-    close(other, params, 1e-4)
-
-
-def stop_after(monkeypatch, steps, owner=metrics.Log, method="advance"):
-    """Send this process SIGTERM when a method that is called in every update has been so often."""
-    import signal
-
-    calls, real = [], getattr(owner, method)
-
-    def counting(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == steps:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, method, counting)
-
-
-@pytest.mark.parametrize("task, dropout", [("sft", 0.0), ("sft", 0.3), ("dpo", 0.0)])
-def test_stop_and_continue_is_the_same_run_bit_for_bit(
-    task, dropout, models, data, tmp_path, monkeypatch
-):
-    from easyaira.errors import Preempted
-
-    args = (task, models / "gpt2", data)
-    options = {"model.dropout": dropout, "logging_steps": 4, "data.eval": 0.2}
-    rows, params = train(*args, tmp_path / "through", **options)
-    late = (7, metrics.Window, "add")  # while the numbers of update 7 are fetched, in update 8
-    for stop, (steps, *where) in {1: (1,), 8: late}.items():
-        folder = tmp_path / f"stopped-{stop}"
-        with monkeypatch.context() as patch:
-            stop_after(patch, steps, *where)
-            with pytest.raises(Preempted, match=f"SIGTERM after update {stop + bool(where)} of"):
-                train(*args, folder, **options)
-        again_rows, again = train(*args, folder, **options)
-        same_bits(again, params)
-        timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "compilations")
-        for a, b in zip(again_rows, rows, strict=True):
-            assert {k: a[k] for k in a if k not in timing} == {
-                k: b[k] for k in b if k not in timing
-            }
-
-
-def test_a_run_saved_on_one_mesh_continues_on_another(models, data, tmp_path, devices, monkeypatch):
-    from easyaira.errors import Preempted
-
-    args = ("sft", models / "llama", data)
-    rows, params = train(*args, tmp_path / "one")
-    devices(8)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 8)
-        with pytest.raises(Preempted):
-            train(*args, tmp_path / "moved", mesh="fsdp=8")
-    moved_rows, moved = train(*args, tmp_path / "moved", mesh="fsdp=4,tp=2")
-    np.testing.assert_allclose(losses_of(moved_rows), losses_of(rows), atol=1e-4)
-    close(moved, params, 1e-4)
-
-
+@pytest.mark.slow
 def test_reference_before_training_or_in_every_step(models, data, tmp_path):
     """With some rows dropped, so that row numbers and examples are not the same."""
     rows = tiny.dpo_rows(40)
@@ -356,6 +184,7 @@ def test_reference_before_training_or_in_every_step(models, data, tmp_path):
     close(params, other, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_before_the_first_update_loss_is_ln_2_and_margins_are_exactly_0(
@@ -371,6 +200,7 @@ def test_before_the_first_update_loss_is_ln_2_and_margins_are_exactly_0(
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6 if dtype == "float32" else 5e-2)
 
 
+@pytest.mark.slow
 def test_another_reference_is_used_and_its_vocabulary_compared(models, data, tmp_path):
     tiny.save(tmp_path / "other", tiny.CONFIGS["llama"])
     options = {
@@ -390,6 +220,7 @@ def test_another_reference_is_used_and_its_vocabulary_compared(models, data, tmp
 # numbers that are not finite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_what_is_not_finite_never_enters_the_parameters(
     accumulation, models, data, tmp_path, monkeypatch

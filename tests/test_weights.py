@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
 from easyaira import weights
@@ -15,6 +14,7 @@ from easyaira.errors import ConfigError, UnsafeInputError, WeightsError
 from easyaira.mesh import make_mesh
 from easyaira.models.registry import model_of, resize
 from easyaira.pretrained import Pretrained, find
+from helpers import tiny
 
 
 @pytest.fixture

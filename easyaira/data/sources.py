@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +140,7 @@ def _read_file(path: Path) -> Iterator[Located]:
         OSError,
         EOFError,
         UnicodeDecodeError,
-        gzip.zlib.error,
+        zlib.error,
         pyarrow.ArrowException,
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -86,7 +86,7 @@ def flash(
     Inputs are all bfloat16, all float16 or all float32; H is a multiple of K, N at most 256, and
     `end_RT` (see `ends`) at most T. `interpret` runs on any device, slowly and without Triton.
     """
-    H, N, K = *q_RTHN.shape[2:], k_RTKN.shape[2]
+    (H, N), K = q_RTHN.shape[2:], k_RTKN.shape[2]
     if H % K or N > 256:
         raise ValueError(f"{H} query heads must be a multiple of {K}, and width {N} at most 256")
     if len({x.dtype for x in (q_RTHN, k_RTKN, v_RTKN)}) > 1:

@@ -1,25 +1,26 @@
 """Tiny models, tokenizers and data sets, with weights that make mistakes visible (std 0.2)."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
 
 from easyaira import weights
 from easyaira.mesh import make_mesh
 from easyaira.models.registry import model_of
 from easyaira.pretrained import Pretrained
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data and models, where they are
+if TYPE_CHECKING:  # imported where they are used: they take seconds, and many tests need neither
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"  # real data and models, where they are
 
 VOCAB = 300
 CONFIGS = {
@@ -63,6 +64,19 @@ CONFIGS = {
         "pad_token_id": 1,
     },
 }
+CASES = {  # of what an architecture can be
+    "gpt2": CONFIGS["gpt2"],
+    "gpt2-untied-relu": CONFIGS["gpt2"]
+    | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 40},
+    "gpt2-eps-erf": CONFIGS["gpt2"] | {"layer_norm_epsilon": 1e-2, "activation_function": "gelu"},
+    "llama": CONFIGS["llama"],
+    "llama-tied-mha": CONFIGS["llama"] | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "llama-theta-eps-head": CONFIGS["llama"]
+    | {"rope_theta": 500.0, "rms_norm_eps": 1e-2, "head_dim": 8, "num_key_value_heads": 1},
+    "opt": CONFIGS["opt"],
+    "opt-350m": CONFIGS["opt"]
+    | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
+}
 
 _ENCODER = {
     "vocab_size": VOCAB,
@@ -99,6 +113,9 @@ SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
 
 def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
     """transformers' model of a config, all of its weights drawn with `std`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
     torch.manual_seed(seed)
     settings = {k: v for k, v in config.items() if k != "architectures"}
     scores = config.get("architectures", [""])[0].endswith("ForSequenceClassification")
@@ -129,6 +146,17 @@ def save_config(folder: Path, config: dict) -> None:
     tokenizer_of(config).save_pretrained(folder)
 
 
+def ground(root: Path, models: Mapping = {}, bare: Mapping = {}, **rows: list[dict]) -> Path:
+    """A folder to run in: models by name, those of `bare` without weights, and `NAME.jsonl`."""
+    for name, config in models.items():
+        save(root / name, config)
+    for name, config in bare.items():
+        save_config(root / name, config)
+    for name, some in rows.items():
+        write_rows(root / f"{name}.jsonl", some)
+    return root
+
+
 def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
     """That an architecture usually has."""
     if config["model_type"] in FRAMES and config["pad_token_id"] < 2:
@@ -138,6 +166,8 @@ def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
 
 def tokenizer(vocab_size: int = VOCAB, pad: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer, `<|endoftext|>` being 0, and `pad`, if there is one, being 1."""
+    from transformers import PreTrainedTokenizerFast
+
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(
         tokenizer_object=_trained(vocab_size, [end, pad] if pad else [end]),
@@ -157,6 +187,9 @@ FRAMES = {  # pad, first and last token of a text, with pad at its usual id
 
 def encoder_tokenizer(config: dict) -> PreTrainedTokenizerFast:
     """The same, with what BERT or RoBERTa put around a text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
     controls = FRAMES[config["model_type"]]
     trained = _trained(config["vocab_size"], controls)
     pad = config["pad_token_id"]
@@ -175,6 +208,8 @@ def encoder_tokenizer(config: dict) -> PreTrainedTokenizerFast:
 
 
 def _trained(vocab_size: int, controls: list[str]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()

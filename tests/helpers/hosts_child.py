@@ -1,6 +1,6 @@
 """A process of a run that computes nothing, and what can befall it: see test_hosts.py.
 
-python -m hosts_child PORT PROCESSES INDEX FAULT      PORT 0: a launcher says who is who
+python -m helpers.hosts_child PORT PROCESSES INDEX FAULT      PORT 0: a launcher says who is who
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Training commands as processes of their own, with a signal at a named point.
 
-python -m train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows, unproved,
-devices}
+python -m helpers.train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows,
+unproved, devices}
 
 One job runs in this process. Several run one after another, each in a copy of this process, which
 has imported all that they need; their statuses are printed. `out` takes what a job prints, `rows`
@@ -138,9 +138,8 @@ def record(path):
 
 
 def run(job):
-    import undrawn
-
     from easyaira import cli, stop
+    from helpers import undrawn
 
     stop.GRACE = 1.0
     if job["point"] != "import":

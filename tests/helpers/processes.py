@@ -9,7 +9,7 @@ from pathlib import Path
 
 from easyaira import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def call(main, arguments, capsys):
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 def environment(devices: int, **more: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # each process would compile again
     return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **more}
 

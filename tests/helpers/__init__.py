@@ -1,0 +1,1 @@
+"""What tests share: tiny models and data, runs on them, other processes."""

@@ -1,0 +1,54 @@
+"""Flags of the command lines are frozen: scripts of users hold them.
+
+After a change that is meant:    python tests/test_flags.py
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from easyaira import convert, generate, inspect, selftest, train_dpo, train_reward, train_sft
+
+FILE = Path(__file__).with_name("flags.txt")
+COMMANDS = {
+    "train_sft": train_sft.main,
+    "train_dpo": train_dpo.main,
+    "train_reward": train_reward.main,
+    "inspect": inspect.main,
+    "generate": generate.main,
+    "selftest": selftest.main,
+    "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),
+    "convert to_hf": lambda argv: convert.main(["to_hf", *argv]),
+}
+
+
+def flags_of(main, asked="--help") -> set[str]:
+    """Those that a command's help shows, with those of groups that have a help of their own."""
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        main([asked])
+    flags = set(re.findall(r"(?:^ +|, )(--[\w.]+)", told.getvalue(), re.M)) - {"--help"}
+    groups = {flag for flag in flags if flag.endswith(".help")} - {asked}
+    return (flags - groups).union(*(flags_of(main, group) for group in groups)) - {asked}
+
+
+def lines() -> str:
+    """A flag and its commands in each."""
+    found: dict[str, list[str]] = {}
+    for name, main in COMMANDS.items():
+        for flag in flags_of(main):
+            found.setdefault(flag, []).append(name)
+    return "".join(f"{flag}: {', '.join(names)}\n" for flag, names in sorted(found.items()))
+
+
+def test_flags_are_those_that_scripts_of_users_hold():
+    now, before = lines().splitlines(), FILE.read_text().splitlines()
+    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    assert now == before, (
+        f"gone: {gone}\nnew: {new}\nIf that is meant, note it in CHANGELOG.md and run"
+        " python tests/test_flags.py"
+    )
+
+
+if __name__ == "__main__":
+    FILE.write_text(lines())
