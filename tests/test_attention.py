@@ -51,6 +51,7 @@ def by_hand(q, k, v, mask):
     return out.reshape(*q.shape[:2], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_contract_equals_its_sentence(causal):
     _, segments, sides = rows(40, shared=True)

@@ -250,6 +250,7 @@ def test_packing_is_best_fit_and_overfills_nothing():
     assert pack([60, 50, 40, 30, 20], 100) == [[0, 2], [1, 3, 4]]
 
 
+@pytest.mark.slow
 def test_few_shapes_hold_all_updates(tmp_path):
     rng = np.random.default_rng(0)
     rows = [

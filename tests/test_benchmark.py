@@ -44,6 +44,7 @@ def gradients(loss_fn, params, frozen, batches):
     return jax.jit(jax.value_and_grad(mean))(params)
 
 
+@pytest.mark.slow
 def test_the_naive_step_does_the_same(work, models):
     """Its loss and gradients are those of packed rows with prompts stored once."""
     model, params = tiny.load(models / "gpt2")
@@ -80,6 +81,7 @@ def test_every_model_can_be_built():
     assert model_of(sides.MODELS["gpt2-124m"], "").parameter_count() == 124_439_808
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naive", [False, True])
 def test_a_trace_names_what_costs(work, naive, tmp_path):
     side = sides.ours(work, {"naive": naive})

@@ -80,6 +80,7 @@ def uncompared(*_):
     return {"compared": False, "why": "torch is not installed"}
 
 
+@pytest.mark.slow
 def test_no_name_or_text_breaks_the_card(runs):
     front, text = of(runs[0] / "hf")
     assert front["license"] == "other" and front["license_name"] == NASTY
@@ -95,6 +96,7 @@ def test_no_name_or_text_breaks_the_card(runs):
     assert str(runs[0].parent) not in text
 
 
+@pytest.mark.slow
 def test_the_card_has_the_runs_facts(runs):
     _, text = of(runs[0] / "hf")
     told = {name: cells[0] for name, cells in table_rows(text, "Details").items()}
@@ -111,6 +113,7 @@ def test_the_card_has_the_runs_facts(runs):
     assert proof["read_back"] in text and f"{proof['logits']['max_difference']:.2g}" in text
 
 
+@pytest.mark.slow
 def test_what_nobody_said_is_unknown(runs):
     front, text = of(runs[1] / "hf")
     assert front["license"] == "unknown" and "language" not in front
@@ -149,6 +152,7 @@ def rewritten(run, tmp_path, **changes):
     return of(tmp_path)
 
 
+@pytest.mark.slow
 def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
     row = {"duration": 60, "energy_consumed": 0.25, "emissions": 0.1, "country_name": "Brazil"}
     energy._write(tmp_path, [row | {"source": "GPU measured (by its driver)"}] * 2 + [{}])
@@ -213,6 +217,7 @@ def token_ids(folder):
     return [[getattr(source, name, None) for name in names] for source in loaded]
 
 
+@pytest.mark.slow
 def test_control_tokens_are_the_same_in_all_files(runs):
     for folder in runs:  # the second one starts from a tokenizer that has them
         tokenizer, config, generation = token_ids(folder / "hf")
@@ -223,6 +228,7 @@ def test_control_tokens_are_the_same_in_all_files(runs):
     assert json.loads((runs[1] / "hf/generation_config.json").read_text())["temperature"] == 0.3
 
 
+@pytest.mark.slow
 def test_a_file_with_other_ids_is_put_right(runs, data, tmp_path):
     """config.json of the published Aira models still has GPT-2's ids."""
     shutil.copytree(runs[0] / "hf", tmp_path / "aira")

@@ -85,6 +85,7 @@ def flip(raw, at):
     return raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :] if raw else raw
 
 
+@pytest.mark.slow
 def test_every_damage_is_found_or_harmless(saved, eight, tmp_path):
     """Of every file of the newest checkpoint; Orbax alone gives other numbers for flipped ones."""
     folder = tmp_path / "checkpoints"
@@ -163,6 +164,7 @@ def test_sums_know_every_bit_of_every_type():
         assert len(sums) == len(chosen) + 1, tree.dtype
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_is_moved_aside_and_its_step_saved_again(saved, eight, tmp_path, capsys):
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)

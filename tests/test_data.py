@@ -252,6 +252,7 @@ def test_a_damaged_cache_is_built_anew(tmp_path, capsys):
     assert "is damaged and built anew" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_processes_that_build_the_same_cache_at_once_all_get_it(tmp_path):
     import subprocess
     import sys

@@ -649,6 +649,7 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
         convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "y"), merge=True)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
     said = {}
     for how in (None, "nf4"):

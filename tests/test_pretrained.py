@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
     for case in reference:
         ids = np.array([case["input_ids"]])
         hidden, head = model.apply(params, tiny.layout(ids))
-        out = losses.token_logps(hidden, head, ids, vocab_size=model.vocab_size)
+        out = losses.token_logps(hidden, head, jnp.asarray(ids), vocab_size=model.vocab_size)
         np.testing.assert_allclose(-out.logps[0, 1:], case["token_nll"], atol=1.1e-5)  # 5 decimals
         assert -out.logps[0, 1:].mean() == pytest.approx(case["mean_nll"], abs=1.1e-5)
         logits = np.asarray(hidden[0, -1] @ head)
@@ -36,6 +37,7 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
     assert greedy == [case["greedy_next_40"] for case in reference]
 
 
+@pytest.mark.slow
 def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -5,6 +5,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -74,15 +75,15 @@ def sequences_of(examples, answer):
 
 
 def test_losses_of_scores():
-    one = np.float32([1.0])
+    one = jnp.float32([1.0])
     assert losses.bradley_terry(one, 0 * one)[0] == pytest.approx(0.313262, abs=1e-6)
     assert losses.bradley_terry(one, 0 * one, margin=1.0)[0] == pytest.approx(math.log(2))
-    scores = np.float32([3.0, -0.5, 40.0, -40.0])
+    scores = jnp.float32([3.0, -0.5, 40.0, -40.0])
     for labels in ([1, 0, 1, 0], [0, 1, 0, 1]):
         wanted = F.binary_cross_entropy_with_logits(
-            torch.tensor(scores), torch.tensor(labels).float(), reduction="none"
+            torch.tensor(scores.tolist()), torch.tensor(labels).float(), reduction="none"
         )
-        np.testing.assert_allclose(losses.binary(scores, np.bool_(labels)), wanted, 1e-5, 1e-7)
+        np.testing.assert_allclose(losses.binary(scores, jnp.bool_(labels)), wanted, 1e-5, 1e-7)
 
 
 def test_auc_is_exact():
@@ -95,6 +96,7 @@ def test_auc_is_exact():
     assert objectives.roc_auc(better, worse) == sum(wins) / 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, data", [("bert", "pair"), ("roberta", "label"), ("gpt2", "texts")])
 def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
     """Of 20 rows, so that every third update has four instead of eight."""

@@ -114,6 +114,7 @@ def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
         np.testing.assert_allclose(written[row["step"]], row["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, capsys):
     for main, task in ((train_sft.main, "sft"), (train_dpo.main, "dpo")):
         arguments = command(
@@ -259,6 +260,7 @@ def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_pat
     assert log(4) == first * 2
     assert log(4, unmeasured=True) == first + [["step", "loss"], *first]
     full = metrics.Log(tmp_path, 5, 9, False)
+    full._file.close()
     full._file = open("/dev/full", "w")
     with pytest.raises(StorageError, match="metrics.jsonl: cannot be written: .*No space"):
         full.write(6, {"loss": 1.0})
@@ -332,6 +334,7 @@ def test_generate_gives_the_greedy_answer_of_transformers(ground, capsys):
     )
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed_and_stay_within_top_p(ground):
     model, params = tiny.load(Path(ground / "gpt2"))
 

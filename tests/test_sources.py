@@ -180,6 +180,7 @@ def test_a_list_of_rows_just_below_the_limit_is_read_whole(tmp_path, monkeypatch
     assert rows_of(tmp_path / "a.json") == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [b"", b"\n"], ids=["cut", "whole"])
 def test_no_row_above_the_limit_is_held_in_memory(ending, tmp_path):
     """A bomb: 300 MB in 300 kB."""

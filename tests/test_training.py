@@ -46,7 +46,9 @@ def torch_logps(model, prompt, answer):
     return logps[torch.arange(len(ids[0]) - 1), ids[0, 1:]][len(prompt) - 1 :]
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "opt"))]
+)
 def test_sft_follows_a_torch_loop(kind, models, tmp_path):
     """Of 20 examples, so that every third update has four instead of eight."""
     data = tmp_path
@@ -67,6 +69,7 @@ def test_sft_follows_a_torch_loop(kind, models, tmp_path):
         np.testing.assert_allclose(ours[name], parameter.detach(), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
     """Of 20 pairs, so that every third update has four instead of eight."""
