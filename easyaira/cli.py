@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonargparse
 from jsonargparse import ArgumentParser
 
-from easyaira import config as configs
-from easyaira.errors import ConfigError, EasyAiraError, Preempted
-from easyaira.stop import StopSignal
+from easyaira.config.run import PROVENANCE, DryRun
+from easyaira.distributed.signals import StopSignal
+from easyaira.errors import ConfigError, EasyAiraError, told
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-PROVENANCE = "provenance"  # what a run adds to its config.yaml; a record, so it is read past
 
 
 def parser_of(config_class: type) -> ArgumentParser:
@@ -53,14 +52,6 @@ def parser_of(config_class: type) -> ArgumentParser:
     parser.add_argument(f"--{PROVENANCE}", type=dict, help=SUPPRESS)
     parser.add_class_arguments(config_class, None)
     return parser
-
-
-class DryRun(NamedTuple):
-    """A run that is only planned: for which pod, if not for the devices at hand, and whether better
-    settings are to be looked for."""
-
-    topology: str | None = None
-    search: bool = False
 
 
 def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
@@ -139,7 +130,8 @@ def _of_key(name: str, problem: str) -> str:
 
 def _in_group(name: str, class_path: str, problem: str) -> str:
     """What is wrong in a group of options that may be null, in one line."""
-    options = [field.name for field in fields(vars(configs)[class_path.rpartition(".")[2]])]
+    module, _, name_of_class = class_path.rpartition(".")
+    options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
         return f"{name}.{unknown[1]}: no such option" + _did_you_mean(unknown[1], options)
     if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
@@ -152,6 +144,25 @@ def _in_group(name: str, class_path: str, problem: str) -> str:
 def _did_you_mean(name: str, options: list[str]) -> str:
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:
+    """The `main` of a command that trains.
+
+    Args:
+        config_class: its configuration.
+        algorithm: the function that turns a configuration into an Algorithm, as `module:name`.
+            Its module is imported after the command line is read, so that `--help` answers at once.
+    """
+
+    def main(argv: list[str]) -> None:
+        config, dry_run = parse(config_class, argv)
+        from easyaira.run.run import run
+
+        module, _, name = algorithm.partition(":")
+        run(config, getattr(importlib.import_module(module), name)(config), dry_run=dry_run)
+
+    return main
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
@@ -169,12 +180,3 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def told(error: BaseException) -> tuple[str, int]:
-    """An error in a line, and the exit status that tells a scheduler what to do about it."""
-    if isinstance(error, EasyAiraError):
-        kind = "stopped" if error.exit_status == Preempted.exit_status else "error"
-        return f"{kind}: {error}", error.exit_status
-    lines = str(error).strip().splitlines()
-    return f"error: {type(error).__name__}: {lines[0][:300] if lines else 'a bug'}", 1

@@ -35,10 +35,13 @@ def to_hf(
     """
     import jax
 
-    from easyaira import card, lora, pretrained, release
-    from easyaira import mesh as meshes
+    from easyaira.distributed import mesh as meshes
     from easyaira.errors import ConfigError
+    from easyaira.export import card, release
+    from easyaira.export.hf_config import Facts
+    from easyaira.lora.adapter import of_record
     from easyaira.models.registry import model_of
+    from easyaira.storage import pretrained
 
     found = pretrained.find(source)
     if found.step is None:
@@ -59,7 +62,7 @@ def to_hf(
     }
     with jax.set_mesh(mesh):
         if alone:
-            adapter = lora.of_record(found.adapter, model)
+            adapter = of_record(found.adapter, model)
             params = found.load_adapter(adapter, mesh)
             report = release.export_adapter(
                 Path(out), adapter=adapter, params=params, base=found.base, **common
@@ -69,7 +72,7 @@ def to_hf(
                 Path(out),
                 model=model,
                 params=found.load(model, mesh),
-                facts=release.Facts(found.config, found.generation_config, found.stored_dtypes()),
+                facts=Facts(found.config, found.generation_config, found.stored_dtypes()),
                 dtype=dtype,
                 **common,
             )
@@ -85,11 +88,13 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
         revision: Branch, tag or commit of a hub id.
     """
 
-    from easyaira import __version__, pretrained, release
-    from easyaira import mesh as meshes
-    from easyaira.checkpoint import Checkpoints
+    from easyaira import __version__
+    from easyaira.distributed import mesh as meshes
     from easyaira.errors import ConfigError
+    from easyaira.export.hf_config import Facts
     from easyaira.models.registry import model_of
+    from easyaira.storage import pretrained
+    from easyaira.storage.checkpoints import Checkpoints
 
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
@@ -103,7 +108,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     mesh = meshes.make_mesh("fsdp=-1")
     params = found.load(model, mesh)
     checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
-    facts = release.Facts(found.config, found.generation_config, found.stored_dtypes())
+    facts = Facts(found.config, found.generation_config, found.stored_dtypes())
     meta = facts.to_meta() | {"easyaira": __version__, "source": found.commit or source}
     tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
     checkpoints.save_params(0, params, meta)

@@ -3,6 +3,17 @@
 Every message is one line: where, what was found, what was wanted, and how to mend it.
 """
 
+from __future__ import annotations
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """An error in a line, and the exit status that tells a scheduler what to do about it."""
+    if isinstance(error, EasyAiraError):
+        kind = "stopped" if error.exit_status == Preempted.exit_status else "error"
+        return f"{kind}: {error}", error.exit_status
+    lines = str(error).strip().splitlines()
+    return f"error: {type(error).__name__}: {lines[0][:300] if lines else 'a bug'}", 1
+
 
 class EasyAiraError(Exception):
     """Base of all errors that a user can mend. Names and texts out of files are in the message as

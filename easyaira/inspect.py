@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from easyaira import cli
-from easyaira.config import DPOConfig, PolicyConfig, RewardConfig, RunConfig, SFTConfig
+from easyaira.config.algorithms import DPOConfig, RewardConfig, SFTConfig
+from easyaira.config.model import PolicyConfig
+from easyaira.config.run import RunConfig
 from easyaira.errors import StorageError
 
 ROWS = 4  # that are printed
@@ -42,21 +44,23 @@ def task_of(config: Inspect) -> str:
     if config.task != "auto":
         return {"sft": "conversation", "dpo": "pair", "label": "label"}[config.task]
 
-    from easyaira.data import dataset, schemas
+    from easyaira.data import columns, dataset
 
-    return dataset.task_of(config.data, list(schemas.FORMS), "set --task, or ")
+    return dataset.task_of(config.data, list(columns.FORMS), "set --task, or ")
 
 
 def main(argv: list[str]) -> None:
     config, _ = cli.parse(Inspect, argv)
 
-    from easyaira import mesh, prepare
     from easyaira.data import report
-    from easyaira.data.build import recipe_of
+    from easyaira.data.recipe import recipe_of
+    from easyaira.distributed import mesh as meshes
+    from easyaira.train.resolve import find
+    from easyaira.train.setup import read_data
 
-    found = prepare.find(config, mesh.make_mesh("fsdp=-1"))
+    found = find(config, meshes.make_mesh("fsdp=-1"))
     recipe = recipe_of(task_of(config), config.data, found.max_length, config.sft)
-    data = prepare.read_data(config, found, recipe)
+    data = read_data(config, found, recipe)
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

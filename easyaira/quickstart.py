@@ -199,11 +199,11 @@ def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = Tr
     """What the model of a run says to each question; or what it said before it was trained."""
     import jax
 
-    from easyaira import mesh as meshes
-    from easyaira import pretrained
-    from easyaira.data.templates import Template
-    from easyaira.generate import generate
+    from easyaira.data.template import Template
+    from easyaira.distributed import mesh as meshes
+    from easyaira.generation.sampler import generate
     from easyaira.models.registry import model_of
+    from easyaira.storage import pretrained
 
     found = pretrained.find(str(source))
     model = model_of(found.config, str(source))
@@ -252,14 +252,16 @@ def show(
     Returns:
         how many answers are right, and how many are courteous, at each stage.
     """
-    from easyaira import metrics, report
+    from easyaira import pages
+    from easyaira.run import report as run_report
+    from easyaira.train import log
 
     right = {
         stage: sum(q["answer"] in text for q, text in zip(asked, texts, strict=True))
         for stage, texts in said.items()
     }
     courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in said.items()}
-    rows = metrics.read(out / "dpo" / "metrics.jsonl")
+    rows = log.read(out / "dpo" / "metrics.jsonl")
     preferred = [row[name] for row in rows if (name := "eval_rewards/accuracies") in row]
     summary = [
         [stage, f"{right[stage]} of {len(asked)}", f"{courteous[stage]} of {len(asked)}"]
@@ -277,20 +279,20 @@ def show(
         for stage, text in zip(said, texts, strict=True):
             print(f"  {stage:12} {text}")
     for run in ("sft", "dpo"):
-        report.figure(metrics.read(out / run / "metrics.jsonl")).savefig(out / f"{run}.png")
+        run_report.figure(log.read(out / run / "metrics.jsonl")).savefig(out / f"{run}.png")
     load = f"""from transformers import pipeline
 chat = pipeline("text-generation", "{out.absolute() / "dpo" / "hf"}")
 print(chat([{{"role": "user", "content": "{asked[0]["prompt"]}"}}], do_sample=False))"""
-    page = report.page(
+    page = pages.page(
         "EasyAira quickstart",
         "<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about "
         "countries (SFT), then told to prefer courteous answers (DPO). All figures are on "
         "questions that were held out.</p>",
-        report.table(["", "right answers", "courteous answers"], summary),
+        pages.table(["", "right answers", "courteous answers"], summary),
         f"<p>Preferred answer ranked first (held-out rewards/accuracies): {preferred[0]:.3f} "
         f"before DPO, where policy and reference are equal, and {preferred[-1]:.3f} after.</p>",
         "<h2>Answers</h2>",
-        report.table(["question", *said], samples),
+        pages.table(["question", *said], samples),
         '<h2>SFT</h2><img src="sft.png" alt="curves of SFT" width="100%">',
         '<h2>DPO</h2><img src="dpo.png" alt="curves of DPO" width="100%">',
         f"<h2>The model in PyTorch</h2><pre>{html.escape(load)}</pre>",

@@ -144,7 +144,7 @@ def sums() -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from easyaira import losses
+    from easyaira.losses import preference
     from easyaira.models.embedding import sum_by_id
 
     rng = np.random.default_rng(0)
@@ -155,7 +155,7 @@ def sums() -> str:
     mask = np.ones((rows, length), bool)
     values = rng.normal(size=(1, rows * length, 64)).astype(np.float32)
     ids = rng.zipf(1.3, (1, rows * length)).clip(0, 4095).astype(np.int32)
-    of_pairs = jax.jit(partial(losses.pair_sums, pairs=pairs))
+    of_pairs = jax.jit(partial(preference.pair_sums, pairs=pairs))
     of_rows = jax.jit(partial(sum_by_id, size=4096))
 
     def both() -> list[np.ndarray]:
@@ -215,7 +215,7 @@ def layouts() -> dict[str, tuple[Any, Any]]:
 def attention_checks() -> Iterator[tuple[str, Callable[[], str]]]:
     import jax
 
-    from easyaira.prepare import KERNELS
+    from easyaira.train.resolve import KERNELS
 
     for name in ("xla", *KERNELS.get(jax.default_backend(), ())):
         yield name, partial(attention_by, name)
@@ -226,8 +226,8 @@ def attention_by(name: str) -> str:
     rows. XLA's attention is what it falls back to."""
     import jax.numpy as jnp
 
-    from easyaira import kernel_check
     from easyaira.models.layers import Compute
+    from easyaira.train import kernel_check
 
     heads = [kernel_check.Heads(4, 4, 64), kernel_check.Heads(4, 2, 128)]
     faults, count = [], 0
@@ -319,9 +319,9 @@ def trained_bits(folder: Path) -> dict[str, str]:
 
 
 def losses_of(folder: Path) -> list[float]:
-    from easyaira import metrics
+    from easyaira.train import log
 
-    return [row["loss"] for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in log.read(folder / "metrics.jsonl") if "loss" in row]
 
 
 def twice(root: Path, name: str) -> str:
@@ -353,9 +353,9 @@ def release(root: Path) -> str:
     """The export's own proof, and the released weights read as a model of their own."""
     import jax
 
-    from easyaira import mesh as meshes
-    from easyaira import pretrained
+    from easyaira.distributed import mesh as meshes
     from easyaira.models.registry import model_of
+    from easyaira.storage import pretrained
 
     folder = folder_of(root, "sft", "first") / "hf"
     proof = json.loads((folder / "export_report.json").read_text())
@@ -392,12 +392,16 @@ def speed() -> str:
     import numpy as np
     import optax
 
-    from easyaira import mesh as meshes
-    from easyaira import metrics, objectives, plan, trainer
-    from easyaira.data.batches import Shape
+    from easyaira.algorithms import sft
+    from easyaira.data.packing import Shape
+    from easyaira.distributed import mesh as meshes
     from easyaira.models.layers import Compute
     from easyaira.models.registry import model_of
-    from easyaira.prepare import KERNELS
+    from easyaira.plan import cost
+    from easyaira.train import metrics
+    from easyaira.train import step as steps
+    from easyaira.train.resolve import KERNELS
+    from easyaira.train.step import init_state
 
     on_cpu = jax.default_backend() == "cpu"
     rows, length, updates = (1, 128, 2) if on_cpu else (32, 640, 10)
@@ -420,9 +424,9 @@ def speed() -> str:
     with model.on(mesh):
         tx = optax.adamw(1e-5)
         params = jax.jit(model.init)(jax.random.key(0))
-        state = trainer.init_state(params, tx, mesh)
+        state = init_state(params, tx, mesh)
         del params
-        step = trainer.jit_train_step(objectives.sft(model), tx, state)
+        step = steps.jit_train_step(sft.sft(model), tx, state)
         times = []
         for _ in range(2 + updates):
             began = time.perf_counter()
@@ -434,7 +438,7 @@ def speed() -> str:
         raise Failure("the loss is not finite")
     rate = rows * length / sorted(times[2:])[updates // 2]
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    mfu = f", MFU {rate * plan.flops_per_token(model, False, None) / peak:.0%}" if peak else ""
+    mfu = f", MFU {rate * cost.flops_per_token(model, False, None) / peak:.0%}" if peak else ""
     seen = f"{rate:,.0f} tokens/s in {dtype()}, {rows} rows of {length}{mfu}"
     return f"{seen}; first update after {times[0]:.0f} s"
 

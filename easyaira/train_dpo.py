@@ -4,17 +4,9 @@ python -m easyaira.train_dpo --config configs/aira-2-124m-dpo.yaml --mesh dp=1,f
 """
 
 from easyaira import cli
-from easyaira.config import TrainDPO
+from easyaira.config.run import TrainDPO
 
-
-def main(argv: list[str]) -> None:
-    config, dry_run = cli.parse(TrainDPO, argv)
-
-    from easyaira.reference import dpo_algorithm  # after the command line: --help answers at once
-    from easyaira.run import run
-
-    run(config, dpo_algorithm(config), dry_run=dry_run)
-
+main = cli.command(TrainDPO, "easyaira.algorithms.dpo:dpo_algorithm")
 
 if __name__ == "__main__":
     cli.run_command(main)

@@ -20,14 +20,16 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from easyaira import cli, plan
-from easyaira.chips import memory_of, pod
-from easyaira.config import TrainDPO, TrainSFT
+from easyaira import cli
+from easyaira.algorithms.dpo import dpo_algorithm
+from easyaira.algorithms.sft import sft_algorithm
+from easyaira.config.run import TrainDPO, TrainSFT
+from easyaira.distributed.chips import memory_of, pod
+from easyaira.hf.table import pair_rows
 from easyaira.models.registry import model_of
-from easyaira.prepare import prepare
-from easyaira.reference import dpo_algorithm
-from easyaira.train_sft import sft_algorithm
-from easyaira.weights import pair_rows
+from easyaira.plan import cost
+from easyaira.plan import report as plan_report
+from easyaira.train.setup import prepare
 
 ROOT = Path(__file__).parents[1]
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
@@ -148,8 +150,8 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
     config = configured(row.recipe, work, *flags)
     algorithm = dpo_algorithm(config) if "dpo" in row.recipe else sft_algorithm(config)
     setup = prepare(config, algorithm, pod(row.topology))
-    found = plan.measure(setup, algorithm)
-    print(plan.describe(setup), plan.show(setup, found), sep="\n", flush=True)
+    found = cost.measure(setup, algorithm)
+    print(plan_report.describe(setup), plan_report.show(setup, found), sep="\n", flush=True)
     moved = sum(size for _, size in found.moved().values())
     work_done = sum(found.work.values())
     return {
@@ -160,11 +162,11 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
         "used": found.program.temporaries,
         "needed": found.program.memory,
         "there": memory_of(setup.mesh.devices.flat[0]),
-        "fits": plan.fits(setup, found.program)[0],
+        "fits": plan_report.fits(setup, found.program)[0],
         "moved": moved,
         "communication": found.moved(),
         "sizes": found.sizes,
-        "seconds": plan.seconds_of(setup, found.update, work_done, moved),
+        "seconds": cost.seconds_of(setup, found.update, work_done, moved),
         "compiled": found.program.seconds,
         "failures": found.failures,
     }

@@ -22,10 +22,10 @@ from jaxtyping import install_import_hook
 
 # arguments are checked where arrays are; elsewhere beartype refuses what is no mistake, such as
 # jsonargparse's restricted numbers
-CHECKED = [f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "optim")]
+CHECKED = [f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "train.optimizer")]
 install_import_hook(CHECKED, "beartype.beartype")
 
-from easyaira import mesh as meshes
+from easyaira.distributed import mesh as meshes
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.mesh import make_mesh
+from easyaira.distributed.mesh import make_mesh
 from easyaira.models import attention as attentions
+from easyaira.models import splash
 from easyaira.models.attention import attention, visible
 from easyaira.models.layers import Compute
 
@@ -105,8 +106,8 @@ def test_blocks_without_causality(length, monkeypatch):
 @pytest.mark.parametrize("length, shared", [(n, n % 3 == 0) for n in LENGTHS] + [(200, True)])
 def test_splash_kernel_equals_xla(length, shared, monkeypatch):
     """The TPU's kernel, interpreted."""
-    interpreted = partial(attentions._splash_rows, interpret=True)
-    monkeypatch.setattr(attentions, "_splash_rows", interpreted)
+    interpreted = partial(splash._splash_rows, interpret=True)
+    monkeypatch.setattr(splash, "_splash_rows", interpreted)
     arrays, segments, sides = rows(length, shared=shared)
     check(Compute(attention="splash", shared_prompt=shared), arrays, segments, sides)
 
@@ -115,8 +116,8 @@ def test_splash_kernel_equals_xla(length, shared, monkeypatch):
 def test_splash_kernel_on_many_devices(axes, devices, monkeypatch):
     """Each device computes its rows and heads by itself, and nothing is gathered for it."""
     devices(8)
-    interpreted = partial(attentions._splash_rows, interpret=True)
-    monkeypatch.setattr(attentions, "_splash_rows", interpreted)
+    interpreted = partial(splash._splash_rows, interpret=True)
+    monkeypatch.setattr(splash, "_splash_rows", interpreted)
     arrays, segments, sides = rows(130, shared=True)
     arrays, segments, sides = jax.tree.map(
         lambda x: jnp.concatenate([x] * 2), (arrays, segments, sides)

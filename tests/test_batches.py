@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.data.batches import LAYOUT, UNSEEN, Batches, bucket, pack
-from easyaira.objectives import pair_scores, sft
+from easyaira.algorithms.dpo import pair_scores
+from easyaira.algorithms.sft import sft
+from easyaira.data.batches import LAYOUT, UNSEEN, Batches
+from easyaira.data.packing import bucket, pack
 from helpers import tiny
 from helpers.examples import batches, load
 

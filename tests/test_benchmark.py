@@ -15,11 +15,13 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from benchmarks import show, sides, tracing, training
 from benchmarks.lengths import Kind
 
-from easyaira import mesh as meshes
-from easyaira import objectives, trainer
-from easyaira.config import DPOConfig
+from easyaira.algorithms import sft
+from easyaira.algorithms.dpo import dpo
+from easyaira.config.algorithms import DPOConfig
 from easyaira.data.batches import Batches
+from easyaira.distributed import mesh as meshes
 from easyaira.models.registry import model_of
+from easyaira.train.step import State
 
 PAIRS = 3
 
@@ -54,9 +56,9 @@ def test_the_naive_step_does_the_same(work, models):
     examples.tokens[:] = rng.integers(0, tiny.VOCAB, len(examples.tokens))
     if pairs:
         config = DPOConfig(beta=sides.BETA)
-        loss_fn = objectives.dpo(model, config, pairs=PAIRS, reference=model)
+        loss_fn = dpo(model, config, pairs=PAIRS, reference=model)
     else:
-        loss_fn = objectives.sft(model)
+        loss_fn = sft.sft(model)
     ours = gradients(loss_fn, params, frozen, Batches(examples, PAIRS, share_prompt=pairs))
     padded = sides.Padded(Batches(examples, PAIRS, packing=False), sides.max_length(work))
     naive = gradients(sides.full_logits(model, examples.answers), params, frozen, padded)
@@ -191,4 +193,4 @@ def test_one_update_on_two_devices(work, devices):
     side = sides.ours(work | {"examples": 4}, {})
     assert side.facts["devices"] == 2 and side.run()[1] > 0
     assert meshes.data_shards(meshes.make_mesh("fsdp=-1")) == 2
-    assert trainer.State._fields[0] == "step"
+    assert State._fields[0] == "step"

@@ -10,11 +10,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from easyaira import card, cli, convert, energy, release, run, train_dpo, train_sft
-from easyaira import mesh as meshes
-from easyaira.config import TrainSFT
+from easyaira import cli, convert, train_dpo, train_sft
+from easyaira.algorithms.sft import sft_algorithm
+from easyaira.config.run import TrainSFT
+from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
-from easyaira.prepare import prepare
+from easyaira.export import card, torch_check
+from easyaira.export.hf_config import generation_config, released
+from easyaira.train import energy
+from easyaira.train.setup import prepare
 from helpers import tiny
 
 NASTY = "a|b\n---\nlicense: mit\n```\n# <script>x</script> [l](u) \"q\" 'p' {y: z} & \\ é \x07"
@@ -62,7 +66,7 @@ def runs(models, data, tmp_path_factory):
     }  # fmt: skip
     (root / "sft.yaml").write_text(yaml.safe_dump(settings))
     cli.run_command(train_sft.main, [f"--config={root / 'sft.yaml'}"])
-    patch.setattr(release, "_compare_logits", uncompared)
+    patch.setattr(torch_check, "compare_logits", uncompared)
     cli.run_command(
         train_dpo.main,
         [
@@ -199,7 +203,7 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
 
 
 def test_a_conversions_card_is_one_document(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(release, "_compare_logits", uncompared)
+    monkeypatch.setattr(torch_check, "compare_logits", uncompared)
     cli.run_command(convert.main, ["from_hf", str(models / "gpt2"), str(tmp_path / "a|b")])
     cli.run_command(convert.main, ["to_hf", str(tmp_path / "a|b"), str(tmp_path / "hf")])
     front, text = of(tmp_path / "hf")
@@ -240,7 +244,7 @@ def test_a_file_with_other_ids_is_put_right(runs, data, tmp_path):
         "--data.template=aira", "--generation.do_sample=false",
     ]  # fmt: skip
     config, _ = cli.parse(TrainSFT, arguments)
-    facts = run.released(prepare(config, train_sft.sft_algorithm(config)))
+    facts = released(prepare(config, sft_algorithm(config)))
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
     for told in (facts.config, facts.generation_config):
         assert [told[name] for name in names] == [300, 301, 303, 302, 0]
@@ -253,7 +257,7 @@ def test_settings_that_transformers_refuses_are_refused_before_the_run(
     models, data, tmp_path, capsys
 ):
     with pytest.raises(ConfigError, match="generation_config.json: transformers refuses it"):
-        release.generation_config({"num_beams": 2, "num_return_sequences": 3})
+        generation_config({"num_beams": 2, "num_return_sequences": 3})
     for option, message in (
         ("--generation.do_sample=false", "false would ignore temperature"),
         ("--generation.top_p=1.5", "generation.top_p: expected"),

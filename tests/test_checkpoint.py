@@ -19,13 +19,14 @@ import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira import checkpoint, pretrained, train_sft
-from easyaira import mesh as meshes
-from easyaira.checkpoint import Checkpoints, abstract
+from easyaira import train_sft
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.tree import abstract, by_path
 from easyaira.errors import ConfigError, StorageError
-from easyaira.mesh import by_path
 from easyaira.models.registry import model_of
-from easyaira.weights import bit_sums
+from easyaira.storage import object_store, pretrained
+from easyaira.storage.checkpoints import Checkpoints
+from easyaira.storage.integrity import bit_sums
 from helpers.processes import call
 from helpers.runs import argv
 
@@ -297,7 +298,7 @@ def test_places_that_cannot_be(models, data, tmp_path, capsys, monkeypatch):
         arguments = argv("sft", models / "gpt2", data, tmp_path, checkpoint_dir=place)
         status, _, err = call(train_sft.main, arguments, capsys)
         assert status == 2 and f"checkpoint_dir: cannot read '{place}'" in err
-    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(object_store.importlib.util, "find_spec", lambda _: None)
     for scheme, package in (("gs", "gcsfs"), ("s3", "s3fs")):
         with pytest.raises(ConfigError, match=rf"{package} is not installed; .*{scheme}"):
             Checkpoints(f"{scheme}://bucket/path")
@@ -338,11 +339,11 @@ def bucket(tmp_path_factory):
 @pytest.mark.slow
 def test_an_object_store_does_all_that_a_folder_does(bucket, eight, capsys):
     folder = f"{bucket}/run"
-    store = checkpoint.fsspec_backend.fs(folder)
+    store = object_store.fsspec_backend.fs(folder)
     store.pipe_file(f"{folder}/mine/notes.txt", b"no checkpoint")
     store.pipe_file(f"{folder}/7/params/half", b"a killed save")
     save(folder, [1, 2, 3], eight, keep=2)
-    names = {path.name for path in checkpoint.epath.Path(folder).iterdir()}
+    names = {path.name for path in object_store.epath.Path(folder).iterdir()}
     assert names == {"2", "3", "mine"}
     mesh = meshes.make_mesh("dp=2,fsdp=2,tp=2", jax.devices())
     found = restore_latest(folder, mesh)

@@ -10,7 +10,7 @@ import yaml
 from processes import call
 
 from easyaira import __main__, __version__, cli, train_dpo
-from easyaira.config import TrainDPO, TrainSFT, to_dict
+from easyaira.config.run import TrainDPO, TrainSFT, to_dict
 from easyaira.errors import ConfigError
 
 NEEDED = ["--model.name_or_path", "m", "--data.train", "d"]

@@ -17,15 +17,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from easyaira import cli, optim, release, train_dpo, train_sft
-from easyaira.config import TrainDPO, TrainSFT
+from easyaira import cli, train_dpo, train_sft
+from easyaira.config.run import TrainDPO, TrainSFT
 from easyaira.data.batches import Batches
 from easyaira.data.examples import Examples
-from easyaira.data.templates import Template
+from easyaira.data.template import Template
+from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError
-from easyaira.mesh import make_mesh
+from easyaira.export import torch_check
 from easyaira.models.registry import model_of
-from easyaira.prepare import find, updates
+from easyaira.train import optimizer
+from easyaira.train.resolve import find
+from easyaira.train.setup import updates
 from helpers import tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -238,8 +241,8 @@ def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
         Batches(examples(case.rows), config.train_batch_size, drop_last=config.data.drop_last)
     )
     total = updates(config, epoch)
-    assert (total, optim.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
-    schedule = optim.make_schedule(config.optimizer, total)
+    assert (total, optimizer.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
+    schedule = optimizer.make_schedule(config.optimizer, total)
     rates = [float(schedule(step)) for step in (0, case.warmup, total)]
     np.testing.assert_allclose(rates, [0, case.peak, 0], atol=1e-12, rtol=1e-6)
     assert max(float(schedule(step)) for step in range(0, total, 97)) <= case.peak * (1 + 1e-6)
@@ -250,7 +253,7 @@ def test_the_schedule_of_aira_2_124m_at_its_published_points(tmp_path):
     case = CASES["aira-2-124m"]
     folder = folder_of(case, "aira-2-124m", tmp_path / "base")
     config, _ = cli.parse(TrainSFT, argv_of("aira-2-124m", folder))
-    schedule = optim.make_schedule(config.optimizer, 6530)
+    schedule = optimizer.make_schedule(config.optimizer, 6530)
     rates = [float(schedule(step)) for step in (0, 50, 100, 3315, 6530)]
     np.testing.assert_allclose(rates, [0, 2.5e-4, 5e-4, 2.5e-4, 0], atol=1e-9)
 
@@ -296,7 +299,7 @@ SHRUNK = """
 def test_a_shrunken_copy_trains_and_is_read_by_transformers(name, tmp_path, monkeypatch):
     case = CASES[name]
     skipped = {"compared": False, "why": "this test compares"}  # in one process, which is quicker
-    monkeypatch.setattr(release, "_compare_logits", lambda *_: skipped)
+    monkeypatch.setattr(torch_check, "compare_logits", lambda *_: skipped)
     data = tiny.write_rows(tmp_path / "data.jsonl", rows_of(name, case))
     argv = argv_of(
         name, folder_of(case, name, tmp_path / "base", shrunk=True), f"--data.train={data}",
@@ -348,8 +351,8 @@ def run_usage(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REWARD)
 def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkeypatch):
-    train_reward = pytest.importorskip("easyaira.train_reward")
-    from easyaira.config import TrainReward
+    from easyaira import train_reward
+    from easyaira.config.run import TrainReward
 
     case = REWARD[name]
     argv = argv_of(name, folder_of(case, name, tmp_path / "base"), "--mesh=fsdp=-1")
@@ -358,14 +361,14 @@ def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkey
     assert found.model.parameter_count() == case.parameters
     assert found.max_length == (config.data.max_length or 512)
     assert (updates(config, 1), config.output_dir) == (case.updates, f"runs/{name}")
-    schedule = optim.make_schedule(config.optimizer, case.updates)
+    schedule = optimizer.make_schedule(config.optimizer, case.updates)
     rates = [float(schedule(step)) for step in (0, case.updates // 2, case.updates)]
     np.testing.assert_allclose(rates, [5e-5, 2.5e-5, 0], atol=1e-12)
     if name.endswith("-pt"):  # when they are shrunk, they are the same as the English ones
         return
 
     skipped = {"compared": False, "why": "this test compares"}
-    monkeypatch.setattr(release, "_compare_logits", lambda *_: skipped)
+    monkeypatch.setattr(torch_check, "compare_logits", lambda *_: skipped)
     names = ("instruction", "chosen_response", "rejected_response")
     rows = [dict(zip(names, row.values(), strict=True)) for row in tiny.dpo_rows(24)]
     if "toxicity" in name:
@@ -385,7 +388,8 @@ def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monkeypatch):
-    lora = pytest.importorskip("easyaira.lora")
+    from easyaira.lora.adapter import adapter_of
+
     name, case = "backward-llama-2-7b", BACKWARD
     argv = [
         f"--config={CONFIGS / name}.yaml",
@@ -393,16 +397,16 @@ def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monk
     ]  # fmt: skip
     config, _ = cli.parse(TrainSFT, argv)
     model = model_of(case.base, "here")
-    adapter = lora.adapter_of(config.lora, model)
+    adapter = adapter_of(config.lora, model)
     shapes = jax.tree.leaves(jax.eval_shape(adapter.init, jax.random.key(0)))
     assert sum(leaf.size for leaf in shapes) == 8_388_608
     assert adapter.scale == 4
     assert model.parameter_count() == case.parameters
     total = updates(config, len(Batches(examples(case.rows), config.train_batch_size)))
-    assert (total, optim.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
+    assert (total, optimizer.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
 
     skipped = {"compared": False, "why": "this test compares"}
-    monkeypatch.setattr(release, "_compare_logits", lambda *_, **__: skipped)
+    monkeypatch.setattr(torch_check, "compare_logits", lambda *_, **__: skipped)
     folder = folder_of(case, name, tmp_path / "small", shrunk=True)
     tiny.torch_model(json.loads((folder / "config.json").read_text())).save_pretrained(folder)
     rows = [{"text": f"### Human: what {i}?### Assistant: yes"} for i in range(24)]

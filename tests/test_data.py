@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from easyaira.config import DataConfig, Source
-from easyaira.data import dataset, report
+from easyaira.config.data import DataConfig, Source
+from easyaira.data import cache, report, tokenise
 from easyaira.errors import ConfigError, DataError, TokenizerError
 from helpers import tiny
 from helpers.examples import TASK, load
@@ -216,12 +216,12 @@ def test_typed_control_tokens_are_counted_and_allowed_by_name(tmp_path):
 
 def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypatch):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(20))
-    root = dataset.cache_root(DataConfig(train="x")) / "tokens"
+    root = cache.cache_root(DataConfig(train="x")) / "tokens"
     first = load(file)
     assert len(list(root.iterdir())) == 1
     assert isinstance(first.train.tokens.base, np.memmap)
     with monkeypatch.context() as nothing_can_be_built:
-        nothing_can_be_built.setattr(dataset.build, "build", None)
+        nothing_can_be_built.setattr(tokenise, "build", None)
         again = load(file, seed=5)
     np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
     assert first.report == again.report
@@ -246,7 +246,7 @@ def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypat
 def test_a_damaged_cache_is_built_anew(tmp_path, capsys):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(20))
     first = load(file).train.tokens.copy()
-    (tokens,) = dataset.cache_root(DataConfig(train="x")).glob("tokens/*/tokens.bin")
+    (tokens,) = cache.cache_root(DataConfig(train="x")).glob("tokens/*/tokens.bin")
     tokens.write_bytes(tokens.read_bytes()[:-4])
     np.testing.assert_array_equal(load(file).train.tokens, first)
     assert "is damaged and built anew" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_processes_that_build_the_same_cache_at_once_all_get_it(tmp_path):
     told = {process.communicate()[0] for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(told) == 1 and told != {""}
-    assert len(list((dataset.cache_root(DataConfig(train="x")) / "tokens").iterdir())) == 1
+    assert len(list((cache.cache_root(DataConfig(train="x")) / "tokens").iterdir())) == 1
 
 
 def test_the_page_shows_what_is_learned_masked_and_cut(tmp_path):

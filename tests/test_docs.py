@@ -15,10 +15,12 @@ from unittest import mock
 import pytest
 import yaml
 
-from easyaira import __main__, chips, cli, quickstart, release
-from easyaira import config as configs
-from easyaira import mesh as meshes
+from easyaira import __main__, cli, quickstart
+from easyaira.config.run import TrainReward
+from easyaira.distributed import chips
+from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
+from easyaira.export import torch_check
 from easyaira.inspect import Inspect
 from helpers import tiny
 
@@ -298,7 +300,9 @@ def test_the_commands_of_a_page_run_one_after_another(page, ground, tmp_path, mo
     if name_of(page) in PACKAGES:
         pytest.importorskip(PACKAGES[name_of(page)])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(release, "_compare_logits", lambda *_, **__: {"compared": False, "why": ""})
+    monkeypatch.setattr(
+        torch_check, "compare_logits", lambda *_, **__: {"compared": False, "why": ""}
+    )
     monkeypatch.setitem(quickstart.MODEL, "n_layer", 1)
     monkeypatch.setitem(quickstart.MODEL, "n_embd", 16)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -345,7 +349,7 @@ def test_every_yaml_block_is_a_configuration(tmp_path):
 def options() -> set[str]:
     """Every option as a page writes it: dpo.beta, and seed."""
     known = set()
-    for command in (Inspect, configs.TrainReward):
+    for command in (Inspect, TrainReward):
         for name, kind in get_type_hints(command).items():
             groups = [k for k in (kind, *getattr(kind, "__args__", ())) if is_dataclass(k)]
             known.add(name)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from easyaira import convert
+from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, WeightsError
-from easyaira.mesh import make_mesh
 from easyaira.models.registry import MODELS, model_of
-from easyaira.pretrained import Pretrained
+from easyaira.storage.pretrained import Pretrained
 from helpers import tiny
 
 CASES = {

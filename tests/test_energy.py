@@ -5,9 +5,11 @@ import types
 
 import pytest
 
-from easyaira import cli, energy, release, train_sft
-from easyaira.config import EnergyConfig
+from easyaira import cli, train_sft
+from easyaira.config.run import EnergyConfig
 from easyaira.errors import ConfigError
+from easyaira.export import torch_check
+from easyaira.train import energy
 
 
 def test_the_sum_over_sessions_counts_and_killed_sessions_are_told(tmp_path):
@@ -133,7 +135,9 @@ def test_a_run_tracks_its_sessions_offline(models, data, tmp_path, monkeypatch, 
     assert parts[-1] == "memory estimated from its size"
     assert any(part.startswith("processor ") for part in parts)
     # a finished run has nothing to track, even if it is exported later
-    monkeypatch.setattr(release, "_compare_logits", lambda *_: {"compared": False, "why": "quick"})
+    monkeypatch.setattr(
+        torch_check, "compare_logits", lambda *_: {"compared": False, "why": "quick"}
+    )
     cli.run_command(train_sft.main, [*arguments, "--export=true", "--energy.country=DEU"])
     assert len(energy.read(out)) == 1 and " kg of CO2" in (out / "hf/README.md").read_text()
     assert "in Germany" in (out / "hf/README.md").read_text()

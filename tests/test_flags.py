@@ -27,7 +27,7 @@ def flags_of(main, asked="--help") -> set[str]:
     """Those that a command's help shows, with those of groups that have a help of their own."""
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
         main([asked])
-    flags = set(re.findall(r"(?:^ +|, )(--[\w.]+)", told.getvalue(), re.M)) - {"--help"}
+    flags = set(re.findall(r"(?:^ +|)(--[\w.]+)", told.getvalue(), re.M)) - {"--help"}
     groups = {flag for flag in flags if flag.endswith(".help")} - {asked}
     return (flags - groups).union(*(flags_of(main, group) for group in groups)) - {asked}
 

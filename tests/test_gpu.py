@@ -10,13 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira import cli, kernel_check, losses, metrics, plan, prepare, reference
-from easyaira import mesh as meshes
+from easyaira import cli
+from easyaira.algorithms import reference, reference_cache
+from easyaira.algorithms.dpo import make_score
+from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
+from easyaira.losses import preference
 from easyaira.models import attention
 from easyaira.models.embedding import _scatter_add, _sum_by_id, sum_by_id
 from easyaira.models.layers import Compute
-from easyaira.run import run
+from easyaira.plan import cost
+from easyaira.run.run import run
+from easyaira.train import kernel_check, log
+from easyaira.train.resolve import ROW_MULTIPLE
+from easyaira.train.setup import prepare
 from helpers import runs, tiny
 
 
@@ -40,8 +47,8 @@ def unordered_scatters(text):
 
 
 def lowered(setup, algorithm, platform):
-    update = plan.largest_update(setup, algorithm)
-    traced = plan.trace_step(setup, algorithm, update.batch)
+    update = cost.largest_update(setup, algorithm)
+    traced = cost.trace_step(setup, algorithm, update.batch)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -81,7 +88,7 @@ def test_no_step_adds_in_an_order_that_is_left_to_the_gpu(
     model = tmp_path / kind if task == "reward" else models / kind
     rows = data / ("sft.jsonl" if task == "sft" else "dpo.jsonl")
     config, algorithm = configured(task, model, rows, tmp_path / "run", **options)
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     assert not unordered_scatters(lowered(setup, algorithm, "cuda"))
     if "lora.r" not in options:  # the test sees what a CPU still does
         assert unordered_scatters(lowered(setup, algorithm, "cpu"))
@@ -89,8 +96,8 @@ def test_no_step_adds_in_an_order_that_is_left_to_the_gpu(
 
 def test_scoring_adds_in_one_order_too(models, data, tmp_path):
     config, algorithm = configured("dpo", models / "gpt2", data / "dpo.jsonl", tmp_path / "run")
-    setup = prepare.prepare(config, algorithm)
-    score = reference.make_score(setup.model, setup.micro_batch)
+    setup = prepare(config, algorithm)
+    score = make_score(setup.model, setup.micro_batch)
     traced = score.trace(setup.model.shapes, setup.batches[0].arrays)
     assert "scatter" in (text := traced.lower(lowering_platforms=("cuda",)).as_text())
     assert not unordered_scatters(text)
@@ -146,7 +153,7 @@ def test_sums_of_pairs_are_selected_by_the_device_that_holds_them(axes, devices)
     values = rng.normal(size=(R, T)).astype(np.float32)
     wanted = [[values[b][mask[b] & (sides[b] == s)].sum() for s in (1, 2)] for b in range(pairs)]
     with jax.set_mesh(meshes.make_mesh(axes)):
-        sums = jax.jit(partial(losses.pair_sums, pairs=pairs))
+        sums = jax.jit(partial(preference.pair_sums, pairs=pairs))
         found = sums(values, mask, segment_ids, sides)
         text = sums.lower(values, mask, segment_ids, sides).compile().as_text()
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
@@ -161,18 +168,18 @@ NOISE = np.float32(7e-4) * np.random.default_rng(1).uniform(-1, 1, LOGPS.shape).
 
 
 def test_equal_bits_pass():
-    reference.check_equal(LOGPS, LOGPS, LENGTHS, LOGPS)
+    reference_cache.check_equal(LOGPS, LOGPS, LENGTHS, LOGPS)
 
 
 def test_noise_of_a_gpu_passes_where_the_program_is_noisy():
-    reference.check_equal(LOGPS, LOGPS + NOISE, LENGTHS, LOGPS - NOISE)
+    reference_cache.check_equal(LOGPS, LOGPS + NOISE, LENGTHS, LOGPS - NOISE)
 
 
 def test_one_bit_is_refused_where_the_program_is_not_noisy():
     other = LOGPS.copy()
     other[0, 2, 1] = np.nextafter(other[0, 2, 1], np.float32(0))
     with pytest.raises(ConfigError, match="rejected answer is .* by the policy and .* by the ref"):
-        reference.check_equal(LOGPS, other, LENGTHS, LOGPS)
+        reference_cache.check_equal(LOGPS, other, LENGTHS, LOGPS)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -183,7 +190,7 @@ def test_a_difference_is_refused(noisy, planted):
     other = logps + noise if noisy else logps.copy()
     other[0, 1, 0] += planted
     with pytest.raises(ConfigError, match="differ before the first update"):
-        reference.check_equal(logps, other, LENGTHS / 30, logps - noise if noisy else logps)
+        reference_cache.check_equal(logps, other, LENGTHS / 30, logps - noise if noisy else logps)
 
 
 @pytest.mark.parametrize("in_step", [False, True])
@@ -200,8 +207,8 @@ def test_a_reference_that_differs_ends_in_one_line(
     if in_step:
         monkeypatch.setattr(reference, "reference_weights", planted)
     else:  # a damaged cache
-        logps_of = reference.logps_of
-        monkeypatch.setattr(reference, "logps_of", lambda *args: logps_of(*args) + 1e-3)
+        logps_of = reference_cache.logps_of
+        monkeypatch.setattr(reference_cache, "logps_of", lambda *args: logps_of(*args) + 1e-3)
     with pytest.raises(SystemExit) as end:
         cli.run_command(lambda argv: run(config, algorithm, dry_run=None), [])
     error = capsys.readouterr().err.strip().splitlines()
@@ -215,8 +222,8 @@ def test_a_reference_that_differs_ends_in_one_line(
 
 def test_rows_on_gpus_are_multiples_of_128(models, data, tmp_path):
     config, algorithm = configured("dpo", models / "gpt2", data / "dpo.jsonl", tmp_path / "run")
-    setup = prepare.prepare(config, algorithm)
-    wide = replace(setup.batches, multiple=prepare.ROW_MULTIPLE["gpu"])
+    setup = prepare(config, algorithm)
+    wide = replace(setup.batches, multiple=ROW_MULTIPLE["gpu"])
     assert {shape.length % 128 for shape in wide.shapes} == {0}
     for update in range(len(wide)):
         assert wide[update].shape.length % 128 == 0
@@ -264,7 +271,7 @@ nan_gradient.defvjp(lambda q, segment_ids: (q, segment_ids), _nan_backward)
 @pytest.fixture
 def setup_of(models, data, tmp_path):
     def make(**options):
-        return prepare.prepare(
+        return prepare(
             *configured("dpo", models / "llama", data / "dpo.jsonl", tmp_path / "run", **options)
         )
 
@@ -338,7 +345,7 @@ def test_the_choice_is_in_the_metrics_and_the_card(
         "sft", models / "gpt2", data / "sft.jsonl", tmp_path / "run", export=True
     )
     run(config, algorithm, dry_run=None)
-    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    rows = log.read(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["attention"] == "cudnn"
     assert "| Attention | cudnn |" in (tmp_path / "run" / "hf" / "README.md").read_text()
 
@@ -372,7 +379,7 @@ def test_in_cudnns_mask_every_query_sees_a_key(monkeypatch):
 def test_precision_of_products(dtype, wanted, models, data, tmp_path):
     options = {"model.dtype": dtype}
     config, algorithm = configured("sft", models / "gpt2", data / "sft.jsonl", tmp_path, **options)
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     with setup.model.on(setup.mesh):
         text = lowered(setup, algorithm, "cuda")
     found = set(re.findall(r"dot_general.*?precision = \[(\w+), \w+\]", text))
@@ -388,7 +395,7 @@ def test_scores_are_float32_in_bfloat16_models(data, tmp_path):
         tmp_path / "run",
         **{"model.dtype": "bfloat16"},
     )
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     with setup.model.on(setup.mesh):
         text = lowered(setup, algorithm, "cuda")
     for line in text.splitlines():

@@ -12,9 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from easyaira import cli, metrics, pretrained, run_folder, train_dpo, trainer, watch
-from easyaira.config import DataConfig, DistributedConfig, ModelConfig, TrainSFT
-from easyaira.hosts import launcher
+from easyaira import cli, train_dpo
+from easyaira.config.data import DataConfig
+from easyaira.config.model import ModelConfig
+from easyaira.config.run import DistributedConfig, TrainSFT
+from easyaira.distributed import watchdog
+from easyaira.distributed.hosts import launcher
+from easyaira.run import provenance
+from easyaira.storage import pretrained
+from easyaira.train import loader, log
 from helpers import tiny, train_child
 from helpers.processes import Ended, environment, free_port, start
 from helpers.runs import argv
@@ -151,7 +157,7 @@ def hosts(count, devices, out, arguments, point="", last=()):
 
 
 def losses(folder, name="loss"):
-    rows = metrics.read(folder / "metrics.jsonl")
+    rows = log.read(folder / "metrics.jsonl")
     return {row["step"]: row[name] for row in rows if name in row}
 
 
@@ -166,7 +172,7 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
     devices(8)
     alone, two = tmp_path / "alone", tmp_path / "two"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "to_device", trainer.to_device)  # given back afterwards
+        patch.setattr(loader, "to_device", loader.to_device)  # given back afterwards
         train_child.record(f"{alone}-rows")
         cli.run_command(train_dpo.main, command(ground, alone, steps, mesh, *few))
 
@@ -239,16 +245,16 @@ def test_hosts_that_differ_say_in_what_and_write_nothing(ground, tmp_path):
 
 def test_what_hosts_compare_changes_with_all_that_decides_a_run(monkeypatch, tmp_path):
     def made_with(**more):
-        return run_folder.made_with(TrainSFT(ModelConfig("m"), DataConfig("d"), **more))
+        return provenance.made_with(TrainSFT(ModelConfig("m"), DataConfig("d"), **more))
 
     plain = made_with()
     assert made_with(distributed=DistributedConfig(timeout=7)) == plain
     assert made_with(seed=1)["seed"] == 1 != plain["seed"]
     assert plain["version of jax"] == jax.__version__
-    shutil.copytree(Path(run_folder.easyaira.__file__).parent, tmp_path / "easyaira")
-    with open(tmp_path / "easyaira/losses.py", "a") as file:
+    shutil.copytree(Path(provenance.easyaira.__file__).parent, tmp_path / "easyaira")
+    with open(tmp_path / "easyaira/losses/token_logps.py", "a") as file:
         file.write("# changed\n")
-    monkeypatch.setattr(run_folder.easyaira, "__file__", str(tmp_path / "easyaira/__init__.py"))
+    monkeypatch.setattr(provenance.easyaira, "__file__", str(tmp_path / "easyaira/__init__.py"))
     assert [key for key, value in made_with().items() if value != plain[key]] == [
         "code of easyaira (sha256)"
     ]
@@ -277,12 +283,12 @@ def test_a_host_ends_with_the_cause_and_its_status(monkeypatch):
     def end(_, *ended):
         raise SystemExit(ended)
 
-    monkeypatch.setattr(watch.Watch, "_end", end)
+    monkeypatch.setattr(watchdog.Watch, "_end", end)
     followed, same = ("error: cannot be saved", 4), ("error: lost, as host 1 sees it", 5)
     for (message, status), wanted in ((followed, ("error: host 0: lost", 5)), (same, same)):
-        watcher = watch.Watch(DistributedConfig(), None)
+        watcher = watchdog.Watch(DistributedConfig(), None)
         watcher._cause = {"who": "host 0", "message": "lost", "status": 5}
-        watcher.ended = watch.Ended(message, status, True, 0.0)
+        watcher.ended = watchdog.Ended(message, status, True, 0.0)
         with pytest.raises(SystemExit) as ended:
             watcher._finish()
         assert ended.value.code == wanted

@@ -11,14 +11,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from easyaira import convert, lora, losses, optim, plan, prepare, quantize
-from easyaira import mesh as meshes
-from easyaira.checkpoint import Checkpoints
-from easyaira.config import LoraConfig
+from easyaira import convert
+from easyaira.config.model import LoraConfig
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError, Preempted, WeightsError
+from easyaira.lora import peft
+from easyaira.lora.adapter import adapter_of, module_of
+from easyaira.losses import token_logps
+from easyaira.models import quantize
 from easyaira.models.registry import model_of
-from easyaira.pretrained import Pretrained, find
-from easyaira.run import run
+from easyaira.plan import report as plan_report
+from easyaira.run.run import run
+from easyaira.storage.checkpoints import Checkpoints
+from easyaira.storage.pretrained import Pretrained, find
+from easyaira.train import optimizer
+from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.runs import configure, losses_of, same_bits, stop_after, train
 
@@ -40,7 +48,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def adapter_for(kind, model, **options):
     options = {"target_modules": TARGETS[kind], "r": 4, "alpha": 8.0, **options}
-    return lora.adapter_of(LoraConfig(**options), model)
+    return adapter_of(LoraConfig(**options), model)
 
 
 def drawn(adapter, std=0.2, seed=1):
@@ -72,8 +80,10 @@ def saved_adapter(folder, kind, adapter, params):
     from safetensors.numpy import save_file
 
     folder.mkdir()
-    save_file(adapter.to_peft(params), folder / lora.ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (folder / lora.ADAPTER_CONFIG).write_text(json.dumps(adapter.peft_config(kind, None)))
+    save_file(
+        peft.to_peft(adapter, params), folder / peft.ADAPTER_WEIGHTS, metadata={"format": "pt"}
+    )
+    (folder / peft.ADAPTER_CONFIG).write_text(json.dumps(peft.peft_config(adapter, kind, None)))
     return folder
 
 
@@ -152,7 +162,7 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
     theirs.save_pretrained(tmp_path)
     model, base = tiny.load(models / kind)
     adapter = adapter_for(kind, model)
-    params = adapter.read_peft(tmp_path)
+    params = peft.read_peft(adapter, tmp_path)
     rows = rows_of()
     ids = torch.tensor(np.array(rows["tokens"]))
     out = theirs(input_ids=ids).logits
@@ -162,10 +172,10 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
 
     def loss_fn(params):
         hidden, head = model.apply(adapter.on(base, params), rows)
-        out = losses.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
+        out = token_logps.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
         return -out.logps.sum() / picked.numel()
 
-    ours = adapter.to_peft(jax.jit(jax.grad(loss_fn))(params))
+    ours = peft.to_peft(adapter, jax.jit(jax.grad(loss_fn))(params))
     seen = 0
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None:
@@ -176,7 +186,7 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
 
 def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
     adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"))
-    assert all(jax.tree.leaves(optim.decays(adapter.shapes)))
+    assert all(jax.tree.leaves(optimizer.decays(adapter.shapes)))
 
 
 def test_dropout_of_adapters_is_active_with_a_key_and_only_then(models):
@@ -195,7 +205,7 @@ def test_dropout_of_adapters_is_active_with_a_key_and_only_then(models):
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
-    from easyaira.models.layers import Linear
+    from easyaira.models.linear import Linear
 
     a = jnp.eye(64)[None]
     params = {"kernel": jnp.zeros((64, 64)), "lora_a": a[0], "lora_b": jnp.eye(64)}
@@ -222,14 +232,14 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
 def test_targets_that_are_not_there_are_named(targets, message):
     model = model_of(tiny.CONFIGS["llama"], "here")
     with pytest.raises(ConfigError, match=message):
-        lora.adapter_of(LoraConfig(targets), model)
+        adapter_of(LoraConfig(targets), model)
 
 
 def test_targets_are_matched_as_peft_matches_them():
     model = model_of(tiny.CONFIGS["gpt2"], "here")
 
     def found(targets):
-        return [lora.module_of(row) for row in lora.adapter_of(LoraConfig(targets), model).targets]
+        return [module_of(row) for row in adapter_of(LoraConfig(targets), model).targets]
 
     blocks = "transformer.h.{}."
     assert found(["c_proj"]) == [blocks + "attn.c_proj", blocks + "mlp.c_proj"]
@@ -307,17 +317,17 @@ def test_nf4_has_the_error_of_its_levels_on_normal_weights():
 def test_memory_of_a_held_base(how, bytes_per_weight):
     """Of Llama 2 7B, from shapes; norms, embedding and head are not quantised."""
     model = model_of(LLAMA_2_7B, "here")
-    adapter = lora.adapter_of(LoraConfig(ATTENTION, quantize=how), model)
+    adapter = adapter_of(LoraConfig(ATTENTION, quantize=how), model)
     held = adapter.held_target(meshes.make_mesh("fsdp=-1"), jnp.bfloat16)
     linear = kernels = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
-        name = meshes.path_of(path)
+        name = path_of(path)
         if "_proj/" in name:
             linear += leaf.size * leaf.dtype.itemsize
         else:
             assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes):
-        kernels += leaf.size * ("_proj/" in meshes.path_of(path))
+        kernels += leaf.size * ("_proj/" in path_of(path))
     assert 0.5 < linear / kernels <= bytes_per_weight
 
 
@@ -343,7 +353,9 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, mo
     def loss_fn(params, base):
         hidden, head = model.apply(adapter.on(base, params), rows_of())
         tokens = rows_of()["tokens"]
-        return losses.token_logps(hidden, head, tokens, vocab_size=model.vocab_size).logps.mean()
+        return token_logps.token_logps(
+            hidden, head, tokens, vocab_size=model.vocab_size
+        ).logps.mean()
 
     near(logits(model, held, rows_of()), logits(model, dequantised, rows_of()))
     grad = jax.jit(jax.grad(loss_fn))
@@ -357,7 +369,7 @@ def test_the_backward_pass_keeps_codes_and_not_kernels():
     of each layer's kernels."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16}
     model = model_of(tiny.CONFIGS["llama"] | sizes, "here")
-    adapter = lora.adapter_of(LoraConfig(["q_proj"], quantize="nf4"), model)
+    adapter = adapter_of(LoraConfig(["q_proj"], quantize="nf4"), model)
     mesh = meshes.make_mesh("fsdp=-1")
     rows = rows_of()
 
@@ -369,7 +381,7 @@ def test_the_backward_pass_keeps_codes_and_not_kernels():
     kernels = sum(
         leaf.size * 4
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes)
-        if "_proj/" in meshes.path_of(path)
+        if "_proj/" in path_of(path)
     )
     assert step.memory_analysis().temp_size_in_bytes < kernels / 2
 
@@ -432,10 +444,10 @@ def far(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantized", [None, "nf4"])
 def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path, monkeypatch):
-    from easyaira import trainer
+    from easyaira.train import loop
 
     seen = {}
-    real = trainer.fit
+    real = loop.fit
 
     def watched(state, frozen, **others):
         seen["opt_state"] = jax.eval_shape(lambda s: s, state.opt_state)
@@ -445,7 +457,7 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
         seen["frozen"] = frozen
         return state
 
-    monkeypatch.setattr(trainer, "fit", watched)
+    monkeypatch.setattr(loop, "fit", watched)
     options = {"lora.quantize": quantized} if quantized else {}
     rows, params = train(
         "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
@@ -455,7 +467,7 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
     config, algorithm = configure(
         "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
     )
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     count = setup.adapter.parameter_count()
     moments = [leaf.size for leaf in jax.tree.leaves(seen["opt_state"]) if leaf.size > 1]
     assert sum(moments) == 2 * count
@@ -490,9 +502,9 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), abs=1e-5)
     # the reference is the base: its log-probabilities are those of a run that trains all weights
     config, algorithm = configure(*args, tmp_path / "x", **options)
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(setup.batches[0].arrays))
-    from easyaira.objectives import pair_scores
+    from easyaira.algorithms.dpo import pair_scores
 
     plain, start = (
         pair_scores(setup.model, tree, batch, pairs=8).logps
@@ -506,10 +518,10 @@ def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
     config, algorithm = configure(
         "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
     )
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     frozen = setup.frozen(setup.load())
     assert len(jax.tree.leaves(frozen.base)) == 12
-    of_reference = [meshes.path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(frozen[1])]
+    of_reference = [path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(frozen[1])]
     assert of_reference and all("/lora_" in path for path in of_reference)
     shapes = setup.frozen_target(algorithm)
     assert jax.tree.structure(shapes) == jax.tree.structure(frozen)
@@ -593,7 +605,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
         "sft", first, data, tmp_path / "second", max_steps=4, **LORA,
         **{"lora.target_modules": "[q_proj]"},
     )  # fmt: skip
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
     adapter = adapter_for("llama", setup.model)
     wanted = logits(setup.model, adapter.merge(tiny.load(models / "llama")[1], params), rows_of())
     near(logits(setup.model, setup.load(), rows_of()), wanted)
@@ -605,7 +617,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     args, options = ("dpo", models / "llama", data), {"lora.adapter": first / "hf", "max_steps": 4}
     again, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
     assert again[0]["rewards/margins"] == 0  # the reference is what the policy starts from
-    setup = prepare.prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
+    setup = prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
     same_bits(jax.device_get(setup.start()), params)
     for change, message in (
         ({"lora.r": 2}, "lora.r: 2 here and 4 in"),
@@ -613,12 +625,10 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
         ({"lora.rslora": True}, "lora.rslora: True here and False in"),
     ):
         with pytest.raises(ConfigError, match=message):
-            prepare.prepare(
-                *configure(*args, tmp_path / "x", **adapted("llama", **options, **change))
-            )
+            prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options, **change)))
     fewer = {"lora.target_modules": "[q_proj]"}
     with pytest.raises(WeightsError, match="which lora.target_modules does not name"):
-        prepare.prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
+        prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
 
 
 @pytest.mark.parametrize(
@@ -628,11 +638,11 @@ def test_adapters_of_other_kinds_are_refused(key, value, models, tmp_path):
     model, _ = tiny.load(models / "llama")
     adapter = adapter_for("llama", model)
     folder = saved_adapter(tmp_path / "a", "llama", adapter, drawn(adapter))
-    adapter.read_peft(folder)
-    file = folder / lora.ADAPTER_CONFIG
+    peft.read_peft(adapter, folder)
+    file = folder / peft.ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ConfigError, match=f"{key}: .* is not built"):
-        adapter.read_peft(folder)
+        peft.read_peft(adapter, folder)
 
 
 def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data, tmp_path):
@@ -640,7 +650,7 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
     tiny.tokenizer(310).save_pretrained(tmp_path / "longer")
     options["model.tokenizer"] = tmp_path / "longer"
     with pytest.raises(ConfigError, match="embeddings that adapters do not train"):
-        prepare.prepare(
+        prepare(
             *configure("sft", models / "llama", data, tmp_path / "x", **adapted("llama", **options))
         )
     tiny.save(tmp_path / "hf", tiny.CONFIGS["gpt2"])
@@ -657,12 +667,12 @@ def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
         config, algorithm = configure(
             "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
         )
-        setup = prepare.prepare(config, algorithm)
-        said[how] = plan.describe(setup)
+        setup = prepare(config, algorithm)
+        said[how] = plan_report.describe(setup)
         count = f"{setup.adapter.parameter_count():,} trainable parameters"
         assert count in said[how]
         assert "on self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.down_proj" in said[how]
-        table = plan.plan(setup, algorithm)
+        table = plan_report.plan(setup, algorithm)
         assert ("q_proj/kernel/nf4" in table) == (how == "nf4")
         assert "q_proj/lora_a" in table
     assert "held in nf4" in said["nf4"] and "held in float32" in said[None]

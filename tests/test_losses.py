@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyaira import losses
-from easyaira.config import SMOOTHED_LOSSES
+from easyaira.config.algorithms import SMOOTHED_LOSSES
+from easyaira.losses import preference, token_logps
 
 ROWS, LENGTH, WIDTH, VOCAB, COLUMNS = 3, 17, 8, 100, 128
 
@@ -36,7 +36,7 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
     learned = jnp.asarray(tokens), jnp.asarray(wanted)
 
     def ours(hidden, head):
-        out = losses.token_logps(
+        out = token_logps.token_logps(
             hidden, head, *learned, vocab_size=VOCAB, chunk_logits=at_once * COLUMNS
         )
         return (out.logps * weights).sum(), out
@@ -74,11 +74,11 @@ def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once,
     kwargs = {"vocab_size": VOCAB, "chunk_logits": at_once * COLUMNS}
 
     def by_sum(hidden, head):
-        nll, out = losses.token_nll(hidden, head, tokens, wanted, **kwargs)
+        nll, out = token_logps.token_nll(hidden, head, tokens, wanted, **kwargs)
         return 2.5 * nll + (hidden**2).sum(), out
 
     def by_parts(hidden, head):
-        out = losses.token_logps(hidden, head, tokens, wanted, **kwargs)
+        out = token_logps.token_logps(hidden, head, tokens, wanted, **kwargs)
         return -2.5 * out.logps.sum() + (hidden**2).sum(), out
 
     (value, out), grads = jax.value_and_grad(by_sum, (0, 1), has_aux=True)(hidden, head)
@@ -89,11 +89,13 @@ def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once,
     jax.tree.map(np.testing.assert_array_equal, out, parts)
     for a, b in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    evaluated, _ = losses.token_nll(hidden, head, tokens, wanted, **kwargs)  # without a gradient
+    evaluated, _ = token_logps.token_nll(
+        hidden, head, tokens, wanted, **kwargs
+    )  # without a gradient
     np.testing.assert_allclose(evaluated, -parts.logps.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("core", [losses.token_logps, losses.token_nll])
+@pytest.mark.parametrize("core", [token_logps.token_logps, token_logps.token_nll])
 def test_memory_does_not_grow_with_the_vocabulary(core):
     """Besides the head and its gradient, which the caller holds, only chunks of logits."""
 
@@ -104,7 +106,7 @@ def test_memory_does_not_grow_with_the_vocabulary(core):
 
         def total(hidden, head, tokens):
             out = core(hidden, head, tokens, vocab_size=columns, chunk_logits=2**22)
-            return out.logps.sum() if core is losses.token_logps else out[0]
+            return out.logps.sum() if core is token_logps.token_logps else out[0]
 
         step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
         memory = step.lower(hidden, head, tokens).compile().memory_analysis()
@@ -119,18 +121,18 @@ def test_padding_of_the_vocabulary_has_no_probability():
     hidden, head, tokens = head_and_hidden()
     head[:, VOCAB:] = 50 * np.sign(hidden[0, 0])[:, None]  # would win every softmax
     hidden, head, tokens = map(jnp.asarray, (hidden, head, tokens))
-    cut = losses.token_logps(hidden, head[:, :VOCAB], tokens, vocab_size=VOCAB)
-    padded = losses.token_logps(hidden, head, tokens, vocab_size=VOCAB)
+    cut = token_logps.token_logps(hidden, head[:, :VOCAB], tokens, vocab_size=VOCAB)
+    padded = token_logps.token_logps(hidden, head, tokens, vocab_size=VOCAB)
     for a, b in zip(cut, padded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_log_softmax_is_float32_for_bfloat16_states():
     hidden, head, tokens = map(jnp.asarray, head_and_hidden())
-    low = losses.token_logps(hidden.astype(jnp.bfloat16), head, tokens, vocab_size=VOCAB).logps
+    low = token_logps.token_logps(hidden.astype(jnp.bfloat16), head, tokens, vocab_size=VOCAB).logps
     rounded = hidden.astype(jnp.bfloat16).astype(jnp.float32)
     rounded_head = head.astype(jnp.bfloat16).astype(jnp.float32)
-    high = losses.token_logps(rounded, rounded_head, tokens, vocab_size=VOCAB).logps
+    high = token_logps.token_logps(rounded, rounded_head, tokens, vocab_size=VOCAB).logps
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, high, rtol=1e-5, atol=1e-5)
 
@@ -141,7 +143,7 @@ def test_pair_sums_by_pair_and_side():
     mask = np.array([[0, 1, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0]], bool)
     values = np.arange(12.0).reshape(2, 6) + 1
     arrays = map(jnp.asarray, (values, mask, segments, sides))
-    sums = losses.pair_sums(*arrays, pairs=3)
+    sums = preference.pair_sums(*arrays, pairs=3)
     np.testing.assert_array_equal(sums, [[2 + 3, 10], [8, 5], [0, 0]])
 
 
@@ -175,7 +177,7 @@ def formula(loss, h_w, h_l, beta, e, n_w, n_l):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.8])
-@pytest.mark.parametrize("loss", losses.PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", preference.PREFERENCE_LOSSES)
 def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
     rng = np.random.default_rng(0)
     logratios = rng.normal(0, 3, (50, 2))
@@ -184,7 +186,7 @@ def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
     kwargs = {"label_smoothing": e} if e else {}
 
     def ours(logratios):
-        return losses.preference_loss(
+        return preference.preference_loss(
             loss, logratios, jnp.asarray(lengths, jnp.float32), beta=beta, **kwargs
         )
 
@@ -205,7 +207,9 @@ def test_the_values_of_the_lineage():
     ones = jnp.ones((1, 2))
 
     def of(loss, logratios, e=0.0):
-        return float(losses.preference_loss(loss, logratios, ones, beta=0.1, label_smoothing=e)[0])
+        return float(
+            preference.preference_loss(loss, logratios, ones, beta=0.1, label_smoothing=e)[0]
+        )
 
     assert of("sigmoid", none) == pytest.approx(math.log(2), abs=1e-7)
     assert of("ipo_sum", none) == pytest.approx(25.0, abs=1e-5)
@@ -217,7 +221,7 @@ def test_the_values_of_the_lineage():
 def test_ipo_does_not_change_when_answers_are_doubled_token_by_token():
     logratios, lengths = jnp.array([[3.0, -2.0]]), jnp.array([[4.0, 5.0]])
     once, twice = (
-        losses.preference_loss("ipo", logratios * k, lengths * k, beta=0.1) for k in (1, 2)
+        preference.preference_loss("ipo", logratios * k, lengths * k, beta=0.1) for k in (1, 2)
     )
     np.testing.assert_allclose(once, twice, rtol=1e-6)
 
@@ -225,19 +229,19 @@ def test_ipo_does_not_change_when_answers_are_doubled_token_by_token():
 def test_a_loss_takes_label_smoothing_if_and_only_if_the_configuration_says_so():
     takes = {
         name
-        for name, loss in losses.PREFERENCE_LOSSES.items()
+        for name, loss in preference.PREFERENCE_LOSSES.items()
         if loss.smoothed and "label_smoothing" in inspect.signature(loss.function).parameters
     }
     assert takes == set(SMOOTHED_LOSSES)
 
 
-@pytest.mark.parametrize("loss", losses.PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", preference.PREFERENCE_LOSSES)
 def test_losses_are_finite_far_out(loss):
     logratios = jnp.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]])
     kwargs = {"label_smoothing": 0.1} if loss in SMOOTHED_LOSSES else {}
 
     def total(x):
-        return losses.preference_loss(loss, x, jnp.ones((3, 2)), beta=0.1, **kwargs).sum()
+        return preference.preference_loss(loss, x, jnp.ones((3, 2)), beta=0.1, **kwargs).sum()
 
     value, grads = jax.value_and_grad(total)(logratios)
     assert jnp.isfinite(value) and jnp.isfinite(grads).all()

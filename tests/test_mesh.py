@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from easyaira import mesh as meshes
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed import sharding as placement
+from easyaira.distributed.sharding import constrain, partition_specs, shardings
 from easyaira.errors import ConfigError, WeightsError
-from easyaira.losses import token_nll
+from easyaira.losses.token_logps import token_nll
 from easyaira.models.layers import Compute
-from easyaira.models.registry import model_of, resize
+from easyaira.models.model import resize
+from easyaira.models.registry import model_of
 from helpers import tiny
 
 
@@ -150,7 +153,7 @@ def test_the_parts_of_a_batch_that_a_process_holds(monkeypatch):
     """They are those that its devices are given by a batch's sharding."""
     held = {}
     for host in (0, 1):
-        monkeypatch.setattr(meshes.jax, "process_index", lambda host=host: host)
+        monkeypatch.setattr(placement.jax, "process_index", lambda host=host: host)
         for text, dcn in (("2,2,2", "dp=2"), ("2,2,2", "fsdp=2"), ("2,2,2", None), ("8,1,1", None)):
             held[host, text, dcn] = meshes.local_shards(meshes.make_mesh(text, hosts(2, 4), dcn))
     assert held[0, "2,2,2", "dp=2"] == [0, 1] and held[1, "2,2,2", "dp=2"] == [2, 3]
@@ -175,22 +178,22 @@ def test_parts_are_counted_as_a_batch_is_divided(devices):
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter(kind, tied):
     model = model_of(tiny.CONFIGS[kind] | {"tie_word_embeddings": tied}, "here")
-    specs = meshes.partition_specs(model.shapes, model.rules)
+    specs = partition_specs(model.shapes, model.rules)
     divided = [
         spec for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P)) if any(spec)
     ]
     assert len(divided) > 5
     with pytest.raises(WeightsError, match="without a parameter.*nothing"):
-        meshes.partition_specs(model.shapes, (*model.rules, ("nothing$", P())))
+        partition_specs(model.shapes, (*model.rules, ("nothing$", P())))
     with pytest.raises(WeightsError, match="without a rule.*embedding"):
-        meshes.partition_specs(model.shapes, model.rules[1:])
+        partition_specs(model.shapes, model.rules[1:])
 
 
 def test_a_mesh_that_does_not_divide_a_parameter_is_an_error(devices):
     devices(3)
     model = model_of(tiny.CONFIGS["gpt2"], "here")
     with pytest.raises(ConfigError, match="fsdp.*3 does not divide 16"):
-        meshes.shardings(model.shapes, model.rules, meshes.make_mesh("fsdp=3"))
+        shardings(model.shapes, model.rules, meshes.make_mesh("fsdp=3"))
 
 
 @pytest.mark.parametrize("vocab_size", [300, 321, 50257, 32001])
@@ -199,24 +202,25 @@ def test_any_vocabulary_divides_over_any_mesh(vocab_size, devices):
     for kind in tiny.CONFIGS:
         model = model_of(tiny.CONFIGS[kind] | {"vocab_size": vocab_size}, "here")
         for mesh in ("tp=2,fsdp=4", "fsdp=8", "tp=4,dp=2"):
-            meshes.shardings(model.shapes, model.rules, meshes.make_mesh(mesh))
+            shardings(model.shapes, model.rules, meshes.make_mesh(mesh))
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_fsdp_divides_the_bytes_of_weights_and_optimizer(kind, devices):
-    from easyaira import optim, trainer
-    from easyaira.config import OptimizerConfig
+    from easyaira.config.algorithms import OptimizerConfig
+    from easyaira.train import optimizer
+    from easyaira.train.step import init_state
 
     config = OptimizerConfig()
-    tx = optim.make_optimizer(config, optim.make_schedule(config, 10))
+    tx = optimizer.make_optimizer(config, optimizer.make_schedule(config, 10))
     held = {}
     for count in (1, 8):
         devices(count)
         mesh = meshes.make_mesh("fsdp=-1")
         model = model_of(tiny.CONFIGS[kind], "here")
-        target = meshes.shardings(model.shapes, model.rules, mesh)
+        target = shardings(model.shapes, model.rules, mesh)
         params = jax.jit(model.init, out_shardings=target)(jax.random.key(0))
-        state = trainer.init_state(params, tx, mesh)
+        state = init_state(params, tx, mesh)
         first = jax.devices()[0]
         held[count] = sum(
             shard.data.nbytes
@@ -282,8 +286,8 @@ def test_constrain_leaves_alone_what_does_not_divide(devices):
     devices(8)
     mesh = meshes.make_mesh("fsdp=8")
     with jax.set_mesh(mesh):
-        three = jax.jit(lambda x: meshes.constrain(x, "fsdp", None))(np.ones((3, 2)))
-        eight = jax.jit(lambda x: meshes.constrain(x, "fsdp", None))(np.ones((8, 2)))
+        three = jax.jit(lambda x: constrain(x, "fsdp", None))(np.ones((3, 2)))
+        eight = jax.jit(lambda x: constrain(x, "fsdp", None))(np.ones((8, 2)))
     assert three.shape == (3, 2)
     assert eight.sharding.shard_shape((8, 2)) == (1, 2)
 
@@ -299,8 +303,8 @@ def test_a_vocabulary_of_another_size_is_the_same_on_every_mesh(size, how, devic
     larger, wanted = resize(model, params, size, how, key)
     for text in ("fsdp=8", "dp=2,fsdp=2,tp=2"):
         mesh = meshes.make_mesh(text)
-        places = meshes.shardings(larger.shapes, larger.rules, mesh)
-        divided = jax.device_put(params, meshes.shardings(model.shapes, model.rules, mesh))
+        places = shardings(larger.shapes, larger.rules, mesh)
+        divided = jax.device_put(params, shardings(model.shapes, model.rules, mesh))
         change = jax.jit(lambda p: resize(model, p, size, how, key)[1], out_shardings=places)
         with jax.set_mesh(mesh):
             found = change(divided)

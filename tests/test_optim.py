@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from easyaira import optim
-from easyaira.config import OptimizerConfig
+from easyaira.config.algorithms import OptimizerConfig
+from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
-from easyaira.mesh import path_of
 from easyaira.models.registry import model_of
+from easyaira.train import optimizer
 from helpers import tiny
 
 
 def test_linear_points_of_tulu_dpo():
     config = OptimizerConfig(learning_rate=5e-7, warmup_ratio=0.1, lr_scheduler_type="linear")
-    assert optim.warmup_steps(config, 5523) == 553
-    rate = optim.make_schedule(config, 5523)
+    assert optimizer.warmup_steps(config, 5523) == 553
+    rate = optimizer.make_schedule(config, 5523)
     for step, wanted in {0: 0.0, 553: 5e-7, 5523: 0.0, 553 + 2485: 2.5e-7}.items():
         assert float(rate(step)) == pytest.approx(wanted, abs=1e-12)
 
@@ -31,7 +31,7 @@ def test_schedules_equal_those_of_transformers(kind, warmup):
     theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     scheduler = get_scheduler(name, theirs, num_warmup_steps=warmup, num_training_steps=40)
     config = OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=kind)
-    ours = optim.make_schedule(config, 40)
+    ours = optimizer.make_schedule(config, 40)
     for step in range(40):
         assert float(ours(step)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=3e-11)
         theirs.step()
@@ -40,12 +40,12 @@ def test_schedules_equal_those_of_transformers(kind, warmup):
 
 def test_a_warm_up_as_long_as_the_run_is_an_error():
     with pytest.raises(ConfigError, match="warmup_steps"):
-        optim.make_schedule(OptimizerConfig(warmup_steps=10), 10)
+        optimizer.make_schedule(OptimizerConfig(warmup_steps=10), 10)
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_norms_and_biases_do_not_decay(kind):
-    mask = optim.decays(model_of(tiny.CONFIGS[kind], "here").shapes)
+    mask = optimizer.decays(model_of(tiny.CONFIGS[kind], "here").shapes)
     for path, decays in jax.tree_util.tree_leaves_with_path(mask):
         name = path_of(path)
         exempt = name.endswith(("bias", "scale"))
@@ -59,8 +59,8 @@ def test_ten_updates_equal_torch():
     config = OptimizerConfig(
         learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, max_grad_norm=0.5, adam_beta2=0.95
     )
-    schedule = optim.make_schedule(config, 10)
-    tx = optim.make_optimizer(config, schedule)
+    schedule = optimizer.make_schedule(config, 10)
+    tx = optimizer.make_optimizer(config, schedule)
     theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in jax.tree.leaves(start)]
     groups = [
         {"params": theirs[:1], "weight_decay": 0.1},
@@ -84,9 +84,11 @@ def test_ten_updates_equal_torch():
 
 def test_a_small_rate_moves_float32_weights_by_the_analytic_amount():
     """lr 5e-7 with a constant gradient moves by lr each update; bfloat16 weights would stay."""
-    tx = optim.make_optimizer(
+    tx = optimizer.make_optimizer(
         OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"),
-        optim.make_schedule(OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"), 10),
+        optimizer.make_schedule(
+            OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"), 10
+        ),
     )
     params = {"kernel": jnp.full((3,), 0.01)}
     state = tx.init(params)

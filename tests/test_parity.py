@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from easyaira import convert, losses
+from easyaira import convert
+from easyaira.losses import token_logps
 from easyaira.models.embedding import Embedding
 from easyaira.models.registry import MODELS
 from helpers import tiny
@@ -60,7 +61,7 @@ def test_logits_loss_and_gradients(case, side, tmp_path):
 
     def loss_fn(params):
         hidden, head = model.apply(params, rows)
-        out = losses.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
+        out = token_logps.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
         return -(out.logps * learned).sum() / learned.sum()
 
     hidden, head = model.apply(params, rows)
@@ -178,7 +179,7 @@ def test_bfloat16_computes_near_float32_and_gives_float32_gradients(tmp_path):
 
     def loss_fn(params, model):
         hidden, head = model.apply(params, rows)
-        return losses.token_logps(hidden, head, rows["tokens"], vocab_size=300).logps.mean()
+        return token_logps.token_logps(hidden, head, rows["tokens"], vocab_size=300).logps.mean()
 
     high_loss, high_grads = jax.value_and_grad(loss_fn)(params, model)
     low_loss, low_grads = jax.value_and_grad(loss_fn)(params, low)

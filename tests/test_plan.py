@@ -9,12 +9,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira import chips, cli, plan, prepare, program, search
-from easyaira import mesh as meshes
-from easyaira.config import TrainSFT
+from easyaira import cli
+from easyaira.config.run import DryRun, TrainSFT
+from easyaira.distributed import chips
+from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.models import llama
-from easyaira.run import run
+from easyaira.plan import cost, hlo, search
+from easyaira.plan import report as plan_report
+from easyaira.run.run import run
+from easyaira.train.setup import prepare
 from helpers import runs, tiny
 
 WIDE = tiny.CONFIGS["llama"] | {
@@ -128,7 +132,7 @@ ENTRY %main (w: bf16[2,16], g: f32[8,16], x: f32[4,4], y: f32[4]) -> f32[4] {
 
 def test_collectives_are_counted_where_they_happen():
     found = {}
-    for c in program.collectives_of(HLO, loops=10):
+    for c in hlo.collectives_of(HLO, loops=10):
         found.setdefault(c.kind, []).append((c.times, c.bytes))
     assert found == {
         # one in two pieces; a device has 64 bytes and sends what the three others miss
@@ -157,7 +161,7 @@ def test_collectives_of_a_program_on_eight_devices():
     w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=divided)
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=rows)
     step = jax.jit(jax.grad(loss), out_shardings=divided)
-    found = program.compiled(lambda: step.lower(w, x), loops=1)
+    found = hlo.compiled(lambda: step.lower(w, x), loops=1)
     kinds = {c.kind: (c.times, c.shapes, c.bytes) for c in found.collectives}
     assert kinds == {
         "all-gather": (5, (("f32", (1, 32, 32)),), 4096 * 3 / 4),
@@ -191,7 +195,7 @@ def test_an_array_that_is_gathered_to_be_moved_is_noticed():
             os.write(2, said.encode())  # as XLA does, whatever Python's standard error is
             return lowered.compile()
 
-    found = program.compiled(Warned, loops=1)
+    found = hlo.compiled(Warned, loops=1)
     assert len(found.rematerialized) == 1 and found.rematerialized[0].startswith("%gather = f32[8,")
 
 
@@ -208,11 +212,11 @@ def test_a_program_that_the_compiler_refuses_is_no_error(said, needed):
             raise jax.errors.JaxRuntimeError(f"{status}: {said}\nmore")
 
     status = "RESOURCE_EXHAUSTED"
-    found = program.compiled(Lowered, loops=1)
+    found = hlo.compiled(Lowered, loops=1)
     assert found.memory == needed * 2**30 and found.refused == said
     status = "INTERNAL"
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        program.compiled(Lowered, loops=1)
+        hlo.compiled(Lowered, loops=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,16 +229,16 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     devices(8)
     options = {"mesh": "dp=2,fsdp=2,tp=2", "gradient_accumulation_steps": 2}
     config, algorithm = planned(ground, "dpo", **options)
-    setup = prepare.prepare(config, algorithm)
-    found = plan.measure(setup, algorithm)
-    rows = {name: size for name, (size, _) in plan.split(found).items()}
+    setup = prepare(config, algorithm)
+    found = cost.measure(setup, algorithm)
+    rows = {name: size for name, (size, _) in plan_report.split(found).items()}
     assert sum(rows.values()) == found.program.memory and min(rows.values()) >= 0
     held = setup.model.parameter_count() * 4 / 4  # float32, over fsdp x tp
     assert rows["weights"] == pytest.approx(held, rel=0.05)
     assert rows["optimizer"] == pytest.approx(2 * rows["weights"], rel=1e-3)
     assert rows["gradients"] == 2 * rows["weights"]  # of a micro-batch, and of those before it
     assert not found.failures
-    told = plan.show(setup, found)
+    told = plan_report.show(setup, found)
     assert "fits" not in told and "what a cpu has is not known" in told
     assert "2 micro-batches of 4 x" in told
 
@@ -243,10 +247,10 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
 def test_operations_are_those_that_the_compiler_counts(ground):
     """Of one layer: the compiler counts a loop's body once."""
     config, algorithm = planned(ground, model="one", train_batch_size=32)
-    setup = prepare.prepare(config, algorithm)
-    update = plan.largest_update(setup, algorithm)
-    counted = plan.lower_step(setup, algorithm, update.batch).compile().cost_analysis()["flops"]
-    work = plan.work_of(setup, update, reference_in_step=False)
+    setup = prepare(config, algorithm)
+    update = cost.largest_update(setup, algorithm)
+    counted = cost.lower_step(setup, algorithm, update.batch).compile().cost_analysis()["flops"]
+    work = cost.work_of(setup, update, reference_in_step=False)
     assert update.chunks[0] == 1
     assert sum(work.values()) == pytest.approx(counted, rel=0.04)
 
@@ -254,12 +258,12 @@ def test_operations_are_those_that_the_compiler_counts(ground):
 @pytest.mark.slow
 def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(ground, devices):
     devices(4)
-    setup = prepare.prepare(*planned(ground, mesh="fsdp=2,tp=2"))
+    setup = prepare(*planned(ground, mesh="fsdp=2,tp=2"))
     path, shape = "model/layers/mlp/up_proj/kernel", (2, 256, 512)
 
     def gathered(*sizes):
-        one = program.Collective("all-gather", 1, (("bf16", sizes),), 1.0)
-        return plan.failures(setup, program.Program(1.0, collectives=[one]))
+        one = hlo.Collective("all-gather", 1, (("bf16", sizes),), 1.0)
+        return cost.failures(setup, hlo.Program(1.0, collectives=[one]))
 
     assert gathered(1, 256, 256) == []  # of a layer, and of one device of tp
     assert gathered(2, 256, 256) == [f"{path} is gathered for all layers at once: (2, 256, 256)"]
@@ -275,13 +279,13 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
     """With a stand-in for the compiler, which takes what must be kept for what is needed."""
     devices(2)
     config, algorithm = planned(ground, train_batch_size=2)
-    setup = prepare.prepare(config, algorithm)
+    setup = prepare(config, algorithm)
 
     def measure(setup, algorithm):
-        update = plan.largest_update(setup, algorithm)
-        sizes = plan.sizes_of(setup, algorithm, update)
+        update = cost.largest_update(setup, algorithm)
+        sizes = cost.sizes_of(setup, algorithm, update)
         needed = sum(sizes.values()) + 1.5 * search.kept_bytes(setup, update)
-        return plan.Plan(update, sizes, {}, program.Program(1.0, arguments=int(needed)), [])
+        return cost.Plan(update, sizes, {}, hlo.Program(1.0, arguments=int(needed)), [])
 
     def lines(memory):
         monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e9, memory, 1e9, 1e8))
@@ -290,9 +294,9 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
     def needed(proposed):
         flags = proposed.removeprefix("propose ").split()
         config, _ = planned(ground, train_batch_size=2, flags=flags)
-        return measure(prepare.prepare(config, algorithm), algorithm).program.memory
+        return measure(prepare(config, algorithm), algorithm).program.memory
 
-    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(cost, "measure", measure)
     _, tried, proposed = lines(1e12)
     assert "gradient_checkpointing none" in tried and "; fits: " in tried
     fastest = needed(proposed)
@@ -325,10 +329,10 @@ def test_a_missing_compiler_is_said(monkeypatch):
 def test_flags_that_plan_instead_of_training(ground):
     needed = [f"--model.name_or_path={ground / 'wide'}", "--data.train=x.jsonl"]
     assert cli.parse(TrainSFT, needed)[1] is None
-    assert cli.parse(TrainSFT, [*needed, "--dry_run"])[1] == cli.DryRun()
-    assert cli.parse(TrainSFT, [*needed, "--search"])[1] == cli.DryRun(search=True)
+    assert cli.parse(TrainSFT, [*needed, "--dry_run"])[1] == DryRun()
+    assert cli.parse(TrainSFT, [*needed, "--search"])[1] == DryRun(search=True)
     asked = cli.parse(TrainSFT, [*needed, "--topology", "v5p:4x4x2"])[1]
-    assert asked == cli.DryRun("v5p:4x4x2")
+    assert asked == DryRun("v5p:4x4x2")
 
 
 def test_kinds_of_chips_are_told_apart():
@@ -346,14 +350,14 @@ def test_kinds_of_chips_are_told_apart():
 def test_old_chips_have_no_kernel_for_attention(ground):
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
     config, algorithm = planned(ground)
-    setup = prepare.prepare(config, algorithm, chips.pod("v3:2x2"))
+    setup = prepare(config, algorithm, chips.pod("v3:2x2"))
     assert setup.model.compute.attention == "xla" and setup.mesh.size == 8  # two cores a chip
 
 
 def test_the_tpu_compiler_warns_of_arrays_that_it_gathers():
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
     mesh = meshes.make_mesh("2,2,2", chips.pod("v5e:2x4"))
-    assert program.compiled(lambda: look_up(mesh), loops=1).rematerialized
+    assert hlo.compiled(lambda: look_up(mesh), loops=1).rematerialized
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tp=2", "dp=2,fsdp=2,tp=2"])
@@ -361,7 +365,7 @@ def test_two_layers_of_llama_compile_for_a_pod(mesh, ground, capsys):
     pytest.importorskip("libtpu", reason="the TPU's compiler is not installed")
     options = {"mesh": mesh, "model.gradient_checkpointing": "full"}
     config, algorithm = planned(ground, "dpo", **options)
-    asked = cli.DryRun("v5e:2x4")
+    asked = DryRun("v5e:2x4")
     with pytest.raises(ConfigError, match="there are 8"):
         run(replace(config, mesh="dp=3"), algorithm, dry_run=asked)
     with jax.default_matmul_precision("default"):  # tests ask for the highest; bfloat16 has none

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira import losses, metrics, train_dpo, train_sft
-from easyaira.generate import generate
+from easyaira import train_dpo, train_sft
+from easyaira.generation.sampler import generate
+from easyaira.losses import token_logps
+from easyaira.train import log
 from helpers import tiny
 
 STORIES = tiny.SHARED / "models/stories260k"
@@ -25,7 +27,7 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
     for case in reference:
         ids = np.array([case["input_ids"]])
         hidden, head = model.apply(params, tiny.layout(ids))
-        out = losses.token_logps(hidden, head, jnp.asarray(ids), vocab_size=model.vocab_size)
+        out = token_logps.token_logps(hidden, head, jnp.asarray(ids), vocab_size=model.vocab_size)
         np.testing.assert_allclose(-out.logps[0, 1:], case["token_nll"], atol=1.1e-5)  # 5 decimals
         assert -out.logps[0, 1:].mean() == pytest.approx(case["mean_nll"], abs=1.1e-5)
         logits = np.asarray(hidden[0, -1] @ head)
@@ -53,7 +55,7 @@ def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
             *common,
         ]
     )
-    rows = metrics.read(tmp_path / "sft/metrics.jsonl")
+    rows = log.read(tmp_path / "sft/metrics.jsonl")
     assert rows[0]["eval_loss"] > 3.5 and rows[-1]["eval_loss"] < 2.5
     train_dpo.main(
         [
@@ -65,7 +67,7 @@ def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
             *common,
         ]
     )
-    rows = metrics.read(tmp_path / "dpo/metrics.jsonl")
+    rows = log.read(tmp_path / "dpo/metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
     assert rows[0]["eval_rewards/accuracies"] == 0
     assert rows[-1]["eval_rewards/accuracies"] > 0.7

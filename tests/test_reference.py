@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from easyaira import reference
-from easyaira.data import dataset
+from easyaira.algorithms import reference_cache
+from easyaira.data import cache
 from easyaira.errors import Preempted
-from easyaira.run import run
+from easyaira.run.run import run
+from easyaira.storage.integrity import fingerprint
+from easyaira.train import loader
 from helpers import tiny
 from helpers.runs import configure, train
 
@@ -18,18 +20,18 @@ FEW = {"max_steps": 4, "data.eval": 0.2}
 def scored(monkeypatch):
     """How many updates were scored for the cache."""
     counts = []
-    whole = reference.score_all
+    whole = reference_cache.score_all
 
     def counted(score, params, batches, setup, logps):
         counts.append(int(np.isnan(logps[:, 0]).sum()))
         whole(score, params, batches, setup, logps)
 
-    monkeypatch.setattr(reference, "score_all", counted)
+    monkeypatch.setattr(reference_cache, "score_all", counted)
     return counts
 
 
 def kept(config):
-    return sorted((dataset.cache_root(config.data) / "reference").iterdir())
+    return sorted((cache.cache_root(config.data) / "reference").iterdir())
 
 
 @pytest.mark.slow
@@ -78,7 +80,7 @@ def test_an_interrupted_computation_is_gone_on_with(
     monkeypatch,
 ):
     config, algorithm = configure("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
-    ahead = reference.trainer.ahead
+    ahead = loader.ahead
 
     def stopped(*args):
         for number, ready in enumerate(ahead(*args)):
@@ -87,7 +89,7 @@ def test_an_interrupted_computation_is_gone_on_with(
             yield ready
 
     with monkeypatch.context() as soon:
-        soon.setattr(reference.trainer, "ahead", stopped)
+        soon.setattr(loader, "ahead", stopped)
         with pytest.raises(Preempted):
             run(config, algorithm, dry_run=False)
     rows, _ = train("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
@@ -106,16 +108,16 @@ def test_a_fingerprint_sees_every_bit_and_no_mesh(tmp_path, devices):
     devices(8)
     tiny.save(tmp_path, tiny.CONFIGS["llama"])
     _, params = tiny.load(tmp_path, "fsdp=8")
-    whole = reference.fingerprint(params)
+    whole = fingerprint(params)
     for mesh in ("dp=8", "fsdp=4,tp=2"):
-        assert reference.fingerprint(tiny.load(tmp_path, mesh)[1]) == whole
+        assert fingerprint(tiny.load(tmp_path, mesh)[1]) == whole
     leaves, tree = jax.tree.flatten(params)
     for i in range(len(leaves)):
         changed = np.asarray(leaves[i]).copy()
         changed.view(np.uint32).flat[-1] ^= 1
         others = [*leaves[:i], jax.numpy.asarray(changed), *leaves[i + 1 :]]
-        assert reference.fingerprint(jax.tree.unflatten(tree, others)) != whole
+        assert fingerprint(jax.tree.unflatten(tree, others)) != whole
     swapped = np.asarray(leaves[0]).copy()
     swapped.flat[:2] = swapped.flat[:2][::-1].copy()
     others = [jax.numpy.asarray(swapped), *leaves[1:]]
-    assert reference.fingerprint(jax.tree.unflatten(tree, others)) != whole
+    assert fingerprint(jax.tree.unflatten(tree, others)) != whole

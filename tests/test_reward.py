@@ -13,11 +13,22 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from easyaira import cli, convert, generate, losses, metrics, objectives, plan, prepare
-from easyaira.checkpoint import Checkpoints
+from easyaira import convert, generate
+from easyaira.config.run import DryRun
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError, EasyAiraError, TokenizerError, WeightsError
-from easyaira.mesh import path_of
-from easyaira.run import run
+from easyaira.lora import peft
+from easyaira.losses.scores import binary, bradley_terry, roc_auc
+from easyaira.models import registry
+from easyaira.plan import cost
+from easyaira.plan import report as plan_report
+from easyaira.run.run import run
+from easyaira.storage import pretrained
+from easyaira.storage.checkpoints import Checkpoints
+from easyaira.train import log
+from easyaira.train.resolve import find
+from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.loops import torch_adamw, torch_rate, torch_step
 from helpers.runs import STEPS, close, configure, losses_of, same_bits, train
@@ -76,24 +87,24 @@ def sequences_of(examples, answer):
 
 def test_losses_of_scores():
     one = jnp.float32([1.0])
-    assert losses.bradley_terry(one, 0 * one)[0] == pytest.approx(0.313262, abs=1e-6)
-    assert losses.bradley_terry(one, 0 * one, margin=1.0)[0] == pytest.approx(math.log(2))
+    assert bradley_terry(one, 0 * one)[0] == pytest.approx(0.313262, abs=1e-6)
+    assert bradley_terry(one, 0 * one, margin=1.0)[0] == pytest.approx(math.log(2))
     scores = jnp.float32([3.0, -0.5, 40.0, -40.0])
     for labels in ([1, 0, 1, 0], [0, 1, 0, 1]):
         wanted = F.binary_cross_entropy_with_logits(
             torch.tensor(scores.tolist()), torch.tensor(labels).float(), reduction="none"
         )
-        np.testing.assert_allclose(losses.binary(scores, jnp.bool_(labels)), wanted, 1e-5, 1e-7)
+        np.testing.assert_allclose(binary(scores, jnp.bool_(labels)), wanted, 1e-5, 1e-7)
 
 
 def test_auc_is_exact():
-    assert objectives.roc_auc(np.array([1.0, 2.0]), np.array([0.0, -1.0])) == 1.0
-    assert objectives.roc_auc(np.array([1.0]), np.array([1.0])) == 0.5
-    assert objectives.roc_auc(np.array([]), np.array([1.0])) is None
+    assert roc_auc(np.array([1.0, 2.0]), np.array([0.0, -1.0])) == 1.0
+    assert roc_auc(np.array([1.0]), np.array([1.0])) == 0.5
+    assert roc_auc(np.array([]), np.array([1.0])) is None
     rng = np.random.default_rng(0)
     better, worse = rng.integers(0, 9, 50) / 8, rng.integers(0, 7, 40) / 8  # with many ties
     wins = [(b > w) + (b == w) / 2 for b in better for w in worse]
-    assert objectives.roc_auc(better, worse) == sum(wins) / 2000
+    assert roc_auc(better, worse) == sum(wins) / 2000
 
 
 @pytest.mark.slow
@@ -102,7 +113,7 @@ def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
     """Of 20 rows, so that every third update has four instead of eight."""
     options = {"data.max_examples": 20, "reward.margin": 0.5}
     rows, params = train(*reward(ground, kind, data), tmp_path / "run", **options)
-    setup = prepare.prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
+    setup = prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
     examples = setup.batches.examples
     config = tiny.SCORERS[kind]
     model = tiny.torch_model(config | {"vocab_size": setup.model.vocab_size})
@@ -164,7 +175,7 @@ def released(ground, tmp_path_factory):
 @pytest.mark.slow
 def test_what_is_written(released, ground):
     for (kind, _), folder in released.items():
-        rows = metrics.read(folder / "metrics.jsonl")
+        rows = log.read(folder / "metrics.jsonl")
         measured = {"eval_loss", "eval_accuracy", "eval_margin", "eval_auc"}
         assert measured <= rows[0].keys() and measured <= rows[-1].keys()
         assert {"loss", "accuracy", "margin"} <= rows[1].keys()
@@ -190,8 +201,8 @@ def test_scores_of_the_released_folder_are_those_that_were_measured(released, gr
         config, algorithm = configure(
             *reward(ground, kind, data), folder, **{"data.eval": 0.2, "reward.label": "GOOD"}
         )
-        held_out = prepare.prepare(config, algorithm).data.held_out
-        last = metrics.read(folder / "metrics.jsonl")[-1]
+        held_out = prepare(config, algorithm).data.held_out
+        last = log.read(folder / "metrics.jsonl")[-1]
         first = their_scores(folder / "hf", sequences_of(held_out, 0))
         if data == "pair":
             better, worse = first, their_scores(folder / "hf", sequences_of(held_out, 1))
@@ -214,7 +225,7 @@ def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys)
         exec(code.replace("path/to/this/folder", str(folder / "hf")), {})  # noqa: S102
         printed = float(capsys.readouterr().out.strip().splitlines()[-1])
         config, algorithm = configure(*reward(ground, kind, data), folder)
-        template = prepare.find(config, prepare.meshes.make_mesh("fsdp=-1"), True).template
+        template = find(config, meshes.make_mesh("fsdp=-1"), True).template
         if data == "label":
             tokens = template.judged(["You are welcome."])[0]
         else:
@@ -239,7 +250,7 @@ def test_transformers_pipeline_gives_the_raw_score_under_its_label(released):
 def test_a_released_scorer_and_its_run_are_gone_on_with(released, ground, tmp_path):
     for kind, data in (("bert", "pair"), ("llama", "pair")):
         folder = released[kind, data]
-        last = metrics.read(folder / "metrics.jsonl")[-1]
+        last = log.read(folder / "metrics.jsonl")[-1]
         for start in (folder, folder / "hf"):
             options = {"model.name_or_path": start, "data.eval": 0.2, "max_steps": 4}
             if kind == "llama":
@@ -259,7 +270,7 @@ def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp
     told = capsys.readouterr().out
     assert "head    score/linear/kernel drawn with standard deviation 0.02 from seed 42" in told
     checkpoints = Checkpoints(tmp_path / "sft/checkpoints")
-    model = prepare.pretrained.find(str(tmp_path / "sft"))._saved
+    model = pretrained.find(str(tmp_path / "sft"))._saved
     before = checkpoints.restore_params(2, model.shapes)["model"]
     checkpoints.close()
     body = jax.tree.map(lambda a, b: (a[:300], b[:300]), params["model"], before)
@@ -272,7 +283,7 @@ def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp
 def test_a_dry_run_says_what_would_happen(ground, tmp_path, capsys):
     for kind, data in (("gpt2", "pair"), ("bert", "label")):
         config, algorithm = configure(*reward(ground, kind, data), tmp_path / "run")
-        run(config, algorithm, dry_run=cli.DryRun())
+        run(config, algorithm, dry_run=DryRun())
         told = capsys.readouterr().out
         assert "memory per device" in told and "score/" in told
         assert ("head    " in told) == (kind == "gpt2")
@@ -303,9 +314,7 @@ def with_lora(kind, **options):
 
 
 def lora_setup(ground, kind, out, data="pair", **options):
-    return prepare.prepare(
-        *configure(*reward(ground, kind, data), out, **with_lora(kind, **options))
-    )
+    return prepare(*configure(*reward(ground, kind, data), out, **with_lora(kind, **options)))
 
 
 def some_tokens(seed=0):
@@ -338,7 +347,7 @@ def peft_base(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, tmp_path, devices):
-    whole = prepare.prepare(*configure(*reward(lora_ground, kind, "pair"), tmp_path / "x")).load()
+    whole = prepare(*configure(*reward(lora_ground, kind, "pair"), tmp_path / "x")).load()
     setup = lora_setup(lora_ground, kind, tmp_path / "x")
     model, adapter, start = setup.model, setup.adapter, setup.start()
     same_bits(start["score"], whole["score"])  # stored, or drawn from the same seed
@@ -357,7 +366,7 @@ def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, 
     of_layers = sum(leaf.size for leaf in jax.tree.leaves(start["model"]))
     assert adapter.parameter_count() == count + of_layers
     share = (count + of_layers) / (model.parameter_count() + of_layers)
-    told = plan.describe(setup)
+    told = plan_report.describe(setup)
     assert f"{count + of_layers:,} trainable parameters ({share:.4%})" in told
     assert f", and all of {', '.join(HEADS[kind])};" in told
     jax.tree.map(lambda leaf: leaf.delete(), start)  # as the first update does
@@ -390,18 +399,18 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.2)
     theirs.save_pretrained(tmp_path / "theirs")
-    params = adapter.read_peft(tmp_path / "theirs")
+    params = peft.read_peft(adapter, tmp_path / "theirs")
     wanted = scores_in_peft(theirs)
     saved = load_file(tmp_path / "theirs/adapter_model.safetensors")
-    tensors = adapter.to_peft(params)
+    tensors = peft.to_peft(adapter, params)
     assert saved.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, saved[name], err_msg=name)
 
     others, folder = drawn(adapter), tmp_path / "ours"
     folder.mkdir()
-    save_file(adapter.to_peft(others), folder / "adapter_model.safetensors", {"format": "pt"})
-    config = adapter.peft_config("base", None)
+    save_file(peft.to_peft(adapter, others), folder / "adapter_model.safetensors", {"format": "pt"})
+    config = peft.peft_config(adapter, "base", None)
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == HEADS[kind]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     recwarn.clear()
@@ -413,11 +422,11 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
     config["modules_to_save"] = [*HEADS[kind], "embed_tokens"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="modules_to_save: 'embed_tokens' is not built"):
-        adapter.read_peft(folder)
-    tensors = {n: t for n, t in adapter.to_peft(params).items() if "pooler" not in n}
+        peft.read_peft(adapter, folder)
+    tensors = {n: t for n, t in peft.to_peft(adapter, params).items() if "pooler" not in n}
     if kind == "bert":  # as peft saves one where nobody named the pooler
         with pytest.raises(WeightsError, match="pooler.dense.weight is missing.* modules_to_save"):
-            adapter.from_peft(tensors, "here")
+            peft.from_peft(adapter, tensors, "here")
 
 
 @pytest.mark.slow
@@ -428,7 +437,7 @@ def test_the_head_is_trained_beside_the_adapter(kind, quantize, lora_ground, tmp
 
     args = reward(lora_ground, kind, "pair")
     _, params = train(*args, tmp_path / "through", **options)
-    setup = prepare.prepare(*configure(*args, tmp_path / "through", **options))
+    setup = prepare(*configure(*args, tmp_path / "through", **options))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["score"]):
         before = setup.base.head["score"]
         for key in path:
@@ -453,9 +462,9 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
     convert.to_hf(str(out), str(tmp_path / "merged"), merge=True)
     assert "'compared': True" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in (lora_ground / "llama").iterdir()}
-    found = prepare.pretrained.find(str(out))
-    model = prepare.model_of(found.config, "run")
-    [ours] = scores_of(model, found.load(model, prepare.meshes.make_mesh("fsdp=-1")))
+    found = pretrained.find(str(out))
+    model = registry.model_of(found.config, "run")
+    [ours] = scores_of(model, found.load(model, meshes.make_mesh("fsdp=-1")))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     adapted = PeftModel.from_pretrained(peft_base(lora_ground / "llama"), out / "hf")
     for theirs in (merged, adapted):
@@ -480,8 +489,8 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
         config, algorithm = configure(
             *reward(lora_ground, "llama", "pair"), tmp_path / "x", **options
         )
-        setup = prepare.prepare(config, algorithm)
-        assert "head    " not in plan.describe(setup)
+        setup = prepare(config, algorithm)
+        assert "head    " not in plan_report.describe(setup)
         np.testing.assert_allclose(scores_of(model, setup.load())[0], ours, atol=1e-5)
 
 
@@ -494,7 +503,7 @@ def test_equal_texts_are_never_on_both_sides(ground, tmp_path):
     tiny.write_rows(tmp_path / "same.jsonl", rows)
     options = {"data.train": tmp_path / "same.jsonl", "data.eval": 0.25}
     config, algorithm = configure(*reward(ground, "bert", "label"), tmp_path / "x", **options)
-    data = prepare.prepare(config, algorithm).data
+    data = prepare(config, algorithm).data
     assert len(data.held_out) == 5 and len(data.train) == 15
     assert not set(data.held_out.prompt_ids) & set(data.train.prompt_ids)
 
@@ -503,7 +512,7 @@ def test_equal_texts_are_never_on_both_sides(ground, tmp_path):
 def test_an_encoder_cuts_as_its_tokenizer_does(data, limit, ground, tmp_path):
     options = {"data.max_length": limit, "data.max_dropped": 0.9}
     config, algorithm = configure(*reward(ground, "roberta", data), tmp_path / "x", **options)
-    examples = prepare.prepare(config, algorithm).data.train
+    examples = prepare(config, algorithm).data.train
     tokenizer = AutoTokenizer.from_pretrained(ground / "roberta")
     rows = tiny.dpo_rows(40) if data == "pair" else tiny.label_rows(40)
     longest = 0
@@ -533,7 +542,7 @@ def test_flops_are_those_of_products_with_every_token():
     model = model_of({"model_type": "bert", "vocab_size": 28996}, "config.json")
     D, F_, biases, norms = 768, 3072, 4 * 768 + 3072 + 768, 4 * 768
     layer = 4 * D * D + 2 * D * F_ + biases + norms
-    assert plan.flops_per_token(model, False) == 6 * (12 * layer + 2 * D)
+    assert cost.flops_per_token(model, False) == 6 * (12 * layer + 2 * D)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +563,7 @@ def test_what_does_not_fit_is_refused(kind, data, options, error, told, ground, 
     if "model.tokenizer" in options:
         options = {"model.tokenizer": ground / options["model.tokenizer"]}
     with pytest.raises(error, match=told):
-        prepare.prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
+        prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
 
 
 @pytest.mark.slow
@@ -567,6 +576,6 @@ def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released
     ):
         options = {"data.template": "plain"}
         with pytest.raises((ConfigError, WeightsError), match=told):
-            prepare.prepare(*configure(task, folder, data, tmp_path / "x", **options))
+            prepare(*configure(task, folder, data, tmp_path / "x", **options))
     with pytest.raises(EasyAiraError, match="writes none"):
         generate.main([str(ground / "bert"), "--prompt=Hi"])

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from easyaira import cli, convert, generate, metrics, run_folder, train_dpo, train_sft, trainer
+from easyaira import cli, convert, generate, train_dpo, train_sft
 from easyaira.errors import StorageError
+from easyaira.generation import sampler
+from easyaira.run import folder as run_folder
+from easyaira.train import log as logs
+from easyaira.train import step as steps
 from helpers import tiny
 from helpers.processes import call
 from helpers.runs import argv
@@ -51,7 +55,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
     assert config["optimizer"]["weight_decay"] == 0.1
     made = config["provenance"]
     assert made["versions"]["jax"] and made["data_fingerprint"] and made["devices"]["count"] == 1
-    rows = metrics.read(sft / "metrics.jsonl")
+    rows = logs.read(sft / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4]
     trained = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens_per_second",
                "step_time", "mfu", "mean_token_accuracy", "padding", "data_wait",
@@ -90,7 +94,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
         capsys,
     )
     assert status == 0, out
-    rows = metrics.read(dpo / "metrics.jsonl")
+    rows = logs.read(dpo / "metrics.jsonl")
     paired = {f"{a}/{b}" for a in ("rewards", "logps", "logits") for b in ("chosen", "rejected")}
     paired |= {"rewards/margins", "rewards/accuracies"}
     assert paired <= rows[1].keys()
@@ -107,7 +111,7 @@ def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
 
     call(train_sft.main, command(ground, "sft", tmp_path / "run", "--export=false"), capsys)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    rows = logs.read(tmp_path / "run" / "metrics.jsonl")
     written = {event.step: event.value for event in board.Scalars("loss")}
     assert written.keys() == {2, 4}
     for row in rows[1:]:
@@ -224,7 +228,7 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     straight, stuck = tmp_path / "straight", tmp_path / "stuck"
     assert call(train_dpo.main, command(ground, "dpo", straight, *more), capsys)[0] == 0
     with monkeypatch.context() as patch:
-        calls, jit = [], trainer.jit_train_step
+        calls, jit = [], steps.jit_train_step
 
         def full_in_the_third_update(*given):
             step = jit(*given)
@@ -235,7 +239,7 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
 
             return update
 
-        patch.setattr(trainer, "jit_train_step", full_in_the_third_update)
+        patch.setattr(steps, "jit_train_step", full_in_the_third_update)
         status, _, err = call(train_dpo.main, command(ground, "dpo", stuck, *more), capsys)
     assert status == 2
     said = "error: computing batch 3 of the training: Out of memory allocating 1125899906842624"
@@ -244,29 +248,29 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     helped = ["--gradient_accumulation_steps=4", "--model.gradient_checkpointing=full"]
     status, out, _ = call(train_dpo.main, command(ground, "dpo", stuck, *more, *helped), capsys)
     assert status == 0 and "after update 2" in out
-    losses = [[row["loss"] for row in metrics.read(f / "metrics.jsonl")] for f in (straight, stuck)]
+    losses = [[row["loss"] for row in logs.read(f / "metrics.jsonl")] for f in (straight, stuck)]
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-6)
 
 
 def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_path):
     def log(step, unmeasured=False):
-        with closing(metrics.Log(tmp_path, step, 9, unmeasured)) as log:
+        with closing(logs.Log(tmp_path, step, 9, unmeasured)) as log:
             log.write(step, {"loss": 1.0})
             log.write(step, {"eval_loss": 2.0})
-        return [list(row) for row in metrics.read(tmp_path / "metrics.jsonl")]
+        return [list(row) for row in logs.read(tmp_path / "metrics.jsonl")]
 
     first = [["step", "loss"], ["step", "eval_loss"]]
     assert log(0) == first == log(0)  # nothing was saved before: all starts again
     assert log(4) == first * 2
     assert log(4, unmeasured=True) == first + [["step", "loss"], *first]
-    full = metrics.Log(tmp_path, 5, 9, False)
+    full = logs.Log(tmp_path, 5, 9, False)
     full._file.close()
     full._file = open("/dev/full", "w")
     with pytest.raises(StorageError, match="metrics.jsonl: cannot be written: .*No space"):
         full.write(6, {"loss": 1.0})
     full.close()
     with pytest.raises(StorageError, match="cannot be written"):
-        metrics.Log(tmp_path / "nowhere", 0, 9, False)
+        logs.Log(tmp_path / "nowhere", 0, 9, False)
 
 
 @pytest.mark.slow
@@ -294,10 +298,10 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
 
 @pytest.mark.slow
 def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys, monkeypatch):
-    from easyaira import release
+    from easyaira.export import release, torch_check
 
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
-    monkeypatch.setattr(release, "TOLERANCE", 0.0)
+    monkeypatch.setattr(torch_check, "TOLERANCE", 0.0)
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
     assert status == 2 and "logits in PyTorch differ" in err
     monkeypatch.undo()
@@ -339,7 +343,7 @@ def test_samples_follow_the_seed_and_stay_within_top_p(ground):
     model, params = tiny.load(Path(ground / "gpt2"))
 
     def sample(seed, top_p=1.0, temperature=3.0):
-        return generate.generate(
+        return sampler.generate(
             model, params, [[5, 6, 7], [8]], eos_ids=[0], max_new_tokens=6, seed=seed,
             temperature=temperature, top_p=top_p,
         )  # fmt: skip

@@ -4,8 +4,8 @@ adapters."""
 import numpy as np
 import pytest
 
-from easyaira import metrics
 from easyaira.errors import Preempted
+from easyaira.train import metrics
 from helpers import tiny
 from helpers.runs import close, losses_of, same_bits, stop_after, train
 

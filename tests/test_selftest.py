@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira import kernel_check, losses, selftest
+from easyaira import selftest
 from easyaira.errors import Preempted
+from easyaira.losses import preference
+from easyaira.train import kernel_check
 
 
 @pytest.fixture
@@ -64,13 +66,13 @@ def test_a_signal_is_no_failed_check():
 
 def test_sums_pass_here_and_noise_is_found(monkeypatch):
     assert "one result" in selftest.sums()
-    pair_sums, calls = losses.pair_sums, []
+    pair_sums, calls = preference.pair_sums, []
 
     def noisy(*args, pairs):
         calls.append(1)
         return pair_sums(*args, pairs=pairs) * (1 + 1e-6 * len(calls))
 
-    monkeypatch.setattr(losses, "pair_sums", noisy)
+    monkeypatch.setattr(preference, "pair_sums", noisy)
     monkeypatch.setattr(jax, "jit", lambda f: f)
     with pytest.raises(selftest.Failure, match="other bits the second time"):
         selftest.sums()

@@ -20,11 +20,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from easyaira.config import DataConfig, SFTConfig, Source
-from easyaira.data import dataset, schemas, sources
-from easyaira.data.build import recipe_of
+from easyaira.config.algorithms import SFTConfig
+from easyaira.config.data import DataConfig, Source
+from easyaira.data import cache, dataset, sources
+from easyaira.data import columns as data_columns
+from easyaira.data.recipe import recipe_of
 from easyaira.data.sources import BadRow
-from easyaira.data.templates import Template
+from easyaira.data.template import Template
 from easyaira.errors import DataError
 from helpers import tiny
 
@@ -401,7 +403,7 @@ def test_nothing_of_a_damaged_file_is_kept_for_later(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(GZ[:-9])
     for _ in range(2):
         error_of(tmp_path / "a.jsonl.gz")
-    assert not list(dataset.cache_root(DataConfig(train="x")).glob("tokens/*"))
+    assert not list(cache.cache_root(DataConfig(train="x")).glob("tokens/*"))
 
 
 def test_files_without_rows(tmp_path):
@@ -665,8 +667,8 @@ def test_all_forms_of_conversations_mean_the_same(tmp_path):
 
 def test_a_transcript_is_its_turns(tmp_path):
     text = "### Human: a?\n### b ### Assistant: c\n\n- d### Human: e?### Assistant: f"
-    form = schemas.form_of(["transcript"], "conversation")
-    turns = schemas.conversation({"transcript": text}, form)
+    form = data_columns.form_of(["transcript"], "conversation")
+    turns = data_columns.conversation({"transcript": text}, form)
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
     assert [turn["content"] for turn in turns] == ["a?\n### b", "c\n\n- d", "e?", "f"]
     for wrong in ("a?", "x ### Human: a?", ""):

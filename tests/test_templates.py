@@ -8,8 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from easyaira.data import templates
-from easyaira.data.templates import AIRA_TOKENS, TEMPLATES, Template
+from easyaira.data import template as templates
+from easyaira.data.chat_templates import AIRA_TOKENS, TEMPLATES
+from easyaira.data.template import SPACE, Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
 from helpers import tiny
 
@@ -41,7 +42,7 @@ LLAMA_LIKE = ("llama2", "stories")
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SPELLED = [
     *("</s>", "<s>", "<|endoftext|>", "[SEP]", "[CLS]", "<|user|>", "<|im_start|>", "<|im_end|>"),
-    *("\ue0000\ue001", templates.SPACE, " ", "  ", "\n", "😀", "👩‍👧", "é", *AIRA_TOKENS.values()),
+    *("\ue0000\ue001", SPACE, " ", "  ", "\n", "😀", "👩‍👧", "é", *AIRA_TOKENS.values()),
 ]
 # llama-like tokenizers read ▁ as a space
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")

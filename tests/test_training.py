@@ -13,10 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyaira import losses, prepare, trainer
 from easyaira.errors import ConfigError, NonFiniteError
-from easyaira.models import attention
+from easyaira.losses import token_logps
+from easyaira.models import attention, splash
 from easyaira.models.layers import padded_vocab
+from easyaira.train import resolve
+from easyaira.train import step as steps
+from easyaira.train.setup import prepare
+from easyaira.train.step import State
 from helpers import tiny
 from helpers.loops import torch_adamw, torch_rate, torch_step
 from helpers.runs import STEPS, close, configure, losses_of, result, same_bits, train
@@ -27,7 +31,7 @@ from helpers.runs import STEPS, close, configure, losses_of, result, same_bits, 
 
 def torch_batches(task, model, data, out, **options):
     """The examples of each update as lists of (prompt, answers), from our own data layer."""
-    setup = prepare.prepare(*configure(task, model, data, out, **options))
+    setup = prepare(*configure(task, model, data, out, **options))
     e = setup.batches.examples
     for update in range(STEPS[task]):
         chosen = []
@@ -63,7 +67,7 @@ def test_sft_follows_a_torch_loop(kind, models, tmp_path):
         assert row["loss"] == pytest.approx(nll.mean().item(), abs=1e-4)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert row["learning_rate"] == pytest.approx(torch_rate(step), rel=1e-5, abs=1e-12)
-    setup = prepare.prepare(*configure("sft", models / kind, data, tmp_path / "x"))
+    setup = prepare(*configure("sft", models / kind, data, tmp_path / "x"))
     ours = tiny.as_theirs(setup.model, params)
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(ours[name], parameter.detach(), atol=1e-3)
@@ -140,12 +144,12 @@ def test_every_fast_path_at_once_changes_nothing(
     slow = {"data.packing": False, "max_steps": 4} | (slow if task == "dpo" else {})
     rows, params = train(*args, tmp_path / "slow", **slow)
     for core in ("token_logps", "token_nll"):
-        smaller = partial(getattr(losses, core), chunk_logits=5 * padded_vocab(tiny.VOCAB))
-        monkeypatch.setattr(losses, core, smaller)
+        smaller = partial(getattr(token_logps, core), chunk_logits=5 * padded_vocab(tiny.VOCAB))
+        monkeypatch.setattr(token_logps, core, smaller)
     monkeypatch.setattr(attention, "BLOCK", 8)
-    interpreted = partial(attention._splash_rows, interpret=True)
-    monkeypatch.setattr(attention, "_splash_rows", interpreted)
-    monkeypatch.setattr(prepare, "KERNELS", {"cpu": kernel})
+    interpreted = partial(splash._splash_rows, interpret=True)
+    monkeypatch.setattr(splash, "_splash_rows", interpreted)
+    monkeypatch.setattr(resolve, "KERNELS", {"cpu": kernel})
     devices(8)
     fast = {"data.share_prompt": "always"} if task == "dpo" else {}
     fast |= {"max_steps": 4, "mesh": "dp=2,fsdp=2,tp=2"}
@@ -229,9 +233,9 @@ def test_what_is_not_finite_never_enters_the_parameters(
     accumulation, models, data, tmp_path, monkeypatch
 ):
     """The loss of one micro-batch of update 8 is NaN; the state stays as it was before."""
-    from easyaira import objectives
+    from easyaira.algorithms import sft
 
-    real = objectives.sft
+    real = sft.sft
 
     def poisoned(model):
         inner = real(model)
@@ -246,10 +250,10 @@ def test_what_is_not_finite_never_enters_the_parameters(
 
     args = ("sft", models / "gpt2", data)
     options = {"gradient_accumulation_steps": accumulation, "save_steps": 5}
-    setup = prepare.prepare(*configure(*args, tmp_path / "x", **options))
+    setup = prepare(*configure(*args, tmp_path / "x", **options))
     at = 7
     poison = int(setup.batches[at].arrays["tokens"][-1].sum())
-    monkeypatch.setattr(objectives, "sft", poisoned)
+    monkeypatch.setattr(sft, "sft", poisoned)
     with pytest.raises(NonFiniteError, match=f"update {at + 1}:.*rows .*checkpoint 5") as error:
         train(*args, tmp_path / "run", **options)
     assert error.value.exit_status == 3
@@ -267,9 +271,9 @@ def test_a_failed_state_stays_as_it_was():
         return {"loss": (params["w"].sum() * jnp.where(x == 3, jnp.nan, 1.0), jnp.float32(1))}
 
     tx = optax.adam(0.1)
-    step = jax.jit(trainer.make_train_step(loss_fn, tx))
+    step = jax.jit(steps.make_train_step(loss_fn, tx))
     params = {"w": jnp.ones(2)}
-    state = trainer.State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
+    state = State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
     history = [state]
     for value in (1, 2, 3, 4):
         state, sums = step(state, None, {"tokens": jnp.full((1, 1), value)}, None)
@@ -289,12 +293,12 @@ def test_gradients_of_uneven_micro_batches_are_those_of_one_batch():
         return {"loss": ((params["w"] * batch["tokens"] * mask).sum(), mask.sum())}
 
     tx = optax.sgd(1.0)
-    step = jax.jit(trainer.make_train_step(loss_fn, tx))
+    step = jax.jit(steps.make_train_step(loss_fn, tx))
     tokens = jnp.array([[[1, 2, 3, 4, 5, 6, 7, 8]], [[9, 0, 0, 0, 0, 0, 0, 0]]], jnp.float32)
     results = []
     for batch in (tokens, tokens.reshape(1, 2, 8)):
         params = {"w": jnp.float32(1)}
-        state = trainer.State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
+        state = State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
         state, sums = step(state, None, {"tokens": batch}, None)
         results.append((float(state.params["w"]), float(sums["grad_norm"][0])))
     assert results[0] == pytest.approx(results[1])
@@ -308,9 +312,9 @@ def test_every_micro_batch_of_every_update_drops_something_else(parts):
     def loss_fn(params, frozen, batch, key):
         return {"loss": (params["w"] * jax.random.normal(key), jnp.float32(1))}
 
-    step = jax.jit(trainer.make_train_step(loss_fn, optax.sgd(1.0)))
+    step = jax.jit(steps.make_train_step(loss_fn, optax.sgd(1.0)))
     params = {"w": jnp.float32(0)}
-    state = trainer.State(jnp.int32(0), params, optax.sgd(1.0).init(params), jnp.int32(-1))
+    state = State(jnp.int32(0), params, optax.sgd(1.0).init(params), jnp.int32(-1))
     batch, key = {"tokens": jnp.zeros((parts, 1, 1))}, jax.random.key(0)
     moves = []
     for _ in range(3):

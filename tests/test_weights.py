@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from easyaira import weights
+from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, UnsafeInputError, WeightsError
-from easyaira.mesh import make_mesh
-from easyaira.models.registry import model_of, resize
-from easyaira.pretrained import Pretrained, find
+from easyaira.hf import safetensors, transfer
+from easyaira.models.model import resize
+from easyaira.models.registry import model_of
+from easyaira.storage.pretrained import Pretrained, find
 from helpers import tiny
 
 
@@ -119,15 +120,15 @@ def test_an_index_is_compared_with_its_files(tmp_path):
         return tmp_path
 
     with pytest.raises(UnsafeInputError, match="outside"):
-        weights.open_folder(written(**{NORM: "../" + first}))
+        safetensors.open_folder(written(**{NORM: "../" + first}))
     with pytest.raises(WeightsError, match="places elsewhere|no file holds"):
-        weights.open_folder(written(**{NORM: first}))
+        safetensors.open_folder(written(**{NORM: first}))
     with pytest.raises(WeightsError, match="cannot be read"):
-        weights.open_folder(written(**{NORM: "a.safetensors"}))
+        safetensors.open_folder(written(**{NORM: "a.safetensors"}))
     written()
     save_file({"x": np.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="both"):
-        weights.open_folder(tmp_path)
+        safetensors.open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "header"])
@@ -179,8 +180,8 @@ def test_a_config_that_disagrees_with_the_tensors_is_named_before_any_memory_is_
 def test_each_device_is_given_its_slice_and_nothing_else_is_read(folder, devices, monkeypatch):
     devices(8)
     read = []
-    whole = weights._read
-    monkeypatch.setattr(weights, "_read", lambda *args: read.append(part := whole(*args)) or part)
+    whole = transfer._read
+    monkeypatch.setattr(transfer, "_read", lambda *args: read.append(part := whole(*args)) or part)
     params = tiny.load(folder, "fsdp=4,tp=2")[1]
     kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 12)
@@ -197,7 +198,7 @@ def test_large_models_are_written_in_shards_that_transformers_reads(folder, tmp_
     tensors = list(tiny.as_theirs(model, params).items())
     out = tmp_path / "out"
     out.mkdir()
-    weights.save_folder(iter(tensors), out, shard_bytes=20_000)
+    safetensors.save_folder(iter(tensors), out, shard_bytes=20_000)
     assert len(list(out.glob("model-*.safetensors"))) > 2
     (out / "config.json").write_text((folder / "config.json").read_text())
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -210,7 +211,7 @@ def test_values_beyond_an_export_dtype_are_an_error(folder):
     params["model"]["norm"]["scale"] = params["model"]["norm"]["scale"] * 1e6
     half = lambda name: np.dtype(np.float16)  # noqa: E731
     with pytest.raises(WeightsError, match="model.norm.weight.*float16"):
-        list(weights.to_hf(params, model.rows, vocab_size=300, dtypes=half))
+        list(transfer.to_hf(params, model.rows, vocab_size=300, dtypes=half))
 
 
 @pytest.mark.parametrize("how", ["mean", "normal"])
@@ -299,6 +300,7 @@ def test_a_path_is_never_looked_up_on_the_hub(tmp_path):
 def test_the_package_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import easyaira.run, easyaira.reference, easyaira.convert, easyaira.generate"
+        "import easyaira.run.run, easyaira.algorithms.dpo, "
+        "easyaira.convert, easyaira.generate"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

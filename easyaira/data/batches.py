@@ -20,7 +20,6 @@ Update n is a pure function of (seed, n): the order is one integer of state.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -29,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from easyaira.data.examples import Examples
+from easyaira.data.packing import Shape, bucket, choose_shapes, pack
 
 LAYOUT = ("tokens", "positions", "segment_ids", "sides", "loss_mask")
 UNSEEN = 3  # the side of tokens that no token looks at
@@ -55,43 +55,10 @@ class Batch(NamedTuple):
     shape: Shape
 
 
-class Shape(NamedTuple):
-    """Rows of a data shard, and their length."""
-
-    rows: int
-    length: int
-
-
-MAX_SHAPES = 8
-COMPILATION = 10  # what a program more costs, in updates
 SAMPLED_UPDATES = 256
 EXTREME_UPDATES = 16  # the largest and those with the longest examples, of SAMPLED_EPOCHS
 SAMPLED_EPOCHS = 3
-ROW_COUNTS = 24  # that are tried for a length
 MAX_PACKED_LENGTH = 4096  # longer rows only for longer examples
-
-
-def bucket(size: int, multiple: int = 1) -> int:
-    """`size` rounded up so that only four sizes in each doubling occur."""
-    step = max(multiple, 1 << max(size.bit_length() - 3, 0))
-    return -(-size // step) * step
-
-
-def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The indices of `lengths` in as few rows of `room` as best-fit finds, longest first."""
-    rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (space left, row), sorted
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        length = lengths[i]
-        place = bisect_left(spaces, (length, -1))
-        if place == len(spaces):
-            rows.append([i])
-            insort(spaces, (room - length, len(rows) - 1))
-        else:
-            space, row = spaces.pop(place)
-            rows[row].append(i)
-            insort(spaces, (space - length, row))
-    return rows
 
 
 @lru_cache(maxsize=4)
@@ -333,36 +300,3 @@ _PLACES = np.arange(1 << 16, dtype=np.int32)
 
 def _places(count: int) -> np.ndarray:
     return _PLACES[:count] if count <= len(_PLACES) else np.arange(count, dtype=np.int32)
-
-
-def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int) -> list[Shape]:
-    """Few shapes that hold all updates at little cost.
-
-    Args:
-        lengths: row lengths to choose from.
-        needed: [lengths, sampled updates] rows that an update needs at a length; infinite where a
-            row is too short for it.
-        cost: of a shape.
-        updates: how often they will be used, all together.
-    """
-    candidates, fits = [], []
-    for length, row in zip(lengths, needed, strict=True):
-        counts = np.unique(row[np.isfinite(row)])
-        some = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), ROW_COUNTS)).astype(int))
-        for rows in counts[some] if len(counts) else []:
-            candidates.append(Shape(int(rows), length))
-            fits.append(row <= rows)
-    costs = np.where(np.array(fits), np.array([[cost(shape)] for shape in candidates]), np.inf)
-    chosen = [int(np.argmin(costs.sum(1)))]
-    enough = COMPILATION / max(updates, 1)  # of the mean cost of an update
-    while len(chosen) < MAX_SHAPES:
-        best = costs[chosen].min(0)
-        totals = np.minimum(costs, best).sum(1)
-        least = int(np.argmin(totals))
-        if totals[least] > (1 - enough) * best.sum():
-            break
-        chosen.append(least)
-        for i in range(len(chosen)):  # what was chosen first may be chosen better now
-            others = costs[chosen[:i] + chosen[i + 1 :]].min(0)
-            chosen[i] = int(np.argmin(np.minimum(costs, others).sum(1)))
-    return [candidates[i] for i in dict.fromkeys(chosen)]

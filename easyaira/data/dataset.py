@@ -1,32 +1,22 @@
-"""What a run trains and is measured on: sources read, tokenised once, weighted, split by prompt.
-
-Tokens are kept in a cache of folders, one for each source under a key of all that decides them:
-contents, columns, tokenizer, template, lengths, and this code. A folder appears whole, by a rename,
-so any number of processes may build one at once; they map the same file into memory afterwards.
-"""
+"""The data of a run: sources read, weighted, and split by prompt."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from easyaira.config import DataConfig, Source
-from easyaira.data import build, examples, schemas, sources, templates
-from easyaira.data.build import Recipe
+from easyaira.config.data import DataConfig, Source
+from easyaira.data import sources
+from easyaira.data.cache import cached_source
+from easyaira.data.columns import FORMS
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples
-from easyaira.data.templates import Template
-from easyaira.errors import ConfigError, DataError, StorageError, TokenizerError
+from easyaira.data.recipe import Recipe
+from easyaira.data.template import Template
+from easyaira.errors import ConfigError, DataError, TokenizerError
 
 OVERLAP = 0.01  # share of held-out prompts that are also trained on, above which there is a warning
 
@@ -92,7 +82,7 @@ def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
     first = next(iter(sources_of(config, config.train)))
     rows = (row for _, row in sources.read(first) if not isinstance(row, sources.BadRow))
     columns = list(next(rows, {}))
-    fits = [task for task in tasks if any(form.fits(columns) for form in schemas.FORMS[task])]
+    fits = [task for task in tasks if any(form.fits(columns) for form in FORMS[task])]
     if len(fits) != 1:
         raise DataError(
             f"{first.path}: found columns {', '.join(columns)}, which fit "
@@ -124,7 +114,7 @@ def _read(
             own = Template(
                 template.tokenizer, source.template, template.model_type, config.allowed_tokens
             )
-        part, more = _cached(source, config, recipe, own, label, limit)
+        part, more = cached_source(source, config, recipe, own, label, limit)
         parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
         account += more
     account.check(config.max_dropped)
@@ -148,82 +138,6 @@ def _joined(parts: list[Examples]) -> Examples:
             for name in (*PER_EXAMPLE, *PER_TOKEN)
         }
     )
-
-
-def cache_root(config: DataConfig) -> Path:
-    """Where tokenised data are kept."""
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
-    if root := os.environ.get("EASYAIRA_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "easyaira"
-
-
-def cache_folder(config: DataConfig, *names: str) -> Path:
-    """A folder of the cache, which is the user's alone: programs that lie there are run.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    folder = cache_root(config).joinpath(*names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise cache_error(folder, error) from error
-    return folder
-
-
-def cache_error(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{folder}: cannot be written: {error}; set data.cache_dir")
-
-
-def _cached(
-    source: Source,
-    config: DataConfig,
-    recipe: Recipe,
-    template: Template,
-    label: str,
-    limit: int | None,
-) -> tuple[Examples, Account]:
-    """A source's examples from the cache, into which they are built if they are not there."""
-    root = cache_folder(config, "tokens")
-    key = _key(source, recipe, template, limit)
-    folder = root / key
-    if folder.exists():
-        try:
-            return examples.open_folder(folder)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"data    the cache {folder} is damaged and built anew: {error}", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-    try:
-        building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    except OSError as error:
-        raise cache_error(root, error) from error
-    try:
-        rows = islice(sources.read(source), limit)
-        build.build(rows, building, recipe=recipe, template=template, label=label)
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same contents
-                raise
-    except OSError as error:
-        raise cache_error(root, error) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return examples.open_folder(folder)
-
-
-def _key(source: Source, recipe: Recipe, template: Template, limit: int | None) -> str:
-    content = sources.content_key(source)
-    if content is None:  # what is streamed is known only when it is read
-        content = os.urandom(16).hex()
-    digest = hashlib.sha256()
-    for module in (sources, schemas, templates, examples):
-        digest.update(Path(module.__file__).read_bytes())
-    digest.update(json.dumps([content, source.path, limit, asdict(recipe)]).encode())
-    digest.update(template.fingerprint().encode())
-    return digest.hexdigest()[:32]
 
 
 def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:

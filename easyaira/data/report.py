@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from easyaira import report
+from easyaira import pages
 from easyaira.data.dataset import Data
 from easyaira.data.examples import Account, Examples
 from easyaira.files import write_file
@@ -46,17 +46,17 @@ def page(data: Data) -> str:
             continue
         parts += [
             f"<h2>{name}</h2>",
-            report.table(("", ""), list(facts(data.report[name]).items())),
+            pages.table(("", ""), list(facts(data.report[name]).items())),
         ]
         if name in data.accounts and data.accounts[name].dropped:
             told = data.accounts[name]
             rows = [(reason, n, told.first_dropped[reason]) for reason, n in told.dropped.items()]
-            parts += ["<h3>Dropped rows</h3>", report.table(("reason", "rows", "the first"), rows)]
-        parts += ["<h3>Lengths in tokens</h3>", report.svg(histograms(examples))]
+            parts += ["<h3>Dropped rows</h3>", pages.table(("reason", "rows", "the first"), rows)]
+        parts += ["<h3>Lengths in tokens</h3>", pages.svg(histograms(examples))]
     legend = " ".join(f'<span class="{s}">{told}</span>' for s, (*_, told) in STATES.items())
     parts += ["<h2>Rows</h2>", f'<p class="row">{legend}</p>']
     parts += [_row(*shown) for account in data.accounts.values() for shown in account.shown]
-    return report.page("Data report", *parts)
+    return pages.page("Data report", *parts)
 
 
 def facts(told: dict[str, Any]) -> dict[str, Any]:

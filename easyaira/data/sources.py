@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from easyaira.config import Source
+from easyaira.config.data import Source
 from easyaira.errors import DataError
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer row is a mistake, or an attack

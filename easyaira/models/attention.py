@@ -13,20 +13,18 @@ compute it. Shapes: see layers.py; S keys.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from easyaira import mesh
-from easyaira.mesh import BATCH_AXES
+from easyaira.distributed.mesh import BATCH_AXES
+from easyaira.distributed.sharding import by_device, constrain
 from easyaira.models.flash import ends, flash
 from easyaira.models.layers import Compute, Dropout, by_features
+from easyaira.models.splash import splash
 
 BLOCK = 512  # queries
 MAX_BLOCKS = 16  # of a row: they are unrolled in the program
-LANES = 128  # of a TPU's vector unit
 
 
 def visible(
@@ -72,14 +70,14 @@ def attention(
     (splash, pallas), in 32 bits or with an odd length (cudnn).
     """
     R, T, H, N = q_RTHN.shape
-    heads = (mesh.constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
+    heads = (constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
     rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None
     sixteen_bits = q_RTHN.dtype.itemsize == 2
     if drop:
         out = _with_dropout(*rows, causal=causal, drop=drop)
     elif compute.attention == "splash" and causal:
-        out = _splash(*rows, shared=compute.shared_prompt)
+        out = splash(*rows, shared=compute.shared_prompt)
     elif compute.attention == "pallas" and causal:
         out = _flash(*rows)
     elif compute.attention == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
@@ -124,78 +122,5 @@ def _with_dropout(q, k, v, segment_ids, sides, *, causal, drop):
 
 def _flash(q, k, v, segment_ids, sides):
     rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
-    of_device = mesh.by_device(flash, (heads, heads, heads, rows))
+    of_device = by_device(flash, (heads, heads, heads, rows))
     return of_device(q, k, v, ends(segment_ids, sides))
-
-
-def _splash(q, k, v, segment_ids, sides, *, shared: bool):
-    """A kernel that knows causality and that equal ids see each other; `_ids` says the rest by it.
-
-    A kernel is not divided by the compiler: each device computes its rows and heads by itself.
-    """
-    q_ids, k_ids = _ids(segment_ids, sides, shared)
-    if shared:
-        k, v = (jnp.concatenate([x, x], axis=1) for x in (k, v))
-    compute = partial(_splash_rows, copies=2 if shared else 1)
-    rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
-    return mesh.by_device(compute, (heads, heads, heads, rows, rows))(q, k, v, q_ids, k_ids)
-
-
-def _ids(segment_ids, sides, shared):
-    """Ids of queries [R, T] and keys [R, S], equal where `visible` says so but for causality.
-
-    With a shared prompt, keys are there twice: once for the first answer, once for the second, and
-    each copy of the prompt is seen from one side. Side 3 is seen by nobody; padding sees padding.
-    """
-    group = segment_ids * 4
-    if not shared:
-        return group + jnp.where(sides == 3, 0, sides), group + sides
-    chosen = jnp.where(sides <= 1, group + 1, group)  # no query has `group` itself
-    rejected = jnp.where(sides % 2 == 0, group + 2, group)
-    queries = jnp.where(sides == 2, group + 2, group + 1)
-    return queries, jnp.concatenate([chosen, rejected], axis=1)
-
-
-def _splash_rows(q, k, v, q_ids, k_ids, *, copies: int, interpret: bool = False):
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    R, T, H, N = q.shape
-    padded = math.ceil(T / LANES) * LANES
-    block = next(size for size in (4 * LANES, 2 * LANES, LANES) if padded % size == 0)
-
-    def pad(x, value=0):  # each copy of the keys by itself
-        x = x.reshape(R, -1, T, *x.shape[2:])
-        room = [(0, 0), (0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 3)
-        x = jnp.pad(x, room, constant_values=value)
-        return x.reshape(R, -1, *x.shape[3:])
-
-    class Causal(masks.Mask):
-        """Of each copy of the keys; looked at block by block and never held."""
-
-        shape = (padded, copies * padded)
-
-        def __getitem__(self, index):
-            queries, keys = (np.arange(n)[i] for n, i in zip(self.shape, index, strict=True))
-            return queries[:, None] >= keys % padded
-
-        def __hash__(self):
-            return hash(self.shape)
-
-    sizes = kernels.BlockSizes(
-        **{f"block_{x}": block for x in "q kv kv_compute q_dkv kv_dkv kv_dkv_compute".split()},
-        **{f"block_{x}": block for x in ("q_dq", "kv_dq")},
-    )
-    kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([Causal()] * H),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    by_head = [jnp.moveaxis(pad(x), 1, 2) for x in (q / math.sqrt(N), k, v)]
-    ids = kernels.SegmentIds(pad(q_ids, -1), pad(k_ids, -1))
-    out = jax.vmap(kernel)(*by_head, segment_ids=ids)
-    return jnp.moveaxis(out, 1, 2)[:, :T].astype(q.dtype)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from easyaira.hf.table import TRANSPOSE, VOCAB, Row
 from easyaira.models import layers
 from easyaira.models.attention import attention
 from easyaira.models.embedding import Embedding
 from easyaira.models.heads import ScoreHead
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm, Linear
-from easyaira.weights import TRANSPOSE, VOCAB, Row
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm
+from easyaira.models.linear import Linear
 
 
 @dataclass(frozen=True)

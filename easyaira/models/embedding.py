@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easyaira import mesh
-from easyaira.mesh import BATCH_AXES, constrain
+from easyaira.distributed.mesh import BATCH_AXES
+from easyaira.distributed.sharding import constrain, parts_of
 from easyaira.models.layers import whole
 
 
@@ -72,7 +72,7 @@ def _scatter_add(d_rows, ids, *, shape):
 def _sum_by_id(d_rows, ids, *, shape, rows):
     """The same sum on a GPU, where a scatter-add adds by atomics, in any order, and has been
     compiled into compare-and-swap loops (openxla/xla#46225)."""
-    shards = mesh.parts_of(len(ids), BATCH_AXES)
+    shards = parts_of(len(ids), BATCH_AXES)
 
     def by_shard(x: jax.Array) -> jax.Array:  # [S, N, ...]: a device adds up its own tokens
         x = x.reshape(shards, -1, *x.shape[ids.ndim :])

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from easyaira import mesh
-from easyaira.mesh import BATCH_AXES, Rules, constrain
-from easyaira.models.layers import Compute, Linear, whole
-from easyaira.weights import TRANSPOSE, VOCAB_TRANSPOSE, Row
+from easyaira.distributed.mesh import BATCH_AXES
+from easyaira.distributed.sharding import Rules, constrain, parts_of
+from easyaira.hf.table import TRANSPOSE, VOCAB_TRANSPOSE, Row
+from easyaira.models.layers import Compute, whole
+from easyaira.models.linear import Linear
 
 
 class Kernel(nn.Module):
@@ -36,8 +37,8 @@ class Kernel(nn.Module):
 class CausalLM(nn.Module):
     """Tokens to hidden states [R, T, D] and the head [D, V] that turns them into logits.
 
-    The product of the two is left to the loss, which never holds all of it (losses.token_logps).
-    A tied head is the token table itself.
+    The product of the two is left to the loss, which never holds all of it
+    (losses.token_logps.token_logps). A tied head is the token table itself.
     """
 
     backbone: type[nn.Module]
@@ -140,7 +141,7 @@ def answer_states(
     the rows that it holds, in which all of its examples are.
     """
     R, T, D = hidden_RTD.shape
-    shards = mesh.parts_of(R, BATCH_AXES)
+    shards = parts_of(R, BATCH_AXES)
     shards = shards if examples % shards == 0 else 1
     local = examples // shards * answers  # answers of a shard
 

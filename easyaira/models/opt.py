@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec as P
 
+from easyaira.hf.table import TRANSPOSE, VOCAB, Row
 from easyaira.models import layers
 from easyaira.models.attention import attention
 from easyaira.models.embedding import Embedding
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm, Linear
-from easyaira.weights import TRANSPOSE, VOCAB, Row
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm
+from easyaira.models.linear import Linear
 
 OFFSET = 2  # the first position has row 2 of the table
 

@@ -5,50 +5,17 @@ end, and a line in MODELS."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from easyaira.errors import ConfigError
-from easyaira.mesh import Rules, by_path, like, path_of, shardings
 from easyaira.models import bert, gpt2, llama, opt, roberta
-from easyaira.models.heads import (
-    LAST_TOKEN,
-    LM_HEAD_ROWS,
-    LM_HEAD_RULES,
-    CausalLM,
-    ScoreHead,
-    Scorer,
-)
+from easyaira.models.heads import LAST_TOKEN
 from easyaira.models.layers import ACTIVATIONS, Compute
-from easyaira.weights import Row
-
-
-@dataclass(frozen=True)
-class Architecture:
-    config: type
-    backbone: type[nn.Module]  # of the name that Hugging Face's classes begin with
-    rules: Rules
-    rows: Sequence[Row]
-    prefix: str  # in front of tensor names, left out by old files
-    ignored: Sequence[str]  # patterns of stored tensors that are no weights
-    neutral: Mapping[
-        str, Any
-    ]  # config keys that are not built, with the value that changes nothing
-    score_head: ScoreHead
-    renamed: Mapping[str, str]  # ends of tensor names in old files
-
-    @property
-    def encoder(self) -> bool:
-        """Every token sees its whole text: it judges texts and cannot write them."""
-        return self.score_head.first_token
+from easyaira.models.model import SCORER_CLASS, Architecture, Model
 
 
 def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Architecture:
@@ -92,128 +59,6 @@ HARMLESS = """
 
 
 IN_FLOAT32 = Compute()
-SCORER_CLASS = "ForSequenceClassification"  # the end of the name of transformers' scorers
-
-
-@dataclass(frozen=True)
-class Model:
-    """A language model or a scorer of texts: an architecture, its sizes, and how it is computed.
-    Holds no weights."""
-
-    architecture: Architecture
-    config: Any
-    compute: Compute
-    scorer: bool = False
-
-    @cached_property
-    def module(self) -> CausalLM | Scorer:
-        backbone = self.architecture.backbone
-        if self.scorer:
-            return Scorer(backbone, self.architecture.score_head, self.config, self.compute)
-        return CausalLM(backbone, self.config, self.compute)
-
-    def _of_head(self, lm_head: Sequence[Any], score_head: Sequence[Any]) -> Sequence[Any]:
-        if self.scorer:
-            return score_head
-        return () if self.config.tie_word_embeddings else lm_head
-
-    @property
-    def rules(self) -> Rules:
-        head = self._of_head(LM_HEAD_RULES, self.architecture.score_head.rules)
-        return (*self.architecture.rules, *head)
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        head = self._of_head(LM_HEAD_ROWS, self.architecture.score_head.rows)
-        return [row for row in (*self.architecture.rows, *head) if row.when(self.config)]
-
-    @property
-    def ignored(self) -> Sequence[str]:
-        """Patterns of stored tensors that are no weights of this model."""
-        return (*self.architecture.ignored, *((r"lm_head\.weight$",) if self.scorer else ()))
-
-    @property
-    def score_rows(self) -> Sequence[Row]:
-        """Those of a scorer's head; a language model has none."""
-        return self.architecture.score_head.rows if self.scorer else ()
-
-    @property
-    def optional(self) -> Sequence[str]:
-        """Products that a new scorer draws, where the model it begins with has none."""
-        return sorted({row.ours.rpartition("/")[0] for row in self.score_rows})
-
-    @property
-    def hf_class(self) -> str:
-        """The transformers class that reads an export."""
-        task = SCORER_CLASS if self.scorer else "ForCausalLM"
-        return self.architecture.backbone.__name__ + task
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    def init(self, key: jax.Array) -> Any:
-        """Random weights, drawn as Hugging Face draws them."""
-        ids = jnp.zeros((1, 1), jnp.int32)
-        counts = {"examples": 1, "answers": 1} if self.scorer else {}
-        return self.module.init(key, ids, ids, ids, ids, **counts)["params"]
-
-    @cached_property
-    def shapes(self) -> Any:
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    def target(self, mesh: Mesh) -> Any:
-        """Shapes, dtypes and shardings of the parameters on a mesh."""
-        return like(self.shapes, shardings(self.shapes, self.rules, mesh))
-
-    def apply(
-        self, params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [R, T, D] and the head [D, V] of a batch of rows (see data/batches.py)."""
-        rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.module.apply({"params": params}, *rows, rngs=rngs)
-
-    def score(
-        self,
-        params: Any,
-        batch: Mapping[str, jax.Array],
-        dropout_key: jax.Array | None = None,
-        *,
-        examples: int,
-        answers: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Scores [B, A] of the answers in a batch of rows, and which of them are there.
-
-        Args:
-            examples: B, for which a batch has room.
-            answers: A, 1 or 2 for each example.
-        """
-        rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        counts = {"examples": examples, "answers": answers}
-        return self.module.apply({"params": params}, *rows, rngs=rngs, **counts)
-
-    def with_dtype(self, dtype: Any) -> Model:
-        """The same model, computed with another precision."""
-        return replace(self, compute=replace(self.compute, dtype=dtype))
-
-    @contextmanager
-    def on(self, mesh: Mesh) -> Iterator[None]:
-        """Where and how precisely programs of this model are to run."""
-        with jax.set_mesh(mesh), jax.default_matmul_precision(self.compute.matmul_precision):
-            yield
-
-    def parameter_count(self) -> int:
-        """Weights, without the padding of the vocabulary."""
-        total = 0
-        axis = {row.ours: row.op.vocab_axis for row in self.rows}
-        for path, leaf in by_path(self.shapes).items():
-            vocab_axis = axis[path]
-            padding = 1 if vocab_axis is None else leaf.shape[vocab_axis]
-            real = 1 if vocab_axis is None else self.vocab_size
-            total += leaf.size // padding * real
-        return total
 
 
 def model_of(
@@ -296,34 +141,3 @@ def _check_sizes(config: Any, where: str) -> None:
         raise ConfigError(
             f"{where}: {config.kv_heads} key/value heads do not divide {config.heads}"
         )
-
-
-def resize(
-    model: Model, params: Any, vocab_size: int, how: str, key: jax.Array
-) -> tuple[Model, Any]:
-    """The model with a vocabulary of another size.
-
-    Args:
-        how: new rows are the `mean` of the old ones, or drawn `normal` with the model's standard
-            deviation, from `key`.
-    """
-    resized = replace(model, config=replace(model.config, vocab_size=vocab_size))
-    kept = min(model.vocab_size, vocab_size)
-    vocab_axes = {row.ours: row.op.vocab_axis for row in model.rows}
-
-    def leaf(path, old, new):
-        axis = vocab_axes[path_of(path)]
-        if axis is None:
-            return old
-        table, shape = jnp.moveaxis(old, axis, 0), (vocab_size - kept, old.shape[1 - axis])
-        # chosen row by row: writing into slices of a divided array has lost rows at their edges
-        place = jnp.arange(new.shape[axis])
-        added = jnp.broadcast_to(table[: model.vocab_size].mean(0), (len(place), shape[1]))
-        if how == "normal" and shape[0]:
-            drawn = jax.random.normal(key, shape) * model.config.initializer_range
-            added = drawn[jnp.clip(place - kept, 0, shape[0] - 1)]
-        stays, is_new = (place < kept)[:, None], (place < vocab_size)[:, None]
-        rows = jnp.where(stays, table[jnp.minimum(place, kept - 1)], jnp.where(is_new, added, 0))
-        return jnp.moveaxis(rows, 0, axis)
-
-    return resized, jax.tree_util.tree_map_with_path(leaf, params, resized.shapes)

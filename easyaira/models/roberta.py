@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.models import bert
 from easyaira.models.heads import ScoreHead
-from easyaira.models.layers import Compute, Dropout, Linear
+from easyaira.models.layers import Compute, Dropout
+from easyaira.models.linear import Linear
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ def core() -> list[dict[str, object]]:
     import jax
     import jax.numpy as jnp
 
-    from easyaira import losses
+    from easyaira.losses import token_logps
 
     def full(hidden, head, tokens, wanted):
         logits = jnp.einsum(
@@ -23,10 +23,10 @@ def core() -> list[dict[str, object]]:
         return (logps * wanted[:, 1:]).sum()
 
     def logps(hidden, head, tokens, wanted):
-        return losses.token_logps(hidden, head, tokens, wanted, vocab_size=50257).logps.sum()
+        return token_logps.token_logps(hidden, head, tokens, wanted, vocab_size=50257).logps.sum()
 
     def nll(hidden, head, tokens, wanted):
-        return losses.token_nll(hidden, head, tokens, wanted, vocab_size=50257)[0]
+        return token_logps.token_nll(hidden, head, tokens, wanted, vocab_size=50257)[0]
 
     told = []
     for width, dtype in ((256, "float32"), (768, "float32"), (768, "bfloat16")):

@@ -102,10 +102,10 @@ def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
     """Every data set of a folder of folders, read and tokenised without a cache."""
     from transformers import AutoTokenizer
 
-    from easyaira.config import DataConfig
+    from easyaira.config.data import DataConfig
     from easyaira.data import dataset
-    from easyaira.data.build import Recipe
-    from easyaira.data.templates import Template
+    from easyaira.data.recipe import Recipe
+    from easyaira.data.template import Template
 
     tasks = {"sft": "conversation", "preference": "pair", "toxicity": "label"}
     told = []

@@ -18,8 +18,9 @@ import numpy as np
 
 from benchmarks import tracing
 from benchmarks.lengths import KINDS, synthetic
-from easyaira.data.batches import Batch, Batches, Shape
+from easyaira.data.batches import Batch, Batches
 from easyaira.data.examples import Examples
+from easyaira.data.packing import Shape
 
 MODELS = {  # config.json; what is left out is as Hugging Face has it
     "gpt2-small": {
@@ -99,13 +100,15 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     import jax
     import jax.numpy as jnp
 
-    from easyaira import mesh as meshes
-    from easyaira import objectives, trainer
-    from easyaira.config import DPOConfig
+    from easyaira.algorithms import sft
+    from easyaira.algorithms.dpo import dpo, make_score
+    from easyaira.config.algorithms import DPOConfig
+    from easyaira.data.packing import attention_cost, shares_prompt
+    from easyaira.distributed import mesh as meshes
+    from easyaira.distributed import sharding
     from easyaira.models.layers import Compute
     from easyaira.models.registry import model_of
-    from easyaira.prepare import attention_cost, shares_prompt
-    from easyaira.reference import make_score
+    from easyaira.train import loader
 
     examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
     naive = options.get("naive", False)
@@ -124,13 +127,13 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         attention=attention_cost(model.config.width, model.config.heads),
     )
     with jax.set_mesh(mesh):
-        shardings = meshes.shardings(model.shapes, model.rules, mesh)
+        shardings = sharding.shardings(model.shapes, model.rules, mesh)
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
         frozen = jax.tree.map(jnp.copy, params) if in_step else None
         if pairs and not in_step:
             score = make_score(model, size)
             logps = np.zeros((len(examples), 2), np.float32)
-            for ready in trainer.ahead(batches, 0, len(batches), mesh):
+            for ready in loader.ahead(batches, 0, len(batches), mesh):
                 found = np.asarray(score(params, ready.arrays).logps)
                 logps[ready.batch.examples] = found[tuple(ready.batch.slots.T)]
             batches = replace(batches, known={"ref_logps": logps})
@@ -139,9 +142,9 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model, examples.answers)
     elif pairs:
         reference = model if in_step else None
-        loss_fn = objectives.dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)
+        loss_fn = dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)
     else:
-        loss_fn = objectives.sft(model)
+        loss_fn = sft.sft(model)
     return _stepping(model, batches, loss_fn, params, frozen, mesh)
 
 
@@ -151,16 +154,19 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
     import jax
     import optax
 
-    from easyaira import optim, plan, trainer
-    from easyaira.config import OptimizerConfig
+    from easyaira.config.algorithms import OptimizerConfig
+    from easyaira.plan import cost
+    from easyaira.train import loader, optimizer
+    from easyaira.train import step as steps
+    from easyaira.train.step import init_state
 
-    tx = optim.make_optimizer(OptimizerConfig(), lambda step: LEARNING_RATE)
+    tx = optimizer.make_optimizer(OptimizerConfig(), lambda step: LEARNING_RATE)
     tx = optax.GradientTransformation(tx.init, jax.named_scope(tracing.OPTIMIZER)(tx.update))
-    train_step = trainer.make_train_step(jax.named_scope(tracing.LOSS)(loss_fn), tx)
+    train_step = steps.make_train_step(jax.named_scope(tracing.LOSS)(loss_fn), tx)
     programs: dict[Shape, Any] = {}
     positions: list[int] = []  # of every update so far
     with jax.set_mesh(mesh):
-        state = trainer.init_state(params, tx, mesh)
+        state = init_state(params, tx, mesh)
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def compiled(shape: Shape, arrays: Mapping[str, jax.Array]) -> Any:
@@ -174,7 +180,7 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
     def updates(start: int, stop: int) -> None:
         nonlocal state
         with jax.set_mesh(mesh):
-            for ready in trainer.ahead(batches, start, stop, mesh):
+            for ready in loader.ahead(batches, start, stop, mesh):
                 shape = ready.batch.shape
                 if shape not in programs:
                     programs[shape] = compiled(shape, ready.arrays)
@@ -206,7 +212,7 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
         "tokens": tokens,
         "positions per token": sum(positions) / tokens,
         "temporaries MiB": max(temporaries) / 2**20,
-        "operations per token": plan.flops_per_token(model, frozen is not None),
+        "operations per token": cost.flops_per_token(model, frozen is not None),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
     }
@@ -259,7 +265,7 @@ def full_logits(model: Any, answers: int) -> Callable:
     import jax
     import jax.numpy as jnp
 
-    from easyaira import losses
+    from easyaira.losses import preference
 
     def logps_of(params, rows):  # [B]
         hidden, head = model.apply(params, rows)
@@ -275,7 +281,7 @@ def full_logits(model: Any, answers: int) -> Callable:
             return {"loss": (-policy[0].sum(), batch["loss_mask"].sum())}
         reference = [jax.lax.stop_gradient(logps_of(frozen, rows)) for rows in sides]
         chosen, rejected = (of - ref for of, ref in zip(policy, reference, strict=True))
-        return {"loss": (losses.sigmoid(chosen, rejected, beta=BETA).sum(), len(chosen))}
+        return {"loss": (preference.sigmoid(chosen, rejected, beta=BETA).sum(), len(chosen))}
 
     return loss_fn
 

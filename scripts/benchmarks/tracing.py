@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from easyaira.program import Line, computations_of
+from easyaira.plan.hlo import Line, computations_of
 
 LOSS, OPTIMIZER = "the_loss", "the_optimizer"  # scopes that a measured step puts into names
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.sides import ENGINES
-from easyaira.metrics import peak_flops
+from easyaira.train.metrics import peak_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
 MARK = "benchmark: "  # of the lines in which a worker answers

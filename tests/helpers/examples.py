@@ -1,10 +1,11 @@
 """Rows of a file to examples, as a run reads them."""
 
-from easyaira.config import DataConfig, SFTConfig
+from easyaira.config.algorithms import SFTConfig
+from easyaira.config.data import DataConfig
 from easyaira.data import dataset
 from easyaira.data.batches import Batches
-from easyaira.data.build import recipe_of
-from easyaira.data.templates import Template
+from easyaira.data.recipe import recipe_of
+from easyaira.data.template import Template
 from helpers import tiny
 
 TASK = {False: "conversation", True: "pair"}

@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 
-from easyaira import cli, hosts, stop, watch
-from easyaira.config import DistributedConfig
+from easyaira import cli
+from easyaira.config.run import DistributedConfig
+from easyaira.distributed import hosts, signals, watchdog
+from easyaira.distributed.mesh import make_mesh
+from easyaira.distributed.signals import StopSignal
 from easyaira.errors import DataError
-from easyaira.mesh import make_mesh
-from easyaira.stop import StopSignal
 
 
 def befall(fault: str) -> None:
@@ -42,7 +43,7 @@ def compute(index: str, processes: str, fault: str, place: str) -> None:
     mesh = make_mesh("fsdp=-1")
     print("alike", flush=True)
     for update in range(10_000):
-        watch.beat(f"computing update {update}")
+        watchdog.beat(f"computing update {update}")
         asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
         assert asked == (fault == "asked" and update == 5)
         if asked:
@@ -57,14 +58,14 @@ def compute(index: str, processes: str, fault: str, place: str) -> None:
 def main(argv: list[str]) -> None:
     port, processes, index, fault = argv
     fault, _, place = fault.partition(" on ")
-    watch.GRACE = stop.GRACE = 1.5
+    watchdog.GRACE = signals.GRACE = 1.5
     limits = {"timeout": 3, "hang_timeout": 6 if fault == "hangs" else 100}
     found = {"initialization_timeout": 3} if fault == "alone" else {}
     if int(port):
         found["coordinator_address"] = f"127.0.0.1:{port}"
         found |= {"num_processes": int(processes), "process_id": int(index)}
     config = DistributedConfig(**found, **limits)
-    with hosts.joined(config), StopSignal(watch.leave):
+    with hosts.joined(config), StopSignal(watchdog.leave):
         compute(index, processes, fault, place)
     if fault == "late" and index == place:
         time.sleep(limits["timeout"] + 2)  # longer than JAX waits for the others at its end

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easyaira.checkpoint import Checkpoints, abstract
+from easyaira.distributed.tree import abstract
+from easyaira.storage.checkpoints import Checkpoints
 
 
 def run(folder: Path) -> list[float]:

@@ -8,14 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from easyaira import cli, metrics, prepare
-from easyaira.checkpoint import Checkpoints
-from easyaira.config import TrainDPO, TrainReward, TrainSFT
-from easyaira.mesh import path_of
-from easyaira.reference import dpo_algorithm
-from easyaira.run import run
-from easyaira.train_reward import reward_algorithm
-from easyaira.train_sft import sft_algorithm
+from easyaira import cli
+from easyaira.algorithms.dpo import dpo_algorithm
+from easyaira.algorithms.reward import reward_algorithm
+from easyaira.algorithms.sft import sft_algorithm
+from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
+from easyaira.distributed.tree import path_of
+from easyaira.run.run import run
+from easyaira.storage.checkpoints import Checkpoints
+from easyaira.train import log
+from easyaira.train.setup import prepare
 from helpers import tiny
 
 TASKS = {
@@ -70,11 +72,11 @@ def train(*args, **options):
 def result(config, algorithm):
     """What the newest checkpoint holds, and the rows of metrics.jsonl before it."""
     folder = Path(config.output_dir)
-    trained = prepare.prepare(config, algorithm).trained()
+    trained = prepare(config, algorithm).trained()
     checkpoints = Checkpoints(folder / "checkpoints")
     params = checkpoints.restore_params(checkpoints.latest(), trained)
     checkpoints.close()
-    return metrics.read(folder / "metrics.jsonl"), jax.device_get(params)
+    return log.read(folder / "metrics.jsonl"), jax.device_get(params)
 
 
 def losses_of(rows):
@@ -99,7 +101,7 @@ def close(a, b, atol):
     jax.tree_util.tree_map_with_path(compare, a, b)
 
 
-def stop_after(monkeypatch, steps, owner=metrics.Log, method="advance"):
+def stop_after(monkeypatch, steps, owner=log.Log, method="advance"):
     """Send this process SIGTERM when a method that is called in every update has been so often."""
     calls, real = [], getattr(owner, method)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from easyaira import weights
-from easyaira.mesh import make_mesh
+from easyaira.distributed.mesh import make_mesh
+from easyaira.hf import transfer
 from easyaira.models.registry import model_of
-from easyaira.pretrained import Pretrained
+from easyaira.storage.pretrained import Pretrained
 
 if TYPE_CHECKING:  # imported where they are used: they take seconds, and many tests need neither
     import torch
@@ -236,7 +236,7 @@ def load(folder: Path, mesh: str = "fsdp=-1"):
 def as_theirs(model, tree) -> dict[str, np.ndarray]:
     """A tree like our parameters under their names; for gradients too."""
     dtype = lambda name: jnp.dtype("float32")  # noqa: E731
-    return dict(weights.to_hf(tree, model.rows, vocab_size=model.vocab_size, dtypes=dtype))
+    return dict(transfer.to_hf(tree, model.rows, vocab_size=model.vocab_size, dtypes=dtype))
 
 
 def layout(tokens, *, segment_ids=None, sides=None, positions=None) -> dict:

@@ -50,9 +50,9 @@ def at_call(module, name, number=1, after=True):
 
 def at_batch(what, number, act=told_to_stop):
     """A signal before the `number`-th batch of a kind is computed."""
-    from easyaira import trainer
+    from easyaira.train import loader
 
-    seen, inner = [], trainer.ahead
+    seen, inner = [], loader.ahead
 
     def outer(batches, start, stop, mesh, kind="of the training"):
         for ready in inner(batches, start, stop, mesh, kind):
@@ -61,28 +61,28 @@ def at_batch(what, number, act=told_to_stop):
                 act()
             yield ready
 
-    trainer.ahead = outer
+    loader.ahead = outer
 
 
 def in_a_compilation():
     """A signal that Python does not notice, since it is told nothing for a minute."""
-    from easyaira import trainer
+    from easyaira.train import step
 
-    inner = trainer.make_train_step
+    inner = step.make_train_step
 
     def outer(*args):
         told_to_stop()
         ctypes.CDLL(None).sleep(60)
         return inner(*args)
 
-    trainer.make_train_step = outer
+    step.make_train_step = outer
 
 
 def disk_full():
     """As the second checkpoint is saved."""
-    from easyaira import checkpoint
+    from easyaira.storage import checkpoints
 
-    calls, inner = [], checkpoint.Checkpoints.save
+    calls, inner = [], checkpoints.Checkpoints.save
 
     def outer(*args):
         calls.append(args)
@@ -91,24 +91,25 @@ def disk_full():
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         return inner(*args)
 
-    checkpoint.Checkpoints.save = outer
+    checkpoints.Checkpoints.save = outer
 
 
 def at_import():
     class Finder:
         def find_spec(self, name, *_):
-            if name == "easyaira.trainer":
+            if name == "easyaira.train.loop":
                 told_to_stop()
 
     sys.meta_path.insert(0, Finder())
 
 
 def plant(point):
-    from easyaira import checkpoint, release
-    from easyaira.data import build
+    from easyaira.data import tokenise
+    from easyaira.export import release
+    from easyaira.storage import checkpoints
 
     {
-        "data": lambda: at_call(build, "build"),
+        "data": lambda: at_call(tokenise, "build"),
         "reference": lambda: at_batch("of the reference", 2),
         "compile": in_a_compilation,
         "update": lambda: at_batch("of the training", 3),
@@ -117,7 +118,7 @@ def plant(point):
             "of the training", 6, lambda: os.kill(os.getpid(), signal.SIGKILL)
         ),
         "evaluation": lambda: at_batch("of the evaluation", 2),
-        "last save": lambda: at_call(checkpoint.Checkpoints, "save", 2),
+        "last save": lambda: at_call(checkpoints.Checkpoints, "save", 2),
         "export": lambda: at_call(release, "_verify", after=False),
         "disk full": disk_full,
         "": lambda: None,
@@ -125,29 +126,30 @@ def plant(point):
 
 
 def record(path):
-    from easyaira import trainer
+    from easyaira.train import loader
 
-    inner, rows = trainer.to_device, []
+    inner, rows = loader.to_device, []
 
     def outer(batch, mesh):
         rows.append(batch.arrays["tokens"])
         np.savez(path, *rows)
         return inner(batch, mesh)
 
-    trainer.to_device = outer
+    loader.to_device = outer
 
 
 def run(job):
-    from easyaira import cli, stop
+    from easyaira import cli
+    from easyaira.distributed import signals
     from helpers import undrawn
 
-    stop.GRACE = 1.0
+    signals.GRACE = 1.0
     if job["point"] != "import":
         undrawn.leave_out()
     if job.get("unproved"):  # against PyTorch, which other tests do
-        from easyaira import release
+        from easyaira.export import torch_check
 
-        release._compare_logits = lambda *_: {"compared": False, "why": "not asked for"}
+        torch_check.compare_logits = lambda *_: {"compared": False, "why": "not asked for"}
     if job["point"] == "import":
         at_import()
     else:
@@ -164,8 +166,8 @@ def main(jobs):
     import tensorboard.compat.proto.event_pb2
     import tensorboard.summary.writer.event_file_writer  # noqa: F401
 
-    import easyaira.reference
-    import easyaira.run  # noqa: F401
+    import easyaira.algorithms.dpo
+    import easyaira.run.run  # noqa: F401
     import easyaira.train_dpo  # noqa: F401
 
     importlib.import_module("transformers").AutoTokenizer  # noqa: B018

@@ -1,11 +1,12 @@
 """Pages without their pictures."""
 
-from easyaira import report
+from easyaira import pages
 from easyaira.data import report as data_report
+from easyaira.run import report as run_report
 
 PICTURES = [
-    (report, "figure", report.figure),
-    (report, "svg", report.svg),
+    (run_report, "figure", run_report.figure),
+    (pages, "svg", pages.svg),
     (data_report, "histograms", data_report.histograms),
 ]
 

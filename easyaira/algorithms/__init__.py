@@ -1,0 +1,1 @@
+"""SFT, DPO and reward modelling: each file has its loss and its wiring."""

@@ -1,0 +1,39 @@
+"""The reference model of DPO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from easyaira.errors import ConfigError
+from easyaira.models.model import Model
+from easyaira.models.registry import model_of
+from easyaira.storage import pretrained
+from easyaira.train.setup import Setup
+
+
+def reference_model(setup: Setup) -> Model:
+    """The model that policies are held to.
+
+    Raises:
+        ConfigError: it does not share the policy's vocabulary.
+    """
+    name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
+    if name is None:
+        return setup.model
+    found = pretrained.find(name)
+    model = model_of(found.config, str(found.folder), setup.model.compute, scorer=False)
+    found.check(model)
+    if model.vocab_size != setup.model.vocab_size:
+        raise ConfigError(
+            f"model.ref_name_or_path: its vocabulary has {model.vocab_size} tokens and the "
+            f"policy's {setup.model.vocab_size}; a reference must share the policy's tokenizer"
+        )
+    return model
+
+
+def reference_weights(setup: Setup) -> Any:
+    """Always those that were there before training, whatever has been trained since."""
+    name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
+    if name is None:
+        return setup.load()
+    return pretrained.find(name).load(reference_model(setup), setup.mesh)

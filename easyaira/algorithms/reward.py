@@ -1,0 +1,84 @@
+"""Reward modelling: scores from pairs, or from labelled texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyaira.config.algorithms import RewardConfig
+from easyaira.config.run import TrainReward
+from easyaira.data.dataset import task_of
+from easyaira.data.recipe import recipe_of
+from easyaira.losses.scores import binary, bradley_terry, roc_auc
+from easyaira.models.model import Model
+from easyaira.train.algorithm import Algorithm
+from easyaira.train.setup import Setup
+from easyaira.train.step import PER_EXAMPLE, LossFn, Sums
+
+
+def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -> LossFn:
+    """A loss of scores, with `examples` in a micro-batch: of the lead of the first of two answers,
+    or, of a single text, of the side of 0 that its label puts it on (`labels` of the batch)."""
+
+    def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
+        scores, there = model.score(params, batch, key, examples=examples, answers=answers)
+        if answers == 2:
+            loss = bradley_terry(scores[:, 0], scores[:, 1], margin=config.margin)
+            margins = scores[:, 0] - scores[:, 1]
+            is_better = jnp.broadcast_to(jnp.array([True, False]), scores.shape)
+        else:
+            is_better = (batch["labels"] == config.positive_label)[:, None]
+            loss = binary(scores[:, 0], is_better[:, 0])
+            margins = jnp.where(is_better, scores, -scores)[:, 0]
+        real = there[:, 0].astype(jnp.float32)  # the last update may have fewer examples
+
+        def over_examples(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.where(there[:, 0], values, 0).sum(), real.sum()
+
+        return {
+            "loss": over_examples(loss),
+            "accuracy": over_examples((margins > 0).astype(jnp.float32)),
+            "margin": over_examples(margins),
+            PER_EXAMPLE: {"scores": scores, "is_better": is_better},
+        }
+
+    return loss_fn
+
+
+def reward_summary(examples: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """What is said of all held-out scores together."""
+    scores, is_better = examples["scores"], examples["is_better"]
+    return {"auc": roc_auc(scores[is_better], scores[~is_better])}
+
+
+def reward_algorithm(config: TrainReward) -> Algorithm:
+    """Reward modelling as `run` takes it; its task is what the columns of the data are for."""
+
+    def labelled(setup: Setup) -> bool:
+        return setup.data.train.answers == 1
+
+    def begin(setup, params, folder, first):
+        parts = (setup.batches, setup.held_out)
+        known = [{"labels": p.examples.labels} if p and labelled(setup) else {} for p in parts]
+        return None, *known, {}
+
+    return Algorithm(
+        recipe=lambda max_length: recipe_of(
+            task_of(config.data, ("pair", "label")), config.data, max_length
+        ),
+        loss_fn=lambda setup: reward(
+            setup.model,
+            config.reward,
+            examples=setup.micro_batch,
+            answers=setup.data.train.answers,
+        ),
+        frozen=lambda setup: None,
+        begin=begin,
+        scorer=True,
+        known=lambda setup: {"labels": ()} if labelled(setup) else {},
+        summary=reward_summary,
+    )

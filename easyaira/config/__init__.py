@@ -1,0 +1,1 @@
+"""Options, with their defaults and meanings. Nothing here imports jax."""

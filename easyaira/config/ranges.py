@@ -1,0 +1,10 @@
+"""Numbers with bounds, as types of options."""
+
+from __future__ import annotations
+
+from jsonargparse.typing import restricted_number_type
+
+Share = restricted_number_type("Share", float, [(">=", 0.0), ("<", 1.0)])
+HalfShare = restricted_number_type("HalfShare", float, [(">=", 0.0), ("<", 0.5)])
+TopP = restricted_number_type("TopP", float, [(">", 0.0), ("<=", 1.0)])
+MaxSteps = restricted_number_type("MaxSteps", int, [(">=", -1), ("!=", 0)])

@@ -1,0 +1,64 @@
+"""Jinja chat templates by name, and the tokens that they add."""
+
+from __future__ import annotations
+
+PLAIN = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+AIRA = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + m['content'] + sep_token }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+TULU = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' + m['content'].strip() + eos_token }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'].strip() }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'].strip() + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}"
+    "{% endif %}{% for m in turns %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant must take turns') }}{% endif %}"
+    "{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() }}"
+    "{{ ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+ENCODER = "{{ cls_token }}{% for m in messages %}{{ m['content'] + sep_token }}{% endfor %}"
+TEMPLATES = {
+    "plain": PLAIN,
+    "aira": AIRA,
+    "tulu": TULU,
+    "zephyr": ZEPHYR,
+    "chatml": CHATML,
+    "llama-2": LLAMA_2,
+}
+
+# what a template adds to a tokenizer, in the order of the ids that the released models have
+AIRA_TOKENS = {
+    "bos_token": "<|startofinstruction|>",
+    "eos_token": "<|endofcompletion|>",
+    "unk_token": "<|unk|>",
+    "sep_token": "<|endofinstruction|>",
+    "pad_token": "<|pad|>",
+}
+KEEPS_UNKNOWN = ("gpt2", "bloom")
+CHATML_TOKENS = {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}

@@ -1,0 +1,217 @@
+"""Rows to examples: tokenised, cut to length, and every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from easyaira.data import columns
+from easyaira.data.examples import Account, Files, Parts, digest
+from easyaira.data.recipe import Dropped, Recipe
+from easyaira.data.sources import BadRow, Located
+from easyaira.data.template import Template
+from easyaira.data.truncate import fit, lengths_of, pad_parts
+from easyaira.errors import DataError
+
+CHUNK = 1000  # rows that are tokenised together, on all cores
+SHOWN = 12  # rows that a report shows
+KEPT = "trained on"
+
+
+def build(
+    rows: Iterable[Located], folder: Path, *, recipe: Recipe, template: Template, label: str
+) -> Account:
+    """Tokenise rows into files in `folder`, and count what became of each.
+
+    Raises:
+        DataError: a row that cannot be read, unless recipe.on_bad_row says to go on.
+    """
+    account = Account()
+    rows = tqdm(rows, desc=f"tokenising {label}", unit=" rows", disable=None)
+    with Files(folder) as files:
+        for row, place, texts, parts in _tokenised(rows, account, recipe, template):
+            try:
+                fitted, notes = fit(parts, template, recipe)
+            except Dropped as reason:
+                account.drop(str(reason), place)
+                _show(account, place, parts, template, str(reason))
+                continue
+            if any(template.types_control(text) for text in texts.spelled):
+                notes.append("a text spells a control token, which stays text")
+            account.noted.update(notes)
+            _show(account, place, fitted, template, "; ".join([KEPT, *notes]))
+            unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
+            if unseen:
+                fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
+            judged = [tokens for tokens, _ in parts.answers] if recipe.task == "label" else []
+            prompt_id = digest(parts.prompt, *judged)  # texts without a prompt are their own
+            known = {"rows": row, "prompt_ids": prompt_id, "labels": texts.label}
+            files.add(fitted, sources=0, unseen=unseen, **known)
+            account.kept += 1
+    (folder / "account.json").write_text(json.dumps(vars(account)), encoding="utf-8")
+    return account
+
+
+def _readable(
+    rows: Iterable[Located], account: Account, recipe: Recipe, template: Template
+) -> Iterator[tuple[int, str, Texts]]:
+    """The rows that can be read, by number and place; the others are counted, or an error."""
+    form = None
+    for place, row in rows:
+        account.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise columns.Unreadable(row.reason)
+            form = form or _form(row, recipe.task, place)
+            yield account.read - 1, place, _texts(row, form, recipe, template)
+        except columns.Unreadable as error:
+            if recipe.on_bad_row == "error":
+                raise DataError(
+                    f"{place}: {error}. Mend the row, or set data.on_bad_row to skip"
+                ) from error
+            account.drop("unreadable", place)
+        except Dropped as reason:
+            account.drop(str(reason), place)
+
+
+def _tokenised(
+    rows: Iterable[Located], account: Account, recipe: Recipe, template: Template
+) -> Iterator[tuple[int, str, Texts, Parts]]:
+    """The same with their tokens, many at a time, since the tokenizer uses all cores."""
+    readable = _readable(rows, account, recipe, template)
+    while chunk := list(islice(readable, CHUNK)):
+        for read, parts in zip(chunk, _parts(chunk, recipe, template), strict=True):
+            yield *read, parts
+
+
+def _form(row: Any, task: str, place: str) -> columns.Form:
+    try:
+        return columns.form_of(list(row), task)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+class Texts(NamedTuple):
+    """What a row says: conversations that differ in their last answer, or texts to be judged."""
+
+    conversations: list[list[columns.Message]]
+    judged: list[str]
+    label: float = float("nan")
+
+    @property
+    def spelled(self) -> Iterator[str]:
+        yield from self.judged
+        yield from (m["content"] for messages in self.conversations for m in messages)
+
+
+def _texts(row: Any, form: columns.Form, recipe: Recipe, template: Template) -> Texts:
+    if recipe.task == "label":
+        judged, label = columns.judged(row, form)
+        if not all(text.strip() for text in judged):
+            raise Dropped("empty text")
+        return Texts([], judged, label)
+    if recipe.task == "pair":
+        before, *sides = columns.pair(row, form)
+        if sides[0].strip() == sides[1].strip():
+            raise Dropped("identical answers")
+        texts = [[*before, {"role": "assistant", "content": side}] for side in sides]
+    else:
+        texts = [columns.conversation(row, form)]
+        if recipe.reverse:
+            texts = [_reversed(texts[0])]
+    for messages in texts:
+        answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+        judged = answers[-1:] if recipe.task == "pair" or recipe.last_turn_only else answers
+        if not answers or not all(judged):
+            raise Dropped("empty answer")
+        if recipe.last_turn_only and messages[-1]["role"] != "assistant":
+            raise Dropped("no answer at the end")
+        try:
+            template.accepts(messages)
+        except DataError as error:
+            raise Dropped(str(error)) from error
+    return Texts(texts, [])
+
+
+def _reversed(messages: list[columns.Message]) -> list[columns.Message]:
+    """The first answer as the prompt, and what asked for it as the answer: p(x|y) of Li et al.
+    (2023), Self-Alignment with Instruction Backtranslation."""
+    turns = [message for message in messages if message["role"] in ("user", "assistant")]
+    if [message["role"] for message in turns[:2]] != ["user", "assistant"]:
+        raise Dropped("does not begin with a question and its answer")
+    asked, answered = (message["content"] for message in turns[:2])
+    return [{"role": "user", "content": answered}, {"role": "assistant", "content": asked}]
+
+
+def _parts(
+    readable: Sequence[tuple[int, str, Texts]], recipe: Recipe, template: Template
+) -> Iterator[Parts]:
+    if recipe.task == "label":
+        encoded = iter(template.judged([text for *_, texts in readable for text in texts.judged]))
+        empty = np.zeros(0, np.int32)
+        for *_, texts in readable:
+            sides = [next(encoded) for _ in texts.judged]
+            answers = [(tokens, np.zeros(len(tokens), bool)) for tokens in sides]
+            yield Parts(empty, empty.astype(bool), answers)
+        return
+    conversations = [messages for *_, texts in readable for messages in texts.conversations]
+    encoded = iter(template.encode(conversations))
+    for *_, texts in readable:
+        sides = [_split(next(encoded), recipe) for _ in texts.conversations]
+        yield Parts(*sides[0][:2], [answer for *_, answer in sides])
+
+
+Answer = tuple[np.ndarray, np.ndarray]  # tokens, learned
+
+
+def _split(
+    spans: list[tuple[np.ndarray, bool]], recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray, Answer]:
+    """A conversation as its prompt and its answer: all that follows the first answer's start, or
+    the last one's."""
+    answers = [i for i, (_, is_answer) in enumerate(spans) if is_answer]
+    last_only = recipe.task == "pair" or recipe.last_turn_only
+    first = answers[-1] if last_only else answers[0]
+    prompt = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in spans[:first])])
+    everything = recipe.padded
+    prompt_learned = np.full(len(prompt), everything or not recipe.completion_only_loss)
+    prompt_learned[:1] = False  # nothing stands before a first token
+    answer = [
+        (tokens, np.full(len(tokens), is_answer or everything or not recipe.assistant_only_loss))
+        for tokens, is_answer in spans[first:]
+    ]
+    tokens, learned = (np.concatenate(arrays) for arrays in zip(*answer, strict=True))
+    return prompt, prompt_learned, (tokens, learned)
+
+
+def _show(account: Account, place: str, parts: Parts, template: Template, became: str) -> None:
+    """Keep the first rows, and the first of each kind that was cut or dropped, for a report."""
+    of_kind = sum(kind == became for _, kind, _ in account.shown)
+    if of_kind >= (SHOWN if became == KEPT else 2):
+        return
+    cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
+    before = [(cut[0], ["cut"] * len(cut[0])), (parts.prompt, _states(parts.prompt_learned))]
+    told: list[list[str]] = []
+    for side, (tokens, learned) in enumerate(parts.answers):
+        tail = cut[1 + side]
+        spans = [*before, (tokens, _states(learned)), (tail, ["cut"] * len(tail))]
+        texts = template.pieces(np.concatenate([tokens for tokens, _ in spans]))
+        pairs = list(zip(texts, (state for _, states in spans for state in states), strict=True))
+        known = len(cut[0]) + len(parts.prompt)
+        told += [list(pair) for pair in pairs[: 0 if side else known]]
+        if len(parts.answers) == 2:
+            told.append([("chosen", "rejected")[side], "side"])
+        told += [list(pair) for pair in pairs[known:]]
+    if not became.startswith(KEPT):
+        told = [[text, state if state == "side" else "cut"] for text, state in told]
+    account.shown.append([place, became, told])
+
+
+def _states(learned: np.ndarray) -> list[str]:
+    return ["trained" if is_learned else "masked" for is_learned in learned]

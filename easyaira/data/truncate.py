@@ -1,0 +1,71 @@
+"""Examples cut or padded to length."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from easyaira.data.examples import Parts
+from easyaira.data.recipe import Dropped, Recipe
+from easyaira.data.template import Template
+
+
+def pad_parts(parts: Parts, count: int, pad: int) -> Parts:
+    """With padding behind the answer, which is learned."""
+    (tokens, learned) = parts.answers[0]
+    more = (np.full(count, pad, np.int32), np.ones(count, bool))
+    return parts._replace(
+        answers=[(np.concatenate([tokens, more[0]]), np.concatenate([learned, more[1]]))]
+    )
+
+
+def lengths_of(parts: Parts) -> tuple[int, int]:
+    """Tokens of the prompt, and of the longest answer."""
+    return len(parts.prompt), max(len(tokens) for tokens, _ in parts.answers)
+
+
+def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[str]]:
+    """Prompt and answers within the lengths, and what was done for it; both sides are cut alike.
+
+    Raises:
+        Dropped: it does not fit, or nothing to learn is left.
+    """
+    prompt, prompt_learned, answers, _ = parts
+    start = int(len(prompt) > 0 and int(prompt[0]) in template.controls.values())
+    notes = []
+
+    def last_of_prompt(length: int) -> np.ndarray:
+        """Which tokens stay: the start token and the last ones."""
+        index = np.arange(len(prompt))
+        return (index < start) | (index >= len(prompt) - (length - start))
+
+    kept = np.ones(len(prompt), bool)
+    if recipe.max_prompt_length and len(prompt) > recipe.max_prompt_length:
+        kept = last_of_prompt(recipe.max_prompt_length)
+        notes.append("prompt cut to max_prompt_length")
+    tails = [np.zeros(0, np.int32)] * len(answers)
+    _, longest = lengths_of(parts)
+    if kept.sum() + longest > recipe.max_length:
+        if recipe.truncation == "drop":
+            raise Dropped("longer than max_length")
+        if recipe.truncation == "keep_end" and recipe.task != "label":
+            if longest + start >= recipe.max_length:
+                raise Dropped("answer as long as max_length")
+            kept = last_of_prompt(recipe.max_length - longest)
+        else:
+            room = max(recipe.max_length - int(kept.sum()), 0)
+            closing = int(template.encoder and room > 0)  # as their tokenizers do when they cut
+
+            def keeps(tokens: np.ndarray) -> np.ndarray:
+                place, length = np.arange(len(tokens)), len(tokens)
+                return (length <= room) | (place < room - closing) | (place >= length - closing)
+
+            tails = [tokens[~keeps(tokens)] for tokens, _ in answers]
+            answers = [(tokens[keeps(tokens)], mask[keeps(tokens)]) for tokens, mask in answers]
+        notes.append(f"cut to max_length ({recipe.truncation})")
+    lost, prompt, prompt_learned = prompt[~kept], prompt[kept], prompt_learned[kept]
+    if recipe.task != "label":
+        if not all(mask[0 if len(prompt) else 1 :].any() for _, mask in answers):
+            raise Dropped("nothing left to learn within max_length")
+    if len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
+        raise Dropped("identical answers")
+    return Parts(prompt, prompt_learned, list(answers), (lost, *tails)), notes

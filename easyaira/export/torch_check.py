@@ -1,0 +1,92 @@
+"""Logits of a released folder, compared between PyTorch and JAX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyaira.distributed.chips import memory_of
+from easyaira.errors import WeightsError
+from easyaira.models.model import Model
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea, in two lines.",
+    "1 2 3 4 5 6 7 8 9 10",
+)
+TOLERANCE = 1e-4  # of logits, relative to the largest (of scores: or to 1), in float32
+
+
+def compare_logits(
+    folder: Path,
+    model: Model,
+    tokenizer: Any,
+    load: Callable[[], Any],
+    mesh: Any,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Logits of the folder in PyTorch and in JAX, both in float32, on fixed prompts.
+
+    Args:
+        load: the folder's weights, as we read them onto `mesh`.
+        base: the folder of the model that `folder` is an adapter of.
+    """
+    prompts = [tokenizer(t, add_special_tokens=model.scorer).input_ids[:64] for t in PROMPTS]
+    prompts = [ids[: model.config.max_positions] for ids in prompts]
+    needed = 5 * model.parameter_count()
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = memory_of(mesh.devices.flat[0])
+    if room is not None and 4 * model.parameter_count() / mesh.size > 0.8 * room:
+        why = f"needs {4 * model.parameter_count()} bytes on {mesh.size} devices of {room:.0f}"
+        return {"compared": False, "why": why}
+    for package in ("torch", "peft") if base else ("torch",):
+        if importlib.util.find_spec(package) is None:
+            return {"compared": False, "why": f"{package} is not installed"}
+    if available < needed:
+        return {"compared": False, "why": f"needs {needed} bytes of memory, there are {available}"}
+    command = [
+        sys.executable,
+        "-m",
+        "easyaira.export.torch_logits",
+        str(folder),
+        json.dumps(prompts),
+    ]
+    command += [str(base)] if base else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise WeightsError(f"{folder}: transformers cannot load it: {result.stderr.strip()[-500:]}")
+    theirs = np.load(folder / "logits.npz")
+    largest = difference = 0.0
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        loaded = load()
+        for i, ids in enumerate(prompts):
+            tokens = jnp.array([ids])
+            layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
+            layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
+            ours = np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout))
+            largest = max(largest, float(np.abs(ours).max()))
+            difference = max(difference, float(np.abs(ours - theirs[f"arr_{i}"]).max()))
+    (folder / "logits.npz").unlink()
+    if not difference <= TOLERANCE * (max(largest, 1) if model.scorer else largest):
+        raise WeightsError(
+            f"{folder}: logits in PyTorch differ by {difference:.2e} of at most {largest:.2e}"
+        )
+    return {"compared": True, "max_difference": difference, "largest_logit": largest}
+
+
+def _logits(model: Model, params: Any, layout: Mapping[str, jax.Array]) -> jax.Array:
+    """Of one text: [T, V], or a scorer's [1]."""
+    if model.scorer:
+        return model.score(params, layout, examples=1, answers=1)[0][0]
+    hidden, head = model.apply(params, layout)
+    return (hidden @ head)[0, :, : model.vocab_size]

@@ -1,0 +1,65 @@
+"""Usage sections of model cards."""
+
+from __future__ import annotations
+
+CHAT = """```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "path/to/this/folder")
+question = [{"role": "user", "content": "What is the capital of Brazil?"}]
+print(chat(question, return_full_text=False)[0]["generated_text"])
+```"""
+ADAPTER = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+question = [{"role": "user", "content": "What is the capital of Brazil?"}]
+text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=200)[0, inputs.input_ids.shape[1] :]
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+```"""
+REWARD = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+{inputs}
+print(model(**inputs).logits[0, 0].item())  # the higher, the better
+```"""
+SCORING_ADAPTER = """```python
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    folder, num_labels=1, pad_token_id=tokenizer.pad_token_id
+)
+{inputs}
+print(model(**inputs).logits[0, 0].item())  # the higher, the better
+```"""
+JUDGED = {  # what a reward model takes, by what it was trained on
+    "text": """inputs = tokenizer("You are welcome.", truncation=True, return_tensors="pt")""",
+    "answer, encoder": """text = "How are you?" + tokenizer.sep_token + "Fine, thank you."
+inputs = tokenizer(text, truncation=True, return_tensors="pt")""",
+    "answer": """messages = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "Fine, thank you."},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")""",
+}
+ASKED = {  # is the data reversed: what stands in the usage, and what comes in its place
+    False: ("", ""),
+    True: ("What is the capital of Brazil?", "The capital of Brazil is Brasilia."),
+}
+KINDS = {  # kind: library, task on the hub, usage
+    "chat": ("transformers", "text-generation", CHAT),
+    "adapter": ("peft", "text-generation", ADAPTER),
+    "reward": ("transformers", "text-classification", REWARD),
+    "adapter, reward": ("peft", "text-classification", SCORING_ADAPTER),
+}

@@ -1,0 +1,1 @@
+"""Hugging Face's files: tables of names, safetensors, conversion."""

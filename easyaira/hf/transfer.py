@@ -1,0 +1,165 @@
+"""Conversion of Hugging Face weights to ours and back, without torch.
+
+Each model's table (`hf/table.py`) serves both directions; a tensor that is missing, left over or of
+another shape is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from easyaira.distributed import hosts, watchdog
+from easyaira.distributed.tree import path_of
+from easyaira.errors import WeightsError
+from easyaira.hf.table import VOCAB, Row, pair_rows
+
+Each = Callable[[tuple, jax.Array], Any]  # (path in the tree, parameter) -> what is kept of it
+
+
+def match(
+    tensors: dict[str, np.ndarray],
+    tree: Any,
+    rows: Sequence[Row],
+    *,
+    vocab_size: int,
+    prefix: str,
+    ignored: Sequence[str],
+    renamed: Mapping[str, str],
+    optional: Sequence[str],
+    tied: bool,
+    where: str,
+) -> dict[str, np.ndarray]:
+    """The tensors that `rows` names, checked against `tree` before any of them is read.
+
+    Args:
+        tensors: name -> array, as `open_folder` gives them.
+        tree: our parameters' shapes.
+        prefix: what names of old files may lack in front.
+        ignored: patterns of names that are no weights of this model.
+        renamed: ends of names in old files -> what they are now.
+        optional: our paths of products that may be missing, whole.
+        tied: the head is the token table, so a stored head must be the same.
+        where: the folder, for messages.
+
+    Raises:
+        WeightsError: all that is missing, left over or of another shape, in one message.
+    """
+    expected, whole = {}, {}
+    for row, leaf in pair_rows(tree, rows):
+        layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
+        expected |= dict.fromkeys(row.names(leaf), row.cut(layer, vocab_size).shape)
+        whole.setdefault(row.ours.rpartition("/")[0], []).extend(row.names(leaf))
+    found = {}
+    for name, tensor in tensors.items():
+        for old, new in renamed.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        full = name if name in expected or prefix + name not in expected else prefix + name
+        if not any(re.search(pattern, prefix + name) for pattern in ignored):
+            found[full] = tensor
+    if tied and "lm_head.weight" in found and "lm_head.weight" not in expected:
+        table = found.get(next(row.theirs for row in rows if row.op is VOCAB))
+        head = found.pop("lm_head.weight")
+        if table is not None and not np.array_equal(head, table):
+            raise WeightsError(
+                f"{where}: config.json ties the head to the embedding, but lm_head.weight differs "
+                "from it; set tie_word_embeddings to false to keep both"
+            )
+    problems = []
+    absent = [names for product, names in whole.items() if product in optional]
+    may_miss = {name for names in absent if not found.keys() & set(names) for name in names}
+    if missing := sorted(set(expected) - set(found) - may_miss):
+        problems.append(f"missing {_some(missing)}")
+    if extra := sorted(set(found) - set(expected)):
+        problems.append(f"not known to this architecture {_some(extra)}")
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, config.json wants {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ][:3]
+    if problems:
+        raise WeightsError(f"{where}: {'; '.join(problems)}. Is config.json of this model?")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def from_hf(
+    tensors: dict[str, np.ndarray],
+    tree: Any,
+    rows: Sequence[Row],
+    drawn: Mapping[str, jax.Array] | None = None,
+    each: Each | None = None,
+) -> Any:
+    """Our parameters in float32. Each device is given its slice, and only that is read.
+
+    Args:
+        tensors: as `match` gives them.
+        tree: our parameters' shapes, dtypes and, where they have one, shardings.
+        drawn: our path -> a parameter that is not read.
+        each: what becomes of a parameter as soon as it is there.
+
+    Raises:
+        WeightsError: a tensor holds NaN or infinity.
+    """
+    rows_by_path = {row.ours: row for row, _ in pair_rows(tree, rows)}
+    drawn = drawn or {}
+
+    def load(path: tuple, leaf: Any) -> Any:
+        row = rows_by_path[path_of(path)]
+        watchdog.beat(f"reading {row.ours}")
+        if row.ours in drawn:
+            return each(path, drawn[row.ours]) if each else drawn[row.ours]
+        layers = [(name, row.op.to_ours(tensors[name])) for name in row.names(leaf)]
+
+        def read(index):
+            spans = [slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+            if not row.stacked:
+                return _read(*layers[0], spans)
+            return np.stack([_read(name, view, spans[1:]) for name, view in layers[spans[0]]])
+
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        array = jax.make_array_from_callback(leaf.shape, sharding, read)
+        return array if each is None else each(path, array)
+
+    return jax.tree_util.tree_map_with_path(load, tree)
+
+
+def _read(name: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
+    part = np.asarray(view[tuple(spans)], np.float32)
+    if not np.isfinite(part).all():
+        raise WeightsError(
+            f"{name}: holds NaN or infinity; the file is damaged or the model diverged"
+        )
+    shape = [span.stop - span.start for span in spans]
+    return np.pad(part, [(0, want - have) for want, have in zip(shape, part.shape, strict=True)])
+
+
+def to_hf(
+    params: Any, rows: Sequence[Row], *, vocab_size: int, dtypes: Callable[[str], np.dtype]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors, one at a time, rounded once to the dtype that `dtypes` gives for a name. All
+    processes of a run must go through them.
+
+    Raises:
+        WeightsError: a value is not finite, or too large for the dtype.
+    """
+    for row, leaf in pair_rows(params, rows):
+        for i, name in enumerate(row.names(leaf)):
+            watchdog.beat(f"collecting {name}")
+            layer = hosts.fetch(leaf[i] if row.stacked else leaf)
+            with np.errstate(over="ignore"):
+                tensor = np.ascontiguousarray(row.cut(layer, vocab_size)).astype(dtypes(name))
+            if not np.isfinite(tensor.astype(np.float32)).all():
+                raise WeightsError(
+                    f"{name}: holds values beyond {dtypes(name).name}; choose --dtype float32"
+                    if np.isfinite(layer).all()
+                    else f"{name}: holds NaN or infinity; it is not exported"
+                )
+            yield name, tensor

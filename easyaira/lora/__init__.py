@@ -1,0 +1,1 @@
+"""Adapters (LoRA): parameters, the frozen base, and PEFT's format."""

@@ -1,0 +1,157 @@
+"""PEFT's format: an adapter as a folder that peft reads, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from easyaira.distributed.tree import by_path
+from easyaira.errors import ConfigError, WeightsError
+from easyaira.hf import safetensors
+from easyaira.hf.table import TRANSPOSE, Row
+from easyaira.lora.adapter import Adapter, module_of, nested
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+PEFT_HEADS = {"classifier", "score"}  # that peft names for every scorer, of which a model has one
+
+# adapter_config.json keys that change the numbers and are not built: their only accepted values
+PEFT_NEUTRAL: dict[str, tuple] = {
+    "alora_invocation_tokens": (None,),
+    "alpha_pattern": (None, {}),
+    "bias": ("none",),
+    "layer_replication": (None,),
+    "layers_to_transform": (None,),
+    "lora_bias": (None, False),
+    "peft_type": ("LORA",),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (None, False),
+}
+
+
+def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
+    modules = [PEFT_PREFIX + module_of(row).format(i) for i in range(layers)]
+    return [(f"{module}.lora_A.weight", f"{module}.lora_B.weight") for module in modules]
+
+
+def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
+    """Tensors as peft names and lays them out: A [r, in], B [out, r], one of each layer, and
+    those of the head."""
+    flat, tensors = by_path(params), {}
+    for row in adapter.targets:
+        a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
+        for i, (name_a, name_b) in enumerate(_peft_names(row, len(a))):
+            tensors[name_a] = np.ascontiguousarray(a[i].T)
+            tensors[name_b] = np.ascontiguousarray(b[i].reshape(adapter.config.r, -1).T)
+    for row in adapter.head:
+        tensor = row.op.to_theirs(np.asarray(flat[row.ours]))
+        tensors[PEFT_PREFIX + row.theirs] = np.ascontiguousarray(tensor)
+    return tensors
+
+
+def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -> Any:
+    """The other way, checked by name and shape.
+
+    Raises:
+        WeightsError: tensors are missing, left over, of another shape or not finite.
+    """
+    shapes, flat, left = by_path(adapter.shapes), {}, dict(tensors)
+
+    def take(name: str, wanted: tuple[int, ...]) -> np.ndarray:
+        tensor = left.pop(name, None)
+        if tensor is None or tensor.shape != wanted or not np.isfinite(tensor).all():
+            found = "is missing" if tensor is None else f"has shape {tensor.shape}"
+            raise WeightsError(
+                f"{where}: {name} {found}; wanted are {wanted} and finite values. Is it an "
+                f"adapter of this model, with these lora.target_modules{_whole(adapter)}?"
+            )
+        return tensor.astype(np.float32)
+
+    for row in adapter.targets:
+        a, b = (shapes[row.ours.replace("/kernel", f"/lora_{m}")] for m in "ab")
+        of_a, of_b = [], []
+        for name_a, name_b in _peft_names(row, a.shape[0]):
+            for name, shape, layers in (
+                (name_a, a.shape[1:], of_a),
+                (name_b, b.shape[1:], of_b),
+            ):
+                tensor = take(name, (math.prod(shape[1:]), shape[0]))
+                layers.append(tensor.T.reshape(shape))
+        flat[row.ours.replace("/kernel", "/lora_a")] = np.stack(of_a)
+        flat[row.ours.replace("/kernel", "/lora_b")] = np.stack(of_b)
+    for row in adapter.head:
+        layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
+        flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
+    if left:
+        raise WeightsError(
+            f"{where}: holds {sorted(left)[0]}, which lora.target_modules does not name"
+        )
+    return nested(flat)
+
+
+def _whole(adapter: Adapter) -> str:
+    return f" and modules_to_save {adapter.head_modules}" if adapter.head else ""
+
+
+def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, Any]:
+    """adapter_config.json."""
+    alpha = adapter.config.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if adapter.model.scorer else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": adapter.config.r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": adapter.config.dropout,
+        "use_rslora": adapter.config.rslora,
+        "target_modules": adapter.config.target_modules,
+        "fan_in_fan_out": any(row.op is not TRANSPOSE for row in adapter.targets),
+        "bias": "none",
+        "modules_to_save": adapter.head_modules or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def read_peft(adapter: Adapter, folder: Path) -> Any:
+    """The adapter of a folder in PEFT's format, ours or peft's.
+
+    Raises:
+        ConfigError: it is of another kind, rank or scale than this one.
+        WeightsError: see `from_peft`.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        found = json.loads(file.read_text())
+        differ = [key for key, only in PEFT_NEUTRAL.items() if found.get(key, only[0]) not in only]
+        saved = set(found.get("modules_to_save") or ()) - set(adapter.head_modules)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"lora.adapter: {file} cannot be read: {error}") from error
+    if differ:
+        raise ConfigError(
+            f"{file}: {differ[0]}: {found[differ[0]]!r} is not built; only "
+            f"{PEFT_NEUTRAL[differ[0]][0]!r}"
+        )
+    if saved and not (adapter.head and saved <= PEFT_HEADS):
+        raise ConfigError(
+            f"{file}: modules_to_save: {sorted(saved)[0]!r} is not built; only "
+            f"{adapter.head_modules or None}"
+        )
+    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
+        wanted, there = getattr(adapter.config, ours), found.get(theirs, False)
+        if wanted != there:
+            raise ConfigError(
+                f"lora.{ours}: {wanted} here and {there} in {file}; set it to {there}"
+            )
+    tensors = safetensors.open_file(folder / ADAPTER_WEIGHTS)
+    return from_peft(adapter, tensors, str(folder))

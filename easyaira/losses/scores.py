@@ -1,0 +1,37 @@
+"""Losses and metrics of scores, in float32. Shapes: B examples."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from easyaira.losses.preference import PerPair
+
+# Losses of scores: one number for each text.
+
+IsPositive = Bool[Array, "B"]
+
+
+def bradley_terry(chosen: PerPair, rejected: PerPair, *, margin: float = 0.0) -> PerPair:
+    """-log s(r_w - r_l - margin): the reward model of Ouyang et al. (2022), Training language
+    models to follow instructions, eq. 1; with the margin of Touvron et al. (2023), Llama 2, eq. 2.
+    """
+    return -jax.nn.log_sigmoid(chosen - rejected - margin)
+
+
+def binary(scores: PerPair, positive: IsPositive) -> PerPair:
+    """-log s(r) of a text that is to score above 0, -log s(-r) of one below: cross-entropy."""
+    return -jax.nn.log_sigmoid(jnp.where(positive, scores, -scores))
+
+
+def roc_auc(better: np.ndarray, worse: np.ndarray) -> float | None:
+    """The area under the ROC curve: how often one of the better scores is above one of the worse
+    ones, over all combinations of the two, ties by half. Exact; None if there are none of either.
+    """
+    if not len(better) or not len(worse):
+        return None
+    worse = np.sort(worse)
+    below, up_to = (np.searchsorted(worse, better, side) for side in ("left", "right"))
+    return float(int(below.sum()) + int(up_to.sum())) / (2 * len(better) * len(worse))

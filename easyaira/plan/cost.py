@@ -1,0 +1,295 @@
+"""Memory, work and time of an update, from shapes and the compiled program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyaira.distributed.chips import chip_of
+from easyaira.distributed.sharding import like
+from easyaira.distributed.tree import by_path
+from easyaira.hf.table import pair_rows
+from easyaira.lora.adapter import Adapter, joined
+from easyaira.losses import token_logps
+from easyaira.models.attention import BLOCK, MAX_BLOCKS
+from easyaira.models.layers import padded_vocab
+from easyaira.models.model import Model
+from easyaira.plan.hlo import Program, compiled
+from easyaira.train import loader
+from easyaira.train import step as steps
+from easyaira.train.algorithm import Algorithm
+from easyaira.train.setup import Setup
+from easyaira.train.step import abstract_state
+
+
+def added_by(adapter: Adapter) -> int:
+    """Parameters of adapters beside the model's own; its head is one of those."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["model"]))
+
+
+class Plan(NamedTuple):
+    """One update of a run: the largest that its data hold, so far as they were sampled.
+
+    Attributes:
+        update: see `Update`.
+        sizes: bytes on a device, by what they are for, from shapes and shardings.
+        work: floating-point operations of a device, by what they are for.
+        program: what the compiler says.
+        failures: what should not be in it.
+    """
+
+    update: Update
+    sizes: Mapping[str, float]
+    work: Mapping[str, float]
+    program: Program
+    failures: list[str]
+
+    def moved(self) -> dict[str, tuple[int, float]]:
+        """Kind of communication -> how often it happens, and the bytes that a device sends."""
+        total: dict[str, tuple[int, float]] = {}
+        for c in self.program.collectives or []:
+            times, size = total.get(c.kind, (0, 0.0))
+            total[c.kind] = times + c.times, size + c.times * c.bytes
+        return total
+
+
+class Update(NamedTuple):
+    """What an update computes on a device, and in how many parts.
+
+    Attributes:
+        batch: of all devices.
+        parts: micro-batches.
+        rows, length: of a device in a micro-batch.
+        chunks: in which positions with loss are projected, and how many there are in one.
+    """
+
+    batch: Mapping[str, np.ndarray]
+    parts: int
+    rows: int
+    length: int
+    chunks: tuple[int, int]
+
+
+def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
+    """The update that costs most, with room for what is not yet known of its examples."""
+    batches = replace(setup.batches, local=None)  # of all hosts
+    found = batches[batches.largest()]
+    arrays, shape = dict(found.arrays), found.shape
+    for name, sizes in algorithm.known(setup).items():
+        arrays[name] = np.zeros((batches.accumulation, setup.micro_batch, *sizes), np.float32)
+    mask = arrays["loss_mask"].reshape(batches.accumulation, batches.shards, -1)
+    chunk = token_logps.chunk_size(
+        shape.rows * (shape.length - 1), padded_vocab(setup.model.vocab_size)
+    )
+    chunks = max(1, -(-int(mask.sum(-1).max()) // chunk))
+    return Update(arrays, batches.accumulation, *shape, (chunks, chunk))
+
+
+def held_parameters(setup: Setup) -> Any:
+    """Shapes and shardings of the weights, as they are held."""
+    if setup.adapter is None:
+        return setup.model.target(setup.mesh)
+    held = setup.adapter.held_target(setup.mesh, setup.model.compute.dtype)
+    return joined(held, setup.trained())
+
+
+def measure(setup: Setup, algorithm: Algorithm) -> Plan:
+    """Compile the largest update, and look at it."""
+    update = largest_update(setup, algorithm)
+    sizes = sizes_of(setup, algorithm, update)
+    program = compiled(lambda: lower_step(setup, algorithm, update.batch), update.chunks[0])
+    in_step = algorithm.frozen(setup) is not None
+    work = work_of(setup, update, in_step)
+    return Plan(update, sizes, work, program, failures(setup, program))
+
+
+def lower_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The training step for a batch's shapes, lowered for the mesh's devices."""
+    return trace_step(setup, algorithm, arrays).lower()
+
+
+def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The training step, traced for a batch's shapes without any array."""
+    state = abstract_state(setup.trained(), setup.tx, setup.mesh)
+    frozen = setup.frozen_target(algorithm)
+    batch = like(arrays, loader.batch_shardings(arrays, setup.mesh))
+    everywhere = NamedSharding(setup.mesh, P())
+    key = setup.dropout_key
+    if key is not None:
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    step = steps.jit_train_step(setup.loss_fn(algorithm), setup.tx, state)
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not be there
+        return step.trace(state, frozen, batch, key)
+
+
+def per_device(tree: Any) -> int:
+    """Bytes of a tree's leaves on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, float]:
+    """Bytes on a device that shapes and shardings tell.
+
+    Gradients are float32 and divided like the weights; with accumulation there are those of the
+    micro-batch and their sum. Logits are those that losses/token_logps.py holds at a time, with
+    what it keeps for the backward pass, the head in the computing dtype, and its gradient, which is
+    whole until the devices have added theirs up."""
+    trained = setup.trained()
+    state = abstract_state(trained, setup.tx, setup.mesh)
+    batch = like(update.batch, loader.batch_shardings(update.batch, setup.mesh))
+    sizes = {
+        "weights": per_device(trained),
+        "optimizer": per_device(state.opt_state),
+        "frozen": per_device(setup.frozen_target(algorithm)),
+        "batch": per_device(batch),
+        "gradients": per_device(trained) * (2 if update.parts > 1 else 1),
+        "logits": 0,
+    }
+    if not setup.model.scorer:
+        vocab = padded_vocab(setup.model.vocab_size)
+        columns, width = vocab // setup.mesh.shape["tp"], _head(setup.model) // vocab
+        chunk, itemsize = update.chunks[1], setup.model.compute.dtype.itemsize
+        most = -(-update.rows * (update.length - 1) // chunk)
+        kept = min(token_logps.KEPT_CHUNKS, most) if setup.data.train.answers == 2 else 0
+        sizes["logits"] = columns * (chunk * (4 + kept * itemsize) + width * (4 + itemsize))
+    return sizes
+
+
+def _head(model: Model) -> int:
+    """Weights of the product that turns states into logits; 0 for a scorer."""
+    if model.scorer:
+        return 0
+    leaves = by_path(model.shapes)
+    rows = padded_vocab(model.vocab_size)
+    tables = [x for path, x in leaves.items() if path.endswith("embedding") and x.shape[0] == rows]
+    return tables[0].size
+
+
+def depth_of(model: Model) -> int:
+    """Layers."""
+    return next(leaf.shape[0] for row, leaf in pair_rows(model.shapes, model.rows) if row.stacked)
+
+
+def kernels_of(model: Model) -> list[jax.ShapeDtypeStruct]:
+    """Weights of the layers' products, [layers, in, ...]."""
+    leaves = by_path(model.shapes["model"]).items()
+    return [leaf for path, leaf in leaves if path.endswith("kernel") and leaf.ndim > 2]
+
+
+def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, float]:
+    """Floating-point operations of a device in an update, padding too: of products with weights,
+    and of attention's scores, as they are computed."""
+    model, adapter = setup.model, setup.adapter
+    leaves = by_path(model.shapes["model"])
+    inner = sum(x.size for path, x in leaves.items() if path.endswith("kernel"))
+    added = added_by(adapter) if adapter else 0
+    depth = depth_of(model)
+    heads = model.config.heads * getattr(
+        model.config, "head_width", model.config.width // model.config.heads
+    )
+    positions = update.parts * update.rows * update.length
+    learned = update.parts * math.prod(update.chunks) * _head(model)
+    scores = 4 * depth * heads * _keys(model, update.length) * positions
+    forward = 2 * (inner * positions + learned) + scores
+    trained = 2 if adapter is None else 1  # products of the backward pass, for each weight
+    again = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
+    # a kernel computes scores again for each gradient, and long rows are computed again in blocks
+    kernel = model.compute.attention != "xla" and not model.compute.dropout
+    work = {
+        "forward": forward + 2 * added * positions,
+        "backward": 2 * trained * inner * positions
+        + 4 * learned
+        + 4 * added * positions
+        + scores * (3.5 if kernel else 2.5 if update.length > BLOCK else 2),
+        "recompute": again[model.compute.gradient_checkpointing],
+        "reference": forward if reference_in_step else 0.0,
+    }
+    return {name: operations / setup.mesh.shape["tp"] for name, operations in work.items()}
+
+
+def _keys(model: Model, length: int) -> float:
+    """Positions that attention compares one with, on average, seen or not."""
+    how, causal = model.compute.attention, not model.architecture.encoder
+    if model.compute.dropout or not causal or how == "cudnn":
+        return length
+    if how == "splash":
+        return (length + BLOCK) / 2 * (2 if model.compute.shared_prompt else 1)
+    block = max(BLOCK, math.ceil(length / MAX_BLOCKS))
+    ends = [min(start + block, length) for start in range(0, length, block)]
+    starts = [0, *ends[:-1]]
+    return sum((end - start) * end for start, end in zip(starts, ends, strict=True)) / length
+
+
+# Shares of the data sheet's figures that a step is expected to reach. Rough ones: a plan compares
+# settings, and does not replace a measurement.
+REACHED = {"products": 0.6, "memory": 0.8, "links": 0.6}
+
+
+def seconds_of(setup: Setup, update: Update, work: float, moved: float) -> float | None:
+    """An estimate of an update's duration: products or memory, whichever takes longer, and then
+    communication, as if nothing of it were hidden. None for a chip that is not known.
+
+    Args:
+        work: operations of a device.
+        moved: bytes that it sends.
+    """
+    chip = chip_of(setup.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    tp, itemsize = setup.mesh.shape["tp"], setup.model.compute.dtype.itemsize
+    kernels = kernels_of(setup.model)
+    passes = update.parts * (3 + (setup.model.compute.gradient_checkpointing == "full"))
+    weights = passes * itemsize * sum(x.size for x in kernels) / tp
+    states = sum(x.shape[0] * x.shape[1] + x.size // x.shape[1] for x in kernels)  # in and out
+    states *= passes * itemsize * update.rows * update.length / tp
+    trained = per_device(setup.trained())
+    traffic = weights + states + trained * (7 + 3 * update.parts)  # AdamW; adding gradients up
+    products = work / (chip.flops * REACHED["products"])
+    memory = traffic / (chip.memory_bandwidth * REACHED["memory"])
+    return max(products, memory) + moved / (chip.link_bandwidth * REACHED["links"])
+
+
+def failures(setup: Setup, program: Program) -> list[str]:
+    """What costs much and should not be there."""
+    found = [f"the compiler gathers an array to move it: {said}" for said in program.rematerialized]
+    parts = setup.mesh.shape["fsdp"] * setup.mesh.shape["tp"]
+    leaves = by_path(held_parameters(setup))
+    total = sum(leaf.size for leaf in leaves.values())
+    stacks = {}
+    for path, leaf in leaves.items():
+        if leaf.ndim < 2 or leaf.size < total / 100:
+            continue
+        if parts > 1 and not any(leaf.sharding.spec):
+            found.append(f"{path} {leaf.shape} is not divided, although fsdp x tp = {parts}")
+        if leaf.ndim > 2:  # of all layers
+            tp = setup.mesh.shape["tp"] if "'tp'" in str(leaf.sharding.spec) else 1
+            stacks[leaf.size // tp, leaf.shape[0]] = path
+    for c in program.collectives or []:
+        for _, sizes in c.shapes if c.kind == "all-gather" else ():
+            if path := stacks.get((math.prod(sizes), sizes[0] if sizes else 0)):
+                found.append(f"{path} is gathered for all layers at once: {sizes}")
+    return sorted(set(found))
+
+
+def flops_per_token(model: Model, reference_in_step: bool, adapter: Adapter | None = None) -> float:
+    """Operations of an update per real token: two per weight of a product forward and four
+    backward (two if it is frozen), and two more for a reference that is computed in the step.
+    Attention scores are left out, and a scorer's head, which is applied once a text."""
+    if model.scorer:
+        leaves = by_path(model.shapes["model"])
+        products = sum(leaf.size for at, leaf in leaves.items() if not at.endswith("embedding"))
+    else:
+        tied = model.config.tie_word_embeddings
+        products = model.parameter_count() - (0 if tied else model.vocab_size * model.config.width)
+    forward = 4 if reference_in_step else 2
+    if adapter is None:
+        return (forward + 4) * products
+    return (forward + 2) * products + (forward + 4) * added_by(adapter)

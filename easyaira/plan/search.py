@@ -1,0 +1,152 @@
+"""The fastest mesh, accumulation and gradient checkpointing that fit, for `--search`.
+
+Candidates are put in order by a rough estimate, those whose memory cannot be enough are left out,
+and the rest are compiled, one after another, until one fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from easyaira.distributed import chips
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.chips import memory_of
+from easyaira.distributed.sharding import shardings
+from easyaira.errors import ConfigError
+from easyaira.plan import cost
+from easyaira.plan import report as plan_report
+from easyaira.train.algorithm import Algorithm
+from easyaira.train.setup import Setup, prepare
+
+
+class Candidate(NamedTuple):
+    """Attributes:
+    setup: with these settings; only what an estimate looks at.
+    seconds: of an update, estimated.
+    least: bytes that a device needs at least.
+    """
+
+    setup: Setup
+    seconds: float
+    least: float
+
+    def flags(self) -> str:
+        """As they are given on the command line."""
+        config = self.setup.config
+        return (
+            f"--mesh {config.mesh} --gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps} --model.gradient_checkpointing "
+            f"{config.model.gradient_checkpointing}"
+        )
+
+
+def search(setup: Setup, algorithm: Algorithm) -> Iterator[str]:
+    """What is tried, line by line, and in the end what is proposed.
+
+    Raises:
+        ConfigError: nothing fits, or nothing is known of the chip.
+    """
+    devices = list(setup.mesh.devices.flat)
+    room = memory_of(devices[0])
+    if room is None or chips.chip_of(devices[0].device_kind) is None:
+        raise ConfigError(
+            f"search: nothing is known of {devices[0].device_kind}, so settings cannot be put in "
+            "order; --topology names pods that are known"
+        )
+    found = sorted(candidates(setup, algorithm), key=lambda candidate: candidate.seconds)
+    may_fit = [candidate for candidate in found if candidate.least <= room]
+    yield f"search  {len(found)} settings, {len(may_fit)} of which may fit {room / 2**30:,.2f} GiB"
+    refused: list[Setup] = []
+    for candidate in may_fit:
+        if any(_needs_more(candidate.setup, other) for other in refused):
+            continue
+        tried = prepare(candidate.setup.config, algorithm, devices)
+        fits, words = plan_report.fits(tried, cost.measure(tried, algorithm).program)
+        yield f"search  {candidate.flags()}: about {candidate.seconds:,.3g} s; {words}"
+        if fits:
+            yield f"propose {candidate.flags()}"
+            return
+        refused.append(candidate.setup)
+    raise ConfigError("search: nothing fits; use more devices, a smaller data.max_length, or lora")
+
+
+def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:
+    """Every setting that model and batch size allow."""
+    count, size = setup.mesh.size, setup.config.train_batch_size
+    for tp in (n for n in range(1, count + 1) if count % n == 0):
+        for fsdp in (n for n in range(1, count // tp + 1) if count // tp % n == 0):
+            shards = count // tp
+            text = f"dp={shards // fsdp},fsdp={fsdp},tp={tp}"
+            try:
+                mesh = meshes.make_mesh(text, list(setup.mesh.devices.flat), setup.config.dcn)
+                shardings(setup.model.shapes, setup.model.rules, mesh)
+            except ConfigError:
+                continue
+            if setup.model.config.kv_heads % tp:
+                continue
+            for parts in (n for n in range(1, size // shards + 1) if size % (n * shards) == 0):
+                batches = replace(setup.batches, shards=shards, accumulation=parts)
+                here = replace(setup, mesh=mesh, batches=batches)
+                here = _with(here, mesh=text, gradient_accumulation_steps=parts)
+                update = cost.largest_update(here, algorithm)
+                for kept in ("none", "dots", "full"):
+                    yield _candidate(_keeping(here, kept), algorithm, update)
+
+
+def _with(setup: Setup, **settings) -> Setup:
+    return replace(setup, config=replace(setup.config, **settings))
+
+
+def _keeping(setup: Setup, kept: str) -> Setup:
+    config = replace(setup.config.model, gradient_checkpointing=kept)
+    compute = replace(setup.model.compute, gradient_checkpointing=kept)
+    return _with(replace(setup, model=replace(setup.model, compute=compute)), model=config)
+
+
+def _candidate(setup: Setup, algorithm: Algorithm, update: cost.Update) -> Candidate:
+    work = sum(cost.work_of(setup, update, algorithm.frozen(setup) is not None).values())
+    seconds = cost.seconds_of(setup, update, work, moved(setup, update))
+    sizes = cost.sizes_of(setup, algorithm, update)
+    least = sum(sizes.values()) - sizes["logits"] + kept_bytes(setup, update)
+    return Candidate(setup, seconds, least)
+
+
+def moved(setup: Setup, update: cost.Update) -> float:
+    """Bytes that a device sends: fsdp gathers weights forward and backward and scatters gradients,
+    dp adds gradients up, tp adds up what each of a layer's two halves gives, forward and backward.
+    """
+    dp, fsdp, tp = (setup.mesh.shape[axis] for axis in ("dp", "fsdp", "tp"))
+    itemsize, full = setup.model.compute.dtype.itemsize, _keeps(setup) == "full"
+    weights = setup.model.parameter_count() * itemsize / tp
+    trained = (setup.adapter or setup.model).parameter_count()
+    gathered = (2 * weights + trained * itemsize / tp) * (fsdp - 1) / fsdp
+    summed = 2 * trained * 4 / tp / fsdp * (dp - 1) / dp
+    states = update.rows * update.length * setup.model.config.width * itemsize
+    halves = cost.depth_of(setup.model) * 2 * (3 if full else 2)
+    return update.parts * (gathered + summed + halves * states * 2 * (tp - 1) / tp)
+
+
+def kept_bytes(setup: Setup, update: cost.Update) -> float:
+    """Activations that must be kept for the backward pass, at least: the input of each layer, and,
+    where products are not computed again, their results; tp divides both."""
+    model, tp = setup.model, setup.mesh.shape["tp"]
+    per_position = cost.depth_of(model) * model.config.width
+    if _keeps(setup) != "full":
+        kernels = cost.kernels_of(model)
+        per_position += sum(kernel.size // kernel.shape[1] for kernel in kernels)
+    return update.rows * update.length * per_position * model.compute.dtype.itemsize / tp
+
+
+def _keeps(setup: Setup) -> str:
+    return setup.model.compute.gradient_checkpointing
+
+
+def _needs_more(one: Setup, other: Setup) -> bool:
+    """Whether a setting needs at least the memory of another, on the same mesh."""
+    order = ("full", "dots", "none")
+    return (
+        one.config.mesh == other.config.mesh
+        and one.batches.accumulation <= other.batches.accumulation
+        and order.index(_keeps(one)) >= order.index(_keeps(other))
+    )

@@ -1,0 +1,122 @@
+"""What a run was made with: versions, code, data, devices."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+import easyaira
+from easyaira.config.run import PROVENANCE, RunConfig, to_dict
+from easyaira.storage import pretrained
+from easyaira.train import optimizer
+from easyaira.train.setup import Setup
+
+
+def identity(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of its run: the configuration, and which rows it is trained on."""
+    fingerprint = setup.data.report["fingerprint"]
+    return to_dict(setup.config) | {"data_fingerprint": fingerprint}
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups of options as option names: {model: {dtype: x}} -> {model.dtype: x}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and key != "columns":
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def made_with(config: RunConfig) -> dict[str, Any]:
+    """What must be alike on all hosts before anything is read: options, versions, code."""
+    options = {k: v for k, v in to_dict(config).items() if k != "distributed"}
+    source = Path(easyaira.__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(source.rglob("*.py")):
+        code.update(str(path.relative_to(source)).encode() + path.read_bytes())
+    return (
+        flattened(options)
+        | {f"version of {name}": found for name, found in _versions().items()}
+        | {"code of easyaira (sha256)": code.hexdigest()[:16]}
+        | {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+        | {"devices": [jax.local_devices()[0].device_kind, jax.local_device_count()]}
+    )
+
+
+def made_of(setup: Setup) -> dict[str, Any]:
+    """What must be alike on all hosts before anything is computed: the data, the model."""
+    return {
+        "fingerprint of the data": setup.data.report["fingerprint"],
+        "tokenizer and template": setup.template.fingerprint(),
+        "config.json of the model": dict(setup.origin.config),
+        "commit of the model": setup.origin.commit,
+        "weights of the model": _weights(setup),
+        "updates": setup.total_steps,
+        "rows and lengths": [list(shape) for shape in setup.batches.shapes],
+    }
+
+
+def _weights(setup: Setup) -> list[str]:
+    """Samples of the weights that a run begins with, and of its reference's."""
+    if setup.config.model.init == "random":
+        return []
+    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO has one
+    return [setup.origin.sample()] + ([pretrained.find(name).sample()] if name else [])
+
+
+def _versions() -> dict[str, str]:
+    packages = "jax jaxlib flax optax orbax-checkpoint transformers tokenizers numpy".split()
+    return {"python": platform.python_version(), "easyaira": easyaira.__version__} | {
+        package: version(package) for package in packages
+    }
+
+
+def provenance(setup: Setup) -> dict[str, Any]:
+    """What this run is made with, for config.yaml."""
+    source = Path(easyaira.__file__).parent
+    git = ["git", "-C", str(source), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    return {
+        "versions": _versions(),
+        "git_commit": commit or None,
+        "devices": {
+            "kind": setup.mesh.devices.flat[0].device_kind,
+            "count": setup.mesh.size,
+            "mesh": {axis: int(size) for axis, size in setup.mesh.shape.items()},
+            "processes": jax.process_count(),
+        },
+        "compute": setup.model.compute.dtype.name,
+        "warmup_steps": optimizer.warmup_steps(setup.config.optimizer, setup.total_steps),
+        "data_fingerprint": setup.data.report["fingerprint"],
+        "model_commit": setup.origin.commit,
+        "base_model": _base_model(setup),
+        "parameters": setup.model.parameter_count(),
+        "positions": setup.model.config.max_positions,
+        "trainable_parameters": (setup.adapter or setup.model).parameter_count(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _base_model(setup: Setup) -> str | None:
+    """The hub's model that this run goes back to, perhaps through earlier runs."""
+    if setup.origin.commit:
+        return setup.config.model.name_or_path
+    record = setup.origin.folder / "config.yaml"
+    if setup.origin.step is None or not record.exists():
+        return None
+    return yaml.safe_load(record.read_text(encoding="utf-8"))[PROVENANCE].get("base_model")

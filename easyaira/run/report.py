@@ -1,0 +1,81 @@
+"""The page of a run: curves, answers before and after, and what was run, in one file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from easyaira import pages
+from easyaira.files import write_file
+from easyaira.pages import page, table
+from easyaira.train import log
+
+PANELS = (  # a title, and the metrics that share an axis
+    ("loss", ("loss", "eval_loss")),
+    ("token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("accuracy of scores", ("accuracy", "eval_accuracy", "eval_auc")),
+    ("margin of scores", ("margin", "eval_margin")),
+    ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("rewards", ("rewards/chosen", "rewards/rejected")),
+    ("log-probabilities", ("logps/chosen", "logps/rejected")),
+    ("gradient norm", ("grad_norm",)),
+    ("learning rate", ("learning_rate",)),
+)
+
+
+def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The curves of a metrics.jsonl as a matplotlib figure, a panel for each that was logged."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    series = {}
+    for name in {name for _, names in PANELS for name in names}:
+        points = [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
+        if points:
+            series[name] = points
+    panels = [(title, [n for n in names if n in series]) for title, names in PANELS]
+    panels = [(title, names) for title, names in panels if names]
+    columns = min(3, max(len(panels), 1))
+    lines = -(-max(len(panels), 1) // columns)
+    drawn = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
+    for i, (title, names) in enumerate(panels):
+        axes = drawn.add_subplot(lines, columns, i + 1)
+        for name in names:
+            steps, values = zip(*series[name], strict=True)
+            axes.plot(
+                steps, values, marker="o" if len(steps) < 25 else "", markersize=3, label=name
+            )
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("update")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize=8)
+    return drawn
+
+
+def write(
+    folder: Path,
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    samples: Sequence[Mapping[str, str]],
+) -> None:
+    """Write report.html into a run folder, from its metrics.jsonl and config.yaml.
+
+    Args:
+        facts: name -> value, for the table at the top.
+        samples: one dictionary per prompt, with the same keys: the columns of the table of answers.
+    """
+    rows = log.read(folder / "metrics.jsonl")
+    parts = [table(("", ""), list(facts.items())), "<h2>Curves</h2>", pages.svg(figure(rows))]
+    if samples:
+        columns = list(samples[0])
+        cells = [[sample[column] for column in columns] for sample in samples]
+        parts += ["<h2>Answers to held-out prompts</h2>", table(columns, cells)]
+    config = (folder / "config.yaml").read_text()
+    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
+    write_file(folder / "report.html", page(title, *parts))

@@ -1,0 +1,241 @@
+"""A run, from its configuration to its released folder, in the order in which things happen."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import easyaira
+from easyaira.config.run import DryRun, RunConfig
+from easyaira.data import cache
+from easyaira.distributed import hosts, watchdog
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.chips import pod
+from easyaira.distributed.signals import StopSignal
+from easyaira.errors import ConfigError
+from easyaira.export import card, release
+from easyaira.export.hf_config import Facts, released
+from easyaira.lora.adapter import to_record
+from easyaira.lora.base import check_base
+from easyaira.plan import cost
+from easyaira.plan import report as plan_report
+from easyaira.plan.hlo import lacking
+from easyaira.plan.search import search
+from easyaira.run import folder as run_folder
+from easyaira.run import provenance
+from easyaira.run import report as run_report
+from easyaira.run.samples import Samples
+from easyaira.storage.checkpoints import Checkpoints
+from easyaira.train import energy, kernel_check, loop, metrics
+from easyaira.train.algorithm import Algorithm
+from easyaira.train.log import Log, NoLog
+from easyaira.train.setup import Setup, prepare
+from easyaira.train.step import abstract_state, init_state, resume_state
+
+
+def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
+    """Do what the command line asks for."""
+    if not dry_run:
+        run_folder.refuse_taken(Path(config.output_dir))
+    # a second signal, while this process waits for the others to read why it ends, ends it at once
+    with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
+        hosts.agree(provenance.made_with(config))
+        energy.check(config.energy)
+        watchdog.beat("reading model and data", bounded=False)
+        if dry_run:
+            return show(config, algorithm, dry_run)
+        setup = prepare(config, algorithm)
+        if hosts.several():  # which reads of the weights, and finds the reference's
+            hosts.agree(provenance.made_of(setup))
+        keep_compiled(config)
+        with setup.model.on(setup.mesh), memory_explained(config):
+            setup, checked = kernel_check.choose(setup)
+            print(plan_report.describe(setup), flush=True)
+            train(setup, algorithm, stop, checked)
+
+
+@contextmanager
+def memory_explained(config: RunConfig) -> Iterator[None]:
+    """Of a device that has not got the memory, say what helps.
+
+    Raises:
+        ConfigError: in the place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if (problem := lacking(error)) is None:
+            raise
+        raise ConfigError(
+            f"{watchdog.doing()}: {problem} What helps: a larger gradient_accumulation_steps (is "
+            f"{config.gradient_accumulation_steps}), model.gradient_checkpointing: full (is "
+            f"{config.model.gradient_checkpointing}), more devices over fsdp; --search tries them. "
+            "A run goes on with them from its newest checkpoint"
+        ) from error
+
+
+def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
+    """Print the plan of a run, and do nothing of it."""
+    setup = prepare(config, algorithm, dry_run.topology and pod(dry_run.topology))
+    print(plan_report.describe(setup), flush=True)
+    print("plan    compiles the largest update; minutes, for a large model", flush=True)
+    with jax.default_matmul_precision(setup.model.compute.matmul_precision):
+        print(plan_report.plan(setup, algorithm), flush=True)
+        for line in search(setup, algorithm) if dry_run.search else ():
+            print(line, flush=True)
+
+
+def keep_compiled(config: RunConfig) -> None:
+    """Let later runs on this machine read the programs that this one compiles, which are code, so
+    in a folder that is the user's alone. JAX's own setting goes first. Of several processes, JAX
+    lets only the first write, so they need a folder that all see, which is the user's to name."""
+    if jax.config.jax_compilation_cache_dir is None and not hosts.several():
+        folder = cache.cache_folder(config.data, "programs", platform.node())
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping[str, str]) -> None:
+    """Train, or continue, or find that all is done; then report and export.
+
+    Args:
+        checked: what the first row of metrics.jsonl says of checks before the first update.
+    """
+    config, folder = setup.config, Path(setup.config.output_dir)
+    facts = released(setup)
+    with run_folder.claimed(setup) as checkpoints:
+        step = checkpoints.latest()
+        released_before = hosts.share((folder / "hf").exists())
+        if step == setup.total_steps and (not config.export or released_before):
+            print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
+            return
+        with energy.track(config.energy if step != setup.total_steps else None, folder):
+            params, samples = _updates(setup, algorithm, stop, checkpoints, facts, checked)
+        _finish(setup, params, samples, facts)
+
+
+def _updates(
+    setup: Setup,
+    algorithm: Algorithm,
+    stop: StopSignal,
+    checkpoints: Checkpoints,
+    facts: Facts,
+    checked: Mapping[str, str],
+) -> tuple[Any, Samples]:
+    """Make the updates that are left. Returns the parameters alone: the proof of the export needs
+    the memory of all else."""
+    config, folder = setup.config, Path(setup.config.output_dir)
+    step = checkpoints.latest()
+    if step is None:
+        params = setup.start()
+        state = init_state(params, setup.tx, setup.mesh)
+        window = metrics.Window()
+    else:
+        target = abstract_state(setup.trained(), setup.tx, setup.mesh)
+        step, params, opt_state, _, saved = checkpoints.restore_latest(
+            target.params, target.opt_state
+        )
+        print(f"run     continues {folder} after update {step}", flush=True)
+        if setup.adapter:
+            check_base(saved["lora"], setup.base.fingerprint, str(folder))
+        state = resume_state(step, params, opt_state, setup.mesh)
+        window = metrics.Window(saved["window"])
+    frozen, known, known_held_out, before = algorithm.begin(
+        setup, setup.weights(params), folder, step is None
+    )
+    samples = Samples(setup, folder / "samples.json")
+    if step is None:
+        samples.answer("before", setup.weights(params))
+    del params  # the first update gives its memory away
+    log = NoLog()
+    if hosts.first():
+        log = Log(folder, step or 0, setup.total_steps, window.unmeasured)
+    try:
+        state = loop.fit(
+            state,
+            setup.frozen(frozen),
+            loss_fn=setup.loss_fn(algorithm),
+            tx=setup.tx,
+            schedule=setup.schedule,
+            batches=replace(setup.batches, known=known),
+            held_out=setup.held_out and replace(setup.held_out, known=known_held_out),
+            total_steps=setup.total_steps,
+            config=config,
+            mesh=setup.mesh,
+            key=setup.dropout_key,
+            flops_per_token=cost.flops_per_token(setup.model, frozen is not None, setup.adapter),
+            before={**before, **checked},
+            window=window,
+            log=log,
+            checkpoints=checkpoints,
+            meta=facts.to_meta()
+            | adapted(setup)
+            | {"easyaira": easyaira.__version__, "run": provenance.identity(setup)},
+            stop=stop,
+            summary=algorithm.summary,
+        )
+    finally:
+        log.close()
+        checkpoints.close()
+    return state.params, samples
+
+
+def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
+    """Show what training changed, and release it."""
+    config, folder = setup.config, Path(setup.config.output_dir)
+    samples.answer("after", setup.weights(params))
+    if hosts.first():
+        write_report(setup, samples)
+    vars(setup).pop("base", None)  # and here, too
+    if config.export:
+        print(f"export  to {folder / 'hf'}", flush=True)
+        own = meshes.make_mesh("fsdp=-1", jax.local_devices()) if hosts.several() else setup.mesh
+        common = {
+            "params": params,
+            "tokenizer": setup.tokenizer,
+            "mesh": own,
+            "card": partial(card.of_run, folder),
+            "replace": True,
+        }
+        if setup.adapter:
+            proof = release.export_adapter(
+                folder / "hf", adapter=setup.adapter, base=setup.origin, **common
+            )
+        else:
+            proof = release.export(folder / "hf", model=setup.model, facts=facts, **common)
+        if proof:
+            print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
+    print(f"done    {folder / 'report.html'}", flush=True)
+
+
+def adapted(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of its adapters, if that is what it holds."""
+    if setup.adapter is None:
+        return {}
+    base = setup.origin.location()
+    return {"lora": to_record(setup.adapter, base, setup.base.fingerprint)}
+
+
+def write_report(setup: Setup, samples: Samples) -> None:
+    """report.html, with the facts that people ask for first."""
+    config, data = setup.config, setup.data
+    run_report.write(
+        Path(config.output_dir),
+        title=Path(config.output_dir).name,
+        facts={
+            "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
+            "trained": f"{(setup.adapter or setup.model).parameter_count():,} parameters",
+            "data": f"{len(data.train)} examples from {config.data.train}",
+            "held out": len(data.held_out) if data.held_out else "none",
+            "updates": f"{setup.total_steps} of {config.train_batch_size} examples",
+            "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
+        },
+        samples=samples.rows,
+    )

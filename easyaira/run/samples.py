@@ -1,0 +1,54 @@
+"""Answers to a few held-out prompts, before and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from easyaira.distributed import hosts
+from easyaira.files import write_file
+from easyaira.generation.sampler import generate
+from easyaira.train.setup import Setup
+
+SAMPLE_TOKENS = 64
+
+
+class Samples:
+    """The first held-out prompts (of the training data if nothing is held out) and their answers.
+
+    Args:
+        file: samples.json of the run folder; what an interrupted run wrote there is kept.
+    """
+
+    def __init__(self, setup: Setup, file: Path):
+        self.setup, self.file = setup, file
+        shown = setup.data.held_out or setup.data.train
+        self.prompts, self.rows = [], []
+        for prompt, answer, end, *_ in shown.bounds[: setup.config.num_samples]:
+            self.prompts.append(shown.tokens[prompt:answer])
+            text = setup.template.text
+            self.rows.append(
+                {
+                    "prompt": text(shown.tokens[prompt:answer]),
+                    "wanted": text(shown.tokens[answer:end]),
+                }
+            )
+        if file.exists():
+            self.rows = json.loads(file.read_text(encoding="utf-8"))
+
+    def answer(self, when: str, params: Any) -> None:
+        """Answer all prompts with these weights, greedily."""
+        if not self.prompts:
+            return
+        answers = generate(
+            self.setup.model,
+            params,
+            self.prompts,
+            eos_ids=self.setup.template.end_ids,
+            max_new_tokens=SAMPLE_TOKENS,
+        )
+        for row, tokens in zip(self.rows, answers, strict=True):
+            row[when] = self.setup.template.text(tokens)
+        if hosts.first():
+            write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,37 @@
+"""What an algorithm provides to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from easyaira.data.recipe import Recipe
+from easyaira.models.model import Model
+from easyaira.train.step import LossFn, Summary
+
+if TYPE_CHECKING:
+    from easyaira.train.setup import Setup
+
+
+class Algorithm(NamedTuple):
+    """What makes a run SFT, DPO or a reward model.
+
+    Attributes:
+        recipe: what becomes of a row, given the longest example in tokens.
+        loss_fn: Setup -> the loss function.
+        frozen: Setup -> the model whose weights the step takes as frozen, or None.
+        begin: (Setup, params, run folder, first time?) -> (frozen weights, what is known of the
+            training examples, of the held-out examples, metrics before the first update).
+        scorer: the model gives a text one number, and does not write.
+        known: Setup -> name -> shape of what `begin` will say of each example.
+        summary: what is told of all held-out examples together (see train.step.PER_EXAMPLE).
+    """
+
+    recipe: Callable[[int], Recipe]
+    loss_fn: Callable[[Setup], LossFn]
+    frozen: Callable[[Setup], Model | None]
+    begin: Callable[[Setup, Any, Path, bool], tuple[Any, Mapping, Mapping, Mapping[str, float]]]
+    scorer: bool = False
+    known: Callable[[Setup], Mapping[str, tuple[int, ...]]] = lambda setup: {}
+    summary: Summary | None = None

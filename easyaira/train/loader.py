@@ -1,0 +1,76 @@
+"""Batches to devices, each made while the one before it is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyaira.data.batches import LAYOUT, Batch, Batches
+from easyaira.distributed import watchdog
+from easyaira.distributed.mesh import BATCH_AXES, data_shards, local_shards
+
+
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Rows are divided over the mesh; what is known of examples is small, and everywhere."""
+    rows = NamedSharding(mesh, P(None, BATCH_AXES, None))
+    return {name: rows if name in LAYOUT else NamedSharding(mesh, P()) for name in batch}
+
+
+def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch on the devices. Each process brings the rows of its own."""
+    per_shard, own = batch.shape.rows, local_shards(mesh)
+
+    def put(name: str, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if name not in LAYOUT:
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        micro_batches, _, length = array.shape
+        rows = array.reshape(micro_batches, len(own), per_shard, length)
+        shape = (micro_batches, data_shards(mesh) * per_shard, length)
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: rows[:, own.index((index[1].start or 0) // per_shard)]
+        )
+
+    shardings = batch_shardings(batch.arrays, mesh)
+    return {name: put(name, array, shardings[name]) for name, array in batch.arrays.items()}
+
+
+class Ready(NamedTuple):
+    """An update to be computed.
+
+    Attributes:
+        batch: without its arrays, which are not needed twice.
+        arrays: on the devices.
+        waited: seconds that nobody could do anything but wait for it.
+    """
+
+    batch: Batch
+    arrays: dict[str, jax.Array]
+    waited: float
+
+
+def ahead(
+    batches: Batches, start: int, stop: int, mesh: Mesh, what: str = "of the training"
+) -> Iterator[Ready]:
+    """Updates start..stop - 1, each made on a thread while the one before it is computed."""
+
+    def make(update: int) -> tuple[Batch, dict[str, jax.Array]]:
+        batch = batches[update]
+        return batch._replace(arrays={}), to_device(batch, mesh)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming: Future | None = pool.submit(make, start) if start < stop else None
+        for update in range(start, stop):
+            watchdog.beat(f"making batch {update + 1} {what}")
+            asked = time.perf_counter()
+            batch, arrays = coming.result()
+            waited = time.perf_counter() - asked
+            coming = pool.submit(make, update + 1) if update + 1 < stop else None
+            watchdog.beat(f"computing batch {update + 1} {what}")
+            yield Ready(batch, arrays, waited)

@@ -1,0 +1,94 @@
+"""Averages and rates of training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from easyaira.distributed.chips import chip_of
+
+Sums = dict[str, tuple[float, float]]  # name -> (sum, count)
+
+
+def add(total: Sums, more: Mapping[str, tuple[Any, Any]]) -> Sums:
+    """Sums and counts added up, so that no average is ever one of averages."""
+    return {
+        name: tuple(
+            a + float(b) for a, b in zip(total.get(name, (0.0, 0.0)), more[name], strict=True)
+        )
+        for name in more
+    }
+
+
+def averages(sums: Mapping[str, tuple[float, float]], prefix: str = "") -> dict[str, float]:
+    return {prefix + name: total / max(count, 1) for name, (total, count) in sums.items()}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device whose kind is in the table; others have no `mfu`."""
+    chip = chip_of(device_kind)
+    return chip and chip.flops
+
+
+class Window:
+    """What has happened since the last logged step.
+
+    Args:
+        saved: what `to_save` gave when the run was stopped.
+
+    Attributes:
+        unmeasured: the run was stopped while it evaluated, which is to be made good.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None = None):
+        saved = saved or {"sums": {}, "num_tokens": 0}
+        self.unmeasured: bool = saved.get("unmeasured", False)
+        self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
+        self.num_tokens: int = saved["num_tokens"]
+        self._since: float | None = None  # time counts from here; None while it does not
+        self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
+
+    def to_save(self) -> dict[str, Any]:
+        return {
+            "sums": self.sums,
+            "num_tokens": self.num_tokens,
+            "unmeasured": self.unmeasured,
+        }
+
+    def run(self) -> None:
+        """Let time count: not while the first update compiles, nor in evaluation and saving."""
+        self._since = self._since or time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def add(
+        self, sums: Mapping[str, tuple[Any, Any]], batch: Any, waited: float, timed: bool
+    ) -> None:
+        """One update's sums, its batch, and the seconds that were waited for that."""
+        padding = (batch.positions - batch.filled, batch.positions)
+        self.sums = add(self.sums, {**sums, "padding": padding})
+        self.num_tokens += batch.num_tokens
+        if timed:
+            self._steps += 1
+            self._tokens += batch.num_tokens
+            self._waited += waited
+
+    def take(self) -> dict[str, float | None]:
+        """Averages and rates; a new window begins."""
+        running = self._since is not None
+        self.pause()
+        timed = self._steps > 0 and self._seconds > 0
+        row = averages(self.sums) | {
+            "num_tokens": self.num_tokens,
+            "tokens_per_second": self._tokens / self._seconds if timed else None,
+            "step_time": self._seconds / self._steps if timed else None,
+            "data_wait": self._waited / self._seconds if timed else None,
+        }
+        self.sums, self._seconds, self._waited, self._steps, self._tokens = {}, 0.0, 0.0, 0, 0
+        if running:
+            self.run()
+        return row

@@ -1,0 +1,66 @@
+"""The optimizer: AdamW with decoupled decay, a schedule, and clipping by the global norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from easyaira.config.algorithms import OptimizerConfig
+from easyaira.distributed.tree import path_of
+from easyaira.errors import ConfigError
+
+
+def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
+    """Updates in which the rate climbs."""
+    return int(config.warmup_steps) or math.ceil(config.warmup_ratio * total_steps)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of update n, counted from 0: as transformers' schedules of the same names.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    warmup = warmup_steps(config, total_steps)
+    if warmup and warmup >= total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: {warmup} of {total_steps} updates; make it shorter than "
+            "the run"
+        )
+    peak, rest = config.learning_rate, total_steps - warmup
+    after = {
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[config.lr_scheduler_type]()
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decays(params: Any) -> Any:
+    """Which parameters decay: matrices and embeddings, not norms and biases."""
+    matrices = ("kernel", "embedding", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_of(path).endswith(matrices), params
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Clip, then AdamW: Loshchilov and Hutter (2019), Decoupled Weight Decay, algorithm 2."""
+    adamw = optax.adamw(
+        schedule,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    if not config.max_grad_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

@@ -1,0 +1,147 @@
+"""The model, tokenizer and template that a configuration names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from easyaira.config.run import RunConfig
+from easyaira.data.template import Template
+from easyaira.errors import ConfigError, TokenizerError
+from easyaira.models.layers import Compute
+from easyaira.models.model import Model
+from easyaira.models.registry import model_of
+from easyaira.storage import pretrained
+from easyaira.storage.pretrained import Pretrained
+
+
+class Found(NamedTuple):
+    """The model of a run, and how it takes text."""
+
+    origin: Pretrained
+    stored: Model
+    model: Model
+    tokenizer: Any
+    template: Template
+    max_length: int
+
+
+def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
+    """Find and check model, tokenizer, template and lengths. No weight is read.
+
+    Args:
+        config: the run's.
+        mesh: where it will run.
+        scorer: the model is to score texts, or to write them; None: as its config.json says.
+
+    Raises:
+        EasyAiraError: whatever is wrong with them.
+    """
+    random = config.model.init == "random"
+    name, revision = config.model.name_or_path, config.model.revision
+    origin = pretrained.find(name, revision, weights_wanted=not random)
+    where, compute = str(origin.folder), _compute(config, mesh)
+    stored = model_of(origin.config, where, compute, scorer=scorer)
+    if config.model.max_positions is not None:
+        stored = _with_positions(stored, config.model.max_positions)
+    if not random:
+        origin.check(stored)
+    tokenizer = origin.tokenizer(config.model.tokenizer)
+    encoder = stored.architecture.encoder
+    template = Template(
+        tokenizer,
+        _encoder_template(config, tokenizer, stored) if encoder else config.data.template,
+        origin.config["model_type"],
+        config.data.allowed_tokens,
+        padded=stored.scorer and not encoder,
+    )
+    model = _resized(config, stored, template)
+    positions = model.config.max_positions
+    max_length = config.data.max_length or positions
+    if max_length > positions:
+        raise ConfigError(
+            f"data.max_length: {max_length} is more than the model's {positions} positions"
+        )
+    return Found(origin, stored, model, tokenizer, template, max_length)
+
+
+KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}  # of attention, the first choice first
+# cuDNN's backward pass gives NaN at lengths with a remainder of 64 by 128, where a mask is passed
+# and a query sees nothing: pytorch/pytorch#196678
+ROW_MULTIPLE = {"gpu": 128}
+
+
+def _compute(config: RunConfig, mesh: Mesh) -> Compute:
+    device = mesh.devices.flat[0]
+    platform, kernels = device.platform, KERNELS.get(device.platform, ())
+    if device.device_kind in ("TPU v2", "TPU v3"):
+        kernels = ()  # splash multiplies in bfloat16, for which these have no instruction
+    dtype, attention = config.model.dtype, config.model.attention
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    if attention == "auto":
+        attention = (*kernels, "xla")[0]
+    if attention not in ("xla", *kernels):
+        where = device.device_kind if platform == "tpu" else platform
+        raise ConfigError(f"model.attention: there is no {attention} on {where}; use auto")
+    if tf32 := dtype == "tf32":
+        dtype = "float32"
+    return Compute(
+        jnp.dtype(dtype),
+        config.model.gradient_checkpointing,
+        config.model.dropout,
+        attention,
+        tf32=tf32,
+    )
+
+
+def _encoder_template(config: RunConfig, tokenizer: Any, model: Model) -> str:
+    """The one template that an encoder has.
+
+    Raises:
+        ConfigError: options that an encoder does not have.
+        TokenizerError: it pads with another token than the model knows.
+    """
+    if config.data.template not in ("chat", "encoder"):
+        raise ConfigError(
+            f"data.template: {config.data.template} is for models that write; an encoder takes "
+            "text as its tokenizer frames it, so leave it out"
+        )
+    if config.data.share_prompt == "always":
+        raise ConfigError(
+            "data.share_prompt: in an encoder a prompt sees the answer, so two answers cannot "
+            "share one; leave it out"
+        )
+    known = getattr(model.config, "pad_token_id", tokenizer.pad_token_id)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id != known:
+        raise TokenizerError(
+            f"tokenizer: pads with {tokenizer.pad_token_id}, and config.json has pad_token_id "
+            f"{known}, from which positions count; use the model's own tokenizer"
+        )
+    return "encoder"
+
+
+def _with_positions(model: Model, count: int) -> Model:
+    """The model with another longest sequence; no weight depends on it."""
+    if not hasattr(model.config, "rope_theta"):
+        raise ConfigError(
+            "model.max_positions: is for rotary positions; this model has a table of "
+            f"{model.config.max_positions} learned ones, so leave it out"
+        )
+    return replace(model, config=replace(model.config, max_position_embeddings=int(count)))
+
+
+def _resized(config: RunConfig, stored: Model, template: Template) -> Model:
+    """The model with the vocabulary that the tokenizer and the configuration ask for."""
+    length = len(template.tokenizer)
+    if config.model.resize is None and not template.added:
+        if length > stored.vocab_size:
+            raise TokenizerError(
+                f"tokenizer: has {length} tokens and the embedding {stored.vocab_size} rows; use "
+                "the model's own tokenizer, or set model.resize to mean"
+            )
+        return stored
+    return replace(stored, config=replace(stored.config, vocab_size=length))

@@ -1,0 +1,146 @@
+"""The training step. An algorithm is the loss function that it is given.
+
+A loss function maps (params, frozen, batch, key) to sums: `{name: (sum, count)}`, where `loss` is
+minimised. Sums and counts are added up over micro-batches, devices and steps, and divided once.
+Weights that are not trained (a DPO reference) are `frozen`, an argument and no constant of the
+compiled program.
+
+Values that are no averages go under PER_EXAMPLE, as `{name: [B, ...]}` for the examples of a
+micro-batch: an evaluation hands all of them to the algorithm's summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyaira.distributed.sharding import constrain, like
+from easyaira.distributed.tree import abstract
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array | None], Sums]
+Summary = Callable[[Mapping[str, np.ndarray]], Mapping[str, float | None]]
+PER_EXAMPLE = "examples"
+
+
+class State(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+        step: updates done.
+        params: float32 weights.
+        opt_state: the optimizer's.
+        failed: the first update whose numbers were not finite, or -1. From then on nothing changes.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    failed: jax.Array
+
+
+def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of a state: the optimizer's part is divided like the weights.
+
+    Args:
+        params: arrays, or their shapes with shardings.
+    """
+    replicated = NamedSharding(mesh, P())
+    opt_shapes = jax.eval_shape(tx.init, params)
+    opt_shardings = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        opt_shapes,
+        jax.tree.map(lambda leaf: leaf.sharding, params),
+        transform_non_params=lambda _: replicated,
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return State(scalar, abstract(params), like(opt_shapes, opt_shardings), scalar)
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state before the first update."""
+    target = abstract_state(params, tx, mesh)
+    of = jax.tree.map(lambda leaf: leaf.sharding, target)
+    opt_state = jax.jit(tx.init, out_shardings=of.opt_state)(params)
+    return resume_state(0, params, opt_state, mesh)
+
+
+def resume_state(step: int, params: Any, opt_state: Any, mesh: Mesh) -> State:
+    """The state after `step` updates."""
+    at, none = (jax.device_put(jnp.int32(n), NamedSharding(mesh, P())) for n in (step, -1))
+    return State(at, params, opt_state, none)
+
+
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callable:
+    """(state, frozen, batch, key) -> (state, sums). The batch's first axis counts micro-batches.
+
+    Gradients of the summed loss are added up and divided by its count once, so that an update does
+    not depend on how it was cut into micro-batches. `key` is for dropout; None trains without.
+    """
+
+    def gradients(params, frozen, batch, key):
+        def total(params):
+            sums = loss_fn(params, frozen, batch, key)
+            sums.pop(PER_EXAMPLE, None)
+            return sums["loss"][0], sums
+
+        return jax.grad(total, has_aux=True)(params)
+
+    def train_step(state: State, frozen: Any, batch: Mapping[str, jax.Array], key: Any):
+        parts = batch["tokens"].shape[0]
+        key = None if key is None else jax.random.fold_in(key, state.step)
+
+        def micro(i):
+            part_key = None if key is None else jax.random.fold_in(key, i)
+            part = jax.tree.map(lambda array: array[i], batch)
+            return gradients(state.params, frozen, part, part_key)
+
+        def add(total, i):
+            return jax.tree.map(jnp.add, total, micro(i)), None
+
+        if parts == 1:
+            grads, sums = micro(0)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro, 0))
+            (grads, sums), _ = jax.lax.scan(add, zeros, jnp.arange(parts))
+        loss, count = sums["loss"]
+        grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        failed = jnp.where(ok | (state.failed >= 0), state.failed, state.step)
+        state = State(state.step + 1, params, opt_state, failed)
+        return state, sums | {"grad_norm": (grad_norm, jnp.float32(1)), "failed": (failed, 1)}
+
+    return train_step
+
+
+def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Any:
+    """The training step as a program; the state comes back as it lay, in the memory it lay in."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(loss_fn, tx)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable:
+    """(params, frozen, batch) -> (sums, what is known of each example), without gradients."""
+
+    def eval_step(params, frozen, batch):
+        sums = loss_fn(params, frozen, jax.tree.map(lambda array: array[0], batch), None)
+        examples = sums.pop(PER_EXAMPLE, {})
+        return sums, jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), examples)
+
+    return jax.jit(eval_step)
