@@ -45,6 +45,12 @@ class UnsafeInputError(EasyAiraError):
     exit_status = 2
 
 
+class CheckFailed(EasyAiraError):
+    """A check of the self-test."""
+
+    exit_status = 2
+
+
 class NonFiniteError(EasyAiraError):
     """A loss or a gradient was NaN or infinite; the parameters from before it are kept."""
 

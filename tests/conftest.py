@@ -22,7 +22,9 @@ from jaxtyping import install_import_hook
 
 # arguments are checked where arrays are; elsewhere beartype refuses what is no mistake, such as
 # jsonargparse's restricted numbers
-CHECKED = [f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "train.optimizer")]
+CHECKED = [
+    f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "train.optimizer")
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 from easyaira.distributed import mesh as meshes

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from easyaira import selftest
-from easyaira.errors import Preempted
+from easyaira.errors import CheckFailed, Preempted
 from easyaira.losses import preference
+from easyaira.run import device_checks
 from easyaira.train import kernel_check
 
 
@@ -35,7 +36,7 @@ def rows(monkeypatch, capsys):
 
 
 def fail():
-    raise selftest.Failure("weights differ the second time")
+    raise CheckFailed("weights differ the second time")
 
 
 def break_down():
@@ -65,7 +66,7 @@ def test_a_signal_is_no_failed_check():
 
 
 def test_sums_pass_here_and_noise_is_found(monkeypatch):
-    assert "one result" in selftest.sums()
+    assert "one result" in device_checks.sums()
     pair_sums, calls = preference.pair_sums, []
 
     def noisy(*args, pairs):
@@ -74,12 +75,12 @@ def test_sums_pass_here_and_noise_is_found(monkeypatch):
 
     monkeypatch.setattr(preference, "pair_sums", noisy)
     monkeypatch.setattr(jax, "jit", lambda f: f)
-    with pytest.raises(selftest.Failure, match="other bits the second time"):
-        selftest.sums()
+    with pytest.raises(CheckFailed, match="other bits the second time"):
+        device_checks.sums()
 
 
 def test_layouts_hold_what_kernels_stumble_over():
-    found = selftest.layouts()
+    found = device_checks.layouts()
     lengths = {segments.shape[1] for segments, _ in found.values()}
     assert {64, 192, 320} <= lengths  # a remainder of 64 by 128
     assert any(length % 128 == 0 for length in lengths) and 24 in lengths
@@ -90,11 +91,13 @@ def test_layouts_hold_what_kernels_stumble_over():
 
 
 def test_faults_of_a_kernel_are_listed_and_those_of_xla_fail(monkeypatch):
-    monkeypatch.setattr(selftest, "layouts", lambda: {"64": (np.ones((1, 64)), np.zeros((1, 64)))})
+    monkeypatch.setattr(
+        device_checks, "layouts", lambda: {"64": (np.ones((1, 64)), np.zeros((1, 64)))}
+    )
     monkeypatch.setattr(kernel_check, "problem", lambda *args: "the output was not finite")
-    assert "0 of 2 layouts" in selftest.attention_by("cudnn")
-    with pytest.raises(selftest.Failure, match="not finite"):
-        selftest.attention_by("xla")
+    assert "0 of 2 layouts" in device_checks.attention_by("cudnn", "bfloat16")
+    with pytest.raises(CheckFailed, match="not finite"):
+        device_checks.attention_by("xla", "bfloat16")
 
 
 def test_losses_that_differ_from_the_cpus_are_found(tmp_path):
@@ -109,9 +112,9 @@ def test_losses_that_differ_from_the_cpus_are_found(tmp_path):
     write("cpu", 0.01)
     assert "within 0.00" in selftest.against_cpu(tmp_path, lambda: None)
     write("cpu", 0.2)
-    with pytest.raises(selftest.Failure, match="losses differ by 0.07"):
+    with pytest.raises(CheckFailed, match="losses differ by 0.07"):
         selftest.against_cpu(tmp_path, lambda: None)
     write("cpu", 0.0)
     write("cpu", jnp.nan, ["sft"])
-    with pytest.raises(selftest.Failure, match="losses differ by nan"):
+    with pytest.raises(CheckFailed, match="losses differ by nan"):
         selftest.against_cpu(tmp_path, lambda: None)

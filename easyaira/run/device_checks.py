@@ -1,0 +1,173 @@
+"""What the self-test asks of a device alone: repeatable sums, attention, speed.
+
+Each check returns what it saw, in one line.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from easyaira.algorithms import sft
+from easyaira.data.packing import Shape
+from easyaira.distributed import mesh as meshes
+from easyaira.errors import CheckFailed
+from easyaira.losses import preference
+from easyaira.models.embedding import sum_by_id
+from easyaira.models.layers import Compute
+from easyaira.models.registry import model_of
+from easyaira.plan import cost
+from easyaira.train import kernel_check, metrics
+from easyaira.train import step as steps
+from easyaira.train.resolve import KERNELS
+from easyaira.train.step import init_state
+
+PACKAGES = "easyaira jax jaxlib flax optax orbax-checkpoint numpy transformers".split()
+
+
+def kernels() -> tuple[str, ...]:
+    """Ways to compute attention on this device; XLA's is the first."""
+    return ("xla", *KERNELS.get(jax.default_backend(), ()))
+
+
+def machine() -> str:
+    devices = jax.devices()
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    backend = " ".join(devices[0].client.platform_version.split())
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"{len(devices)} x {devices[0].device_kind}; {backend}; Python {python}; {versions}"
+
+
+def sums() -> str:
+    """Answers of pairs and rows of an embedding, added up 20 times, and in float64."""
+    rng = np.random.default_rng(0)
+    rows, length, pairs = 32, 640, 64
+    segment_ids = np.repeat(np.arange(1, pairs + 1), rows * length // pairs).reshape(rows, length)
+    sides = np.tile(np.repeat([1, 2], length // 4), (rows, 2))
+    logps = -rng.exponential(5, (rows, length)).astype(np.float32)
+    mask = np.ones((rows, length), bool)
+    values = rng.normal(size=(1, rows * length, 64)).astype(np.float32)
+    ids = rng.zipf(1.3, (1, rows * length)).clip(0, 4095).astype(np.int32)
+    of_pairs = jax.jit(partial(preference.pair_sums, pairs=pairs))
+    of_rows = jax.jit(partial(sum_by_id, size=4096))
+
+    rows_of_pairs = [jnp.asarray(x) for x in (logps, mask, segment_ids, sides)]
+    tokens = [jnp.asarray(x) for x in (values, ids)]
+
+    def both() -> list[np.ndarray]:
+        return [np.asarray(x) for x in (of_pairs(*rows_of_pairs), of_rows(*tokens))]
+
+    first = both()
+    for _ in range(19):
+        if any((x != y).any() for x, y in zip(first, both(), strict=True)):
+            raise CheckFailed("the same sum has other bits the second time")
+    answers = np.zeros((pairs, 2))
+    np.add.at(answers, (segment_ids - 1, sides - 1), logps.astype(np.float64))
+    table = np.zeros((4096, 64))
+    np.add.at(table, ids[0], values[0].astype(np.float64))
+    errors = [
+        np.abs(x - y).max() / np.abs(y).max()
+        for x, y in zip(first, (answers, table[None]), strict=True)
+    ]
+    if max(errors) > 1e-5:
+        raise CheckFailed(f"a sum is off by {max(errors):.1g}, relative to the largest")
+    scatter = jax.jit(lambda v, i: jnp.zeros((4096, 64)).at[i].add(v))
+    others = sum(
+        (np.asarray(scatter(values[0], ids[0])) != np.asarray(scatter(values[0], ids[0]))).any()
+        for _ in range(5)
+    )
+    return (
+        f"20 calls, one result; relative error {max(errors):.1g}; "
+        f"a plain scatter-add differed in {others} of 5 pairs of calls"
+    )
+
+
+def layouts() -> dict[str, tuple[Any, Any]]:
+    """Rows as runs have them, and as kernels have stumbled over: (segment ids, sides)."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for length in (24, 64, 128, 192, 256, 320, 640, 1000, 1024):
+        for shared in (True, False):
+            segments, sides = np.zeros((2, 4, length), np.int32)
+            for row in range(3):  # the last row is padding
+                at, number = 0, 1 + 8 * row
+                while at < length and number <= 8 * (row + 1):
+                    most = max(3, length // (3 * (row + 1)))
+                    sizes = rng.integers(1, most, 3) if shared else (rng.integers(2, most), 0, 0)
+                    block = np.repeat([0, 1, 2], sizes)[: length - at]
+                    segments[row, at : at + len(block)] = number
+                    sides[row, at : at + len(block)] = block
+                    at, number = at + len(block), number + 1
+            found[f"{length}{', prompts shared' if shared else ''}"] = segments, sides
+    full = np.ones((2, 512), np.int32)
+    found["512, full"] = full, 0 * full
+    return found
+
+
+def attention_by(name: str, dtype: str) -> str:
+    """A kernel's faults are said, and no failure: a run does not use a kernel that is wrong on its
+    rows. XLA's attention is what it falls back to."""
+    heads = [kernel_check.Heads(4, 4, 64), kernel_check.Heads(4, 2, 128)]
+    faults, count = [], 0
+    for of in heads:
+        for shape, (segment_ids, sides) in layouts().items():
+            compute = Compute(jnp.dtype(dtype), attention=name, shared_prompt="shared" in shape)
+            problem = kernel_check.problem(segment_ids, sides, of, compute)
+            count += 1
+            faults += [f"{problem} ({shape}; heads of {of.width})"] if problem else []
+    seen = f"{count - len(faults)} of {count} layouts within rounding" + "".join(
+        f"; {f}" for f in faults
+    )
+    if faults and name == "xla":
+        raise CheckFailed(seen)
+    return seen
+
+
+def speed(dtype: str) -> str:
+    """Tokens of an SFT update, rows full of tokens, after two updates of warm-up."""
+    on_cpu = jax.default_backend() == "cpu"
+    rows, length, updates = (1, 128, 2) if on_cpu else (32, 640, 10)
+    shape = Shape(rows, length)
+    kernel = (*KERNELS.get(jax.default_backend(), ()), "xla")[0]
+    model = model_of(
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        "GPT-2",
+        Compute(jax.numpy.dtype(dtype), attention=kernel),
+    )
+    mesh = meshes.make_mesh("fsdp=-1", jax.devices()[:1])
+    ids = np.random.default_rng(0).integers(0, 50257, (1, *shape), np.int32)
+    batch = {
+        "tokens": ids,
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape),
+        "segment_ids": np.ones_like(ids),
+        "sides": np.zeros_like(ids),
+        "loss_mask": np.ones(ids.shape, bool),
+    }
+    with model.on(mesh):
+        tx = optax.adamw(1e-5)
+        params = jax.jit(model.init)(jax.random.key(0))
+        state = init_state(params, tx, mesh)
+        del params
+        step = steps.jit_train_step(sft.sft(model), tx, state)
+        times = []
+        for _ in range(2 + updates):
+            began = time.perf_counter()
+            state, sums = step(state, None, batch, None)
+            jax.block_until_ready(state)
+            times.append(time.perf_counter() - began)
+    loss = float(sums["loss"][0]) / float(sums["loss"][1])
+    if not np.isfinite(loss):
+        raise CheckFailed("the loss is not finite")
+    rate = rows * length / sorted(times[2:])[updates // 2]
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    mfu = f", MFU {rate * cost.flops_per_token(model, False, None) / peak:.0%}" if peak else ""
+    seen = f"{rate:,.0f} tokens/s in {dtype}, {rows} rows of {length}{mfu}"
+    return f"{seen}; first update after {times[0]:.0f} s"
