@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import call
 
 from easyaira import __main__, __version__, cli, train_dpo
 from easyaira.config.run import TrainDPO, TrainSFT, to_dict
 from easyaira.errors import ConfigError
+from helpers.processes import call
 
 NEEDED = ["--model.name_or_path", "m", "--data.train", "d"]
 

@@ -83,7 +83,7 @@ def wanted(q, k, v, grad, mask):
 
 def check(q, k, v, grad, segments, sides, tiles=None, scale=1):
     """Outputs and gradients equal those by hand, and are 0 where nothing is seen."""
-    mask = visible(segments, sides)
+    mask = visible(jnp.asarray(segments), jnp.asarray(sides))
     found, right = ours(q, k, v, grad, segments, sides, tiles), wanted(q, k, v, grad, mask)
     blind, unseen = (~np.asarray(mask).any(axis) for axis in (2, 1))
     for name, x, y, nothing in zip(
@@ -164,7 +164,8 @@ def test_ends_equal_the_contract(kind):
     """Of all queries, padding and side 3 too, which the contract lets see what they may."""
     for seed, length in itertools.product(range(25), (1, 40, 97)):
         segments, sides = layout(kind, 4, length, seed=seed)
-        assert np.array_equal(seen_by_ends(segments, sides), visible(segments, sides))
+        wanted = visible(jnp.asarray(segments), jnp.asarray(sides))
+        assert np.array_equal(seen_by_ends(segments, sides), wanted)
     assert ends(segments, sides).dtype == jnp.int32
     lowered = jax.jit(ends).lower(segments, sides).as_text()
     assert "scatter" not in lowered and "97x97" not in lowered
@@ -188,7 +189,8 @@ def test_ends_equal_the_contract_in_batches_with_padding_that_is_learned(tmp_pat
 
 def of_batch(found):
     for segments, sides in zip(found["segment_ids"], found["sides"], strict=True):
-        assert np.array_equal(seen_by_ends(segments, sides), visible(segments, sides))
+        wanted = visible(jnp.asarray(segments), jnp.asarray(sides))
+        assert np.array_equal(seen_by_ends(segments, sides), wanted)
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_moves_nothing():

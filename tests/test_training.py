@@ -149,10 +149,10 @@ def test_every_fast_path_at_once_changes_nothing(
     monkeypatch.setattr(attention, "BLOCK", 8)
     interpreted = partial(splash._splash_rows, interpret=True)
     monkeypatch.setattr(splash, "_splash_rows", interpreted)
-    monkeypatch.setattr(resolve, "KERNELS", {"cpu": kernel})
+    monkeypatch.setattr(resolve, "KERNELS", {"cpu": (kernel,)})
     devices(8)
     fast = {"data.share_prompt": "always"} if task == "dpo" else {}
-    fast |= {"max_steps": 4, "mesh": "dp=2,fsdp=2,tp=2"}
+    fast |= {"max_steps": 4, "mesh": "dp=2,fsdp=2,tp=2", "model.attention": kernel}
     other_rows, other = train(*args, tmp_path / "fast", **fast)
     np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
     close(other, params, 1e-4)

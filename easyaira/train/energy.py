@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -113,6 +114,8 @@ def track(config: EnergyConfig | None, folder: Path) -> Iterator[None]:
 def _tracker(config: EnergyConfig) -> Any:
     from codecarbon import OfflineEmissionsTracker
 
+    # it speaks before it reads `log_level`
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)
     # process: where power has to be estimated from load, others on the machine are not our doing.
     # Everything that would reach over the network is said to be off, whatever a file of CodeCarbon
     # in the home folder says.
