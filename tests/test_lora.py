@@ -449,10 +449,10 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
     seen = {}
     real = loop.fit
 
-    def watched(state, frozen, **others):
+    def watched(state, frozen, batches, **others):
         seen["opt_state"] = jax.eval_shape(lambda s: s, state.opt_state)
         before = jax.device_get(frozen)
-        state = real(state, frozen, **others)
+        state = real(state, frozen, batches, **others)
         same_bits(jax.device_get(frozen), before)
         seen["frozen"] = frozen
         return state

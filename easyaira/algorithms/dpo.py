@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from easyaira.algorithms import reference as references
 from easyaira.algorithms import reference_cache
@@ -24,7 +23,7 @@ from easyaira.distributed.sharding import constrain
 from easyaira.losses import preference, token_logps
 from easyaira.models.model import Model
 from easyaira.train import loader, metrics
-from easyaira.train.algorithm import Algorithm
+from easyaira.train.algorithm import Algorithm, Beginning
 from easyaira.train.setup import Setup
 from easyaira.train.step import LossFn, Sums
 
@@ -128,9 +127,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
     )
 
 
-def begin(
-    setup: Setup, params: Any, folder: Path, first: bool
-) -> tuple[Any, Mapping[str, np.ndarray], Mapping[str, np.ndarray], Mapping[str, float]]:
+def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     """The reference as training needs it, and what is measured before the first update.
 
     Raises:
@@ -161,7 +158,7 @@ def begin(
     else:
         frozen = references.reference_weights(setup)
     if not first:
-        return frozen, known, known_held_out, {}
+        return Beginning(frozen, known, known_held_out)
     batch = replace(setup.batches, known=known)[0]
     arrays = loader.to_device(batch, setup.mesh)
     policy = score(params, arrays)
@@ -171,7 +168,8 @@ def begin(
         check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, again)))
     sums = jax.vmap(lambda scores, ref: dpo_sums(scores, ref, config.dpo))(policy, ref_logps)
     before = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
-    return frozen, known, known_held_out, metrics.averages(metrics.add({}, before))
+    at_start = metrics.averages(metrics.add({}, before))
+    return Beginning(frozen, known, known_held_out, at_start)
 
 
 def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Array]], Any]:

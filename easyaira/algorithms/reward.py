@@ -15,7 +15,7 @@ from easyaira.data.dataset import task_of
 from easyaira.data.recipe import recipe_of
 from easyaira.losses.scores import binary, bradley_terry, roc_auc
 from easyaira.models.model import Model
-from easyaira.train.algorithm import Algorithm
+from easyaira.train.algorithm import Algorithm, Beginning
 from easyaira.train.setup import Setup
 from easyaira.train.step import PER_EXAMPLE, LossFn, Sums
 
@@ -64,7 +64,7 @@ def reward_algorithm(config: TrainReward) -> Algorithm:
     def begin(setup, params, folder, first):
         parts = (setup.batches, setup.held_out)
         known = [{"labels": p.examples.labels} if p and labelled(setup) else {} for p in parts]
-        return None, *known, {}
+        return Beginning(None, *known)
 
     return Algorithm(
         recipe=lambda max_length: recipe_of(

@@ -12,7 +12,7 @@ from easyaira.config.run import TrainSFT
 from easyaira.data.recipe import recipe_of
 from easyaira.losses import token_logps
 from easyaira.models.model import Model
-from easyaira.train.algorithm import Algorithm
+from easyaira.train.algorithm import Algorithm, Beginning
 from easyaira.train.step import LossFn, Sums
 
 
@@ -39,5 +39,5 @@ def sft_algorithm(config: TrainSFT) -> Algorithm:
         recipe=lambda max_length: recipe_of("conversation", config.data, max_length, config.sft),
         loss_fn=lambda setup: sft(setup.model),
         frozen=lambda setup: None,
-        begin=lambda setup, params, folder, first: (None, {}, {}, {}),
+        begin=lambda setup, params, folder, first: Beginning(),
     )

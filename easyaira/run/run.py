@@ -34,8 +34,12 @@ from easyaira.run import report as run_report
 from easyaira.run.samples import Samples
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.train import energy, kernel_check, loop, metrics
+from easyaira.train import step as steps
 from easyaira.train.algorithm import Algorithm
+from easyaira.train.evaluation import Evaluate
 from easyaira.train.log import Log, NoLog
+from easyaira.train.record import Record
+from easyaira.train.saving import Save, Stop
 from easyaira.train.setup import Setup, prepare
 from easyaira.train.step import abstract_state, init_state, resume_state
 
@@ -124,7 +128,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
 def _updates(
     setup: Setup,
     algorithm: Algorithm,
-    stop: StopSignal,
+    signal: StopSignal,
     checkpoints: Checkpoints,
     facts: Facts,
     checked: Mapping[str, str],
@@ -147,39 +151,60 @@ def _updates(
             check_base(saved["lora"], setup.base.fingerprint, str(folder))
         state = resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
-    frozen, known, known_held_out, before = algorithm.begin(
-        setup, setup.weights(params), folder, step is None
-    )
+    began = algorithm.begin(setup, setup.weights(params), folder, step is None)
     samples = Samples(setup, folder / "samples.json")
     if step is None:
         samples.answer("before", setup.weights(params))
     del params  # the first update gives its memory away
+    until, mesh = setup.total_steps, setup.mesh
+    batches = replace(setup.batches, known=began.known)
+    held_out = setup.held_out and replace(setup.held_out, known=began.known_held_out)
+    peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
     log = NoLog()
     if hosts.first():
-        log = Log(folder, step or 0, setup.total_steps, window.unmeasured)
+        log = Log(folder, step or 0, until, window.unmeasured)
+    loss_fn = setup.loss_fn(algorithm)
+    train_step = steps.jit_train_step(loss_fn, setup.tx, state)
+    stop = Stop(signal, mesh, until)
     try:
         state = loop.fit(
             state,
-            setup.frozen(frozen),
-            loss_fn=setup.loss_fn(algorithm),
-            tx=setup.tx,
-            schedule=setup.schedule,
-            batches=replace(setup.batches, known=known),
-            held_out=setup.held_out and replace(setup.held_out, known=known_held_out),
-            total_steps=setup.total_steps,
-            config=config,
-            mesh=setup.mesh,
-            key=setup.dropout_key,
-            flops_per_token=cost.flops_per_token(setup.model, frozen is not None, setup.adapter),
-            before={**before, **checked},
-            window=window,
-            log=log,
-            checkpoints=checkpoints,
-            meta=facts.to_meta()
-            | adapted(setup)
-            | {"easyaira": easyaira.__version__, "run": provenance.identity(setup)},
+            setup.frozen(began.frozen),
+            batches,
+            step=lambda state, frozen, arrays: train_step(state, frozen, arrays, setup.dropout_key),
+            until=until,
+            evaluate=Evaluate(
+                steps.make_eval_step(loss_fn),
+                held_out,
+                mesh,
+                every=config.eval_steps,
+                until=until,
+                summary=algorithm.summary,
+                stop=stop,
+            ),
+            record=Record(
+                log,
+                window,
+                batches,
+                start=step or 0,
+                every=config.logging_steps,
+                until=until,
+                facts={**began.metrics, **checked},
+                schedule=setup.schedule,
+                flops=cost.flops_per_token(setup.model, began.frozen is not None, setup.adapter),
+                peak=peak and peak * mesh.size,
+                latest=checkpoints.latest,
+            ),
+            save=Save(
+                checkpoints,
+                every=config.save_steps,
+                until=until,
+                meta=facts.to_meta()
+                | adapted(setup)
+                | {"easyaira": easyaira.__version__, "run": provenance.identity(setup)},
+                seed=config.seed,
+            ),
             stop=stop,
-            summary=algorithm.summary,
         )
     finally:
         log.close()

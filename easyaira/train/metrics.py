@@ -56,6 +56,11 @@ class Window:
             "unmeasured": self.unmeasured,
         }
 
+    @property
+    def running(self) -> bool:
+        """Time counts."""
+        return self._since is not None
+
     def run(self) -> None:
         """Let time count: not while the first update compiles, nor in evaluation and saving."""
         self._since = self._since or time.perf_counter()

@@ -1,0 +1,73 @@
+"""Metrics of the held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from easyaira.data.batches import Batches
+from easyaira.train import loader, metrics
+from easyaira.train.saving import Stop, due
+from easyaira.train.step import Summary
+
+
+class Evaluation(NamedTuple):
+    """Held-out metrics, named eval_...; not complete if a signal interrupted them."""
+
+    metrics: dict[str, float | None]
+    complete: bool = True
+
+
+class Evaluate:
+    """Evaluates at every `every` updates and at the last.
+
+    Args:
+        step: (params, frozen, arrays) -> (sums, what is known of each example).
+        held_out: its examples, in micro-batches; None: there are none, and nothing is due.
+        summary: further metrics, of all examples together.
+        stop: asked after each batch; where it stops, the evaluation is interrupted.
+    """
+
+    def __init__(
+        self,
+        step: Callable,
+        held_out: Batches | None,
+        mesh: Mesh,
+        *,
+        every: int,
+        until: int,
+        summary: Summary | None = None,
+        stop: Stop,
+    ):
+        self.step, self.held_out, self.mesh = step, held_out, mesh
+        self.every, self.until = every, until
+        self.summary, self.stop = summary, stop
+
+    def due(self, number: int) -> bool:
+        return self.held_out is not None and due(number, self.every, self.until)
+
+    def __call__(self, params: Any, frozen: Any) -> Evaluation:
+        """Averages over all held-out examples. Where the run is about to stop, none are made."""
+        if self.stop.stopping:
+            return Evaluation({}, complete=False)
+        if self.held_out is None:
+            return Evaluation({})
+        sums: metrics.Sums = {}
+        known: dict[str, list[np.ndarray]] = {}
+        count = len(self.held_out)
+        for ready in loader.ahead(self.held_out, 0, count, self.mesh, "of the evaluation"):
+            more, examples = jax.device_get(self.step(params, frozen, ready.arrays))
+            if self.stop.look_now():
+                return Evaluation({}, complete=False)
+            sums = metrics.add(sums, more)
+            for name, values in examples.items():
+                known.setdefault(name, []).append(values[ready.batch.slots[:, 1]])
+        row: dict[str, float | None] = dict(metrics.averages(sums, "eval_"))
+        if self.summary is not None:
+            of_all = {name: np.concatenate(parts) for name, parts in known.items()}
+            row |= {f"eval_{name}": value for name, value in self.summary(of_all).items()}
+        return Evaluation(row)

@@ -1,0 +1,142 @@
+"""The numbers of updates, from the device to metrics.jsonl, TensorBoard and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from easyaira.data.batches import Batches
+from easyaira.errors import NonFiniteError
+from easyaira.train.evaluation import Evaluation
+from easyaira.train.loader import Ready
+from easyaira.train.log import Log, NoLog
+from easyaira.train.metrics import Window
+from easyaira.train.saving import due
+from easyaira.train.step import Sums
+
+
+class Pending(NamedTuple):
+    """An update whose numbers are still on the device."""
+
+    number: int
+    ready: Ready
+    sums: Sums
+
+
+class Record:
+    """Fetches numbers one update late, so that the device never waits for the host.
+
+    Args:
+        window: sums since the last logged update.
+        facts: the metrics before the first update.
+        schedule: of the learning rate.
+        flops: of an update, for each real token.
+        peak: FLOP/s of all devices; None: unknown, and `mfu` too.
+        latest: the newest checkpoint, for the message of an update that failed.
+    """
+
+    def __init__(
+        self,
+        log: Log | NoLog,
+        window: Window,
+        batches: Batches,
+        *,
+        start: int,
+        every: int,
+        until: int,
+        facts: Mapping[str, float | str],
+        schedule: optax.Schedule,
+        flops: float,
+        peak: float | None,
+        latest: Callable[[], int | None],
+    ):
+        self.log, self.window, self.batches = log, window, batches
+        self.start, self.every, self.until = start, every, until
+        self.facts, self.schedule, self.flops, self.peak = facts, schedule, flops, peak
+        self.latest = latest
+        self.shapes: set[Any] = set()  # of rows; each was compiled for
+        self.pending: list[Pending] = []
+
+    def wants_evaluation(self, number: int) -> bool:
+        """Before the first update, and where a run was stopped while it evaluated."""
+        return number == 0 or self.window.unmeasured
+
+    def before(self, number: int, evaluation: Evaluation) -> None:
+        """What is known before the first update of this process."""
+        self.window.unmeasured = False
+        if row := {**self.facts, **evaluation.metrics}:
+            self.log.write(number, row)
+
+    def update(self, number: int, ready: Ready, sums: Sums) -> None:
+        """An update that has been started; the numbers of those before it are fetched.
+
+        Raises:
+            NonFiniteError: an earlier update failed.
+        """
+        self.shapes.add(ready.batch.shape)
+        self.pending.append(Pending(number, ready, sums))
+        self.log.advance(1)
+        self._fetch(number - 1)
+        if number == self.start + 1:
+            self.pause()  # it waited for the compiler
+
+    def pause(self) -> None:
+        """Wait for the device. Until `resume`, time does not count."""
+        if self.pending:
+            jax.block_until_ready(self.pending[-1].sums)
+        self.window.pause()
+
+    def resume(self) -> None:
+        if not self.window.running:
+            self._fetch(self.until)
+            self.window.run()
+
+    def evaluation(self, number: int, evaluation: Evaluation) -> None:
+        """Held-out metrics after an update."""
+        self.window.unmeasured = not evaluation.complete
+        self._fetch(number, evaluation.metrics)
+
+    def to_save(self) -> dict[str, Any]:
+        """The window up to the newest update, for its checkpoint."""
+        self.pause()
+        self._fetch(self.until)
+        return self.window.to_save()
+
+    def _fetch(self, until: int, measured: Mapping[str, float | None] | None = None) -> None:
+        """Numbers of the updates up to `until`; write the rows that are due."""
+        while self.pending and self.pending[0].number <= until:
+            number, ready, sums = self.pending.pop(0)
+            sums = jax.device_get(sums)
+            if (failed := int(sums.pop("failed")[0])) >= 0:
+                raise NonFiniteError(self._failure(failed))
+            timed = number > self.start + 1
+            self.window.add(sums, ready.batch, ready.waited, timed=timed)
+            row = dict(measured or {}) if number == until else {}
+            if due(number, self.every, self.until):
+                row = self._row(number) | row
+            if row:
+                self.log.write(number, row)
+
+    def _row(self, number: int) -> dict[str, float | None]:
+        row = self.window.take()
+        row |= {
+            "learning_rate": float(self.schedule(number - 1)),
+            "epoch": number / len(self.batches),
+        }
+        rate = row["tokens_per_second"]
+        row["mfu"] = rate and self.peak and rate * self.flops / self.peak
+        row["compilations"] = len(self.shapes)
+        return row
+
+    def _failure(self, failed: int) -> str:
+        rows = self.batches.examples.rows[self.batches.members(failed)]
+        kept = self.latest()
+        where = "nothing was saved yet" if kept is None else f"checkpoint {kept} is from before it"
+        return (
+            f"update {failed + 1}: loss or gradient is not finite (rows {rows[:16].tolist()} of "
+            f"the data, counted from 0). The parameters were left as they were; {where}. A smaller "
+            "optimizer.learning_rate or float32 usually mends it"
+        )

@@ -1,0 +1,88 @@
+"""When to save, and when to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from easyaira.distributed import hosts, watchdog
+from easyaira.distributed.signals import StopSignal
+from easyaira.errors import Preempted
+from easyaira.storage.checkpoints import Checkpoints
+from easyaira.train.step import State
+
+
+def due(number: int, every: int, until: int) -> bool:
+    """Every `every` updates, if that is not 0, and after the last."""
+    return number == until or bool(every and number % every == 0)
+
+
+class Save:
+    """Saves at every `every` updates and at the last.
+
+    Args:
+        meta: stored with each checkpoint.
+        seed: of the order of the data, whose position is stored.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, *, every: int, until: int, meta: dict[str, Any], seed: int
+    ):
+        self.checkpoints, self.meta, self.seed = checkpoints, meta, seed
+        self.every, self.until = every, until
+
+    def due(self, number: int) -> bool:
+        return due(number, self.every, self.until)
+
+    def __call__(self, number: int, state: State, window: dict[str, Any]) -> None:
+        """Start saving; the state may be donated as soon as this returns."""
+        position = {"seed": self.seed, "update": number}
+        meta = self.meta | {"window": window}
+        self.checkpoints.save(number, state.params, state.opt_state, position, meta)
+
+    def wait(self) -> None:
+        watchdog.beat("saving")
+        self.checkpoints.wait()
+
+
+class Stop:
+    """Turns signals, which any host may receive, into one decision of all hosts.
+
+    Attributes:
+        stopping: the loop ends after the update under way.
+    """
+
+    def __init__(self, signal: StopSignal, mesh: Mesh, until: int):
+        self.signal, self.mesh, self.until = signal, mesh, until
+        self.stopping = False
+        self._asked: Any = False  # of the update before, on all hosts
+
+    def defer(self) -> None:
+        """From here on there is something to save: a signal waits for the end of the update."""
+        self.signal.deferred = True
+
+    def look(self) -> None:
+        """Once an update. With several hosts the flag is all-reduced asynchronously, so it takes
+        effect one update late."""
+        before, self._asked = self._asked, hosts.any_of(bool(self.signal.received), self.mesh)
+        self.stopping = bool(before if hosts.several() else self._asked)
+
+    def look_now(self) -> bool:
+        """Between the batches of an evaluation: waits for the other hosts' answer."""
+        if hosts.any_of(bool(self.signal.received), self.mesh):
+            self.stopping = True
+        return self.stopping
+
+    def raise_if_stopped(self, number: int) -> None:
+        """Raises:
+        Preempted: a signal came, also if only after the last update.
+        """
+        self.signal.deferred = False
+        received = self.signal.received
+        signal = hosts.problem_of_any(received) if self.stopping else received
+        if signal:
+            raise Preempted(
+                f"{signal} after update {number} of {self.until}; the state is saved, run the same "
+                "command again"
+            )
