@@ -198,7 +198,7 @@ def test_a_reference_that_differs_ends_in_one_line(
     in_step, models, data, tmp_path, monkeypatch, capsys
 ):
     def planted(setup):
-        return jax.tree.map(lambda x: x * 1.001, setup.load())
+        return jax.tree.map(lambda x: x * 1.001, setup.start_weights())
 
     options = {"dpo.precompute_ref_log_probs": not in_step}
     config, algorithm = configured(

@@ -471,7 +471,7 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
     count = setup.adapter.parameter_count()
     moments = [leaf.size for leaf in jax.tree.leaves(seen["opt_state"]) if leaf.size > 1]
     assert sum(moments) == 2 * count
-    same_bits(jax.device_get(seen["frozen"].base), jax.device_get(setup.base.params))
+    same_bits(jax.device_get(seen["frozen"].base), jax.device_get(setup.trainable.base.params))
     saved = Checkpoints(tmp_path / "run/checkpoints")
     meta = saved.meta(20)
     saved.close()
@@ -508,7 +508,7 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
 
     plain, start = (
         pair_scores(setup.model, tree, batch, pairs=8).logps
-        for tree in (setup.base.params, setup.load())
+        for tree in (setup.trainable.base.params, setup.start_weights())
     )
     np.testing.assert_array_equal(plain, start)
 
@@ -519,11 +519,11 @@ def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
         "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
     )
     setup = prepare(config, algorithm)
-    frozen = setup.frozen(setup.load())
+    frozen = setup.trainable.frozen(setup.start_weights())
     assert len(jax.tree.leaves(frozen.base)) == 12
     of_reference = [path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(frozen[1])]
     assert of_reference and all("/lora_" in path for path in of_reference)
-    shapes = setup.frozen_target(algorithm)
+    shapes = setup.trainable.frozen_target(algorithm.frozen(setup))
     assert jax.tree.structure(shapes) == jax.tree.structure(frozen)
     for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(frozen), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -608,7 +608,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     setup = prepare(config, algorithm)
     adapter = adapter_for("llama", setup.model)
     wanted = logits(setup.model, adapter.merge(tiny.load(models / "llama")[1], params), rows_of())
-    near(logits(setup.model, setup.load(), rows_of()), wanted)
+    near(logits(setup.model, setup.start_weights(), rows_of()), wanted)
     run(config, algorithm, dry_run=False)
     found = find(str(tmp_path / "second"))
     assert found.adapter["base"]["name"] == str(first / "checkpoints/10")
@@ -618,7 +618,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     again, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
     assert again[0]["rewards/margins"] == 0  # the reference is what the policy starts from
     setup = prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
-    same_bits(jax.device_get(setup.start()), params)
+    same_bits(jax.device_get(setup.trainable.start()), params)
     for change, message in (
         ({"lora.r": 2}, "lora.r: 2 here and 4 in"),
         ({"lora.alpha": 4}, "lora.alpha: 4.0 here and 8 in"),

@@ -118,7 +118,7 @@ def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
     config = tiny.SCORERS[kind]
     model = tiny.torch_model(config | {"vocab_size": setup.model.vocab_size})
     with torch.no_grad():  # the head of a decoder, and the padding token's row, are new
-        ours = tiny.as_theirs(setup.model, setup.load())
+        ours = tiny.as_theirs(setup.model, setup.start_weights())
         model.load_state_dict({n: torch.tensor(t) for n, t in ours.items()}, strict=True)
     adamw = torch_adamw(model)
 
@@ -347,16 +347,16 @@ def peft_base(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, tmp_path, devices):
-    whole = prepare(*configure(*reward(lora_ground, kind, "pair"), tmp_path / "x")).load()
+    whole = prepare(*configure(*reward(lora_ground, kind, "pair"), tmp_path / "x")).start_weights()
     setup = lora_setup(lora_ground, kind, tmp_path / "x")
-    model, adapter, start = setup.model, setup.adapter, setup.start()
+    model, adapter, start = setup.model, setup.adapter, setup.trainable.start()
     same_bits(start["score"], whole["score"])  # stored, or drawn from the same seed
-    assert "score" not in setup.base.params
+    assert "score" not in setup.trainable.base.params
     params = drawn(adapter)
     parts = (params | {"score": start["score"]}, params | {"model": start["model"]})
     merged = adapter.merge(whole, params)
     assert jax.tree.structure(merged) == jax.tree.structure(whole)
-    adapted = (setup.weights(tree) for tree in (start, params, *parts))
+    adapted = (setup.trainable.weights(tree) for tree in (start, params, *parts))
     before, after, new, tuned, *others = scores_of(model, whole, merged, *adapted)
     np.testing.assert_array_equal(new, before)
     np.testing.assert_allclose(tuned, after, atol=1e-5)
@@ -370,11 +370,11 @@ def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, 
     assert f"{count + of_layers:,} trainable parameters ({share:.4%})" in told
     assert f", and all of {', '.join(HEADS[kind])};" in told
     jax.tree.map(lambda leaf: leaf.delete(), start)  # as the first update does
-    wanted = jax.device_get(setup.start())
+    wanted = jax.device_get(setup.trainable.start())
     devices(8)
     divided = lora_setup(lora_ground, kind, tmp_path / "x", mesh="2,2,2")
-    same_bits(jax.device_get(divided.start()), wanted)
-    assert divided.base.fingerprint == setup.base.fingerprint
+    same_bits(jax.device_get(divided.trainable.start()), wanted)
+    assert divided.trainable.base.fingerprint == setup.trainable.base.fingerprint
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -416,7 +416,7 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
     recwarn.clear()
     loaded = PeftModel.from_pretrained(peft_base(lora_ground / kind), folder)
     assert not [w for w in recwarn if "missing" in str(w.message)]
-    ours = scores_of(setup.model, setup.weights(params), setup.weights(others))
+    ours = scores_of(setup.model, setup.trainable.weights(params), setup.trainable.weights(others))
     np.testing.assert_allclose(ours, [wanted, scores_in_peft(loaded)], atol=1e-5)
 
     config["modules_to_save"] = [*HEADS[kind], "embed_tokens"]
@@ -439,7 +439,7 @@ def test_the_head_is_trained_beside_the_adapter(kind, quantize, lora_ground, tmp
     _, params = train(*args, tmp_path / "through", **options)
     setup = prepare(*configure(*args, tmp_path / "through", **options))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["score"]):
-        before = setup.base.head["score"]
+        before = setup.trainable.base.head["score"]
         for key in path:
             before = before[key.key]
         # the last bias is the same for both answers of a pair, so it learns nothing
@@ -491,7 +491,7 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
         )
         setup = prepare(config, algorithm)
         assert "head    " not in plan_report.describe(setup)
-        np.testing.assert_allclose(scores_of(model, setup.load())[0], ours, atol=1e-5)
+        np.testing.assert_allclose(scores_of(model, setup.start_weights())[0], ours, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------

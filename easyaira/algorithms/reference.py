@@ -35,5 +35,5 @@ def reference_weights(setup: Setup) -> Any:
     """Always those that were there before training, whatever has been trained since."""
     name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
-        return setup.load()
+        return setup.start_weights()
     return pretrained.find(name).load(reference_model(setup), setup.mesh)

@@ -16,7 +16,7 @@ from easyaira.distributed.chips import chip_of
 from easyaira.distributed.sharding import like
 from easyaira.distributed.tree import by_path
 from easyaira.hf.table import pair_rows
-from easyaira.lora.adapter import Adapter, joined
+from easyaira.lora.adapter import Adapter
 from easyaira.losses import token_logps
 from easyaira.models.attention import BLOCK, MAX_BLOCKS
 from easyaira.models.layers import padded_vocab
@@ -92,14 +92,6 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
     return Update(arrays, batches.accumulation, *shape, (chunks, chunk))
 
 
-def held_parameters(setup: Setup) -> Any:
-    """Shapes and shardings of the weights, as they are held."""
-    if setup.adapter is None:
-        return setup.model.target(setup.mesh)
-    held = setup.adapter.held_target(setup.mesh, setup.model.compute.dtype)
-    return joined(held, setup.trained())
-
-
 def measure(setup: Setup, algorithm: Algorithm) -> Plan:
     """Compile the largest update, and look at it."""
     update = largest_update(setup, algorithm)
@@ -117,14 +109,14 @@ def lower_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarr
 
 def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
     """The training step, traced for a batch's shapes without any array."""
-    state = abstract_state(setup.trained(), setup.tx, setup.mesh)
-    frozen = setup.frozen_target(algorithm)
+    state = abstract_state(setup.trainable.target, setup.tx, setup.mesh)
+    frozen = setup.trainable.frozen_target(algorithm.frozen(setup))
     batch = like(arrays, loader.batch_shardings(arrays, setup.mesh))
     everywhere = NamedSharding(setup.mesh, P())
     key = setup.dropout_key
     if key is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-    step = steps.jit_train_step(setup.loss_fn(algorithm), setup.tx, state)
+    step = steps.jit_train_step(setup.trainable.loss_fn(algorithm.loss_fn(setup)), setup.tx, state)
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not be there
         return step.trace(state, frozen, batch, key)
 
@@ -142,13 +134,13 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
     micro-batch and their sum. Logits are those that losses/token_logps.py holds at a time, with
     what it keeps for the backward pass, the head in the computing dtype, and its gradient, which is
     whole until the devices have added theirs up."""
-    trained = setup.trained()
+    trained = setup.trainable.target
     state = abstract_state(trained, setup.tx, setup.mesh)
     batch = like(update.batch, loader.batch_shardings(update.batch, setup.mesh))
     sizes = {
         "weights": per_device(trained),
         "optimizer": per_device(state.opt_state),
-        "frozen": per_device(setup.frozen_target(algorithm)),
+        "frozen": per_device(setup.trainable.frozen_target(algorithm.frozen(setup))),
         "batch": per_device(batch),
         "gradients": per_device(trained) * (2 if update.parts > 1 else 1),
         "logits": 0,
@@ -250,7 +242,7 @@ def seconds_of(setup: Setup, update: Update, work: float, moved: float) -> float
     weights = passes * itemsize * sum(x.size for x in kernels) / tp
     states = sum(x.shape[0] * x.shape[1] + x.size // x.shape[1] for x in kernels)  # in and out
     states *= passes * itemsize * update.rows * update.length / tp
-    trained = per_device(setup.trained())
+    trained = per_device(setup.trainable.target)
     traffic = weights + states + trained * (7 + 3 * update.parts)  # AdamW; adding gradients up
     products = work / (chip.flops * REACHED["products"])
     memory = traffic / (chip.memory_bandwidth * REACHED["memory"])
@@ -261,7 +253,7 @@ def failures(setup: Setup, program: Program) -> list[str]:
     """What costs much and should not be there."""
     found = [f"the compiler gathers an array to move it: {said}" for said in program.rematerialized]
     parts = setup.mesh.shape["fsdp"] * setup.mesh.shape["tp"]
-    leaves = by_path(held_parameters(setup))
+    leaves = by_path(setup.trainable.held)
     total = sum(leaf.size for leaf in leaves.values())
     stacks = {}
     for path, leaf in leaves.items():

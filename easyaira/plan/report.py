@@ -8,7 +8,7 @@ from easyaira.distributed.chips import memory_of
 from easyaira.distributed.tree import by_path
 from easyaira.lora.adapter import module_of
 from easyaira.plan import cost
-from easyaira.plan.cost import REACHED, Plan, added_by, held_parameters, seconds_of
+from easyaira.plan.cost import REACHED, Plan, added_by, seconds_of
 from easyaira.plan.hlo import Program
 from easyaira.train import optimizer
 from easyaira.train.algorithm import Algorithm
@@ -74,7 +74,7 @@ def describe_adapter(setup: Setup) -> str:
 def table(setup: Setup) -> str:
     """Every parameter, and over which axes of the mesh it is divided."""
     lines = ["", f"{'parameter':44}{'shape':28}divided by"]
-    for path, leaf in by_path(held_parameters(setup)).items():
+    for path, leaf in by_path(setup.trainable.held).items():
         spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
         lines.append(f"{path:44}{str(leaf.shape):28}{spec}")
     return "\n".join(lines)

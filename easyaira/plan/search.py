@@ -119,7 +119,7 @@ def moved(setup: Setup, update: cost.Update) -> float:
     dp, fsdp, tp = (setup.mesh.shape[axis] for axis in ("dp", "fsdp", "tp"))
     itemsize, full = setup.model.compute.dtype.itemsize, _keeps(setup) == "full"
     weights = setup.model.parameter_count() * itemsize / tp
-    trained = (setup.adapter or setup.model).parameter_count()
+    trained = setup.trainable.parameter_count()
     gathered = (2 * weights + trained * itemsize / tp) * (fsdp - 1) / fsdp
     summed = 2 * trained * 4 / tp / fsdp * (dp - 1) / dp
     states = update.rows * update.length * setup.model.config.width * itemsize

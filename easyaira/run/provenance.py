@@ -107,7 +107,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "base_model": _base_model(setup),
         "parameters": setup.model.parameter_count(),
         "positions": setup.model.config.max_positions,
-        "trainable_parameters": (setup.adapter or setup.model).parameter_count(),
+        "trainable_parameters": setup.trainable.parameter_count(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -22,8 +22,6 @@ from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError
 from easyaira.export import card, release
 from easyaira.export.hf_config import Facts, released
-from easyaira.lora.adapter import to_record
-from easyaira.lora.base import check_base
 from easyaira.plan import cost
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
@@ -136,25 +134,24 @@ def _updates(
     """Make the updates that are left. Returns the parameters alone: the proof of the export needs
     the memory of all else."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    step = checkpoints.latest()
+    trainable, step = setup.trainable, checkpoints.latest()
     if step is None:
-        params = setup.start()
+        params = trainable.start()
         state = init_state(params, setup.tx, setup.mesh)
         window = metrics.Window()
     else:
-        target = abstract_state(setup.trained(), setup.tx, setup.mesh)
+        target = abstract_state(trainable.target, setup.tx, setup.mesh)
         step, params, opt_state, _, saved = checkpoints.restore_latest(
             target.params, target.opt_state
         )
         print(f"run     continues {folder} after update {step}", flush=True)
-        if setup.adapter:
-            check_base(saved["lora"], setup.base.fingerprint, str(folder))
+        trainable.check(saved, str(folder))
         state = resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
-    began = algorithm.begin(setup, setup.weights(params), folder, step is None)
+    began = algorithm.begin(setup, trainable.weights(params), folder, step is None)
     samples = Samples(setup, folder / "samples.json")
     if step is None:
-        samples.answer("before", setup.weights(params))
+        samples.answer("before", trainable.weights(params))
     del params  # the first update gives its memory away
     until, mesh = setup.total_steps, setup.mesh
     batches = replace(setup.batches, known=began.known)
@@ -163,13 +160,13 @@ def _updates(
     log = NoLog()
     if hosts.first():
         log = Log(folder, step or 0, until, window.unmeasured)
-    loss_fn = setup.loss_fn(algorithm)
+    loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     train_step = steps.jit_train_step(loss_fn, setup.tx, state)
     stop = Stop(signal, mesh, until)
     try:
         state = loop.fit(
             state,
-            setup.frozen(began.frozen),
+            trainable.frozen(began.frozen),
             batches,
             step=lambda state, frozen, arrays: train_step(state, frozen, arrays, setup.dropout_key),
             until=until,
@@ -200,7 +197,7 @@ def _updates(
                 every=config.save_steps,
                 until=until,
                 meta=facts.to_meta()
-                | adapted(setup)
+                | trainable.to_meta()
                 | {"easyaira": easyaira.__version__, "run": provenance.identity(setup)},
                 seed=config.seed,
             ),
@@ -215,10 +212,10 @@ def _updates(
 def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
     """Show what training changed, and release it."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    samples.answer("after", setup.weights(params))
+    samples.answer("after", setup.trainable.weights(params))
     if hosts.first():
         write_report(setup, samples)
-    vars(setup).pop("base", None)  # and here, too
+    setup.trainable.free()
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
         own = meshes.make_mesh("fsdp=-1", jax.local_devices()) if hosts.several() else setup.mesh
@@ -240,14 +237,6 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
     print(f"done    {folder / 'report.html'}", flush=True)
 
 
-def adapted(setup: Setup) -> dict[str, Any]:
-    """What a checkpoint says of its adapters, if that is what it holds."""
-    if setup.adapter is None:
-        return {}
-    base = setup.origin.location()
-    return {"lora": to_record(setup.adapter, base, setup.base.fingerprint)}
-
-
 def write_report(setup: Setup, samples: Samples) -> None:
     """report.html, with the facts that people ask for first."""
     config, data = setup.config, setup.data
@@ -256,7 +245,7 @@ def write_report(setup: Setup, samples: Samples) -> None:
         title=Path(config.output_dir).name,
         facts={
             "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
-            "trained": f"{(setup.adapter or setup.model).parameter_count():,} parameters",
+            "trained": f"{setup.trainable.parameter_count():,} parameters",
             "data": f"{len(data.train)} examples from {config.data.train}",
             "held out": len(data.held_out) if data.held_out else "none",
             "updates": f"{setup.total_steps} of {config.train_batch_size} examples",

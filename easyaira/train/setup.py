@@ -19,19 +19,16 @@ from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed import sharding
-from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter, adapter_of
-from easyaira.lora.base import Base
-from easyaira.models.model import Model, resize
+from easyaira.models.model import Model
 from easyaira.storage import pretrained
-from easyaira.storage.integrity import Fingerprint
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import optimizer
 from easyaira.train.algorithm import Algorithm
 from easyaira.train.resolve import ROW_MULTIPLE, Found, find
-from easyaira.train.step import LossFn
+from easyaira.train.trainable import Adapters, FullWeights, Trainable
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Setup:
             one that is trained, whose vocabulary may have been resized.
         batches, held_out: the data, in updates and in micro-batches.
         total_steps, schedule, tx: the optimizer's side.
-        adapter: what is trained instead of the model's own weights.
+        trainable: what an update changes: all weights, or adapters.
     """
 
     config: RunConfig
@@ -59,13 +56,12 @@ class Setup:
     total_steps: int
     schedule: optax.Schedule
     tx: optax.GradientTransformation
-    adapter: Adapter | None
+    trainable: Trainable
 
     def with_attention(self, attention: str) -> Setup:
         """The same run, with another way to compute attention."""
         model = replace(self.model, compute=replace(self.model.compute, attention=attention))
-        adapter = self.adapter and replace(self.adapter, model=model)
-        return replace(self, model=model, adapter=adapter)
+        return replace(self, model=model, trainable=self.trainable.with_model(model))
 
     @property
     def micro_batch(self) -> int:
@@ -77,79 +73,13 @@ class Setup:
         dropout = self.config.model.dropout or (self.config.lora and self.config.lora.dropout)
         return jax.random.key(self.config.seed) if dropout else None
 
-    def trained(self) -> Any:
-        """Shapes and shardings of what an update changes."""
-        return (self.adapter or self.model).target(self.mesh)
+    @property
+    def adapter(self) -> Adapter | None:
+        return self.trainable.adapter
 
-    def start(self) -> Any:
-        """What an update changes, before the first one; the same however often it is asked for."""
-        if self.adapter is None:
-            return self.load()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.trained())
-        if self.config.lora.adapter is None:
-            key = jax.random.key(self.config.seed)
-            return jax.jit(self.adapter.init, out_shardings=shardings)(key, self.base.head)
-        folder = pretrained.find(self.config.lora.adapter).folder
-        return jax.device_put(peft.read_peft(self.adapter, folder), shardings)
-
-    @cached_property
-    def base(self) -> Base:
-        """What adapters stand on, as it is held, and the head that goes on from `load`'s."""
-        hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
-        found = Fingerprint()
-
-        def each(path: tuple, leaf: jax.Array) -> Any:
-            if not self.adapter.replaces(path_of(path)):
-                found.add(path, leaf)
-            return hold(path, leaf)
-
-        key = jax.random.key(self.config.seed)
-        params = self.origin.load(self.model, self.mesh, head_key=key, each=each)
-        return Base(*self.adapter.parted(params), found.digest())
-
-    def weights(self, params: Any) -> Any:
-        """The model's weights, given those that are trained. Nothing is copied."""
-        return params if self.adapter is None else self.adapter.on(self.base.params, params)
-
-    def loss_fn(self, algorithm: Algorithm) -> LossFn:
-        """The algorithm's loss, as a function of what is trained."""
-        loss_fn = algorithm.loss_fn(self)
-        return loss_fn if self.adapter is None else self.adapter.over_base(loss_fn)
-
-    def frozen(self, of_algorithm: Any) -> Any:
-        """What the step takes as frozen, given what the algorithm wants frozen."""
-        if self.adapter is None:
-            return of_algorithm
-        return self.adapter.frozen(self.base.params, of_algorithm)
-
-    def frozen_target(self, algorithm: Algorithm) -> Any:
-        """Shapes and shardings of `frozen`."""
-        reference = algorithm.frozen(self)
-        target = reference and reference.target(self.mesh)
-        if self.adapter is None:
-            return target
-        base = self.adapter.held_target(self.mesh, self.model.compute.dtype)
-        if reference is self.model:
-            target = jax.eval_shape(self.adapter.applied, self.trained())
-        return self.adapter.frozen(base, target)
-
-    def load(self) -> Any:
-        """The weights that training starts from, the same however often they are asked for."""
-        if self.adapter is not None:
-            return self.weights(self.start())
-        key = jax.random.key(self.config.seed)
-        shardings = sharding.shardings(self.model.shapes, self.model.rules, self.mesh)
-        if self.config.model.init == "random":
-            return jax.jit(self.model.init, out_shardings=shardings)(key)
-        params = self.origin.load(self.stored, self.mesh, head_key=key)
-        if self.stored.vocab_size == self.model.vocab_size:
-            return params
-        how = self.config.model.resize or "mean"
-        resized = jax.jit(
-            lambda params, key: resize(self.stored, params, self.model.vocab_size, how, key)[1],
-            out_shardings=shardings,
-        )
-        return resized(params, key)
+    def start_weights(self) -> Any:
+        """All weights before the first update; deterministic."""
+        return self.trainable.weights(self.trainable.start())
 
 
 def read_data(config: RunConfig, found: Found, recipe: Recipe) -> dataset.Data:
@@ -189,9 +119,8 @@ def prepare(
     found = find(config, mesh, algorithm.scorer)
     model = found.model
     sharding.shardings(model.shapes, model.rules, mesh)  # refuses a mesh that does not divide them
-    adapter = None
-    if config.lora is not None:
-        adapter = _adapter(config, found)
+    adapter = None if config.lora is None else _adapter(config, found)
+    if adapter:
         adapter.held_target(mesh, model.compute.dtype)  # likewise
     if model.config.kv_heads % mesh.shape["tp"]:
         raise ConfigError(
@@ -210,6 +139,9 @@ def prepare(
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
     model = replace(model, compute=compute)
+    trainable: Trainable = FullWeights(config, mesh, found.origin, found.stored, model)
+    if adapter:
+        trainable = Adapters(config, mesh, found.origin, model, replace(adapter, model=model))
     batches = Batches(
         data.train,
         config.train_batch_size,
@@ -243,7 +175,7 @@ def prepare(
         total_steps=total_steps,
         schedule=schedule,
         tx=tx,
-        adapter=adapter,
+        trainable=trainable,
     )
 
 

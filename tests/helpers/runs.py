@@ -72,7 +72,7 @@ def train(*args, **options):
 def result(config, algorithm):
     """What the newest checkpoint holds, and the rows of metrics.jsonl before it."""
     folder = Path(config.output_dir)
-    trained = prepare(config, algorithm).trained()
+    trained = prepare(config, algorithm).trainable.target
     checkpoints = Checkpoints(folder / "checkpoints")
     params = checkpoints.restore_params(checkpoints.latest(), trained)
     checkpoints.close()

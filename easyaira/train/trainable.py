@@ -1,0 +1,191 @@
+"""What an update changes, and what it stands on: all weights of the model, or adapters.
+
+Both have one interface, so that no one else asks which it is. `params` are the trained arrays;
+`weights` are all weights of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from easyaira.config.run import RunConfig
+from easyaira.distributed import sharding
+from easyaira.distributed.tree import path_of
+from easyaira.lora import peft
+from easyaira.lora.adapter import Adapter, joined, to_record
+from easyaira.lora.base import Base, check_base
+from easyaira.models.model import Model, resize
+from easyaira.storage import pretrained
+from easyaira.storage.integrity import Fingerprint
+from easyaira.storage.pretrained import Pretrained
+from easyaira.train.step import LossFn
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """All weights are trained.
+
+    Attributes:
+        origin: where the model's files are; `stored` is the model as it stands there, `model` the
+            one that is trained, whose vocabulary may have been resized.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    origin: Pretrained
+    stored: Model
+    model: Model
+    adapter = None
+
+    def with_model(self, model: Model) -> FullWeights:
+        """The same, with a model that is computed in another way."""
+        return replace(self, model=model)
+
+    @property
+    def target(self) -> Any:
+        """Shapes and shardings of `params`."""
+        return self.model.target(self.mesh)
+
+    @property
+    def held(self) -> Any:
+        """Shapes and shardings of all weights in a step, as they are stored."""
+        return self.target
+
+    def parameter_count(self) -> int:
+        return self.model.parameter_count()
+
+    def start(self) -> Any:
+        """`params` before the first update; deterministic."""
+        key = jax.random.key(self.config.seed)
+        shardings = sharding.shardings(self.model.shapes, self.model.rules, self.mesh)
+        if self.config.model.init == "random":
+            return jax.jit(self.model.init, out_shardings=shardings)(key)
+        params = self.origin.load(self.stored, self.mesh, head_key=key)
+        if self.stored.vocab_size == self.model.vocab_size:
+            return params
+        how = self.config.model.resize or "mean"
+        resized = jax.jit(
+            lambda params, key: resize(self.stored, params, self.model.vocab_size, how, key)[1],
+            out_shardings=shardings,
+        )
+        return resized(params, key)
+
+    def weights(self, params: Any) -> Any:
+        """All weights of the model. Nothing is copied."""
+        return params
+
+    def loss_fn(self, of_weights: LossFn) -> LossFn:
+        """An algorithm's loss, a function of weights, as a function of `params`."""
+        return of_weights
+
+    def frozen(self, of_algorithm: Any) -> Any:
+        """Frozen weights of a step, with those of the algorithm (a DPO reference)."""
+        return of_algorithm
+
+    def frozen_target(self, reference: Model | None) -> Any:
+        """Shapes and shardings of `frozen`, with a reference's weights."""
+        return reference and reference.target(self.mesh)
+
+    def to_meta(self) -> dict[str, Any]:
+        """What a checkpoint says of the weights below the trained ones: nothing."""
+        return {}
+
+    def check(self, saved: Mapping[str, Any], where: str) -> None:
+        """Refuse a checkpoint that was trained on other weights; none can be, here."""
+
+    def free(self) -> None:
+        """Give up memory that an export does not need."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters, and a scorer's head, are trained on a frozen base.
+
+    Attributes:
+        origin: where the base's files are.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    origin: Pretrained
+    model: Model
+    adapter: Adapter
+
+    def with_model(self, model: Model) -> Adapters:
+        return replace(self, model=model, adapter=replace(self.adapter, model=model))
+
+    @property
+    def target(self) -> Any:
+        return self.adapter.target(self.mesh)
+
+    @property
+    def held(self) -> Any:
+        return joined(self._base_target, self.target)
+
+    @property
+    def _base_target(self) -> Any:
+        return self.adapter.held_target(self.mesh, self.model.compute.dtype)
+
+    def parameter_count(self) -> int:
+        return self.adapter.parameter_count()
+
+    def start(self) -> Any:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+        if self.config.lora.adapter is None:
+            key = jax.random.key(self.config.seed)
+            return jax.jit(self.adapter.init, out_shardings=shardings)(key, self.base.head)
+        folder = pretrained.find(self.config.lora.adapter).folder
+        return jax.device_put(peft.read_peft(self.adapter, folder), shardings)
+
+    @cached_property
+    def base(self) -> Base:
+        """Frozen base weights in storage precision, and the initial score head."""
+        hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
+        found = Fingerprint()
+
+        def each(path: tuple, leaf: jax.Array) -> Any:
+            if not self.adapter.replaces(path_of(path)):
+                found.add(path, leaf)
+            return hold(path, leaf)
+
+        key = jax.random.key(self.config.seed)
+        params = self.origin.load(self.model, self.mesh, head_key=key, each=each)
+        return Base(*self.adapter.parted(params), found.digest())
+
+    def weights(self, params: Any) -> Any:
+        return self.adapter.on(self.base.params, params)
+
+    def loss_fn(self, of_weights: LossFn) -> Callable:
+        return self.adapter.over_base(of_weights)
+
+    def frozen(self, of_algorithm: Any) -> Any:
+        return self.adapter.frozen(self.base.params, of_algorithm)
+
+    def frozen_target(self, reference: Model | None) -> Any:
+        target = reference and reference.target(self.mesh)
+        if reference is self.model:
+            target = jax.eval_shape(self.adapter.applied, self.target)
+        return self.adapter.frozen(self._base_target, target)
+
+    def to_meta(self) -> dict[str, Any]:
+        """The adapter's settings, and the fingerprint of its base."""
+        base = self.origin.location()
+        return {"lora": to_record(self.adapter, base, self.base.fingerprint)}
+
+    def check(self, saved: Mapping[str, Any], where: str) -> None:
+        """Raises:
+        WeightsError: the base's files have changed since.
+        """
+        check_base(saved["lora"], self.base.fingerprint, where)
+
+    def free(self) -> None:
+        vars(self).pop("base", None)
+
+
+Trainable = FullWeights | Adapters
