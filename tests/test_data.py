@@ -1,12 +1,18 @@
 """Rows to examples: what is learned, what is cut, every row accounted for, one cache."""
 
+import ast
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from easyaira.config.algorithms import SFTConfig
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import cache, report, tokenise
+from easyaira.data.recipe import recipe_of
+from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
 from helpers import tiny
 from helpers.examples import TASK, load
@@ -303,3 +309,41 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
         load(file, share_prompt="always")
     with pytest.raises(ConfigError, match="data.eval: held-out rows are shown once each"):
         load(file, eval=[Source(str(file), weight=2)])
+
+
+DATA = Path(cache.__file__).parent
+
+
+@pytest.fixture
+def key_of(tmp_path, monkeypatch):
+    """`key_of()`: the cache's key of one source, as the code in a copy of data/ is now."""
+    rows = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(3))
+    config = DataConfig(train=str(rows), template="plain")
+    recipe = recipe_of("conversation", config, 64, SFTConfig())
+    template = Template(tiny.tokenizer(), "plain", "gpt2", [])
+    copy = shutil.copytree(DATA, tmp_path / "data")
+    monkeypatch.setattr(cache, "__file__", str(copy / "cache.py"))
+    return lambda: cache._key(Source(str(rows)), recipe, template, None)
+
+
+@pytest.mark.parametrize("name", cache.DECIDES_TOKENS)
+def test_another_code_is_another_key(name, key_of, tmp_path):
+    before = key_of()
+    assert key_of() == before
+    with (tmp_path / "data" / f"{name}.py").open("a") as file:
+        file.write("# changed\n")
+    assert key_of() != before
+
+
+def test_all_that_tokenising_imports_is_in_the_key():
+    """Of data/, directly or through others; what comes after tokens may not be imported there."""
+    wanted, seen = {"tokenise", "sources", "template"}, set()
+    while wanted - seen:
+        name = (wanted - seen).pop()
+        seen.add(name)
+        tree = ast.parse((DATA / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("easyaira.data"):
+                inner = node.module.removeprefix("easyaira.data").lstrip(".")
+                wanted |= {inner} if inner else {alias.name for alias in node.names}
+    assert seen == set(cache.DECIDES_TOKENS)
