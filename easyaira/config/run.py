@@ -80,7 +80,7 @@ class CardConfig:
     license_name: str | None = None
     """Name of a licence that has no hub id."""
     license_link: str | None = None
-    """URL or file of a licence that has no hub id."""
+    """Link to a licence that has no hub id."""
     base_license: str | None = None
     """Licences of the starting model and of the models it derives from."""
     data_licenses: dict[str, str] = field(default_factory=dict)
