@@ -307,7 +307,7 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(3))
     with pytest.raises(ConfigError, match="data.share_prompt: only pairs have a prompt to share"):
         load(file, share_prompt="always")
-    with pytest.raises(ConfigError, match="data.eval: held-out rows are shown once each"):
+    with pytest.raises(ConfigError, match="data.eval: held-out rows are evaluated once each"):
         load(file, eval=[Source(str(file), weight=2)])
 
 

@@ -119,9 +119,7 @@ def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -
 class _Chunks(NamedTuple):
     """The order of positions for chunking: positions with loss first, then out-of-range indices."""
 
-    order: (
-        jax.Array
-    )  # [S, multiple of `size`]; unique indices, N or more where there is no position
+    order: jax.Array  # [S, multiple of `size`]; unique, and N or more where there is no position
     count: jax.Array  # chunks that have a position with loss, on any shard
     size: int
 

@@ -166,10 +166,8 @@ def encoder_rows(prefix: str) -> tuple[Row, ...]:
 HF_ROWS = encoder_rows("bert.")
 HF_PREFIX = "bert."  # missing in files of a bare BertModel
 HF_IGNORED = (r"^bert\.cls\.",)  # heads of the pretraining tasks
-HF_RENAMED = {
-    "LayerNorm.gamma": "LayerNorm.weight",
-    "LayerNorm.beta": "LayerNorm.bias",
-}  # old names
+# names in old files -> today's
+HF_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 # unsupported config.json keys that change the numbers, with their only accepted value
 HF_NEUTRAL = {
