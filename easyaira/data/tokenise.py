@@ -50,9 +50,7 @@ def build(
             if unseen:
                 fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
             judged = [tokens for tokens, _ in parts.answers] if recipe.task == "label" else []
-            prompt_id = digest(
-                parts.prompt, *judged
-            )  # texts to score have no prompt: hash the texts
+            prompt_id = digest(parts.prompt, *judged)  # texts to score have no prompt
             known = {"rows": row, "prompt_ids": prompt_id, "labels": texts.label}
             files.add(fitted, sources=0, unseen=unseen, **known)
             account.kept += 1
