@@ -40,15 +40,15 @@ def visible(
     """
     query_segment, key_segment = segment_ids_RT[:, queries, None], segment_ids_RT[:, None, keys]
     query_side, key_side = sides_RT[:, queries, None], sides_RT[:, None, keys]
-    seen = (
+    mask = (
         (query_segment == key_segment)
         & (key_segment > 0)
         & ((key_side == 0) | ((key_side == query_side) & (key_side != 3)))
     )
     if causal:
         place = jnp.arange(segment_ids_RT.shape[1])
-        seen &= place[queries, None] >= place[keys]
-    return seen
+        mask &= place[queries, None] >= place[keys]
+    return mask
 
 
 def attention(

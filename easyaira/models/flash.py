@@ -74,8 +74,8 @@ def ends(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
         return lax.cummin(bounds, axis=1, reverse=True)
 
     whole, side = run_ends(segment_ids_RT), run_ends(segment_ids_RT * 4 + sides_RT)
-    seen = (segment_ids_RT > 0) & (sides_RT != 3)
-    return jnp.where(seen, jnp.where(sides_RT == 0, whole, side), 0)
+    visible = (segment_ids_RT > 0) & (sides_RT != 3)
+    return jnp.where(visible, jnp.where(sides_RT == 0, whole, side), 0)
 
 
 def flash(
@@ -188,8 +188,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, end_ref, last_ref, out_ref, lse_ref, *,
     def add(j, carry):
         out, top, total = carry
         k, v = (load(ref, j * tiles.keys, tiles.keys) for ref in (k_ref, v_ref))
-        seen = _seen(first, j * tiles.keys, end_ref, tiles, size["length"])
-        scores = jnp.where(seen, _dot(q, k.T) * scale, MASKED)
+        visible = _visible(first, j * tiles.keys, end_ref, tiles, size["length"])
+        scores = jnp.where(visible, _dot(q, k.T) * scale, MASKED)
         higher = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - higher[:, None])
         shrink = jnp.exp2(top - higher)
@@ -217,8 +217,8 @@ def _dq_kernel(
 
     def add(j, dq):
         k, v = (load(ref, j * tiles.keys, tiles.keys) for ref in (k_ref, v_ref))
-        seen = _seen(first, j * tiles.keys, end_ref, tiles, size["length"])
-        scores = jnp.where(seen, _dot(q, k.T) * (scale * LOG2_E) - lse, MASKED)
+        visible = _visible(first, j * tiles.keys, end_ref, tiles, size["length"])
+        scores = jnp.where(visible, _dot(q, k.T) * (scale * LOG2_E) - lse, MASKED)
         change = jnp.exp2(scores) * (_dot(grad, v.T) - delta)
         return dq + _dot(change.astype(k.dtype), k)
 
@@ -251,8 +251,8 @@ def _dkv_kernel(
         statistics = (ref.at[head, pl.ds(at, tiles.queries)] for ref in (lse_ref, delta_ref))
         inside = queries < size["length"]
         lse, delta = (plgpu.load(ref, mask=inside, other=0) for ref in statistics)
-        seen = (keys[:, None] <= queries) & (queries < end[:, None])
-        scores = jnp.where(seen, _dot(k, q.T) * (scale * LOG2_E) - lse, MASKED)
+        visible = (keys[:, None] <= queries) & (queries < end[:, None])
+        scores = jnp.where(visible, _dot(k, q.T) * (scale * LOG2_E) - lse, MASKED)
         weights = jnp.exp2(scores)
         change = weights * (_dot(v, grad.T) - delta)
         dv = dv + _dot(weights.astype(grad.dtype), grad)
@@ -281,7 +281,7 @@ def _over_keys(last_ref, first, tiles: Tiles, length: int, add, carry):
     return lax.fori_loop(start, end, lambda i, c: add(jnp.where(i < gap, i, i + skip), c), carry)
 
 
-def _seen(first_query, first_key, end_ref, tiles: Tiles, length: int) -> jax.Array:
+def _visible(first_query, first_key, end_ref, tiles: Tiles, length: int) -> jax.Array:
     """The mask of a tile, queries by keys."""
     queries = (first_query + jnp.arange(tiles.queries))[:, None]
     keys = first_key + jnp.arange(tiles.keys)
