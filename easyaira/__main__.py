@@ -1,4 +1,4 @@
-"""One command for all: `easyaira dpo` is `python -m easyaira.train_dpo`.
+"""The `easyaira` command: `easyaira dpo` runs `python -m easyaira.train_dpo`.
 
 easyaira COMMAND --help
 """
@@ -11,14 +11,14 @@ import sys
 
 from easyaira import __version__
 
-COMMANDS = {  # name: module, what it does
+COMMANDS = {  # name: (module, purpose)
     "sft": ("train_sft", "fine-tune a language model on prompts with completions"),
     "dpo": ("train_dpo", "optimise a language model on pairs of answers"),
     "reward": ("train_reward", "train a reward or toxicity model"),
     "generate": ("generate", "answer a prompt"),
     "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
     "inspect": ("inspect", "show what a configuration would train on"),
-    "quickstart": ("quickstart", "run the whole job on a small model, from nothing"),
+    "quickstart": ("quickstart", "run every stage, from data to export, on a small model"),
     "selftest": ("selftest", "check the numbers on this machine's devices"),
 }
 
@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"error: {name}: no such command; {mend}", file=sys.stderr)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: {name}: no such command; {hint}", file=sys.stderr)
         sys.exit(2)
-    sys.argv[0] = f"easyaira {name}"  # the name in the command's own --help
+    sys.argv[0] = f"easyaira {name}"  # shown by the command's own --help
     module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")
 
     from easyaira.cli import run_command  # --help and --version need no parser

@@ -1,4 +1,4 @@
-"""Command lines: files and flags to a configuration, errors to one line and an exit status."""
+"""Command lines: parse files and flags to a configuration; print an error as one line and exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def parser_of(config_class: type) -> ArgumentParser:
-    """The command line of a command that trains: a flag for every field, and files of them."""
+    """Parser of a training command: a flag for every option, and --config files of options."""
     parser = ArgumentParser(
         description=f"{config_class.__doc__} Options come from --config files (later ones win), "
         "then from flags, such as --optimizer.learning_rate 1e-5.",
@@ -31,22 +31,22 @@ def parser_of(config_class: type) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of options; may be repeated.")
-    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    parser.add_argument("--debug", action="store_true", help="Show an error's traceback.")
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="Say what would happen, with the memory, communication and time of a step, and stop.",
+        help="Print the plan and the memory, communication and time of a step; train nothing.",
     )
     parser.add_argument(
         "--topology",
         metavar="v5p:4x4x2",
-        help="The same for a TPU pod that is not there: v3, v4, v5e, v5p or v6e and the chips on "
-        "each side; needs libtpu.",
+        help="Dry run for a TPU pod that you do not have (yet): v3, v4, v5e, v5p or v6e and the "
+        "chips on each side; needs libtpu.",
     )
     parser.add_argument(
         "--search",
         action="store_true",
-        help="The same, and look for the fastest mesh, gradient_accumulation_steps and "
+        help="Dry run that searches for the fastest mesh, gradient_accumulation_steps and "
         "model.gradient_checkpointing that fit.",
     )
     parser.add_argument(f"--{PROVENANCE}", type=dict, help=SUPPRESS)
@@ -55,7 +55,7 @@ def parser_of(config_class: type) -> ArgumentParser:
 
 
 def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
-    """The configuration that the command line asks for, and what is to be planned instead of done.
+    """The configuration given on the command line, and the dry run it asks for, if any.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a value of the wrong type or out
@@ -71,10 +71,10 @@ def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
 
 
 def parse_args(parser: ArgumentParser, argv: list[str]) -> Any:
-    """`parser.parse_args`, with an error in one line.
+    """Call `parser.parse_args`, with errors as one line.
 
     Raises:
-        ConfigError: the command line is wrong.
+        ConfigError: the command line is invalid.
     """
     try:
         return parser.parse_args(argv)
@@ -83,7 +83,7 @@ def parse_args(parser: ArgumentParser, argv: list[str]) -> Any:
 
 
 def _join_negative_mesh(argv: list[str]) -> list[str]:
-    """argparse takes `-1,1,1` for a flag, so `--mesh -1,1,1` becomes `--mesh=-1,1,1`."""
+    """Rewrite `--mesh -1,1,1` as `--mesh=-1,1,1`, since argparse takes `-1,1,1` for a flag."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] == "--mesh" and re.match(r"-\d", argument):
@@ -94,7 +94,7 @@ def _join_negative_mesh(argv: list[str]) -> list[str]:
 
 
 def _one_line(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message as `key: what was expected, what was found`, with the nearest name."""
+    """Rewrite jsonargparse's message as `key: expected ..., got ...`, with the nearest name."""
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", message).replace("typing.", "")
     unknown = re.search(
@@ -111,12 +111,12 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         return message
     name, problem = key.groups()
     if group := re.search(r"given class_path '([\w.]+)': (.*) - Expected a NoneType", problem):
-        return _in_group(name, group[1], group[2])
-    return _of_key(name, problem)
+        return _group_error(name, group[1], group[2])
+    return _value_error(name, problem)
 
 
-def _of_key(name: str, problem: str) -> str:
-    """What is wrong with the value of an option, in one line."""
+def _value_error(name: str, problem: str) -> str:
+    """Describe an invalid value of an option in one line."""
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
         wanted = union[1].replace("NoneType", "null").replace(", ", " or ")
         return f"{name}: expected {wanted}, got {union[2]}"
@@ -128,16 +128,16 @@ def _of_key(name: str, problem: str) -> str:
     return f"{name}: {problem}"
 
 
-def _in_group(name: str, class_path: str, problem: str) -> str:
-    """What is wrong in a group of options that may be null, in one line."""
+def _group_error(name: str, class_path: str, problem: str) -> str:
+    """Describe an error inside a nullable group of options in one line."""
     module, _, name_of_class = class_path.rpartition(".")
     options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
         return f"{name}.{unknown[1]}: no such option" + _did_you_mean(unknown[1], options)
     if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
-        return f"{name}.{missing[1]}: must be given where {name} is not null"
+        return f"{name}.{missing[1]}: required where {name} is not null"
     if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
-        return _of_key(f"{name}.{inner[1]}", inner[2])
+        return _value_error(f"{name}.{inner[1]}", inner[2])
     return f"{name}: {problem}"
 
 
@@ -147,12 +147,12 @@ def _did_you_mean(name: str, options: list[str]) -> str:
 
 
 def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:
-    """The `main` of a command that trains.
+    """The `main` of a training command.
 
     Args:
-        config_class: its configuration.
-        algorithm: the function that turns a configuration into an Algorithm, as `module:name`.
-            Its module is imported after the command line is read, so that `--help` answers at once.
+        config_class: the command's configuration.
+        algorithm: `module:name` of the function that turns a configuration into an Algorithm. The
+            module is imported after the command line is parsed, so that `--help` is fast.
     """
 
     def main(argv: list[str]) -> None:
@@ -166,7 +166,7 @@ def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run `command` on the command line; end the process as the contract of exit statuses says."""
+    """Run `command` on the command line; exit with the status of its error, if there is one."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         with StopSignal():
@@ -177,6 +177,6 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         message, status = told(error)
         print(message, file=sys.stderr)
         sys.exit(status)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of stdout closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,13 +1,13 @@
-"""What can go wrong, and the exit status that tells a scheduler what to do about it.
+"""Errors that a user can fix, with the exit status that a scheduler acts on.
 
-Every message is one line: where, what was found, what was wanted, and how to mend it.
+Every message is one line: place, value found, value expected, and the fix.
 """
 
 from __future__ import annotations
 
 
 def told(error: BaseException) -> tuple[str, int]:
-    """An error in a line, and the exit status that tells a scheduler what to do about it."""
+    """Format an error as one line, and give its exit status for a scheduler."""
     if isinstance(error, EasyAiraError):
         kind = "stopped" if error.exit_status == Preempted.exit_status else "error"
         return f"{kind}: {error}", error.exit_status
@@ -16,8 +16,11 @@ def told(error: BaseException) -> tuple[str, int]:
 
 
 class EasyAiraError(Exception):
-    """Base of all errors that a user can mend. Names and texts out of files are in the message as
-    they print: one line, whatever they hold."""
+    """Base of all errors that a user can fix.
+
+    Unprintable characters in the message are escaped, so names and texts read from files cannot
+    break its one line.
+    """
 
     exit_status = 1
 
@@ -46,13 +49,13 @@ class UnsafeInputError(EasyAiraError):
 
 
 class CheckFailed(EasyAiraError):
-    """A check of the self-test."""
+    """A check of the self-test failed."""
 
     exit_status = 2
 
 
 class NonFiniteError(EasyAiraError):
-    """A loss or a gradient was NaN or infinite; the parameters from before it are kept."""
+    """A loss or a gradient was NaN or infinite; the parameters before that update are kept."""
 
     exit_status = 3
 
@@ -64,12 +67,12 @@ class StorageError(EasyAiraError):
 
 
 class HostError(EasyAiraError):
-    """A host hangs or is lost."""
+    """A host hangs or was lost."""
 
     exit_status = 5
 
 
 class Preempted(EasyAiraError):
-    """The run was told to stop and has saved its state; the same command continues it."""
+    """The run was asked to stop and has saved its state; the same command resumes it."""
 
     exit_status = 75

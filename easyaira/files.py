@@ -1,4 +1,4 @@
-"""Files that are whole, whenever a process ends."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, text: str) -> None:
-    """All of it, or what was there before."""
+    """Replace `path` atomically: a crash leaves either the old text or the new one."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)

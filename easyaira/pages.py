@@ -29,14 +29,14 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .85rem; 
 
 
 def svg(drawn: Any) -> str:
-    """A matplotlib figure as an element of a page."""
+    """Render a matplotlib figure as an <svg> element."""
     text = io.StringIO()
     drawn.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; every cell is text, whatever it holds."""
+    """An HTML table. Cells are escaped, so no cell is read as HTML."""
     cells = "".join(f"<th>{html.escape(str(name))}</th>" for name in head)
     body = "".join(
         "<tr>"
@@ -48,5 +48,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def page(title: str, *parts: str) -> str:
-    """A whole HTML document."""
+    """A complete HTML document."""
     return PAGE.format(title=html.escape(title), body="\n".join(parts))

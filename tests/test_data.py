@@ -189,7 +189,7 @@ def test_reverse_learns_the_question_from_the_answer(tmp_path):
 
 def test_compat_aira_learns_prompts_and_padding_as_the_originals_did(tmp_path):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(3))
-    with pytest.raises(TokenizerError, match="no pad_token, which data.compat learns"):
+    with pytest.raises(TokenizerError, match="data.compat needs a pad_token"):
         load(file, compat="aira")
     data = load(file, compat="aira", template="aira", max_length=40, vocab_size=400).train
     assert (data.lengths() == 40).all()
@@ -255,7 +255,7 @@ def test_a_damaged_cache_is_built_anew(tmp_path, capsys):
     (tokens,) = cache.cache_root(DataConfig(train="x")).glob("tokens/*/tokens.bin")
     tokens.write_bytes(tokens.read_bytes()[:-4])
     np.testing.assert_array_equal(load(file).train.tokens, first)
-    assert "is damaged and built anew" in capsys.readouterr().out
+    assert "is damaged; rebuilding it" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -307,7 +307,7 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(3))
     with pytest.raises(ConfigError, match="data.share_prompt: only pairs have a prompt to share"):
         load(file, share_prompt="always")
-    with pytest.raises(ConfigError, match="data.eval: held-out rows are shown once each"):
+    with pytest.raises(ConfigError, match="data.eval: held-out rows are evaluated once each"):
         load(file, eval=[Source(str(file), weight=2)])
 
 

@@ -277,7 +277,7 @@ def test_other_tensors_are_never_ignored_and_none_is_drawn_by_halves(tmp_path):
     tiny.save(tmp_path, CASES["bert"])
     tensors = load_file(tmp_path / "model.safetensors")
     for change, told in (
-        ({"extra.weight": torch.ones(2)}, "not known to this architecture extra.weight"),
+        ({"extra.weight": torch.ones(2)}, "unknown to this architecture extra.weight"),
         ({"classifier.bias": None}, "missing classifier.bias"),
         ({"bert.pooler.dense.weight": None}, "missing bert.pooler.dense.weight"),
         ({"bert.encoder.layer.0.output.dense.bias": None}, "missing bert.encoder.layer.0"),
@@ -292,11 +292,11 @@ def test_other_tensors_are_never_ignored_and_none_is_drawn_by_halves(tmp_path):
 def test_what_cannot_be_built_is_refused(tmp_path):
     labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
     for config, options, told in (
-        (CASES["bert"] | labels, {}, "classifies into 3 labels"),
-        (CASES["gpt2"] | {"id2label": None}, {}, "classifies into 2 labels"),
+        (CASES["bert"] | labels, {}, "has 3 labels"),
+        (CASES["gpt2"] | {"id2label": None}, {}, "has 2 labels"),
         (CASES["bert"] | {"position_embedding_type": "relative_key"}, {}, "only absolute"),
-        (CASES["roberta"] | {"is_decoder": True}, {}, "is_decoder: True is not built"),
-        (CASES["bert"], {"scorer": False}, "sees a text whole and writes none"),
+        (CASES["roberta"] | {"is_decoder": True}, {}, "is_decoder: True is not supported"),
+        (CASES["bert"], {"scorer": False}, "is an encoder and generates no text"),
     ):
         with pytest.raises(ConfigError, match=told):
             model_of(config, "config.json", **options)

@@ -551,8 +551,8 @@ def test_flops_are_those_of_products_with_every_token():
         ("bert", "pair", {"data.share_prompt": "always"}, ConfigError, "cannot share one"),
         ("bert", "pair", {"data.template": "tulu"}, ConfigError, "data.template: tulu is for"),
         ("gpt2", "label", {"data.share_prompt": "always"}, ConfigError, "only pairs have a prompt"),
-        ("bert", "pair", {"num_samples": 2}, ConfigError, "num_samples: a model that scores"),
-        ("bert", "pair", {"generation.top_k": 3}, ConfigError, "generation: a model that scores"),
+        ("bert", "pair", {"num_samples": 2}, ConfigError, "num_samples: a reward model"),
+        ("bert", "pair", {"generation.top_k": 3}, ConfigError, "generation: a reward model"),
         ("llama", "pair", {"lora.target_modules": "[q_proj]"}, ConfigError, "no padding token of"),
         ("bert", "pair", {"data.reverse": True}, ConfigError, "data.reverse: is for SFT"),
         ("roberta", "pair", {"model.tokenizer": "bert"}, TokenizerError, "pads with 0"),
@@ -570,12 +570,12 @@ def test_what_does_not_fit_is_refused(kind, data, options, error, told, ground, 
 def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released, tmp_path):
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
     for task, folder, data, told in (
-        ("sft", ground / "bert", tmp_path, "writes none"),
+        ("sft", ground / "bert", tmp_path, "generates no text"),
         ("dpo", released["llama", "pair"], ground / "pair.jsonl", "a scorer"),
         ("dpo", released["llama", "pair"] / "hf", ground / "pair.jsonl", "score"),
     ):
         options = {"data.template": "plain"}
         with pytest.raises((ConfigError, WeightsError), match=told):
             prepare(*configure(task, folder, data, tmp_path / "x", **options))
-    with pytest.raises(EasyAiraError, match="writes none"):
+    with pytest.raises(EasyAiraError, match="generates no text"):
         generate.main([str(ground / "bert"), "--prompt=Hi"])

@@ -144,7 +144,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         (["--model.name_or_path=./nothing"], "./nothing: no such folder"),
         (["--model.revision=main"], "model.revision: .* is a local folder"),
         (["--data.split=english"], "has no splits; leave out split 'english'"),
-        (["--data.split=x", "--data.train=[{path: x}]"], "data.split and data.columns: speak of"),
+        (["--data.split=x", "--data.train=[{path: x}]"], "data.split and data.columns: apply to"),
         (["--model.name_or_path={ground}/bare"], "no model.safetensors; to start from config.json"),
         (["--model.tokenizer={ground}/large"], "tokenizer: has 310 tokens and the embedding 300"),
         (["--data.template=nothing"], "data.template: no template 'nothing'"),
@@ -152,7 +152,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         (["--optimizer.warmup_steps=4"], "optimizer.warmup_steps: 4 of 4 updates"),
         (["--resume=must"], "resume: there is no run"),
         (["--output_dir={ground}"], "is not empty and holds no run"),
-        (["--data.eval=0.999"], "data.eval: 0.999 of 40 prompts leaves nothing"),
+        (["--data.eval=0.999"], "data.eval: 0.999 of 40 prompts leaves one part empty"),
         (["--train_batch_size=64", "--data.drop_last=true"], "more than the 36 examples"),
     ],
 )

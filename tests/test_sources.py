@@ -217,7 +217,11 @@ BAD_LINES = cases(
     ),
     ("null", b'{"prompt": "a?", "completion": null}\n', "column completion.*found NoneType"),
     ("number", b'{"prompt": 3, "completion": "b"}\n', "column prompt: wanted text.*found int"),
-    ("list of texts", b'{"prompt": ["a"], "completion": "b"}\n', "column prompt: a message is"),
+    (
+        "list of texts",
+        b'{"prompt": ["a"], "completion": "b"}\n',
+        "column prompt: a message must be",
+    ),
     ("object", b'{"prompt": "a", "completion": {"a": 1}}\n', "column completion.*found dict"),
     (
         "null in a message",
@@ -227,8 +231,8 @@ BAD_LINES = cases(
     ("a list as a row", b'["a", "b"]\n', "a row must be an object with columns, found list"),
     ("a text as a row", b'"prompt"\n', "a row must be an object with columns, found str"),
     ("null as a row", b"null\n", "a row must be an object with columns, found NoneType"),
-    ("another schema", b'{"messages": []}\n', "no column prompt, which the rows before have"),
-    ("no columns", b"{}\n", "no column prompt, which the rows before have"),
+    ("another schema", b'{"messages": []}\n', "no column prompt, which earlier rows have"),
+    ("no columns", b"{}\n", "no column prompt, which earlier rows have"),
     (
         "3,000 nested lists",
         b'{"prompt": "a", "completion": ' + b"[" * 3000 + b"]" * 3000 + b"}\n",
@@ -274,14 +278,14 @@ def test_a_bad_line_is_an_error_or_a_counted_drop(line, reason, tmp_path):
             "a.csv",
             b"prompt,completion\na,b\nc\nd,e\n",
             3,
-            "1 cells, and the first",
+            "1 cells, but the first",
         ),
         (
             "too many cells",
             "a.csv",
             b"prompt,completion\na,b\nc,d,e\n",
             3,
-            "3 cells, and the first",
+            "3 cells, but the first",
         ),
         ("Latin-1 cell", "a.csv", b"prompt,completion\na,b\n\xe9,c\n", 3, "not UTF-8"),
         (
@@ -289,7 +293,7 @@ def test_a_bad_line_is_an_error_or_a_counted_drop(line, reason, tmp_path):
             "a.csv",
             b"prompt,completion\na,b\nc;d\n",
             3,
-            "1 cells, and the first",
+            "1 cells, but the first",
         ),
         (
             "null in parquet",
@@ -303,7 +307,7 @@ def test_a_bad_line_is_an_error_or_a_counted_drop(line, reason, tmp_path):
             "a.arrow",
             as_arrow([{"prompt": [], "completion": "a"}, {"prompt": [3], "completion": "b"}]),
             2,
-            "column prompt: a message is",
+            "column prompt: a message must be",
         ),
     ),
 )
@@ -374,7 +378,7 @@ DAMAGED = cases(
     ("text after a quote", "a.csv", b'prompt,completion\n"a"b,c\n', ":2: not CSV"),
     ("semicolons", "a.csv", b"prompt;completion\na;b\n", ":2: found columns prompt;completion;"),
     ("no header", "a.csv", b"a?,b\nc?,d\n", r":2: found columns a\?, b; wanted"),
-    ("a header twice", "a.csv", b"prompt,prompt\na,b\n", ":1: a column's name occurs twice"),
+    ("a header twice", "a.csv", b"prompt,prompt\na,b\n", ":1: a column name occurs twice"),
     ("cut gzip", "a.jsonl.gz", GZ[:-9], ": cannot be read.*may be cut off"),
     ("bad CRC", "a.jsonl.gz", flipped(GZ, len(GZ) - 8), ": cannot be read: CRC check failed"),
     ("bad length", "a.jsonl.gz", flipped(GZ, len(GZ) - 1), ": cannot be read"),
@@ -386,7 +390,7 @@ DAMAGED = cases(
     ("flipped answer", "a.parquet", flipped(CHECKED, CHECKED.rindex(b"xxx")), ": cannot.* CRC"),
     ("cut arrow stream", "a.arrow", as_arrow(MANY)[:-500], ": cannot be read"),
     ("cut arrow file", "a.arrow", as_arrow(MANY, pyarrow.ipc.new_file)[:-30], ": cannot be read"),
-    ("unknown kind", "a.txt", b"x", ": unknown kind of file; wanted .jsonl"),
+    ("unknown file format", "a.txt", b"x", ": unknown file format; wanted .jsonl"),
 )
 
 
@@ -574,7 +578,7 @@ def test_columns_are_mapped(tmp_path):
     assert rows_of(file, columns=named) == [{"prompt": "a?", "completion": "b", "n": 1}]
     assert load(file, columns=named).report["train"]["kept"] == 1
     assert error_of(file, columns={"prompt": "x"}) == (
-        f"{file}:1: no column 'x', as data.columns wants; found q, a, n"
+        f"{file}:1: no column 'x', which data.columns names; found q, a, n"
     )
 
 

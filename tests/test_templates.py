@@ -392,7 +392,7 @@ def test_an_allowed_control_token_becomes_its_id_and_others_stay_text(name):
 
 
 def test_only_a_control_token_can_be_allowed():
-    with pytest.raises(ConfigError, match=r"'<\|user\|>' is no control token.*<\|endoftext\|>"):
+    with pytest.raises(ConfigError, match=r"'<\|user\|>' is not a control token.*<\|endoftext\|>"):
         Template(tiny.tokenizer(), "plain", "gpt2", allowed=["<|user|>"])
 
 
@@ -493,5 +493,5 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
     endless = "{% for i in range(1500) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     template = Template(tiny.tokenizer(), endless + TEMPLATES["plain"], "gpt2")
-    with pytest.raises(TokenizerError, match="does not end within 1 seconds"):
+    with pytest.raises(TokenizerError, match="does not finish within 1 seconds"):
         template.accepts(TURN)

@@ -1,1 +1,1 @@
-"""Options, with their defaults and meanings. Nothing here imports jax."""
+"""Options with their defaults and help texts. Nothing here imports jax."""

@@ -1,6 +1,6 @@
 """Options of the algorithms and the optimizer.
 
-The text below an option is its `--help`."""
+The string below an option is its `--help`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class SFTConfig:
     """Supervised fine-tuning."""
 
     completion_only_loss: bool = True
-    """Learn what follows the prompt only; false learns the prompt, too. In a conversation, the
-    prompt is all that stands before the first answer."""
+    """Put loss only on the tokens after the prompt; false: on the prompt, too. The prompt of a
+    conversation ends where the first answer starts."""
     assistant_only_loss: bool = True
-    """Of what follows the prompt, learn the assistant's turns only; false learns all of it."""
+    """After the prompt, put loss only on the assistant's turns; false: on every turn."""
     last_turn_only: bool = False
-    """Learn the last answer of a conversation only; all before it is the prompt."""
+    """Put loss only on the last answer of a conversation; everything before it is the prompt."""
 
 
 @dataclass(frozen=True)
@@ -44,69 +44,67 @@ class DPOConfig:
         "exo_pair",
         "nca_pair",
     ] = "sigmoid"
-    """The preference loss; each is one function of easyaira/losses/preference.py, with its
-    paper."""
+    """Preference loss; easyaira/losses/preference.py gives the formula and paper of each."""
     beta: PositiveFloat = 0.1
-    """How strongly the policy is held to the reference."""
+    """Strength of the penalty that keeps the policy close to the reference."""
     label_smoothing: HalfShare = 0.0
-    """Share of pairs whose label is assumed wrong (sigmoid, robust, exo_pair)."""
+    """Assumed share of pairs with a wrong label (sigmoid, robust, exo_pair)."""
     sft_weight: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
     precompute_ref_log_probs: bool = True
-    """Compute the reference's log-probabilities once, before training, instead of in every step."""
+    """Compute the reference's log-probabilities once before training; false: in every step."""
 
     def __post_init__(self):
         if self.label_smoothing and self.loss_type not in SMOOTHED_LOSSES:
             raise ConfigError(
-                f"dpo.label_smoothing: the loss {self.loss_type} has none; set it to 0, or use "
+                f"dpo.label_smoothing: {self.loss_type} has no smoothing; set it to 0, or use "
                 f"one of {', '.join(SMOOTHED_LOSSES)}"
             )
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ConfigError(
-                "dpo.label_smoothing: exo_pair takes its logarithm, so it must be above 0; "
-                "0.001 is usual"
+                "dpo.label_smoothing: exo_pair needs a value above 0, such as 0.001, because it "
+                "takes its logarithm"
             )
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A reward or toxicity model: one number for a text, the higher, the better.
+    """A reward or toxicity model: one score for a text, where higher is better.
 
-    Pairs of answers, or of texts, learn by how much the better one scores higher; texts with a
-    label learn on which side of 0 they belong.
+    Pairs train the difference between the two scores. Texts with a label train the score's sign.
     """
 
     margin: NonNegativeFloat = 0.0
-    """Of pairs: the lead of the better answer's score at which its loss is ln 2."""
+    """Pairs: score difference at which the loss is ln 2 (subtracted from the difference)."""
     positive_label: Literal[0, 1] = 0
-    """Of texts with a label: the label whose texts are to score above 0. In toxicity sets, 1 means
-    toxic, and a toxic text scores below 0 (as Aira's models do), so it is 0."""
+    """Texts with a label: the label that scores above 0. Toxicity data sets label toxic texts 1,
+    and Aira's models score toxic texts below 0; hence 0."""
     label: str = "REWARD"
-    """What the score is called in the released config.json."""
+    """Name of the score in the released config.json."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Norms and biases do not decay."""
+    """AdamW, without weight decay on norms and biases."""
 
     learning_rate: NonNegativeFloat = 5e-5
-    """The peak of the schedule."""
+    """Peak of the learning-rate schedule."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """How the rate goes from its peak to the end: to 0 for linear and cosine."""
+    """Decay of the learning rate after its peak; linear and cosine end at 0."""
     warmup_steps: NonNegativeInt = 0
-    """Updates in which the rate climbs from 0 (the first update has rate 0)."""
+    """Updates of linear warmup from 0 (the first update has rate 0)."""
     warmup_ratio: Share = 0.0
-    """The same as a share of all updates, rounded up."""
+    """Warmup as a share of all updates, rounded up; instead of warmup_steps."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of matrices and embeddings."""
+    """Decoupled weight decay on matrices and embeddings."""
     adam_beta1: Share = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of the gradient's running mean."""
     adam_beta2: Share = 0.999
-    """Decay of the squared gradient's running mean."""
+    """Decay rate of the squared gradient's running mean."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Added to the root of the squared gradient's mean."""
+    """Constant added to the root of the squared gradient's running mean."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    """Clip gradients to this global norm; 0: no clipping."""
 
     def __post_init__(self):
         if self.warmup_steps and self.warmup_ratio:

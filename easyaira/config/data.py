@@ -1,6 +1,6 @@
 """Options of the data.
 
-The text below an option is its `--help`."""
+The string below an option is its `--help`."""
 
 from __future__ import annotations
 
@@ -18,71 +18,71 @@ class Source:
     """One data set."""
 
     path: str
-    """Hub id, local file (.jsonl .jsonl.gz .json .csv .parquet .arrow) or folder."""
+    """Hub id, local file (.jsonl, .jsonl.gz, .json, .csv, .parquet, .arrow) or folder."""
     split: str = "train"
     """Split of a hub data set; a local file has only one."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the column's name there, such as {prompt: question, completion: answer}."""
+    """EasyAira's column name -> the data set's, such as {prompt: question, completion: answer}."""
     weight: PositiveFloat = 1.0
-    """How often an epoch shows its rows: 2 shows each twice, 0.5 half of them."""
+    """Repeats of each row in an epoch: 2 uses every row twice, 0.5 a random half of them."""
     template: str | None = None
-    """Of this source; default: data.template."""
+    """Chat template of this source; default: data.template."""
     streaming: bool = False
-    """Read a hub data set over the network, row by row, without storing it first."""
+    """Read a hub data set row by row over the network, without downloading it first."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """Training and held-out data."""
 
     train: str | list[Source]
     """Hub id, file or folder, or a list of {path, split, columns, weight, template, streaming}."""
     split: str = "train"
     """Split of a hub data set that is named by a plain string."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the column's name there, for sources named by a plain string."""
+    """EasyAira's column name -> the data set's, for sources named by a plain string."""
     eval: OpenUnitInterval | str | list[Source] | None = None
-    """Held-out rows: a share of train split off by prompt (0.02), or sources like train."""
+    """Held-out rows: a share of train, split by prompt (0.02), or sources like train."""
     template: str = "chat"
-    """plain (prompt, completion, EOS, nothing between), aira, tulu, zephyr, chatml, llama-2, chat
-    (the tokenizer's own), a .jinja file, or a Jinja template itself."""
+    """Chat template: plain (prompt, completion, EOS, nothing between), aira, tulu, zephyr, chatml,
+    llama-2, chat (the tokenizer's own), a .jinja file, or a Jinja template as text."""
     reverse: bool = False
-    """Learn the prompt, given the completion: a backward model, for instruction backtranslation."""
+    """Swap prompt and completion: train a backward model, for instruction backtranslation."""
     allowed_tokens: list[str] = field(default_factory=list)
-    """Control tokens that stand for themselves where a text spells them. All others stay text."""
+    """Control tokens that become one token where a row's text spells them; others stay text."""
     max_examples: PositiveInt | None = None
-    """Read only so many rows of each source of train."""
+    """Read at most N rows of each source of train."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be read: stop and say where, or count it and go on."""
+    """Unreadable row: stop with its place, or skip and count it."""
     max_length: PositiveInt | None = None
     """Longest example in tokens; default: the model's number of positions."""
     max_prompt_length: PositiveInt | None = None
-    """A longer prompt keeps its start token and its last tokens."""
+    """Longest prompt in tokens; a longer one keeps its start token and its last tokens."""
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
-    """What happens to an example above max_length: its end is cut (and then no EOS is learned), the
-    start of its prompt is cut, or the row is dropped. Counted in data_report.json."""
+    """For an example above max_length: cut its end (so it has no EOS to learn), cut the start of
+    its prompt, or drop the row. data_report.json counts these examples."""
     packing: bool = True
-    """Put the examples of an update side by side in rows, each seeing only itself. It changes the
-    amount of padding and nothing else."""
+    """Pack several examples of an update into one row; an example attends only to itself. Packing
+    changes the amount of padding and nothing else."""
     share_prompt: Literal["auto", "always", "never"] = "auto"
-    """Store the prompt of a pair once, seen by both answers. It changes the work and nothing else;
-    auto does it where it saves enough, and says so."""
+    """Store the prompt of a pair once; both answers attend to it. Sharing changes the amount of
+    computation and nothing else. auto: share where it saves enough; the log says so."""
     drop_last: bool = False
-    """Leave out an epoch's last, smaller update."""
+    """Drop an epoch's last update if it is smaller than the others."""
     max_dropped: Share = 0.05
-    """Stop if more than this share of the rows cannot be trained on."""
+    """Stop if more than this share of the rows was dropped."""
     compat: Literal["aira"] | None = None
-    """aira: for study, the loss of Aira's original scripts, on prompts and on padding up to
-    max_length (SFT only)."""
+    """aira: reproduce the loss of Aira's original scripts, which includes prompts and padding up
+    to max_length (SFT only)."""
     cache_dir: str | None = None
-    """Where tokenised data are kept; default: EASYAIRA_CACHE, or easyaira in the user's cache."""
+    """Cache of tokenised data; default: EASYAIRA_CACHE, or easyaira in the user's cache folder."""
 
     def __post_init__(self):
         if isinstance(self.eval, list) and any(source.weight != 1 for source in self.eval):
-            raise ConfigError("data.eval: held-out rows are shown once each; leave out weight")
+            raise ConfigError("data.eval: held-out rows are evaluated once each; leave out weight")
         named = isinstance(self.train, str) or isinstance(self.eval, str)
         if not named and (self.split != "train" or self.columns):
             raise ConfigError(
-                "data.split and data.columns: speak of sources named by a plain string; in a list, "
-                "each source has its own"
+                "data.split and data.columns: apply to sources named by a plain string; in a list, "
+                "set them in each source"
             )

@@ -1,6 +1,6 @@
 """Options of the model and its adapters.
 
-The text below an option is its `--help`."""
+The string below an option is its `--help`."""
 
 from __future__ import annotations
 
@@ -14,44 +14,45 @@ from easyaira.config.ranges import Share
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model that is trained."""
+    """The model to train."""
 
     name_or_path: str
-    """Hugging Face folder, hub id (owner/name), or a run folder of EasyAira."""
+    """Hugging Face folder, hub id (owner/name), or EasyAira run folder."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id; the commit that was read is recorded in the run."""
+    """Branch, tag or commit of a hub id; the run folder records the resolved commit."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; default: the model's own."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """random: read only config.json and draw the weights as Hugging Face does."""
+    """random: read only config.json and initialise the weights as Hugging Face does."""
     resize: Literal["mean", "normal"] | None = None
-    """Make the embedding as long as the tokenizer. New rows are the mean of the old ones, or drawn
-    with the model's own standard deviation (as Aira's originals were). By default the embedding
-    changes only for tokens that the template adds, with the mean."""
+    """Resize the embedding to the tokenizer's size. mean: new rows are the mean of the old ones;
+    normal: new rows are drawn with the model's own standard deviation, as for Aira's originals. By
+    default, rows are added only for tokens that the template adds, with the mean."""
     max_positions: PositiveInt | None = None
-    """Longest sequence, where it shall be another than config.json says: only for models with
-    rotary positions. The released config.json will say it."""
+    """Override for the longest sequence in config.json (rotary models only). The released
+    config.json has the new value."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Precision of the computation: auto is bfloat16 on accelerators and float32 on CPU. tf32 is
-    float32 with products of 10-bit mantissas, on GPUs that have them; float32 never rounds so.
+    """Computing precision. auto: bfloat16 on accelerators, float32 on CPU. tf32: float32 whose
+    matrix products round to 10-bit mantissas, on GPUs that support it; float32 never rounds so.
     Weights, optimizer state, norms, softmax and losses are always float32."""
     gradient_checkpointing: Literal["none", "dots", "full"] = "none"
-    """Keep all activations, only results of matrix products, or only the input of each layer."""
+    """Activations stored for the backward pass: none: all; dots: results of matrix products;
+    full: only each layer's input."""
     attention: Literal["auto", "xla", "cudnn", "pallas", "splash"] = "auto"
-    """How attention is computed: by XLA everywhere; by cuDNN's kernel (in bfloat16) or EasyAira's
-    own (pallas) on GPUs; by the splash kernel on TPUs. auto takes the first of these kernels that
-    agrees with XLA on the run's own rows, and XLA if none does."""
+    """Attention implementation: xla on any device; cudnn (bfloat16) or EasyAira's own pallas
+    kernel on GPUs; splash on TPUs. auto: the first of the device's kernels that agrees with XLA on
+    the run's own rows, or xla if none does."""
     dropout: Share = 0.0
-    """Dropout on embeddings, attention and residual branches. Off unless asked for, whatever the
-    model's config.json says; DPO refuses it."""
+    """Dropout on embeddings, attention and residual branches. The model's config.json does not
+    set it; DPO refuses it."""
 
 
 @dataclass(frozen=True)
 class PolicyConfig(ModelConfig):
-    """The policy that is trained, and the reference it is held to."""
+    """The policy to train, and its DPO reference."""
 
     ref_name_or_path: str | None = None
-    """Weights of the DPO reference; default: those the policy starts from."""
+    """Weights of the DPO reference; default: the policy's initial weights."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,18 @@ class LoraConfig:
     """Low-rank adapters (LoRA) beside frozen linear layers."""
 
     target_modules: list[str] | str
-    """Hugging Face's names of the linear layers that get one, as in peft: a list of last parts
-    ([q_proj, k_proj, v_proj, o_proj]), or a regular expression that fits whole names."""
+    """Linear layers that get an adapter, by Hugging Face names as in peft: a list of last name
+    parts ([q_proj, k_proj, v_proj, o_proj]), or a regular expression that matches full names."""
     r: PositiveInt = 8
-    """Rank of an adapter."""
+    """Rank of the adapters."""
     alpha: PositiveFloat = 8.0
-    """An adapter's product is multiplied by alpha / r."""
+    """Scale the output of an adapter by alpha / r."""
     rslora: bool = False
-    """Multiply by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
     dropout: Share = 0.0
-    """Dropout on the input of adapters."""
+    """Dropout on the input of the adapters."""
     quantize: Literal["int8", "nf4"] | None = None
-    """Hold the frozen linear layers in 8 or 4 bits (QLoRA); null: in the precision of the
-    computation."""
+    """Store the frozen linear layers in 8 or 4 bits (QLoRA); null: in the computing precision."""
     adapter: str | None = None
-    """Adapter to go on with: a folder in PEFT's format, ours or peft's, or its hub id. Its rank,
-    alpha and targets must be those given here."""
+    """Adapter to start from: a folder in PEFT's format, written by EasyAira or peft, or its hub
+    id. Its rank, alpha and targets must equal those set here."""

@@ -1,4 +1,4 @@
-"""Numbers with bounds, as types of options."""
+"""Bounded numbers as option types."""
 
 from __future__ import annotations
 

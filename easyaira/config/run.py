@@ -1,8 +1,8 @@
-"""Options of a run, and the configuration of each command that trains.
+"""Options of a run, and the configuration of each training command.
 
-Groups are frozen dataclasses, so each option has one owner. A value's type says what it may be;
-`__post_init__` checks how values combine. The text below an option is its `--help`. Nothing in
-`config/` imports jax or numpy, so `--help` and a misspelt option answer at once."""
+Groups are frozen dataclasses, so each option has one owner. The type of a field restricts its
+value; `__post_init__` checks combinations. The string below an option is its `--help`. Nothing in
+`config/` imports jax or numpy, so `--help` and the error for a misspelt option are fast."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from easyaira.config.model import LoraConfig, ModelConfig, PolicyConfig
 from easyaira.config.ranges import MaxSteps, TopP
 from easyaira.errors import ConfigError
 
-PROVENANCE = "provenance"  # what a run adds to its config.yaml; a record, so it is read past
+PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored when read
 
 
 class DryRun(NamedTuple):
-    """A run that is only planned: for which pod, if not for the devices at hand, and whether better
-    settings are to be looked for."""
+    """A run that is planned and not executed.
+
+    Attributes:
+        topology: the TPU pod to plan for; None: the devices of this machine.
+        search: search for faster settings.
+    """
 
     topology: str | None = None
     search: bool = False
@@ -32,32 +36,31 @@ class DryRun(NamedTuple):
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """Energy and CO2 of the training, by CodeCarbon (the extra `energy`), in emissions.csv."""
+    """Training energy and CO2, measured by CodeCarbon (the extra `energy`) into emissions.csv."""
 
     country: str
-    """Where the machine stands, whose electricity mix decides the CO2: three letters of ISO 3166,
-    such as BRA."""
+    """Country of the machine, whose electricity mix determines the CO2: ISO 3166 alpha-3 code, such
+    as BRA."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What generation_config.json of the released model says. Null leaves what the starting model's
-    file says."""
+    """Values of generation_config.json in the release. Null keeps the starting model's value."""
 
     do_sample: bool | None = None
-    """Draw tokens, or take the likeliest."""
+    """true: sample tokens; false: take the most likely one."""
     temperature: PositiveFloat | None = None
-    """Logits are divided by it; below 1 makes likely tokens likelier."""
+    """Divisor of the logits; below 1, likely tokens become likelier."""
     top_k: PositiveInt | None = None
-    """Draw from so many of the likeliest tokens."""
+    """Sample from the k most likely tokens."""
     top_p: TopP | None = None
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     repetition_penalty: PositiveFloat | None = None
-    """Above 1 makes tokens that stand in the text already less likely."""
+    """Above 1, tokens that already occur in the text become less likely."""
     max_new_tokens: PositiveInt | None = None
-    """An answer is cut here."""
+    """Longest answer in tokens."""
     renormalize_logits: bool | None = None
-    """Normalise again after all of the above."""
+    """Renormalise the probabilities after all of the above."""
 
     def __post_init__(self):
         if self.do_sample is False and (self.temperature or self.top_k or self.top_p):
@@ -69,117 +72,121 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class CardConfig:
-    """What the model card says and a run cannot know. What is left out is said to be unknown."""
+    """Facts for the model card that a run cannot know. The card calls missing ones unknown."""
 
     license: str | None = None
-    """Of the released model, as the hub names it: apache-2.0, or other with the next two."""
+    """Hub id of the released model's licence, e.g. apache-2.0; with `other`, set license_name and
+    license_link."""
     license_name: str | None = None
-    """Name of another licence."""
+    """Name of a licence that has no hub id."""
     license_link: str | None = None
-    """Where another licence can be read."""
+    """Link to a licence that has no hub id."""
     base_license: str | None = None
-    """Of the starting model, and of what that was made from."""
+    """Licences of the starting model and of the models it derives from."""
     data_licenses: dict[str, str] = field(default_factory=dict)
     """Source of data.train -> its licence."""
     language: list[str] = field(default_factory=list)
-    """Of the data: en, pt."""
+    """Languages of the data, such as [en, pt]."""
     widget: list[str] = field(default_factory=list)
-    """Texts to try on the model's page on the hub, as the model takes them."""
+    """Example inputs for the model's page on the hub, in the model's prompt format."""
     inference: dict[str, Any] = field(default_factory=dict)
-    """Settings of generation on that page."""
+    """Generation settings of the model's page on the hub."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes as one run: one on each TPU host, or one on each GPU or machine of GPUs.
-    TPU VMs, GKE, SLURM and Open MPI say who they are; elsewhere the first three options do."""
+    """Multi-process runs: one process per TPU host, per GPU, or per machine of GPUs. TPU VMs, GKE,
+    SLURM and Open MPI are detected; elsewhere, set the first three options."""
 
     coordinator_address: str | None = None
-    """Address and a free port of the first process, such as 10.0.0.1:1234."""
+    """Address and free port of process 0, such as 10.0.0.1:1234."""
     num_processes: PositiveInt | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: NonNegativeInt | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     detect: bool = True
-    """Ask the launcher who the others are; false: without coordinator_address, run alone."""
+    """Detect the other processes from the launcher; false: without coordinator_address, run as a
+    single process."""
     initialization_timeout: PositiveInt = 300
-    """Seconds to wait for the others at the start."""
+    """Seconds to wait for the other processes at the start."""
     timeout: PositiveInt = 60
-    """Seconds after which a silent process is lost, and all others end with exit status 5."""
+    """Seconds without a heartbeat after which a process counts as lost and all others exit with
+    status 5."""
     hang_timeout: PositiveInt = 1800
-    """Seconds without progress after which a process ends with exit status 5, and says where it
-    was. It must be longer than the longest compilation and the longest save."""
+    """Seconds without progress after which a process exits with status 5 and names its last step.
+    Set it longer than the longest compilation and the longest save."""
 
     def __post_init__(self):
         rest = (self.num_processes, self.process_id)
         if self.coordinator_address is None and rest != (None, None):
             raise ConfigError(
-                "distributed.coordinator_address: num_processes and process_id say nothing "
-                "without it; set it to the address of process 0"
+                "distributed.coordinator_address: num_processes and process_id need it; set it to "
+                "the address of process 0"
             )
         if None not in rest and self.process_id >= self.num_processes:
             raise ConfigError(
                 f"distributed.process_id: {self.process_id} of {self.num_processes} processes; "
-                f"they are counted from 0 to {self.num_processes - 1}"
+                f"ids are 0 to {self.num_processes - 1}"
             )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run: what every command that trains has in common."""
+    """Options that all training commands share."""
 
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = None
-    """Train adapters and leave the model's own weights as they are; null trains all weights."""
+    """Train adapters and freeze the model's own weights; null: train all weights."""
     train_batch_size: PositiveInt = 8
-    """Examples (pairs in DPO) per update, over all devices and accumulation steps."""
+    """Examples (DPO: pairs) per update, over all devices and accumulation steps."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Parts in which an update is computed one after another, to save memory."""
+    """Micro-batches per update, computed one after another to save memory."""
     num_train_epochs: PositiveFloat = 1.0
-    """Times that the data is gone through."""
+    """Passes over the data."""
     max_steps: MaxSteps = -1
-    """Updates in all; -1: as num_train_epochs says."""
+    """Total number of updates; -1: set by num_train_epochs."""
     eval_steps: NonNegativeInt = 200
-    """Evaluate on the held-out rows every so many updates, and before the first and after the last;
-    0: only then."""
+    """Evaluate on the held-out rows every N updates and always before the first and after the last;
+    0: only those two."""
     save_steps: NonNegativeInt = 200
-    """Save a checkpoint every so many updates, and after the last; 0: only then."""
+    """Save a checkpoint every N updates and always after the last; 0: only after the last."""
     save_total_limit: PositiveInt = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     logging_steps: PositiveInt = 10
-    """Write metrics every so many updates, averaged over them."""
+    """Log metrics every N updates, averaged over them."""
     num_samples: NonNegativeInt = 4
-    """Held-out prompts that are answered before and after training, for report.html."""
+    """Number of held-out prompts to answer before and after training, for report.html."""
     seed: NonNegativeInt = 42
-    """Decides the order of the data, the held-out share, random weights and dropout."""
+    """Random seed of the data order, the held-out split, random weights and dropout."""
     mesh: str = "dp=1,fsdp=-1,tp=1"
-    """Devices per axis: dp (copies of the weights), fsdp (weights divided, data divided), tp (each
-    product divided). Named in any order, -1 for the rest, or EasyLM's dp,fsdp,tp: 1,-1,1."""
+    """Devices per axis: dp (replicated weights, sharded data), fsdp (sharded weights and data), tp
+    (sharded matrix products). Name axes in any order, with -1 for the remaining devices, or write
+    dp,fsdp,tp sizes as in EasyLM: 1,-1,1."""
     dcn: str | None = None
-    """How often an axis of mesh is cut over the network between TPU slices, or else between hosts:
-    dp=2 puts one copy of the weights on each of two, fsdp=2 half of each. tp cannot be cut so."""
+    """Parts of a mesh axis that span the network, one per TPU slice, or per host without slices.
+    dp=2: a copy of the weights on each of two; fsdp=2: a half on each. tp cannot span it."""
     output_dir: str = "runs/run"
-    """The run folder. The same command continues the run that it holds."""
+    """Run folder. The same command resumes the run in it."""
     checkpoint_dir: str | None = None
-    """Where checkpoints lie; default: output_dir/checkpoints. A folder or a URL (gs://bucket/path,
-    s3://bucket/path) that every host sees."""
+    """Checkpoint storage; default: output_dir/checkpoints. A folder or URL (gs://bucket/path,
+    s3://bucket/path) that every host can access."""
     resume: Literal["auto", "must"] = "auto"
-    """auto: continue what output_dir holds, or start; must: an error if it holds no run."""
+    """auto: resume the run in output_dir, or start one; must: fail if output_dir holds no run."""
     export: bool = True
-    """Write the Hugging Face folder output_dir/hf at the end."""
+    """Export a Hugging Face folder to output_dir/hf at the end."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     energy: EnergyConfig | None = None
-    """Track the energy that training takes: {country: BRA}."""
+    """Track the energy of the training: {country: BRA}."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self):
         if self.lora is not None and self.model.init == "random":
             raise ConfigError(
-                "lora: adapters on random weights, which are kept nowhere; set model.init to "
-                "pretrained, or lora to null"
+                "lora: needs pretrained weights, since random ones are not saved and the adapter "
+                "would be useless; set model.init to pretrained, or lora to null"
             )
         if re.match(r"\w+:/", place := self.checkpoint_dir or "") and not re.match(
             r"(gs|s3)://[^/]+", place
@@ -190,8 +197,8 @@ class RunConfig:
             )
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise ConfigError(
-                f"train_batch_size: {self.train_batch_size} does not divide into "
-                f"gradient_accumulation_steps {self.gradient_accumulation_steps}; use a multiple"
+                f"train_batch_size: {self.train_batch_size} is not a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
 
 
@@ -213,7 +220,7 @@ class TrainDPO(RunConfig):
         super().__post_init__()
         if self.model.dropout:
             raise ConfigError(
-                "model.dropout: policy and reference would differ before the first update; "
+                "model.dropout: would make policy and reference differ before the first update; "
                 "set it to 0 for DPO"
             )
 
@@ -224,16 +231,16 @@ class TrainReward(RunConfig):
 
     reward: RewardConfig = field(default_factory=RewardConfig)
     num_samples: NonNegativeInt = 0
-    """A model that scores answers no prompts, so there is nothing to show."""
+    """Must be 0: a reward model generates no text."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.num_samples:
-            raise ConfigError("num_samples: a model that scores answers no prompts; leave it out")
+            raise ConfigError("num_samples: a reward model generates no text; leave it out")
         if self.generation != GenerationConfig():
-            raise ConfigError("generation: a model that scores writes nothing; leave it out")
+            raise ConfigError("generation: a reward model generates no text; leave it out")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain values, as they stand in config.yaml."""
+    """The configuration as plain values, as in config.yaml."""
     return json.loads(json.dumps(asdict(config)))  # jsonargparse's number types become plain ones

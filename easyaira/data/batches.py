@@ -1,21 +1,21 @@
 """Examples to batches of rows: one layout for SFT and preference pairs, packed or not.
 
-A batch is a dictionary of arrays. A axis: micro-batches of an update; R: rows; T: tokens; B:
-examples of a micro-batch.
+A batch is a dictionary of arrays. Axes: A micro-batches of an update, R rows, T tokens, B examples
+of a micro-batch.
 
     tokens       [A, R, T]  token ids; 0 in padding
-    positions    [A, R, T]  place in its own sequence, from 0
-    segment_ids  [A, R, T]  the example's number in its micro-batch, from 1; 0 is padding
-    sides        [A, R, T]  0 shared or unpaired, 1 chosen, 2 rejected, 3 seen by no token
-    loss_mask    [A, R, T]  tokens that are learned (each is predicted by the token before it)
+    positions    [A, R, T]  position in the token's own sequence, from 0
+    segment_ids  [A, R, T]  index of the example in its micro-batch, from 1; 0 is padding
+    sides        [A, R, T]  0 shared or unpaired, 1 chosen, 2 rejected, 3 masked for every token
+    loss_mask    [A, R, T]  tokens with loss (each is predicted by the token before it)
 
-and whatever is known of each example, [A, B, ...], such as the reference's log-probabilities.
+A batch also has per-example arrays [A, B, ...], such as the reference's log-probabilities.
 
-A pair lies in two sequences, or, with its prompt stored once, in one: the prompt but for its last
-token, then for each side that last token and the answer. So every learned token has the one that
-predicts it before it, and only one token of the prompt is there twice.
+A pair is stored as two sequences, or with a shared prompt as one. A shared sequence is the prompt
+without its last token, then that token and the answer for each side. So every token with loss
+follows the token that predicts it, and only one token of the prompt is stored twice.
 
-Update n is a pure function of (seed, n): the order is one integer of state.
+Update n is a pure function of (seed, n), so the only state of the data order is one integer.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from easyaira.data.examples import Examples
 from easyaira.data.packing import Shape, bucket, choose_shapes, pack
 
 LAYOUT = ("tokens", "positions", "segment_ids", "sides", "loss_mask")
-UNSEEN = 3  # the side of tokens that no token looks at
+UNSEEN = 3  # side of tokens that no token attends to
 
 
 class Batch(NamedTuple):
-    """What one update is computed from.
+    """The data of one update.
 
     Attributes:
         arrays: see above.
-        examples: [n] which examples these are.
-        slots: [n, 2] the micro-batch and the place in it of each example.
-        num_tokens: real tokens; a prompt counts once with each answer, padding never.
-        positions: how many are computed, padding too; `filled`: how many of them hold a token.
-        shape: rows of a shard and their length; a program is compiled for each that occurs.
+        examples: [n] indices of the examples.
+        slots: [n, 2] micro-batch of each example, and its index there.
+        num_tokens: tokens without padding; a shared prompt counts once per answer.
+        positions: computed positions, including padding.
+        filled: computed positions without padding.
+        shape: rows per shard and their length; each distinct shape compiles one program.
     """
 
     arrays: dict[str, np.ndarray]
@@ -56,9 +57,9 @@ class Batch(NamedTuple):
 
 
 SAMPLED_UPDATES = 256
-EXTREME_UPDATES = 16  # the largest and those with the longest examples, of SAMPLED_EPOCHS
+EXTREME_UPDATES = 16  # per SAMPLED_EPOCHS: the largest, and those with the longest examples
 SAMPLED_EPOCHS = 3
-MAX_PACKED_LENGTH = 4096  # longer rows only for longer examples
+MAX_PACKED_LENGTH = 4096  # longer only where an example is longer
 
 
 @lru_cache(maxsize=4)
@@ -70,22 +71,22 @@ def _order(seed: int | None, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Batches:
-    """The updates of a run, by number.
+    """The batches of a run, indexed by update.
 
     Attributes:
-        examples: what is trained on.
-        size: examples in an update.
-        accumulation: micro-batches in an update.
-        shards: parts that a micro-batch is divided into, each with as many rows and examples.
-        local: the shards whose rows this host makes; default: all.
-        packing: several examples in a row.
-        share_prompt: pairs lie in one sequence, with their prompt stored once.
-        seed: of the order, a new permutation in every epoch; None keeps the order of the examples.
-        drop_last: leave out an epoch's last, smaller update.
-        attention: cost of a position's attention, for each position of its row, as a share of all
-            else that a position costs.
-        multiple: of which every row length is one, as a device's attention wants it.
-        known: name -> [n, ...] what is known of each example.
+        examples: the examples to train on.
+        size: examples per update.
+        accumulation: micro-batches per update.
+        shards: data shards of a micro-batch, with equal numbers of rows and of examples.
+        local: shards that this host builds; default: all.
+        packing: put several examples into one row.
+        share_prompt: store a pair as one sequence, with its prompt once.
+        seed: seed of a new permutation in every epoch; None keeps the order of the examples.
+        drop_last: drop an epoch's last update if it is smaller than the others.
+        attention: attention cost of a position per position of its row, relative to all other cost
+            of a position.
+        multiple: divisor of every row length, as the device's attention requires.
+        known: name -> [n, ...] per-example arrays.
     """
 
     examples: Examples
@@ -110,33 +111,33 @@ class Batches:
         return _order(self.seed, epoch, len(self.examples))
 
     def members(self, update: int) -> np.ndarray:
-        """The examples of an update, counted from 0 over all epochs."""
+        """Indices of an update's examples; updates count from 0 over all epochs."""
         epoch, place = divmod(update, len(self))
         return self.order(epoch)[place * self.size : (place + 1) * self.size]
 
     @cached_property
     def block_lengths(self) -> np.ndarray:
-        """[n, 1 or 2] the tokens of an example that must lie together in a row."""
+        """[n, 1 or 2] lengths of an example's blocks, each of which must fit into one row."""
         bounds = self.examples.bounds
         if not self.share_prompt:
             return self.examples.lengths()
         prompt = bounds[:, 1] - bounds[:, 0]
-        last = np.minimum(prompt, 1)  # a prompt's last token stands before each answer
+        last = np.minimum(prompt, 1)  # the prompt's last token precedes each answer
         return (prompt - last + 2 * last + bounds[:, 3] - bounds[:, 1])[:, None]
 
     def groups(self, update: int) -> list[list[int]]:
-        """The block lengths of each shard of each micro-batch, example by example."""
+        """Block lengths of each shard of each micro-batch, in the order of the examples."""
         parts = np.array_split(self.members(update), self.accumulation * self.shards)
         return [self.block_lengths[part].ravel().tolist() for part in parts]
 
     def rows_of(self, groups: list[list[int]], length: int) -> list[list[list[int]]]:
-        """For each group, which blocks share a row."""
+        """For each group, the indices of the blocks in each row."""
         if not self.packing:
             return [[[i] for i in range(len(group))] for group in groups]
         return [pack(group, length) for group in groups]
 
     def _sampled(self) -> list[int]:
-        """Updates that stand for all: some of an epoch, and the largest of several."""
+        """A sample of updates: some of the first epoch, and the largest of several epochs."""
         chosen = set(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_UPDATES)).astype(int))
         per_example = self.block_lengths.sum(1), self.block_lengths.max(1)
         for epoch in range(SAMPLED_EPOCHS if self.seed is not None else 1):
@@ -151,9 +152,12 @@ class Batches:
 
     @cached_property
     def shapes(self) -> list[Shape]:
-        """The shapes of this run, the cheapest first, chosen from a sample of its updates: the one
-        that serves all best, and others as long as each saves more than its compilation costs. They
-        do not depend on drop_last, so that going through all the data meets the same programs."""
+        """The shapes of this run, cheapest first, chosen from a sample of its updates.
+
+        The first choice is the best single shape. Others are added while each saves more than its
+        compilation costs. Shapes do not depend on drop_last, so that a pass over all the data runs
+        the same programs.
+        """
         if self.drop_last:
             return replace(self, drop_last=False).shapes
         sample = [self.groups(update) for update in self._sampled()]
@@ -164,7 +168,7 @@ class Batches:
         sizes |= {size for size in (2**i + 2**j for i in range(3, 12) for j in (i - 1, i))}
         useful = {n for n in sizes if longest.min() <= n <= min(limit, totals.max())}
         lengths = sorted({bucket(n, self.multiple) for n in useful | {int(longest.max())}})
-        needed = np.full((len(lengths), len(sample)), np.inf)  # rows, where the length is enough
+        needed = np.full((len(lengths), len(sample)), np.inf)  # rows per update; inf if too short
         for i, length in enumerate(lengths):
             for j, groups in enumerate(sample):
                 if length >= longest[j]:
@@ -173,14 +177,14 @@ class Batches:
         return sorted(shapes, key=self.cost)
 
     def of_each_shape(self) -> list[int]:
-        """The first update, and one more for each other shape."""
+        """One sampled update of each shape, the first update among them."""
         first: dict[Shape, int] = {}
         for update in (0, *self._sampled()):
             first.setdefault(self.arrange(self.groups(update))[0], update)
         return list(first.values())
 
     def largest(self) -> int:
-        """Of the updates that stand for all, the one whose shape costs most."""
+        """Index of the sampled update with the most expensive shape."""
         shapes = {update: self.arrange(self.groups(update))[0] for update in self._sampled()}
         return max(shapes, key=lambda update: self.cost(shapes[update]))
 
@@ -188,8 +192,8 @@ class Batches:
         return shape.rows * shape.length * (1 + self.attention * shape.length)
 
     def arrange(self, groups: list[list[int]]) -> tuple[Shape, list[list[list[int]]]]:
-        """The cheapest shape that holds an update, and how it does. An update that is unlike all
-        that were sampled has a shape of its own."""
+        """The cheapest shape that fits an update, and the blocks in each row of each group. If no
+        shape of the run fits, a new one is made."""
         longest = max(max(group, default=1) for group in groups)
         total = max(sum(group) for group in groups)
         packed: dict[int, list[list[list[int]]]] = {}
@@ -213,21 +217,21 @@ class Batches:
         arrays["loss_mask"] = arrays["loss_mask"].astype(bool)
         flat = [array.reshape(-1) for array in arrays.values()]
         per_group = self.size // len(groups)
-        of_group = np.array_split(members, len(groups))
+        group_members = np.array_split(members, len(groups))
         slots = np.zeros((len(members), 2), np.int64)
         done = 0
         for g, group in enumerate(groups):
             micro, shard = divmod(g, self.shards)
-            first = shard * per_group  # the examples of a micro-batch are numbered over its shards
-            count = len(of_group[g])
+            first = shard * per_group  # segment ids count over all shards of a micro-batch
+            count = len(group_members[g])
             slots[done : done + count, 0] = micro
             slots[done : done + count, 1] = first + np.arange(count)
             done += count
             if shard not in local:
                 continue
-            bounds = self.examples.bounds[of_group[g]].tolist()
-            unseen = self.examples.unseen[of_group[g]].tolist()
-            blocks = len(group) // max(count, 1)  # of an example
+            bounds = self.examples.bounds[group_members[g]].tolist()
+            unseen = self.examples.unseen[group_members[g]].tolist()
+            blocks = len(group) // max(count, 1)  # per example
             corner = (micro * len(local) + local.index(shard)) * shape.rows
             for r, row in enumerate(rows[g]):
                 at = (corner + r) * shape.length
@@ -238,14 +242,14 @@ class Batches:
                         end = at + group[i]
                         flat[3][end - unseen[member] : end] = UNSEEN
                     at += group[i]
-        lines = (self.accumulation, len(local) * shape.rows, shape.length)
-        arrays = {name: array.reshape(lines) for name, array in arrays.items()}
+        row_layout = (self.accumulation, len(local) * shape.rows, shape.length)
+        arrays = {name: array.reshape(row_layout) for name, array in arrays.items()}
         for name, values in self.known.items():
-            held = np.zeros(
+            by_slot = np.zeros(
                 (self.accumulation, self.size // self.accumulation, *values.shape[1:]), values.dtype
             )
-            held[tuple(slots.T)] = values[members]
-            arrays[name] = held
+            by_slot[tuple(slots.T)] = values[members]
+            arrays[name] = by_slot
         unseen = int(self.examples.unseen[members].sum())
         return Batch(
             arrays,
@@ -264,14 +268,14 @@ class Batches:
     def _write(
         self, flat: list[np.ndarray], at: int, bounds: list[int], block: int, number: int
     ) -> None:
-        """One block at one place: whole slices, since a million of them are written."""
+        """Write one block at position `at`, by slices, because a run writes millions of blocks."""
         tokens, positions, segment_ids, sides, loss_mask = flat
-        of, learned = self.examples.tokens, self.examples.learned
+        source, learned = self.examples.tokens, self.examples.learned
         start, answer = bounds[0], bounds[1]
         prompt = answer - start
 
         def copy(to: int, begin: int, end: int) -> int:
-            tokens[to : to + end - begin] = of[begin:end]
+            tokens[to : to + end - begin] = source[begin:end]
             loss_mask[to : to + end - begin] = learned[begin:end]
             return to + end - begin
 
@@ -285,7 +289,7 @@ class Batches:
             sides[middle:end] = 2
         else:
             end = at
-            if block:  # the second answer does not lie behind the prompt
+            if block:  # the second answer is not contiguous with the prompt
                 end = copy(end, start, answer)
                 start = bounds[1 + block]
             end = copy(end, start, bounds[2 + block])

@@ -1,8 +1,8 @@
-"""The cache of tokenised data: a folder for each source.
+"""Cache of tokenised data: one folder per source.
 
-A folder's key covers all that decides its tokens: contents, columns, tokenizer, template, lengths,
-and this code. A folder appears whole, by a rename, so any number of processes may build one at
-once; they map the same file into memory afterwards."""
+A folder's key hashes everything that determines its tokens: contents, columns, tokenizer, template,
+lengths, and this code. A rename creates the folder atomically, so several processes may build it at
+once; afterwards, all of them memory-map the same files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from easyaira.errors import StorageError
 
 
 def cache_root(config: DataConfig) -> Path:
-    """Where tokenised data are kept."""
+    """Root folder of the cache."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
     if root := os.environ.get("EASYAIRA_CACHE"):
@@ -33,10 +33,10 @@ def cache_root(config: DataConfig) -> Path:
 
 
 def cache_folder(config: DataConfig, *names: str) -> Path:
-    """A folder of the cache, which is the user's alone: programs that lie there are run.
+    """Create a folder of the cache, accessible only by the user: compiled programs in it are run.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: the folder cannot be created.
     """
     folder = cache_root(config).joinpath(*names)
     try:
@@ -58,7 +58,7 @@ def cached_source(
     label: str,
     limit: int | None,
 ) -> tuple[Examples, Account]:
-    """A source's examples from the cache, into which they are built if they are not there."""
+    """Examples of a source from the cache; on a miss, build them first."""
     root = cache_folder(config, "tokens")
     key = _key(source, recipe, template, limit)
     folder = root / key
@@ -66,7 +66,7 @@ def cached_source(
         try:
             return examples.open_folder(folder)
         except (OSError, ValueError, KeyError) as error:
-            print(f"data    the cache {folder} is damaged and built anew: {error}", flush=True)
+            print(f"data    the cache {folder} is damaged; rebuilding it: {error}", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
     try:
         building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
@@ -78,7 +78,7 @@ def cached_source(
         try:
             building.rename(folder)
         except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same contents
+            if not folder.exists():  # otherwise, another process built the same folder first
                 raise
     except OSError as error:
         raise cache_error(root, error) from error
@@ -87,7 +87,7 @@ def cached_source(
     return examples.open_folder(folder)
 
 
-DECIDES_TOKENS = (  # files of this folder
+DECIDES_TOKENS = (  # files of data/ that determine tokens
     "sources",
     "columns",
     "chat_templates",
@@ -101,7 +101,7 @@ DECIDES_TOKENS = (  # files of this folder
 
 def _key(source: Source, recipe: Recipe, template: Template, limit: int | None) -> str:
     content = sources.content_key(source)
-    if content is None:  # what is streamed is known only when it is read
+    if content is None:  # streamed data has no hash before it is read
         content = os.urandom(16).hex()
     digest = hashlib.sha256()
     for name in DECIDES_TOKENS:

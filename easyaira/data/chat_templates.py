@@ -1,4 +1,4 @@
-"""Jinja chat templates by name, and the tokens that they add."""
+"""Jinja chat templates by name, and the tokens that they add to a tokenizer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TEMPLATES = {
     "llama-2": LLAMA_2,
 }
 
-# what a template adds to a tokenizer, in the order of the ids that the released models have
+# tokens that a template adds to a tokenizer, in the order of their ids in the released models
 AIRA_TOKENS = {
     "bos_token": "<|startofinstruction|>",
     "eos_token": "<|endofcompletion|>",

@@ -1,5 +1,6 @@
-"""What a row's columns mean, whatever their names: a conversation, a pair of answers, or a text to
-be judged. To add a form: one line in FORMS.
+"""Forms of rows: sets of columns that hold a conversation, a pair of answers, or a text to score.
+
+To add a form, add a line to FORMS.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ Message = dict[str, str]
 
 
 class Form(NamedTuple):
-    """Columns that belong together.
+    """A set of columns that make up a row.
 
     Attributes:
-        columns: those that a row must have; the answers, or all there is.
-        prompt: the column that stands before them, if there is one.
-        bare: the answers may also do without it.
+        columns: required columns: the answers, or the whole content.
+        prompt: column of the prompt, if the form has one.
+        bare: the prompt column is optional.
     """
 
     columns: tuple[str, ...]
@@ -54,22 +55,22 @@ FORMS = {
 
 
 class Unreadable(Exception):
-    """A row does not hold what its columns promise; the reason is for people."""
+    """The content of a row does not match its columns; the message says why."""
 
 
 def form_of(columns: Sequence[str], task: str) -> Form:
-    """The form that these columns have.
+    """The form that the columns match.
 
     Raises:
-        DataError: they have none, or might be meant in more than one way.
+        DataError: the columns match no form, or several.
     """
-    found = [form for form in FORMS[task] if form.fits(columns)]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    forms = [form for form in FORMS[task] if form.fits(columns)]
+    if len(forms) == 1:
+        return forms[0]
+    if forms:
         raise DataError(
-            f"columns {', '.join(columns)} may mean {' or '.join(f'({f})' for f in found)}; move "
-            "those that are not meant away with data.columns, such as {unused: messages}"
+            f"columns {', '.join(columns)} may mean {' or '.join(f'({f})' for f in forms)}; rename "
+            "the unwanted ones with data.columns, such as {unused: messages}"
         )
     raise DataError(
         f"found columns {', '.join(columns)}; wanted {' or '.join(f'({f})' for f in FORMS[task])}. "
@@ -78,10 +79,10 @@ def form_of(columns: Sequence[str], task: str) -> Form:
 
 
 def conversation(row: Mapping[str, Any], form: Form) -> list[Message]:
-    """A row as messages, at least one of them the assistant's.
+    """Convert a row to messages.
 
     Raises:
-        Unreadable: a column is missing, or holds something else.
+        Unreadable: a column is missing or has the wrong type.
     """
     if form.columns == ("transcript",):
         return _turns(_text(row, "transcript"))
@@ -97,7 +98,7 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def _turns(transcript: str) -> list[Message]:
-    """`### Human: ...### Assistant: ...`, as OpenAssistant-Guanaco writes conversations."""
+    """Parse `### Human: ...### Assistant: ...`, the format of OpenAssistant-Guanaco."""
     before, *parts = re.split(r"### (Human|Assistant):", transcript)
     if before.strip() or not parts:
         raise Unreadable("column transcript: must begin with ### Human: or ### Assistant:")
@@ -106,10 +107,10 @@ def _turns(transcript: str) -> list[Message]:
 
 
 def pair(row: Mapping[str, Any], form: Form) -> tuple[list[Message], str, str]:
-    """A row as the messages before the answers, the chosen answer, the rejected one.
+    """Convert a row to the messages before the answers, the chosen answer and the rejected one.
 
     Raises:
-        Unreadable: a column is missing or holds something else, or the two sides answer different
+        Unreadable: a column is missing or has the wrong type, or the two sides answer different
             prompts.
     """
     chosen, rejected = (_messages(row, name, role="assistant") for name in form.columns)
@@ -127,11 +128,11 @@ def pair(row: Mapping[str, Any], form: Form) -> tuple[list[Message], str, str]:
 
 
 def judged(row: Mapping[str, Any], form: Form) -> tuple[list[str], float]:
-    """A row as its texts and its label: one text with 0 or 1, or two texts, the better one first,
-    with NaN.
+    """Convert a row to its texts and label: one text with 0 or 1, or two texts, the better one
+    first, with NaN.
 
     Raises:
-        Unreadable: a column is missing or holds something else.
+        Unreadable: a column is missing or has the wrong type.
     """
     if form.columns != ("text", "label"):
         return [_text(row, name) for name in form.columns], float("nan")
@@ -143,7 +144,7 @@ def judged(row: Mapping[str, Any], form: Form) -> tuple[list[str], float]:
 
 def _column(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
-        raise Unreadable(f"no column {name}, which the rows before have; found {', '.join(row)}")
+        raise Unreadable(f"no column {name}, which earlier rows have; found {', '.join(row)}")
     return row[name]
 
 
@@ -162,17 +163,17 @@ def _checked(text: Any, wanted: str) -> str:
 
 
 def _messages(row: Mapping[str, Any], name: str, role: str | None = None) -> list[Message]:
-    """A column as messages; a text is one of `role`."""
-    found = _column(row, name)
-    if isinstance(found, str) and role:
+    """Convert a column to messages; a plain text becomes one message of `role`."""
+    value = _column(row, name)
+    if isinstance(value, str) and role:
         return [{"role": role, "content": _text(row, name)}]
     wanted = "text or a list of messages" if role else "a list of messages"
-    if not isinstance(found, Sequence) or isinstance(found, str):
-        raise Unreadable(f"column {name}: wanted {wanted}, found {type(found).__name__}")
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")
     messages = []
-    for turn in found:
+    for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            raise Unreadable(f"column {name}: a message is {{role: ..., content: text}}")
+            raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
         content = _checked(turn.get("content"), f"column {name}: wanted text as content")
         messages.append({"role": turn["role"], "content": content})
     return messages

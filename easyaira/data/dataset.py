@@ -1,4 +1,4 @@
-"""The data of a run: sources read, weighted, and split by prompt."""
+"""The data of a run: read sources, apply their weights, split by prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
-OVERLAP = 0.01  # share of held-out prompts that are also trained on, above which there is a warning
+OVERLAP = 0.01  # warn above this share of held-out examples whose prompt is also trained on
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Data:
     """The data of a run.
 
     Attributes:
-        train, held_out: what is trained and measured on.
-        report: what became of every row, for data_report.json.
-        accounts: the same with some rows to look at, by the part they belong to.
+        train, held_out: examples for training and for evaluation.
+        report: content of data_report.json: kept and dropped rows, and statistics.
+        accounts: part ("train", "held out") -> counts of rows, and some rows to show.
     """
 
     train: Examples
@@ -40,14 +40,14 @@ class Data:
 def load(
     config: DataConfig, recipe: Recipe, *, template: Template, vocab_size: int, seed: int
 ) -> Data:
-    """Read, tokenise, count and split all that `config` names.
+    """Read, tokenise, count and split all sources of `config`.
 
     Raises:
-        DataError: no usable rows, or more than config.max_dropped of them lost.
-        TokenizerError: a token id without an embedding.
+        DataError: no row is usable, or the dropped share exceeds config.max_dropped.
+        TokenizerError: a token id has no embedding, or data.compat needs a missing pad_token.
     """
     if recipe.padded and template.tokenizer.pad_token_id is None:
-        raise TokenizerError("tokenizer: has no pad_token, which data.compat learns; set one")
+        raise TokenizerError("tokenizer: data.compat needs a pad_token; set one")
     train, account = _read(config, config.train, recipe, template, "train", config.max_examples)
     _check_ids(train, vocab_size)
     accounts = {"train": account}
@@ -59,11 +59,11 @@ def load(
         _check_ids(held_out, vocab_size)
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
-    report = {name: _told(account) for name, account in accounts.items()}
-    report["train"] |= _measured(train)
+    report = {name: _account_report(account) for name, account in accounts.items()}
+    report["train"] |= _statistics(train)
     if held_out is not None:
         report.setdefault("held out", {})
-        report["held out"] |= _measured(held_out) | _overlap(train, held_out)
+        report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
     prints = [part.fingerprint() for part in (train, held_out) if part is not None]
     report |= {
         "fingerprint": "-".join(prints),
@@ -74,10 +74,10 @@ def load(
 
 
 def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
-    """Which of `tasks` the columns of the first row are for.
+    """The task of `tasks` that the columns of the first row match.
 
     Raises:
-        DataError: none of them, or several.
+        DataError: the columns match no task, or several.
     """
     first = next(iter(sources_of(config, config.train)))
     rows = (row for _, row in sources.read(first) if not isinstance(row, sources.BadRow))
@@ -110,23 +110,23 @@ def _read(
         own = template
         if source.template:
             if template.encoder:
-                raise ConfigError("data.train: template: an encoder has its own; leave it out")
+                raise ConfigError("data.train: template: an encoder uses its own; leave it out")
             own = Template(
                 template.tokenizer, source.template, template.model_type, config.allowed_tokens
             )
-        part, more = cached_source(source, config, recipe, own, label, limit)
+        part, source_account = cached_source(source, config, recipe, own, label, limit)
         parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
-        account += more
+        account += source_account
     account.check(config.max_dropped)
     return _joined(parts), account
 
 
 def _joined(parts: list[Examples]) -> Examples:
-    """Several as one. The tokens of a single source stay on disk."""
+    """Concatenate sources in memory. The tokens of a single source stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
     if len({part.answers for part in parts}) > 1:
-        raise DataError("data: some sources hold pairs and some single texts; train on one kind")
+        raise DataError("data: some sources have pairs and some single texts; use only one kind")
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     moved = [
         replace(part, bounds=part.bounds + start)
@@ -141,25 +141,25 @@ def _joined(parts: list[Examples]) -> Examples:
 
 
 def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
-    """Split by prompt: (the rest, held out). No prompt is on both sides.
+    """Split by prompt into (train, held out); no prompt is in both parts.
 
     Raises:
-        DataError: there are too few prompts to have some on each side.
+        DataError: there are too few prompts, so one part would be empty.
     """
     prompts = np.unique(examples.prompt_ids)
     count = math.ceil(share * len(prompts))
     if not 0 < count < len(prompts):
-        raise DataError(f"data.eval: {share} of {len(prompts)} prompts leaves nothing on one side")
+        raise DataError(f"data.eval: {share} of {len(prompts)} prompts leaves one part empty")
     chosen = np.random.default_rng([seed, 1]).permutation(prompts)[:count]
     held_out = np.isin(examples.prompt_ids, chosen)
     return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))
 
 
 def weighted(examples: Examples, weights: Sequence[float], seed: int) -> Examples:
-    """Rows of source s as often as weights[s] says: whole times, and a random share once more.
+    """Repeat the rows of source s weights[s] times; the fraction selects a random share of them.
 
     Raises:
-        ConfigError: nothing of a source is left.
+        ConfigError: a weight leaves no row of its source.
     """
     if all(weight == 1 for weight in weights):
         return examples
@@ -183,7 +183,7 @@ def _check_ids(part: Examples, vocab_size: int) -> None:
         )
 
 
-def _told(account: Account) -> dict[str, Any]:
+def _account_report(account: Account) -> dict[str, Any]:
     return {
         "read": account.read,
         "kept": account.kept,
@@ -193,8 +193,8 @@ def _told(account: Account) -> dict[str, Any]:
     }
 
 
-def _measured(part: Examples) -> dict[str, Any]:
-    """Statistics of examples; a length is that of a prompt with one answer."""
+def _statistics(part: Examples) -> dict[str, Any]:
+    """Statistics of examples; `length` is that of a prompt with one answer."""
     lengths = part.lengths()
     prompts = part.bounds[:, 1] - part.bounds[:, 0]
     return {
@@ -214,12 +214,12 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 def _overlap(train: Examples, held_out: Examples) -> dict[str, int]:
-    """Held-out examples whose prompt is trained on, with a warning if they are many."""
-    both = int(np.isin(held_out.prompt_ids, train.prompt_ids).sum())
-    if both > OVERLAP * len(held_out):
+    """Count held-out examples whose prompt is also trained on; warn above OVERLAP."""
+    overlap = int(np.isin(held_out.prompt_ids, train.prompt_ids).sum())
+    if overlap > OVERLAP * len(held_out):
         print(
-            f"warning: {both} of {len(held_out)} held-out examples have a prompt that is also "
-            "trained on, so they measure memory",
+            f"warning: {overlap} of {len(held_out)} held-out examples have a prompt that is also "
+            "trained on, so the score partly measures memorisation",
             flush=True,
         )
-    return {"prompts also trained on": both}
+    return {"prompts also trained on": overlap}

@@ -1,8 +1,7 @@
-"""Examples on disk: tokens one after another in flat files, and what is known of each example.
+"""Examples on disk: flat files of concatenated tokens, and per-example arrays.
 
-An example is a prompt with one answer (SFT), with two (DPO: chosen, rejected), or texts to be
-judged. Tokens are mapped into memory and not read, so that a million examples cost no memory but
-their bounds.
+An example is a prompt with one answer (SFT), a prompt with two answers (DPO: chosen, rejected), or
+texts to score. Tokens are memory-mapped, so only the per-example arrays take memory.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ class Examples:
     """Tokenised examples.
 
     Attributes:
-        tokens: [total] all prompts and answers.
-        learned: [total] which of them carry loss.
-        bounds: [n, answers + 2] where the prompt and each answer of an example start, and its end.
-        rows: [n] the row of its source that an example comes from, counted from 0.
-        sources: [n] the source.
-        prompt_ids: [n] a hash of each prompt before any cut; equal prompts are never split apart.
-        ids: [n] a hash of prompt and answers as they are trained on.
-        unseen: [n] so many of an example's last tokens are padding that no token may look at.
-        learned_counts: [n] tokens that carry loss.
-        labels: [n] of texts to be judged; NaN elsewhere.
+        tokens: [total] tokens of all prompts and answers.
+        learned: [total] tokens with loss.
+        bounds: [n, answers + 2] start of the prompt, start of each answer, and end of the example.
+        rows: [n] row of the source, from 0.
+        sources: [n] index of the source.
+        prompt_ids: [n] hash of the prompt before truncation; equal prompts stay in one split.
+        ids: [n] hash of prompt and answers after truncation.
+        unseen: [n] number of padding tokens at the end, which no token attends to.
+        learned_counts: [n] number of tokens with loss.
+        labels: [n] labels of texts to score; NaN elsewhere.
     """
 
     tokens: np.ndarray
@@ -56,7 +55,7 @@ class Examples:
         return self.bounds.shape[1] - 2
 
     def lengths(self) -> np.ndarray:
-        """[n, answers] tokens of the prompt with each answer."""
+        """[n, answers] length of the prompt with each answer."""
         prompt = self.bounds[:, 1] - self.bounds[:, 0]
         return prompt[:, None] + np.diff(self.bounds[:, 1:])
 
@@ -64,11 +63,11 @@ class Examples:
         return replace(self, **{name: getattr(self, name)[index] for name in PER_EXAMPLE})
 
     def fingerprint(self) -> str:
-        """Of the examples and their order."""
-        found = hashlib.sha256()
+        """Hash of the examples and their order."""
+        hasher = hashlib.sha256()
         for values in (self.ids, self.bounds[:, -1] - self.bounds[:, 0], self.unseen):
-            found.update(np.ascontiguousarray(values).tobytes())
-        return found.hexdigest()[:16]
+            hasher.update(np.ascontiguousarray(values).tobytes())
+        return hasher.hexdigest()[:16]
 
 
 PER_EXAMPLE = {
@@ -86,12 +85,14 @@ PER_TOKEN = {"tokens": np.int32, "learned": np.bool_}
 
 @dataclass
 class Account:
-    """What became of the rows that were read: kept + dropped = read.
+    """Counts of rows: read = kept + dropped.
 
     Attributes:
-        dropped: reason -> rows; `first_dropped`: reason -> the place of the first of them.
-        noted: what happened to rows that were kept -> rows.
-        shown: the first rows, as [place, what became of it, [[text, state], ...]] for a report.
+        read, kept: number of rows.
+        dropped: reason -> number of rows.
+        first_dropped: reason -> place of the first such row.
+        noted: change made to kept rows, such as a cut -> number of rows.
+        shown: the first rows for a report, as [place, outcome, [[text, state], ...]].
     """
 
     read: int = 0
@@ -125,22 +126,22 @@ class Account:
         )
 
     def check(self, max_dropped: float) -> None:
-        """Raises DataError if nothing, or too little, is left."""
+        """Raise DataError if no row was kept, or more than `max_dropped` were dropped."""
         lost = self.read - self.kept
         if not self.kept or lost > max_dropped * self.read:
             raise DataError(
-                f"data: only {self.told()}; allowed is a share of {max_dropped}. Mend the rows, or "
+                f"data: only {self.told()}; the allowed share is {max_dropped}. Fix the rows, or "
                 "raise data.max_dropped"
             )
 
 
 class Parts(NamedTuple):
-    """An example before it is stored: tokens, and which are learned.
+    """An example before it is stored: tokens and their loss masks.
 
     Attributes:
-        prompt, prompt_learned: what stands before the answers.
-        answers: (tokens, learned) of each.
-        cut: tokens that were cut off, for a report: of the prompt, and of each answer.
+        prompt, prompt_learned: tokens before the answers, and which have loss.
+        answers: (tokens, learned) of each answer.
+        cut: truncated tokens for a report: those of the prompt, then those of each answer.
     """
 
     prompt: np.ndarray
@@ -150,7 +151,7 @@ class Parts(NamedTuple):
 
 
 class Files:
-    """Examples as they are written, one by one: tokens to disk, the rest when all is done."""
+    """Writer of examples: writes tokens at once, and per-example arrays on exit."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -164,7 +165,7 @@ class Files:
         return self
 
     def add(self, parts: Parts, **known: float) -> None:
-        """One example, and what is known of it."""
+        """Write one example; `known` are its values of the per-example arrays."""
         flat = [(parts.prompt, parts.prompt_learned), *parts.answers]
         ends = [self._end]
         for tokens, learned in flat:
@@ -189,10 +190,10 @@ class Files:
 
 
 def open_folder(folder: Path) -> tuple[Examples, Account]:
-    """What `build` wrote, without reading the tokens.
+    """Open a folder written by tokenise.build, without reading the tokens.
 
     Raises:
-        ValueError, OSError: the files are not whole.
+        ValueError, OSError: a file is incomplete.
     """
     arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in PER_EXAMPLE}
     total = int(arrays["bounds"][-1, -1]) if len(arrays["bounds"]) else 0
@@ -207,9 +208,9 @@ def open_folder(folder: Path) -> tuple[Examples, Account]:
 
 
 def digest(*arrays: np.ndarray) -> int:
-    """A hash of arrays and where each of them ends, 64 bits."""
-    found = hashlib.blake2b(digest_size=8)
+    """64-bit hash of arrays and their lengths."""
+    hasher = hashlib.blake2b(digest_size=8)
     for values in arrays:
-        found.update(len(values).to_bytes(8, "little"))
-        found.update(values.tobytes())
-    return int.from_bytes(found.digest(), "little")
+        hasher.update(len(values).to_bytes(8, "little"))
+        hasher.update(values.tobytes())
+    return int.from_bytes(hasher.digest(), "little")

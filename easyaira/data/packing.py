@@ -1,4 +1,4 @@
-"""Packing of examples into rows, and the shapes of rows."""
+"""Packing of examples into rows, and the choice of row shapes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from easyaira.data.examples import Examples
 
 
 class Shape(NamedTuple):
-    """Rows of a data shard, and their length."""
+    """Rows per data shard, and their length."""
 
     rows: int
     length: int
 
 
 MAX_SHAPES = 8
-COMPILATION = 10  # what a program more costs, in updates
-ROW_COUNTS = 24  # that are tried for a length
+COMPILATION = 10  # cost of compiling one more program, in updates
+ROW_COUNTS = 24  # row counts to try per length
 
 
 def bucket(size: int, multiple: int = 1) -> int:
-    """`size` rounded up so that only four sizes in each doubling occur."""
+    """Round `size` up to one of four sizes per doubling, and to a multiple of `multiple`."""
     step = max(multiple, 1 << max(size.bit_length() - 3, 0))
     return -(-size // step) * step
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The indices of `lengths` in as few rows of `room` as best-fit finds, longest first."""
+    """Pack `lengths` into rows of `room` by best-fit decreasing; return the indices in each row."""
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (space left, row), sorted
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -47,25 +47,27 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int) -> list[Shape]:
-    """Few shapes that hold all updates at little cost.
+    """Choose a few shapes that fit all updates at low cost.
 
     Args:
         lengths: row lengths to choose from.
-        needed: [lengths, sampled updates] rows that an update needs at a length; infinite where a
-            row is too short for it.
-        cost: of a shape.
-        updates: how often they will be used, all together.
+        needed: [lengths, sampled updates] rows that an update needs at a length; infinite where the
+            length is too short.
+        cost: function from a shape to its cost.
+        updates: number of updates that will use the shapes.
     """
     candidates, fits = [], []
     for length, row in zip(lengths, needed, strict=True):
         counts = np.unique(row[np.isfinite(row)])
-        some = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), ROW_COUNTS)).astype(int))
-        for rows in counts[some] if len(counts) else []:
+        sampled = np.unique(
+            np.linspace(0, len(counts) - 1, min(len(counts), ROW_COUNTS)).astype(int)
+        )
+        for rows in counts[sampled] if len(counts) else []:
             candidates.append(Shape(int(rows), length))
             fits.append(row <= rows)
     costs = np.where(np.array(fits), np.array([[cost(shape)] for shape in candidates]), np.inf)
     chosen = [int(np.argmin(costs.sum(1)))]
-    enough = COMPILATION / max(updates, 1)  # of the mean cost of an update
+    enough = COMPILATION / max(updates, 1)  # as a share of an update's mean cost
     while len(chosen) < MAX_SHAPES:
         best = costs[chosen].min(0)
         totals = np.minimum(costs, best).sum(1)
@@ -73,17 +75,17 @@ def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int)
         if totals[least] > (1 - enough) * best.sum():
             break
         chosen.append(least)
-        for i in range(len(chosen)):  # what was chosen first may be chosen better now
+        for i in range(len(chosen)):  # earlier choices may improve now
             others = costs[chosen[:i] + chosen[i + 1 :]].min(0)
             chosen[i] = int(np.argmin(np.minimum(costs, others).sum(1)))
     return [candidates[i] for i in dict.fromkeys(chosen)]
 
 
-WORTH_SHARING = 0.15  # of the positions; below it, the longer rows cost more than is saved
+WORTH_SHARING = 0.15  # share of prompt tokens; below it, longer rows cost more than sharing saves
 
 
 def shares_prompt(choice: str, examples: Examples) -> bool:
-    """Whether pairs are stored with their prompt once."""
+    """Whether to store each pair with its prompt once."""
     if examples.answers != 2 or choice == "never":
         return False
     prompts = int((examples.bounds[:, 1] - examples.bounds[:, 0]).sum())
@@ -91,6 +93,6 @@ def shares_prompt(choice: str, examples: Examples) -> bool:
 
 
 def attention_cost(width: int, heads: int) -> float:
-    """What a position's attention costs for each position it may look at, as a share of the
-    products with weights: 4 D against 24 D^2 operations a layer, and about 30 for a score."""
+    """Attention cost of a position per position it attends to, relative to the products with
+    weights: 4 D against 24 D^2 operations per layer, and about 30 operations per score."""
     return (4 * width + 30 * heads) / (24 * width**2)

@@ -1,4 +1,4 @@
-"""The recipe: which options decide what becomes of a row."""
+"""The recipe: the options that determine how a row is tokenised."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from easyaira.errors import ConfigError
 
 @dataclass(frozen=True)
 class Recipe:
-    """What becomes of a row; together with template and tokenizer it decides every token.
+    """How to tokenise a row. Recipe, template and tokenizer together determine every token.
 
     Attributes:
-        task: what a row is: a conversation to be learned, a pair of answers, a text to be judged.
+        task: kind of row: a conversation to train on, a pair of answers, or a text to score.
         max_length: longest prompt with answer, in tokens.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
-        truncation: what happens above max_length.
-        reverse: the prompt is learned, given the answer.
-        completion_only_loss, assistant_only_loss, last_turn_only: what is learned of a
-            conversation, see config.algorithms.SFTConfig.
-        padded: as in Aira's original scripts, everything is learned, and padding to max_length too.
+        truncation: treatment of examples above max_length.
+        reverse: swap prompt and answer.
+        completion_only_loss, assistant_only_loss, last_turn_only: loss mask of a conversation, see
+            config.algorithms.SFTConfig.
+        padded: put loss on every token and on padding to max_length, as Aira's original scripts do.
         on_bad_row: error or skip.
     """
 
@@ -39,15 +39,15 @@ class Recipe:
 
 
 def recipe_of(task: str, data: DataConfig, max_length: int, sft: SFTConfig | None = None) -> Recipe:
-    """The recipe that a configuration asks for.
+    """The recipe of a configuration.
 
     Raises:
-        ConfigError: an option that the task does not have.
+        ConfigError: an option does not apply to the task.
     """
     if task != "conversation":
         for name in ("compat", "reverse"):
             if getattr(data, name):
-                raise ConfigError(f"data.{name}: is for SFT and for nothing else; leave it out")
+                raise ConfigError(f"data.{name}: is for SFT only; leave it out")
     if task != "pair" and data.share_prompt == "always":
         raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")
     return Recipe(
@@ -63,4 +63,4 @@ def recipe_of(task: str, data: DataConfig, max_length: int, sft: SFTConfig | Non
 
 
 class Dropped(Exception):
-    """A row that cannot be trained on, with the reason."""
+    """A row was dropped; the message is the reason."""

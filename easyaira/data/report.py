@@ -1,4 +1,4 @@
-"""What became of the data: data_report.json to read, data_report.html and a terminal to see."""
+"""Reports of the data: data_report.json, data_report.html, and coloured rows in a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from easyaira.files import write_file
 
 FILES = ("data_report.json", "data_report.html")
 
-STATES = {  # of a token: its colours on the page and in a terminal, and what it means
+STATES = {  # state of a token: (colour on the page, colours in a terminal, meaning)
     "trained": ("#cdebd0", "30;42", "trained on"),
     "masked": ("#eeeeee", "37;100", "seen, not trained on"),
     "cut": ("#f6cccc", "30;41", "cut off or dropped"),
@@ -31,14 +31,14 @@ STYLE = (
 
 
 def write(folder: Path, data: Data) -> None:
-    """Both files, into an existing folder."""
+    """Write both files to an existing folder."""
     text = json.dumps(data.report, indent=2, ensure_ascii=False) + "\n"
     write_file(folder / FILES[0], text)
     write_file(folder / FILES[1], page(data))
 
 
 def page(data: Data) -> str:
-    """data_report.html: counts, lengths as a picture, and rows with their tokens coloured."""
+    """Content of data_report.html: counts, histograms of lengths, and rows of coloured tokens."""
     parts = [STYLE]
     sections = {"train": data.train, "held out": data.held_out}
     for name, examples in sections.items():
@@ -49,32 +49,32 @@ def page(data: Data) -> str:
             pages.table(("", ""), list(facts(data.report[name]).items())),
         ]
         if name in data.accounts and data.accounts[name].dropped:
-            told = data.accounts[name]
-            rows = [(reason, n, told.first_dropped[reason]) for reason, n in told.dropped.items()]
-            parts += ["<h3>Dropped rows</h3>", pages.table(("reason", "rows", "the first"), rows)]
+            account = data.accounts[name]
+            rows = [(why, n, account.first_dropped[why]) for why, n in account.dropped.items()]
+            parts += ["<h3>Dropped rows</h3>", pages.table(("reason", "rows", "first row"), rows)]
         parts += ["<h3>Lengths in tokens</h3>", pages.svg(histograms(examples))]
-    legend = " ".join(f'<span class="{s}">{told}</span>' for s, (*_, told) in STATES.items())
+    legend = " ".join(f'<span class="{s}">{meaning}</span>' for s, (*_, meaning) in STATES.items())
     parts += ["<h2>Rows</h2>", f'<p class="row">{legend}</p>']
     parts += [_row(*shown) for account in data.accounts.values() for shown in account.shown]
     return pages.page("Data report", *parts)
 
 
-def facts(told: dict[str, Any]) -> dict[str, Any]:
-    """A part of the report as lines of a table."""
+def facts(part: dict[str, Any]) -> dict[str, Any]:
+    """Format a part of the report as rows of a table."""
     lines: dict[str, Any] = {}
-    for name, value in told.items():
+    for name, value in part.items():
         if name in ("dropped", "first_dropped"):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {n:,}" for key, n in value.items())
         lines[name.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else value or "-"
-    if told.get("read"):
-        lines["dropped"] = sum(told["dropped"].values())
+    if part.get("read"):
+        lines["dropped"] = sum(part["dropped"].values())
     return lines
 
 
 def histograms(examples: Examples) -> Any:
-    """How long prompts, answers and whole examples are, and how many tokens are learned."""
+    """Histograms of the lengths of prompts, answers and examples, and of learned tokens."""
     from matplotlib.figure import Figure
 
     answers = np.diff(examples.bounds[:, 1:]) - examples.unseen[:, None]
@@ -94,21 +94,21 @@ def histograms(examples: Examples) -> Any:
     return figure
 
 
-def _row(place: str, became: str, spans: list[list[str]]) -> str:
-    told = []
+def _row(place: str, outcome: str, spans: list[list[str]]) -> str:
+    parts = []
     for text, state in spans:
         if state == "side":
-            told.append(f"\n<b>{html.escape(text)}</b> ")
+            parts.append(f"\n<b>{html.escape(text)}</b> ")
         elif text:
-            told.append(f'<span class="{state}">{html.escape(text)}</span>')
-    head = f'<span class="place">{html.escape(place)}: {html.escape(became)}</span>\n'
-    return f'<div class="row">{head}{"".join(told)}</div>'
+            parts.append(f'<span class="{state}">{html.escape(text)}</span>')
+    head = f'<span class="place">{html.escape(place)}: {html.escape(outcome)}</span>\n'
+    return f'<div class="row">{head}{"".join(parts)}</div>'
 
 
 def terminal(account: Account, *, rows: int, colour: bool) -> str:
-    """A few rows for a terminal; without colour, tokens that are learned stand in brackets."""
+    """The first rows for a terminal; without colour, tokens with loss are in brackets."""
     lines = []
-    for place, became, spans in account.shown[:rows]:
+    for place, outcome, spans in account.shown[:rows]:
         line, last = "", ""
         for text, state in [*spans, ["", ""]]:
             if not colour and "trained" in (state, last) and state != last:
@@ -118,5 +118,5 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
                 line += f"\n  {text}: "
             elif text:
                 line += f"\x1b[{STATES[state][1]}m{text}\x1b[0m" if colour else text
-        lines.append(f"{place}: {became}\n  {line}")
+        lines.append(f"{place}: {outcome}\n  {line}")
     return "\n".join(lines)

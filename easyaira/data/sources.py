@@ -1,8 +1,8 @@
-"""Rows of data sets, wherever they lie, one after another and each with its place for messages.
+"""Streaming readers of data sets: local files, folders and the hub. Rows come with their place.
 
-A row that cannot be read is a `BadRow` and not the end: the reader of rows decides. What cannot be
-gone on from (a file that breaks off, a column that is missing) is a DataError. No reader holds more
-than a row, or a few thousand short ones, in memory.
+An unreadable row is yielded as a `BadRow`, so that the caller decides. An error that ends the file,
+such as truncation or a missing column, is a DataError. A reader keeps at most one long row in
+memory, or a few thousand short ones.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Any, NamedTuple
 from easyaira.config.data import Source
 from easyaira.errors import DataError
 
-MAX_ROW_BYTES = 64 * 2**20  # a longer row is a mistake, or an attack
-ROWS_AT_ONCE = 1000  # of a file in columns
+MAX_ROW_BYTES = 64 * 2**20  # a longer row is an error, or an attack
+ROWS_AT_ONCE = 1000  # batch size for columnar files
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be read, and why."""
+    """An unreadable row, with the reason."""
 
     reason: str
 
 
 class Located(NamedTuple):
-    """A row, and where it stands."""
+    """A row, with its place (file and line, or index)."""
 
     place: str
     row: Mapping[str, Any] | BadRow
 
 
 def read(source: Source) -> Iterator[Located]:
-    """The rows of a data set in its order, with columns under our names.
+    """Yield the rows of a data set in order, with columns renamed by `source.columns`.
 
     Raises:
-        DataError: nothing is there, a file is damaged, or a mapped column is missing.
+        DataError: there are no rows, a file is damaged, or the first row lacks a mapped column.
     """
     count = 0
     for place, row in _rows(source):
@@ -52,7 +52,7 @@ def read(source: Source) -> Iterator[Located]:
             yield Located(place, row)
             continue
         if missing := sorted(set(source.columns.values()) - set(row)):
-            reason = f"no column {missing[0]!r}, as data.columns wants; found {', '.join(row)}"
+            reason = f"no column {missing[0]!r}, which data.columns names; found {', '.join(row)}"
             if count == 1:
                 raise DataError(f"{place}: {reason}")
             yield Located(place, BadRow(reason))
@@ -66,7 +66,7 @@ def read(source: Source) -> Iterator[Located]:
 
 
 def content_key(source: Source) -> str | None:
-    """A hash of what `read` gives, for caches; None where it cannot be known beforehand."""
+    """Hash of the rows that `read` yields, for caches; None for streamed data."""
     digest = hashlib.sha256(json.dumps([source.split, source.columns]).encode())
     if files := _files(source):
         for file in files:
@@ -90,10 +90,10 @@ def _rows(source: Source) -> Iterator[Located]:
 
 
 def _files(source: Source) -> list[Path]:
-    """The data files of a source; none if it is for `datasets` to load.
+    """Data files of a source; empty if the package `datasets` must load it.
 
     Raises:
-        DataError: there is nothing, or what cannot be read.
+        DataError: no file exists, or its format is unknown, or an option does not apply to it.
     """
     path = Path(source.path).expanduser()
     if not path.exists() and not _looks_like_hub_id(source.path):
@@ -112,7 +112,7 @@ def _files(source: Source) -> list[Path]:
     if not files:
         raise DataError(f"{path}: no data file in this folder; wanted {', '.join(READERS)}")
     if _reader(files[0]) is None:
-        raise DataError(f"{path}: unknown kind of file; wanted {', '.join(READERS)}")
+        raise DataError(f"{path}: unknown file format; wanted {', '.join(READERS)}")
     return files
 
 
@@ -121,7 +121,7 @@ def _is_dataset_dict(path: Path) -> bool:
 
 
 def _looks_like_hub_id(text: str) -> bool:
-    """owner/name, or a name alone; a name may have dots, but not the ending of a data file."""
+    """True for owner/name or a bare name; a bare name may not have a file ending."""
     a_file = _reader(Path(text)) or ("/" not in text and Path(text).suffix)
     return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and not a_file
 
@@ -148,7 +148,7 @@ def _read_file(path: Path) -> Iterator[Located]:
 
 
 def _parse(text: bytes) -> Any:
-    """One JSON value, or why it is none."""
+    """Parse one JSON value; return a BadRow if it is invalid."""
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -182,7 +182,7 @@ WINDOW = 2**20
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of one list, decoded one by one out of a window of the text."""
+    """Yield the items of one JSON list, decoded one by one from a window of the text."""
     decoder = json.JSONDecoder()
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(WINDOW).lstrip()
@@ -195,17 +195,17 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             place = BETWEEN_ITEMS.match(text, place).end()
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + file.read()).strip():
-                    raise DataError(f"{path}: goes on after its list of {number} rows")
+                    raise DataError(f"{path}: has text after its list of {number} rows")
                 return
             try:
                 item, end = decoder.raw_decode(text, place)
                 if end == len(text) and not isinstance(item, Mapping):
-                    raise ValueError("it may go on")  # a number that the window cuts
+                    raise ValueError("cut off")  # the window may cut a number
             except (ValueError, RecursionError) as error:
-                more = file.read(max(WINDOW, len(text)))
-                if not more or len(text) - place > MAX_ROW_BYTES:
+                window = file.read(max(WINDOW, len(text)))
+                if not window or len(text) - place > MAX_ROW_BYTES:
                     raise DataError(f"{path}:{number + 1}: not JSON: {error}") from error
-                text, place = text[place:] + more, 0
+                text, place = text[place:] + window, 0
                 continue
             number += 1
             yield number, item
@@ -221,14 +221,14 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             head = next(reader, [])
             if any(not name.isprintable() for name in head):
-                raise DataError(f"{path}:1: the names of columns are not UTF-8 text; re-encode it")
+                raise DataError(f"{path}:1: column names are not UTF-8 text; re-encode the file")
             if len(set(head)) != len(head):
-                raise DataError(f"{path}:1: a column's name occurs twice; wanted a line of names")
+                raise DataError(f"{path}:1: a column name occurs twice; wanted a line of names")
             for cells in reader:
                 if not cells:
                     continue
                 if len(cells) != len(head):
-                    row: Any = BadRow(f"{len(cells)} cells, and the first line has {len(head)}")
+                    row: Any = BadRow(f"{len(cells)} cells, but the first line has {len(head)}")
                 elif any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
                     row = BadRow("not UTF-8; re-encode the file")
                 else:
@@ -252,7 +252,7 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 def _check_columns(path: Path, schema: Any) -> None:
     if len(set(schema.names)) != len(schema.names):
-        raise DataError(f"{path}: a column's name occurs twice; found {', '.join(schema.names)}")
+        raise DataError(f"{path}: a column name occurs twice; found {', '.join(schema.names)}")
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
@@ -262,11 +262,11 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             batches = pyarrow.ipc.open_stream(stream)
             schema = batches.schema
-            with open(path, "rb") as file:  # the library takes a stream that breaks off for whole
+            with open(path, "rb") as file:  # pyarrow accepts a truncated stream
                 file.seek(-len(END_OF_STREAM), 2)
                 if file.read() != END_OF_STREAM:
                     raise EOFError("no end of the stream")
-        except pyarrow.ArrowInvalid:  # the other of Arrow's two forms
+        except pyarrow.ArrowInvalid:  # not a stream: Arrow's file format
             file = pyarrow.ipc.open_file(stream)
             schema = file.schema
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
@@ -294,9 +294,9 @@ def _read_with_datasets(source: Source) -> Iterator[Located]:
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # of a network, or of a damaged file, as the library likes
+        except Exception as error:  # the library raises many types: network, damaged file
             raise DataError(
-                f"{source.path}:{number + 1}: cannot be read on: {type(error).__name__}: {error}"
+                f"{source.path}:{number + 1}: cannot be read: {type(error).__name__}: {error}"
             ) from error
         if row is None:
             return
@@ -310,7 +310,7 @@ def _load_with_datasets(source: Source) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{source.path}: reading it needs the package datasets (pip install datasets); local "
+            f"{source.path}: needs the package datasets (pip install datasets); local "
             f"{', '.join(READERS)} files do not"
         ) from error
     try:
@@ -319,10 +319,10 @@ def _load_with_datasets(source: Source) -> Any:
             if not _is_dataset_dict(path):
                 return rows
             if source.split not in rows:
-                raise ValueError(f"it has the splits {', '.join(rows)}")
+                raise ValueError(f"the splits are {', '.join(rows)}")
             return rows[source.split]
         return datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
-    except Exception as error:  # the library raises many kinds, all of them mean the same here
+    except Exception as error:  # the library raises many types, which all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{source.path} (split {source.split}): cannot be loaded: {reason}"

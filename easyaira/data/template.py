@@ -1,9 +1,9 @@
-"""How messages become tokens: one mechanism for every template.
+"""Messages to tokens, by one mechanism for every template.
 
-A template is a Jinja chat template. It is rendered once per sequence of roles with placeholders for
-the contents, and taken apart: control tokens by their ids, text between them to be encoded. A
-person's text is put in afterwards and encoded so that nothing in it is taken for a control token.
-An answer is learned together with the control token that ends it, and with the spaces around it.
+A template is a Jinja chat template. It is rendered once per sequence of roles, with placeholders
+for the contents, and split into control tokens (as ids), text and placeholders. The contents are
+filled in afterwards and encoded as plain text, so that nothing in them becomes a control token. The
+loss of an answer includes the control token that ends it and the spaces around it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ from easyaira.data.chat_templates import (
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
 ANCHOR = "\n"
-SPACE = "\u2003"  # around placeholders: templates strip it, and none writes it
-MARKER = re.compile(
-    r"<[^<>\s]+>|\[[^\[\]\s]+\]"
-)  # what an added token that is a control looks like
+SPACE = "\u2003"  # around placeholders, to detect stripping; no template writes it
+MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # spelling of added tokens that are controls
 RENDER_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Content:
-    """The place of a message's content in a template, and the template's spaces that go with it."""
+    """Placeholder of a message's content: how to strip it, and the template's spaces around it."""
 
     message: int
     lstrip: bool
@@ -53,31 +51,31 @@ class Content:
 
 
 class Start(int):
-    """A start token from the tokenizer and not the template: text behind it is a text's start."""
+    """A start token that the tokenizer adds and the template lacks; text after it starts a text."""
 
 
 class Text(NamedTuple):
-    """Text to be encoded on its own, and whether it needs an anchor (see Template._probe)."""
+    """Text to encode separately, and whether it needs an anchor (see Template._probe)."""
 
     text: str
     anchored: bool
 
 
 class Template:
-    """Messages to tokens, for one tokenizer.
+    """Encoder of messages for one tokenizer.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        name: a key of TEMPLATES, chat (the tokenizer's own), a .jinja file or a Jinja template; or
-            encoder, how BERT and RoBERTa take one text behind another.
-        model_type: of the model, which decides aira's unknown token.
-        allowed: control tokens that a person's text may spell.
-        padded: a text's last token must be told from padding, so there must be a padding token that
-            ends no text.
+        name: a key of TEMPLATES, chat (the tokenizer's own), a .jinja file, a Jinja template, or
+            encoder (the format of BERT and RoBERTa for several texts).
+        model_type: model type, which decides whether the template aira adds an unknown token.
+        allowed: control tokens that may be spelled in the contents.
+        padded: add a padding token if there is none that differs from the end token, so that a
+            text's last token can be told from padding.
 
     Raises:
-        ConfigError: no such template, or no such control token.
-        TokenizerError: the tokenizer has no template, or cannot be built from parts.
+        ConfigError: the template or a control token does not exist.
+        TokenizerError: the tokenizer has no template, lacks a token, or cannot encode in parts.
     """
 
     def __init__(
@@ -103,16 +101,16 @@ class Template:
             tokenizer.add_special_tokens(CHATML_TOKENS)
         self.encoder = name == "encoder"
         if self.encoder and None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-            raise TokenizerError("tokenizer: has no cls_token or no sep_token, as encoders need")
+            raise TokenizerError("tokenizer: has no cls_token or no sep_token, which encoders need")
         if padded and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": AIRA_TOKENS["pad_token"]})
-        self.added = len(tokenizer) - length  # tokens that the model cannot know yet
+        self.added = len(tokenizer) - length  # tokens that are new to the model
         self.jinja = self._find(name)
         self.end = tokenizer.eos_token_id
         if self.end is None:
-            self.end = tokenizer.sep_token_id  # encoders end a text so
+            self.end = tokenizer.sep_token_id  # the end token of encoders
         if self.end is None:
-            raise TokenizerError("tokenizer: has no eos_token, so no answer could end; set one")
+            raise TokenizerError("tokenizer: has no eos_token to end an answer; set one")
         added = tokenizer.added_tokens_decoder
         markers = [
             token.content
@@ -126,17 +124,17 @@ class Template:
         }
         if unknown := [token for token in allowed if token not in self.controls]:
             raise ConfigError(
-                f"data.allowed_tokens: {unknown[0]!r} is no control token; there are "
+                f"data.allowed_tokens: {unknown[0]!r} is not a control token; choose from "
                 f"{', '.join(self.controls)}"
             )
         self._allowed = _any_of(allowed)
         self._typed = _any_of(set(self.controls) - set(allowed))
-        # texts are encoded by a copy in which all controls are special, and so can be kept out
+        # contents are encoded by a copy where all controls are special, so that they can be split
         self._texts = tokenizer
         if markers:
             self._texts = copy.deepcopy(tokenizer)
             self._texts.add_special_tokens({"additional_special_tokens": markers})
-        self.first = tokenizer("").input_ids[:1]  # what this tokenizer puts in front of a text
+        self.first = tokenizer("").input_ids[:1]  # start tokens that this tokenizer adds
         self._anchored_text, self._anchored_control = self._probe()
         self._parts = lru_cache(maxsize=4096)(self._parts_uncached)
 
@@ -170,10 +168,10 @@ class Template:
         ).input_ids
 
     def _probe(self) -> tuple[bool, bool]:
-        """Whether text that goes on after text, and after a control token, needs an anchor.
+        """Whether text after text, and text after a control token, needs an anchor.
 
-        SentencePiece-like tokenizers put a space in front of a text. In the middle of a sequence
-        they must not, so such text is encoded behind a line feed, whose tokens are cut off again.
+        SentencePiece-like tokenizers prepend a space to a text, which is wrong in the middle of a
+        sequence. Such text is encoded after an anchor, a line feed whose tokens are then removed.
         """
         probes = ["b", " b", "Hi"]
         alone = self._encode(probes)
@@ -183,7 +181,7 @@ class Template:
         joint = [ids[1:] for ids in joint]
         if self.end in self._encode([control])[0]:
             raise TokenizerError(
-                "tokenizer: takes typed text for control tokens; save and reload it"
+                "tokenizer: encodes plain text as control tokens; save and reload it"
             )
         if joint not in (alone, anchored):
             raise TokenizerError("tokenizer: encodes text after a control token in an unknown way")
@@ -196,8 +194,8 @@ class Template:
         return [ids[len(anchor) :] for ids in encoded]
 
     def _render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The template as text. Jinja's sandbox bounds one loop but not nested ones, so there is a
-        limit of time."""
+        """Render the template as text, within a time limit: Jinja's sandbox bounds single loops but
+        not nested ones."""
         result: list[str | Exception] = []
 
         def render():
@@ -207,21 +205,21 @@ class Template:
                         messages, chat_template=self.jinja, tokenize=False
                     )
                 )
-            except Exception as error:  # Jinja's own, or what a template raises
+            except Exception as error:  # Jinja's errors, and those that a template raises
                 result.append(error)
 
         thread = threading.Thread(target=render, daemon=True)
         thread.start()
         thread.join(RENDER_SECONDS)
         if not result:
-            raise TokenizerError(f"data.template: does not end within {RENDER_SECONDS} seconds")
+            raise TokenizerError(f"data.template: does not finish within {RENDER_SECONDS} seconds")
         if isinstance(result[0], Exception):
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the template refuses the roles {roles}: {result[0]}") from result[0]
         return result[0]
 
     def _parts_uncached(self, roles: tuple[str, ...]) -> list[int | str | Content]:
-        """The template rendered for these roles: control token ids, text, places for contents."""
+        """Render the template for these roles as control token ids, text, and placeholders."""
         text = self._render(
             [{"role": r, "content": f"{SPACE}\ue000{i}\ue001{SPACE}"} for i, r in enumerate(roles)]
         )
@@ -242,7 +240,7 @@ class Template:
         return self._with_start_and_end(_with_spaces(parts, roles), roles)
 
     def _with_start_and_end(self, parts: list, roles: tuple[str, ...]) -> list:
-        """One start token where the tokenizer has one, and an end token after the last answer."""
+        """Add the tokenizer's start token if missing, and end after the last answer's end token."""
         if self.first and parts[0] not in (*self.first, self.tokenizer.bos_token_id):
             parts = [*map(Start, self.first), *parts]
         last = max(i for i, part in enumerate(parts) if isinstance(part, Content))
@@ -255,10 +253,10 @@ class Template:
     def encode(
         self, conversations: Iterable[Sequence[dict[str, str]]]
     ) -> list[list[tuple[np.ndarray, bool]]]:
-        """Each conversation as spans (tokens, learned?), in order.
+        """Encode each conversation as a list of spans (tokens, learned).
 
-        Answers of the assistant and the control token that ends each are learned spans. A prompt is
-        always a token prefix of the prompt with its answer: text never merges across their border.
+        The assistant's answers, each with the control token that ends it, are learned spans. The
+        tokens of a prompt are always a prefix of those of prompt and answer: no token spans both.
 
         Raises:
             DataError: a conversation that `accepts` refuses.
@@ -277,7 +275,7 @@ class Template:
         return encoded
 
     def _plan(self, messages: Sequence[dict[str, str]]) -> list[tuple[int | Text, bool]]:
-        """The template filled in: control token ids and texts, each with whether it is learned."""
+        """Fill in the template: control token ids and texts, each with whether it is learned."""
         items: list[tuple[int | str, bool]] = []
 
         def put(item: int | str, learned: bool) -> None:
@@ -320,11 +318,11 @@ class Template:
         )
 
     def accepts(self, messages: Sequence[dict[str, str]]) -> None:
-        """Raises DataError if the template cannot show turns of these roles, each once."""
+        """Raise DataError unless the template renders turns of these roles, each exactly once."""
         self._parts(tuple(message["role"] for message in messages))
 
     def fingerprint(self) -> str:
-        """Of all that decides which tokens a text becomes."""
+        """Hash of everything that determines the tokens of a text."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         rest = (self.jinja, self.controls, self.first, self.end, self._allowed_names)
         digest.update(repr(rest).encode())
@@ -337,12 +335,12 @@ class Template:
         return list(dict.fromkeys([end, self.end]))
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
-        """The tokens before the answer to `messages`, as training shows them."""
+        """Tokens of the prompt that ends with `messages`, as in training."""
         spans = self.encode([[*messages, {"role": "assistant", "content": ""}]])[0]
         return np.concatenate([tokens for tokens, _ in spans[:-1]])
 
     def judged(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Texts as the tokenizer itself frames them, for models that judge and do not answer."""
+        """Encode texts with the tokenizer's own start and end tokens, for models that score."""
         alone, framed = self._encode(["a"])[0], self.tokenizer("a").input_ids
         start = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
         before, after = framed[:start], framed[start + len(alone) :]
@@ -350,36 +348,36 @@ class Template:
         return [np.array(before + encoded[Text(t, False)] + after, np.int32) for t in texts]
 
     def types_control(self, text: str) -> bool:
-        """Whether a text spells a control token, which stays text."""
+        """Whether a text spells a control token that is encoded as plain text."""
         return self._typed.search(text) is not None
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """What each token adds to the text; a character of several tokens comes with its last."""
-        told, start, before = [], 0, ""
+        """The text that each token adds; a character of several tokens belongs to the last one."""
+        texts, start, before = [], 0, ""
         for i in range(len(tokens)):
             text = self.tokenizer.decode(list(tokens[start : i + 1]))
             if text.endswith("\ufffd") and i + 1 < len(tokens):
-                told.append("")
+                texts.append("")
                 continue
-            told.append(text[len(before) :])
+            texts.append(text[len(before) :])
             before = text
-            if i - start >= 16:  # a window is enough to know the next piece
+            if i - start >= 16:  # restart: a window is enough context
                 start, before = i, self.tokenizer.decode([tokens[i]])
-        return told
+        return texts
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without control tokens."""
+        """Decode tokens to text, without control tokens."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of these, the longest first; nothing if there are none."""
+    """Pattern that matches any of `words`, longest first; no words match nothing."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 def _with_spaces(parts: list, roles: tuple[str, ...]) -> list:
-    """The spaces before an answer, and what is blank between it and a control token, as parts of
-    the answer: tokenizers join a space to the word behind it."""
+    """Move the spaces before an answer, and blank text between it and a control token, into the
+    answer: tokenizers merge a space with the next word."""
     parts = list(parts)
     for i, part in enumerate(parts):
         if not isinstance(part, Content) or roles[part.message] != "assistant":

@@ -1,4 +1,4 @@
-"""Rows to examples: tokenised, cut to length, and every row accounted for."""
+"""Rows to examples: tokenise, truncate, and count every row."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from easyaira.data.template import Template
 from easyaira.data.truncate import fit, lengths_of, pad_parts
 from easyaira.errors import DataError
 
-CHUNK = 1000  # rows that are tokenised together, on all cores
-SHOWN = 12  # rows that a report shows
+CHUNK = 1000  # rows to tokenise together, on all cores
+SHOWN = 12  # rows shown in a report
 KEPT = "trained on"
 
 
 def build(
     rows: Iterable[Located], folder: Path, *, recipe: Recipe, template: Template, label: str
 ) -> Account:
-    """Tokenise rows into files in `folder`, and count what became of each.
+    """Tokenise rows into files in `folder`, and count kept and dropped rows.
 
     Raises:
-        DataError: a row that cannot be read, unless recipe.on_bad_row says to go on.
+        DataError: a row is unreadable, unless recipe.on_bad_row is skip.
     """
     account = Account()
     rows = tqdm(rows, desc=f"tokenising {label}", unit=" rows", disable=None)
@@ -50,7 +50,7 @@ def build(
             if unseen:
                 fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
             judged = [tokens for tokens, _ in parts.answers] if recipe.task == "label" else []
-            prompt_id = digest(parts.prompt, *judged)  # texts without a prompt are their own
+            prompt_id = digest(parts.prompt, *judged)  # texts to score have no prompt
             known = {"rows": row, "prompt_ids": prompt_id, "labels": texts.label}
             files.add(fitted, sources=0, unseen=unseen, **known)
             account.kept += 1
@@ -61,7 +61,7 @@ def build(
 def _readable(
     rows: Iterable[Located], account: Account, recipe: Recipe, template: Template
 ) -> Iterator[tuple[int, str, Texts]]:
-    """The rows that can be read, by number and place; the others are counted, or an error."""
+    """Yield readable rows with index and place; count the others, or raise DataError."""
     form = None
     for place, row in rows:
         account.read += 1
@@ -73,7 +73,7 @@ def _readable(
         except columns.Unreadable as error:
             if recipe.on_bad_row == "error":
                 raise DataError(
-                    f"{place}: {error}. Mend the row, or set data.on_bad_row to skip"
+                    f"{place}: {error}. Fix the row, or set data.on_bad_row to skip"
                 ) from error
             account.drop("unreadable", place)
         except Dropped as reason:
@@ -83,7 +83,7 @@ def _readable(
 def _tokenised(
     rows: Iterable[Located], account: Account, recipe: Recipe, template: Template
 ) -> Iterator[tuple[int, str, Texts, Parts]]:
-    """The same with their tokens, many at a time, since the tokenizer uses all cores."""
+    """Yield readable rows with their tokens, tokenised in chunks so that all cores are used."""
     readable = _readable(rows, account, recipe, template)
     while chunk := list(islice(readable, CHUNK)):
         for read, parts in zip(chunk, _parts(chunk, recipe, template), strict=True):
@@ -98,7 +98,7 @@ def _form(row: Any, task: str, place: str) -> columns.Form:
 
 
 class Texts(NamedTuple):
-    """What a row says: conversations that differ in their last answer, or texts to be judged."""
+    """Content of a row: conversations that differ in their last answer, or texts to score."""
 
     conversations: list[list[columns.Message]]
     judged: list[str]
@@ -140,8 +140,8 @@ def _texts(row: Any, form: columns.Form, recipe: Recipe, template: Template) -> 
 
 
 def _reversed(messages: list[columns.Message]) -> list[columns.Message]:
-    """The first answer as the prompt, and what asked for it as the answer: p(x|y) of Li et al.
-    (2023), Self-Alignment with Instruction Backtranslation."""
+    """Swap the first question and its answer: p(x|y) of Li et al. (2023), Self-Alignment with
+    Instruction Backtranslation."""
     turns = [message for message in messages if message["role"] in ("user", "assistant")]
     if [message["role"] for message in turns[:2]] != ["user", "assistant"]:
         raise Dropped("does not begin with a question and its answer")
@@ -173,15 +173,15 @@ Answer = tuple[np.ndarray, np.ndarray]  # tokens, learned
 def _split(
     spans: list[tuple[np.ndarray, bool]], recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, Answer]:
-    """A conversation as its prompt and its answer: all that follows the first answer's start, or
-    the last one's."""
+    """Split a conversation into prompt and answer at the start of the first answer, or of the last
+    one for pairs and last_turn_only."""
     answers = [i for i, (_, is_answer) in enumerate(spans) if is_answer]
     last_only = recipe.task == "pair" or recipe.last_turn_only
     first = answers[-1] if last_only else answers[0]
     prompt = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in spans[:first])])
     everything = recipe.padded
     prompt_learned = np.full(len(prompt), everything or not recipe.completion_only_loss)
-    prompt_learned[:1] = False  # nothing stands before a first token
+    prompt_learned[:1] = False  # no token predicts the first one
     answer = [
         (tokens, np.full(len(tokens), is_answer or everything or not recipe.assistant_only_loss))
         for tokens, is_answer in spans[first:]
@@ -190,27 +190,27 @@ def _split(
     return prompt, prompt_learned, (tokens, learned)
 
 
-def _show(account: Account, place: str, parts: Parts, template: Template, became: str) -> None:
-    """Keep the first rows, and the first of each kind that was cut or dropped, for a report."""
-    of_kind = sum(kind == became for _, kind, _ in account.shown)
-    if of_kind >= (SHOWN if became == KEPT else 2):
+def _show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
+    """Record the first kept rows, and the first two of every other outcome, for a report."""
+    recorded = sum(other == outcome for _, other, _ in account.shown)
+    if recorded >= (SHOWN if outcome == KEPT else 2):
         return
     cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
     before = [(cut[0], ["cut"] * len(cut[0])), (parts.prompt, _states(parts.prompt_learned))]
-    told: list[list[str]] = []
+    shown: list[list[str]] = []
     for side, (tokens, learned) in enumerate(parts.answers):
         tail = cut[1 + side]
         spans = [*before, (tokens, _states(learned)), (tail, ["cut"] * len(tail))]
         texts = template.pieces(np.concatenate([tokens for tokens, _ in spans]))
         pairs = list(zip(texts, (state for _, states in spans for state in states), strict=True))
         known = len(cut[0]) + len(parts.prompt)
-        told += [list(pair) for pair in pairs[: 0 if side else known]]
+        shown += [list(pair) for pair in pairs[: 0 if side else known]]
         if len(parts.answers) == 2:
-            told.append([("chosen", "rejected")[side], "side"])
-        told += [list(pair) for pair in pairs[known:]]
-    if not became.startswith(KEPT):
-        told = [[text, state if state == "side" else "cut"] for text, state in told]
-    account.shown.append([place, became, told])
+            shown.append([("chosen", "rejected")[side], "side"])
+        shown += [list(pair) for pair in pairs[known:]]
+    if not outcome.startswith(KEPT):
+        shown = [[text, state if state == "side" else "cut"] for text, state in shown]
+    account.shown.append([place, outcome, shown])
 
 
 def _states(learned: np.ndarray) -> list[str]:

@@ -1,4 +1,4 @@
-"""Examples cut or padded to length."""
+"""Truncation and padding of examples."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from easyaira.data.template import Template
 
 
 def pad_parts(parts: Parts, count: int, pad: int) -> Parts:
-    """With padding behind the answer, which is learned."""
+    """Append `count` padding tokens with loss to the answer."""
     (tokens, learned) = parts.answers[0]
-    more = (np.full(count, pad, np.int32), np.ones(count, bool))
+    padding, padding_learned = np.full(count, pad, np.int32), np.ones(count, bool)
     return parts._replace(
-        answers=[(np.concatenate([tokens, more[0]]), np.concatenate([learned, more[1]]))]
+        answers=[(np.concatenate([tokens, padding]), np.concatenate([learned, padding_learned]))]
     )
 
 
 def lengths_of(parts: Parts) -> tuple[int, int]:
-    """Tokens of the prompt, and of the longest answer."""
+    """Number of tokens of the prompt, and of the longest answer."""
     return len(parts.prompt), max(len(tokens) for tokens, _ in parts.answers)
 
 
 def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[str]]:
-    """Prompt and answers within the lengths, and what was done for it; both sides are cut alike.
+    """Truncate prompt and answers to the lengths of the recipe; return them with notes of each cut.
+    Both answers of a pair are cut by the same rule.
 
     Raises:
-        Dropped: it does not fit, or nothing to learn is left.
+        Dropped: the example does not fit, no token with loss is left, or the answers are identical.
     """
     prompt, prompt_learned, answers, _ = parts
     start = int(len(prompt) > 0 and int(prompt[0]) in template.controls.values())
     notes = []
 
     def last_of_prompt(length: int) -> np.ndarray:
-        """Which tokens stay: the start token and the last ones."""
+        """Mask of tokens to keep: the start token and the last ones."""
         index = np.arange(len(prompt))
         return (index < start) | (index >= len(prompt) - (length - start))
 
@@ -53,7 +54,7 @@ def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[s
             kept = last_of_prompt(recipe.max_length - longest)
         else:
             room = max(recipe.max_length - int(kept.sum()), 0)
-            closing = int(template.encoder and room > 0)  # as their tokenizers do when they cut
+            closing = int(template.encoder and room > 0)  # encoders keep the closing token
 
             def keeps(tokens: np.ndarray) -> np.ndarray:
                 place, length = np.arange(len(tokens)), len(tokens)

@@ -1,1 +1,1 @@
-"""Hugging Face's files: tables of names, safetensors, conversion."""
+"""Hugging Face files: weight tables, safetensors, conversion."""

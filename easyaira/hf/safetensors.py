@@ -1,4 +1,4 @@
-"""Safetensors files: read lazily, and written in shards."""
+"""Safetensors files: lazy reads and sharded writes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ SHARD_BYTES = 5 * 10**9
 
 
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder's safetensors files by name, mapped into memory and not yet read.
+    """Memory-map every tensor of a folder's safetensors files, by name; reads happen on access.
 
     Raises:
-        WeightsError: no weights, a damaged file, or an index that disagrees with the files.
-        UnsafeInputError: an index that leads out of the folder.
+        WeightsError: there are no weights, a file is damaged, or the index and files disagree.
+        UnsafeInputError: the index names a file outside the folder.
     """
     index_file = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index_file.exists() and single.exists():
         raise WeightsError(
-            f"{folder}: has both {single.name} and {index_file.name}; remove the old one"
+            f"{folder}: has both {single.name} and {index_file.name}; remove the outdated one"
         )
     if single.exists():
         return open_file(single)
     if not index_file.exists():
-        found = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         hint = (
-            f"; {found[0]} is a pickle, which can run code and is not read: save the model once "
-            "with transformers' save_pretrained, which writes safetensors"
-            if found
+            f"; {pickles[0]} is a pickle, which could run code, so it is not read; "
+            "convert the model to safetensors with transformers' save_pretrained"
+            if pickles
             else "; to start from config.json alone, set model.init to random"
         )
         raise WeightsError(f"{folder}: no model.safetensors{hint}")
@@ -53,25 +53,25 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(files):
         if Path(name).name != name:
-            raise UnsafeInputError(f"{index_file}: names {name!r}, which is outside of the folder")
+            raise UnsafeInputError(f"{index_file}: names {name!r}, which is outside the folder")
         shard = open_file(folder / name)
         if wrong := [t for t in shard if weight_map.get(t) != name]:
             raise WeightsError(
-                f"{folder / name}: holds {wrong[0]}, which the index places elsewhere"
+                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file"
             )
         tensors |= shard
     if missing := sorted(set(weight_map) - set(tensors)):
         raise WeightsError(
-            f"{index_file}: names {missing[0]}, which no file holds; download it again"
+            f"{index_file}: names {missing[0]}, which is in no file; download it again"
         )
     return tensors
 
 
 def open_file(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file by name, mapped into memory and not yet read.
+    """Memory-map every tensor of a safetensors file, by name; reads happen on access.
 
     Raises:
-        WeightsError: it is damaged, or not there.
+        WeightsError: the file is damaged or missing.
     """
     try:
         with safe_open(file, "numpy"):  # the library checks header, offsets and size
@@ -86,7 +86,7 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            continue  # integers are masks and counters; one that is wanted will be missed by name
+            continue  # integers are masks and counters; `match` reports a missing weight by name
         start, stop = entry["data_offsets"]
         tensors[name] = raw[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
@@ -95,14 +95,14 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
 def save_folder(
     tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write tensors to model.safetensors, or, if they are large, to several and an index."""
-    parts: list[dict[str, int]] = []  # the names in each file, with their bytes
+    """Write tensors to model.safetensors, or above `shard_bytes` to several files and an index."""
+    parts: list[dict[str, int]] = []  # names and bytes of the tensors in each file
     part: dict[str, np.ndarray] = {}
 
     def write_part() -> None:
         file = folder / f"part-{len(parts)}"
         save_file(part, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # the library makes it readable for its owner alone
+        file.chmod(0o644)  # the library makes it readable only by its owner
         parts.append({name: tensor.nbytes for name, tensor in part.items()})
         part.clear()
 

@@ -1,8 +1,8 @@
-"""Rows that pair our parameters with Hugging Face's tensors.
+"""Weight tables: pairs of EasyAira parameters and Hugging Face tensors.
 
-A `Row` pairs a path of our parameter tree with a tensor's name there; `{}` in that name counts
-layers, which are stacked on axis 0 here. The table stands at the end of the model's file and
-serves both directions."""
+A `Row` pairs a path of our parameter tree with the name of a Hugging Face tensor. `{}` in that name
+is the layer's index; our parameters stack layers on axis 0. The table is at the end of each model's
+file and serves both directions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from easyaira.errors import WeightsError
 
 @dataclass(frozen=True)
 class Op:
-    """How one tensor (of one layer) differs; both directions are views, so nothing is copied."""
+    """Layout conversion of a tensor (of one layer). Both directions are views, without copies."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
-    vocab_axis: int | None = None  # the axis of ours that is padded beyond the vocabulary
+    vocab_axis: int | None = None  # axis of our parameter that has vocabulary padding
 
 
 SAME = Op(lambda x: x, lambda x: x)
 TRANSPOSE = Op(lambda x: x.T, lambda x: x.T)
 VOCAB = Op(lambda x: x, lambda x: x, vocab_axis=0)
 VOCAB_TRANSPOSE = Op(lambda x: x.T, lambda x: x.T, vocab_axis=1)
-SPLIT_QKV = Op(  # the last axis holds q, k and v one after another
+SPLIT_QKV = Op(  # the last axis concatenates q, k and v
     lambda x: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3),
     lambda x: x.reshape(*x.shape[:-2], -1),
 )
@@ -37,7 +37,7 @@ SPLIT_QKV = Op(  # the last axis holds q, k and v one after another
 
 @dataclass(frozen=True)
 class Row:
-    """Our path, their name, what lies between, and which configs have it."""
+    """Our path, Hugging Face's name, the conversion, and a predicate of configs that have it."""
 
     ours: str
     theirs: str
@@ -49,30 +49,30 @@ class Row:
         return "{}" in self.theirs
 
     def names(self, leaf: Any) -> list[str]:
-        """Their tensors that make up our `leaf`."""
+        """Names of the Hugging Face tensors of our `leaf`."""
         return (
             [self.theirs.format(i) for i in range(leaf.shape[0])] if self.stacked else [self.theirs]
         )
 
     def cut(self, array: np.ndarray, vocab_size: int) -> np.ndarray:
-        """One layer of ours as theirs, without the padding of the vocabulary."""
+        """Convert one layer to Hugging Face's layout, without vocabulary padding."""
         if self.op.vocab_axis is not None:
             array = array[:vocab_size] if self.op.vocab_axis == 0 else array[:, :vocab_size]
         return self.op.to_theirs(array)
 
 
 def pair_rows(tree: Any, rows: Sequence[Row]) -> list[tuple[Row, Any]]:
-    """Every row with its leaf.
+    """Pair every row with its leaf.
 
     Raises:
-        WeightsError: a leaf without a row, or a row without a leaf: the table is wrong.
+        WeightsError: the table is wrong: a leaf without a row, or a row without a leaf.
     """
     leaves = by_path(tree)
     ours = [row.ours for row in rows]
     if sorted(ours) != sorted(leaves):
         raise WeightsError(
             f"weight table: rows without a parameter: {sorted(set(ours) - set(leaves))}, "
-            f"parameters without a row: {sorted(set(leaves) - set(ours))}. Mend HF_ROWS in the "
+            f"parameters without a row: {sorted(set(leaves) - set(ours))}. Fix HF_ROWS in the "
             "model's file"
         )
     return [(row, leaves[row.ours]) for row in rows]

@@ -1,7 +1,7 @@
-"""Conversion of Hugging Face weights to ours and back, without torch.
+"""Conversion between Hugging Face weights and EasyAira parameters, without torch.
 
-Each model's table (`hf/table.py`) serves both directions; a tensor that is missing, left over or of
-another shape is an error."""
+Each model's table (`hf/table.py`) serves both directions. A missing tensor, an unknown tensor or a
+wrong shape is an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from easyaira.distributed.tree import path_of
 from easyaira.errors import WeightsError
 from easyaira.hf.table import VOCAB, Row, pair_rows
 
-Each = Callable[[tuple, jax.Array], Any]  # (path in the tree, parameter) -> what is kept of it
+Each = Callable[[tuple, jax.Array], Any]  # (path in the tree, parameter) -> leaf to keep
 
 
 def match(
@@ -33,36 +33,36 @@ def match(
     tied: bool,
     where: str,
 ) -> dict[str, np.ndarray]:
-    """The tensors that `rows` names, checked against `tree` before any of them is read.
+    """Select the tensors of `rows` and check them against `tree`, before any data is read.
 
     Args:
-        tensors: name -> array, as `open_folder` gives them.
-        tree: our parameters' shapes.
-        prefix: what names of old files may lack in front.
-        ignored: patterns of names that are no weights of this model.
-        renamed: ends of names in old files -> what they are now.
-        optional: our paths of products that may be missing, whole.
-        tied: the head is the token table, so a stored head must be the same.
+        tensors: name -> array, from `open_folder`.
+        tree: shapes of our parameters.
+        prefix: start of tensor names that old files may omit.
+        ignored: patterns of names that are not weights of this model.
+        renamed: endings of names in old files -> today's endings.
+        optional: our paths of layers that may be missing, but only completely.
+        tied: the head is the token table, so a stored head must equal it.
         where: the folder, for messages.
 
     Raises:
-        WeightsError: all that is missing, left over or of another shape, in one message.
+        WeightsError: lists all missing tensors, unknown tensors and wrong shapes in one message.
     """
     expected, whole = {}, {}
     for row, leaf in pair_rows(tree, rows):
         layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
         expected |= dict.fromkeys(row.names(leaf), row.cut(layer, vocab_size).shape)
         whole.setdefault(row.ours.rpartition("/")[0], []).extend(row.names(leaf))
-    found = {}
+    matched = {}
     for name, tensor in tensors.items():
         for old, new in renamed.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
         full = name if name in expected or prefix + name not in expected else prefix + name
         if not any(re.search(pattern, prefix + name) for pattern in ignored):
-            found[full] = tensor
-    if tied and "lm_head.weight" in found and "lm_head.weight" not in expected:
-        table = found.get(next(row.theirs for row in rows if row.op is VOCAB))
-        head = found.pop("lm_head.weight")
+            matched[full] = tensor
+    if tied and "lm_head.weight" in matched and "lm_head.weight" not in expected:
+        table = matched.get(next(row.theirs for row in rows if row.op is VOCAB))
+        head = matched.pop("lm_head.weight")
         if table is not None and not np.array_equal(head, table):
             raise WeightsError(
                 f"{where}: config.json ties the head to the embedding, but lm_head.weight differs "
@@ -70,22 +70,24 @@ def match(
             )
     problems = []
     absent = [names for product, names in whole.items() if product in optional]
-    may_miss = {name for names in absent if not found.keys() & set(names) for name in names}
-    if missing := sorted(set(expected) - set(found) - may_miss):
-        problems.append(f"missing {_some(missing)}")
-    if extra := sorted(set(found) - set(expected)):
-        problems.append(f"not known to this architecture {_some(extra)}")
+    may_miss = {name for names in absent if not matched.keys() & set(names) for name in names}
+    if missing := sorted(set(expected) - set(matched) - may_miss):
+        problems.append(f"missing {_first_three(missing)}")
+    if extra := sorted(set(matched) - set(expected)):
+        problems.append(f"unknown to this architecture {_first_three(extra)}")
     problems += [
-        f"{name} has shape {list(found[name].shape)}, config.json wants {list(shape)}"
+        f"{name} has shape {list(matched[name].shape)}, config.json expects {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        if name in matched and matched[name].shape != shape
     ][:3]
     if problems:
-        raise WeightsError(f"{where}: {'; '.join(problems)}. Is config.json of this model?")
-    return found
+        raise WeightsError(
+            f"{where}: {'; '.join(problems)}. Does config.json belong to this model?"
+        )
+    return matched
 
 
-def _some(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
 
@@ -97,16 +99,16 @@ def from_hf(
     drawn: Mapping[str, jax.Array] | None = None,
     each: Each | None = None,
 ) -> Any:
-    """Our parameters in float32. Each device is given its slice, and only that is read.
+    """Load our parameters in float32; each device reads only its own shard.
 
     Args:
-        tensors: as `match` gives them.
-        tree: our parameters' shapes, dtypes and, where they have one, shardings.
-        drawn: our path -> a parameter that is not read.
-        each: what becomes of a parameter as soon as it is there.
+        tensors: name -> array, from `match`.
+        tree: shapes, dtypes and optional shardings of our parameters.
+        drawn: our path -> a parameter to use instead of reading one.
+        each: function applied to each parameter as soon as it is loaded.
 
     Raises:
-        WeightsError: a tensor holds NaN or infinity.
+        WeightsError: a tensor contains NaN or infinity.
     """
     rows_by_path = {row.ours: row for row, _ in pair_rows(tree, rows)}
     drawn = drawn or {}
@@ -135,7 +137,7 @@ def _read(name: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
     part = np.asarray(view[tuple(spans)], np.float32)
     if not np.isfinite(part).all():
         raise WeightsError(
-            f"{name}: holds NaN or infinity; the file is damaged or the model diverged"
+            f"{name}: contains NaN or infinity; the file is damaged or the model diverged"
         )
     shape = [span.stop - span.start for span in spans]
     return np.pad(part, [(0, want - have) for want, have in zip(shape, part.shape, strict=True)])
@@ -144,11 +146,11 @@ def _read(name: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
 def to_hf(
     params: Any, rows: Sequence[Row], *, vocab_size: int, dtypes: Callable[[str], np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors, one at a time, rounded once to the dtype that `dtypes` gives for a name. All
-    processes of a run must go through them.
+    """Yield Hugging Face tensors one by one, rounded once to `dtypes(name)`. All processes of a run
+    must iterate together.
 
     Raises:
-        WeightsError: a value is not finite, or too large for the dtype.
+        WeightsError: a value is not finite, or overflows the dtype.
     """
     for row, leaf in pair_rows(params, rows):
         for i, name in enumerate(row.names(leaf)):
@@ -158,8 +160,8 @@ def to_hf(
                 tensor = np.ascontiguousarray(row.cut(layer, vocab_size)).astype(dtypes(name))
             if not np.isfinite(tensor.astype(np.float32)).all():
                 raise WeightsError(
-                    f"{name}: holds values beyond {dtypes(name).name}; choose --dtype float32"
+                    f"{name}: values overflow {dtypes(name).name}; choose --dtype float32"
                     if np.isfinite(layer).all()
-                    else f"{name}: holds NaN or infinity; it is not exported"
+                    else f"{name}: contains NaN or infinity; it is not exported"
                 )
             yield name, tensor

@@ -1,7 +1,7 @@
 """Preference losses over pairs of answers, in float32.
 
-Shapes: R rows, T tokens, B pairs. No loss is reduced here: the caller knows the denominator. To add
-a loss: one function, and one line in PREFERENCE_LOSSES."""
+Shapes: R rows, T tokens, B pairs. Losses are not reduced: the caller knows the denominator. To add
+a loss, write a function and add a line to PREFERENCE_LOSSES."""
 
 from __future__ import annotations
 
@@ -27,32 +27,31 @@ def pair_sums(
     *,
     pairs: int,
 ) -> Float[Array, "B 2"]:
-    """Sums over the learned tokens of each answer: column 0 chosen, column 1 rejected.
+    """Sum values over the learned tokens of each answer: column 0 chosen, column 1 rejected.
 
-    Pair b has segment id b + 1; its chosen tokens have side 1, its rejected ones side 2. A device
-    holds all tokens of its pairs. Each sum selects its tokens from all of the device's: a
-    scatter-add would be cheaper, but a GPU adds in any order, and then equal weights do not give
-    equal bits.
+    Pair b has segment id b + 1; its chosen tokens have side 1, its rejected tokens side 2. Each
+    device holds all tokens of its pairs. Each sum masks all tokens of the device. A scatter-add
+    would be cheaper, but its order on GPUs varies, so results would not be bitwise deterministic.
     """
     rows, length = values.shape
     shards = parts_of(rows, BATCH_AXES)
     shards = shards if pairs % shards == 0 else 1
     local = pairs // shards
 
-    def by_shard(x: jax.Array) -> jax.Array:  # [S, tokens of a shard]
+    def by_shard(x: jax.Array) -> jax.Array:  # [S, tokens per shard]
         x = x.reshape(shards, rows // shards * length)
         return constrain(x, BATCH_AXES, None)
 
     answer = jnp.where(loss_mask, (segment_ids - 1) * 2 + sides - 1, -1)
     first = jnp.arange(shards)[:, None] * 2 * local
-    wanted = first + jnp.arange(2 * local)  # [S, answers of a shard]
+    wanted = first + jnp.arange(2 * local)  # [S, answers per shard]
     selected = by_shard(answer)[:, None] == wanted[..., None]
     sums = jnp.where(selected, by_shard(values)[:, None], 0).sum(-1)
     return sums.reshape(pairs, 2)
 
 
 # Preference losses. `chosen` and `rejected` are log-ratios log pi(y|x) - log pi_ref(y|x), written
-# h_w and h_l below; s is the sigmoid, e is label_smoothing, |y| the number of learned tokens.
+# h_w and h_l below; s is the sigmoid, e is label_smoothing, |y| is the number of learned tokens.
 
 
 def sigmoid(
@@ -153,14 +152,14 @@ def preference_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """The loss of each pair by its name.
+    """Per-pair loss of the given type.
 
     Args:
         loss_type: a key of PREFERENCE_LOSSES.
         logratios: log pi(y|x) - log pi_ref(y|x), summed over learned tokens; chosen, rejected.
         lengths: learned tokens of each answer.
-        beta: strength of the tie to the reference (tau of the IPO paper).
-        label_smoothing: share of wrong labels, for the losses that take it.
+        beta: strength of the regularisation towards the reference (tau in the IPO paper).
+        label_smoothing: assumed share of wrong labels, for the losses that take it.
     """
     loss = PREFERENCE_LOSSES[loss_type]
     if loss.per_token:

@@ -22,14 +22,13 @@ def bradley_terry(chosen: PerPair, rejected: PerPair, *, margin: float = 0.0) ->
 
 
 def binary(scores: PerPair, positive: IsPositive) -> PerPair:
-    """-log s(r) of a text that is to score above 0, -log s(-r) of one below: cross-entropy."""
+    """Binary cross-entropy: -log s(r) for a positive text, -log s(-r) for a negative one."""
     return -jax.nn.log_sigmoid(jnp.where(positive, scores, -scores))
 
 
 def roc_auc(better: np.ndarray, worse: np.ndarray) -> float | None:
-    """The area under the ROC curve: how often one of the better scores is above one of the worse
-    ones, over all combinations of the two, ties by half. Exact; None if there are none of either.
-    """
+    """Area under the ROC curve: share of (better, worse) combinations where the better score is
+    higher; ties count half. Exact; None if either array is empty."""
     if not len(better) or not len(worse):
         return None
     worse = np.sort(worse)

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens, in float32, without logits of whole rows.
+"""Log-probabilities of tokens, in float32, without storing the logits of whole rows.
 
-Shapes: R rows, T tokens, D width, V vocabulary. Nothing is reduced here: the caller knows the
-denominator."""
+Shapes: R rows, T tokens, D width, V vocabulary. Nothing is reduced, except in `token_nll`: the
+caller knows the denominator."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jaxtyping import Array, Bool, Float, Int
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, parts_of
 
-CHUNK_LOGITS = 2**25  # logits that a device holds at a time, 128 MiB
-KEPT_CHUNKS = 4  # of which the backward pass need not compute the logits again
+CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
+KEPT_CHUNKS = 4  # chunks whose logit gradients are cached for the backward pass
 
 PerToken = Float[Array, "R T"]
 
 
 class TokenLogps(NamedTuple):
-    """What the head says about each token, given the ones before it. 0 at the first of a row, and
-    where no loss was asked for. Only `logps` has a gradient, and none of them in `token_nll`."""
+    """Per-token statistics of the next-token distribution; 0 at a row's first token and where
+    `loss_mask` is false. Only `logps` is differentiable, and only from `token_logps`."""
 
     logps: PerToken
-    is_top1: PerToken  # 1 where the token is the likeliest one
-    mean_logits: PerToken  # logits averaged over the vocabulary
-    entropy: PerToken  # of the distribution that the token was drawn from, in nats
+    is_top1: PerToken  # 1 where the token is the most likely one
+    mean_logits: PerToken  # mean of the logits over the vocabulary
+    entropy: PerToken  # entropy of the token's distribution, in nats
 
 
 def token_logps(
@@ -40,20 +40,20 @@ def token_logps(
     vocab_size: int,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> TokenLogps:
-    """log p(token | the tokens before it in its row), without holding logits for whole rows.
+    """log p(token | the tokens before it in its row), without storing the logits of whole rows.
 
-    Only tokens in `loss_mask` are projected. They are gone through in chunks, as many as there
-    happen to be. What the backward pass needs of logits is kept of the first KEPT_CHUNKS, and
-    computed again of all others, so that small batches cost no more than full logits and memory is
-    bounded. Liger's linear cross-entropy (Hsu et al., 2024) is the same idea for one loss.
+    Only tokens in `loss_mask` are projected, in a dynamic number of chunks. The logit gradients of
+    the first KEPT_CHUNKS are cached for the backward pass; those of the other chunks are
+    recomputed. So small batches cost no more than with full logits, and memory is bounded. Liger's
+    linear cross-entropy (Hsu et al., 2024) applies the same idea to one loss.
 
     Args:
         hidden: final hidden states, in the computing dtype.
-        head: float32 weights; columns from `vocab_size` on are padding and get no probability.
-        tokens: the tokens whose log-probabilities are wanted.
-        loss_mask: where they are wanted; everywhere by default.
+        head: float32 weights; columns from `vocab_size` on are padding and have no probability.
+        tokens: the token at each position.
+        loss_mask: tokens to evaluate; default: all.
         vocab_size: number of real columns.
-        chunk_logits: how many logits a device may hold at a time.
+        chunk_logits: logits that a device may store at a time.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
     return unflatten(_logps(*positions, vocab_size))
@@ -68,22 +68,23 @@ def token_nll(
     vocab_size: int,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Float[Array, ""], TokenLogps]:
-    """-sum of log p(token | the tokens before it) over `loss_mask`, and what `token_logps` says.
+    """-sum of log p(token | the tokens before it) over `loss_mask`, and `token_logps`' result.
 
-    A sum's gradient is the same for every token, and is computed while a chunk's logits are there:
-    three products with the head instead of four. Arguments as in `token_logps`.
+    The gradient of a sum has the same scale for every token, so the forward pass computes it while
+    a chunk's logits are in memory: three products with the head instead of four. Arguments as in
+    `token_logps`.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
     total, parts = _nll(*positions, vocab_size)
     return total, unflatten(parts)
 
 
-# Shapes below: S shards, N positions of a shard, C positions of a chunk.
+# Shapes below: S shards, N positions per shard, C positions per chunk.
 
 
 class _Positions(NamedTuple):
-    """Hidden states, and the token that follows each. This is the one place that shifts: the entry
-    of a token comes from the hidden state before it."""
+    """Hidden states, each with the token that follows it. This is the only shift by one: a token's
+    log-probability comes from the hidden state before it."""
 
     states: jax.Array  # [S, N, D]
     head: jax.Array
@@ -97,7 +98,7 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
     shards = parts_of(rows, BATCH_AXES)
     wanted = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask
 
-    def flat(x: jax.Array) -> jax.Array:  # [S, N, ...]: what a device holds stays there
+    def flat(x: jax.Array) -> jax.Array:  # [S, N, ...]: no communication
         x = x.reshape(shards, rows // shards * (length - 1), *x.shape[2:])
         return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
 
@@ -111,15 +112,15 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
 
 
 def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
-    """How many of a device's positions are projected at a time."""
+    """Number of positions that a device projects at a time."""
     return max(1, min(positions, chunk_logits // columns))
 
 
 class _Chunks(NamedTuple):
-    """The order in which positions are gone through: those with loss first, then nothing."""
+    """The order of positions for chunking: positions with loss first, then out-of-range indices."""
 
-    order: jax.Array  # [S, whole chunks]; beyond N where there is no position; no number twice
-    count: jax.Array  # how many chunks have a position with loss, on any shard
+    order: jax.Array  # [S, multiple of `size`]; unique, and N or more where there is no position
+    count: jax.Array  # chunks that have a position with loss, on any shard
     size: int
 
     def index(self, i: jax.Array) -> jax.Array:
@@ -135,12 +136,12 @@ def _chunks(wanted: jax.Array, size: int) -> _Chunks:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[s, index[s, c]], zero where the index is beyond x."""
+    """Gather x[s, index[s, c]], with zero where the index is out of range."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
 
 
 def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """x with `values` at places that are all different, so in whatever order they are written."""
+    """Scatter `values` into x. Indices are unique, so the result is deterministic."""
 
     def put(row, at, new):
         return row.at[at].set(new, mode="drop", unique_indices=True)
@@ -149,19 +150,19 @@ def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
-    """The head as it is multiplied: gathered once, and not for each chunk."""
+    """Cast the head, and gather it over fsdp once instead of for each chunk."""
     return constrain(head.astype(dtype), None, "tp")
 
 
-def _look(states, kernel, targets, vocab_size):
-    """Of the positions of a chunk: logps, is_top1, mean_logits and entropy [S, C]; and d logps /
-    d logits [S, C, V]."""
+def _token_statistics(states, kernel, targets, vocab_size):
+    """For a chunk: logps, is_top1, mean_logits and entropy [S, C]; and d logps / d logits
+    [S, C, V]."""
     columns = jnp.arange(kernel.shape[1])
     real = columns < vocab_size
     logits = jnp.einsum("scd,dv->scv", states, kernel, preferred_element_type=jnp.float32)
     mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
     logits = jnp.where(real, logits, -jnp.inf)
-    # a sum over a mask and not an index: it stays local when the vocabulary is divided
+    # a masked sum instead of a gather: it stays local when the vocabulary is sharded
     is_target = columns == targets[..., None]
     target = jnp.where(is_target, logits, 0).sum(-1)
     largest = logits.max(-1)
@@ -174,15 +175,16 @@ def _look(states, kernel, targets, vocab_size):
 
 
 def _gradients(states, kernel, d_logits):
-    """Of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in float32."""
+    """Gradients of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in
+    float32."""
     d_logits = d_logits.astype(states.dtype)
     d_states = jnp.einsum("scv,dv->scd", d_logits, kernel).astype(states.dtype)
     d_head = jnp.einsum("scd,scv->sdv", states, d_logits, preferred_element_type=jnp.float32)
     return d_states, d_head
 
 
-def _of_head(d_head, head):
-    """All shards' parts of the head's gradient; divided as the head is, so that none holds all."""
+def _reduce_head(d_head, head):
+    """Sum the head's gradient over shards, sharded like the head so that no device stores all."""
     return constrain(d_head.sum(0), "fsdp", "tp").astype(head.dtype)
 
 
@@ -203,7 +205,9 @@ def _logps_forward(states, head, targets, wanted, chunk, vocab_size):
     def body(i, carry):
         parts, kept = carry
         index = chunks.index(i)
-        values, slope = _look(_take(states, index), kernel, _take(targets, index), vocab_size)
+        values, slope = _token_statistics(
+            _take(states, index), kernel, _take(targets, index), vocab_size
+        )
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
 
@@ -219,24 +223,27 @@ def _logps_backward(chunk, vocab_size, saved, cotangents):
     states, head, targets, wanted, kept = saved
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
-    def again(some, index):
-        _, slope = _look(some, kernel, _take(targets, index), vocab_size)
+    def recompute(chunk_states, index):
+        _, slope = _token_statistics(chunk_states, kernel, _take(targets, index), vocab_size)
         return slope.astype(kept.dtype)
 
     def body(i, gradients, slope_of):
         d_states, d_head = gradients
         index = chunks.index(i)
-        some = _take(states, index)
+        chunk_states = _take(states, index)
         scale = _take(cotangents[0], index)[..., None]
-        d_some, more = _gradients(some, kernel, slope_of(i, some, index) * scale)
-        return _put(d_states, index, d_some), d_head + more
+        d_logits = slope_of(i, chunk_states, index) * scale
+        d_chunk, d_kernel = _gradients(chunk_states, kernel, d_logits)
+        return _put(d_states, index, d_chunk), d_head + d_kernel
 
-    of_kept = partial(body, slope_of=lambda i, some, index: kept[i])
-    of_others = partial(body, slope_of=lambda i, some, index: again(some, index))
+    cached = partial(body, slope_of=lambda i, chunk_states, index: kept[i])
+    recomputed = partial(
+        body, slope_of=lambda i, chunk_states, index: recompute(chunk_states, index)
+    )
     first = jnp.minimum(chunks.count, len(kept))
-    gradients = jax.lax.fori_loop(0, first, of_kept, _zero_gradients(states, head))
-    d_states, d_head = jax.lax.fori_loop(first, chunks.count, of_others, gradients)
-    return d_states, _of_head(d_head, head), None, None
+    gradients = jax.lax.fori_loop(0, first, cached, _zero_gradients(states, head))
+    d_states, d_head = jax.lax.fori_loop(first, chunks.count, recomputed, gradients)
+    return d_states, _reduce_head(d_head, head), None, None
 
 
 _logps.defvjp(_logps_forward, _logps_backward)
@@ -244,7 +251,7 @@ _logps.defvjp(_logps_forward, _logps_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _nll(states, head, targets, wanted, chunk, vocab_size):
-    """-sum of logps; and logps, is_top1, mean_logits and entropy, [S, N] each."""
+    """-sum of logps; then logps, is_top1, mean_logits and entropy, [S, N] each."""
     parts = _logps(states, head, targets, wanted, chunk, vocab_size)
     return -parts[0].sum(), parts
 
@@ -255,16 +262,16 @@ def _nll_forward(states, head, targets, wanted, chunk, vocab_size):
     def body(i, carry):
         parts, (d_states, d_head) = carry
         index = chunks.index(i)
-        some = _take(states, index)
-        values, slope = _look(some, kernel, _take(targets, index), vocab_size)
-        d_some, more = _gradients(some, kernel, -slope)
+        chunk_states = _take(states, index)
+        values, slope = _token_statistics(chunk_states, kernel, _take(targets, index), vocab_size)
+        d_chunk, d_kernel = _gradients(chunk_states, kernel, -slope)
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
-        return parts, (_put(d_states, index, d_some), d_head + more)
+        return parts, (_put(d_states, index, d_chunk), d_head + d_kernel)
 
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * 4
     start = zeros, _zero_gradients(states, head)
     parts, (d_states, d_head) = jax.lax.fori_loop(0, chunks.count, body, start)
-    return (-parts[0].sum(), parts), (d_states, _of_head(d_head, head))
+    return (-parts[0].sum(), parts), (d_states, _reduce_head(d_head, head))
 
 
 def _nll_backward(chunk, vocab_size, gradients, cotangents):

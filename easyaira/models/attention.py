@@ -1,13 +1,11 @@
-"""Attention within the rows of a batch: one function, one contract (`visible`), several ways to
-compute it. Shapes: see layers.py; S keys.
+"""Attention within the rows of a batch: one function, one mask (`visible`), four implementations.
+Shapes: see layers.py; S keys.
 
-- `xla`: everywhere. Rows longer than a block are cut into blocks of queries, each of which sees the
-  keys up to its end; its scores are computed again in the backward pass, so that memory grows with
-  the length and not with its square.
-- `cudnn`: cuDNN's flash attention on NVIDIA GPUs, in 16 bits. It is told by a mask who sees whom.
-- `pallas`: a flash attention for GPUs that is told one number for each key, see flash.py.
-- `splash`: the Pallas kernel for TPUs that comes with JAX, which knows segments and skips blocks
-  that no query sees.
+- `xla`: any device. A longer row is split into blocks of queries, each with the keys up to its end.
+  The backward pass recomputes the scores of a block, so memory is linear in the length.
+- `cudnn`: cuDNN's flash attention on NVIDIA GPUs, in 16 bits, with a dense mask.
+- `pallas`: EasyAira's flash attention for GPUs, with one integer per key as the mask; see flash.py.
+- `splash`: JAX's Pallas kernel for TPUs, which masks by segment and skips fully masked blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from easyaira.models.layers import Compute, Dropout, by_features
 from easyaira.models.splash import splash
 
 BLOCK = 512  # queries
-MAX_BLOCKS = 16  # of a row: they are unrolled in the program
+MAX_BLOCKS = 16  # per row: blocks are unrolled in the program
 
 
 def visible(
@@ -35,22 +33,22 @@ def visible(
     *,
     causal: bool = True,
 ) -> jax.Array:
-    """Which token may look at which: [R, T, S], query by key; the contract of `attention`.
+    """The attention mask [R, T, S], query by key; every implementation must agree with it.
 
-    A token sees its own segment, up to itself if `causal`, and within it the shared prompt (side 0)
-    and its own side. Segment 0 is padding, which nobody sees, and neither does anybody see side 3.
+    A token attends to keys of its own segment that have side 0 (the shared prompt) or its own side,
+    and if `causal` only to keys up to itself. No token attends to padding (segment 0) or side 3.
     """
     query_segment, key_segment = segment_ids_RT[:, queries, None], segment_ids_RT[:, None, keys]
     query_side, key_side = sides_RT[:, queries, None], sides_RT[:, None, keys]
-    seen = (
+    mask = (
         (query_segment == key_segment)
         & (key_segment > 0)
         & ((key_side == 0) | ((key_side == query_side) & (key_side != 3)))
     )
     if causal:
         place = jnp.arange(segment_ids_RT.shape[1])
-        seen &= place[queries, None] >= place[keys]
-    return seen
+        mask &= place[queries, None] >= place[keys]
+    return mask
 
 
 def attention(
@@ -65,9 +63,9 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K.
 
-    What padding gets is finite and means nothing. Computed as `compute.attention` says where its
-    rules allow, and by XLA where they do not: in training with dropout, without a causal mask
-    (splash, pallas), in 32 bits or with an odd length (cudnn).
+    The output at padding is finite and meaningless. `compute.attention` selects the implementation.
+    XLA replaces it where it is unsupported: with dropout, without a causal mask (splash, pallas),
+    in 32 bits or with an odd length (cudnn).
     """
     R, T, H, N = q_RTHN.shape
     heads = (constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
@@ -81,7 +79,7 @@ def attention(
     elif compute.attention == "pallas" and causal:
         out = _flash(*rows)
     elif compute.attention == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
-        # a query that sees nothing sees itself: cuDNN's gradients of others are not always finite
+        # masked queries attend to themselves: cuDNN's gradients may not be finite without any key
         unreal = (segment_ids_RT == 0) | (sides_RT == 3)
         mask = visible(segment_ids_RT, sides_RT, causal=causal)
         mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
@@ -122,5 +120,5 @@ def _with_dropout(q, k, v, segment_ids, sides, *, causal, drop):
 
 def _flash(q, k, v, segment_ids, sides):
     rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
-    of_device = by_device(flash, (heads, heads, heads, rows))
-    return of_device(q, k, v, ends(segment_ids, sides))
+    per_device = by_device(flash, (heads, heads, heads, rows))
+    return per_device(q, k, v, ends(segment_ids, sides))

@@ -1,5 +1,5 @@
-"""BERT (Devlin et al., 2019): every token sees its whole text, learned positions, post-norm blocks,
-and a score from the first token. Its encoder is RoBERTa's, too. Shapes: see layers.py."""
+"""BERT (Devlin et al., 2019): bidirectional attention, learned positions, post-norm blocks, and a
+score from the first token. RoBERTa shares the encoder. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class BertConfig:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
 
-    # the names that all architectures answer to
+    # names that all architectures share
     max_positions = property(lambda self: self.max_position_embeddings - self.offset)
     width = property(lambda self: self.hidden_size)
     heads = kv_heads = property(lambda self: self.num_attention_heads)
     activation = property(lambda self: self.hidden_act)
 
-    offset = 0  # the row of the position table that the first token has
+    offset = 0  # row of the position table for the first token
 
 
 class Attention(nn.Module):
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-    """Tokens to hidden states [R, T, D], and the token table [V, D]. All texts are of type 0."""
+    """Map tokens to hidden states [R, T, D] and the token table [V, D]. All tokens have type 0."""
 
     config: Any
     compute: Compute
@@ -106,7 +106,7 @@ class Bert(nn.Module):
 
 
 class PooledScore(nn.Module):
-    """States of first tokens [..., D] to scores [...]: a dense layer with tanh, and a product."""
+    """Map states of first tokens [..., D] to scores [...]: a tanh layer, then a linear layer."""
 
     config: Any
     compute: Compute
@@ -132,7 +132,7 @@ PARTITION_RULES = (
 
 
 def dense_rows(ours: str, theirs: str) -> tuple[Row, Row]:
-    """The two tensors of a product."""
+    """Weight-table rows of a linear layer: weight and bias."""
     return (
         Row(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE),
         Row(f"{ours}/bias", f"{theirs}.bias"),
@@ -140,12 +140,12 @@ def dense_rows(ours: str, theirs: str) -> tuple[Row, Row]:
 
 
 def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
-    """The two tensors of a norm."""
+    """Weight-table rows of a norm: weight and bias."""
     return Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")
 
 
 def encoder_rows(prefix: str) -> tuple[Row, ...]:
-    """The encoder's tensors, whose names begin with `prefix`."""
+    """Weight-table rows of the encoder, whose tensor names start with `prefix`."""
     embeddings, layer = f"{prefix}embeddings.", f"{prefix}encoder.layer.{{}}."
     return (
         Row("model/word_embeddings/embedding", embeddings + "word_embeddings.weight", VOCAB),
@@ -164,11 +164,12 @@ def encoder_rows(prefix: str) -> tuple[Row, ...]:
 
 
 HF_ROWS = encoder_rows("bert.")
-HF_PREFIX = "bert."  # which files of a bare BertModel leave out
+HF_PREFIX = "bert."  # missing in files of a bare BertModel
 HF_IGNORED = (r"^bert\.cls\.",)  # heads of the pretraining tasks
-HF_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # by age
+# names in old files -> today's
+HF_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-# config.json keys that change the numbers and are not built: their only accepted value
+# unsupported config.json keys that change the numbers, with their only accepted value
 HF_NEUTRAL = {
     "add_cross_attention": False,
     "is_decoder": False,

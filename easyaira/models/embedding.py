@@ -1,6 +1,6 @@
-"""Rows of a table by id, with a gradient that is the same bits every time on every device.
+"""Embedding look-up with a bitwise deterministic gradient on every kind of device.
 
-Shapes: S data shards, N tokens of a shard, D width, V rows of the table.
+Shapes: S data shards, N tokens per shard, D width, V rows of the table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from easyaira.models.layers import whole
 
 
 class Embedding(nn.Module):
-    """A table of vectors. Ids beyond it would be clamped: the data layer refuses them."""
+    """A table of vectors. The data layer refuses ids beyond the table; JAX would clamp them."""
 
     size: int
     width: int
@@ -34,15 +34,15 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.padded_size or self.size, self.width))
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        # a vocabulary is divided over tp, as its head is; tables of positions are small, and whole
+        # token tables are sharded over tp, like the head; position tables are small and replicated
         table, rows = self.embedding, "tp" if self.padded_size else None
         return whole(_look_up(table, ids, table.shape, table.dtype, dtype, rows))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _look_up(table_VD, ids, shape, stored, dtype, rows):
-    """Rows of a table in `dtype`. Their gradient is added up in float32, whatever that is: a token
-    may occur a thousand times in a batch, and bfloat16 cannot count so far."""
+    """Gather rows of a table in `dtype`. The gradient is always accumulated in float32: a token may
+    occur a thousand times in a batch, and bfloat16 cannot sum so many terms."""
     return constrain(table_VD.astype(dtype), rows, None)[ids]
 
 
@@ -55,7 +55,7 @@ def _look_up_backward(shape, stored, dtype, rows, ids, d_rows):
     d_table = jax.lax.platform_dependent(
         d_rows,
         ids,
-        default=partial(_scatter_add, shape=shape),  # CPUs and TPUs add in one order
+        default=partial(_scatter_add, shape=shape),  # deterministic on CPUs and TPUs
         cuda=partial(_sum_by_id, shape=shape, rows=rows),
         rocm=partial(_sum_by_id, shape=shape, rows=rows),
     )
@@ -70,11 +70,11 @@ def _scatter_add(d_rows, ids, *, shape):
 
 
 def _sum_by_id(d_rows, ids, *, shape, rows):
-    """The same sum on a GPU, where a scatter-add adds by atomics, in any order, and has been
+    """Deterministic scatter-add for GPUs. XLA's own uses atomics, whose order varies, and has been
     compiled into compare-and-swap loops (openxla/xla#46225)."""
     shards = parts_of(len(ids), BATCH_AXES)
 
-    def by_shard(x: jax.Array) -> jax.Array:  # [S, N, ...]: a device adds up its own tokens
+    def by_shard(x: jax.Array) -> jax.Array:  # [S, N, ...]: each device sums its own tokens
         x = x.reshape(shards, -1, *x.shape[ids.ndim :])
         return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
 
@@ -85,12 +85,13 @@ def _sum_by_id(d_rows, ids, *, shape, rows):
 def sum_by_id(
     values: Float[Array, "S N D"], ids: Int[Array, "S N"], *, size: int
 ) -> Float[Array, "S V D"]:
-    """For each id below `size`, the sum of its values: a scatter-add whose order is fixed.
+    """Sum of the values of each id below `size`: a scatter-add in a fixed order.
 
-    Ids are sorted. Each value then adds the one 1, 2, 4, ... places behind it, as long as that has
-    the same id: after k steps it holds the sum of up to 2^k values, and the first of an id's run
-    holds them all. The number of steps is the logarithm of the longest run. The rounding error
-    grows with that logarithm, too, and not with the run (pairwise summation; Higham, 1993).
+    Sort values by id. In steps with distances 1, 2, 4, ..., add to each value the one at that
+    distance behind it, if both have the same id. After k steps, the first value of a run of up to
+    2^k equal ids holds the sum of the run. The number of steps is the logarithm of the longest run.
+    The rounding error, too, grows with that logarithm and not with the run's length (pairwise
+    summation; Higham, 1993).
     """
     count = ids.shape[1]
     order = jnp.argsort(ids, axis=1, stable=True)
@@ -111,5 +112,5 @@ def sum_by_id(
     wanted = jnp.arange(size, dtype=ids.dtype)
     place = jax.vmap(jnp.searchsorted, in_axes=(0, None))(ids, wanted)
     place = jnp.minimum(place, count - 1)
-    found = jnp.take_along_axis(ids, place, axis=1) == wanted
-    return jnp.where(found[..., None], jnp.take_along_axis(sums, place[..., None], axis=1), 0)
+    present = jnp.take_along_axis(ids, place, axis=1) == wanted
+    return jnp.where(present[..., None], jnp.take_along_axis(sums, place[..., None], axis=1), 0)

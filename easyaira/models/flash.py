@@ -1,22 +1,22 @@
-"""Flash attention for GPUs within the rows of a batch, as Pallas kernels for Triton.
+"""Flash attention for GPUs, as Pallas kernels for Triton.
 
 The algorithm is FlashAttention-2 (Dao, 2023; Dao et al., 2022): an online softmax over tiles of
-keys, and a backward pass that recomputes the weights from the queries' log-sum-exp. No array grows
-with the square of the length.
+keys, and a backward pass that recomputes the attention weights from the log-sum-exp of each query.
+Memory is linear in the sequence length.
 
-The mask is one integer a key: query q sees key k exactly where `k <= q < end[k]`. `ends` computes
-it from a batch's layout. Tiles that no query of a block sees are skipped.
+The mask is one integer per key: query q attends to key k exactly where `k <= q < end[k]`. `ends`
+computes these integers from a batch's layout. Fully masked tiles are skipped.
 
-- A query that sees nothing has output 0, and contributes 0 to all gradients.
-- Scores, softmax statistics and accumulators are float32. Weights, and gradients of scores, are
-  rounded to the inputs' type before they enter a product.
-- Products of float32 inputs are float32 (IEEE), never TF32: exact, and without tensor cores.
-- No atomics: a loop of fixed order computes each output tile, so bits are repeatable. That loop
-  also sums the gradients of a key head over its query heads, in float32.
-- Triton's tiles are powers of two. Other head widths are loaded with a mask and computed at the
-  next power (80 and 96 as 128).
+- A fully masked query has output 0 and contributes 0 to all gradients.
+- Scores, softmax statistics and accumulators are float32. Attention weights and score gradients are
+  rounded to the dtype of the inputs before they enter a product.
+- Products of float32 inputs are IEEE float32, never TF32, so they do not use tensor cores.
+- The kernels are deterministic: they use no atomics, and a loop of fixed order computes each output
+  tile. That loop also sums the gradients of a key head over its query heads, in float32.
+- Triton tiles are powers of two. Other head widths are loaded with a mask and padded to the next
+  power of two (80 and 96 to 128).
 
-Axes: see layers.py; S keys, G query heads of a key head.
+Axes: see layers.py; S keys, G query heads per key head.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-FLOOR = -1e30  # below any score, and finite, so that no difference is NaN
-MASKED = 2 * FLOOR  # exp2(MASKED - FLOOR) is 0: a row of masked scores has no weight
-LOG2_E = math.log2(math.e)  # the kernels use exp2, which is one instruction
+FLOOR = -1e30  # below any score, but finite, so that differences are never NaN
+MASKED = 2 * FLOOR  # exp2(MASKED - FLOOR) is 0, so a fully masked row has weight 0
+LOG2_E = math.log2(math.e)  # the kernels use exp2, a single instruction
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of the pipelined loop."""
+    """Queries and keys per tile, warps per program, stages of the pipelined loop."""
 
     queries: int
     keys: int
@@ -45,8 +45,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Of each kernel, by bytes of an element and padded head width. All fit the 99 KB of shared memory
-# that a program has on compute capability 8.6 and 8.9.
+# Tiles of each kernel, by bytes per element and padded head width. All fit into 99 KB of shared
+# memory, the limit per program on compute capability 8.6 and 8.9.
 KERNELS = ("forward", "dq", "dkv")
 TILES = {
     (2, 64): (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
@@ -59,12 +59,12 @@ TILES = {
 
 
 def ends(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
-    """One past the last query that sees each key, int32 [R, T]; 0 where none does.
+    """One past the last query that attends to each key, int32 [R, T]; 0 for a masked key.
 
-    That is the end of the segment for a prompt's key (side 0), and the end of its side for an
-    answer's. Nobody sees padding and side 3. Then `k <= q < end[k]` equals attention.py's `visible`
-    for the layouts of data/batches.py: a segment that has a side 0 is contiguous, and so is each
-    side of a segment. The two answers of a pair without side 0 may lie anywhere.
+    A prompt's key (side 0) ends with its segment; an answer's key ends with its side. Padding and
+    side 3 are masked. The mask `k <= q < end[k]` equals `visible` of attention.py for the layouts
+    of data/batches.py: a segment with side 0 is contiguous, and so is each side of any segment.
+    The two answers of a pair without side 0 may be anywhere in the row.
     """
     R, T = segment_ids_RT.shape
 
@@ -74,8 +74,8 @@ def ends(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
         return lax.cummin(bounds, axis=1, reverse=True)
 
     whole, side = run_ends(segment_ids_RT), run_ends(segment_ids_RT * 4 + sides_RT)
-    seen = (segment_ids_RT > 0) & (sides_RT != 3)
-    return jnp.where(seen, jnp.where(sides_RT == 0, whole, side), 0)
+    visible = (segment_ids_RT > 0) & (sides_RT != 3)
+    return jnp.where(visible, jnp.where(sides_RT == 0, whole, side), 0)
 
 
 def flash(
@@ -83,14 +83,20 @@ def flash(
 ) -> jax.Array:
     """softmax(q k / sqrt(N)) v over the keys with `k <= q < end[k]`, [R, T, H, N].
 
-    Inputs are all bfloat16, all float16 or all float32; H is a multiple of K, N at most 256, and
-    `end_RT` (see `ends`) at most T. `interpret` runs on any device, slowly and without Triton.
+    Args:
+        q_RTHN, k_RTKN, v_RTKN: all bfloat16, all float16 or all float32; H is a multiple of K, and
+            N at most 256.
+        end_RT: see `ends`; at most T.
+        interpret: run on any device, slowly and without Triton.
+
+    Raises:
+        ValueError: head counts, head width or dtypes are unsupported.
     """
     (H, N), K = q_RTHN.shape[2:], k_RTKN.shape[2]
     if H % K or N > 256:
         raise ValueError(f"{H} query heads must be a multiple of {K}, and width {N} at most 256")
     if len({x.dtype for x in (q_RTHN, k_RTKN, v_RTKN)}) > 1:
-        raise ValueError("queries, keys and values must have one type")
+        raise ValueError("queries, keys and values must have the same dtype")
     return _flash(q_RTHN, k_RTKN, v_RTKN, end_RT, interpret)
 
 
@@ -100,26 +106,28 @@ def _flash(q, k, v, end, interpret):
 
 
 def _forward(q, k, v, end, interpret):
-    """Compute the output, and for the backward pass log2 of the softmax's denominator [R, H, T]."""
+    """The output, and the residuals with log2 of the softmax denominator [R, H, T]."""
     R, T, H, _ = q.shape
-    of = _Specs(q, k, "forward")
-    inputs = [(q, of.query), (k, of.keys), (v, of.keys), *of.mask(end)]
-    outputs = [(q, of.query), (jax.ShapeDtypeStruct((R, H, T), jnp.float32), of.statistic)]
-    out, lse = of.call(_forward_kernel, inputs, outputs, of.query_grid, interpret)
+    specs = _Specs(q, k, "forward")
+    inputs = [(q, specs.query), (k, specs.keys), (v, specs.keys), *specs.mask(end)]
+    outputs = [(q, specs.query), (jax.ShapeDtypeStruct((R, H, T), jnp.float32), specs.statistic)]
+    out, lse = specs.call(_forward_kernel, inputs, outputs, specs.query_grid, interpret)
     return out, (q, k, v, end, out, lse)
 
 
 def _backward(interpret, saved, grad):
     q, k, v, end, out, lse = saved
     delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1).swapaxes(1, 2)  # [R, H, T]
-    of = _Specs(q, k, "dq")
-    inputs = [(q, of.query), (k, of.keys), (v, of.keys), *of.mask(end)]
-    inputs += [(grad, of.query), (lse, of.statistic), (delta, of.statistic)]
-    (dq,) = of.call(_dq_kernel, inputs, [(q, of.query)], of.query_grid, interpret)
-    of = _Specs(q, k, "dkv")
-    inputs = [(q, of.group), (k, of.key), (v, of.key), (end, of.key_end)]
-    inputs += [(grad, of.group), (lse, of.group_statistic), (delta, of.group_statistic)]
-    dk, dv = of.call(_dkv_kernel, inputs, [(k, of.key), (v, of.key)], of.key_grid, interpret)
+    specs = _Specs(q, k, "dq")
+    inputs = [(q, specs.query), (k, specs.keys), (v, specs.keys), *specs.mask(end)]
+    inputs += [(grad, specs.query), (lse, specs.statistic), (delta, specs.statistic)]
+    (dq,) = specs.call(_dq_kernel, inputs, [(q, specs.query)], specs.query_grid, interpret)
+    specs = _Specs(q, k, "dkv")
+    inputs = [(q, specs.group), (k, specs.key), (v, specs.key), (end, specs.key_end)]
+    inputs += [(grad, specs.group), (lse, specs.group_statistic), (delta, specs.group_statistic)]
+    dk, dv = specs.call(
+        _dkv_kernel, inputs, [(k, specs.key), (v, specs.key)], specs.key_grid, interpret
+    )
     return dq, dk, dv, None
 
 
@@ -127,15 +135,16 @@ _flash.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each kind of array that a program may address.
+    """Block specs: the part of each kind of array that a program may address.
 
-    A part may exceed its array: Triton gets a pointer, and masks hide what lies beyond the array.
+    A block may exceed its array. Triton gets a pointer, and loads and stores are masked at the
+    array's end.
     """
 
     def __init__(self, q: jax.Array, k: jax.Array, kernel: str):
         R, T, H, N = q.shape
         K, spec = k.shape[2], pl.BlockSpec
-        G, width = H // K, max(16, pl.next_power_of_2(N))  # 16: the least that a product takes
+        G, width = H // K, max(16, pl.next_power_of_2(N))  # Triton's products need 16
         tiles = TILES[q.dtype.itemsize, max(64, width)][KERNELS.index(kernel)]
         self.tiles, self.size = tiles, {"length": T, "width": N}
         self.query_grid = (pl.cdiv(T, tiles.queries), H, R)
@@ -149,7 +158,7 @@ class _Specs:
         self.group_statistic = spec((None, G, T), lambda j, k, r: (r, k, 0))
 
     def mask(self, end: jax.Array) -> list[tuple[jax.Array, pl.BlockSpec]]:
-        """The ends of keys, and the largest of each tile; these are padded to a power of two."""
+        """`end` of each key, and its maximum per tile; the maxima are padded to a power of two."""
         R, T = end.shape
         count = max(16, pl.next_power_of_2(pl.cdiv(T, self.tiles.keys)))
         padded = jnp.pad(end, ((0, 0), (0, count * self.tiles.keys - T)))
@@ -173,14 +182,14 @@ class _Specs:
 def _forward_kernel(q_ref, k_ref, v_ref, end_ref, last_ref, out_ref, lse_ref, *, tiles, **size):
     first = pl.program_id(0) * tiles.queries
     load = partial(_load, **size)
-    q = load(q_ref, first, tiles.queries, at=0)
+    q = load(q_ref, first, tiles.queries, row=0)
     scale = LOG2_E / math.sqrt(size["width"])
 
     def add(j, carry):
         out, top, total = carry
         k, v = (load(ref, j * tiles.keys, tiles.keys) for ref in (k_ref, v_ref))
-        seen = _seen(first, j * tiles.keys, end_ref, tiles, size["length"])
-        scores = jnp.where(seen, _dot(q, k.T) * scale, MASKED)
+        visible = _visible(first, j * tiles.keys, end_ref, tiles, size["length"])
+        scores = jnp.where(visible, _dot(q, k.T) * scale, MASKED)
         higher = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - higher[:, None])
         shrink = jnp.exp2(top - higher)
@@ -190,7 +199,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, end_ref, last_ref, out_ref, lse_ref, *,
     rows = jnp.zeros(tiles.queries, jnp.float32)
     carry = (jnp.zeros(q.shape, jnp.float32), rows + FLOOR, rows)
     out, top, total = _over_keys(last_ref, first, tiles, size["length"], add, carry)
-    total = jnp.where(total > 0, total, 1)  # of a query that sees nothing: out is 0
+    total = jnp.where(total > 0, total, 1)  # a fully masked query: out is 0
     _store(out_ref, out / total[:, None], first, **size)
     inside = first + jnp.arange(tiles.queries) < size["length"]
     plgpu.store(lse_ref, top + jnp.log2(total), mask=inside)
@@ -201,15 +210,15 @@ def _dq_kernel(
 ):
     first = pl.program_id(0) * tiles.queries
     load = partial(_load, **size)
-    q, grad = (load(ref, first, tiles.queries, at=0) for ref in (q_ref, grad_ref))
+    q, grad = (load(ref, first, tiles.queries, row=0) for ref in (q_ref, grad_ref))
     inside = first + jnp.arange(tiles.queries) < size["length"]
     lse, delta = (plgpu.load(ref, mask=inside, other=0)[:, None] for ref in (lse_ref, delta_ref))
     scale = 1 / math.sqrt(size["width"])
 
     def add(j, dq):
         k, v = (load(ref, j * tiles.keys, tiles.keys) for ref in (k_ref, v_ref))
-        seen = _seen(first, j * tiles.keys, end_ref, tiles, size["length"])
-        scores = jnp.where(seen, _dot(q, k.T) * (scale * LOG2_E) - lse, MASKED)
+        visible = _visible(first, j * tiles.keys, end_ref, tiles, size["length"])
+        scores = jnp.where(visible, _dot(q, k.T) * (scale * LOG2_E) - lse, MASKED)
         change = jnp.exp2(scores) * (_dot(grad, v.T) - delta)
         return dq + _dot(change.astype(k.dtype), k)
 
@@ -221,11 +230,12 @@ def _dq_kernel(
 def _dkv_kernel(
     q_ref, k_ref, v_ref, end_ref, grad_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, tiles, **size
 ):
-    """Loop over tiles of queries, from the diagonal to the last query that sees a key, of each
-    query head. Scores are [S, T], so that no product needs a tile transposed in registers."""
+    """Loop over the query heads, and over tiles of queries from the diagonal to the last query that
+    attends to a key of this tile. Scores are [S, T], so that no product transposes a tile in
+    registers."""
     first = pl.program_id(0) * tiles.keys
     load = partial(_load, **size)
-    k, v = (load(ref, first, tiles.keys, at=0) for ref in (k_ref, v_ref))
+    k, v = (load(ref, first, tiles.keys, row=0) for ref in (k_ref, v_ref))
     keys = first + jnp.arange(tiles.keys)
     end = plgpu.load(end_ref, mask=keys < size["length"], other=0)
     start = lax.div(first, tiles.queries)
@@ -236,13 +246,13 @@ def _dkv_kernel(
         dk, dv = carry
         head = lax.div(step, count)
         at = (start + step - head * count) * tiles.queries
-        q, grad = (load(ref, at, tiles.queries, of=(head,)) for ref in (q_ref, grad_ref))
+        q, grad = (load(ref, at, tiles.queries, head=(head,)) for ref in (q_ref, grad_ref))
         queries = at + jnp.arange(tiles.queries)
         statistics = (ref.at[head, pl.ds(at, tiles.queries)] for ref in (lse_ref, delta_ref))
         inside = queries < size["length"]
         lse, delta = (plgpu.load(ref, mask=inside, other=0) for ref in statistics)
-        seen = (keys[:, None] <= queries) & (queries < end[:, None])
-        scores = jnp.where(seen, _dot(k, q.T) * (scale * LOG2_E) - lse, MASKED)
+        visible = (keys[:, None] <= queries) & (queries < end[:, None])
+        scores = jnp.where(visible, _dot(k, q.T) * (scale * LOG2_E) - lse, MASKED)
         weights = jnp.exp2(scores)
         change = weights * (_dot(v, grad.T) - delta)
         dv = dv + _dot(weights.astype(grad.dtype), grad)
@@ -255,10 +265,10 @@ def _dkv_kernel(
 
 
 def _over_keys(last_ref, first, tiles: Tiles, length: int, add, carry):
-    """Loop over tiles of keys up to the diagonal. Skip the unseen ones before the first that is
-    seen, and the next run of unseen ones: a rejected answer's queries skip the chosen answer.
+    """Loop over tiles of keys up to the diagonal, without the fully masked tiles at the start and
+    the next run of fully masked tiles: queries of a rejected answer skip the chosen answer.
 
-    The loop computes its place and has no branch, since Triton pipelines only such loops.
+    The loop computes tile indices and does not branch: Triton pipelines only such loops.
     """
     last = last_ref[...]
     place = jnp.arange(last.shape[0])
@@ -271,8 +281,8 @@ def _over_keys(last_ref, first, tiles: Tiles, length: int, add, carry):
     return lax.fori_loop(start, end, lambda i, c: add(jnp.where(i < gap, i, i + skip), c), carry)
 
 
-def _seen(first_query, first_key, end_ref, tiles: Tiles, length: int) -> jax.Array:
-    """Which queries of a tile see which of its keys."""
+def _visible(first_query, first_key, end_ref, tiles: Tiles, length: int) -> jax.Array:
+    """The mask of a tile, queries by keys."""
     queries = (first_query + jnp.arange(tiles.queries))[:, None]
     keys = first_key + jnp.arange(tiles.keys)
     end = plgpu.load(end_ref.at[pl.ds(first_key, tiles.keys)], mask=keys < length, other=0)
@@ -280,7 +290,7 @@ def _seen(first_query, first_key, end_ref, tiles: Tiles, length: int) -> jax.Arr
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Accumulated in float32; HIGHEST means no TF32, and nothing for 16 bits."""
+    """a @ b, accumulated in float32. HIGHEST rules out TF32 and has no effect on 16-bit inputs."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -288,9 +298,11 @@ def _inside(ref, first, size: int, length: int, width: int) -> jax.Array:
     return (first + jnp.arange(size) < length)[:, None] & (jnp.arange(ref.shape[-1]) < width)
 
 
-def _load(ref, first, size: int, *, length: int, width: int, at=None, of: tuple = ()) -> jax.Array:
-    """A tile [size, padded width], at row `at` of the ref (default: `first`) and head `of`."""
-    index = (pl.ds(first if at is None else at, size), *of)
+def _load(
+    ref, first, size: int, *, length: int, width: int, row=None, head: tuple = ()
+) -> jax.Array:
+    """A tile [size, padded width] at `row` of the ref (default: `first`), and at index `head`."""
+    index = (pl.ds(first if row is None else row, size), *head)
     return plgpu.load(ref.at[index], mask=_inside(ref, first, size, length, width), other=0)
 
 

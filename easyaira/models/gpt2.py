@@ -32,7 +32,7 @@ class GPT2Config:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
 
-    # the names that all architectures answer to
+    # names that all architectures share
     max_positions = property(lambda self: self.n_positions)
     width = property(lambda self: self.n_embd)
     heads = kv_heads = property(lambda self: self.n_head)
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         c = self.config
         R, T, D = x_RTD.shape
         x_RTD = layers.whole(x_RTD)
-        # [D, 3, D] and not [D, 3 D]: tensor parallelism cuts heads, never q from k
+        # [D, 3, D] and not [D, 3 D]: tensor parallelism shards heads and never separates q from k
         qkv = Linear((3, D), c.initializer_range, use_bias=True, name="c_attn")(x_RTD)
         q, k, v = (qkv[:, :, i].reshape(R, T, c.n_head, D // c.n_head) for i in range(3))
         out_RTD = attention(q, k, v, segment_ids, sides, self.compute)
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Tokens to hidden states after the final norm [R, T, D], and the token table [V, D]."""
+    """Map tokens to hidden states after the final norm [R, T, D] and the token table [V, D]."""
 
     config: GPT2Config
     compute: Compute
@@ -117,7 +117,7 @@ PARTITION_RULES = (
 )
 
 _LAYER = "transformer.h.{}."
-HF_ROWS = (  # Conv1D stores [in, out], as we do: nothing is transposed
+HF_ROWS = (  # Conv1D stores [in, out], as here: no transposes
     Row("model/wte/embedding", "transformer.wte.weight", VOCAB),
     Row("model/wpe/embedding", "transformer.wpe.weight"),
     Row("model/h/ln_1/scale", _LAYER + "ln_1.weight"),
@@ -135,10 +135,10 @@ HF_ROWS = (  # Conv1D stores [in, out], as we do: nothing is transposed
     Row("model/ln_f/scale", "transformer.ln_f.weight"),
     Row("model/ln_f/bias", "transformer.ln_f.bias"),
 )
-HF_PREFIX = "transformer."  # which old files leave out
+HF_PREFIX = "transformer."  # missing in old files
 HF_IGNORED = (r"\.attn\.(bias|masked_bias)$",)  # causal masks, not weights
 
-# config.json keys that change the numbers and are not built: their only accepted value
+# unsupported config.json keys that change the numbers, with their only accepted value
 HF_NEUTRAL = {
     "add_cross_attention": False,
     "reorder_and_upcast_attn": False,

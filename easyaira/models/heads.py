@@ -1,4 +1,4 @@
-"""What stands on a backbone. Shapes: see layers.py."""
+"""Heads on top of a backbone: logits and scores. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from easyaira.models.linear import Linear
 
 
 class Kernel(nn.Module):
-    """A matrix that is multiplied elsewhere."""
+    """A matrix parameter, returned without being applied."""
 
     shape: tuple[int, int]
     std: float
-    columns: int  # the rest is padding, zero
+    columns: int  # the remaining columns are padding, zero
 
     @nn.compact
     def __call__(self) -> jax.Array:
@@ -35,10 +35,10 @@ class Kernel(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Tokens to hidden states [R, T, D] and the head [D, V] that turns them into logits.
+    """Map tokens to hidden states [R, T, D] and the head [D, V] that projects them to logits.
 
-    The product of the two is left to the loss, which never holds all of it
-    (losses.token_logps.token_logps). A tied head is the token table itself.
+    The loss computes the logits in chunks and never stores all of them
+    (losses.token_logps.token_logps). A tied head is the transposed token table.
     """
 
     backbone: type[nn.Module]
@@ -63,12 +63,13 @@ LM_HEAD_ROWS = (Row("lm_head/kernel", "lm_head.weight", VOCAB_TRANSPOSE),)
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """How an architecture turns a text into one number.
+    """How an architecture scores a text.
 
     Attributes:
-        module: (config, compute) -> states [..., D] to scores [...]; its parameters are `score`.
-        rules, rows: its partition rules, and its tensors.
-        first_token: it reads an answer's first token, which must see all others; or its last.
+        module: takes (config, compute) and maps states [..., D] to scores [...]; its parameters are
+            under `score`.
+        rules, rows: partition rules and weight-table rows of the head.
+        first_token: true: score the first token, which must attend to all others; false: the last.
     """
 
     module: type[nn.Module]
@@ -78,7 +79,7 @@ class ScoreHead:
 
 
 class LastTokenScore(nn.Module):
-    """States of last tokens [..., D] to scores [...]: one product, without a bias."""
+    """Map states of last tokens [..., D] to scores [...] by one linear layer without bias."""
 
     config: Any
     compute: Compute
@@ -96,9 +97,9 @@ LAST_TOKEN = ScoreHead(
 
 
 class Scorer(nn.Module):
-    """Rows of texts to one score for each answer [B, A], in float32, and whether it is there.
+    """Map rows of texts to one float32 score per answer [B, A], and a mask of existing answers.
 
-    The head is applied to one token of each answer only, and in float32.
+    The head is applied to one token per answer, in float32.
     """
 
     backbone: type[nn.Module]
@@ -112,7 +113,7 @@ class Scorer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         backbone = self.backbone(self.config, self.compute, name="model")
         hidden_RTD, _ = backbone(tokens, positions, segment_ids, sides)
-        states_BAD, there_BA = answer_states(
+        states_BAD, exists_BA = answer_states(
             whole(hidden_RTD),
             segment_ids,
             sides,
@@ -122,7 +123,7 @@ class Scorer(nn.Module):
         )
         head = self.head.module(self.config, self.compute, name="score")
         with jax.default_matmul_precision("highest"):
-            return head(states_BAD.astype(jnp.float32)), there_BA
+            return head(states_BAD.astype(jnp.float32)), exists_BA
 
 
 def answer_states(
@@ -134,18 +135,18 @@ def answer_states(
     answers: int,
     first_token: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The hidden state of each answer's first or last token [B, A, D], and whether there is one.
+    """Hidden state of each answer's first or last token [B, A, D], and whether the answer exists.
 
-    Example b has segment id b + 1; of two answers, the first has side 1 and the second side 2. What
-    answers share (side 0 of a pair) belongs to none, and side 3 is no text. A device looks only at
-    the rows that it holds, in which all of its examples are.
+    Example b has segment id b + 1. With two answers, the first has side 1 and the second side 2.
+    A shared prompt (side 0 of a pair) belongs to neither answer; side 3 is padding. Each device
+    gathers only from its own rows, which contain all of its examples.
     """
     R, T, D = hidden_RTD.shape
     shards = parts_of(R, BATCH_AXES)
     shards = shards if examples % shards == 0 else 1
-    local = examples // shards * answers  # answers of a shard
+    local = examples // shards * answers  # answers per shard
 
-    def flat(x: jax.Array) -> jax.Array:  # [S, tokens of a shard, ...]
+    def flat(x: jax.Array) -> jax.Array:  # [S, tokens per shard, ...]
         x = x.reshape(shards, R // shards * T, *x.shape[2:])
         return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
 
@@ -157,13 +158,13 @@ def answer_states(
         place = jnp.arange(len(answer))
         reduce = jax.ops.segment_min if first_token else jax.ops.segment_max
         places = reduce(place, answer, num_segments=local + 1)[:-1]
-        there = (places >= 0) & (places < len(place))  # where there is nothing, the far end
-        # no place twice, also of answers that are missing: the gradient is written, not added up
+        exists = (places >= 0) & (places < len(place))  # an empty segment gives an extreme integer
+        # indices are unique, also those of missing answers: the gradient is a write, not a sum
         beyond = len(place) + jnp.arange(local)
-        taken = hidden.at[jnp.where(there, places, beyond)]
-        return taken.get(mode="fill", fill_value=0, unique_indices=True), there
+        taken = hidden.at[jnp.where(exists, places, beyond)]
+        return taken.get(mode="fill", fill_value=0, unique_indices=True), exists
 
-    states, there = jax.vmap(take)(
+    states, exists = jax.vmap(take)(
         flat(hidden_RTD), flat(segment_ids_RT), flat(sides_RT), jnp.arange(shards)
     )
-    return states.reshape(examples, answers, D), there.reshape(examples, answers)
+    return states.reshape(examples, answers, D), exists.reshape(examples, answers)

@@ -1,7 +1,9 @@
-"""What the architectures share. Shapes: R rows, T tokens, D width, F features, H heads, K key/value
-heads, N = D // H head width, L layers, V vocabulary (padded, see `padded_vocab`).
+"""Layers that the architectures share.
 
-Parameters are float32 and cast to the computing dtype where they are used; norms, softmax and
+Shapes: R rows, T tokens, D width, F features, H heads, K key/value heads, N = D // H head width,
+L layers, V vocabulary (padded, see `padded_vocab`).
+
+Parameters are float32 and cast to the computing dtype where they are used. Norms, softmax and
 rotary angles are computed in float32.
 """
 
@@ -31,27 +33,30 @@ VOCAB_MULTIPLE = 128
 
 
 def padded_vocab(vocab_size: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up, whatever the mesh, so that 50257 and 32001
-    divide over devices and a checkpoint fits every mesh. The extra rows are zero, no token has
-    their ids, they have no probability, and an export leaves them out."""
+    """Rows of the embedding: the vocabulary size rounded up to a multiple of VOCAB_MULTIPLE.
+
+    Sizes such as 50257 and 32001 can then be sharded. The multiple does not depend on the mesh, so
+    a checkpoint fits every mesh. Padding rows are zero, match no token id, have no probability, and
+    are not exported.
+    """
     return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model is computed, as opposed to what it is."""
+    """How to compute a model, as opposed to its architecture and sizes."""
 
     dtype: Any = jnp.float32
     gradient_checkpointing: str = "none"  # none | dots | full
     dropout: float = 0.0
     attention: str = "xla"  # xla | cudnn | pallas | splash, see attention.py
-    shared_prompt: bool = False  # rows may hold prompts with two answers
-    tf32: bool = False  # float32 products may round to 10 bits
+    shared_prompt: bool = False  # rows may hold a prompt followed by two answers
+    tf32: bool = False  # float32 products may round to 10-bit mantissas
 
     @property
     def matmul_precision(self) -> str | None:
-        """Of products, for `jax.default_matmul_precision`. By JAX's default, accelerators round the
-        factors of float32 products to 10 bits or fewer."""
+        """Value for `jax.default_matmul_precision`. By default, accelerators round the factors of
+        float32 products to mantissas of 10 bits or fewer."""
         if jnp.dtype(self.dtype).itemsize < 4:
             return None
         return "tensorfloat32" if self.tf32 else "highest"
@@ -84,7 +89,7 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Active when the caller gives a `dropout` key, as training does and evaluation does not."""
+    """Dropout, active when the caller passes a `dropout` key: in training, not in evaluation."""
 
     rate: float
 
@@ -101,8 +106,8 @@ def rotary(positions_RT: jax.Array, width: int, theta: float) -> tuple[jax.Array
 
 
 def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn pairs (i, i + N/2) by their angles: Su et al. (2021) in Hugging Face's half-split order,
-    so that no weight is ever permuted."""
+    """Rotate pairs (i, i + N/2) by their angles: Su et al. (2021) in Hugging Face's half-split
+    order, so that weights need no permutation."""
     cos, sin = angles
     first, second = jnp.split(x_RTHN.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -123,25 +128,25 @@ def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
     )
 
 
-# How activations are divided, all of them by rows. What is said nowhere the compiler decides, and
-# then moves activations instead of weights.
+# Sharding of activations; all of them are sharded by rows. Without these constraints, the compiler
+# may communicate activations instead of weights.
 
 
 def between(x_RTD: jax.Array) -> jax.Array:
-    """Between the products: by tokens over tp, so that norms, residuals and what is kept of each
-    layer take 1/tp of the memory.
+    """Shard by tokens over tp between the products (sequence parallelism), so that norms, residuals
+    and the stored activations of each layer take 1/tp of the memory.
 
     Korthikanti et al. (2022), Reducing Activation Recomputation, section 4.2.2: the all-reduce
-    after a product that tp divides becomes a reduce-scatter, and an all-gather before the next.
+    after a tp-sharded product becomes a reduce-scatter, with an all-gather before the next one.
     """
     return constrain(x_RTD, BATCH_AXES, "tp", None)
 
 
 def whole(x_RTD: jax.Array) -> jax.Array:
-    """Before the products of a branch, and before the head."""
+    """Gather all tokens and features before the products of a branch, and before the head."""
     return constrain(x_RTD, BATCH_AXES, None, None)
 
 
 def by_features(x_RTF: jax.Array) -> jax.Array:
-    """Within a branch: by features or heads, as tp divides its first product."""
+    """Shard by features or heads within a branch, as tp shards the branch's first product."""
     return constrain(x_RTF, BATCH_AXES, None, "tp")

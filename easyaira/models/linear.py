@@ -1,4 +1,4 @@
-"""Linear layers, with an adapter or a quantised kernel. Shapes: see layers.py."""
+"""Linear layers, with optional adapters and quantised kernels. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from easyaira.models.quantize import dequantize
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias; `features` may have several axes, for products that are cut apart.
+    """x @ kernel + bias; `features` may have several axes, for fused products.
 
-    A frozen kernel may be held in fewer bits (models/quantize.py). If an adapter's matrices stand
-    beside the kernel (lora/adapter.py), their product is added: Hu et al. (2021), LoRA, eq. 3.
+    A frozen kernel may be quantised (models/quantize.py). If the parameters include an adapter
+    (lora/adapter.py), its product is added: Hu et al. (2021), LoRA, eq. 3.
     """
 
     features: int | tuple[int, ...]
@@ -26,8 +26,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else self.features
-        if isinstance(held := self.get_variable("params", "kernel"), Mapping):
-            y = _quantized_product(x, held)
+        if isinstance(quantized := self.get_variable("params", "kernel"), Mapping):
+            y = _quantized_product(x, quantized)
         else:
             init = nn.initializers.normal(self.std)
             kernel = self.param("kernel", init, (x.shape[-1], *features))
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         return y
 
     def _drop(self, x: jax.Array) -> jax.Array:
-        """Dropout of the adapter's input, whose rate stands beside the adapter; as `Dropout`."""
+        """Apply `Dropout` to the adapter's input; the rate is stored with the adapter."""
         rate = self.get_variable("params", "lora_dropout")
         if rate is None or not self.has_rng("dropout"):
             return x
@@ -49,7 +49,7 @@ class Linear(nn.Module):
 
 
 @partial(jax.checkpoint, prevent_cse=False)
-def _quantized_product(x: jax.Array, held: Mapping[str, jax.Array]) -> jax.Array:
-    """x @ kernel. What is kept for the backward pass are the codes and not the kernel, of which
-    there would be one for each layer."""
-    return jnp.tensordot(x, dequantize(held, x.shape[-1], x.dtype), 1)
+def _quantized_product(x: jax.Array, quantized: Mapping[str, jax.Array]) -> jax.Array:
+    """x @ kernel. The backward pass stores the codes and recomputes the kernel, instead of storing
+    the dequantised kernel of every layer."""
+    return jnp.tensordot(x, dequantize(quantized, x.shape[-1], x.dtype), 1)

@@ -36,7 +36,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
-    # the names that all architectures answer to
+    # names that all architectures share
     max_positions = property(lambda self: self.max_position_embeddings)
     width = property(lambda self: self.hidden_size)
     heads = property(lambda self: self.num_attention_heads)
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to hidden states after the final norm [R, T, D], and the token table [V, D]."""
+    """Map tokens to hidden states after the final norm [R, T, D] and the token table [V, D]."""
 
     config: LlamaConfig
     compute: Compute
@@ -144,9 +144,9 @@ HF_ROWS = (
     Row("model/norm/scale", "model.norm.weight"),
 )
 HF_PREFIX = "model."
-HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer of old files, derived from rope_theta
+HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer in old files, derived from rope_theta
 
-# config.json keys that change the numbers and are not built: their only accepted value
+# unsupported config.json keys that change the numbers, with their only accepted value
 HF_NEUTRAL = {
     "attention_bias": False,
     "mlp_bias": False,

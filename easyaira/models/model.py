@@ -1,4 +1,4 @@
-"""An architecture, and a model with its configuration."""
+"""Architectures, and models with their configuration."""
 
 from __future__ import annotations
 
@@ -23,30 +23,28 @@ from easyaira.models.layers import Compute
 @dataclass(frozen=True)
 class Architecture:
     config: type
-    backbone: type[nn.Module]  # of the name that Hugging Face's classes begin with
+    backbone: type[nn.Module]  # its name is the start of Hugging Face's class names
     rules: Rules
     rows: Sequence[Row]
-    prefix: str  # in front of tensor names, left out by old files
-    ignored: Sequence[str]  # patterns of stored tensors that are no weights
-    neutral: Mapping[
-        str, Any
-    ]  # config keys that are not built, with the value that changes nothing
+    prefix: str  # start of tensor names, missing in old files
+    ignored: Sequence[str]  # patterns of stored tensors that are not weights
+    neutral: Mapping[str, Any]  # unsupported config keys, with their only accepted value
     score_head: ScoreHead
-    renamed: Mapping[str, str]  # ends of tensor names in old files
+    renamed: Mapping[str, str]  # endings of tensor names in old files -> today's
 
     @property
     def encoder(self) -> bool:
-        """Every token sees its whole text: it judges texts and cannot write them."""
+        """True for bidirectional attention: the model can score texts but not generate them."""
         return self.score_head.first_token
 
 
-SCORER_CLASS = "ForSequenceClassification"  # the end of the name of transformers' scorers
+SCORER_CLASS = "ForSequenceClassification"  # ending of transformers' class names for scorers
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model or a scorer of texts: an architecture, its sizes, and how it is computed.
-    Holds no weights."""
+    """A language model or a scorer: an architecture, its sizes, and how to compute it. Holds no
+    weights."""
 
     architecture: Architecture
     config: Any
@@ -77,22 +75,22 @@ class Model:
 
     @property
     def ignored(self) -> Sequence[str]:
-        """Patterns of stored tensors that are no weights of this model."""
+        """Patterns of stored tensors that are not weights of this model."""
         return (*self.architecture.ignored, *((r"lm_head\.weight$",) if self.scorer else ()))
 
     @property
     def score_rows(self) -> Sequence[Row]:
-        """Those of a scorer's head; a language model has none."""
+        """Weight-table rows of the score head; empty for a language model."""
         return self.architecture.score_head.rows if self.scorer else ()
 
     @property
     def optional(self) -> Sequence[str]:
-        """Products that a new scorer draws, where the model it begins with has none."""
+        """Layers of the score head, initialised at random if the starting model lacks them."""
         return sorted({row.ours.rpartition("/")[0] for row in self.score_rows})
 
     @property
     def hf_class(self) -> str:
-        """The transformers class that reads an export."""
+        """Name of the transformers class that loads an export."""
         task = SCORER_CLASS if self.scorer else "ForCausalLM"
         return self.architecture.backbone.__name__ + task
 
@@ -101,7 +99,7 @@ class Model:
         return self.config.vocab_size
 
     def init(self, key: jax.Array) -> Any:
-        """Random weights, drawn as Hugging Face draws them."""
+        """Random weights, initialised as Hugging Face does."""
         ids = jnp.zeros((1, 1), jnp.int32)
         counts = {"examples": 1, "answers": 1} if self.scorer else {}
         return self.module.init(key, ids, ids, ids, ids, **counts)["params"]
@@ -131,11 +129,11 @@ class Model:
         examples: int,
         answers: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """Scores [B, A] of the answers in a batch of rows, and which of them are there.
+        """Scores [B, A] of the answers in a batch of rows, and a mask of existing answers.
 
         Args:
-            examples: B, for which a batch has room.
-            answers: A, 1 or 2 for each example.
+            examples: B, the capacity of a batch in examples.
+            answers: A, answers per example, 1 or 2.
         """
         rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
@@ -143,17 +141,17 @@ class Model:
         return self.module.apply({"params": params}, *rows, rngs=rngs, **counts)
 
     def with_dtype(self, dtype: Any) -> Model:
-        """The same model, computed with another precision."""
+        """The same model with another computing dtype."""
         return replace(self, compute=replace(self.compute, dtype=dtype))
 
     @contextmanager
     def on(self, mesh: Mesh) -> Iterator[None]:
-        """Where and how precisely programs of this model are to run."""
+        """Run this model's programs on `mesh`, with its matmul precision."""
         with jax.set_mesh(mesh), jax.default_matmul_precision(self.compute.matmul_precision):
             yield
 
     def parameter_count(self) -> int:
-        """Weights, without the padding of the vocabulary."""
+        """Number of weights, without vocabulary padding."""
         total = 0
         axis = {row.ours: row.op.vocab_axis for row in self.rows}
         for path, leaf in by_path(self.shapes).items():
@@ -167,11 +165,11 @@ class Model:
 def resize(
     model: Model, params: Any, vocab_size: int, how: str, key: jax.Array
 ) -> tuple[Model, Any]:
-    """The model with a vocabulary of another size.
+    """Resize the vocabulary of a model and its parameters.
 
     Args:
-        how: new rows are the `mean` of the old ones, or drawn `normal` with the model's standard
-            deviation, from `key`.
+        how: `mean`: new rows are the mean of the old ones; `normal`: new rows are drawn with the
+            model's standard deviation, from `key`.
     """
     resized = replace(model, config=replace(model.config, vocab_size=vocab_size))
     kept = min(model.vocab_size, vocab_size)
@@ -182,7 +180,7 @@ def resize(
         if axis is None:
             return old
         table, shape = jnp.moveaxis(old, axis, 0), (vocab_size - kept, old.shape[1 - axis])
-        # chosen row by row: writing into slices of a divided array has lost rows at their edges
+        # select row by row: writing to slices of a sharded array has lost rows at shard edges
         place = jnp.arange(new.shape[axis])
         added = jnp.broadcast_to(table[: model.vocab_size].mean(0), (len(place), shape[1]))
         if how == "normal" and shape[0]:

@@ -1,5 +1,5 @@
-"""OPT (Zhang et al., 2022): learned positions with an offset, pre-norm blocks, or post-norm ones in
-the 350M model, which alone has projections around its layers. Shapes: see layers.py."""
+"""OPT (Zhang et al., 2022): learned positions with an offset, pre-norm blocks. The 350M model has
+post-norm blocks instead, and projections before and after its layers. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from easyaira.models.embedding import Embedding
 from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm
 from easyaira.models.linear import Linear
 
-OFFSET = 2  # the first position has row 2 of the table
+OFFSET = 2  # row of the position table for the first token
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class OPTConfig:
     init_std: float = 0.02
     tie_word_embeddings: bool = True
 
-    # the names that all architectures answer to
+    # names that all architectures share
     max_positions = property(lambda self: self.max_position_embeddings)
     width = property(lambda self: self.hidden_size)
     heads = kv_heads = property(lambda self: self.num_attention_heads)
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class OPT(nn.Module):
-    """Tokens to hidden states as the head takes them [R, T, E], and the token table [V, E]."""
+    """Map tokens to the hidden states for the head [R, T, E] and the token table [V, E]."""
 
     config: OPTConfig
     compute: Compute
@@ -139,7 +139,7 @@ def _pre_norm(config: OPTConfig) -> bool:
 
 
 def _rows(ours: str, theirs: str, matrix: bool) -> tuple[Row, Row]:
-    """The two tensors of a product, or of a norm."""
+    """Weight-table rows of a linear layer or a norm: weight and bias."""
     weight = Row(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE)
     if not matrix:
         weight = Row(f"{ours}/scale", f"{theirs}.weight")
@@ -163,10 +163,10 @@ HF_ROWS = (
     Row("model/final_layer_norm/bias", "model.decoder.final_layer_norm.bias", when=_pre_norm),
     Row("model/project_out/kernel", "model.decoder.project_out.weight", TRANSPOSE, _projected),
 )
-HF_PREFIX = "model."  # which old files leave out
+HF_PREFIX = "model."  # missing in old files
 HF_IGNORED = ()
 
-# config.json keys that change the numbers and are not built: their only accepted value
+# unsupported config.json keys that change the numbers, with their only accepted value
 HF_NEUTRAL = {
     "enable_bias": True,
     "layer_norm_elementwise_affine": True,

@@ -1,8 +1,8 @@
-"""Kernels held in fewer bits: 8-bit integers, or the 4-bit NormalFloat of QLoRA.
+"""Quantised kernels: 8-bit integers, or the 4-bit NormalFloat of QLoRA.
 
-Shapes: K is a kernel's input axis, `axis` says which one it is; all others are outputs (or layers),
-and each has scales of its own. A held kernel is a dict of arrays, `{"int8" | "nf4": codes, "scale":
-scales}`, in the place where the kernel stood.
+Shapes: K is the size of a kernel's input axis, and `axis` its index. All other axes are outputs (or
+layers), each with its own scales. A quantised kernel replaces the kernel in the parameter tree by a
+dict of arrays, `{"int8" | "nf4": codes, "scale": scales}`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def nf4_levels() -> np.ndarray:
     """The 16 values of NormalFloat4, in [-1, 1]: Dettmers et al. (2023), QLoRA, section 3 and
     appendix E.
 
-    Quantiles of the normal distribution at 8 evenly spaced probabilities below a half and at 9
-    above it, the half itself (which is exactly 0) in both, scaled so that the ends are -1 and 1.
-    The outermost probability is the mean of those that 1/32 and 1/30 would leave out.
+    Normal quantiles at 8 evenly spaced probabilities up to 1/2 and at 9 from 1/2 on (both include
+    1/2 itself, whose quantile is exactly 0), scaled to end at -1 and 1. The outermost probability
+    is 1 minus the mean of 1/32 and 1/30.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     below, above = (
@@ -39,11 +39,12 @@ NF4 = nf4_levels()
 
 
 def quantize(kernel: jax.Array, how: Literal["int8", "nf4"], axis: int) -> Held:
-    """A float32 kernel in codes and float32 scales.
+    """Quantise a float32 kernel to codes and float32 scales.
 
-    int8: `scale` [.., 1, ..] is the largest magnitude of an output / 127, codes are rounded; the
-    error is at most scale / 2. nf4: `scale` [.., ceil(K / 64), ..] is the largest magnitude of a
-    block of 64 inputs; codes are the nearest levels, two in a byte, [.., ceil(K / 2), ..].
+    int8: `scale` [.., 1, ..] is the largest magnitude per output, divided by 127. Codes are
+    rounded; the error is at most scale / 2.
+    nf4: `scale` [.., ceil(K / 64), ..] is the largest magnitude per block of 64 inputs. Codes are
+    the nearest levels, two per byte: [.., ceil(K / 2), ..].
     """
     if how == "int8":
         scale = jnp.abs(kernel).max(axis, keepdims=True) / 127
@@ -63,7 +64,7 @@ def quantize(kernel: jax.Array, how: Literal["int8", "nf4"], axis: int) -> Held:
 
 
 def dequantize(held: Mapping[str, jax.Array], inputs: int, dtype: jnp.dtype) -> jax.Array:
-    """The kernel [K, ..] of one layer, rounded once to `dtype`. `inputs` is K."""
+    """Restore the kernel [K, ..] of one layer, rounded once to `dtype`. `inputs` is K."""
     if "int8" in held:
         return (held["int8"].astype(jnp.float32) * held["scale"]).astype(dtype)
     pairs = held["nf4"]

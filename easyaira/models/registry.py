@@ -1,7 +1,7 @@
-"""The architectures, by Hugging Face's `model_type`, and what the rest of the project sees of one.
+"""Registry of architectures by Hugging Face's `model_type`, and models built from config.json.
 
-To add one: a file beside this one with a config, a backbone, PARTITION_RULES and HF_ROWS at its
-end, and a line in MODELS."""
+To add an architecture, write a file in this folder with a config, a backbone, PARTITION_RULES and
+HF_ROWS, and add a line to MODELS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODELS = {
     "roberta": _architecture(roberta, roberta.RobertaConfig, roberta.Roberta),
 }
 
-# config.json keys that do not change the numbers of a forward pass
+# config.json keys without effect on a forward pass
 HARMLESS = """
     _name_or_path _num_labels architectures attention_dropout attn_pdrop bos_token_id
     chunk_size_feed_forward dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing
@@ -71,18 +71,18 @@ def model_of(
     """The model that a Hugging Face config.json describes.
 
     Args:
-        raw: config.json.
-        where: it is, for messages.
-        compute: how it is to be computed.
-        scorer: it is to score texts, or to write them; None: as its `architectures` say.
+        raw: content of config.json.
+        where: path of config.json, for messages.
+        compute: how to compute the model.
+        scorer: true: a scorer; false: a language model; None: as `architectures` in config.json.
 
     Raises:
-        ConfigError: an architecture or a feature that is not built, or sizes that cannot be.
+        ConfigError: an unsupported architecture or feature, or invalid sizes.
     """
     kind = raw.get("model_type")
     if kind not in MODELS:
         raise ConfigError(
-            f"{where}: model_type {kind!r} is not built; there are {', '.join(MODELS)}"
+            f"{where}: model_type {kind!r} is not supported; choose one of {', '.join(MODELS)}"
         )
     architecture = MODELS[kind]
     values = dict(raw) | _rope(raw, where)
@@ -90,22 +90,22 @@ def model_of(
     for key, value in values.items():
         if key in architecture.neutral and value not in (None, architecture.neutral[key]):
             raise ConfigError(
-                f"{where}: {key}: {value} is not built; only {architecture.neutral[key]}"
+                f"{where}: {key}: {value} is not supported; only {architecture.neutral[key]}"
             )
         known = key in names or key in architecture.neutral or key in HARMLESS
         if not known and value not in (None, False, 0, [], {}, ""):
             raise ConfigError(
-                f"{where}: {key} is not known, and {value!r} may change the numbers; remove it "
-                "from config.json if you are sure that it does not"
+                f"{where}: {key} is unknown, and {value!r} may change the numbers; if you are sure "
+                "that it does not, remove it from config.json"
             )
     config = architecture.config(**{k: v for k, v in values.items() if k in names})
     _check_sizes(config, where)
     stored_scorer = str((raw.get("architectures") or [""])[0]).endswith(SCORER_CLASS)
     if stored_scorer and (labels := _labels(raw)) != 1:
-        raise ConfigError(f"{where}: classifies into {labels} labels; only scores (1) are built")
+        raise ConfigError(f"{where}: has {labels} labels; only a score (1 label) is supported")
     if architecture.encoder and scorer is False:
         raise ConfigError(
-            f"{where}: {kind} sees a text whole and writes none; train_reward makes it a scorer"
+            f"{where}: {kind} is an encoder and generates no text; train_reward makes it a scorer"
         )
     if scorer is None:
         scorer = stored_scorer or architecture.encoder
@@ -113,15 +113,15 @@ def model_of(
 
 
 def _labels(raw: Mapping[str, Any]) -> int:
-    """How many labels transformers would give a classifier with this config.json."""
+    """Number of labels that transformers gives a classifier with this config.json."""
     return len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_parameters` of new config.json files as the `rope_theta` of old ones."""
+    """Convert `rope_parameters` of new config.json files to the `rope_theta` of old ones."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ConfigError(f"{where}: rope_type {kind!r} is not built; only default")
+        raise ConfigError(f"{where}: rope_type {kind!r} is not supported; only default")
     return {"rope_theta": rope["rope_theta"], "rope_scaling": None} if "rope_theta" in rope else {}
 
 
@@ -129,15 +129,17 @@ def _check_sizes(config: Any, where: str) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ConfigError(f"{where}: {field.name} is {value}; it must be 1 or more")
+            raise ConfigError(f"{where}: {field.name} is {value}; it must be at least 1")
     if config.activation not in ACTIVATIONS:
         raise ConfigError(
-            f"{where}: activation {config.activation!r} is not built; there are "
+            f"{where}: activation {config.activation!r} is not supported; choose one of "
             f"{', '.join(ACTIVATIONS)}"
         )
     if config.width % config.heads and not getattr(config, "head_dim", None):
-        raise ConfigError(f"{where}: {config.heads} heads do not divide the width {config.width}")
+        raise ConfigError(
+            f"{where}: width {config.width} is not a multiple of {config.heads} heads"
+        )
     if config.heads % config.kv_heads:
         raise ConfigError(
-            f"{where}: {config.kv_heads} key/value heads do not divide {config.heads}"
+            f"{where}: {config.heads} heads are not a multiple of {config.kv_heads} key/value heads"
         )

@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al., 2019): BERT's encoder with positions that begin behind the padding token's
-row, and a head of its own. Shapes: see layers.py."""
+"""RoBERTa (Liu et al., 2019): BERT's encoder with positions that start after the padding token's
+row, and its own head. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from easyaira.models.linear import Linear
 
 @dataclass(frozen=True)
 class RobertaConfig(bert.BertConfig):
-    """Sizes under Hugging Face's names, with its defaults where they are not BERT's."""
+    """Sizes under Hugging Face's names, with the defaults that differ from BERT's."""
 
     vocab_size: int = 50265
     pad_token_id: int = 1
 
-    # fairseq's tables keep the rows up to the padding token's for what is no text
+    # in fairseq's tables, rows up to the padding token's are not used for text
     offset = property(lambda self: self.pad_token_id + 1)
 
 
 class Roberta(bert.Bert):
-    """Tokens to hidden states [R, T, D], and the token table [V, D]. All texts are of type 0."""
+    """Map tokens to hidden states [R, T, D] and the token table [V, D]. All tokens have type 0."""
 
 
 class DenseScore(nn.Module):
-    """States of first tokens [..., D] to scores [...]: a dense layer with tanh, and a product."""
+    """Map states of first tokens [..., D] to scores [...]: a tanh layer, then a linear layer."""
 
     config: Any
     compute: Compute
@@ -48,7 +48,7 @@ class DenseScore(nn.Module):
 
 PARTITION_RULES = bert.PARTITION_RULES
 HF_ROWS = bert.encoder_rows("roberta.")
-HF_PREFIX = "roberta."  # which files of a bare RobertaModel leave out
+HF_PREFIX = "roberta."  # missing in files of a bare RobertaModel
 HF_IGNORED = (r"^roberta\.lm_head\.", r"^(roberta\.)+pooler\.")  # heads of other tasks
 HF_RENAMED = bert.HF_RENAMED
 HF_NEUTRAL = bert.HF_NEUTRAL

@@ -12,13 +12,14 @@ import numpy as np
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import by_device
 
-LANES = 128  # of a TPU's vector unit
+LANES = 128  # width of a TPU's vector unit
 
 
 def splash(q, k, v, segment_ids, sides, *, shared: bool):
-    """A kernel that knows causality and that equal ids see each other; `_ids` says the rest by it.
+    """Attention by the splash kernel, whose mask is causality and equal ids of query and key.
+    `_ids` expresses `visible` in these ids.
 
-    A kernel is not divided by the compiler: each device computes its rows and heads by itself.
+    The compiler cannot partition a kernel, so each device computes its own rows and heads.
     """
     q_ids, k_ids = _ids(segment_ids, sides, shared)
     if shared:
@@ -29,15 +30,15 @@ def splash(q, k, v, segment_ids, sides, *, shared: bool):
 
 
 def _ids(segment_ids, sides, shared):
-    """Ids of queries [R, T] and keys [R, S], equal where `visible` says so but for causality.
+    """Ids of queries [R, T] and keys [R, S], equal where `visible(causal=False)` is true.
 
-    With a shared prompt, keys are there twice: once for the first answer, once for the second, and
-    each copy of the prompt is seen from one side. Side 3 is seen by nobody; padding sees padding.
+    With a shared prompt, the keys are stored twice: one copy for the chosen answer, one for the
+    rejected answer. No query attends to side 3; padding attends to padding.
     """
     group = segment_ids * 4
     if not shared:
         return group + jnp.where(sides == 3, 0, sides), group + sides
-    chosen = jnp.where(sides <= 1, group + 1, group)  # no query has `group` itself
+    chosen = jnp.where(sides <= 1, group + 1, group)  # no query has the id `group`
     rejected = jnp.where(sides % 2 == 0, group + 2, group)
     queries = jnp.where(sides == 2, group + 2, group + 1)
     return queries, jnp.concatenate([chosen, rejected], axis=1)
@@ -53,14 +54,14 @@ def _splash_rows(q, k, v, q_ids, k_ids, *, copies: int, interpret: bool = False)
     padded = math.ceil(T / LANES) * LANES
     block = next(size for size in (4 * LANES, 2 * LANES, LANES) if padded % size == 0)
 
-    def pad(x, value=0):  # each copy of the keys by itself
+    def pad(x, value=0):  # each copy of the keys separately
         x = x.reshape(R, -1, T, *x.shape[2:])
         room = [(0, 0), (0, 0), (0, padded - T)] + [(0, 0)] * (x.ndim - 3)
         x = jnp.pad(x, room, constant_values=value)
         return x.reshape(R, -1, *x.shape[3:])
 
     class Causal(masks.Mask):
-        """Of each copy of the keys; looked at block by block and never held."""
+        """Causal mask for each copy of the keys, evaluated block by block and never stored."""
 
         shape = (padded, copies * padded)
 
