@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         (["--data.split=english"], "has no splits; leave out split 'english'"),
         (["--data.split=x", "--data.train=[{path: x}]"], "data.split and data.columns: speak of"),
         (["--model.name_or_path={ground}/bare"], "no model.safetensors; to start from config.json"),
-        (["--model.tokenizer={ground}/large"], "tokenizer: has 310 tokens and the embedding 300"),
+        (["--model.tokenizer={ground}/large"], "has 310 tokens, but the embedding has 300"),
         (["--data.template=nothing"], "data.template: no template 'nothing'"),
         (["--data.template=chat"], "the tokenizer has no chat template"),
         (["--optimizer.warmup_steps=4"], "optimizer.warmup_steps: 4 of 4 updates"),

@@ -58,7 +58,7 @@ class Ready(NamedTuple):
 def ahead(
     batches: Batches, start: int, stop: int, mesh: Mesh, what: str = "of the training"
 ) -> Iterator[Ready]:
-    """Batches start..stop - 1; a thread prepares each while the device computes the previous one."""
+    """Batches start..stop - 1; a thread makes each while the device computes the previous one."""
 
     def make(update: int) -> tuple[Batch, dict[str, jax.Array]]:
         batch = batches[update]
