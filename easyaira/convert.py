@@ -1,4 +1,4 @@
-"""Between Hugging Face folders and ours.
+"""Convert between Hugging Face folders and EasyAira checkpoints.
 
 python -m easyaira.convert to_hf   RUN_OR_CHECKPOINT OUT_FOLDER
 python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from easyaira import cli
 
-MERGE = "Add adapters to the weights that they stand on."
+MERGE = "Merge adapters into their base weights."
 
 
 def to_hf(
@@ -25,12 +25,12 @@ def to_hf(
 ) -> None:
     """Write a run, or one of its checkpoints, as a verified Hugging Face folder.
 
-    A run with adapters (LoRA) becomes an adapter in PEFT's format, or, merged, a model.
+    A LoRA run becomes an adapter in PEFT's format, or a model if merged.
 
     Args:
-        source: Run folder (its newest checkpoint), or a folder checkpoints/STEP of it.
-        out: The new folder.
-        dtype: How weights are stored; default: as in the model that the run began with.
+        source: Run folder (for its newest checkpoint), or its subfolder checkpoints/STEP.
+        out: New folder.
+        dtype: Data type of the stored weights; default: that of the model the run started from.
         merge: see MERGE.
     """
     import jax
@@ -45,11 +45,11 @@ def to_hf(
 
     found = pretrained.find(source)
     if found.step is None:
-        raise ConfigError(f"{source}: wanted a run folder or one of its checkpoints")
+        raise ConfigError(f"{source}: is not a run folder or one of its checkpoints")
     if merge and found.adapter is None:
-        raise ConfigError(f"merge: {source} has no adapters; leave it out")
-    alone = found.adapter is not None and not merge
-    if alone and dtype:
+        raise ConfigError(f"merge: {source} has no adapters; leave --merge out")
+    adapter_only = found.adapter is not None and not merge
+    if adapter_only and dtype:
         raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
     model = model_of(found.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
@@ -61,7 +61,7 @@ def to_hf(
         "card": partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
     }
     with jax.set_mesh(mesh):
-        if alone:
+        if adapter_only:
             adapter = of_record(found.adapter, model)
             params = found.load_adapter(adapter, mesh)
             report = release.export_adapter(
@@ -80,14 +80,13 @@ def to_hf(
 
 
 def from_hf(source: str, out: str, revision: str | None = None) -> None:
-    """Write a Hugging Face model as a folder that runs can start from, and to_hf can read.
+    """Write a Hugging Face model as a folder that runs can start from and to_hf can read.
 
     Args:
         source: Hugging Face folder or hub id.
-        out: The new folder.
+        out: New folder.
         revision: Branch, tag or commit of a hub id.
     """
-
     from easyaira import __version__
     from easyaira.distributed import mesh as meshes
     from easyaira.errors import ConfigError
@@ -101,7 +100,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
         raise ConfigError(f"{out}: is not empty; choose another folder")
     found = pretrained.find(source, revision)
     if found.step is not None:
-        raise ConfigError(f"{source}: is a run folder already")
+        raise ConfigError(f"{source}: is already a run folder")
     model = model_of(found.config, source)
     found.check(model)
     tokenizer = found.tokenizer()
@@ -118,7 +117,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     commands = parser.add_subcommands(required=True, dest="command")
     for command in (to_hf, from_hf):
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)

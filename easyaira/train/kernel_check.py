@@ -80,8 +80,8 @@ def judge(errors: dict[str, tuple[bool, float]], rounding: float, *, length: int
             return f"the kernel's {name} was not finite on rows of {length}"
         if not error <= BOUND * rounding:
             return (
-                f"the kernel's {name} was off by {float(error):.2g} (relative) on rows of {length}; "
-                f"rounding explains {BOUND * float(rounding):.2g}"
+                f"the kernel's {name} was off by {float(error):.2g} on rows of {length}; rounding "
+                f"explains {BOUND * float(rounding):.2g}"
             )
     return None
 
