@@ -88,9 +88,8 @@ def generate(
     def run(params, tokens, lengths):
         start = (tokens, lengths, jnp.zeros(len(prompts), bool), jax.random.key(seed))
         carry = jax.lax.while_loop(lambda c: ~c[2].all(), partial(step, params), start)
-        return constrain(carry[0], None, None), constrain(
-            carry[1], None
-        )  # replicated: all hosts read them
+        # replicated, so that all hosts can read them
+        return constrain(carry[0], None, None), constrain(carry[1], None)
 
     tokens, filled = jax.device_get(jax.jit(run)(params, tokens, jnp.array(lengths)))
     return [row[len(p) : n].tolist() for row, p, n in zip(tokens, prompts, filled, strict=True)]
