@@ -40,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
     of_data.add_argument("--rows", type=int, default=1_000_000, help="synthetic rows of each kind")
     of_data.add_argument("--folder", type=Path, help="real data: sft/ preference/ toxicity/")
     of_data.add_argument("--tokenizer", type=Path, help="tokenizer folder for the real data")
-    of_training = commands.add_parser(
-        "train", help="training updates, against TRL or other options"
-    )
+    of_training = commands.add_parser("train", help="updates, against TRL or other options")
     add = of_training.add_argument
     add("--task", choices=["sft", "dpo"], default="dpo")
     add("--model", choices=list(MODELS), default="gpt2-small")

@@ -188,8 +188,8 @@ def line(row: Row, found: dict[str, Any]) -> str:
         memory = f" | {needed:.1f} in all, does not fit | {available:.1f}"
     remat = {"none": "kept", "dots": "products kept", "full": "recomputed"}[found["remat"]]
     return (
-        f"| {row.recipe} | {row.topology} | {row.mesh} | {found['parts']} | {found['shape']} | {remat} "
-        f"| {memory} | {moved:.1f} | {found['seconds']:.2g} | {found['compiled']:.0f} |"
+        f"| {row.recipe} | {row.topology} | {row.mesh} | {found['parts']} | {found['shape']} "
+        f"| {remat} | {memory} | {moved:.1f} | {found['seconds']:.2g} | {found['compiled']:.0f} |"
     )
 
 

@@ -77,7 +77,8 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{watchdog.doing()}: {problem} To save memory, use a larger "
-            f"gradient_accumulation_steps (is {config.gradient_accumulation_steps}), model.gradient_checkpointing: full (is "
+            f"gradient_accumulation_steps (is {config.gradient_accumulation_steps}), "
+            "model.gradient_checkpointing: full (is "
             f"{config.model.gradient_checkpointing}) or more devices over fsdp; --search tries "
             "them. The run then continues from its newest checkpoint"
         ) from error
