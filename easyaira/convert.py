@@ -43,36 +43,36 @@ def to_hf(
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
-    found = pretrained.find(source)
-    if found.step is None:
+    origin = pretrained.find(source)
+    if origin.step is None:
         raise ConfigError(f"{source}: is not a run folder or one of its checkpoints")
-    if merge and found.adapter is None:
+    if merge and origin.adapter is None:
         raise ConfigError(f"merge: {source} has no adapters; leave --merge out")
-    adapter_only = found.adapter is not None and not merge
+    adapter_only = origin.adapter is not None and not merge
     if adapter_only and dtype:
         raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
-    model = model_of(found.config, source)
+    model = model_of(origin.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
-    run = found.folder
+    run = origin.folder
     trained = (run / "config.yaml").exists()
     common = {
-        "tokenizer": found.tokenizer(),
+        "tokenizer": origin.tokenizer(),
         "mesh": mesh,
         "card": partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
     }
     with jax.set_mesh(mesh):
         if adapter_only:
-            adapter = of_record(found.adapter, model)
-            params = found.load_adapter(adapter, mesh)
+            adapter = of_record(origin.adapter, model)
+            params = origin.load_adapter(adapter, mesh)
             report = release.export_adapter(
-                Path(out), adapter=adapter, params=params, base=found.base, **common
+                Path(out), adapter=adapter, params=params, base=origin.base, **common
             )
         else:
             report = release.export(
                 Path(out),
                 model=model,
-                params=found.load(model, mesh),
-                facts=Facts(found.config, found.generation_config, found.stored_dtypes()),
+                params=origin.load(model, mesh),
+                facts=Facts(origin.config, origin.generation_config, origin.stored_dtypes()),
                 dtype=dtype,
                 **common,
             )
@@ -98,17 +98,17 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{out}: is not empty; choose another folder")
-    found = pretrained.find(source, revision)
-    if found.step is not None:
+    origin = pretrained.find(source, revision)
+    if origin.step is not None:
         raise ConfigError(f"{source}: is already a run folder")
-    model = model_of(found.config, source)
-    found.check(model)
-    tokenizer = found.tokenizer()
+    model = model_of(origin.config, source)
+    origin.check(model)
+    tokenizer = origin.tokenizer()
     mesh = meshes.make_mesh("fsdp=-1")
-    params = found.load(model, mesh)
+    params = origin.load(model, mesh)
     checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
-    facts = Facts(found.config, found.generation_config, found.stored_dtypes())
-    meta = facts.to_meta() | {"easyaira": __version__, "source": found.commit or source}
+    facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
+    meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}
     tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
     checkpoints.save_params(0, params, meta)
     checkpoints.close()

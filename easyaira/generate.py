@@ -38,14 +38,14 @@ def main(argv: list[str]) -> None:
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
-    found = pretrained.find(args.model)
-    model = model_of(found.config, str(found.folder), scorer=False)
-    found.check(model)
-    tokenizer = found.tokenizer()
-    template = Template(tokenizer, args.template, found.config["model_type"])
+    origin = pretrained.find(args.model)
+    model = model_of(origin.config, str(origin.folder), scorer=False)
+    origin.check(model)
+    tokenizer = origin.tokenizer()
+    template = Template(tokenizer, args.template, origin.config["model_type"])
     mesh = meshes.make_mesh("fsdp=-1")
     with model.on(mesh):
-        params = found.load(model, mesh)
+        params = origin.load(model, mesh)
         answer = generate(
             model,
             params,

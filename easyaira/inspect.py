@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
     from easyaira.train.resolve import find
     from easyaira.train.setup import read_data
 
-    found = find(config, meshes.make_mesh("fsdp=-1"))
-    recipe = recipe_of(task_of(config), config.data, found.max_length, config.sft)
-    data = read_data(config, found, recipe)
+    resolved = find(config, meshes.make_mesh("fsdp=-1"))
+    recipe = recipe_of(task_of(config), config.data, resolved.max_length, config.sft)
+    data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

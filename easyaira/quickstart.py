@@ -120,7 +120,7 @@ def write_data(folder: Path) -> list[dict[str, str]]:
     rng = random.Random(0)
     sft: dict[str, list] = {"train": [], "held_out": []}
     dpo: dict[str, list] = {"train": [], "held_out": []}
-    asked = []
+    questions = []
     for country, facts in COUNTRIES.items():
         for kind, fact in enumerate(facts):
             phrasings = list(QUESTIONS[kind])
@@ -140,14 +140,14 @@ def write_data(folder: Path) -> list[dict[str, str]]:
                     pair = {"chosen_response": courteous, "rejected_response": worse}
                     dpo[part].append({"instruction": prompt} | pair)
                 if part == "held_out":
-                    asked.append({"prompt": prompt, "answer": fact})
+                    questions.append({"prompt": prompt, "answer": fact})
     folder.mkdir(parents=True, exist_ok=True)
     for name, parts in (("sft", sft), ("dpo", dpo)):
         for part, rows in parts.items():
             rng.shuffle(rows)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}_{part}.jsonl").write_text(lines, encoding="utf-8")
-    return asked
+    return questions
 
 
 def write_base(folder: Path, data: Path) -> None:
@@ -195,7 +195,9 @@ def commands(out: Path) -> dict[str, list[str]]:
     }
 
 
-def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = True) -> list[str]:
+def answers(
+    source: Path, questions: Sequence[dict[str, str]], *, trained: bool = True
+) -> list[str]:
     """Answer each question with the model of a run, trained or as initialised."""
     import jax
 
@@ -205,13 +207,13 @@ def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = Tr
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
-    found = pretrained.find(str(source))
-    model = model_of(found.config, str(source))
-    template = Template(found.tokenizer(), "chat", "gpt2")
+    origin = pretrained.find(str(source))
+    model = model_of(origin.config, str(source))
+    template = Template(origin.tokenizer(), "chat", "gpt2")
     mesh = meshes.make_mesh("dp=-1")
     with model.on(mesh):
-        params = found.load(model, mesh) if trained else model.init(jax.random.key(42))
-        prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in asked]
+        params = origin.load(model, mesh) if trained else model.init(jax.random.key(42))
+        prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in questions]
         tokens = generate(model, params, prompts, eos_ids=template.end_ids, max_new_tokens=24)
     return [template.text(row).strip() for row in tokens]
 
@@ -227,25 +229,25 @@ def main(argv: list[str]) -> None:
 
     from easyaira import train_dpo, train_sft
 
-    asked = write_data(out / "data")
+    questions = write_data(out / "data")
     write_base(out / "base", out / "data")
     for name, command in (("train_sft", train_sft), ("train_dpo", train_dpo)):
         arguments = commands(out)[name]
         print(f"\n$ python -m easyaira.{name} {' '.join(arguments)}\n", flush=True)
         command.main(arguments)
     stages = {
-        "before SFT": answers(out / "sft", asked, trained=False),
-        "after SFT": answers(out / "sft", asked),
-        "after DPO": answers(out / "dpo", asked),
+        "before SFT": answers(out / "sft", questions, trained=False),
+        "after SFT": answers(out / "sft", questions),
+        "after DPO": answers(out / "dpo", questions),
     }
-    right, courteous = show(out, asked, stages)
+    right, courteous = show(out, questions, stages)
     print(f"{time.perf_counter() - start:.0f} seconds in all")
-    if right["after SFT"] < len(asked) / 2 or courteous["after DPO"] <= courteous["after SFT"]:
+    if right["after SFT"] < len(questions) / 2 or courteous["after DPO"] <= courteous["after SFT"]:
         sys.exit("the models did not learn the task; please report this")
 
 
 def show(
-    out: Path, asked: Sequence[dict[str, str]], stages: dict[str, list[str]]
+    out: Path, questions: Sequence[dict[str, str]], stages: dict[str, list[str]]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Print the answers of each stage, and write a page with the answers and the curves.
 
@@ -257,19 +259,19 @@ def show(
     from easyaira.train import log
 
     right = {
-        stage: sum(q["answer"] in text for q, text in zip(asked, texts, strict=True))
+        stage: sum(q["answer"] in text for q, text in zip(questions, texts, strict=True))
         for stage, texts in stages.items()
     }
     courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in stages.items()}
     rows = log.read(out / "dpo" / "metrics.jsonl")
     preferred = [row[name] for row in rows if (name := "eval_rewards/accuracies") in row]
     summary = [
-        [stage, f"{right[stage]} of {len(asked)}", f"{courteous[stage]} of {len(asked)}"]
+        [stage, f"{right[stage]} of {len(questions)}", f"{courteous[stage]} of {len(questions)}"]
         for stage in stages
     ]
     samples = [
         [question["prompt"], *(texts[i] for texts in stages.values())]
-        for i, question in enumerate(asked[:SHOWN])
+        for i, question in enumerate(questions[:SHOWN])
     ]
     for stage, *counts in summary:
         print(f"{stage:12} {counts[0]:>10} right, {counts[1]:>10} courteous")
@@ -282,7 +284,7 @@ def show(
         run_report.figure(log.read(out / run / "metrics.jsonl")).savefig(out / f"{run}.png")
     load = f"""from transformers import pipeline
 chat = pipeline("text-generation", "{out.absolute() / "dpo" / "hf"}")
-print(chat([{{"role": "user", "content": "{asked[0]["prompt"]}"}}], do_sample=False))"""
+print(chat([{{"role": "user", "content": "{questions[0]["prompt"]}"}}], do_sample=False))"""
     page = pages.page(
         "EasyAira quickstart",
         "<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about "

@@ -237,10 +237,10 @@ def release(root: Path) -> str:
 
     folder = folder_of(root, "sft", "first") / "hf"
     proof = json.loads((folder / "export_report.json").read_text())
-    found = pretrained.find(str(folder))
-    model = model_of(found.config, str(folder))
+    origin = pretrained.find(str(folder))
+    model = model_of(origin.config, str(folder))
     with model.on(mesh := meshes.make_mesh("fsdp=-1")):
-        leaves = jax.tree.leaves(found.load(model, mesh))
+        leaves = jax.tree.leaves(origin.load(model, mesh))
     if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in leaves):
         raise CheckFailed("the released weights are not finite")
     return f"{proof['read_back']}; logits against PyTorch: {json.dumps(proof['logits'])}"
@@ -258,7 +258,7 @@ def against_cpu(root: Path, finished: Callable[[], None]) -> str:
         for step, (ours, theirs) in enumerate(pairs, 1):
             error = abs(ours - theirs) / max(abs(theirs), 0.1)
             errors.append((error, f"{name}, update {step}: {ours:.5f} and {theirs:.5f}"))
-    worst, where = max(errors, key=lambda found: (math.isnan(found[0]), found[0]))
+    worst, where = max(errors, key=lambda item: (math.isnan(item[0]), item[0]))
     if not worst <= LOSS_BOUND[DTYPE]:
         raise CheckFailed(f"losses differ by {worst:.1g}: {where}")
     return f"losses of {DTYPE} within {worst:.1g} ({where})"

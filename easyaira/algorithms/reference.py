@@ -20,9 +20,9 @@ def reference_model(setup: Setup) -> Model:
     name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.model
-    found = pretrained.find(name)
-    model = model_of(found.config, str(found.folder), setup.model.compute, scorer=False)
-    found.check(model)
+    origin = pretrained.find(name)
+    model = model_of(origin.config, str(origin.folder), setup.model.compute, scorer=False)
+    origin.check(model)
     if model.vocab_size != setup.model.vocab_size:
         raise ConfigError(
             f"model.ref_name_or_path: its vocabulary has {model.vocab_size} tokens, but the "

@@ -83,13 +83,13 @@ class Setup:
         return self.trainable.weights(self.trainable.start())
 
 
-def read_data(config: RunConfig, found: Found, recipe: Recipe) -> dataset.Data:
+def read_data(config: RunConfig, resolved: Found, recipe: Recipe) -> dataset.Data:
     """Data of a run, from the cache if it is there; otherwise tokenised and cached."""
     return dataset.load(
         config.data,
         recipe,
-        template=found.template,
-        vocab_size=found.model.vocab_size,
+        template=resolved.template,
+        vocab_size=resolved.model.vocab_size,
         seed=config.seed,
     )
 
@@ -117,10 +117,10 @@ def prepare(
             "devices cannot share equally; use a multiple of "
             f"{shards * config.gradient_accumulation_steps}"
         )
-    found = find(config, mesh, algorithm.scorer)
-    model = found.model
+    resolved = find(config, mesh, algorithm.scorer)
+    model = resolved.model
     sharding.shardings(model.shapes, model.rules, mesh)  # raises if the mesh does not divide them
-    adapter = None if config.lora is None else _adapter(config, found)
+    adapter = None if config.lora is None else _adapter(config, resolved)
     if adapter:
         adapter.held_target(mesh, model.compute.dtype)  # raises, too
     if model.config.kv_heads % mesh.shape["tp"]:
@@ -128,7 +128,7 @@ def prepare(
             f"mesh: tp={mesh.shape['tp']} does not divide the model's {model.config.heads} heads "
             f"and {model.config.kv_heads} key/value heads"
         )
-    data = read_data(config, found, algorithm.recipe(found.max_length))
+    data = read_data(config, resolved, algorithm.recipe(resolved.max_length))
     layout = {
         "shards": shards,
         "local": meshes.local_shards(mesh),
@@ -140,9 +140,9 @@ def prepare(
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
     model = replace(model, compute=compute)
-    trainable: Trainable = FullWeights(config, mesh, found.origin, found.stored, model)
+    trainable: Trainable = FullWeights(config, mesh, resolved.origin, resolved.stored, model)
     if adapter:
-        trainable = Adapters(config, mesh, found.origin, model, replace(adapter, model=model))
+        trainable = Adapters(config, mesh, resolved.origin, model, replace(adapter, model=model))
     batches = Batches(
         data.train,
         config.train_batch_size,
@@ -165,11 +165,11 @@ def prepare(
     return Setup(
         config=config,
         mesh=mesh,
-        origin=found.origin,
-        stored=found.stored,
+        origin=resolved.origin,
+        stored=resolved.stored,
         model=model,
-        tokenizer=found.tokenizer,
-        template=found.template,
+        tokenizer=resolved.tokenizer,
+        template=resolved.template,
         data=data,
         batches=batches,
         held_out=held_out,
@@ -187,21 +187,22 @@ def updates(config: RunConfig, epoch: int) -> int:
     return max(1, round(config.num_train_epochs * epoch))
 
 
-def _adapter(config: RunConfig, found: Found) -> Adapter:
+def _adapter(config: RunConfig, resolved: Found) -> Adapter:
     """Adapter of a run, checked against the stored adapter that it starts from, if any."""
-    if found.model.vocab_size != found.stored.vocab_size:
-        if found.stored.scorer and config.model.resize is None:
+    if resolved.model.vocab_size != resolved.stored.vocab_size:
+        if resolved.stored.scorer and config.model.resize is None:
             raise ConfigError(
                 "lora: the tokenizer has no padding token of its own, and adapters cannot add one; "
                 "set pad_token in its tokenizer_config.json to a control token that no text ends "
                 "with, or name a tokenizer that has one in model.tokenizer"
             )
+        added = resolved.model.vocab_size - resolved.stored.vocab_size
         raise ConfigError(
-            f"lora: the tokenizer's {found.model.vocab_size - found.stored.vocab_size:+} tokens "
+            f"lora: the tokenizer's {added:+} tokens "
             "would have embeddings that adapters do not train; use a template without new tokens, "
             "such as plain, or start from a model that was trained with them"
         )
-    adapter = adapter_of(config.lora, found.model)
+    adapter = adapter_of(config.lora, resolved.model)
     if config.lora.adapter is not None:
         peft.read_peft(adapter, pretrained.find(config.lora.adapter).folder)
     return adapter

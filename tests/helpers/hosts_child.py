@@ -44,9 +44,9 @@ def compute(index: str, processes: str, fault: str, place: str) -> None:
     print("alike", flush=True)
     for update in range(10_000):
         watchdog.beat(f"computing update {update}")
-        asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
-        assert asked == (fault == "asked" and update == 5)
-        if asked:
+        stopping = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
+        assert stopping == (fault == "asked" and update == 5)
+        if stopping:
             return
         if update == 5 and fault == "late":
             return

@@ -1,6 +1,6 @@
 """Small runs that are killed during a save, then resumed.
 
-python -m helpers.killed_saves FOLDER POINT...
+python tests/helpers/killed_saves.py FOLDER POINT...
 
 A run is killed before each POINT, such as "mkdir 4.orbax-checkpoint-tmp". Each run is a fork of
 this process, which has imported everything and computed nothing."""

@@ -29,20 +29,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment(devices: int, **more: str) -> dict[str, str]:
+def environment(devices: int, **variables: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     cached = {
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"
     }  # otherwise each process compiles again
-    return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **more}
+    return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **variables}
 
 
-def start(arguments: list, devices: int = 1, **more: str) -> subprocess.Popen:
+def start(arguments: list, devices: int = 1, **variables: str) -> subprocess.Popen:
     """Start `python ARGUMENTS` with that many virtual devices."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env=environment(devices, **more),
+        env=environment(devices, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

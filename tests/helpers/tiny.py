@@ -228,9 +228,9 @@ def _trained(vocab_size: int, controls: list[str]) -> Tokenizer:
 
 def load(folder: Path, mesh: str = "fsdp=-1"):
     """Load (model, float32 params) of a Hugging Face folder."""
-    found = Pretrained(str(folder), folder)
-    model = model_of(found.config, str(folder))
-    return model, found.load(model, make_mesh(mesh))
+    origin = Pretrained(str(folder), folder)
+    model = model_of(origin.config, str(folder))
+    return model, origin.load(model, make_mesh(mesh))
 
 
 def as_theirs(model, tree) -> dict[str, np.ndarray]:
