@@ -174,7 +174,7 @@ def _foreign_files(folder: Path) -> list[Path]:
 
 
 def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
-    """Refuse a place whose run, given by its saved `identity`, computes something else."""
+    """Refuse a place if its run's saved `identity` differs in results from this run's."""
     then, now = (
         flattened({k: v for k, v in content.items() if k not in GROUPS_MAY_CHANGE})
         for content in (saved, identity(setup))

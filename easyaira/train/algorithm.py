@@ -37,7 +37,7 @@ class Algorithm(NamedTuple):
     Attributes:
         recipe: longest example in tokens -> how rows become examples.
         loss_fn: Setup -> the loss function.
-        frozen: Setup -> the model whose weights enter the step as frozen, or None.
+        frozen: Setup -> model of the step's frozen weights, or None.
         begin: (Setup, params, run folder, first start of the run?) -> Beginning.
         scorer: the model scores texts and does not generate them.
         known: Setup -> name -> per-example shape of the arrays that `begin` returns as `known`.

@@ -198,9 +198,9 @@ def _adapter(config: RunConfig, resolved: Found) -> Adapter:
             )
         added = resolved.model.vocab_size - resolved.stored.vocab_size
         raise ConfigError(
-            f"lora: the tokenizer's {added:+} tokens "
-            "would have embeddings that adapters do not train; use a template without new tokens, "
-            "such as plain, or start from a model that was trained with them"
+            f"lora: the tokenizer's {added:+} tokens would have embeddings that adapters do not "
+            "train; use a template without new tokens, such as plain, or start from a model that "
+            "was trained with them"
         )
     adapter = adapter_of(config.lora, resolved.model)
     if config.lora.adapter is not None:

@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 
-def told_to_stop():
+def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -39,16 +39,16 @@ def at_call(module, name, number=1, after=True):
     def outer(*args, **kwargs):
         calls.append(name)
         if len(calls) == number and not after:
-            told_to_stop()
+            terminate()
         result = inner(*args, **kwargs)
         if len(calls) == number and after:
-            told_to_stop()
+            terminate()
         return result
 
     setattr(module, name, outer)
 
 
-def at_batch(what, number, act=told_to_stop):
+def at_batch(what, number, act=terminate):
     """Send a signal before the `number`-th batch of a kind is computed."""
     from easyaira.train import loader
 
@@ -71,7 +71,7 @@ def in_a_compilation():
     inner = step.make_train_step
 
     def outer(*args):
-        told_to_stop()
+        terminate()
         ctypes.CDLL(None).sleep(60)
         return inner(*args)
 
@@ -98,7 +98,7 @@ def at_import():
     class Finder:
         def find_spec(self, name, *_):
             if name == "easyaira.train.loop":
-                told_to_stop()
+                terminate()
 
     sys.meta_path.insert(0, Finder())
 
