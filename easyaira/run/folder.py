@@ -117,7 +117,7 @@ def _check_seen(folder: Path) -> None:
         mark.write_text(token)
     hosts.share()
     try:
-        hosts.agree({f"checkpoints: seeing what host 0 writes in {folder}": mark.exists()})
+        hosts.agree({f"checkpoints: visibility of host 0's file in {folder}": mark.exists()})
     finally:
         if hosts.first():
             mark.unlink()
