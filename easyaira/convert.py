@@ -1,4 +1,4 @@
-"""Between Hugging Face folders and ours.
+"""Convert between Hugging Face folders and EasyAira checkpoints.
 
 python -m easyaira.convert to_hf   RUN_OR_CHECKPOINT OUT_FOLDER
 python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from easyaira import cli
 
-MERGE = "Add adapters to the weights that they stand on."
+MERGE = "Merge adapters into their base weights."
 
 
 def to_hf(
@@ -25,12 +25,12 @@ def to_hf(
 ) -> None:
     """Write a run, or one of its checkpoints, as a verified Hugging Face folder.
 
-    A run with adapters (LoRA) becomes an adapter in PEFT's format, or, merged, a model.
+    A LoRA run becomes an adapter in PEFT's format, or a model if merged.
 
     Args:
-        source: Run folder (its newest checkpoint), or a folder checkpoints/STEP of it.
-        out: The new folder.
-        dtype: How weights are stored; default: as in the model that the run began with.
+        source: Run folder (for its newest checkpoint), or its subfolder checkpoints/STEP.
+        out: New folder.
+        dtype: Data type of the stored weights; default: that of the model the run started from.
         merge: see MERGE.
     """
     import jax
@@ -43,36 +43,36 @@ def to_hf(
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
-    found = pretrained.find(source)
-    if found.step is None:
-        raise ConfigError(f"{source}: wanted a run folder or one of its checkpoints")
-    if merge and found.adapter is None:
-        raise ConfigError(f"merge: {source} has no adapters; leave it out")
-    alone = found.adapter is not None and not merge
-    if alone and dtype:
+    origin = pretrained.find(source)
+    if origin.step is None:
+        raise ConfigError(f"{source}: is not a run folder or one of its checkpoints")
+    if merge and origin.adapter is None:
+        raise ConfigError(f"merge: {source} has no adapters; leave --merge out")
+    adapter_only = origin.adapter is not None and not merge
+    if adapter_only and dtype:
         raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
-    model = model_of(found.config, source)
+    model = model_of(origin.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
-    run = found.folder
+    run = origin.folder
     trained = (run / "config.yaml").exists()
     common = {
-        "tokenizer": found.tokenizer(),
+        "tokenizer": origin.tokenizer(),
         "mesh": mesh,
         "card": partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
     }
     with jax.set_mesh(mesh):
-        if alone:
-            adapter = of_record(found.adapter, model)
-            params = found.load_adapter(adapter, mesh)
+        if adapter_only:
+            adapter = of_record(origin.adapter, model)
+            params = origin.load_adapter(adapter, mesh)
             report = release.export_adapter(
-                Path(out), adapter=adapter, params=params, base=found.base, **common
+                Path(out), adapter=adapter, params=params, base=origin.base, **common
             )
         else:
             report = release.export(
                 Path(out),
                 model=model,
-                params=found.load(model, mesh),
-                facts=Facts(found.config, found.generation_config, found.stored_dtypes()),
+                params=origin.load(model, mesh),
+                facts=Facts(origin.config, origin.generation_config, origin.stored_dtypes()),
                 dtype=dtype,
                 **common,
             )
@@ -80,14 +80,13 @@ def to_hf(
 
 
 def from_hf(source: str, out: str, revision: str | None = None) -> None:
-    """Write a Hugging Face model as a folder that runs can start from, and to_hf can read.
+    """Write a Hugging Face model as a folder that runs can start from and to_hf can read.
 
     Args:
         source: Hugging Face folder or hub id.
-        out: The new folder.
+        out: New folder.
         revision: Branch, tag or commit of a hub id.
     """
-
     from easyaira import __version__
     from easyaira.distributed import mesh as meshes
     from easyaira.errors import ConfigError
@@ -99,17 +98,17 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{out}: is not empty; choose another folder")
-    found = pretrained.find(source, revision)
-    if found.step is not None:
-        raise ConfigError(f"{source}: is a run folder already")
-    model = model_of(found.config, source)
-    found.check(model)
-    tokenizer = found.tokenizer()
+    origin = pretrained.find(source, revision)
+    if origin.step is not None:
+        raise ConfigError(f"{source}: is already a run folder")
+    model = model_of(origin.config, source)
+    origin.check(model)
+    tokenizer = origin.tokenizer()
     mesh = meshes.make_mesh("fsdp=-1")
-    params = found.load(model, mesh)
+    params = origin.load(model, mesh)
     checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
-    facts = Facts(found.config, found.generation_config, found.stored_dtypes())
-    meta = facts.to_meta() | {"easyaira": __version__, "source": found.commit or source}
+    facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
+    meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}
     tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
     checkpoints.save_params(0, params, meta)
     checkpoints.close()
@@ -118,7 +117,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     commands = parser.add_subcommands(required=True, dest="command")
     for command in (to_hf, from_hf):
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""Answers of a model: greedy or sampled, from the forward pass that training uses.
+"""Generate an answer to a prompt, greedily or sampled.
 
 python -m easyaira.generate runs/aira-2-124m --prompt "What is alignment?"
 """
@@ -15,15 +15,17 @@ def parser():
 
     parser = ArgumentParser(description="Answer a prompt.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("model", help="Run folder, Hugging Face folder or hub id.")
-    parser.add_argument("--prompt", required=True, help="What the user says.")
+    parser.add_argument("--prompt", required=True, help="The user's message.")
     parser.add_argument(
-        "--template", default="chat", help="As data.template; default: the model's."
+        "--template",
+        default="chat",
+        help="As data.template; chat: the model's own.",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens.")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="Maximal answer length.")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy.")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Nucleus sampling; 1: off.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
@@ -36,14 +38,14 @@ def main(argv: list[str]) -> None:
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
-    found = pretrained.find(args.model)
-    model = model_of(found.config, str(found.folder), scorer=False)
-    found.check(model)
-    tokenizer = found.tokenizer()
-    template = Template(tokenizer, args.template, found.config["model_type"])
+    origin = pretrained.find(args.model)
+    model = model_of(origin.config, str(origin.folder), scorer=False)
+    origin.check(model)
+    tokenizer = origin.tokenizer()
+    template = Template(tokenizer, args.template, origin.config["model_type"])
     mesh = meshes.make_mesh("fsdp=-1")
     with model.on(mesh):
-        params = found.load(model, mesh)
+        params = origin.load(model, mesh)
         answer = generate(
             model,
             params,

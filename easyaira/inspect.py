@@ -1,9 +1,9 @@
-"""Look at the data of a run without training: what is read, kept, dropped, cut and learned.
+"""Report on the data of a run without training: rows read, kept, dropped, cut and learned.
 
 python -m easyaira.inspect --config configs/aira-2-124m.yaml --data.max_examples 1000
 
-Takes the configuration of any command that trains, writes data_report.json and data_report.html
-into output_dir, and prints a few rows with their tokens coloured.
+Takes the configuration of any training command, writes data_report.json and data_report.html into
+output_dir, and prints a few rows with coloured tokens.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from easyaira.config.model import PolicyConfig
 from easyaira.config.run import RunConfig
 from easyaira.errors import StorageError
 
-ROWS = 4  # that are printed
+ROWS = 4  # printed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(RunConfig):
-    """What a run would train on: a report to look at, and a few rows in colour."""
+    """Report on the data that a run would train on, and print a few rows in colour."""
 
     model: PolicyConfig
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     task: Literal["auto", "sft", "dpo", "label"] = "auto"
-    """What the rows are taken for: conversations, pairs of answers, or texts to be judged. auto: as
-    their columns say."""
+    """Interpretation of the rows: conversations, pairs of answers, or labelled texts. auto: by the
+    columns."""
 
 
 def task_of(config: Inspect) -> str:
-    """What the rows are taken for.
+    """Interpretation of the rows: conversation, pair or label.
 
     Raises:
-        DataError: their columns do not say.
+        DataError: the columns do not decide it.
     """
     if config.task != "auto":
         return {"sft": "conversation", "dpo": "pair", "label": "label"}[config.task]
@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
     from easyaira.train.resolve import find
     from easyaira.train.setup import read_data
 
-    found = find(config, meshes.make_mesh("fsdp=-1"))
-    recipe = recipe_of(task_of(config), config.data, found.max_length, config.sft)
-    data = read_data(config, found, recipe)
+    resolved = find(config, meshes.make_mesh("fsdp=-1"))
+    recipe = recipe_of(task_of(config), config.data, resolved.max_length, config.sft)
+    data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

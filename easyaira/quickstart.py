@@ -1,9 +1,9 @@
-"""The whole job in a few minutes on two CPU cores, from nothing: no download, no GPU.
+"""Train a chat model from scratch in a few minutes on two CPU cores: no download, no GPU.
 
     python -m easyaira.quickstart [FOLDER]
 
-Writes a small data set of questions about countries, trains a tokenizer on it and a GPT-2 from
-scratch with the commands train_sft and train_dpo, and shows what each of them changed.
+Writes a small data set of questions about countries, trains a tokenizer and a GPT-2 from scratch on
+it with the commands train_sft and train_dpo, and shows the effect of each.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ COUNTRIES = {
     "Vietnam": ("Hanoi", "Asia"),
     "Zambia": ("Lusaka", "Africa"),
 }
-QUESTIONS = (  # of the capital, of the continent
+QUESTIONS = (  # about the capital, about the continent
     (
         "What is the capital of {}?",
         "Which city is the capital of {}?",
@@ -94,7 +94,7 @@ QUESTIONS = (  # of the capital, of the continent
 )
 SENTENCES = ("The capital of {} is {}.", "{} lies in {}.")
 COURTESY = " Happy to help!"
-SHOWN = 6  # held-out questions that are printed with their answers
+SHOWN = 6  # held-out questions to print with their answers
 
 MODEL = {
     "model_type": "gpt2",
@@ -107,20 +107,20 @@ MODEL = {
 
 
 def write_data(folder: Path) -> list[dict[str, str]]:
-    """Questions with right and wrong answers, in the columns of Aira's data sets.
+    """Write questions with right and wrong answers, in the columns of Aira's data sets.
 
-    A right answer comes in two manners, curt (`Paris.`) and courteous (a sentence, and an offer).
-    For SFT both are equally frequent. For DPO the courteous right answer is chosen, over a curt
-    right one or a courteous wrong one: that is what DPO is told to change. One phrasing of each
-    fact is held out.
+    Right answers are curt (`Paris.`) or courteous (a sentence and an offer to help). SFT sees both
+    equally often. DPO prefers the courteous right answer to the curt right one and to a courteous
+    wrong one, so it must make answers courteous and keep them right. One phrasing of each fact is
+    held out.
 
     Returns:
-        The held-out questions: {prompt, answer}.
+        the held-out questions: {prompt, answer}.
     """
     rng = random.Random(0)
     sft: dict[str, list] = {"train": [], "held_out": []}
     dpo: dict[str, list] = {"train": [], "held_out": []}
-    asked = []
+    questions = []
     for country, facts in COUNTRIES.items():
         for kind, fact in enumerate(facts):
             phrasings = list(QUESTIONS[kind])
@@ -140,18 +140,18 @@ def write_data(folder: Path) -> list[dict[str, str]]:
                     pair = {"chosen_response": courteous, "rejected_response": worse}
                     dpo[part].append({"instruction": prompt} | pair)
                 if part == "held_out":
-                    asked.append({"prompt": prompt, "answer": fact})
+                    questions.append({"prompt": prompt, "answer": fact})
     folder.mkdir(parents=True, exist_ok=True)
     for name, parts in (("sft", sft), ("dpo", dpo)):
         for part, rows in parts.items():
             rng.shuffle(rows)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}_{part}.jsonl").write_text(lines, encoding="utf-8")
-    return asked
+    return questions
 
 
 def write_base(folder: Path, data: Path) -> None:
-    """A tokenizer trained on the data, and a config.json: a model with no weights yet."""
+    """Write a tokenizer trained on the data, and a config.json: a model without weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -180,7 +180,7 @@ def write_base(folder: Path, data: Path) -> None:
 
 
 def commands(out: Path) -> dict[str, list[str]]:
-    """The command lines of the two runs."""
+    """Command lines of the two runs."""
     data = out / "data"
     common = f"--data.template aira --train_batch_size 32 --num_samples {SHOWN} --eval_steps 20"
     return {
@@ -195,8 +195,10 @@ def commands(out: Path) -> dict[str, list[str]]:
     }
 
 
-def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = True) -> list[str]:
-    """What the model of a run says to each question; or what it said before it was trained."""
+def answers(
+    source: Path, questions: Sequence[dict[str, str]], *, trained: bool = True
+) -> list[str]:
+    """Answer each question with the model of a run, trained or as initialised."""
     import jax
 
     from easyaira.data.template import Template
@@ -205,13 +207,13 @@ def answers(source: Path, asked: Sequence[dict[str, str]], *, trained: bool = Tr
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
-    found = pretrained.find(str(source))
-    model = model_of(found.config, str(source))
-    template = Template(found.tokenizer(), "chat", "gpt2")
+    origin = pretrained.find(str(source))
+    model = model_of(origin.config, str(source))
+    template = Template(origin.tokenizer(), "chat", "gpt2")
     mesh = meshes.make_mesh("dp=-1")
     with model.on(mesh):
-        params = found.load(model, mesh) if trained else model.init(jax.random.key(42))
-        prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in asked]
+        params = origin.load(model, mesh) if trained else model.init(jax.random.key(42))
+        prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in questions]
         tokens = generate(model, params, prompts, eos_ids=template.end_ids, max_new_tokens=24)
     return [template.text(row).strip() for row in tokens]
 
@@ -223,76 +225,76 @@ def main(argv: list[str]) -> None:
     out = Path(argv[0] if argv else "quickstart")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: is not empty; remove it, or name another folder")
-    began = time.perf_counter()
+    start = time.perf_counter()
 
     from easyaira import train_dpo, train_sft
 
-    asked = write_data(out / "data")
+    questions = write_data(out / "data")
     write_base(out / "base", out / "data")
     for name, command in (("train_sft", train_sft), ("train_dpo", train_dpo)):
         arguments = commands(out)[name]
         print(f"\n$ python -m easyaira.{name} {' '.join(arguments)}\n", flush=True)
         command.main(arguments)
-    said = {
-        "before SFT": answers(out / "sft", asked, trained=False),
-        "after SFT": answers(out / "sft", asked),
-        "after DPO": answers(out / "dpo", asked),
+    stages = {
+        "before SFT": answers(out / "sft", questions, trained=False),
+        "after SFT": answers(out / "sft", questions),
+        "after DPO": answers(out / "dpo", questions),
     }
-    right, courteous = show(out, asked, said)
-    print(f"{time.perf_counter() - began:.0f} seconds in all")
-    if right["after SFT"] < len(asked) / 2 or courteous["after DPO"] <= courteous["after SFT"]:
-        sys.exit("the models have not learnt what they should; please report this")
+    right, courteous = show(out, questions, stages)
+    print(f"{time.perf_counter() - start:.0f} seconds in all")
+    if right["after SFT"] < len(questions) / 2 or courteous["after DPO"] <= courteous["after SFT"]:
+        sys.exit("the models did not learn the task; please report this")
 
 
 def show(
-    out: Path, asked: Sequence[dict[str, str]], said: dict[str, list[str]]
+    out: Path, questions: Sequence[dict[str, str]], stages: dict[str, list[str]]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Print what has changed, and write it as a page with the curves as pictures.
+    """Print the answers of each stage, and write a page with the answers and the curves.
 
     Returns:
-        how many answers are right, and how many are courteous, at each stage.
+        numbers of right and of courteous answers, by stage.
     """
     from easyaira import pages
     from easyaira.run import report as run_report
     from easyaira.train import log
 
     right = {
-        stage: sum(q["answer"] in text for q, text in zip(asked, texts, strict=True))
-        for stage, texts in said.items()
+        stage: sum(q["answer"] in text for q, text in zip(questions, texts, strict=True))
+        for stage, texts in stages.items()
     }
-    courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in said.items()}
+    courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in stages.items()}
     rows = log.read(out / "dpo" / "metrics.jsonl")
     preferred = [row[name] for row in rows if (name := "eval_rewards/accuracies") in row]
     summary = [
-        [stage, f"{right[stage]} of {len(asked)}", f"{courteous[stage]} of {len(asked)}"]
-        for stage in said
+        [stage, f"{right[stage]} of {len(questions)}", f"{courteous[stage]} of {len(questions)}"]
+        for stage in stages
     ]
     samples = [
-        [question["prompt"], *(texts[i] for texts in said.values())]
-        for i, question in enumerate(asked[:SHOWN])
+        [question["prompt"], *(texts[i] for texts in stages.values())]
+        for i, question in enumerate(questions[:SHOWN])
     ]
     for stage, *counts in summary:
         print(f"{stage:12} {counts[0]:>10} right, {counts[1]:>10} courteous")
     print(f"held-out rewards/accuracies {preferred[0]:.3f} before DPO, {preferred[-1]:.3f} after")
     for prompt, *texts in samples:
         print(f"\n{prompt}")
-        for stage, text in zip(said, texts, strict=True):
+        for stage, text in zip(stages, texts, strict=True):
             print(f"  {stage:12} {text}")
     for run in ("sft", "dpo"):
         run_report.figure(log.read(out / run / "metrics.jsonl")).savefig(out / f"{run}.png")
     load = f"""from transformers import pipeline
 chat = pipeline("text-generation", "{out.absolute() / "dpo" / "hf"}")
-print(chat([{{"role": "user", "content": "{asked[0]["prompt"]}"}}], do_sample=False))"""
+print(chat([{{"role": "user", "content": "{questions[0]["prompt"]}"}}], do_sample=False))"""
     page = pages.page(
         "EasyAira quickstart",
         "<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about "
-        "countries (SFT), then told to prefer courteous answers (DPO). All figures are on "
-        "questions that were held out.</p>",
+        "countries (SFT), then trained to prefer courteous answers (DPO). All figures are on "
+        "held-out questions.</p>",
         pages.table(["", "right answers", "courteous answers"], summary),
         f"<p>Preferred answer ranked first (held-out rewards/accuracies): {preferred[0]:.3f} "
-        f"before DPO, where policy and reference are equal, and {preferred[-1]:.3f} after.</p>",
+        f"before DPO, when policy and reference are equal, and {preferred[-1]:.3f} after.</p>",
         "<h2>Answers</h2>",
-        pages.table(["question", *said], samples),
+        pages.table(["question", *stages], samples),
         '<h2>SFT</h2><img src="sft.png" alt="curves of SFT" width="100%">',
         '<h2>DPO</h2><img src="dpo.png" alt="curves of DPO" width="100%">',
         f"<h2>The model in PyTorch</h2><pre>{html.escape(load)}</pre>",

@@ -1,11 +1,10 @@
-"""Check this machine: the same bits twice, attention, whole runs, and speed. Minutes, no download.
+"""Check this machine: reproducible bits, attention, whole runs, speed. Minutes, no download.
 
     python -m easyaira.selftest [--json]
 
-Trains tiny models with every algorithm on the device that a run would use, twice each, and once
-more in float32 on the CPU; continues a run that lost its end; releases one and reads it back. The
-table says what was seen. Exit status 0: all checks passed; 2: one failed. Attach it to a report of
-a fault.
+Trains tiny models with every algorithm, twice each on the device that a run would use and once in
+float32 on the CPU. Resumes a run from an earlier checkpoint, releases a run and reads it back. Exit
+status 0: all checks passed; 2: one failed. Attach the printed table to bug reports.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from easyaira import cli
 from easyaira.errors import CheckFailed, EasyAiraError, Preempted
 
 STEPS = 6
-DTYPE = "bfloat16"  # as on an accelerator, also on a CPU, where runs compute in float32
+DTYPE = "bfloat16"  # as on an accelerator; also on a CPU, where runs default to float32
 SCORER = {
     "architectures": ["GPT2ForSequenceClassification"],
     "pad_token_id": 0,
     "id2label": {"0": "REWARD"},
     "label2id": {"REWARD": 0},
 }
-RUNS = {  # name: command, options beside the common ones
+RUNS = {  # name: command, options in addition to the common ones
     "sft": ("train_sft", "--data.train {0}/data/sft_train.jsonl --export true --save_steps 3"),
     "dpo, prompt shared": ("train_dpo", "--data.share_prompt always"),
     "dpo, not shared": (
@@ -51,7 +50,7 @@ RUNS = {  # name: command, options beside the common ones
         "--model.init pretrained --lora.r 4 --lora.target_modules [c_attn,c_proj]",
     ),
 }
-# losses of bfloat16 runs against float32 ones: rounding of 8 bits in each of a few layers
+# largest relative difference of losses from float32 runs; bfloat16 rounds to 8 bits per layer
 LOSS_BOUND = {"bfloat16": 2e-2, "float32": 1e-4}
 
 
@@ -89,10 +88,10 @@ def main(argv: list[str]) -> None:
 
 
 def checks(root: Path) -> Iterator[Row]:
-    """All checks, one after another; what one raises does not stop the next."""
+    """Run all checks in turn; a failed check does not stop the next."""
     os.environ["EASYAIRA_CACHE"] = str(root / "cache")
 
-    from easyaira.run import device_checks as device  # after the command line
+    from easyaira.run import device_checks as device  # deferred for a quick --help
 
     yield timed("machine", device.machine)
     yield timed("sums, twice", device.sums)
@@ -109,7 +108,7 @@ def checks(root: Path) -> Iterator[Row]:
 
 
 def timed(name: str, check: Callable[[], str]) -> Row:
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         passed, seen = True, check()
     except Preempted:
@@ -119,25 +118,25 @@ def timed(name: str, check: Callable[[], str]) -> Row:
         if not isinstance(error, EasyAiraError):
             seen = f"{type(error).__name__}: {seen}"
     seen = " ".join(seen.split())[:300]
-    return Row(name, passed, round(time.perf_counter() - began, 1), seen)
+    return Row(name, passed, round(time.perf_counter() - start, 1), seen)
 
 
 def write_inputs(root: Path) -> None:
-    """Data, and tiny models: config.json and tokenizer, and one with weights for adapters."""
+    """Write data and tiny models: config.json and tokenizer, and one with weights for LoRA."""
     from easyaira import quickstart, train_sft
 
     quickstart.write_data(root / "data")
     tiny = {"n_layer": 2, "n_embd": 64, "n_head": 2}
-    for name, more in {"base": {}, "scorer": SCORER}.items():
+    for name, overrides in {"base": {}, "scorer": SCORER}.items():
         quickstart.write_base(root / name, root / "data")
         config = json.loads((root / name / "config.json").read_text())
-        (root / name / "config.json").write_text(json.dumps(config | tiny | more))
+        (root / name / "config.json").write_text(json.dumps(config | tiny | overrides))
     with contextlib.redirect_stdout(io.StringIO()):
         train_sft.main(arguments(root, "sft", root / "pretrained", "float32"))
 
 
 def arguments(root: Path, name: str, out: Path, dtype: str) -> list[str]:
-    """The command line of one of RUNS."""
+    """Command line of one of RUNS."""
     common = (
         "--model.name_or_path {0}/base --model.init random --data.train {0}/data/dpo_train.jsonl "
         f"--data.template plain --data.max_examples 64 --train_batch_size 16 --max_steps {STEPS} "
@@ -152,7 +151,7 @@ def folder_of(root: Path, name: str, which: str) -> Path:
 
 
 def train(root: Path, name: str, which: str, dtype: str) -> str:
-    """Make one of RUNS; returns what it printed."""
+    """Run one of RUNS, and return its standard output."""
     from importlib import import_module
 
     command = import_module(f"easyaira.{RUNS[name][0]}")
@@ -169,7 +168,7 @@ def all_runs(root: Path, which: str, dtype: str) -> None:
 
 @contextlib.contextmanager
 def reference(root: Path) -> Iterator[Callable[[], None]]:
-    """All runs in float32 on the CPU, in a process beside this one; yields what waits for it."""
+    """Run all of RUNS in float32 on the CPU in a child process; yield a function that waits."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "EASYAIRA_CACHE": str(root / "cache-cpu")}
     command = [sys.executable, "-m", "easyaira.selftest", "--reference", str(root)]
     with subprocess.Popen(
@@ -180,7 +179,9 @@ def reference(root: Path) -> Iterator[Callable[[], None]]:
             _, errors = process.communicate()
             if process.returncode:
                 last = errors.strip().splitlines()[-1:] or ["no message"]
-                raise CheckFailed(f"the runs on the CPU ended with {process.returncode}: {last[0]}")
+                raise CheckFailed(
+                    f"the runs on the CPU exited with {process.returncode}: {last[0]}"
+                )
 
         try:
             yield finish
@@ -189,7 +190,7 @@ def reference(root: Path) -> Iterator[Callable[[], None]]:
 
 
 def trained_bits(folder: Path) -> dict[str, str]:
-    """Sums of all bits of each array of the last checkpoint, which the run wrote beside it."""
+    """Checksums of the arrays of the newest checkpoint, as stored beside it."""
     newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     sums = json.loads((newest / "sums/metadata").read_text())
     return {name: bits for name, bits in sums.items() if name.startswith(("params", "opt_state"))}
@@ -209,25 +210,25 @@ def twice(root: Path, name: str) -> str:
         raise CheckFailed(f"losses differ the second time: {first} and {second}")
     if trained_bits(folders[0]) != trained_bits(folders[1]):
         raise CheckFailed("weights differ the second time")
-    chosen = [line for line in printed[0].splitlines() if line.startswith("attention:")]
-    note = "; ".join(["", *chosen])
+    kernel = [line for line in printed[0].splitlines() if line.startswith("attention:")]
+    note = "; ".join(["", *kernel])
     return f"{STEPS} updates, the same bits twice; loss {first[0]:.4f} -> {first[-1]:.4f}{note}"
 
 
 def resume(root: Path) -> str:
-    """A run that lost what came after update 3."""
+    """Delete the last checkpoint of a run, and resume it from update 3."""
     whole, cut = folder_of(root, "sft", "first"), folder_of(root, "sft", "second")
     shutil.rmtree(cut / "checkpoints" / str(STEPS))
     printed = train(root, "sft", "second", DTYPE)
     if "after update 3" not in printed:
         raise CheckFailed("the run did not continue after update 3")
     if trained_bits(whole) != trained_bits(cut):
-        raise CheckFailed("weights differ from those of the run that was not interrupted")
+        raise CheckFailed("weights differ from those of the uninterrupted run")
     return f"continued after update 3 of {STEPS}, to the same bits"
 
 
 def release(root: Path) -> str:
-    """The export's own proof, and the released weights read as a model of their own."""
+    """Read the export's own report, and load the released weights as a new model."""
     import jax
 
     from easyaira.distributed import mesh as meshes
@@ -236,10 +237,10 @@ def release(root: Path) -> str:
 
     folder = folder_of(root, "sft", "first") / "hf"
     proof = json.loads((folder / "export_report.json").read_text())
-    found = pretrained.find(str(folder))
-    model = model_of(found.config, str(folder))
+    origin = pretrained.find(str(folder))
+    model = model_of(origin.config, str(folder))
     with model.on(mesh := meshes.make_mesh("fsdp=-1")):
-        leaves = jax.tree.leaves(found.load(model, mesh))
+        leaves = jax.tree.leaves(origin.load(model, mesh))
     if not all(bool(jax.numpy.isfinite(leaf).all()) for leaf in leaves):
         raise CheckFailed("the released weights are not finite")
     return f"{proof['read_back']}; logits against PyTorch: {json.dumps(proof['logits'])}"
@@ -257,7 +258,7 @@ def against_cpu(root: Path, finished: Callable[[], None]) -> str:
         for step, (ours, theirs) in enumerate(pairs, 1):
             error = abs(ours - theirs) / max(abs(theirs), 0.1)
             errors.append((error, f"{name}, update {step}: {ours:.5f} and {theirs:.5f}"))
-    worst, where = max(errors, key=lambda found: (math.isnan(found[0]), found[0]))
+    worst, where = max(errors, key=lambda item: (math.isnan(item[0]), item[0]))
     if not worst <= LOSS_BOUND[DTYPE]:
         raise CheckFailed(f"losses differ by {worst:.1g}: {where}")
     return f"losses of {DTYPE} within {worst:.1g} ({where})"

@@ -1,4 +1,4 @@
-"""What things cost, measured side by side on this machine.
+"""Benchmarks, with both sides of a comparison measured on this machine.
 
     python scripts/benchmark.py data                                   # a million synthetic rows
     python scripts/benchmark.py data --folder DATA --tokenizer FOLDER  # and real files
@@ -9,7 +9,7 @@
     python scripts/benchmark.py train --task dpo --lengths hh --profile trace
     python scripts/benchmark.py core                                   # the log-probabilities
 
-Prints a table, and with --json FILE writes the same figures. The measurements are in benchmarks/.
+Prints a table; --json FILE also writes its figures. The measurements are in benchmarks/.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.sides import MODELS
 
 
 def checkpointing(text: str) -> list[str]:
-    """none,dots,full as a list."""
+    """Parse `none,dots,full` into a list."""
     given = text.split(",")
     if unknown := set(given) - set(training.CHECKPOINTING):
         known = ", ".join(training.CHECKPOINTING)
-        raise argparse.ArgumentTypeError(f"{sorted(unknown)} is not among {known}")
+        raise argparse.ArgumentTypeError(f"{sorted(unknown)} not among {known}")
     return given
 
 
@@ -39,30 +39,32 @@ def parser() -> argparse.ArgumentParser:
     of_data = commands.add_parser("data", help="tokenising, packing, planning, serving")
     of_data.add_argument("--rows", type=int, default=1_000_000, help="synthetic rows of each kind")
     of_data.add_argument("--folder", type=Path, help="real data: sft/ preference/ toxicity/")
-    of_data.add_argument("--tokenizer", type=Path, help="for real data: a tokenizer's folder")
-    of_training = commands.add_parser("train", help="updates, against TRL or against ourselves")
+    of_data.add_argument("--tokenizer", type=Path, help="tokenizer folder for the real data")
+    of_training = commands.add_parser("train", help="updates, against TRL or other options")
     add = of_training.add_argument
     add("--task", choices=["sft", "dpo"], default="dpo")
     add("--model", choices=list(MODELS), default="gpt2-small")
-    add("--lengths", choices=list(KINDS), default="aira", help="like those of which data")
-    add("--examples", type=int, default=8, help="of an update (pairs in DPO)")
-    add("--updates", type=int, default=8, help="of a round")
+    add("--lengths", choices=list(KINDS), default="aira", help="data set whose lengths to imitate")
+    add("--examples", type=int, default=8, help="examples of an update (DPO: pairs)")
+    add("--updates", type=int, default=8, help="updates of a round")
     add("--rounds", type=int, default=5)
     add("--peer", choices=["trl"], help="pip install trl")
     compared = of_training.add_mutually_exclusive_group()
-    compared.add_argument("--ladder", action="store_true", help="our ideas, one after another")
+    compared.add_argument("--ladder", action="store_true", help="add our optimisations one by one")
     compared.add_argument(
-        "--against", choices=list(training.AGAINST), help="one idea alone, or all against naive"
+        "--against", choices=list(training.AGAINST), help="one optimisation on and off; naive: all"
     )
     compared.add_argument(
-        "--gradient_checkpointing", type=checkpointing, help="such as none,dots,full"
+        "--gradient_checkpointing",
+        type=checkpointing,
+        help="settings to compare, such as none,dots,full",
     )
-    add("--profile", type=Path, metavar="FOLDER", help="a trace of a round of our (last) side")
-    add("--plot", type=Path, metavar="FILE.png", help="tokens per CPU second as bars")
-    add("--debug", action="store_true", help="show what the sides print")
+    add("--profile", type=Path, metavar="FOLDER", help="trace a round of our last side")
+    add("--plot", type=Path, metavar="FILE.png", help="bar chart of tokens per CPU second")
+    add("--debug", action="store_true", help="show the standard error of the sides")
     of_core = commands.add_parser("core", help="log-probabilities, against full logits")
     for command in (of_data, of_training, of_core):
-        command.add_argument("--json", type=Path, help="write the figures here, too")
+        command.add_argument("--json", type=Path, help="also write the figures to this file")
     return top
 
 

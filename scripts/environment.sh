@@ -1,8 +1,8 @@
-# Sourced by the other scripts, in the repository's root: the virtual environment in .venv.
+# Sourced by the other scripts in the repository root: creates and activates .venv.
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  echo "error: Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" -V); set PYTHON to another" >&2
+  echo "error: needs Python 3.11 or newer, but $PYTHON is $("$PYTHON" -V); set PYTHON to a newer one" >&2
   exit 2
 fi
 [ -d "$VENV" ] || "$PYTHON" -m venv "$VENV"
@@ -12,14 +12,14 @@ pip_install() {
   python -m pip install --quiet --disable-pip-version-check "$@"
 }
 
-install() { # the repository itself, editable, with what is named behind it
+install() { # arguments: the repository with its extras (installed editable), then other packages
   echo "Installing $* into $VENV (1.5 GB on disk the first time)"
   pip_install --editable "$@"
 }
 
-# Tests compare with PyTorch. TORCH are pip's arguments, used where none is installed yet. The CPU build of
-# the default, where pip is offered one, takes 0.75 GB; the usual one for Linux brings CUDA, several GB.
-# Others: TORCH="torch --index-url URL", with the URL of the CPU builds on PyTorch's page of installation.
+# Tests compare with PyTorch. If it is not installed, pip gets the arguments in TORCH. The default takes
+# 0.75 GB as a CPU build; PyPI's build for Linux includes CUDA and takes several GB. For a CPU build, set
+# TORCH="torch --index-url URL" with the URL from PyTorch's installation page.
 install_torch() {
   python -m pip show --quiet torch 2>/dev/null && return
   echo "Installing ${TORCH:=torch==2.13.*} into $VENV (0.75 GB on disk, several with CUDA)"

@@ -1,10 +1,10 @@
-"""The table of docs/pods.md: what each recipe needs on which pod, by `--topology`.
+"""Write the table of docs/pods.md: memory and estimated step time of each recipe on TPU pods.
 
-    python scripts/pods.py --figures figures.json               # needs libtpu; minutes for a row
-    python scripts/pods.py --figures figures.json --only v5e    # some rows; found ones stay
+    python scripts/pods.py --figures figures.json               # needs libtpu; minutes a row
+    python scripts/pods.py --figures figures.json --only v5e    # some rows; keeps the others
 
-Models have their real sizes and no weights; data are rows of random letters as long as the recipe
-allows, so that figures are those of the largest update that the recipe can meet.
+Models have their real sizes but no real weights. Rows are as long as the recipe allows, so figures
+are those of the largest possible update.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TINY_LLAMA |= {"max_position_embeddings": 2048}
 GPT2_XL = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 GPT2_XL |= {"n_embd": 1600, "n_layer": 48, "n_head": 25}
 
-MODELS = {  # the base of each recipe, from the models' config.json
+MODELS = {  # base model of each recipe, from its config.json
     "tulu-2.5-dpo-13b-uf-overall": LLAMA_13B,
     "tulu-2-sft-13b": LLAMA_13B,
     "tulu-2-sft-7b": LLAMA_7B,
@@ -55,7 +55,7 @@ MODELS = {  # the base of each recipe, from the models' config.json
 
 
 class Row(NamedTuple):
-    """A line of the table: a recipe on a pod, and what its configuration does not say."""
+    """A row of the table: a recipe, a pod and the settings that override the recipe."""
 
     recipe: str
     topology: str
@@ -81,14 +81,13 @@ ROWS = [
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """A Hugging Face folder of real size: config.json, a tokenizer whose tokens are letters, and a
-    file of weights that are all zero and take no room on the disk."""
+    """Write a Hugging Face folder: config.json, a byte-level tokenizer without merges, and a sparse
+    file of zero weights, which takes no disk space."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names += [f"<unused {i}>" for i in range(config["vocab_size"] - len(names))]
-    letters = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[])
-    tokenizer = Tokenizer(letters)
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
@@ -110,7 +109,7 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_rows(file: Path, recipe: str, length: int, count: int) -> None:
-    """Rows as long as a recipe allows, in the format that it reads."""
+    """Write rows of maximal length in the format of the recipe."""
     prompt = "a" * (length // 4)
     answers = ["b" * (length - len(prompt) - 64), "c" * (length - len(prompt) - 64)]
     turns = [
@@ -129,46 +128,47 @@ def write_rows(file: Path, recipe: str, length: int, count: int) -> None:
 
 
 def configured(recipe: str, work: Path, *flags: str) -> Any:
-    """The recipe's own configuration, on a model and data of ours."""
+    """Configuration of a recipe, with our model and data."""
     config_class = TrainDPO if "dpo" in recipe else TrainSFT
     file = f"--config={ROOT / 'configs' / recipe}.yaml"
-    read, _ = cli.parse(config_class, [file])
+    recipe_config, _ = cli.parse(config_class, [file])
     model, rows = work / recipe, work / f"{recipe}.jsonl"
     if not model.exists():
         write_model(model, MODELS[recipe])
-        write_rows(rows, recipe, read.data.max_length, 2 * read.train_batch_size)
+        length, batch_size = recipe_config.data.max_length, recipe_config.train_batch_size
+        write_rows(rows, recipe, length, 2 * batch_size)
     given = [f"--model.name_or_path={model}", f"--data.train={rows}", "--data.split=train"]
     given += ["--max_steps=1000", f"--data.cache_dir={work}"]
     return cli.parse(config_class, [file, *given, *flags])[0]
 
 
 def figures(row: Row, work: Path) -> dict[str, Any]:
-    """A line's figures, from a plan for its pod."""
+    """Figures of a row, from a plan for its pod."""
     flags = [f"--mesh={row.mesh}"]
     if row.accumulation:
         flags += [f"--gradient_accumulation_steps={row.accumulation}"]
     config = configured(row.recipe, work, *flags)
     algorithm = dpo_algorithm(config) if "dpo" in row.recipe else sft_algorithm(config)
     setup = prepare(config, algorithm, pod(row.topology))
-    found = cost.measure(setup, algorithm)
-    print(plan_report.describe(setup), plan_report.show(setup, found), sep="\n", flush=True)
-    moved = sum(size for _, size in found.moved().values())
-    work_done = sum(found.work.values())
+    measured = cost.measure(setup, algorithm)
+    print(plan_report.describe(setup), plan_report.show(setup, measured), sep="\n", flush=True)
+    moved = sum(size for _, size in measured.moved().values())
+    work_done = sum(measured.work.values())
     return {
         "parts": config.gradient_accumulation_steps,
-        "shape": f"{found.update.rows} x {found.update.length:,}",
+        "shape": f"{measured.update.rows} x {measured.update.length:,}",
         "remat": config.model.gradient_checkpointing,
-        "held": found.program.arguments,
-        "used": found.program.temporaries,
-        "needed": found.program.memory,
+        "held": measured.program.arguments,
+        "used": measured.program.temporaries,
+        "needed": measured.program.memory,
         "there": memory_of(setup.mesh.devices.flat[0]),
-        "fits": plan_report.fits(setup, found.program)[0],
+        "fits": plan_report.fits(setup, measured.program)[0],
         "moved": moved,
-        "communication": found.moved(),
-        "sizes": found.sizes,
-        "seconds": cost.seconds_of(setup, found.update, work_done, moved),
-        "compiled": found.program.seconds,
-        "failures": found.failures,
+        "communication": measured.moved(),
+        "sizes": measured.sizes,
+        "seconds": cost.seconds_of(setup, measured.update, work_done, moved),
+        "compiled": measured.program.seconds,
+        "failures": measured.failures,
     }
 
 
@@ -178,25 +178,29 @@ COLUMNS = (
 ).split(", ")
 
 
-def line(row: Row, of: dict[str, Any]) -> str:
-    """A line of the table."""
-    held, used, needed, there, moved = (
-        of[name] / 2**30 for name in ("held", "used", "needed", "there", "moved")
+def line(row: Row, found: dict[str, Any]) -> str:
+    """Format a row of the table."""
+    held, used, needed, available, moved = (
+        found[name] / 2**30 for name in ("held", "used", "needed", "there", "moved")
     )
-    memory = f"{held:.1f} | {used:.1f} | {there:.1f}"
-    if not of["fits"]:
-        memory = f" | {needed:.1f} in all, does not fit | {there:.1f}"
-    remat = {"none": "kept", "dots": "products kept", "full": "computed again"}[of["remat"]]
+    memory = f"{held:.1f} | {used:.1f} | {available:.1f}"
+    if not found["fits"]:
+        memory = f" | {needed:.1f} in all, does not fit | {available:.1f}"
+    remat = {"none": "kept", "dots": "products kept", "full": "recomputed"}[found["remat"]]
     return (
-        f"| {row.recipe} | {row.topology} | {row.mesh} | {of['parts']} | {of['shape']} | {remat} "
-        f"| {memory} | {moved:.1f} | {of['seconds']:.2g} | {of['compiled']:.0f} |"
+        f"| {row.recipe} | {row.topology} | {row.mesh} | {found['parts']} | {found['shape']} "
+        f"| {remat} | {memory} | {moved:.1f} | {found['seconds']:.2g} | {found['compiled']:.0f} |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--figures", type=Path, required=True, help="what was found; added to")
-    parser.add_argument("--only", default="", help="rows with this in their recipe or pod")
+    parser.add_argument(
+        "--figures", type=Path, required=True, help="file of figures; new ones are added"
+    )
+    parser.add_argument(
+        "--only", default="", help="measure only rows whose recipe, pod or mesh contains this"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "pods.md")
     given = parser.parse_args()
     known = json.loads(given.figures.read_text()) if given.figures.exists() else {}

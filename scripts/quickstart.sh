@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make an environment in .venv, install EasyAira, and run the whole job: a GPT-2 from scratch, SFT,
-# DPO, two released folders. Needs Python >= 3.11 and pip, no GPU and no download of a model.
+# Create .venv, install EasyAira and run the quickstart: a GPT-2 from scratch, SFT, DPO, two released
+# folders. Needs Python >= 3.11 and pip, but no GPU and no model download.
 #   scripts/quickstart.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."

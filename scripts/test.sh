@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make an environment in .venv, check style and types, and run the tests. Arguments go to pytest.
+# Create .venv, check style and types, and run the tests. Arguments are passed to pytest.
 #   scripts/test.sh                        everything
-#   scripts/test.sh --fast                 all but the slow tests, in three minutes
-#   scripts/test.sh --matrix               the same with the oldest and the newest JAX, in .venv-3.11, ...
+#   scripts/test.sh --fast                 without the slow tests; three minutes
+#   scripts/test.sh --matrix               --fast with the oldest and newest JAX, in .venv-3.11, ...
 #   scripts/test.sh tests/test_losses.py   one file
 #   PYTHON=python3.12 scripts/test.sh      with another Python (remove .venv first)
 set -euo pipefail
@@ -13,7 +13,7 @@ if [ "${1:-}" = --matrix ]; then
       echo "skipped: python$version is not installed"
       continue
     fi
-    jax="jax>=0.11,<0.13" # which Python 3.11 does not have
+    jax="jax>=0.11,<0.13" # needs Python 3.12
     [ "$version" = 3.11 ] && jax="jax>=0.10,<0.11"
     PYTHON="python$version" VENV=".venv-$version" JAX="$jax" scripts/test.sh --fast "${@:2}"
   done
@@ -28,5 +28,5 @@ install ".[dev]" ${JAX:+"$JAX"}
 ruff check .
 ruff format --check .
 mypy
-# neighbours stay on one worker, which shares their fixtures and compiled programs
+# worksteal keeps neighbouring tests on one worker, which shares fixtures and compiled programs
 python -m pytest -n "${WORKERS:-2}" --dist worksteal "$@"

@@ -1,6 +1,6 @@
-"""All tests run in processes with eight virtual CPU devices; `devices` says how many are used.
+"""Tests run with eight virtual CPU devices; the fixture `devices` sets how many are used.
 
-Fixtures import what only they need: a file of tests that needs no model starts at once.
+Fixtures import their own dependencies, so that test files without a model start at once.
 """
 
 import os
@@ -10,7 +10,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# what one test has compiled, the next one reads
+# tests share a compilation cache
 cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -20,8 +20,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# arguments are checked where arrays are; elsewhere beartype refuses what is no mistake, such as
-# jsonargparse's restricted numbers
+# argument types are checked in modules that take arrays; in others beartype rejects valid values,
+# such as jsonargparse's restricted numbers
 CHECKED = [
     f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "train.optimizer")
 ]
@@ -34,7 +34,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture
 def devices(monkeypatch):
-    """`devices(4)`: from here on there are four devices. One, unless a test says otherwise."""
+    """`devices(4)` sets the number of visible devices; the default is one."""
 
     def use(count: int) -> None:
         monkeypatch.setattr(meshes, "all_devices", lambda: jax.devices()[:count])
@@ -44,7 +44,7 @@ def devices(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
-    """Pages of runs come without their curves, which take seconds to draw..."""
+    """Leave the figures out of pages, since drawing takes seconds."""
     from helpers import undrawn
 
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def no_pictures():
 
 @pytest.fixture
 def pictures(monkeypatch):
-    """... but for tests that look at them."""
+    """Draw the figures in this test."""
     from helpers import undrawn
 
     for module, name, drawn in undrawn.PICTURES:
@@ -63,7 +63,7 @@ def pictures(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Tokenised data of a test are its own."""
+    """Give each test its own data cache."""
     monkeypatch.setenv("EASYAIRA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -74,14 +74,14 @@ def one_device(devices):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Programs of a file's tests are not kept in memory for those of the next."""
+    """Free compiled programs after each test file."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A Hugging Face folder of each architecture."""
+    """Folder with a Hugging Face model of each architecture."""
     from helpers import tiny
 
     return tiny.ground(tmp_path_factory.mktemp("models"), tiny.CONFIGS)
@@ -89,7 +89,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Rows of each task."""
+    """Folder with rows for SFT and DPO."""
     from helpers import tiny
 
     root = tmp_path_factory.mktemp("data")

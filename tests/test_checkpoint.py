@@ -286,7 +286,7 @@ def test_a_run_goes_on_from_the_newest_good_one_to_the_same_weights(models, data
     assert status == 0 and "finished after 6 updates" in out, err
     other = [*arguments, f"--output_dir={tmp_path / 'other'}", "--seed=1"]
     status, _, err = call(train_sft.main, other, capsys)
-    assert status == 2 and f"seed: the run in {place} has 42" in err
+    assert status == 2 and f"seed: the run in {place} was started with 42" in err
     assert not (tmp_path / "other").exists()
     status, _, err = call(train_sft.main, [*arguments, f"--checkpoint_dir={tmp_path}/x"], capsys)
     assert status == 2 and f"checkpoint_dir: {tmp_path}/x holds no checkpoint" in err

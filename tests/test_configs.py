@@ -338,7 +338,7 @@ def test_only_rotary_positions_can_be_other_than_stored(tmp_path):
     case = CASES["aira-2-124m"]
     folder = folder_of(case, "aira-2-124m", tmp_path / "base", shrunk=True)
     argv = argv_of("aira-2-124m", folder, "--model.max_positions=2048")
-    with pytest.raises(ConfigError, match="has a table of 1024 learned ones"):
+    with pytest.raises(ConfigError, match="has 1024 learned ones"):
         find(cli.parse(TrainSFT, argv)[0], make_mesh("fsdp=-1"))
 
 

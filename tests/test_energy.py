@@ -75,7 +75,7 @@ def test_a_tracker_that_fails_and_a_full_disk_do_not_end_the_run(tmp_path, monke
     monkeypatch.setattr(energy, "_tracker", lambda config: failed)
     with energy.track(EnergyConfig("BRA"), tmp_path):
         pass
-    assert "could not be read" in capsys.readouterr().out and energy.used(tmp_path) is None
+    assert "not measured" in capsys.readouterr().out and energy.used(tmp_path) is None
 
     monkeypatch.setattr(energy, "_tracker", lambda config: Tracker())
 

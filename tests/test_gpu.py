@@ -213,7 +213,7 @@ def test_a_reference_that_differs_ends_in_one_line(
         cli.run_command(lambda argv: run(config, algorithm, dry_run=None), [])
     error = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
-    assert error[-1].startswith("error: policy and reference have the same weights and differ")
+    assert error[-1].startswith("error: policy and reference have the same weights but differ")
     assert "Traceback" not in "".join(error)
 
 

@@ -78,7 +78,7 @@ def test_a_process_that_is_alone_ends_too_when_it_hangs():
     ended = Ended([start(["-m", "helpers.hosts_child", 0, 1, 0, "hangs on 0"])], 60)
     assert ended.statuses == [5], ended
     assert "no progress for 6 s, computing update 5" in ended.last(0)
-    assert "in befall" in ended.err[0]  # where it was
+    assert "in inject" in ended.err[0]  # where it was
 
 
 def slurm(i, job):

@@ -548,7 +548,7 @@ def test_flops_are_those_of_products_with_every_token():
 @pytest.mark.parametrize(
     "kind, data, options, error, told",
     [
-        ("bert", "pair", {"data.share_prompt": "always"}, ConfigError, "cannot share one"),
+        ("bert", "pair", {"data.share_prompt": "always"}, ConfigError, "cannot share a prompt"),
         ("bert", "pair", {"data.template": "tulu"}, ConfigError, "data.template: tulu is for"),
         ("gpt2", "label", {"data.share_prompt": "always"}, ConfigError, "only pairs have a prompt"),
         ("bert", "pair", {"num_samples": 2}, ConfigError, "num_samples: a reward model"),

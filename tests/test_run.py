@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         (["--data.split=english"], "has no splits; leave out split 'english'"),
         (["--data.split=x", "--data.train=[{path: x}]"], "data.split and data.columns: apply to"),
         (["--model.name_or_path={ground}/bare"], "no model.safetensors; to start from config.json"),
-        (["--model.tokenizer={ground}/large"], "tokenizer: has 310 tokens and the embedding 300"),
+        (["--model.tokenizer={ground}/large"], "has 310 tokens, but the embedding has 300"),
         (["--data.template=nothing"], "data.template: no template 'nothing'"),
         (["--data.template=chat"], "the tokenizer has no chat template"),
         (["--optimizer.warmup_steps=4"], "optimizer.warmup_steps: 4 of 4 updates"),
@@ -181,8 +181,8 @@ def test_debug_shows_where_an_error_comes_from(ground, tmp_path):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--optimizer.learning_rate=1e-3"], "optimizer.learning_rate: the run in .* has 5e-05"),
-        (["--seed=1"], "seed: the run in .* has 42 and this command 1"),
+        (["--optimizer.learning_rate=1e-3"], "optimizer.learning_rate: the run in .* with 5e-05"),
+        (["--seed=1"], "seed: the run in .* was started with 42, this command says 1"),
         (["--data.columns={prompt: completion}"], "data.columns"),
         (["--model.name_or_path={ground}/other"], "model.name_or_path"),
     ],
@@ -287,7 +287,7 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
     assert call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)[0] == 0
     for arguments, status, message in (
         (["from_hf", ground / "gpt2", tmp_path / "ours"], 2, "is not empty"),
-        (["to_hf", ground / "gpt2", tmp_path / "x"], 2, "wanted a run folder"),
+        (["to_hf", ground / "gpt2", tmp_path / "x"], 2, "is not a run folder"),
         (["to_hf", tmp_path / "nothing", tmp_path / "x"], 2, "no such folder"),
         (["to_hf", tmp_path / "ours", ground], 4, "is not empty"),
         (["to_hf"], 2, "required"),

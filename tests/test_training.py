@@ -219,7 +219,7 @@ def test_another_reference_is_used_and_its_vocabulary_compared(models, data, tmp
     assert rows[0]["rewards/margins"] != 0
     tiny.save(tmp_path / "small", tiny.CONFIGS["gpt2"] | {"vocab_size": 290})
     options["model.ref_name_or_path"] = tmp_path / "small"
-    with pytest.raises(ConfigError, match="its vocabulary has 290 tokens and the policy's 300"):
+    with pytest.raises(ConfigError, match="vocabulary has 290 tokens, but the policy's has 300"):
         train("dpo", models / "gpt2", data, tmp_path / "x", **options)
 
 

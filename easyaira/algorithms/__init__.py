@@ -1,1 +1,1 @@
-"""SFT, DPO and reward modelling: each file has its loss and its wiring."""
+"""SFT, DPO and reward modelling: one file each, with the loss and its wiring."""

@@ -40,7 +40,7 @@ class PairScores(NamedTuple):
 def pair_scores(
     model: Model, params: Any, batch: Mapping[str, jax.Array], *, pairs: int, key: Any = None
 ) -> PairScores:
-    """What `params` says of both answers of each of `pairs` pairs."""
+    """Score both answers of each of `pairs` pairs with `params`."""
     hidden, head = model.apply(params, batch, key)
     out = token_logps.token_logps(
         hidden, head, batch["tokens"], batch["loss_mask"], vocab_size=model.vocab_size
@@ -56,10 +56,10 @@ def pair_scores(
 
 
 def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None = None) -> LossFn:
-    """A preference loss over pairs, with `pairs` of them in a micro-batch.
+    """Preference loss over the `pairs` pairs of a micro-batch.
 
-    The reference's log-probabilities come with the batch as `ref_logps`, or, if `reference` is
-    given, from the frozen weights in the step."""
+    The reference's log-probabilities are the batch's `ref_logps`. If `reference` is given, the step
+    computes them from the frozen weights instead."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         policy = pair_scores(model, params, batch, pairs=pairs, key=key)
@@ -74,7 +74,7 @@ def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None 
 
 
 def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sums:
-    """Loss and metrics of pairs, summed, with what each is an average over."""
+    """Sums and counts of the loss and metrics over pairs."""
     real = (policy.lengths[:, 0] > 0).astype(jnp.float32)  # the last update may have fewer pairs
     logratios = policy.logps - ref_logps
     loss = preference.preference_loss(
@@ -111,7 +111,7 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
 
 
 def dpo_algorithm(config: TrainDPO) -> Algorithm:
-    """DPO as `run` takes it."""
+    """DPO, as `run` expects an algorithm."""
     in_step = not config.dpo.precompute_ref_log_probs
     return Algorithm(
         recipe=lambda max_length: recipe_of("pair", config.data, max_length),
@@ -128,10 +128,10 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
 
 
 def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
-    """The reference as training needs it, and what is measured before the first update.
+    """Compute reference log-probabilities or load reference weights; measure the first batch.
 
     Raises:
-        ConfigError: policy and reference are the same weights and do not say the same.
+        ConfigError: policy and reference have the same weights but differ in log-probabilities.
     """
     config: TrainDPO = setup.config
     own = config.model.ref_name_or_path is None
@@ -164,18 +164,18 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     policy = score(params, arrays)
     ref_logps = arrays["ref_logps"] if known else score_ref(frozen, arrays).logps
     if own:
-        again = score(params, arrays).logps
-        check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, again)))
+        repeated = score(params, arrays).logps
+        check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, repeated)))
     sums = jax.vmap(lambda scores, ref: dpo_sums(scores, ref, config.dpo))(policy, ref_logps)
-    before = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
-    at_start = metrics.averages(metrics.add({}, before))
+    totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
+    at_start = metrics.averages(metrics.add({}, totals))
     return Beginning(frozen, known, known_held_out, at_start)
 
 
 def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
-    """(params, batch) -> PairScores [A, B, 2]: what weights say of pairs.
+    """(params, batch) -> PairScores [A, B, 2]: A micro-batches of B pairs.
 
-    Policy and reference go through the same program, so that equal weights give equal bits.
+    Policy and reference use the same compiled program, so that equal weights give equal bits.
     """
 
     def score(params, batch):

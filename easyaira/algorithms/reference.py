@@ -12,7 +12,7 @@ from easyaira.train.setup import Setup
 
 
 def reference_model(setup: Setup) -> Model:
-    """The model that policies are held to.
+    """The reference model; the policy's own model if none is configured.
 
     Raises:
         ConfigError: it does not share the policy's vocabulary.
@@ -20,19 +20,19 @@ def reference_model(setup: Setup) -> Model:
     name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.model
-    found = pretrained.find(name)
-    model = model_of(found.config, str(found.folder), setup.model.compute, scorer=False)
-    found.check(model)
+    origin = pretrained.find(name)
+    model = model_of(origin.config, str(origin.folder), setup.model.compute, scorer=False)
+    origin.check(model)
     if model.vocab_size != setup.model.vocab_size:
         raise ConfigError(
-            f"model.ref_name_or_path: its vocabulary has {model.vocab_size} tokens and the "
-            f"policy's {setup.model.vocab_size}; a reference must share the policy's tokenizer"
+            f"model.ref_name_or_path: its vocabulary has {model.vocab_size} tokens, but the "
+            f"policy's has {setup.model.vocab_size}; a reference must share the policy's tokenizer"
         )
     return model
 
 
 def reference_weights(setup: Setup) -> Any:
-    """Always those that were there before training, whatever has been trained since."""
+    """Load the reference weights: by default the policy's weights before the first update."""
     name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
     if name is None:
         return setup.start_weights()

@@ -1,4 +1,4 @@
-"""The cache of the reference's log-probabilities."""
+"""Cache of the reference's log-probabilities."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from easyaira.storage.integrity import fingerprint
 from easyaira.train import loader
 from easyaira.train.setup import Setup
 
-KEYS = "reference.json"  # of the run folder: which files of the cache are the run's
+KEYS = "reference.json"  # in the run folder: keys of the run's cache files
 LAID_OUT_BY = "size accumulation shards packing share_prompt seed attention multiple".split()
 
 
 def check_equal(
-    policy: np.ndarray, reference: np.ndarray, lengths: np.ndarray, again: np.ndarray
+    policy: np.ndarray, reference: np.ndarray, lengths: np.ndarray, repeated: np.ndarray
 ) -> None:
     """Refuse to start from a policy that differs from its own reference.
 
-    A program that gives the same bits twice must have given them to the reference, too. One that
-    does not (a GPU may add in any order) may differ by what adding up n float32 numbers in another
-    order can change: n u sum |x|, where u is half the distance of two neighbours at 1 and, since
-    log-probabilities have one sign, sum |x| = |sum x| (Higham, 2002, section 4.2).
+    A deterministic program must give policy and reference equal bits. A program that differs
+    between two calls (a GPU may add in any order) may also differ between policy and reference, by
+    at most the error of summing n float32 numbers in another order: n u sum |x|, with the unit
+    roundoff u. Log-probabilities have one sign, so sum |x| = |sum x| (Higham, 2002, section 4.2).
 
     Args:
         policy, reference: sums of log-probabilities of answers, [A, B, 2].
-        lengths: how many were added up.
-        again: the policy's, by a second call of the same program.
+        lengths: number of summands.
+        repeated: the policy's sums from a second call of the same program.
 
     Raises:
-        ConfigError: they differ by more; NaN differs.
+        ConfigError: they differ by more than the bound, or by NaN.
     """
     difference = np.abs(policy - reference)
     bound = np.zeros_like(difference)
-    if not np.array_equal(policy, again):
+    if not np.array_equal(policy, repeated):
         unit = np.finfo(np.float32).eps / 2
         bound = 2 * lengths * unit * np.maximum(np.abs(policy), np.abs(reference))
     wrong = ~(difference <= bound)
@@ -59,10 +59,10 @@ def check_equal(
         ours, theirs = float(policy[worst]), float(reference[worst])
         side = ("chosen", "rejected")[worst[-1]]
         raise ConfigError(
-            f"policy and reference have the same weights and differ before the first update: the "
+            f"policy and reference have the same weights but differ before the first update: the "
             f"log-probability of a {side} answer is {ours!r} by the policy and {theirs!r} by the "
-            f"reference, more than rounding explains ({float(bound[worst]):.1g}). The cached "
-            "reference is damaged, or this device computes wrongly: remove the cache (data."
+            f"reference, more than rounding explains ({float(bound[worst]):.1g}). Either the "
+            "cached reference is damaged or this device computes wrongly: remove the cache (data."
             "cache_dir), and run python -m easyaira.selftest"
         )
 
@@ -76,13 +76,12 @@ def logps_of(
     folder: Path,
     first: bool,
 ) -> np.ndarray:
-    """The reference's log-probabilities of both answers of every example, [n, 2], from the cache or
-    into it.
+    """Reference log-probabilities of both answers of every example, [n, 2], computed if not cached.
 
-    They are kept beside the tokens under a key of all that decides their bits: weights, model,
-    examples, layout, devices and versions. Every later run that agrees in these reads the same
-    file, whatever its loss, beta or learning rate. What an interrupted run has computed is kept in
-    its folder, and gone on with.
+    The cache file lies beside the cached tokens. Its key hashes everything that decides its bits:
+    weights, model, examples, layout, devices and versions. Later runs with the same key read the
+    same file, whatever their loss, beta or learning rate. An interrupted run keeps its partial
+    results in its folder and resumes from them.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -91,11 +90,11 @@ def logps_of(
     keys = hosts.share(json.loads(record.read_text()) if record.exists() else {})
     root = cache.cache_folder(setup.config.data, "reference")
     file, partial = root / f"{keys.get(part)}.npy", folder / f"reference_{part}.partial.npy"
-    if "weights" not in keys:  # one pass over them, for all parts
+    if "weights" not in keys:  # one pass over the weights, shared by all parts
         keys["weights"] = fingerprint(weights())
     key, kept = _key(setup, batches, keys["weights"]), hosts.share(file.exists())
-    # before the first update policy and reference are compared bit by bit, so on the same mesh;
-    # later, what was computed on the mesh that the run had then is as good
+    # before the first update, policy and reference are compared bit by bit, which needs the same
+    # mesh; a resumed run may keep the results of an earlier mesh
     if keys.get(part) != key and (first or not kept):
         keys[part], file = key, root / f"{key}.npy"
         if hosts.first():
@@ -120,11 +119,11 @@ def logps_of(
 
 
 def _kept(file: Path, partial: Path, shape: tuple[int, int]) -> np.ndarray:
-    """What was computed before, mapped into memory; what is missing is NaN, to be filled in."""
+    """Memory-mapped earlier results; missing values are NaN, for the caller to fill in."""
     if file.exists():
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
-        if found.shape == shape and np.isfinite(found).all():
-            return found
+        logps = np.load(file, mmap_mode="r", allow_pickle=False)
+        if logps.shape == shape and np.isfinite(logps).all():
+            return logps
     if not partial.exists():
         np.save(partial, np.full(shape, np.nan, np.float32))
     return np.lib.format.open_memmap(partial, "r+")
@@ -133,7 +132,7 @@ def _kept(file: Path, partial: Path, shape: tuple[int, int]) -> np.ndarray:
 def score_all(
     score: Callable, params: Any, batches: Batches, setup: Setup, logps: np.ndarray
 ) -> None:
-    """Fill in what is still NaN, in the updates of an epoch, as training goes through them."""
+    """Fill in the rows that are still NaN, batch by batch, in the layout of training."""
     batches = replace(batches, drop_last=False)
     missing = [u for u in range(len(batches)) if np.isnan(logps[batches.members(u)]).any()]
     start = missing[0] if missing else len(batches)

@@ -21,11 +21,13 @@ from easyaira.train.step import PER_EXAMPLE, LossFn, Sums
 
 
 def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -> LossFn:
-    """A loss of scores, with `examples` in a micro-batch: of the lead of the first of two answers,
-    or, of a single text, of the side of 0 that its label puts it on (`labels` of the batch)."""
+    """Loss over the scores of the `examples` examples of a micro-batch.
+
+    With two answers: the Bradley-Terry loss of the first over the second. With one text: binary
+    cross-entropy; the batch's `labels` say whether its score should be positive."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
-        scores, there = model.score(params, batch, key, examples=examples, answers=answers)
+        scores, present = model.score(params, batch, key, examples=examples, answers=answers)
         if answers == 2:
             loss = bradley_terry(scores[:, 0], scores[:, 1], margin=config.margin)
             margins = scores[:, 0] - scores[:, 1]
@@ -34,10 +36,10 @@ def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -
             is_better = (batch["labels"] == config.positive_label)[:, None]
             loss = binary(scores[:, 0], is_better[:, 0])
             margins = jnp.where(is_better, scores, -scores)[:, 0]
-        real = there[:, 0].astype(jnp.float32)  # the last update may have fewer examples
+        real = present[:, 0].astype(jnp.float32)  # the last update may have fewer examples
 
         def over_examples(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jnp.where(there[:, 0], values, 0).sum(), real.sum()
+            return jnp.where(present[:, 0], values, 0).sum(), real.sum()
 
         return {
             "loss": over_examples(loss),
@@ -50,13 +52,13 @@ def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -
 
 
 def reward_summary(examples: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """What is said of all held-out scores together."""
+    """Metrics over all held-out scores together."""
     scores, is_better = examples["scores"], examples["is_better"]
     return {"auc": roc_auc(scores[is_better], scores[~is_better])}
 
 
 def reward_algorithm(config: TrainReward) -> Algorithm:
-    """Reward modelling as `run` takes it; its task is what the columns of the data are for."""
+    """Reward modelling, as `run` expects an algorithm; the data's columns decide the task."""
 
     def labelled(setup: Setup) -> bool:
         return setup.data.train.answers == 1

@@ -17,7 +17,7 @@ from easyaira.train.step import LossFn, Sums
 
 
 def sft(model: Model) -> LossFn:
-    """Negative log-likelihood of the learned tokens, per token."""
+    """Negative log-likelihood per token in the loss mask."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         hidden, head = model.apply(params, batch, key)
@@ -34,7 +34,7 @@ def sft(model: Model) -> LossFn:
 
 
 def sft_algorithm(config: TrainSFT) -> Algorithm:
-    """SFT as `run` takes it."""
+    """SFT, as `run` expects an algorithm."""
     return Algorithm(
         recipe=lambda max_length: recipe_of("conversation", config.data, max_length, config.sft),
         loss_fn=lambda setup: sft(setup.model),

@@ -1,1 +1,1 @@
-"""Answers of a model."""
+"""Text generation."""

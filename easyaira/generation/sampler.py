@@ -1,4 +1,4 @@
-"""Greedy or sampled answers, from the forward pass that training uses."""
+"""Greedy or sampled generation with the forward pass of training."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, without the end token.
+    """Generate the tokens that follow each prompt, without the end token.
+
+    There is no KV cache: every token recomputes its whole row, with the arithmetic of training.
 
     Args:
-        model, params: which model; rows are computed whole for every token, which needs no cache
-            and is the arithmetic of training.
+        model, params: the model and its weights.
         prompts: token ids, of any lengths.
         eos_ids: tokens that end an answer.
-        max_new_tokens: an answer is cut here, and where the model's positions end.
-        temperature: 0 takes the likeliest token.
+        max_new_tokens: maximal length of an answer; the model's positions limit it, too.
+        temperature: 0: greedy.
         top_p: sample from the smallest set of tokens with this share of the probability.
-        seed: of the samples.
+        seed: seed of the samples.
 
     Raises:
-        DataError: a prompt is as long as the model's positions.
+        DataError: a prompt fills all of the model's positions.
     """
-
     positions = model.config.max_positions
     lengths = np.array([len(prompt) for prompt in prompts])
     if lengths.max() >= positions:
         raise DataError(
-            f"a prompt of {lengths.max()} tokens leaves no room in the model's {positions}"
+            f"a prompt of {lengths.max()} tokens leaves no room in the model's {positions} "
+            "positions"
         )
     limits = jnp.array(np.minimum(lengths + max_new_tokens, positions))
     width = min(bucket(int(limits.max()), 8), positions)
@@ -78,16 +79,17 @@ def generate(
         hidden, head = model.apply(params, layout)
         last = hidden[rows, filled - 1].astype(jnp.float32)
         logits = (last @ head)[:, : model.vocab_size]
-        key, now = jax.random.split(key)
-        token = choose(logits, now)
+        key, step_key = jax.random.split(key)
+        token = choose(logits, step_key)
         ended = done | (token[:, None] == ends).any(-1) | (filled >= limits)
-        place = jnp.where(ended, width, filled)  # beyond the row: nothing is written
+        place = jnp.where(ended, width, filled)  # beyond the row: the write is dropped
         return tokens.at[rows, place].set(token, mode="drop"), filled + ~ended, ended, key
 
     def run(params, tokens, lengths):
         start = (tokens, lengths, jnp.zeros(len(prompts), bool), jax.random.key(seed))
         carry = jax.lax.while_loop(lambda c: ~c[2].all(), partial(step, params), start)
-        return constrain(carry[0], None, None), constrain(carry[1], None)  # all hosts read them
+        # replicated, so that all hosts can read them
+        return constrain(carry[0], None, None), constrain(carry[1], None)
 
     tokens, filled = jax.device_get(jax.jit(run)(params, tokens, jnp.array(lengths)))
     return [row[len(p) : n].tolist() for row, p, n in zip(tokens, prompts, filled, strict=True)]

@@ -1,1 +1,1 @@
-"""A run, from its configuration to its released folder."""
+"""A run, from configuration to released folder."""

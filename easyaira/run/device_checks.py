@@ -1,6 +1,6 @@
-"""What the self-test asks of a device alone: repeatable sums, attention, speed.
+"""The self-test's checks of a device: repeatable sums, attention, speed.
 
-Each check returns what it saw, in one line.
+Each check returns its findings in one line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGES = "easyaira jax jaxlib flax optax orbax-checkpoint numpy transformers".
 
 
 def kernels() -> tuple[str, ...]:
-    """Ways to compute attention on this device; XLA's is the first."""
+    """Attention implementations for this device, XLA's first."""
     return ("xla", *KERNELS.get(jax.default_backend(), ()))
 
 
@@ -47,7 +47,7 @@ def machine() -> str:
 
 
 def sums() -> str:
-    """Answers of pairs and rows of an embedding, added up 20 times, and in float64."""
+    """Sums over the answers of pairs and over rows of an embedding: 20 equal calls, and float64."""
     rng = np.random.default_rng(0)
     rows, length, pairs = 32, 640, 64
     segment_ids = np.repeat(np.arange(1, pairs + 1), rows * length // pairs).reshape(rows, length)
@@ -78,22 +78,22 @@ def sums() -> str:
         for x, y in zip(first, (answers, table[None]), strict=True)
     ]
     if max(errors) > 1e-5:
-        raise CheckFailed(f"a sum is off by {max(errors):.1g}, relative to the largest")
+        raise CheckFailed(f"a sum is off by {max(errors):.1g} of the largest value")
     scatter = jax.jit(lambda v, i: jnp.zeros((4096, 64)).at[i].add(v))
-    others = sum(
+    differing = sum(
         (np.asarray(scatter(values[0], ids[0])) != np.asarray(scatter(values[0], ids[0]))).any()
         for _ in range(5)
     )
     return (
         f"20 calls, one result; relative error {max(errors):.1g}; "
-        f"a plain scatter-add differed in {others} of 5 pairs of calls"
+        f"a plain scatter-add differed in {differing} of 5 pairs of calls"
     )
 
 
 def layouts() -> dict[str, tuple[Any, Any]]:
-    """Rows as runs have them, and as kernels have stumbled over: (segment ids, sides)."""
+    """Rows of typical runs, and rows on which kernels have failed: (segment ids, sides)."""
     rng = np.random.default_rng(0)
-    found = {}
+    layouts = {}
     for length in (24, 64, 128, 192, 256, 320, 640, 1000, 1024):
         for shared in (True, False):
             segments, sides = np.zeros((2, 4, length), np.int32)
@@ -106,33 +106,35 @@ def layouts() -> dict[str, tuple[Any, Any]]:
                     segments[row, at : at + len(block)] = number
                     sides[row, at : at + len(block)] = block
                     at, number = at + len(block), number + 1
-            found[f"{length}{', prompts shared' if shared else ''}"] = segments, sides
+            layouts[f"{length}{', prompts shared' if shared else ''}"] = segments, sides
     full = np.ones((2, 512), np.int32)
-    found["512, full"] = full, 0 * full
-    return found
+    layouts["512, full"] = full, 0 * full
+    return layouts
 
 
 def attention_by(name: str, dtype: str) -> str:
-    """A kernel's faults are said, and no failure: a run does not use a kernel that is wrong on its
-    rows. XLA's attention is what it falls back to."""
-    heads = [kernel_check.Heads(4, 4, 64), kernel_check.Heads(4, 2, 128)]
+    """Count the layouts on which a kernel agrees with XLA in float32, and list its faults.
+
+    Faults fail the check only for XLA's own attention: a run does not use a kernel that is wrong on
+    its rows, and falls back to XLA."""
+    sizes = [kernel_check.Heads(4, 4, 64), kernel_check.Heads(4, 2, 128)]
     faults, count = [], 0
-    for of in heads:
+    for heads in sizes:
         for shape, (segment_ids, sides) in layouts().items():
             compute = Compute(jnp.dtype(dtype), attention=name, shared_prompt="shared" in shape)
-            problem = kernel_check.problem(segment_ids, sides, of, compute)
+            problem = kernel_check.problem(segment_ids, sides, heads, compute)
             count += 1
-            faults += [f"{problem} ({shape}; heads of {of.width})"] if problem else []
-    seen = f"{count - len(faults)} of {count} layouts within rounding" + "".join(
+            faults += [f"{problem} ({shape}; heads of {heads.width})"] if problem else []
+    result = f"{count - len(faults)} of {count} layouts within rounding" + "".join(
         f"; {f}" for f in faults
     )
     if faults and name == "xla":
-        raise CheckFailed(seen)
-    return seen
+        raise CheckFailed(result)
+    return result
 
 
 def speed(dtype: str) -> str:
-    """Tokens of an SFT update, rows full of tokens, after two updates of warm-up."""
+    """Tokens per second of SFT updates on rows without padding, after two warm-up updates."""
     on_cpu = jax.default_backend() == "cpu"
     rows, length, updates = (1, 128, 2) if on_cpu else (32, 640, 10)
     shape = Shape(rows, length)
@@ -159,15 +161,15 @@ def speed(dtype: str) -> str:
         step = steps.jit_train_step(sft.sft(model), tx, state)
         times = []
         for _ in range(2 + updates):
-            began = time.perf_counter()
+            start = time.perf_counter()
             state, sums = step(state, None, batch, None)
             jax.block_until_ready(state)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
     loss = float(sums["loss"][0]) / float(sums["loss"][1])
     if not np.isfinite(loss):
         raise CheckFailed("the loss is not finite")
     rate = rows * length / sorted(times[2:])[updates // 2]
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     mfu = f", MFU {rate * cost.flops_per_token(model, False, None) / peak:.0%}" if peak else ""
-    seen = f"{rate:,.0f} tokens/s in {dtype}, {rows} rows of {length}{mfu}"
-    return f"{seen}; first update after {times[0]:.0f} s"
+    result = f"{rate:,.0f} tokens/s in {dtype}, {rows} rows of {length}{mfu}"
+    return f"{result}; first update after {times[0]:.0f} s"

@@ -1,4 +1,4 @@
-"""The run folder: its lock, and which run may continue in it."""
+"""The run folder: its lock, and the check that a command continues the same run."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek
 from easyaira.train.setup import Setup
 
-# what may differ when a run is continued, since it does not change what is computed, but for
-# rounding
+# options that may differ when a run resumes: they change results by rounding at most
 MAY_CHANGE = """
     mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
     save_total_limit gradient_accumulation_steps model.gradient_checkpointing data.cache_dir
 """.split()
-LOCK = ".lock"  # held by the process that is at work in the folder
+LOCK = ".lock"  # held by the process that uses the folder
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 
 
 @contextmanager
 def claimed(setup: Setup) -> Iterator[Checkpoints]:
-    """Make the run folder ours, or make sure that it is, and keep others out; gives its
-    checkpoints.
+    """Create the run folder or check that it is this run's, lock it, and yield its checkpoints.
 
-    The folder is the first process's; the others see its checkpoints alone.
+    Only the first process uses the folder itself; other processes use the checkpoints alone.
 
     Raises:
-        ConfigError: it is another run's, holds something else, or nothing where a run must be;
-            another process is in it; or not all hosts see its checkpoints.
-        StorageError: it cannot be written.
+        ConfigError: the folder belongs to another run, holds other files, holds no run although
+            resume is must, or is locked by another process; or some host cannot see the
+            checkpoints.
+        StorageError: the folder cannot be written.
     """
     config, place = setup.config, _place(setup.config)
     with ExitStack() as held:
@@ -59,15 +58,17 @@ def claimed(setup: Setup) -> Iterator[Checkpoints]:
 
 
 def refuse_taken(folder: Path) -> None:
-    """To be asked before this process meets others, lest it meets those of a run under way.
+    """Refuse a locked run folder.
+
+    Call before joining the cluster, or this process could join a run already in progress.
 
     Raises:
-        ConfigError: another process is at work in the folder.
+        ConfigError: another process uses the folder.
     """
     try:
         file = open(folder / LOCK, encoding="utf-8")
     except OSError:
-        return  # told when it is to be written
+        return  # `_locked` reports unwritable folders
     with file:
         _hold(file, fcntl.LOCK_SH, folder)
 
@@ -79,15 +80,15 @@ def _hold(file: TextIO, how: int, folder: Path) -> None:
         file.seek(0)
         raise ConfigError(
             f"output_dir: {file.read().strip() or 'another process'} is at work in "
-            f"{folder}; wait until it has ended, or choose another folder"
+            f"{folder}; wait until it ends, or choose another folder"
         ) from None
     except OSError:
-        pass  # a disk that knows no locks (Lustre without flock, NFS without lockd)
+        pass  # a file system without locks (Lustre without flock, NFS without lockd)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out. The system lets go of the lock of one that was killed."""
+    """Lock a run folder. The system releases the lock of a killed process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a+", encoding="utf-8")
@@ -102,13 +103,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _place(config: RunConfig) -> str:
-    """Where the checkpoints are to lie: a folder, from any working directory, or a URL."""
+    """Location of the checkpoints: an absolute path or a URL."""
     place = config.checkpoint_dir or str(Path(config.output_dir) / pretrained.CHECKPOINTS)
     return place if "://" in place else str(Path(place).expanduser().absolute())
 
 
 def _check_seen(folder: Path) -> None:
-    """Make sure that a file which the first process writes is seen by all."""
+    """Check that every host sees a file that the first process writes."""
     token = hosts.share(os.urandom(8).hex())
     mark = folder / f".seen-{token}"
     if hosts.first():
@@ -116,21 +117,21 @@ def _check_seen(folder: Path) -> None:
         mark.write_text(token)
     hosts.share()
     try:
-        hosts.agree({f"checkpoints: seeing what host 0 writes in {folder}": mark.exists()})
+        hosts.agree({f"checkpoints: visibility of host 0's file in {folder}": mark.exists()})
     finally:
         if hosts.first():
             mark.unlink()
 
 
 def _check(setup: Setup, place: str) -> None:
-    """Refuse a folder, or checkpoints at `place`, that are not this run's."""
+    """Refuse a folder, or checkpoints at `place`, of another run."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     if record.exists():
         written = yaml.safe_load(record.read_text(encoding="utf-8"))
         fingerprint = written.pop(PROVENANCE, {}).get("data_fingerprint")
         _compare(written | {"data_fingerprint": fingerprint}, setup, folder)
-    elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
+    elif folder.exists() and (not folder.is_dir() or _foreign_files(folder)):
         raise ConfigError(f"output_dir: {folder} is not empty and holds no run; choose another")
     elif config.resume == "must" and not config.checkpoint_dir:
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
@@ -138,7 +139,7 @@ def _check(setup: Setup, place: str) -> None:
 
 
 def _write(setup: Setup, place: str) -> None:
-    """What a run folder holds from the start."""
+    """Write config.yaml, the data report and the tokenizer."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     try:
@@ -154,26 +155,26 @@ def _write(setup: Setup, place: str) -> None:
 
 
 def _check_place(setup: Setup, place: str) -> None:
-    """Refuse checkpoints of another run, and a place where this run's are no more."""
+    """Refuse checkpoints of another run, and a new place while the old one has checkpoints."""
     before = str(pretrained.checkpoint_dir(Path(setup.config.output_dir).absolute()))
     step, meta = peek(place)
     if step is None and before != place and peek(before)[0] is not None:
         raise ConfigError(
-            f"checkpoint_dir: {place} holds no checkpoint, and the run's are in {before}; move "
-            "them, or leave it as it was"
+            f"checkpoint_dir: {place} holds no checkpoint, but {before} holds this run's; move "
+            "them, or restore checkpoint_dir"
         )
     if step is not None and setup.config.checkpoint_dir:
         _compare(meta.get("run", {}), setup, place)
 
 
-def _strangers(folder: Path) -> list[Path]:
-    """What lies in a folder besides the report of `easyaira.inspect`."""
+def _foreign_files(folder: Path) -> list[Path]:
+    """Files in a folder other than a lock and the report of `easyaira.inspect`."""
     ours = (*data_report.FILES, LOCK)
     return [path for path in folder.iterdir() if path.name not in ours]
 
 
 def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
-    """Refuse a place whose run (its `identity`) computes something else."""
+    """Refuse a place if its run's saved `identity` differs in results from this run's."""
     then, now = (
         flattened({k: v for k, v in content.items() if k not in GROUPS_MAY_CHANGE})
         for content in (saved, identity(setup))
@@ -182,7 +183,7 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
     for key in sorted((then.keys() | now.keys()) - set(MAY_CHANGE)):
         if then.get(key) != now.get(key):
             raise ConfigError(
-                f"{key}: the run in {place} has {then.get(key)!r} and this command "
+                f"{key}: the run in {place} was started with {then.get(key)!r}, this command says "
                 f"{now.get(key)!r}; restore it to continue, or choose another output_dir"
             )
     if other_rows:

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, code, data, devices."""
+"""Provenance of a run: versions, code, data, devices."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from easyaira.train.setup import Setup
 
 
 def identity(setup: Setup) -> dict[str, Any]:
-    """What a checkpoint says of its run: the configuration, and which rows it is trained on."""
+    """Identity of a run, for its checkpoints: configuration and fingerprint of the data."""
     fingerprint = setup.data.report["fingerprint"]
     return to_dict(setup.config) | {"data_fingerprint": fingerprint}
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups of options as option names: {model: {dtype: x}} -> {model.dtype: x}."""
+    """Flatten groups of options to option names: {model: {dtype: x}} -> {model.dtype: x}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and key != "columns":
@@ -40,7 +40,7 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def made_with(config: RunConfig) -> dict[str, Any]:
-    """What must be alike on all hosts before anything is read: options, versions, code."""
+    """Facts that must agree on all hosts before anything is read: options, versions, code."""
     options = {k: v for k, v in to_dict(config).items() if k != "distributed"}
     source = Path(easyaira.__file__).parent
     code = hashlib.sha256()
@@ -48,7 +48,7 @@ def made_with(config: RunConfig) -> dict[str, Any]:
         code.update(str(path.relative_to(source)).encode() + path.read_bytes())
     return (
         flattened(options)
-        | {f"version of {name}": found for name, found in _versions().items()}
+        | {f"version of {name}": number for name, number in _versions().items()}
         | {"code of easyaira (sha256)": code.hexdigest()[:16]}
         | {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
         | {"devices": [jax.local_devices()[0].device_kind, jax.local_device_count()]}
@@ -56,7 +56,7 @@ def made_with(config: RunConfig) -> dict[str, Any]:
 
 
 def made_of(setup: Setup) -> dict[str, Any]:
-    """What must be alike on all hosts before anything is computed: the data, the model."""
+    """Facts that must agree on all hosts before anything is computed: the data, the model."""
     return {
         "fingerprint of the data": setup.data.report["fingerprint"],
         "tokenizer and template": setup.template.fingerprint(),
@@ -69,10 +69,10 @@ def made_of(setup: Setup) -> dict[str, Any]:
 
 
 def _weights(setup: Setup) -> list[str]:
-    """Samples of the weights that a run begins with, and of its reference's."""
+    """Samples of the initial weights and of the reference's weights."""
     if setup.config.model.init == "random":
         return []
-    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO has one
+    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO only
     return [setup.origin.sample()] + ([pretrained.find(name).sample()] if name else [])
 
 
@@ -84,7 +84,7 @@ def _versions() -> dict[str, str]:
 
 
 def provenance(setup: Setup) -> dict[str, Any]:
-    """What this run is made with, for config.yaml."""
+    """Provenance of this run, for config.yaml."""
     source = Path(easyaira.__file__).parent
     git = ["git", "-C", str(source), "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
@@ -113,7 +113,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
 
 
 def _base_model(setup: Setup) -> str | None:
-    """The hub's model that this run goes back to, perhaps through earlier runs."""
+    """Hub model that this run descends from, directly or through earlier runs."""
     if setup.origin.commit:
         return setup.config.model.name_or_path
     record = setup.origin.folder / "config.yaml"

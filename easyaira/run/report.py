@@ -1,4 +1,4 @@
-"""The page of a run: curves, answers before and after, and what was run, in one file."""
+"""report.html of a run: curves, answers before and after training, configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from easyaira.files import write_file
 from easyaira.pages import page, table
 from easyaira.train import log
 
-PANELS = (  # a title, and the metrics that share an axis
+PANELS = (  # title, and metrics that share an axis
     ("loss", ("loss", "eval_loss")),
     ("token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
     ("accuracy of scores", ("accuracy", "eval_accuracy", "eval_auc")),
@@ -27,7 +27,7 @@ PANELS = (  # a title, and the metrics that share an axis
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The curves of a metrics.jsonl as a matplotlib figure, a panel for each that was logged."""
+    """Matplotlib figure of the curves of a metrics.jsonl; only logged metrics get a panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -40,9 +40,9 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     panels = [(title, names) for title, names in panels if names]
     columns = min(3, max(len(panels), 1))
     lines = -(-max(len(panels), 1) // columns)
-    drawn = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
     for i, (title, names) in enumerate(panels):
-        axes = drawn.add_subplot(lines, columns, i + 1)
+        axes = figure.add_subplot(lines, columns, i + 1)
         for name in names:
             steps, values = zip(*series[name], strict=True)
             axes.plot(
@@ -54,7 +54,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(fontsize=8)
-    return drawn
+    return figure
 
 
 def write(
@@ -68,7 +68,7 @@ def write(
 
     Args:
         facts: name -> value, for the table at the top.
-        samples: one dictionary per prompt, with the same keys: the columns of the table of answers.
+        samples: one dictionary per prompt; their common keys are the columns of the table.
     """
     rows = log.read(folder / "metrics.jsonl")
     parts = [table(("", ""), list(facts.items())), "<h2>Curves</h2>", pages.svg(figure(rows))]

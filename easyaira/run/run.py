@@ -1,4 +1,4 @@
-"""A run, from its configuration to its released folder, in the order in which things happen."""
+"""The steps of a run in order, from configuration to released folder."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from easyaira.train.step import abstract_state, init_state, resume_state
 
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
-    """Do what the command line asks for."""
+    """Run a training command, or plan it if `dry_run` is given."""
     if not dry_run:
         run_folder.refuse_taken(Path(config.output_dir))
-    # a second signal, while this process waits for the others to read why it ends, ends it at once
+    # a second signal kills the process even while it waits for the other hosts
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(provenance.made_with(config))
         energy.check(config.energy)
@@ -54,7 +54,7 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         if dry_run:
             return show(config, algorithm, dry_run)
         setup = prepare(config, algorithm)
-        if hosts.several():  # which reads of the weights, and finds the reference's
+        if hosts.several():  # samples the weights and resolves the reference
             hosts.agree(provenance.made_of(setup))
         keep_compiled(config)
         with setup.model.on(setup.mesh), memory_explained(config):
@@ -65,10 +65,10 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
 
 @contextmanager
 def memory_explained(config: RunConfig) -> Iterator[None]:
-    """Of a device that has not got the memory, say what helps.
+    """Turn an out-of-memory error into advice.
 
     Raises:
-        ConfigError: in the place of JAX's error.
+        ConfigError: replaces JAX's out-of-memory error.
     """
     try:
         yield
@@ -76,18 +76,19 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
         if (problem := lacking(error)) is None:
             raise
         raise ConfigError(
-            f"{watchdog.doing()}: {problem} What helps: a larger gradient_accumulation_steps (is "
-            f"{config.gradient_accumulation_steps}), model.gradient_checkpointing: full (is "
-            f"{config.model.gradient_checkpointing}), more devices over fsdp; --search tries them. "
-            "A run goes on with them from its newest checkpoint"
+            f"{watchdog.doing()}: {problem} To save memory, use a larger "
+            f"gradient_accumulation_steps (is {config.gradient_accumulation_steps}), "
+            "model.gradient_checkpointing: full (is "
+            f"{config.model.gradient_checkpointing}) or more devices over fsdp; --search tries "
+            "them. The run then continues from its newest checkpoint"
         ) from error
 
 
 def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
-    """Print the plan of a run, and do nothing of it."""
+    """Print the plan of a run without running it."""
     setup = prepare(config, algorithm, dry_run.topology and pod(dry_run.topology))
     print(plan_report.describe(setup), flush=True)
-    print("plan    compiles the largest update; minutes, for a large model", flush=True)
+    print("plan    compiling the largest update; takes minutes for a large model", flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         print(plan_report.plan(setup, algorithm), flush=True)
         for line in search(setup, algorithm) if dry_run.search else ():
@@ -95,9 +96,11 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
 
 
 def keep_compiled(config: RunConfig) -> None:
-    """Let later runs on this machine read the programs that this one compiles, which are code, so
-    in a folder that is the user's alone. JAX's own setting goes first. Of several processes, JAX
-    lets only the first write, so they need a folder that all see, which is the user's to name."""
+    """Enable JAX's compilation cache for later runs on this machine, unless it is configured.
+
+    Compiled programs are code, so the folder is private to the user. With several processes, JAX
+    lets only the first one write, so a cache needs a folder that all hosts see: the user must
+    configure it."""
     if jax.config.jax_compilation_cache_dir is None and not hosts.several():
         folder = cache.cache_folder(config.data, "programs", platform.node())
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -105,10 +108,10 @@ def keep_compiled(config: RunConfig) -> None:
 
 
 def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping[str, str]) -> None:
-    """Train, or continue, or find that all is done; then report and export.
+    """Start or resume training unless it is finished; then report and export.
 
     Args:
-        checked: what the first row of metrics.jsonl says of checks before the first update.
+        checked: results of the kernel check, for the first row of metrics.jsonl.
     """
     config, folder = setup.config, Path(setup.config.output_dir)
     facts = released(setup)
@@ -131,8 +134,12 @@ def _updates(
     facts: Facts,
     checked: Mapping[str, str],
 ) -> tuple[Any, Samples]:
-    """Make the updates that are left. Returns the parameters alone: the proof of the export needs
-    the memory of all else."""
+    """Run the remaining updates.
+
+    Returns:
+        the parameters without the optimizer state, to leave memory for the export's verification;
+        and the samples.
+    """
     config, folder = setup.config, Path(setup.config.output_dir)
     trainable, step = setup.trainable, checkpoints.latest()
     if step is None:
@@ -148,14 +155,14 @@ def _updates(
         trainable.check(saved, str(folder))
         state = resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
-    began = algorithm.begin(setup, trainable.weights(params), folder, step is None)
+    beginning = algorithm.begin(setup, trainable.weights(params), folder, step is None)
     samples = Samples(setup, folder / "samples.json")
     if step is None:
         samples.answer("before", trainable.weights(params))
-    del params  # the first update gives its memory away
+    del params  # donated by the first update
     until, mesh = setup.total_steps, setup.mesh
-    batches = replace(setup.batches, known=began.known)
-    held_out = setup.held_out and replace(setup.held_out, known=began.known_held_out)
+    batches = replace(setup.batches, known=beginning.known)
+    held_out = setup.held_out and replace(setup.held_out, known=beginning.known_held_out)
     peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
     log = NoLog()
     if hosts.first():
@@ -166,7 +173,7 @@ def _updates(
     try:
         state = loop.fit(
             state,
-            trainable.frozen(began.frozen),
+            trainable.frozen(beginning.frozen),
             batches,
             step=lambda state, frozen, arrays: train_step(state, frozen, arrays, setup.dropout_key),
             until=until,
@@ -186,9 +193,11 @@ def _updates(
                 start=step or 0,
                 every=config.logging_steps,
                 until=until,
-                facts={**began.metrics, **checked},
+                facts={**beginning.metrics, **checked},
                 schedule=setup.schedule,
-                flops=cost.flops_per_token(setup.model, began.frozen is not None, setup.adapter),
+                flops=cost.flops_per_token(
+                    setup.model, beginning.frozen is not None, setup.adapter
+                ),
                 peak=peak and peak * mesh.size,
                 latest=checkpoints.latest,
             ),
@@ -210,7 +219,7 @@ def _updates(
 
 
 def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
-    """Show what training changed, and release it."""
+    """Sample answers, write the report and export the model."""
     config, folder = setup.config, Path(setup.config.output_dir)
     samples.answer("after", setup.trainable.weights(params))
     if hosts.first():
@@ -238,7 +247,7 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
 
 
 def write_report(setup: Setup, samples: Samples) -> None:
-    """report.html, with the facts that people ask for first."""
+    """Write report.html with the main facts of the run."""
     config, data = setup.config, setup.data
     run_report.write(
         Path(config.output_dir),

@@ -1,4 +1,4 @@
-"""Answers to a few held-out prompts, before and after."""
+"""Answers to a few held-out prompts, before and after training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SAMPLE_TOKENS = 64
 
 
 class Samples:
-    """The first held-out prompts (of the training data if nothing is held out) and their answers.
+    """The first held-out prompts (training prompts if nothing is held out) and their answers.
 
     Args:
-        file: samples.json of the run folder; what an interrupted run wrote there is kept.
+        file: samples.json of the run folder; answers of an interrupted run are kept.
     """
 
     def __init__(self, setup: Setup, file: Path):
@@ -38,7 +38,7 @@ class Samples:
             self.rows = json.loads(file.read_text(encoding="utf-8"))
 
     def answer(self, when: str, params: Any) -> None:
-        """Answer all prompts with these weights, greedily."""
+        """Answer all prompts greedily with these weights, and save the answers."""
         if not self.prompts:
             return
         answers = generate(

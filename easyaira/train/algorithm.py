@@ -1,4 +1,4 @@
-"""What an algorithm provides to a run."""
+"""The interface between an algorithm and a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Beginning(NamedTuple):
-    """What an algorithm computes before the first update.
+    """Results that an algorithm computes before the first update.
 
     Attributes:
         frozen: weights that the step takes and does not train.
-        known, known_held_out: name -> [n, ...] what is known of each example.
-        metrics: before the first update.
+        known, known_held_out: name -> [n, ...], further arrays with one entry per example.
+        metrics: logged before the first update.
     """
 
     frozen: Any = None
@@ -32,16 +32,16 @@ class Beginning(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """What makes a run SFT, DPO or a reward model.
+    """Everything that distinguishes SFT, DPO and reward modelling.
 
     Attributes:
-        recipe: what becomes of a row, given the longest example in tokens.
+        recipe: longest example in tokens -> how rows become examples.
         loss_fn: Setup -> the loss function.
-        frozen: Setup -> the model whose weights the step takes as frozen, or None.
-        begin: (Setup, params, run folder, first time?) -> Beginning.
-        scorer: the model gives a text one number, and does not write.
-        known: Setup -> name -> shape of what `begin` will say of each example.
-        summary: what is told of all held-out examples together (see train.step.PER_EXAMPLE).
+        frozen: Setup -> model of the step's frozen weights, or None.
+        begin: (Setup, params, run folder, first start of the run?) -> Beginning.
+        scorer: the model scores texts and does not generate them.
+        known: Setup -> name -> per-example shape of the arrays that `begin` returns as `known`.
+        summary: metrics over all held-out examples together (see train.step.PER_EXAMPLE).
     """
 
     recipe: Callable[[int], Recipe]

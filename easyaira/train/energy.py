@@ -1,10 +1,10 @@
-"""Energy and CO2 of a training, by CodeCarbon: emissions.csv in the run folder, a line a session.
+"""Energy and CO2 of a run, by CodeCarbon: emissions.csv in the run folder, one line per session.
 
-A session is what one start of the command trains: the sum over the lines is what the run took. A
-line is opened when a session begins and filled in when it ends, however it ends; one that stays
-open was killed, and its energy is not in the sum. CodeCarbon measures only where the machine lets
-power be read (RAPL for processors, the driver for GPUs) and estimates elsewhere; `source` says of
-each part which it was.
+A session is one start of the command. The run's energy is the sum over its sessions. A line is
+written when a session begins and completed when the session ends, also by an error. A line without
+figures belongs to a killed session, whose energy is unknown and not in the sum. CodeCarbon measures
+where power can be read (RAPL for processors, the driver for GPUs) and estimates elsewhere. The
+column `source` names the method for each component.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from easyaira.errors import ConfigError, StorageError
 from easyaira.files import write_file
 
 FILE = "emissions.csv"
-SECONDS = 15  # between two readings: CodeCarbon's own default, which costs a run nothing
+SECONDS = 15  # between two readings: CodeCarbon's default; no measurable cost
 # CodeCarbon's names: duration in seconds, energy in kWh, emissions in kg of CO2 equivalent
 COLUMNS = """
     timestamp duration energy_consumed cpu_energy gpu_energy ram_energy emissions country_name
@@ -41,13 +41,13 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Used:
-    """What a run took, over its sessions.
+    """Energy, emissions and time of a run.
 
     Attributes:
-        kwh, co2_kg, seconds: sums over the sessions that ended.
+        kwh, co2_kg, seconds: sums over the completed sessions.
         place: name of the country.
-        sources: what was measured and what estimated, as `source` says.
-        lost: sessions that were killed, whose energy is not known.
+        sources: distinct values of the column `source`: measured or estimated, by component.
+        lost: number of killed sessions, whose energy is unknown.
     """
 
     kwh: float
@@ -59,10 +59,10 @@ class Used:
 
 
 def check(config: EnergyConfig | None) -> None:
-    """Whether energy can be tracked as asked for, before anything is written.
+    """Check that energy can be tracked, before anything is written.
 
     Raises:
-        ConfigError: CodeCarbon is not installed, or knows no such country.
+        ConfigError: CodeCarbon is not installed, or does not know the country.
     """
     if config is None:
         return
@@ -72,18 +72,18 @@ def check(config: EnergyConfig | None) -> None:
 
     if config.country not in DataSource().get_global_energy_mix_data():
         raise ConfigError(
-            f"energy.country: no electricity mix is known for {config.country!r}; give the three "
-            "letters of ISO 3166, such as BRA, DEU or USA"
+            f"energy.country: no electricity mix is known for {config.country!r}; give an ISO 3166 "
+            "alpha-3 code, such as BRA, DEU or USA"
         )
 
 
 @contextmanager
 def track(config: EnergyConfig | None, folder: Path) -> Iterator[None]:
-    """Track what happens inside, on the first of the run's processes; without `config`, nothing.
+    """Track a session on the first process; without `config`, do nothing.
 
     Raises:
-        StorageError: emissions.csv cannot be written when the session begins. What fails later is
-            said in a line, and the run goes on.
+        StorageError: emissions.csv cannot be written when the session begins. Later failures are
+            printed and do not stop the run.
     """
     if config is None or jax.process_index():
         yield
@@ -101,7 +101,7 @@ def track(config: EnergyConfig | None, folder: Path) -> Iterator[None]:
         tracker.stop()
         data = getattr(tracker, "final_emissions_data", None)
         if data is None:
-            print("energy  could not be read in this session", flush=True)
+            print("energy  not measured: CodeCarbon returned no data for this session", flush=True)
         else:
             row = {k: v for k, v in data.values.items() if k in COLUMNS}
             row |= {"timestamp": opened, "source": _source(tracker)}
@@ -114,11 +114,11 @@ def track(config: EnergyConfig | None, folder: Path) -> Iterator[None]:
 def _tracker(config: EnergyConfig) -> Any:
     from codecarbon import OfflineEmissionsTracker
 
-    # it speaks before it reads `log_level`
+    # CodeCarbon logs before it applies `log_level`
     logging.getLogger("codecarbon").setLevel(logging.ERROR)
-    # process: where power has to be estimated from load, others on the machine are not our doing.
-    # Everything that would reach over the network is said to be off, whatever a file of CodeCarbon
-    # in the home folder says.
+    # tracking_mode process: power estimated from load excludes other processes on the machine.
+    # Every network feature is disabled explicitly, overriding a CodeCarbon configuration file in
+    # the home folder.
     return OfflineEmissionsTracker(
         country_iso_code=config.country,
         tracking_mode="process",
@@ -132,7 +132,7 @@ def _tracker(config: EnergyConfig) -> Any:
 
 
 def _source(tracker: Any) -> str:
-    """Where the figures of each part come from."""
+    """Value of the column `source`: the method of measurement, by component."""
     from codecarbon.external.hardware import CPU, GPU
 
     parts = []
@@ -144,14 +144,14 @@ def _source(tracker: Any) -> str:
             parts.append(MEASURED.get(hardware._mode, estimate))
     platform = jax.devices()[0].platform
     if platform != "cpu" and not any(part.startswith("GPU") for part in parts):
-        parts.append(f"{platform.upper()} not included, its power cannot be read")
+        parts.append(f"{platform.upper()} not included: its power cannot be read")
     if jax.process_count() > 1:
-        parts.append(f"one of {jax.process_count()} processes' machines, the others not included")
+        parts.append(f"only the first of {jax.process_count()} processes' machines included")
     return "; ".join([*parts, "memory estimated from its size"])
 
 
 def read(folder: Path) -> list[dict[str, str]]:
-    """The lines of emissions.csv; none where there is no such file."""
+    """Lines of emissions.csv; empty if the file does not exist."""
     path = folder / FILE
     if not path.exists():
         return []
@@ -168,7 +168,7 @@ def _write(folder: Path, rows: list[Mapping[str, Any]]) -> None:
 
 
 def used(folder: Path) -> Used | None:
-    """What the run in this folder took; None if no session of it was tracked to its end."""
+    """Totals of the run in this folder; None if no session was completed."""
     rows = read(folder)
     ended = [row for row in rows if row["energy_consumed"]]
     if not ended:

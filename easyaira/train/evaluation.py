@@ -16,20 +16,20 @@ from easyaira.train.step import Summary
 
 
 class Evaluation(NamedTuple):
-    """Held-out metrics, named eval_...; not complete if a signal interrupted them."""
+    """Held-out metrics, named eval_...; incomplete if a signal interrupted the evaluation."""
 
     metrics: dict[str, float | None]
     complete: bool = True
 
 
 class Evaluate:
-    """Evaluates at every `every` updates and at the last.
+    """Evaluates every `every` updates and after the last.
 
     Args:
-        step: (params, frozen, arrays) -> (sums, what is known of each example).
-        held_out: its examples, in micro-batches; None: there are none, and nothing is due.
-        summary: further metrics, of all examples together.
-        stop: asked after each batch; where it stops, the evaluation is interrupted.
+        step: (params, frozen, arrays) -> (sums, per-example values).
+        held_out: examples in micro-batches; None: no evaluation.
+        summary: further metrics, over all examples together.
+        stop: checked after each batch; interrupts the evaluation.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Evaluate:
         return self.held_out is not None and due(number, self.every, self.until)
 
     def __call__(self, params: Any, frozen: Any) -> Evaluation:
-        """Averages over all held-out examples. Where the run is about to stop, none are made."""
+        """Average over all held-out examples; skipped if the run is about to stop."""
         if self.stop.stopping:
             return Evaluation({}, complete=False)
         if self.held_out is None:
@@ -60,10 +60,10 @@ class Evaluate:
         known: dict[str, list[np.ndarray]] = {}
         count = len(self.held_out)
         for ready in loader.ahead(self.held_out, 0, count, self.mesh, "of the evaluation"):
-            more, examples = jax.device_get(self.step(params, frozen, ready.arrays))
+            batch_sums, examples = jax.device_get(self.step(params, frozen, ready.arrays))
             if self.stop.look_now():
                 return Evaluation({}, complete=False)
-            sums = metrics.add(sums, more)
+            sums = metrics.add(sums, batch_sums)
             for name, values in examples.items():
                 known.setdefault(name, []).append(values[ready.batch.slots[:, 1]])
         row: dict[str, float | None] = dict(metrics.averages(sums, "eval_"))

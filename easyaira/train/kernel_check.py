@@ -1,9 +1,9 @@
-"""The attention kernel of an accelerator, compared with XLA's attention on a run's own rows.
+"""Compares an accelerator's attention kernel with XLA's attention on the rows of a run.
 
-Kernels are wrong at some shapes, and others with every release: cuDNN's backward pass has given NaN
-at rows of 192 tokens where a query saw nothing (pytorch/pytorch#196678). So a run whose kernel was
-not named by `model.attention` compares, before its first update, the output and the gradients of
-one layer's attention on one update of each shape. A kernel that differs is not used.
+Kernels fail at some shapes, and the shapes vary with the release: cuDNN's backward pass has given
+NaN at rows of 192 tokens with a fully masked query (pytorch/pytorch#196678). So with
+`model.attention: auto`, a run compares output and gradients of one attention layer on one update of
+each shape before its first update. A kernel that disagrees is not used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from easyaira.train import loader
 from easyaira.train.resolve import KERNELS
 from easyaira.train.setup import Setup
 
-BOUND = 4  # relative errors that are allowed, in roundings of the computing dtype
+BOUND = 4  # largest allowed relative error, in units of the compute dtype's epsilon
 
 
 def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
-    """The setup with the first kernel that agrees with XLA's attention, and what metrics.jsonl says
-    of it. Says in a line why a kernel was passed over.
+    """Select the first kernel that agrees with XLA's attention, and print why others were rejected.
 
-    Nothing is checked where the configuration names a kernel, and where XLA computes attention.
+    Nothing is checked if the configuration names a kernel or if XLA computes attention.
+
+    Returns:
+        the setup with the kernel, and the fact for metrics.jsonl.
     """
     compute, device = setup.model.compute, setup.mesh.devices.flat[0]
     if setup.config.model.attention != "auto" or compute.attention == "xla" or compute.dropout:
@@ -37,10 +39,10 @@ def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
     updates = setup.batches.of_each_shape()
     problems = []
     for kernel in KERNELS[device.platform]:
-        found = next(filter(None, (check(setup, kernel, update) for update in updates)), None)
-        if found is None:
+        fault = next(filter(None, (check(setup, kernel, update) for update in updates)), None)
+        if fault is None:
             break
-        problems.append(f"{kernel}: {found}")
+        problems.append(f"{kernel}: {fault}")
     else:
         kernel = "xla"
     fact = f"{kernel} ({'; '.join(problems)})" if problems else kernel
@@ -50,7 +52,7 @@ def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
 
 
 def check(setup: Setup, kernel: str, update: int) -> str | None:
-    """What is wrong with a kernel on the first micro-batch of an update, or None."""
+    """Describe a kernel's fault on the first micro-batch of an update; None if there is none."""
     rows = loader.to_device(setup.batches[update], setup.mesh)
     of_kernel = replace(setup.model.compute, attention=kernel)
     causal = not setup.model.architecture.encoder
@@ -62,30 +64,30 @@ def check(setup: Setup, kernel: str, update: int) -> str | None:
 def problem(
     segment_ids: Any, sides: Any, heads: Heads, of_kernel: Compute, causal: bool = True
 ) -> str | None:
-    """What is wrong with a kernel on these rows, in words, or None."""
+    """Describe a kernel's fault on these rows; None if there is none."""
     try:
         errors = compare(segment_ids, sides, heads=heads, of_kernel=of_kernel, causal=causal)
         errors = jax.device_get(errors)
-    except (NotImplementedError, RuntimeError, ValueError) as error:  # it does not compile or run
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # fails to compile or run
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     return judge(errors, jnp.finfo(of_kernel.dtype).eps, length=segment_ids.shape[1])
 
 
 def judge(errors: dict[str, tuple[bool, float]], rounding: float, *, length: int) -> str | None:
-    """Errors as `compare` gives them, in words; None if they are in bounds."""
+    """Describe the first of `compare`'s errors that is out of bounds; None if none is."""
     for name, (finite, error) in errors.items():
         if not finite:
             return f"the kernel's {name} was not finite on rows of {length}"
         if not error <= BOUND * rounding:
             return (
-                f"the kernel's {name} was off by {float(error):.2g} on rows of {length}, where "
-                f"{BOUND * float(rounding):.2g} is rounding"
+                f"the kernel's {name} was off by {float(error):.2g} on rows of {length}; rounding "
+                f"explains {BOUND * float(rounding):.2g}"
             )
     return None
 
 
 class Heads(NamedTuple):
-    """Of one layer's attention."""
+    """Numbers of query and key/value heads of an attention layer, and their width."""
 
     queries: int
     keys: int
@@ -102,11 +104,11 @@ def heads_of(model: Model) -> Heads:
 def compare(
     segment_ids: jax.Array, sides: jax.Array, *, heads: Heads, of_kernel: Compute, causal: bool
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Output and gradients of a kernel: whether all numbers are finite, and the error of those that
-    count, ||x - y|| / ||y|| with y XLA's in float32.
+    """Output and gradients of a kernel: whether all are finite, and the relative error outside
+    padding, ||x - y|| / ||y|| with y by XLA in float32.
 
     Args:
-        segment_ids, sides: [R, T] of a micro-batch, as it lies on the devices.
+        segment_ids, sides: [R, T] of a micro-batch, on the devices.
     """
     R, T = segment_ids.shape
     real = ((segment_ids > 0) & (sides != 3))[..., None]
@@ -116,7 +118,7 @@ def compare(
         jax.random.normal(key, shape).astype(of_kernel.dtype)
         for key, shape in zip(keys, shapes, strict=False)
     ]
-    # padding is never learned from, so no gradient comes back to it
+    # padding has no loss, so its output gradient is zero
     d_out = jnp.where(real, jax.random.normal(keys[3], (R, T, heads.queries * heads.width)), 0)
     d_out = d_out.astype(of_kernel.dtype)
 
@@ -127,9 +129,9 @@ def compare(
         value, pull = jax.vjp(out, *(x.astype(compute.dtype) for x in inputs))
         return value, *pull(d_out.astype(compute.dtype))
 
-    found = run(of_kernel)
+    actual = run(of_kernel)
     with jax.default_matmul_precision("highest"):
-        wanted = run(Compute())
+        expected = run(Compute())
 
     def compared(x, y):
         x32, y32 = (jnp.where(real, z.reshape(R, T, -1).astype(jnp.float32), 0) for z in (x, y))
@@ -137,5 +139,5 @@ def compare(
         return jnp.isfinite(x).all(), jnp.where(size > 0, error / size, error)
 
     names = "output", "gradient of q", "gradient of k", "gradient of v"
-    pairs = zip(names, found, wanted, strict=True)
+    pairs = zip(names, actual, expected, strict=True)
     return {name: compared(x, y) for name, x, y in pairs}

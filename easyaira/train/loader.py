@@ -1,4 +1,4 @@
-"""Batches to devices, each made while the one before it is computed."""
+"""Prefetches batches to the devices."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from easyaira.distributed.mesh import BATCH_AXES, data_shards, local_shards
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Rows are divided over the mesh; what is known of examples is small, and everywhere."""
+    """Rows are sharded over dp and fsdp; per-example arrays are small and replicated."""
     rows = NamedSharding(mesh, P(None, BATCH_AXES, None))
     return {name: rows if name in LAYOUT else NamedSharding(mesh, P()) for name in batch}
 
 
 def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch on the devices. Each process brings the rows of its own."""
+    """Put a batch on the devices. Each process contributes its own rows."""
     per_shard, own = batch.shape.rows, local_shards(mesh)
 
     def put(name: str, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -42,12 +42,12 @@ def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 class Ready(NamedTuple):
-    """An update to be computed.
+    """A batch that is on the devices.
 
     Attributes:
-        batch: without its arrays, which are not needed twice.
+        batch: metadata; its host arrays are dropped.
         arrays: on the devices.
-        waited: seconds that nobody could do anything but wait for it.
+        waited: seconds that the loop was blocked waiting for this batch.
     """
 
     batch: Batch
@@ -58,7 +58,7 @@ class Ready(NamedTuple):
 def ahead(
     batches: Batches, start: int, stop: int, mesh: Mesh, what: str = "of the training"
 ) -> Iterator[Ready]:
-    """Updates start..stop - 1, each made on a thread while the one before it is computed."""
+    """Batches start..stop - 1; a thread makes each while the device computes the previous one."""
 
     def make(update: int) -> tuple[Batch, dict[str, jax.Array]]:
         batch = batches[update]
@@ -68,9 +68,9 @@ def ahead(
         coming: Future | None = pool.submit(make, start) if start < stop else None
         for update in range(start, stop):
             watchdog.beat(f"making batch {update + 1} {what}")
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch, arrays = coming.result()
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - requested
             coming = pool.submit(make, update + 1) if update + 1 < stop else None
             watchdog.beat(f"computing batch {update + 1} {what}")
             yield Ready(batch, arrays, waited)

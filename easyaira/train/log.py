@@ -18,17 +18,16 @@ from easyaira.files import write_file
 
 
 class Log:
-    """Metrics to metrics.jsonl and tensorboard/, one object a logged step, and a line to look at.
+    """Writes metrics.jsonl (one object per logged step), tensorboard/ and lines for the terminal.
 
     Args:
         folder: the run folder.
-        step: the step that a run continues from; what was logged after it is taken back.
+        step: the step that the run resumes from; later rows are removed. At step 0, all are.
         total: updates of the whole run.
-        unmeasured: the evaluation at `step` is made again, so what was logged of it is taken back;
-            of step 0, everything is.
+        unmeasured: the evaluation at `step` will be repeated; its rows are removed, too.
 
     Raises:
-        StorageError: it cannot be written, here or later.
+        StorageError: a file cannot be written, here or later.
     """
 
     def __init__(self, folder: Path, step: int, total: int, unmeasured: bool):
@@ -58,7 +57,7 @@ class Log:
         )
 
     def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """A row of metrics. Text, such as a kernel's name, is left out of tensorboard."""
+        """Log a row of metrics. TensorBoard does not get text values, such as a kernel's name."""
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         values = {name: value for name, value in values.items() if name not in texts}
         row = {"step": step} | {
@@ -98,7 +97,7 @@ class Log:
         self._bar.update(steps)
 
     def say(self, line: str) -> None:
-        """Beside the progress bar in a terminal, and a plain line elsewhere."""
+        """Show a line beside the progress bar in a terminal, or print it elsewhere."""
         if self._bar.disable:
             print(line, flush=True)
         else:
@@ -106,14 +105,14 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
-        with contextlib.suppress(OSError):  # told by `write`
+        with contextlib.suppress(OSError):  # `write` has reported it
             self._file.close()
         with contextlib.suppress(OSError):
             self._board.close()
 
 
 class NoLog:
-    """Of the processes that do not write."""
+    """Log of the processes that do not write."""
 
     def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
         pass
@@ -126,7 +125,7 @@ class NoLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut by a crash is left out."""
+    """Rows of a metrics.jsonl, without a last line truncated by a crash."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

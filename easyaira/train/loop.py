@@ -1,4 +1,4 @@
-"""The training loop. An algorithm differs in its step and its batches, never here."""
+"""The training loop, the same for every algorithm; algorithms differ in step and batches."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def fit(
     """Train from `state` to update `until`.
 
     Args:
-        state: donated: the first step gives its memory away.
-        frozen: weights that are not trained.
+        state: donated to the first step.
+        frozen: frozen weights.
         step: (state, frozen, arrays of a batch) -> (state, sums).
-        evaluate: held-out metrics, when they are due.
-        record: the numbers of updates, to files and the terminal.
-        save: checkpoints, when they are due.
-        stop: whether a signal asks to stop; the same answer on every host.
+        evaluate: computes held-out metrics when due.
+        record: logs metrics to files and the terminal.
+        save: writes checkpoints when due.
+        stop: whether a signal requests a stop; agrees on every host.
 
     Raises:
-        NonFiniteError: a loss or a gradient is not finite. Nothing of it entered the parameters.
-        Preempted: a signal came, and the state is saved.
+        NonFiniteError: a loss or a gradient is not finite. The parameters are unchanged by it.
+        Preempted: a signal was received; the state is saved.
         StorageError: a checkpoint could not be written.
     """
     mesh = state.step.sharding.mesh
@@ -48,7 +48,7 @@ def fit(
     for number, ready in enumerate(loader.ahead(batches, start, until, mesh), start + 1):
         state, sums = step(state, frozen, ready.arrays)
         stop.defer()
-        record.update(number, ready, sums)  # and fetch the numbers of the update before
+        record.update(number, ready, sums)  # also fetches the previous update's sums
         stop.look()
         if evaluate.due(number):
             record.pause()

@@ -11,13 +11,13 @@ from easyaira.distributed.chips import chip_of
 Sums = dict[str, tuple[float, float]]  # name -> (sum, count)
 
 
-def add(total: Sums, more: Mapping[str, tuple[Any, Any]]) -> Sums:
-    """Sums and counts added up, so that no average is ever one of averages."""
+def add(total: Sums, sums: Mapping[str, tuple[Any, Any]]) -> Sums:
+    """Add sums and counts, so that an average is never taken of averages."""
     return {
         name: tuple(
-            a + float(b) for a, b in zip(total.get(name, (0.0, 0.0)), more[name], strict=True)
+            a + float(b) for a, b in zip(total.get(name, (0.0, 0.0)), sums[name], strict=True)
         )
-        for name in more
+        for name in sums
     }
 
 
@@ -26,19 +26,19 @@ def averages(sums: Mapping[str, tuple[float, float]], prefix: str = "") -> dict[
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of a device whose kind is in the table; others have no `mfu`."""
+    """Peak FLOP/s of a device; None for kinds without published figures, which get no `mfu`."""
     chip = chip_of(device_kind)
     return chip and chip.flops
 
 
 class Window:
-    """What has happened since the last logged step.
+    """Sums and times since the last logged step.
 
     Args:
-        saved: what `to_save` gave when the run was stopped.
+        saved: the result of `to_save`, from the checkpoint that the run resumes from.
 
     Attributes:
-        unmeasured: the run was stopped while it evaluated, which is to be made good.
+        unmeasured: an evaluation was interrupted and must be repeated.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
@@ -46,7 +46,7 @@ class Window:
         self.unmeasured: bool = saved.get("unmeasured", False)
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
-        self._since: float | None = None  # time counts from here; None while it does not
+        self._since: float | None = None  # start of the running interval; None while paused
         self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
     def to_save(self) -> dict[str, Any]:
@@ -58,11 +58,11 @@ class Window:
 
     @property
     def running(self) -> bool:
-        """Time counts."""
+        """The clock is running."""
         return self._since is not None
 
     def run(self) -> None:
-        """Let time count: not while the first update compiles, nor in evaluation and saving."""
+        """Start the clock. Compilation, evaluation and saving are not timed."""
         self._since = self._since or time.perf_counter()
 
     def pause(self) -> None:
@@ -73,7 +73,7 @@ class Window:
     def add(
         self, sums: Mapping[str, tuple[Any, Any]], batch: Any, waited: float, timed: bool
     ) -> None:
-        """One update's sums, its batch, and the seconds that were waited for that."""
+        """Add one update's sums, its batch, and the seconds spent waiting for that batch."""
         padding = (batch.positions - batch.filled, batch.positions)
         self.sums = add(self.sums, {**sums, "padding": padding})
         self.num_tokens += batch.num_tokens
@@ -83,7 +83,7 @@ class Window:
             self._waited += waited
 
     def take(self) -> dict[str, float | None]:
-        """Averages and rates; a new window begins."""
+        """Return averages and rates, and start a new window."""
         running = self._since is not None
         self.pause()
         timed = self._steps > 0 and self._seconds > 0

@@ -14,12 +14,12 @@ from easyaira.errors import ConfigError
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
-    """Updates in which the rate climbs."""
+    """Number of warm-up updates."""
     return int(config.warmup_steps) or math.ceil(config.warmup_ratio * total_steps)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate of update n, counted from 0: as transformers' schedules of the same names.
+    """Learning rate of update n, counted from 0; equals transformers' schedule of the same name.
 
     Raises:
         ConfigError: the warm-up is as long as the run.
@@ -30,19 +30,19 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
             f"optimizer.warmup_steps: {warmup} of {total_steps} updates; make it shorter than "
             "the run"
         )
-    peak, rest = config.learning_rate, total_steps - warmup
-    after = {
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    peak, decay_steps = config.learning_rate, total_steps - warmup
+    decay = {
+        "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
         "constant": lambda: optax.constant_schedule(peak),
     }[config.lr_scheduler_type]()
     if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def decays(params: Any) -> Any:
-    """Which parameters decay: matrices and embeddings, not norms and biases."""
+    """Mask of weight decay: True for matrices and embeddings, False for norms and biases."""
     matrices = ("kernel", "embedding", "lora_a", "lora_b")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_of(path).endswith(matrices), params

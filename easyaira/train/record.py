@@ -1,4 +1,4 @@
-"""The numbers of updates, from the device to metrics.jsonl, TensorBoard and the terminal."""
+"""Fetches the metrics of updates from the device and logs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from easyaira.train.step import Sums
 
 
 class Pending(NamedTuple):
-    """An update whose numbers are still on the device."""
+    """An update whose sums are still on the device."""
 
     number: int
     ready: Ready
@@ -27,15 +27,15 @@ class Pending(NamedTuple):
 
 
 class Record:
-    """Fetches numbers one update late, so that the device never waits for the host.
+    """Fetches sums one update late, so that the device never waits for the host.
 
     Args:
         window: sums since the last logged update.
-        facts: the metrics before the first update.
-        schedule: of the learning rate.
-        flops: of an update, for each real token.
-        peak: FLOP/s of all devices; None: unknown, and `mfu` too.
-        latest: the newest checkpoint, for the message of an update that failed.
+        facts: metrics logged before the first update.
+        schedule: learning rate by update.
+        flops: FLOPs of an update per real token.
+        peak: FLOP/s of all devices; None: unknown, and so is `mfu`.
+        latest: returns the newest checkpoint's step, for the error of a failed update.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class Record:
         self.start, self.every, self.until = start, every, until
         self.facts, self.schedule, self.flops, self.peak = facts, schedule, flops, peak
         self.latest = latest
-        self.shapes: set[Any] = set()  # of rows; each was compiled for
+        self.shapes: set[Any] = set()  # compiled so far, by shape of the rows
         self.pending: list[Pending] = []
 
     def wants_evaluation(self, number: int) -> bool:
-        """Before the first update, and where a run was stopped while it evaluated."""
+        """True before the first update, and if the run was stopped during an evaluation."""
         return number == 0 or self.window.unmeasured
 
     def before(self, number: int, evaluation: Evaluation) -> None:
-        """What is known before the first update of this process."""
+        """Log the facts and the evaluation before this process's first update."""
         self.window.unmeasured = False
         if row := {**self.facts, **evaluation.metrics}:
             self.log.write(number, row)
 
     def update(self, number: int, ready: Ready, sums: Sums) -> None:
-        """An update that has been started; the numbers of those before it are fetched.
+        """Add an update that was dispatched, and fetch the sums of earlier ones.
 
         Raises:
             NonFiniteError: an earlier update failed.
@@ -81,10 +81,10 @@ class Record:
         self.log.advance(1)
         self._fetch(number - 1)
         if number == self.start + 1:
-            self.pause()  # it waited for the compiler
+            self.pause()  # the first update includes compilation
 
     def pause(self) -> None:
-        """Wait for the device. Until `resume`, time does not count."""
+        """Wait for the device, and stop the clock until `resume`."""
         if self.pending:
             jax.block_until_ready(self.pending[-1].sums)
         self.window.pause()
@@ -95,18 +95,18 @@ class Record:
             self.window.run()
 
     def evaluation(self, number: int, evaluation: Evaluation) -> None:
-        """Held-out metrics after an update."""
+        """Log held-out metrics after an update."""
         self.window.unmeasured = not evaluation.complete
         self._fetch(number, evaluation.metrics)
 
     def to_save(self) -> dict[str, Any]:
-        """The window up to the newest update, for its checkpoint."""
+        """State of the window after the newest update, for its checkpoint."""
         self.pause()
         self._fetch(self.until)
         return self.window.to_save()
 
     def _fetch(self, until: int, measured: Mapping[str, float | None] | None = None) -> None:
-        """Numbers of the updates up to `until`; write the rows that are due."""
+        """Fetch the sums of updates up to `until`, and write the rows that are due."""
         while self.pending and self.pending[0].number <= until:
             number, ready, sums = self.pending.pop(0)
             sums = jax.device_get(sums)
@@ -134,9 +134,9 @@ class Record:
     def _failure(self, failed: int) -> str:
         rows = self.batches.examples.rows[self.batches.members(failed)]
         kept = self.latest()
-        where = "nothing was saved yet" if kept is None else f"checkpoint {kept} is from before it"
+        where = "there is no checkpoint yet" if kept is None else f"checkpoint {kept} precedes it"
         return (
             f"update {failed + 1}: loss or gradient is not finite (rows {rows[:16].tolist()} of "
-            f"the data, counted from 0). The parameters were left as they were; {where}. A smaller "
-            "optimizer.learning_rate or float32 usually mends it"
+            f"the data, counted from 0). The parameters are unchanged; {where}. A smaller "
+            "optimizer.learning_rate or model.dtype float32 usually helps"
         )

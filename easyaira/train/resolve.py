@@ -1,4 +1,4 @@
-"""The model, tokenizer and template that a configuration names."""
+"""Finds the model, tokenizer and template that a configuration names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from easyaira.storage.pretrained import Pretrained
 
 
 class Found(NamedTuple):
-    """The model of a run, and how it takes text."""
+    """The model of a run, its tokenizer, template and longest sequence."""
 
     origin: Pretrained
     stored: Model
@@ -34,11 +34,11 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
 
     Args:
         config: the run's.
-        mesh: where it will run.
-        scorer: the model is to score texts, or to write them; None: as its config.json says.
+        mesh: the devices of the run.
+        scorer: whether the model must score texts or generate them; None: as config.json says.
 
     Raises:
-        EasyAiraError: whatever is wrong with them.
+        EasyAiraError: a file is missing, or model, tokenizer and configuration do not fit.
     """
     random = config.model.init == "random"
     name, revision = config.model.name_or_path, config.model.revision
@@ -68,9 +68,12 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
     return Found(origin, stored, model, tokenizer, template, max_length)
 
 
-KERNELS = {"tpu": ("splash",), "gpu": ("cudnn", "pallas")}  # of attention, the first choice first
-# cuDNN's backward pass gives NaN at lengths with a remainder of 64 by 128, where a mask is passed
-# and a query sees nothing: pytorch/pytorch#196678
+KERNELS = {
+    "tpu": ("splash",),
+    "gpu": ("cudnn", "pallas"),
+}  # attention kernels, in order of preference
+# cuDNN's backward pass gives NaN if length % 128 == 64, a mask is passed and a query is fully
+# masked: pytorch/pytorch#196678
 ROW_MULTIPLE = {"gpu": 128}
 
 
@@ -78,7 +81,7 @@ def _compute(config: RunConfig, mesh: Mesh) -> Compute:
     device = mesh.devices.flat[0]
     platform, kernels = device.platform, KERNELS.get(device.platform, ())
     if device.device_kind in ("TPU v2", "TPU v3"):
-        kernels = ()  # splash multiplies in bfloat16, for which these have no instruction
+        kernels = ()  # splash needs bfloat16 products, which these chips lack
     dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -86,7 +89,7 @@ def _compute(config: RunConfig, mesh: Mesh) -> Compute:
         attention = (*kernels, "xla")[0]
     if attention not in ("xla", *kernels):
         where = device.device_kind if platform == "tpu" else platform
-        raise ConfigError(f"model.attention: there is no {attention} on {where}; use auto")
+        raise ConfigError(f"model.attention: {attention} is not available on {where}; use auto")
     if tf32 := dtype == "tf32":
         dtype = "float32"
     return Compute(
@@ -99,49 +102,49 @@ def _compute(config: RunConfig, mesh: Mesh) -> Compute:
 
 
 def _encoder_template(config: RunConfig, tokenizer: Any, model: Model) -> str:
-    """The one template that an encoder has.
+    """Name of the only template for encoders.
 
     Raises:
-        ConfigError: options that an encoder does not have.
-        TokenizerError: it pads with another token than the model knows.
+        ConfigError: an option that does not apply to encoders.
+        TokenizerError: tokenizer and config.json disagree about the padding token.
     """
     if config.data.template not in ("chat", "encoder"):
         raise ConfigError(
-            f"data.template: {config.data.template} is for models that write; an encoder takes "
-            "text as its tokenizer frames it, so leave it out"
+            f"data.template: {config.data.template} is for models that generate text; an encoder "
+            "uses its tokenizer's own frame, so leave it out"
         )
     if config.data.share_prompt == "always":
         raise ConfigError(
-            "data.share_prompt: in an encoder a prompt sees the answer, so two answers cannot "
-            "share one; leave it out"
+            "data.share_prompt: an encoder's prompt attends to its answer, so two answers cannot "
+            "share a prompt; leave it out"
         )
     known = getattr(model.config, "pad_token_id", tokenizer.pad_token_id)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id != known:
         raise TokenizerError(
-            f"tokenizer: pads with {tokenizer.pad_token_id}, and config.json has pad_token_id "
-            f"{known}, from which positions count; use the model's own tokenizer"
+            f"tokenizer: pads with {tokenizer.pad_token_id}, but config.json has pad_token_id "
+            f"{known}, which positions depend on; use the model's own tokenizer"
         )
     return "encoder"
 
 
 def _with_positions(model: Model, count: int) -> Model:
-    """The model with another longest sequence; no weight depends on it."""
+    """The model with another max_position_embeddings; no weight depends on it."""
     if not hasattr(model.config, "rope_theta"):
         raise ConfigError(
-            "model.max_positions: is for rotary positions; this model has a table of "
+            "model.max_positions: applies to rotary positions; this model has "
             f"{model.config.max_positions} learned ones, so leave it out"
         )
     return replace(model, config=replace(model.config, max_position_embeddings=int(count)))
 
 
 def _resized(config: RunConfig, stored: Model, template: Template) -> Model:
-    """The model with the vocabulary that the tokenizer and the configuration ask for."""
+    """The model with the vocabulary size that tokenizer and configuration require."""
     length = len(template.tokenizer)
     if config.model.resize is None and not template.added:
         if length > stored.vocab_size:
             raise TokenizerError(
-                f"tokenizer: has {length} tokens and the embedding {stored.vocab_size} rows; use "
-                "the model's own tokenizer, or set model.resize to mean"
+                f"tokenizer: has {length} tokens, but the embedding has {stored.vocab_size} rows; "
+                "use the model's own tokenizer, or set model.resize to mean"
             )
         return stored
     return replace(stored, config=replace(stored.config, vocab_size=length))

@@ -1,4 +1,4 @@
-"""When to save, and when to stop."""
+"""Saving checkpoints, and stopping on signals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from easyaira.train.step import State
 
 
 def due(number: int, every: int, until: int) -> bool:
-    """Every `every` updates, if that is not 0, and after the last."""
+    """True every `every` updates (0: never), and after the last."""
     return number == until or bool(every and number % every == 0)
 
 
 class Save:
-    """Saves at every `every` updates and at the last.
+    """Saves a checkpoint every `every` updates and after the last.
 
     Args:
         meta: stored with each checkpoint.
-        seed: of the order of the data, whose position is stored.
+        seed: seed of the data order; stored with the position in the data.
     """
 
     def __init__(
@@ -47,36 +47,36 @@ class Save:
 
 
 class Stop:
-    """Turns signals, which any host may receive, into one decision of all hosts.
+    """Makes all hosts agree to stop when any of them received a signal.
 
     Attributes:
-        stopping: the loop ends after the update under way.
+        stopping: the loop ends after the current update.
     """
 
     def __init__(self, signal: StopSignal, mesh: Mesh, until: int):
         self.signal, self.mesh, self.until = signal, mesh, until
         self.stopping = False
-        self._asked: Any = False  # of the update before, on all hosts
+        self._asked: Any = False  # all-reduced flag of the previous update
 
     def defer(self) -> None:
-        """From here on there is something to save: a signal waits for the end of the update."""
+        """Defer signals to the end of the update: from now on there is a state to save."""
         self.signal.deferred = True
 
     def look(self) -> None:
-        """Once an update. With several hosts the flag is all-reduced asynchronously, so it takes
-        effect one update late."""
-        before, self._asked = self._asked, hosts.any_of(bool(self.signal.received), self.mesh)
-        self.stopping = bool(before if hosts.several() else self._asked)
+        """Check for signals, once an update. With several hosts the flag is all-reduced
+        asynchronously, so it takes effect one update late."""
+        previous, self._asked = self._asked, hosts.any_of(bool(self.signal.received), self.mesh)
+        self.stopping = bool(previous if hosts.several() else self._asked)
 
     def look_now(self) -> bool:
-        """Between the batches of an evaluation: waits for the other hosts' answer."""
+        """Check for signals between batches of an evaluation; waits for the other hosts."""
         if hosts.any_of(bool(self.signal.received), self.mesh):
             self.stopping = True
         return self.stopping
 
     def raise_if_stopped(self, number: int) -> None:
         """Raises:
-        Preempted: a signal came, also if only after the last update.
+        Preempted: a signal was received, even if after the last update.
         """
         self.signal.deferred = False
         received = self.signal.received

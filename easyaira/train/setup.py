@@ -1,4 +1,4 @@
-"""Everything that a run needs, found and checked before anything is written or computed."""
+"""Finds and checks everything that a run needs, before anything is written or computed."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ from easyaira.train.trainable import Adapters, FullWeights, Trainable
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that has been checked and not begun.
+    """A checked run that has not started.
 
     Attributes:
-        origin: where the model's files are. `stored` is the model as it stands there, `model` the
-            one that is trained, whose vocabulary may have been resized.
+        origin: location of the model's files.
+        stored: the model as stored.
+        model: the trained model, whose vocabulary may have been resized.
         batches, held_out: the data, in updates and in micro-batches.
-        total_steps, schedule, tx: the optimizer's side.
-        trainable: what an update changes: all weights, or adapters.
+        total_steps, schedule, tx: number of updates, learning rate and optimizer.
+        trainable: the trainable parameters: all weights, or adapters.
     """
 
     config: RunConfig
@@ -59,13 +60,13 @@ class Setup:
     trainable: Trainable
 
     def with_attention(self, attention: str) -> Setup:
-        """The same run, with another way to compute attention."""
+        """The same run with another attention kernel."""
         model = replace(self.model, compute=replace(self.model.compute, attention=attention))
         return replace(self, model=model, trainable=self.trainable.with_model(model))
 
     @property
     def micro_batch(self) -> int:
-        """Examples that are computed at a time."""
+        """Examples in a micro-batch."""
         return self.config.train_batch_size // self.config.gradient_accumulation_steps
 
     @cached_property
@@ -82,13 +83,13 @@ class Setup:
         return self.trainable.weights(self.trainable.start())
 
 
-def read_data(config: RunConfig, found: Found, recipe: Recipe) -> dataset.Data:
-    """The data of a run, from the cache or into it."""
+def read_data(config: RunConfig, resolved: Found, recipe: Recipe) -> dataset.Data:
+    """Data of a run, from the cache if it is there; otherwise tokenised and cached."""
     return dataset.load(
         config.data,
         recipe,
-        template=found.template,
-        vocab_size=found.model.vocab_size,
+        template=resolved.template,
+        vocab_size=resolved.model.vocab_size,
         seed=config.seed,
     )
 
@@ -96,15 +97,15 @@ def read_data(config: RunConfig, found: Found, recipe: Recipe) -> dataset.Data:
 def prepare(
     config: RunConfig, algorithm: Algorithm, devices: Sequence[jax.Device] | None = None
 ) -> Setup:
-    """Find and check all that a run needs. Nothing is computed, and no weight is read.
+    """Find and check everything that a run needs. Nothing is computed, and no weight is read.
 
     Args:
         config: the run's.
-        algorithm: what makes it SFT, DPO or a reward model.
-        devices: where it shall run, perhaps devices that are not there; default: all there are.
+        algorithm: SFT, DPO or reward modelling.
+        devices: devices of the run, which may be mere descriptions; default: all available ones.
 
     Raises:
-        EasyAiraError: whatever is wrong with configuration, model, tokenizer or data.
+        EasyAiraError: a fault in configuration, model, tokenizer or data.
     """
     mesh = meshes.make_mesh(config.mesh, devices, config.dcn)
     shards = meshes.data_shards(mesh)
@@ -113,21 +114,21 @@ def prepare(
         raise ConfigError(
             f"train_batch_size: {config.train_batch_size} in {config.gradient_accumulation_steps} "
             f"accumulation steps is {micro_batch} examples at a time, which dp x fsdp = {shards} "
-            "devices cannot share alike; use a multiple of "
+            "devices cannot share equally; use a multiple of "
             f"{shards * config.gradient_accumulation_steps}"
         )
-    found = find(config, mesh, algorithm.scorer)
-    model = found.model
-    sharding.shardings(model.shapes, model.rules, mesh)  # refuses a mesh that does not divide them
-    adapter = None if config.lora is None else _adapter(config, found)
+    resolved = find(config, mesh, algorithm.scorer)
+    model = resolved.model
+    sharding.shardings(model.shapes, model.rules, mesh)  # raises if the mesh does not divide them
+    adapter = None if config.lora is None else _adapter(config, resolved)
     if adapter:
-        adapter.held_target(mesh, model.compute.dtype)  # likewise
+        adapter.held_target(mesh, model.compute.dtype)  # raises, too
     if model.config.kv_heads % mesh.shape["tp"]:
         raise ConfigError(
             f"mesh: tp={mesh.shape['tp']} does not divide the model's {model.config.heads} heads "
             f"and {model.config.kv_heads} key/value heads"
         )
-    data = read_data(config, found, algorithm.recipe(found.max_length))
+    data = read_data(config, resolved, algorithm.recipe(resolved.max_length))
     layout = {
         "shards": shards,
         "local": meshes.local_shards(mesh),
@@ -139,9 +140,9 @@ def prepare(
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
     model = replace(model, compute=compute)
-    trainable: Trainable = FullWeights(config, mesh, found.origin, found.stored, model)
+    trainable: Trainable = FullWeights(config, mesh, resolved.origin, resolved.stored, model)
     if adapter:
-        trainable = Adapters(config, mesh, found.origin, model, replace(adapter, model=model))
+        trainable = Adapters(config, mesh, resolved.origin, model, replace(adapter, model=model))
     batches = Batches(
         data.train,
         config.train_batch_size,
@@ -164,11 +165,11 @@ def prepare(
     return Setup(
         config=config,
         mesh=mesh,
-        origin=found.origin,
-        stored=found.stored,
+        origin=resolved.origin,
+        stored=resolved.stored,
         model=model,
-        tokenizer=found.tokenizer,
-        template=found.template,
+        tokenizer=resolved.tokenizer,
+        template=resolved.template,
         data=data,
         batches=batches,
         held_out=held_out,
@@ -180,27 +181,28 @@ def prepare(
 
 
 def updates(config: RunConfig, epoch: int) -> int:
-    """Updates of a run, given those of an epoch."""
+    """Number of updates of a run, given that of an epoch."""
     if config.max_steps != -1:
         return config.max_steps
     return max(1, round(config.num_train_epochs * epoch))
 
 
-def _adapter(config: RunConfig, found: Found) -> Adapter:
-    """The adapter of a run, compared with the one that it goes on with."""
-    if found.model.vocab_size != found.stored.vocab_size:
-        if found.stored.scorer and config.model.resize is None:
+def _adapter(config: RunConfig, resolved: Found) -> Adapter:
+    """Adapter of a run, checked against the stored adapter that it starts from, if any."""
+    if resolved.model.vocab_size != resolved.stored.vocab_size:
+        if resolved.stored.scorer and config.model.resize is None:
             raise ConfigError(
-                "lora: the tokenizer has no padding token of its own, and adapters give the model "
-                "no new one; set pad_token in its tokenizer_config.json to a control token that no "
-                "text ends with, or name a tokenizer that has one in model.tokenizer"
+                "lora: the tokenizer has no padding token of its own, and adapters cannot add one; "
+                "set pad_token in its tokenizer_config.json to a control token that no text ends "
+                "with, or name a tokenizer that has one in model.tokenizer"
             )
+        added = resolved.model.vocab_size - resolved.stored.vocab_size
         raise ConfigError(
-            f"lora: the tokenizer's {found.model.vocab_size - found.stored.vocab_size:+} tokens "
-            "would have embeddings that adapters do not train; use a template without new tokens, "
-            "such as plain, or start from a model that has been trained with them"
+            f"lora: the tokenizer's {added:+} tokens would have embeddings that adapters do not "
+            "train; use a template without new tokens, such as plain, or start from a model that "
+            "was trained with them"
         )
-    adapter = adapter_of(config.lora, found.model)
+    adapter = adapter_of(config.lora, resolved.model)
     if config.lora.adapter is not None:
         peft.read_peft(adapter, pretrained.find(config.lora.adapter).folder)
     return adapter

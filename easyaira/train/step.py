@@ -1,12 +1,12 @@
-"""The training step. An algorithm is the loss function that it is given.
+"""The training step, for any loss function.
 
-A loss function maps (params, frozen, batch, key) to sums: `{name: (sum, count)}`, where `loss` is
+A loss function maps (params, frozen, batch, key) to sums: `{name: (sum, count)}`, and `loss` is
 minimised. Sums and counts are added up over micro-batches, devices and steps, and divided once.
-Weights that are not trained (a DPO reference) are `frozen`, an argument and no constant of the
+Frozen weights (a DPO reference) are an argument, `frozen`, so they do not become constants of the
 compiled program.
 
-Values that are no averages go under PER_EXAMPLE, as `{name: [B, ...]}` for the examples of a
-micro-batch: an evaluation hands all of them to the algorithm's summary."""
+Values that are not averages go under PER_EXAMPLE, as `{name: [B, ...]}` for the examples of a
+micro-batch. An evaluation passes them to the algorithm's summary."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ PER_EXAMPLE = "examples"
 
 
 class State(NamedTuple):
-    """What a step changes.
+    """Training state.
 
     Attributes:
-        step: updates done.
-        params: float32 weights.
-        opt_state: the optimizer's.
-        failed: the first update whose numbers were not finite, or -1. From then on nothing changes.
+        step: number of completed updates.
+        params: float32 trainable parameters.
+        opt_state: optimizer state.
+        failed: the first update with a loss or gradient that is not finite, or -1. Later updates
+            change nothing.
     """
 
     step: jax.Array
@@ -46,10 +47,10 @@ class State(NamedTuple):
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of a state: the optimizer's part is divided like the weights.
+    """Shapes, dtypes and shardings of a state; the optimizer state is sharded like the params.
 
     Args:
-        params: arrays, or their shapes with shardings.
+        params: arrays, or ShapeDtypeStructs with shardings.
     """
     replicated = NamedSharding(mesh, P())
     opt_shapes = jax.eval_shape(tx.init, params)
@@ -67,22 +68,22 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
 def init_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state before the first update."""
     target = abstract_state(params, tx, mesh)
-    of = jax.tree.map(lambda leaf: leaf.sharding, target)
-    opt_state = jax.jit(tx.init, out_shardings=of.opt_state)(params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
     return resume_state(0, params, opt_state, mesh)
 
 
 def resume_state(step: int, params: Any, opt_state: Any, mesh: Mesh) -> State:
     """The state after `step` updates."""
-    at, none = (jax.device_put(jnp.int32(n), NamedSharding(mesh, P())) for n in (step, -1))
-    return State(at, params, opt_state, none)
+    count, none = (jax.device_put(jnp.int32(n), NamedSharding(mesh, P())) for n in (step, -1))
+    return State(count, params, opt_state, none)
 
 
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callable:
     """(state, frozen, batch, key) -> (state, sums). The batch's first axis counts micro-batches.
 
-    Gradients of the summed loss are added up and divided by its count once, so that an update does
-    not depend on how it was cut into micro-batches. `key` is for dropout; None trains without.
+    Gradients of the summed loss are accumulated and divided by the total count once, so an update
+    does not depend on the division into micro-batches. `key` is for dropout; None: no dropout.
     """
 
     def gradients(params, frozen, batch, key):
@@ -129,14 +130,14 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
 
 
 def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Any:
-    """The training step as a program; the state comes back as it lay, in the memory it lay in."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    """Compile the training step; the state is donated and keeps its shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(loss_fn, tx)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:
-    """(params, frozen, batch) -> (sums, what is known of each example), without gradients."""
+    """(params, frozen, batch) -> (sums, per-example values), without gradients."""
 
     def eval_step(params, frozen, batch):
         sums = loss_fn(params, frozen, jax.tree.map(lambda array: array[0], batch), None)

@@ -1,7 +1,7 @@
-"""What an update changes, and what it stands on: all weights of the model, or adapters.
+"""Trainable parameters: all weights of the model, or adapters on a frozen base.
 
-Both have one interface, so that no one else asks which it is. `params` are the trained arrays;
-`weights` are all weights of the model.
+FullWeights and Adapters have the same interface, so other modules need not distinguish them.
+`params` are the trainable arrays; `weights` are all weights of the model.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from easyaira.train.step import LossFn
 
 @dataclass(frozen=True)
 class FullWeights:
-    """All weights are trained.
+    """All weights are trainable.
 
     Attributes:
-        origin: where the model's files are; `stored` is the model as it stands there, `model` the
-            one that is trained, whose vocabulary may have been resized.
+        origin: location of the model's files.
+        stored: the model as stored.
+        model: the trained model, whose vocabulary may have been resized.
     """
 
     config: RunConfig
@@ -44,7 +45,7 @@ class FullWeights:
     adapter = None
 
     def with_model(self, model: Model) -> FullWeights:
-        """The same, with a model that is computed in another way."""
+        """Copy for a model with other compute settings."""
         return replace(self, model=model)
 
     @property
@@ -54,7 +55,7 @@ class FullWeights:
 
     @property
     def held(self) -> Any:
-        """Shapes and shardings of all weights in a step, as they are stored."""
+        """Shapes and shardings of all weights during a step, in storage precision."""
         return self.target
 
     def parameter_count(self) -> int:
@@ -77,38 +78,38 @@ class FullWeights:
         return resized(params, key)
 
     def weights(self, params: Any) -> Any:
-        """All weights of the model. Nothing is copied."""
+        """All weights of the model, without copying."""
         return params
 
     def loss_fn(self, of_weights: LossFn) -> LossFn:
-        """An algorithm's loss, a function of weights, as a function of `params`."""
+        """Turn an algorithm's loss of `weights` into a loss of `params`."""
         return of_weights
 
     def frozen(self, of_algorithm: Any) -> Any:
-        """Frozen weights of a step, with those of the algorithm (a DPO reference)."""
+        """All frozen weights of a step, including the algorithm's (a DPO reference)."""
         return of_algorithm
 
     def frozen_target(self, reference: Model | None) -> Any:
-        """Shapes and shardings of `frozen`, with a reference's weights."""
+        """Shapes and shardings of `frozen`, given the reference model, if any."""
         return reference and reference.target(self.mesh)
 
     def to_meta(self) -> dict[str, Any]:
-        """What a checkpoint says of the weights below the trained ones: nothing."""
+        """Metadata that identifies the frozen base in a checkpoint; empty for full weights."""
         return {}
 
     def check(self, saved: Mapping[str, Any], where: str) -> None:
-        """Refuse a checkpoint that was trained on other weights; none can be, here."""
+        """Refuse a checkpoint of another frozen base; no-op for full weights."""
 
     def free(self) -> None:
-        """Give up memory that an export does not need."""
+        """Free memory that the export does not need."""
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters, and a scorer's head, are trained on a frozen base.
+    """Adapters, and the head of a scorer, are trainable; the base is frozen.
 
     Attributes:
-        origin: where the base's files are.
+        origin: location of the base's files.
     """
 
     config: RunConfig
@@ -147,16 +148,16 @@ class Adapters:
     def base(self) -> Base:
         """Frozen base weights in storage precision, and the initial score head."""
         hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
-        found = Fingerprint()
+        fingerprint = Fingerprint()
 
         def each(path: tuple, leaf: jax.Array) -> Any:
             if not self.adapter.replaces(path_of(path)):
-                found.add(path, leaf)
+                fingerprint.add(path, leaf)
             return hold(path, leaf)
 
         key = jax.random.key(self.config.seed)
         params = self.origin.load(self.model, self.mesh, head_key=key, each=each)
-        return Base(*self.adapter.parted(params), found.digest())
+        return Base(*self.adapter.parted(params), fingerprint.digest())
 
     def weights(self, params: Any) -> Any:
         return self.adapter.on(self.base.params, params)
@@ -174,13 +175,13 @@ class Adapters:
         return self.adapter.frozen(self._base_target, target)
 
     def to_meta(self) -> dict[str, Any]:
-        """The adapter's settings, and the fingerprint of its base."""
+        """Settings of the adapter, and location and fingerprint of its base."""
         base = self.origin.location()
         return {"lora": to_record(self.adapter, base, self.base.fingerprint)}
 
     def check(self, saved: Mapping[str, Any], where: str) -> None:
         """Raises:
-        WeightsError: the base's files have changed since.
+        WeightsError: the base's files have changed since the checkpoint was saved.
         """
         check_base(saved["lora"], self.base.fingerprint, where)
 

@@ -1,4 +1,4 @@
-"""The log-probability core next to full logits."""
+"""Chunked log-probabilities against full logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def core() -> list[dict[str, object]]:
-    """The log-probabilities of 4 rows of 512 tokens with their gradient, next to full logits."""
+    """Time and memory of log-probabilities and gradient, 4 rows of 512 tokens, both ways."""
     import jax
     import jax.numpy as jnp
 
@@ -28,7 +28,7 @@ def core() -> list[dict[str, object]]:
     def nll(hidden, head, tokens, wanted):
         return token_logps.token_nll(hidden, head, tokens, wanted, vocab_size=50257)[0]
 
-    told = []
+    rows = []
     for width, dtype in ((256, "float32"), (768, "float32"), (768, "bfloat16")):
         keys = jax.random.split(jax.random.key(0), 3)
         hidden = jax.random.normal(keys[0], (4, 512, width), dtype)
@@ -43,7 +43,7 @@ def core() -> list[dict[str, object]]:
                 for name, of in (("full", full), ("logps", logps), ("nll", nll))
             }
             seconds: dict[str, list[float]] = {name: [] for name in steps}
-            for _ in range(4):  # in turns; the first round warms up
+            for _ in range(4):  # alternating; the first round is warm-up
                 for name, step in steps.items():
                     begin = time.process_time()
                     jax.block_until_ready(step(*given))
@@ -51,5 +51,5 @@ def core() -> list[dict[str, object]]:
             for name, step in steps.items():
                 row[f"{name} CPU s"] = float(np.median(seconds[name][1:]))
                 row[f"{name} MiB"] = step.memory_analysis().temp_size_in_bytes / 2**20
-            told.append(row)
-    return told
+            rows.append(row)
+    return rows

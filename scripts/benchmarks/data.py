@@ -16,8 +16,8 @@ from easyaira.data.batches import Batch, Batches
 from easyaira.data.examples import Examples
 
 UPDATES = (8, 32, 128)
-SERVED = 4_000_000  # tokens that a measurement of serving makes
-WIDTH, HEADS = 768, 12  # GPT-2's, which decide what a long row costs
+SERVED = 4_000_000  # tokens of a serving measurement
+WIDTH, HEADS = 768, 12  # GPT-2's; they decide the cost of a long row
 
 
 def data(args: argparse.Namespace) -> dict[str, object]:
@@ -43,11 +43,11 @@ def data(args: argparse.Namespace) -> dict[str, object]:
 
 
 def serving(examples: Examples, max_length: int, size: int, share: bool) -> dict[str, float]:
-    """Planning and serving updates of `size` examples, on one core.
+    """Plan and serve updates of `size` examples on one core.
 
-    `fill` is that of rows as long as they pack best, for an attention kernel that skips what a
-    segment does not see; `fill dense` that of the shorter rows that cost least where attention is
-    computed for whole rows, in a model of GPT-2's width.
+    `fill` is measured with the row length that packs best, for an attention kernel that skips
+    masked blocks. `fill dense` is measured with the cheapest row length for attention over whole
+    rows, in a model of GPT-2's width.
     """
     batches = Batches(examples, size, seed=0, share_prompt=share, attention=0.0)
     begin = time.perf_counter()
@@ -74,7 +74,7 @@ def serving(examples: Examples, max_length: int, size: int, share: bool) -> dict
 
 
 def serve(batches: Batches) -> list[Batch]:
-    """Updates of SERVED tokens, without their arrays."""
+    """Serve updates until SERVED tokens, and drop their arrays."""
     served: list[Batch] = []
     tokens = 0
     while tokens < SERVED and len(served) < len(batches):
@@ -93,13 +93,13 @@ def lengths_of(batches: Batches, update: int) -> np.ndarray:
 
 
 def held_mib() -> float:
-    """Memory of this process besides the pages of mapped files, which the system takes back."""
+    """Anonymous memory of this process; pages of mapped files do not count."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
-    """Every data set of a folder of folders, read and tokenised without a cache."""
+    """Read and tokenise every data set in folder/{sft,preference,toxicity}/, without a cache."""
     from transformers import AutoTokenizer
 
     from easyaira.config.data import DataConfig
@@ -108,7 +108,7 @@ def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
     from easyaira.data.template import Template
 
     tasks = {"sft": "conversation", "preference": "pair", "toxicity": "label"}
-    told = []
+    rows = []
     for name, task in tasks.items():
         for file in sorted((folder / name).iterdir()):
             template = Template(AutoTokenizer.from_pretrained(tokenizer), "aira", "gpt2")
@@ -120,7 +120,7 @@ def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
                 )
                 seconds = time.perf_counter() - begin
             counts = data.report["train"]
-            told.append(
+            rows.append(
                 {
                     "file": f"{name}/{file.name}",
                     "read": counts["read"],
@@ -130,4 +130,4 @@ def tokenising(folder: Path, tokenizer: Path) -> list[dict[str, object]]:
                     "ktok/s": counts["tokens"] / seconds / 1e3,
                 }
             )
-    return told
+    return rows

@@ -1,4 +1,4 @@
-"""Synthetic examples whose lengths are distributed like those of real data."""
+"""Synthetic examples with the length distributions of real data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Kind(NamedTuple):
 
     Attributes:
         prompt, answer: median and spread of a log-normal distribution.
-        longest: example.
-        max_length: that runs on such data ask for; a naive step pads to it.
+        longest: length of the longest example.
+        max_length: max_length of runs on such data; a naive step pads to it.
     """
 
     prompt: tuple[int, float]
@@ -26,15 +26,14 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "aira": Kind((25, 0.4), (200, 0.5), 400, 600),  # the data stay below 400, the recipe says 600
+    "aira": Kind((25, 0.4), (200, 0.5), 400, 600),  # no example exceeds 400; the recipe says 600
     "hh": Kind((150, 0.8), (60, 0.7), 1024, 1024),
     "ultrafeedback": Kind((120, 0.9), (280, 0.7), 2048, 2048),
 }
 
 
 def synthetic(kind: str, rows: int, pairs: bool, folder: Path, longest: int) -> Examples:
-    """Examples of at most `longest` tokens, log-normal before the cut, their tokens on disk, from a
-    fixed seed."""
+    """Examples with log-normal lengths, cut to `longest` tokens; tokens on disk, fixed seed."""
     rng = np.random.default_rng(0)
     (prompt, prompt_spread), (answer, answer_spread) = KINDS[kind][:2]
     medians = [prompt] + [answer] * (2 if pairs else 1)

@@ -1,4 +1,4 @@
-"""Figures as a table to read and as bars to look at."""
+"""Figures as a table and as a bar chart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a row under the names of its figures; None is a figure that there is not."""
+    """Print a table with the keys as header; None is printed as -."""
 
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -25,7 +25,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def bars(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
-    """Tokens per CPU second of each side, with its ratio to the first, as a picture."""
+    """Draw tokens per CPU second of each side, labelled with its ratio to the first."""
     from matplotlib.figure import Figure
 
     names = [row["side"] for row in rows]

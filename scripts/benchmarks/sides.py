@@ -1,7 +1,7 @@
-"""The sides of a comparison of training: what each makes of the same examples.
+"""The sides of a training comparison, each measured on the same examples.
 
-A side is built in a process of its own, from what the command line asked for (`work`, see
-training.py) and from its own options, and is warm when it is handed over.
+A side runs in its own process. It is built from the shared arguments (`work`, see training.py) and
+from its own options, and has completed its warm-up when its constructor returns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from easyaira.data.batches import Batch, Batches
 from easyaira.data.examples import Examples
 from easyaira.data.packing import Shape
 
-MODELS = {  # config.json; what is left out is as Hugging Face has it
+MODELS = {  # config.json; missing fields have Hugging Face's defaults
     "gpt2-small": {
         "model_type": "gpt2",
         "n_embd": 256,
@@ -55,12 +55,14 @@ BETA, LEARNING_RATE = 0.1, 1e-5
 
 
 class Side(NamedTuple):
-    """Attributes:
-    first: time.time() when its first update was done.
-    facts: what is the same in every round.
-    run: the updates of a round; their seconds, and CPU seconds.
-    peak: MiB that the process has held at most, on its accelerator if there is one.
-    trace: (folder) -> where the time of a round goes, see tracing.costs.
+    """A warm side of a comparison.
+
+    Attributes:
+        first: time.time() at the end of its first update.
+        facts: figures that are equal in every round.
+        run: run the updates of a round; returns wall seconds and CPU seconds.
+        peak: peak memory in MiB, of the accelerator if there is one, otherwise of the process.
+        trace: (folder) -> costs of a round, see tracing.costs.
     """
 
     first: float
@@ -71,14 +73,14 @@ class Side(NamedTuple):
 
 
 def max_length(work: Mapping[str, Any]) -> int:
-    """That runs on such data ask for, as far as the model has positions."""
+    """max_length of runs on such data, limited to the model's positions."""
     model = MODELS[work["model"]]
     positions = model.get("n_positions") or model["max_position_embeddings"]
     return min(KINDS[work["lengths"]].max_length, positions)
 
 
 def examples_of(work: Mapping[str, Any]) -> Examples:
-    """The examples of a round, the same for all sides; answers are learned, prompts are not."""
+    """Examples of a round, equal for all sides, with the loss on answers only."""
     count = work["examples"] * work["updates"]
     folder = Path(tempfile.mkdtemp())
     longest = min(KINDS[work["lengths"]].longest, max_length(work))
@@ -90,12 +92,12 @@ def examples_of(work: Mapping[str, Any]) -> Examples:
 
 
 def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
-    """The training step and the loader of EasyAira, as a run uses them.
+    """EasyAira's training step and loader, as in a run.
 
     Args:
-        options: packing, share_prompt, dtype, gradient_checkpointing; `in_step`: the reference is
-            computed in every step; `naive`: padded to the recipe's length, full logits, the
-            reference in every step.
+        options: packing, share_prompt, dtype, gradient_checkpointing; `in_step`: compute the
+            reference in every step; `naive`: pad to the recipe's length, compute full logits, and
+            compute the reference in every step.
     """
     import jax
     import jax.numpy as jnp
@@ -134,8 +136,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
             score = make_score(model, size)
             logps = np.zeros((len(examples), 2), np.float32)
             for ready in loader.ahead(batches, 0, len(batches), mesh):
-                found = np.asarray(score(params, ready.arrays).logps)
-                logps[ready.batch.examples] = found[tuple(ready.batch.slots.T)]
+                scored = np.asarray(score(params, ready.arrays).logps)
+                logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
             batches = replace(batches, known={"ref_logps": logps})
     if naive:
         one_a_row = replace(batches, packing=False, share_prompt=False)
@@ -149,8 +151,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
 
 
 def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
-    """The updates of `batches`, with the one training step; each shape is a program with a name of
-    its own, by which a trace can tell them apart."""
+    """Run the updates of `batches`; each shape is a program whose name identifies it in a trace."""
     import jax
     import optax
 
@@ -167,14 +168,14 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
     positions: list[int] = []  # of every update so far
     with jax.set_mesh(mesh):
         state = init_state(params, tx, mesh)
-    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def compiled(shape: Shape, arrays: Mapping[str, jax.Array]) -> Any:
         def step(*given):
             return train_step(*given)
 
         step.__name__ = program_name(shape)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(lies, None))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         return step.lower(state, frozen, arrays, None).compile()
 
     def updates(start: int, stop: int) -> None:
@@ -229,10 +230,10 @@ def program_name(shape: Shape) -> str:
 
 @dataclass(frozen=True)
 class Padded:
-    """Updates as they are without any of our layout: one sequence a row, each padded to `length`.
+    """Naive layout of updates: one sequence per row, each padded to `length`.
 
     Attributes:
-        batches: the same updates, neither packed nor with prompts stored once.
+        batches: the same updates without packing and without shared prompts.
     """
 
     batches: Batches
@@ -246,7 +247,7 @@ class Padded:
         return self.batches.examples
 
     def __getitem__(self, update: int) -> Batch:
-        """Arrays are [1, B answers, length]: one micro-batch, answers of an example together."""
+        """Arrays are [1, B x answers, length]: one micro-batch; answers of an example adjacent."""
         batch = self.batches[update]
         size, answers = len(batch.examples), self.examples.answers
 
@@ -260,8 +261,9 @@ class Padded:
 
 
 def full_logits(model: Any, answers: int) -> Callable:
-    """What is usually written: a forward pass for each side, with logits for every position in
-    float32. DPO has its reference in the step; with one answer it is SFT."""
+    """Naive loss: one forward pass per answer, with float32 logits for every position.
+
+    DPO, with the reference computed in the step; with one answer, SFT."""
     import jax
     import jax.numpy as jnp
 
@@ -287,7 +289,7 @@ def full_logits(model: Any, answers: int) -> Callable:
 
 
 def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
-    """TRL's trainer on the same lengths: words of a vocabulary in which each is one token."""
+    """TRL's trainer on the same lengths, with a vocabulary of words that are one token each."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -308,7 +310,7 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="w0"
     )
     torch.manual_seed(0)
-    folder = tempfile.mkdtemp()  # from which TRL reads its reference
+    folder = tempfile.mkdtemp()  # TRL reads its reference from here
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     rng = np.random.default_rng(0)
@@ -374,7 +376,7 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     def peak() -> float:
         return torch.cuda.max_memory_allocated() / 2**20 or peak_of_process()
 
-    run()  # reads the reference, too, where that is done before
+    run()  # also precomputes the reference, if configured
     reference_in_step = work["task"] == "dpo" and not options.get("precompute_ref_log_probs")
     tied = model.config.tie_word_embeddings
     lookups = 0 if tied else model.get_input_embeddings().weight.numel()

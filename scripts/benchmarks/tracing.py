@@ -1,7 +1,7 @@
-"""A trace of updates, and what of them costs most: which part of the model, in which pass.
+"""Traces of updates, and their cost by part of the model and pass.
 
-The profiler knows operations of compiled programs by names such as `fusion.12`. The program's text
-says which line of the model each comes from (`op_name`), and which have no name of their own.
+The profiler identifies operations of compiled programs by names such as `fusion.12`. The program's
+text gives the source of most of them in the model (`op_name`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from easyaira.plan.hlo import Line, computations_of
 
-LOSS, OPTIMIZER = "the_loss", "the_optimizer"  # scopes that a measured step puts into names
+LOSS, OPTIMIZER = "the_loss", "the_optimizer"  # scopes of a measured step, in op_names
 
 REST, LAYERS = "all else", "layers, all else"
 
-PARTS = (  # of an op_name, the first that is found in it
+PARTS = (  # first pattern that matches an op_name, and its part
     (r"/(attn|self_attn)/(c_attn|c_proj|[qkvo]_proj|out_proj)/", "attention's projections"),
     (r"/(attn|self_attn)/", "attention"),
     (r"/(mlp|fc1|fc2)/", "MLP"),
@@ -32,13 +32,13 @@ PARTS = (  # of an op_name, the first that is found in it
     (OPTIMIZER, "optimizer"),
 )
 PRODUCTS = {"dot", "convolution"}
-HOLDERS = {"while", "call", "conditional"}  # their time is that of what is in them
-LOOSE = {"constant", "parameter", "tuple"}  # what they belong to says nothing of their users
+HOLDERS = {"while", "call", "conditional"}  # their time is the time of their contents
+LOOSE = {"constant", "parameter", "tuple"}  # their part says nothing about their users
 
 
 @contextmanager
 def recording(folder: Path) -> Iterator[None]:
-    """What happens is written to `folder`, for TensorBoard's profile page and for Perfetto."""
+    """Record a trace to `folder`, for TensorBoard's profile page and for Perfetto."""
     import jax
 
     options = jax.profiler.ProfileOptions()
@@ -48,15 +48,15 @@ def recording(folder: Path) -> Iterator[None]:
 
 
 def costs(folder: Path, texts: Mapping[str, str], updates: int) -> list[dict[str, Any]]:
-    """Seconds of an update by part, pass and kind of operation, the largest first.
+    """Seconds of an update by part, pass and kind of operation, in descending order.
 
-    They are added up over all threads, so that a share is one of what all operations take and not
-    of the time on the clock.
+    Seconds are summed over all threads, so a share is a share of the operations' total time, not of
+    the wall time.
 
     Args:
-        folder: of the newest trace.
-        texts: the compiled programs by name.
-        updates: how many were recorded.
+        folder: folder of traces; the newest is read.
+        texts: texts of the compiled programs by name.
+        updates: number of recorded updates.
 
     Raises:
         SystemExit: the trace has no operation of these programs.
@@ -74,7 +74,7 @@ def costs(folder: Path, texts: Mapping[str, str], updates: int) -> list[dict[str
             if place is not None:
                 total[place] += event["dur"] / 1e6
     if not total:
-        raise SystemExit(f"{file}: no operation of {', '.join(texts)} in it")
+        raise SystemExit(f"{file}: has no operation of {', '.join(texts)}")
     whole = sum(total.values())
     return [
         {"cost": place, "s an update": seconds / updates, "share": seconds / whole}
@@ -100,10 +100,10 @@ def _operation(line: Line) -> _Operation:
 
 
 def places(text: str) -> dict[str, str | None]:
-    """The place of every operation of a compiled program; None for those that only hold others.
+    """Part, pass and kind of every operation of a compiled program; None for mere containers.
 
-    Operations without a name (copies, conversions, what was rewritten) take the part of the nearest
-    operation that has one: among those that they call, then along the operands and users.
+    Operations without a name (copies, conversions, rewritten ones) take the part of the nearest
+    named operation: first of the operations that they call, then along operands and users.
     """
     computations = {
         computation: {name: _operation(line) for name, line in lines.items()}
@@ -116,10 +116,10 @@ def places(text: str) -> dict[str, str | None]:
     def own_part(operation: _Operation) -> str | None:
         if operation.op_name:
             return part_of(operation.op_name)
-        found = Counter(part_of(inner.op_name) for inner in called(operation) if inner.op_name)
-        return max(found, key=found.__getitem__) if found else None
+        counts = Counter(part_of(inner.op_name) for inner in called(operation) if inner.op_name)
+        return max(counts, key=counts.__getitem__) if counts else None
 
-    told: dict[str, str | None] = {}
+    places: dict[str, str | None] = {}
     for operations in computations.values():
         parts = {name: own_part(operation) for name, operation in operations.items()}
         parts = _spread(parts, operations)
@@ -129,41 +129,42 @@ def places(text: str) -> dict[str, str | None]:
                 for one in (operation, *called(operation))
             )
             kind = "products" if product else "all but products"
-            told[name] = None if operation.opcode in HOLDERS else f"{parts[name]}: {kind}"
-    return told
+            places[name] = None if operation.opcode in HOLDERS else f"{parts[name]}: {kind}"
+    return places
 
 
 def _spread(
     parts: Mapping[str, str | None], operations: Mapping[str, _Operation]
 ) -> dict[str, str]:
-    """Parts for all operations of a computation, from the nearest that have one: first from those
-    that say more than `layers`, and not through a loop, then from any."""
-    told = {name: part for name, part in parts.items() if part and part != REST}
+    """Parts for all operations of a computation, each from the nearest operation with a part.
+
+    Parts more specific than `layers` spread first, and not through loops; then all parts do."""
+    known = {name: part for name, part in parts.items() if part and part != REST}
     for sources, loose in (
-        ([name for name, part in told.items() if not part.startswith(LAYERS)], LOOSE | HOLDERS),
-        (list(told), LOOSE),
+        ([name for name, part in known.items() if not part.startswith(LAYERS)], LOOSE | HOLDERS),
+        (list(known), LOOSE),
     ):
-        beside: dict[str, list[str]] = defaultdict(list)
+        neighbours: dict[str, list[str]] = defaultdict(list)
         for name, operation in operations.items():
             for operand in operation.operands:
                 if operand in operations and not (
                     {operation.opcode, operations[operand].opcode} & loose
                 ):
-                    beside[name].append(operand)
-                    beside[operand].append(name)
-        coming = deque(sources)
-        while coming:
-            name = coming.popleft()
-            for other in beside[name]:
-                if other not in told:
-                    told[other] = told[name]
-                    coming.append(other)
-    usual = Counter(told.values()).most_common(1)
-    return {name: told.get(name, usual[0][0] if usual else REST) for name in parts}
+                    neighbours[name].append(operand)
+                    neighbours[operand].append(name)
+        queue = deque(sources)
+        while queue:
+            name = queue.popleft()
+            for other in neighbours[name]:
+                if other not in known:
+                    known[other] = known[name]
+                    queue.append(other)
+    usual = Counter(known.values()).most_common(1)
+    return {name: known.get(name, usual[0][0] if usual else REST) for name in parts}
 
 
 def part_of(op_name: str) -> str:
-    """`head and loss, backward`, from jit(step)/transpose(jvp(the_loss))/while/body/..."""
+    """Name of part and pass: jit(step)/transpose(jvp(the_loss))/... -> head and loss, backward."""
     part = next((part for pattern, part in PARTS if re.search(pattern, op_name)), None)
     if part is None or part == "optimizer":
         return part or REST

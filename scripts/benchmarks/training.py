@@ -1,4 +1,4 @@
-"""Updates of training: sides in turns, A B A B, each in a process of its own."""
+"""Training updates: sides alternate, A B A B, each in its own process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.sides import ENGINES
 from easyaira.train.metrics import peak_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
-MARK = "benchmark: "  # of the lines in which a worker answers
+MARK = "benchmark: "  # prefix of a worker's answers
 
 
 class Entry(NamedTuple):
-    """A side, and what it is called."""
+    """A side: display name, engine and options."""
 
     name: str
     engine: str = "ours"
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
 
 OURS = Entry("EasyAira")
-TRL = (  # what its documentation recommends for speed on such a machine, and what it starts with
+TRL = (  # the settings that its documentation recommends for speed, and its defaults
     Entry(
         "TRL, best",
         "trl",
@@ -39,7 +39,7 @@ TRL = (  # what its documentation recommends for speed on such a machine, and wh
     Entry("TRL, defaults", "trl"),
 )
 ONE_A_ROW = {"packing": False, "share_prompt": "never"}
-LADDER = (  # each has what those above it have
+LADDER = (  # cumulative
     Entry("naive: padded to the maximum, all logits", options={"dtype": "float32", "naive": True}),
     Entry(
         "+ buckets, sides together, logits where there is loss",
@@ -51,7 +51,7 @@ LADDER = (  # each has what those above it have
     Entry("+ prompt once", options={"share_prompt": "always"}),
 )
 ONLY_PAIRS = ("+ reference once", "+ prompt once")
-AGAINST = {  # one idea, without and with; and all of them together
+AGAINST = {  # one optimisation, off and on; naive: all of them
     "naive": (LADDER[0], OURS),
     "share_prompt": (
         Entry("prompt stored twice", options={"share_prompt": "never"}),
@@ -67,15 +67,15 @@ AGAINST = {  # one idea, without and with; and all of them together
     ),
     "bfloat16": (Entry("float32", options={"dtype": "float32"}), Entry("bfloat16")),
 }
-PAIRED = ("share_prompt", "reference")  # what needs pairs
+PAIRED = ("share_prompt", "reference")  # need pairs
 CHECKPOINTING = ("none", "dots", "full")
 
 
 def sides_of(args: argparse.Namespace) -> list[Entry]:
-    """What the command line asks to be compared.
+    """Sides of the comparison that the command line requests.
 
     Raises:
-        SystemExit: a comparison that SFT does not have.
+        SystemExit: the comparison does not apply to SFT.
     """
     pairs = args.task == "dpo"
     sides = [OURS]
@@ -83,7 +83,7 @@ def sides_of(args: argparse.Namespace) -> list[Entry]:
         sides = [entry for entry in LADDER if pairs or entry.name not in ONLY_PAIRS]
     elif args.against:
         if args.against in PAIRED and not pairs:
-            raise SystemExit(f"--against {args.against}: only pairs have that; use --task dpo")
+            raise SystemExit(f"--against {args.against}: needs pairs; use --task dpo")
         sides = list(AGAINST[args.against])
     elif args.gradient_checkpointing:
         sides = [
@@ -94,15 +94,15 @@ def sides_of(args: argparse.Namespace) -> list[Entry]:
 
 
 class Worker:
-    """A side in a process of its own, warm and waiting."""
+    """A warm side in its own process."""
 
     def __init__(self, entry: Entry, work: Mapping[str, Any], debug: bool):
-        asked = {"work": work, "begin": time.time()} | entry._asdict()
-        # by default JAX takes most of an accelerator's memory, and here sides share one
+        request = {"work": work, "begin": time.time()} | entry._asdict()
+        # sides share an accelerator, and by default JAX preallocates most of its memory
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self.entry = entry
         self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "worker", json.dumps(asked)],
+            [sys.executable, str(SCRIPT), "worker", json.dumps(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if debug else subprocess.DEVNULL,
@@ -111,8 +111,8 @@ class Worker:
         )
         self.facts = self._answer()
 
-    def ask(self, what: str) -> Any:
-        self._process.stdin.write(what + "\n")
+    def ask(self, command: str) -> Any:
+        self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -124,34 +124,33 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
-        raise SystemExit(f"{self.entry.name}: has failed; --debug shows why")
+        raise SystemExit(f"{self.entry.name}: failed; --debug shows why")
 
 
-def worker(asked: Mapping[str, Any]) -> None:
-    """What runs in that process: a round for every line on standard input, or `trace FOLDER`."""
+def worker(request: Mapping[str, Any]) -> None:
+    """Run a round for every line on standard input; on `trace FOLDER`, trace a round."""
 
-    def tell(what: Any) -> None:
-        print(MARK + json.dumps(what), flush=True)
+    def answer(content: Any) -> None:
+        print(MARK + json.dumps(content), flush=True)
 
-    side = ENGINES[asked["engine"]](asked["work"], asked["options"])
-    tell(side.facts | {"to first s": side.first - asked["begin"]})
+    side = ENGINES[request["engine"]](request["work"], request["options"])
+    answer(side.facts | {"to first s": side.first - request["begin"]})
     for line in sys.stdin:
         what, _, folder = line.strip().partition(" ")
         if what == "trace":
-            tell(side.trace(Path(folder)))
+            answer(side.trace(Path(folder)))
         else:
             wall, cpu = side.run()
-            tell({"wall": wall, "cpu": cpu, "peak MiB": side.peak()})
+            answer({"wall": wall, "cpu": cpu, "peak MiB": side.peak()})
 
 
 def measure(
     args: argparse.Namespace,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """A row of figures for each side, medians over the rounds, and the costs of our first side if
-    they were asked for.
+    """Figures of each side, medians over the rounds; with --profile, costs of our last side, too.
 
-    A ratio is the median of the rounds' ratios, of CPU seconds: a neighbour on the same cores takes
-    a share of the clock, and the same share of both sides.
+    Ratios are medians of the rounds' ratios of CPU seconds, not wall seconds, so that other
+    processes on the same cores disturb them less; those slow both sides of a round alike.
     """
     work = {
         name: getattr(args, name) for name in ("task", "model", "lengths", "examples", "updates")

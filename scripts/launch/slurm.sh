@@ -6,9 +6,9 @@
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A run under SLURM: one process on each node, with all of its GPUs (--ntasks-per-node=8 makes it one
-# for each GPU). Three minutes before its time is up it saves, and the job is queued again; so it is
-# where it was told to stop (75), or a host was lost (5) or killed (137, 143).
+# A run under SLURM: one process per node with all of its GPUs (one per GPU: --ntasks-per-node=8). Three
+# minutes before the time limit the run saves and the job is requeued. The job is also requeued after a
+# stop signal (exit status 75), a lost host (5) or a killed host (137, 143).
 #   sbatch --time=24:00:00 scripts/launch/slurm.sh train_dpo --config configs/... --mesh ...
 set -euo pipefail
 status=0

@@ -1,1 +1,1 @@
-"""What tests share: tiny models and data, runs on them, other processes."""
+"""Shared by tests: tiny models and data, runs on them, child processes."""

@@ -1,4 +1,4 @@
-"""Rows of a file to examples, as a run reads them."""
+"""Loads rows of a file as examples, as a run does."""
 
 from easyaira.config.algorithms import SFTConfig
 from easyaira.config.data import DataConfig

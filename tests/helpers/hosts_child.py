@@ -1,6 +1,6 @@
-"""A process of a run that computes nothing, and what can befall it: see test_hosts.py.
+"""One process of a multi-host run without a model, with an injected fault: see test_hosts.py.
 
-python -m helpers.hosts_child PORT PROCESSES INDEX FAULT      PORT 0: a launcher says who is who
+python -m helpers.hosts_child PORT PROCESSES INDEX FAULT      PORT 0: the launcher sets the ranks
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from easyaira.distributed.signals import StopSignal
 from easyaira.errors import DataError
 
 
-def befall(fault: str) -> None:
+def inject(fault: str) -> None:
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "known":
@@ -26,7 +26,7 @@ def befall(fault: str) -> None:
         raise ZeroDivisionError("of ours")
     if fault == "hangs":
         time.sleep(600)
-    if fault == "stuck":  # where Python does not notice anything, as in a compilation
+    if fault == "stuck":  # blocks while holding the GIL, as native code may
         ctypes.PyDLL(None).sleep(600)
     if fault == "stopped":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -44,14 +44,14 @@ def compute(index: str, processes: str, fault: str, place: str) -> None:
     print("alike", flush=True)
     for update in range(10_000):
         watchdog.beat(f"computing update {update}")
-        asked = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
-        assert asked == (fault == "asked" and update == 5)
-        if asked:
+        stopping = bool(hosts.any_of(fault == "asked" and index == "1" and update == 5, mesh))
+        assert stopping == (fault == "asked" and update == 5)
+        if stopping:
             return
         if update == 5 and fault == "late":
             return
         if update == 5 and index == place:
-            befall(fault)
+            inject(fault)
         time.sleep(0.02)
 
 
@@ -60,15 +60,15 @@ def main(argv: list[str]) -> None:
     fault, _, place = fault.partition(" on ")
     watchdog.GRACE = signals.GRACE = 1.5
     limits = {"timeout": 3, "hang_timeout": 6 if fault == "hangs" else 100}
-    found = {"initialization_timeout": 3} if fault == "alone" else {}
+    options = {"initialization_timeout": 3} if fault == "alone" else {}
     if int(port):
-        found["coordinator_address"] = f"127.0.0.1:{port}"
-        found |= {"num_processes": int(processes), "process_id": int(index)}
-    config = DistributedConfig(**found, **limits)
+        options["coordinator_address"] = f"127.0.0.1:{port}"
+        options |= {"num_processes": int(processes), "process_id": int(index)}
+    config = DistributedConfig(**options, **limits)
     with hosts.joined(config), StopSignal(watchdog.leave):
         compute(index, processes, fault, place)
     if fault == "late" and index == place:
-        time.sleep(limits["timeout"] + 2)  # longer than JAX waits for the others at its end
+        time.sleep(limits["timeout"] + 2)  # longer than JAX's shutdown barrier waits
 
 
 if __name__ == "__main__":

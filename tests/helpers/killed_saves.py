@@ -1,6 +1,9 @@
-"""A run in small, in the folder argv[1], that is killed before each of the points argv[2:], such as
-"mkdir 4.orbax-checkpoint-tmp", and called again. Each run is a fork of this process, which has
-imported everything and computed nothing."""
+"""Small runs that are killed during a save, then resumed.
+
+python tests/helpers/killed_saves.py FOLDER POINT...
+
+A run is killed before each POINT, such as "mkdir 4.orbax-checkpoint-tmp". Each run is a fork of
+this process, which has imported everything and computed nothing."""
 
 import json
 import os
@@ -17,7 +20,7 @@ from easyaira.storage.checkpoints import Checkpoints
 
 
 def run(folder: Path) -> list[float]:
-    """Six updates of an array, saved after each; goes on where it was."""
+    """Six updates of an array, saved after each; resumes from the newest checkpoint."""
 
     @jax.jit
     def update(params):
@@ -38,7 +41,7 @@ def run(folder: Path) -> list[float]:
 
 
 def kill_before(point: str) -> None:
-    """Let this process die before it first does this to such a path."""
+    """Kill this process before its first system call of this kind on such a path."""
     change, _, end = point.partition(" ")
     original = getattr(os, change)
 
@@ -51,7 +54,7 @@ def kill_before(point: str) -> None:
 
 
 def forked(folder: Path, point: str | None = None) -> list[float] | None:
-    """The parameters at the end of a run, which may be killed."""
+    """Run in a fork; return its final parameters, or None if it was killed."""
     read, write = os.pipe()
     if os.fork() == 0:
         if point:
@@ -60,9 +63,9 @@ def forked(folder: Path, point: str | None = None) -> list[float] | None:
         os._exit(0)
     os.close(write)
     with open(read) as pipe:
-        said = pipe.read()
+        result = pipe.read()
     os.wait()
-    return json.loads(said) if said else None
+    return json.loads(result) if result else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same updates, written in torch."""
+"""The optimizer and schedule of training, in PyTorch."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ def torch_adamw(model):
 
 
 def torch_rate(step, steps=STEPS["sft"]):
-    """Linear warm-up over 3 updates, then a cosine to 0."""
+    """Linear warm-up over 3 updates, then cosine decay to 0."""
     if step < 3:
         return 1e-3 * step / 3
     return 1e-3 * 0.5 * (1 + np.cos(np.pi * (step - 3) / (steps - 3)))

@@ -1,4 +1,4 @@
-"""Commands of a test, in this process and in others: called, waited for, shown where they fail."""
+"""Runs commands of a test, in this process or in child processes."""
 
 import os
 import socket
@@ -29,18 +29,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment(devices: int, **more: str) -> dict[str, str]:
+def environment(devices: int, **variables: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # each process would compile again
-    return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **more}
+    cached = {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"
+    }  # otherwise each process compiles again
+    return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **variables}
 
 
-def start(arguments: list, devices: int = 1, **more: str) -> subprocess.Popen:
-    """`python ARGUMENTS` with so many devices."""
+def start(arguments: list, devices: int = 1, **variables: str) -> subprocess.Popen:
+    """Start `python ARGUMENTS` with that many virtual devices."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env=environment(devices, **more),
+        env=environment(devices, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,21 +50,21 @@ def start(arguments: list, devices: int = 1, **more: str) -> subprocess.Popen:
 
 
 class Ended:
-    """Exit statuses and what was printed, in the order of the processes, and seconds it took."""
+    """Wait for processes; holds exit statuses and outputs in their order, and the seconds taken."""
 
     def __init__(self, processes: list[subprocess.Popen], timeout: float = 500):
-        began = time.monotonic()
+        start = time.monotonic()
         try:
-            told = [process.communicate(timeout=timeout) for process in processes]
+            outputs = [process.communicate(timeout=timeout) for process in processes]
         finally:
             for process in processes:
                 process.kill()
         self.statuses = [process.returncode for process in processes]
-        self.out, self.err = zip(*told, strict=True)
-        self.seconds = time.monotonic() - began
+        self.out, self.err = zip(*outputs, strict=True)
+        self.seconds = time.monotonic() - start
 
     def last(self, process: int) -> str:
-        """The last line of its errors."""
+        """Last line of a process's standard error."""
         return (self.err[process].strip().splitlines() or [""])[-1]
 
     def __repr__(self):

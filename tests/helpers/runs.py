@@ -1,4 +1,4 @@
-"""Small runs of the commands that train, and what tests ask of them."""
+"""Small training runs, and helpers to inspect them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ LEARNING = {
 
 
 def argv(task, model, data, out, *flags, **options) -> list[str]:
-    """The command line of a run on a file, or on the file of a folder that has the task's name.
+    """Command line of a run on a file, or on TASK.jsonl of a folder.
 
-    Later flags win: `flags` over `options`, and these over what a test's run usually has."""
+    `flags` override `options`, and these override the usual options of a test."""
     data = Path(data)
     usual = {
         "model.name_or_path": model,
@@ -47,7 +47,7 @@ def argv(task, model, data, out, *flags, **options) -> list[str]:
         "export": False,
         "output_dir": out,
     }
-    if Path(model).name not in tiny.FRAMES:  # whose tokenizer is their template
+    if Path(model).name not in tiny.FRAMES:  # encoders have one template
         usual["data.template"] = "tulu" if task == "reward" else "plain"
     if task != "reward":
         usual["num_samples"] = 0
@@ -55,7 +55,7 @@ def argv(task, model, data, out, *flags, **options) -> list[str]:
 
 
 def configure(task, model, data, out, *flags, **options):
-    """The configuration of a run and its algorithm."""
+    """Configuration and algorithm of a run."""
     config_class, algorithm_of = TASKS[task]
     options = {"max_steps": STEPS[task], **LEARNING, **options}
     config, _ = cli.parse(config_class, argv(task, model, data, out, *flags, **options))
@@ -63,14 +63,14 @@ def configure(task, model, data, out, *flags, **options):
 
 
 def train(*args, **options):
-    """Run; returns the rows of metrics.jsonl and what was trained: parameters or an adapter."""
+    """Run; return the rows of metrics.jsonl and the trained parameters (or adapter)."""
     config, algorithm = configure(*args, **options)
     run(config, algorithm, dry_run=False)
     return result(config, algorithm)
 
 
 def result(config, algorithm):
-    """What the newest checkpoint holds, and the rows of metrics.jsonl before it."""
+    """Rows of metrics.jsonl, and trainable parameters of the newest checkpoint."""
     folder = Path(config.output_dir)
     trained = prepare(config, algorithm).trainable.target
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -88,8 +88,10 @@ def same_bits(a, b):
 
 
 def close(a, b, atol):
-    """Equal to `atol`, but for the biases of keys: they have no effect on attention, so their
-    gradient is rounding noise, which Adam scales up to whole steps."""
+    """Assert equality to `atol`, except for the biases of keys.
+
+    Key biases have no effect on attention, so their gradient is rounding noise, which Adam scales
+    up to whole steps."""
 
     def compare(path, x, y):
         path = path_of(path)
@@ -102,7 +104,7 @@ def close(a, b, atol):
 
 
 def stop_after(monkeypatch, steps, owner=log.Log, method="advance"):
-    """Send this process SIGTERM when a method that is called in every update has been so often."""
+    """Send this process SIGTERM in the `steps`-th call of a method that every update calls."""
     calls, real = [], getattr(owner, method)
 
     def counting(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and data sets, with weights that make mistakes visible (std 0.2)."""
+"""Tiny models, tokenizers and data sets, with weights large enough to expose mistakes (std 0.2)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from easyaira.hf import transfer
 from easyaira.models.registry import model_of
 from easyaira.storage.pretrained import Pretrained
 
-if TYPE_CHECKING:  # imported where they are used: they take seconds, and many tests need neither
+if TYPE_CHECKING:  # imported lazily: they take seconds, and many tests need none of them
     import torch
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"  # real data and models, where they are
+SHARED = Path(__file__).parents[3] / "shared" / "data"  # real data and models, if available
 
 VOCAB = 300
 CONFIGS = {
@@ -64,7 +64,7 @@ CONFIGS = {
         "pad_token_id": 1,
     },
 }
-CASES = {  # of what an architecture can be
+CASES = {  # variants of the architectures
     "gpt2": CONFIGS["gpt2"],
     "gpt2-untied-relu": CONFIGS["gpt2"]
     | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 40},
@@ -112,7 +112,7 @@ SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
 
 
 def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
-    """transformers' model of a config, all of its weights drawn with `std`."""
+    """Transformers model of a config, with all weights drawn from N(0, std)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -130,7 +130,7 @@ def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Modul
 
 
 def save(folder: Path, config: dict, *, std: float = 0.2, dtype=None, **kwargs) -> torch.nn.Module:
-    """A Hugging Face folder with random weights and a tokenizer."""
+    """Write a Hugging Face folder with random weights and a tokenizer; return the model."""
     model = torch_model(config, std)
     if dtype is not None:
         model = model.to(dtype)
@@ -140,32 +140,32 @@ def save(folder: Path, config: dict, *, std: float = 0.2, dtype=None, **kwargs) 
 
 
 def save_config(folder: Path, config: dict) -> None:
-    """A folder with config.json and a tokenizer, and no weights."""
+    """Write a folder with config.json and a tokenizer, but no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer_of(config).save_pretrained(folder)
 
 
 def ground(root: Path, models: Mapping = {}, bare: Mapping = {}, **rows: list[dict]) -> Path:
-    """A folder to run in: models by name, those of `bare` without weights, and `NAME.jsonl`."""
+    """Fill a folder with models by name (`bare` ones without weights) and files NAME.jsonl."""
     for name, config in models.items():
         save(root / name, config)
     for name, config in bare.items():
         save_config(root / name, config)
-    for name, some in rows.items():
-        write_rows(root / f"{name}.jsonl", some)
+    for name, lines in rows.items():
+        write_rows(root / f"{name}.jsonl", lines)
     return root
 
 
 def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
-    """That an architecture usually has."""
+    """Usual kind of tokenizer for an architecture."""
     if config["model_type"] in FRAMES and config["pad_token_id"] < 2:
         return encoder_tokenizer(config)
     return tokenizer(config["vocab_size"])
 
 
 def tokenizer(vocab_size: int = VOCAB, pad: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer, `<|endoftext|>` being 0, and `pad`, if there is one, being 1."""
+    """Byte-level tokenizer with id 0 for `<|endoftext|>` and id 1 for `pad`, if given."""
     from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
@@ -179,14 +179,14 @@ def tokenizer(vocab_size: int = VOCAB, pad: str | None = None) -> PreTrainedToke
     )
 
 
-FRAMES = {  # pad, first and last token of a text, with pad at its usual id
+FRAMES = {  # pad, first and last token of a text; pad is at its usual id
     "bert": ["[PAD]", "[CLS]", "[SEP]"],
     "roberta": ["<s>", "<pad>", "</s>"],
 }
 
 
 def encoder_tokenizer(config: dict) -> PreTrainedTokenizerFast:
-    """The same, with what BERT or RoBERTa put around a text."""
+    """Byte-level tokenizer that frames a text as BERT or RoBERTa do."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -227,14 +227,14 @@ def _trained(vocab_size: int, controls: list[str]) -> Tokenizer:
 
 
 def load(folder: Path, mesh: str = "fsdp=-1"):
-    """(model, params) of a Hugging Face folder, in float32."""
-    found = Pretrained(str(folder), folder)
-    model = model_of(found.config, str(folder))
-    return model, found.load(model, make_mesh(mesh))
+    """Load (model, float32 params) of a Hugging Face folder."""
+    origin = Pretrained(str(folder), folder)
+    model = model_of(origin.config, str(folder))
+    return model, origin.load(model, make_mesh(mesh))
 
 
 def as_theirs(model, tree) -> dict[str, np.ndarray]:
-    """A tree like our parameters under their names; for gradients too."""
+    """Rename a tree of parameters, or of gradients, to Hugging Face's names."""
     dtype = lambda name: jnp.dtype("float32")  # noqa: E731
     return dict(transfer.to_hf(tree, model.rows, vocab_size=model.vocab_size, dtypes=dtype))
 
@@ -281,7 +281,7 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict]:
 
 
 def label_rows(count: int, seed: int = 0) -> list[dict]:
-    """Texts of which those that say no are called 1."""
+    """Texts with labels: 1 for those that say no, 0 for the rest."""
     rng = np.random.default_rng(seed)
     words = [["no", "no, no", "I like no Paris"], ["yes", "I like red", "the capital"]]
     labels = [int(i % 3 == 0) for i in range(count)]

@@ -1,11 +1,11 @@
-"""Training commands as processes of their own, with a signal at a named point.
+"""Runs training commands in child processes, with a signal or fault at a named point.
 
 python -m helpers.train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows,
 unproved, devices}
 
-One job runs in this process. Several run one after another, each in a copy of this process, which
-has imported all that they need; their statuses are printed. `out` takes what a job prints, `rows`
-the rows that it feeds to its devices.
+A single job runs in this process. Several jobs run in turn, each in a fork of this process, which
+has imported everything; their exit statuses are printed. A job's output is written to the file
+`out`, and the tokens that it puts on its devices to `rows`.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ import time
 import numpy as np
 
 
-def told_to_stop():
+def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def killed():
-    """As soon as the checkpoint before is finished."""
+    """SIGKILL as soon as checkpoint 3 is finished."""
     folder = next(a for a in sys.argv[1].split('"') if a.startswith("--output_dir=")).split("=")[1]
     while not os.path.exists(f"{folder}/checkpoints/3"):
         time.sleep(0.1)
@@ -33,23 +33,23 @@ def killed():
 
 
 def at_call(module, name, number=1, after=True):
-    """A signal in the `number`-th call of a function."""
+    """Send SIGTERM before or after the `number`-th call of a function."""
     calls, inner = [], getattr(module, name)
 
     def outer(*args, **kwargs):
         calls.append(name)
         if len(calls) == number and not after:
-            told_to_stop()
+            terminate()
         result = inner(*args, **kwargs)
         if len(calls) == number and after:
-            told_to_stop()
+            terminate()
         return result
 
     setattr(module, name, outer)
 
 
-def at_batch(what, number, act=told_to_stop):
-    """A signal before the `number`-th batch of a kind is computed."""
+def at_batch(what, number, act=terminate):
+    """Send a signal before the `number`-th batch of a kind is computed."""
     from easyaira.train import loader
 
     seen, inner = [], loader.ahead
@@ -65,13 +65,13 @@ def at_batch(what, number, act=told_to_stop):
 
 
 def in_a_compilation():
-    """A signal that Python does not notice, since it is told nothing for a minute."""
+    """Send SIGTERM, then block in native code for a minute, so that no Python handler runs."""
     from easyaira.train import step
 
     inner = step.make_train_step
 
     def outer(*args):
-        told_to_stop()
+        terminate()
         ctypes.CDLL(None).sleep(60)
         return inner(*args)
 
@@ -79,7 +79,7 @@ def in_a_compilation():
 
 
 def disk_full():
-    """As the second checkpoint is saved."""
+    """Limit the file size when the second checkpoint is saved."""
     from easyaira.storage import checkpoints
 
     calls, inner = [], checkpoints.Checkpoints.save
@@ -98,7 +98,7 @@ def at_import():
     class Finder:
         def find_spec(self, name, *_):
             if name == "easyaira.train.loop":
-                told_to_stop()
+                terminate()
 
     sys.meta_path.insert(0, Finder())
 
@@ -146,7 +146,7 @@ def run(job):
     signals.GRACE = 1.0
     if job["point"] != "import":
         undrawn.leave_out()
-    if job.get("unproved"):  # against PyTorch, which other tests do
+    if job.get("unproved"):  # skip the comparison with PyTorch; other tests cover it
         from easyaira.export import torch_check
 
         torch_check.compare_logits = lambda *_: {"compared": False, "why": "not asked for"}
@@ -173,7 +173,7 @@ def main(jobs):
     importlib.import_module("transformers").AutoTokenizer  # noqa: B018
     importlib.import_module("transformers").GenerationConfig  # noqa: B018
     for job in jobs:
-        began = time.monotonic()
+        start = time.monotonic()
         child = os.fork()
         if not child:
             sys.stdout.flush()
@@ -186,7 +186,7 @@ def main(jobs):
             run(job)
             sys.exit()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"status": status, "seconds": time.monotonic() - began}), flush=True)
+        print(json.dumps({"status": status, "seconds": time.monotonic() - start}), flush=True)
 
 
 if __name__ == "__main__":

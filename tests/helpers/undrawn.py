@@ -1,4 +1,4 @@
-"""Pages without their pictures."""
+"""Leaves the figures out of pages."""
 
 from easyaira import pages
 from easyaira.data import report as data_report
