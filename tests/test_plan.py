@@ -309,7 +309,7 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p:4x4", "v5e:8x8x8", "v5p", "v5e:8x", "v4:4x4x2:2"])
 def test_an_unknown_pod_is_refused_with_those_that_are_known(name):
-    with pytest.raises(ConfigError, match="is not known; write such as v3:8x16, v4:4x4x2"):
+    with pytest.raises(ConfigError, match="is not known; use for example v3:8x16, v4:4x4x2"):
         chips.pod(name)
 
 
@@ -321,7 +321,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(
-        ConfigError, match=r'needs libtpu, on any machine; pip install "jax\[tpu\]"'
+        ConfigError, match=r'needs libtpu \(on any machine\); pip install "jax\[tpu\]"'
     ):
         chips.pod("v5e:2x4")
 
