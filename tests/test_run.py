@@ -137,7 +137,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
     "extra, message",
     [
         (["--optimizer.learning_rat=1"], "did you mean optimizer.learning_rate[?]"),
-        (["--mesh=dp=3"], "asks for 3 devices, and there are 1"),
+        (["--mesh=dp=3"], "asks for 3 devices, but there are 1"),
         (["--data.train=nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--data.columns={prompt: x}"], "no column 'x'"),
         (["--data.max_length=65"], "data.max_length: 65 is more than the model's 64 positions"),
