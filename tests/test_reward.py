@@ -268,7 +268,9 @@ def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp
     options = {"model.name_or_path": tmp_path / "sft", "optimizer.learning_rate": 0.0}
     _, params = train(*reward(ground, "llama", "pair"), tmp_path / "reward", **options)
     told = capsys.readouterr().out
-    assert "head    score/linear/kernel drawn with standard deviation 0.02 from seed 42" in told
+    assert (
+        "head    score/linear/kernel initialised with standard deviation 0.02 from seed 42" in told
+    )
     checkpoints = Checkpoints(tmp_path / "sft/checkpoints")
     model = pretrained.find(str(tmp_path / "sft"))._saved
     before = checkpoints.restore_params(2, model.shapes)["model"]
