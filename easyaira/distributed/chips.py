@@ -90,8 +90,8 @@ def pod(name: str) -> list[Any]:
     Raises:
         ConfigError: the pod is unknown, or libtpu (the TPU compiler) is not installed.
     """
-    found = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
-    if not found or TOPOLOGIES.get(found[1], 0) != found[2].count("x") + 1:
+    match = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
+    if not match or TOPOLOGIES.get(match[1], 0) != match[2].count("x") + 1:
         raise ConfigError(f"topology: {name!r} is not known; use for example {KNOWN}")
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
@@ -100,9 +100,9 @@ def pod(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
-    sides = tuple(map(int, found[2].split("x")))
+    sides = tuple(map(int, match[2].split("x")))
     options: dict[str, Any] = {}
-    if found[1] == "v4":
+    if match[1] == "v4":
         options["chip_config_name"] = "megacore"  # one device per chip, as JAX reports on a TPU VM
     if math.prod(sides) < 4:  # smaller than one host
         options["chips_per_host_bounds"] = (*sides, 1)[:3]

@@ -69,9 +69,9 @@ class Program(NamedTuple):
     @property
     def memory(self) -> int:
         """Bytes needed per device; a lower bound if the program does not fit."""
-        found = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", self.refused)
-        if found:
-            return int(float(found[1]) * 1024 ** " KMGT".index(found[2]))
+        match = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", self.refused)
+        if match:
+            return int(float(match[1]) * 1024 ** " KMGT".index(match[2]))
         return self.arguments + self.temporaries + self.outputs
 
 
@@ -150,8 +150,8 @@ def _captured_stderr() -> Iterator[list[str]]:
 
 def _resharded(warning: str) -> str:
     """The array of a rematerialisation warning, and its old and new sharding."""
-    found = re.search(r"go from sharding (.*) to (.*) efficiently .*?(%\S+ = \S+)", warning)
-    return f"{found[3]} from {found[1]} to {found[2]}" if found else warning[:200]
+    match = re.search(r"go from sharding (.*) to (.*) efficiently .*?(%\S+ = \S+)", warning)
+    return f"{match[3]} from {match[1]} to {match[2]}" if match else warning[:200]
 
 
 # HLO syntax: a computation is a name and lines in braces, and a line is
@@ -191,18 +191,18 @@ def collectives_of(text: str, loops: int = 1) -> list[Collective]:
         loops: trip count assumed for loops with a dynamic bound.
     """
     entry, lines = computations_of(text)
-    count = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
+    count = int(match[1]) if (match := re.search(r"num_partitions=(\d+)", text)) else 1
     known: dict[str, list[Collective]] = {}
 
     def inside(name: str) -> list[Collective]:
         if name not in known:
-            found: dict[Any, Collective] = {}
+            unique: dict[Any, Collective] = {}
             for line in lines.get(name, {}).values():
                 for i, c in enumerate(of(line, name)):
                     # TPUs fuse pieces of one collective with several products; count it once
                     piece = line.operation == "fusion" and c.channel is not None
-                    found[(c.kind, c.channel) if piece else (line.name, i)] = c
-            known[name] = list(found.values())
+                    unique[(c.kind, c.channel) if piece else (line.name, i)] = c
+            known[name] = list(unique.values())
         return known[name]
 
     def of(line: Line, where: str) -> list[Collective]:
@@ -214,14 +214,14 @@ def collectives_of(text: str, loops: int = 1) -> list[Collective]:
             return [_collective(kind, " ".join(given), line.rest, count)]
         if line.operation in ("async-update", "async-done"):
             return []  # counted at async-start
-        found = [c for called in _CALLED.findall(line.rest) for c in inside(called)]
+        collectives = [c for called in _CALLED.findall(line.rest) for c in inside(called)]
         if branches := _BRANCHES.search(line.rest):
             each = [inside(name) for name in _NAME.findall(branches[1])]
-            found += max(each, key=lambda branch: sum(c.times * c.bytes for c in branch))
+            collectives += max(each, key=lambda branch: sum(c.times * c.bytes for c in branch))
         if line.operation != "while":
-            return found
+            return collectives
         times = _trips(line, lines[where], lines) or loops
-        return [c._replace(times=c.times * times) for c in found]
+        return [c._replace(times=c.times * times) for c in collectives]
 
     return inside(entry)
 
@@ -286,7 +286,7 @@ def _collective(kind: str, given: str, rest: str, count: int) -> Collective:
     """
     size = _group(rest) or count
     shapes = [(t, tuple(map(int, n.split(","))) if n else ()) for t, n in _SHAPE.findall(given)]
-    axis = int(found[1]) if (found := re.search(r"dimensions=\{(\d+)", rest)) else 0
+    axis = int(match[1]) if (match := re.search(r"dimensions=\{(\d+)", rest)) else 0
     if kind == "all-gather":
         shapes = [(t, (*n[:axis], n[axis] * size, *n[axis + 1 :])) for t, n in shapes]
     sent = {
@@ -296,7 +296,7 @@ def _collective(kind: str, given: str, rest: str, count: int) -> Collective:
         "all-to-all": (size - 1) / size,
         "collective-permute": 1,
     }[kind]
-    channel = int(found[1]) if (found := re.search(r"channel_id=(\d+)", rest)) else None
+    channel = int(match[1]) if (match := re.search(r"channel_id=(\d+)", rest)) else None
     return Collective(kind, 1, tuple(shapes), sum(map(_bytes, shapes)) * sent, channel)
 
 
