@@ -226,7 +226,7 @@ def _any(mesh: Mesh) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _whole(mesh: Mesh) -> Any:
+def _replicate(mesh: Mesh) -> Any:
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, P()))
 
 
@@ -239,12 +239,12 @@ def from_first(array: np.ndarray, mesh: Mesh) -> np.ndarray:
     copies = jax.make_array_from_callback(
         (mesh.size, *array.shape), NamedSharding(mesh, P(mesh.axis_names)), lambda _: array[None]
     )
-    shared = np.asarray(_part(mesh)(copies, place))
+    shared = np.asarray(_select(mesh)(copies, place))
     return array if first() else np.array(shared)
 
 
 @lru_cache(maxsize=4)
-def _part(mesh: Mesh) -> Any:
+def _select(mesh: Mesh) -> Any:
     return jax.jit(
         lambda copies, place: copies[place],
         out_shardings=NamedSharding(mesh, P()),
@@ -257,5 +257,5 @@ def fetch(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
-        array = _whole(array.sharding.mesh)(array)
+        array = _replicate(array.sharding.mesh)(array)
     return np.asarray(array)

@@ -92,7 +92,8 @@ def make_mesh(
     if dcn is not None:
         arranged = _over_network(dcn, sizes, devices)
     elif (
-        devices[0].platform == "tpu" and (slices := len({_near(device) for device in devices})) > 1
+        devices[0].platform == "tpu"
+        and (slices := len({_fast_group(device) for device in devices})) > 1
     ):
         raise ConfigError(
             f"dcn: not set, but there are {slices} TPU slices; name the axis that spans "
@@ -134,7 +135,7 @@ def _over_network(dcn: str, sizes: Mapping[str, int], devices: Sequence[jax.Devi
     )
 
 
-def _near(device: jax.Device) -> int:
+def _fast_group(device: jax.Device) -> int:
     """Group of a device: devices with equal values share a fast network.
 
     The group is the slice (of a TPU pod, or of GPUs joined by NVLink), or else the process."""
@@ -146,7 +147,9 @@ def _in_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
     """Sort neighbours side by side. TPUs keep their order: their coordinates place them."""
     if devices[0].platform == "tpu":
         return list(devices)
-    return sorted(devices, key=lambda device: (_near(device), device.process_index, device.id))
+    return sorted(
+        devices, key=lambda device: (_fast_group(device), device.process_index, device.id)
+    )
 
 
 def _check_tp(arranged: np.ndarray) -> None:
@@ -156,8 +159,8 @@ def _check_tp(arranged: np.ndarray) -> None:
         ConfigError: it does.
     """
     for group in arranged.reshape(-1, arranged.shape[-1]):
-        if len({_near(device) for device in group}) > 1:
-            each = math.gcd(*Counter(_near(device) for device in arranged.flat).values())
+        if len({_fast_group(device) for device in group}) > 1:
+            each = math.gcd(*Counter(_fast_group(device) for device in arranged.flat).values())
             fit = [size for size in range(1, each + 1) if each % size == 0]
             raise ConfigError(
                 f"mesh: tp={len(group)} would span hosts, and each host has {each} devices; "

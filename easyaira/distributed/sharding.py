@@ -94,7 +94,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _possible(mesh, x, axes))
+    return jax.lax.with_sharding_constraint(x, _valid_spec(mesh, x, axes))
 
 
 def by_device(f: Callable[..., jax.Array], axes: Sequence[Sequence[Any]]) -> Callable:
@@ -107,13 +107,13 @@ def by_device(f: Callable[..., jax.Array], axes: Sequence[Sequence[Any]]) -> Cal
         return f
 
     def sharded(*arrays: jax.Array) -> jax.Array:
-        specs = tuple(_possible(mesh, *pair) for pair in zip(arrays, axes, strict=True))
+        specs = tuple(_valid_spec(mesh, *pair) for pair in zip(arrays, axes, strict=True))
         return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
     return sharded
 
 
-def _possible(mesh: Any, x: jax.Array, axes: Sequence[Any]) -> P:
+def _valid_spec(mesh: Any, x: jax.Array, axes: Sequence[Any]) -> P:
     """The entries of `axes`, with None where the mesh does not divide the size."""
     sizes = zip(x.shape, axes, strict=True)
     return P(*(entry if size % _parts(mesh, entry) == 0 else None for size, entry in sizes))

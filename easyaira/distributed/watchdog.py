@@ -139,7 +139,7 @@ class Watch(threading.Thread):
         self.done = False  # this process has finished its work
         self.ended: Ended | None = None  # how this process would end on its own
         self._tick = itertools.count()
-        self._heard: dict[int, tuple[str, float]] = {}  # host: its last heartbeat, and when it came
+        self._beats: dict[int, tuple[str, float]] = {}  # host: its last heartbeat, and when it came
         self._lost: set[int] = set()
         self._cause: dict[str, Any] | None = None
         self._since: float | None = None  # when this process first saw the cause
@@ -211,9 +211,9 @@ class Watch(threading.Thread):
             if i == self.index or 0 not in (i, self.index):
                 continue
             beat = store.get(f"beat/{i}", "")
-            before, when = self._heard.get(i, (None, now))
+            before, when = self._beats.get(i, (None, now))
             if beat != before:
-                self._heard[i] = (beat, now)
+                self._beats[i] = (beat, now)
             elif now - when > self.config.timeout:
                 self._lost.add(i)
                 at = beat.split(" ", 2)[-1] or "starting"

@@ -71,7 +71,7 @@ def export(
     if not hosts.first():
         deque(tensors, maxlen=0)  # every process takes part in each gather
         return {}
-    with _beside(folder, replace) as new:
+    with _replacing(folder, replace) as new:
         written: dict[str, dict[str, Any]] = {}
 
         def recorded() -> Iterator[tuple[str, np.ndarray]]:
@@ -128,7 +128,7 @@ def export_adapter(
     tensors = peft.to_peft(adapter, jax.tree.map(hosts.fetch, params))
     if not hosts.first():
         return {}
-    with _beside(folder, replace) as new:
+    with _replacing(folder, replace) as new:
         written = {name: _described(tensor) for name, tensor in tensors.items()}
         watchdog.beat("verifying the export", bounded=False)
         file = new / peft.ADAPTER_WEIGHTS
@@ -163,7 +163,7 @@ def export_adapter(
 
 
 @contextmanager
-def _beside(folder: Path, replace: bool) -> Iterator[Path]:
+def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
     """Temporary folder that replaces `folder` on success and is removed on failure."""
     if folder.exists() and not replace and any(folder.iterdir()):
         raise StorageError(f"{folder}: is not empty; choose another folder")

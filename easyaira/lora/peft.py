@@ -72,7 +72,7 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
             problem = "is missing" if tensor is None else f"has shape {tensor.shape}"
             raise WeightsError(
                 f"{where}: {name} {problem}; expected shape {wanted} and finite values. Is it an "
-                f"adapter of this model, with these lora.target_modules{_whole(adapter)}?"
+                f"adapter of this model, with these lora.target_modules{_modules_hint(adapter)}?"
             )
         return tensor.astype(np.float32)
 
@@ -96,7 +96,7 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
     return nested(flat)
 
 
-def _whole(adapter: Adapter) -> str:
+def _modules_hint(adapter: Adapter) -> str:
     return f" and modules_to_save {adapter.head_modules}" if adapter.head else ""
 
 

@@ -229,7 +229,7 @@ class Checkpoints:
                 sums = dict(restored.sums)
                 intact = sums.pop("sums") == hash_of(sums)
             except Exception as error:
-                failure = self._failed("restored", step, self._unread(step) or error)
+                failure = self._failed("restored", step, self._damaged_json(step) or error)
             if failure:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -272,7 +272,7 @@ class Checkpoints:
         rest = f" (other finished steps: {others})" if others else ""
         return StorageError(f"{self.folder}/{step}: cannot be {verb}: {reason}{rest}")
 
-    def _unread(self, step: int) -> str | None:
+    def _damaged_json(self, step: int) -> str | None:
         """Name the damaged JSON file of a checkpoint, if any; Orbax's errors do not."""
         for pattern in ("*/metadata", "*/_METADATA", "*/array_metadatas/*"):
             for file in (self.folder / str(step)).glob(pattern):

@@ -123,7 +123,7 @@ class Pretrained:
             WeightsError: another tensor is missing, left over or of another shape.
         """
         if self.step is None:
-            return _absent(model, self._matched(model))
+            return _missing(model, self._matched(model))
         if self.adapter is not None:
             self.base.check(self._saved)
         if self._saved.scorer and not model.scorer:
@@ -172,10 +172,10 @@ class Pretrained:
         """
         target = model.target(mesh)
         stored = self._matched(model) if self.step is None else None
-        missing = self.check(model) if stored is None else _absent(model, stored)
+        missing = self.check(model) if stored is None else _missing(model, stored)
         if missing and head_key is None:
             raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward adds a score head")
-        drawn = _drawn(model, target, missing, head_key) if missing else {}
+        drawn = _initialise(model, target, missing, head_key) if missing else {}
         if stored is not None:
             return transfer.from_hf(stored, target, model.rows, drawn, each)
         if self._saved.scorer == model.scorer:
@@ -247,12 +247,14 @@ class Pretrained:
         return tokenizer
 
 
-def _absent(model: Model, stored: Mapping[str, Any]) -> list[str]:
+def _missing(model: Model, stored: Mapping[str, Any]) -> list[str]:
     """Paths of the model's parameters that are not among the stored tensors."""
     return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
 
 
-def _drawn(model: Model, target: Any, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
+def _initialise(
+    model: Model, target: Any, paths: list[str], key: jax.Array
+) -> dict[str, jax.Array]:
     """Initialise the parameters at `paths` only; XLA drops the computation of all others."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
