@@ -103,11 +103,11 @@ def test_neighbours_along_tp_share_a_host(platform, more):
 
 def test_tp_over_hosts_is_refused_where_their_network_is_slow():
     for more in ({}, {"slice_index": per_slice}):
-        with pytest.raises(ConfigError, match="tp=8 .* each has 4 .* tp=1, tp=2, tp=4$"):
+        with pytest.raises(ConfigError, match="tp=8 .* each host has 4 .* tp=1, tp=2, tp=4$"):
             meshes.make_mesh("tp=8", hosts(2, 4, **more))
-        with pytest.raises(ConfigError, match="tp=4 .* each has 6 .* tp=1, tp=2, tp=3, tp=6$"):
+        with pytest.raises(ConfigError, match="tp=4 .* each host has 6 .* tp=1, tp=2, tp=3, tp=6$"):
             meshes.make_mesh("tp=4,fsdp=-1", hosts(2, 6, **more))
-        with pytest.raises(ConfigError, match="tp=8 .* each has 4"):
+        with pytest.raises(ConfigError, match="tp=8 .* each host has 4"):
             meshes.make_mesh("tp=8,dp=2", hosts(4, 4, **more))
     meshes.make_mesh("tp=8", hosts(8, 1, slice_index=lambda _: 0))  # a process for each GPU
     meshes.make_mesh("tp=8", slices(1))

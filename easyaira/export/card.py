@@ -257,7 +257,7 @@ def _emissions(used: energy.Used, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _energy(used: energy.Used) -> str:
-    lost = f"; {used.lost} killed sessions are not included" if used.lost else ""
+    lost = f"; {used.lost} sessions were killed and are not included" if used.lost else ""
     return (
         f"{used.kwh:.4g} kWh and {used.co2_kg:.4g} kg of CO2 equivalent in {escape(used.place)}, "
         f"over {used.seconds:,.0f} seconds{lost}. CodeCarbon: " + escape(" / ".join(used.sources))
