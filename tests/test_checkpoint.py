@@ -180,7 +180,7 @@ def test_a_damaged_newest_is_moved_aside_and_its_step_saved_again(saved, eight, 
         found = restore_latest(folder, eight)
         assert found.step == 2 and same(found, eight)
         said = capsys.readouterr().out
-        assert said.count("\n") == 1 and f"kept as {name}; goes on from 2" in said
+        assert said.count("\n") == 1 and f"kept as {name}; resuming from 2" in said
         assert f"{folder}/4: cannot be restored: opt_state/0/" in said
         save(folder, [4], eight)
         found = restore_latest(folder, eight)
@@ -195,7 +195,9 @@ def test_with_no_good_one_left_nothing_is_touched(saved, eight, tmp_path):
     shutil.rmtree(tmp_path / "2/data")
     (tmp_path / "4/meta/metadata").write_text('{"loss": [4, 0.2]}')
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(StorageError, match="no checkpoint .*4: .*meta is not .*; .*2: .*data"):
+    with pytest.raises(
+        StorageError, match="no intact checkpoint .*4: .*meta differs .*; .*2: .*data"
+    ):
         restore_latest(tmp_path, eight)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -270,7 +272,7 @@ def test_a_run_goes_on_from_the_newest_good_one_to_the_same_weights(models, data
     (place / "4/params/manifest.ocdbt").write_bytes(b"")
     status, out, err = call(train_sft.main, arguments, capsys)
     assert status == 0, err
-    assert "goes on from 2" in out and f"continues {run} after update 2" in out
+    assert "resuming from 2" in out and f"continues {run} after update 2" in out
     assert {p.name for p in place.iterdir()} == {"2", "4", "6", "4.damaged"}
     assert weights_of(place, 6) == whole
     assert pretrained.find(str(run)).step == 6

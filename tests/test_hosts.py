@@ -70,7 +70,7 @@ def test_a_host_whose_others_never_come_says_so():
     )
     assert ended.statuses == [5, 5], ended
     for i in range(2):
-        assert "error: distributed: the other processes did not come to 127.0.0.1" in ended.last(i)
+        assert "error: distributed: the other processes did not join 127.0.0.1" in ended.last(i)
 
 
 @pytest.mark.slow

@@ -103,11 +103,11 @@ def test_neighbours_along_tp_share_a_host(platform, more):
 
 def test_tp_over_hosts_is_refused_where_their_network_is_slow():
     for more in ({}, {"slice_index": per_slice}):
-        with pytest.raises(ConfigError, match="tp=8 .* each has 4 .* tp=1, tp=2, tp=4$"):
+        with pytest.raises(ConfigError, match="tp=8 .* each host has 4 .* tp=1, tp=2, tp=4$"):
             meshes.make_mesh("tp=8", hosts(2, 4, **more))
-        with pytest.raises(ConfigError, match="tp=4 .* each has 6 .* tp=1, tp=2, tp=3, tp=6$"):
+        with pytest.raises(ConfigError, match="tp=4 .* each host has 6 .* tp=1, tp=2, tp=3, tp=6$"):
             meshes.make_mesh("tp=4,fsdp=-1", hosts(2, 6, **more))
-        with pytest.raises(ConfigError, match="tp=8 .* each has 4"):
+        with pytest.raises(ConfigError, match="tp=8 .* each host has 4"):
             meshes.make_mesh("tp=8,dp=2", hosts(4, 4, **more))
     meshes.make_mesh("tp=8", hosts(8, 1, slice_index=lambda _: 0))  # a process for each GPU
     meshes.make_mesh("tp=8", slices(1))
@@ -129,9 +129,9 @@ def test_a_mesh_over_tpu_slices():
 @pytest.mark.parametrize(
     "text, dcn, message",
     [
-        ("dp=2,fsdp=-1", "dp=4", "asks for 4 hosts, and there are 2"),
+        ("dp=2,fsdp=-1", "dp=4", "asks for 4 hosts, but there are 2"),
         ("fsdp=-1", "dp=2", "dp=2 does not divide dp=1 of mesh"),
-        ("dp=2,fsdp=-1", "tp=2", "'tp=2' has tp over the slow network; use dp or fsdp"),
+        ("dp=2,fsdp=-1", "tp=2", "'tp=2' puts tp on the slow network; use dp or fsdp"),
         ("dp=2,fsdp=-1", "two", "dcn: cannot read 'two'"),
         ("dp=2,fsdp=-1", "dp=-2", "dcn: 'dp=-2' has an axis of size -2"),
     ],
@@ -143,9 +143,9 @@ def test_what_does_not_fit_the_network_is_named(text, dcn, message):
 
 
 def test_dcn_is_for_several_slices_or_alike_hosts():
-    with pytest.raises(ConfigError, match="dcn: is for several TPU slices, and there is one"):
+    with pytest.raises(ConfigError, match="dcn: needs several TPU slices, but there is one"):
         meshes.make_mesh("dp=2,fsdp=-1", slices(1), "dp=2")
-    with pytest.raises(ConfigError, match=r"dcn: hosts have unlike numbers of devices: \[2, 4\]"):
+    with pytest.raises(ConfigError, match=r"dcn: hosts differ in number of devices: \[2, 4\]"):
         meshes.make_mesh("fsdp=-1", [fake(place, 4, "gpu") for place in range(6)], "fsdp=2")
 
 

@@ -239,8 +239,8 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     assert rows["gradients"] == 2 * rows["weights"]  # of a micro-batch, and of those before it
     assert not found.failures
     told = plan_report.show(setup, found)
-    assert "fits" not in told and "what a cpu has is not known" in told
-    assert "2 micro-batches of 4 x" in told
+    assert "fits" not in told and "(this device's memory is unknown)" in told
+    assert "2 micro-batches x 4 data shards x" in told
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(groun
     rules = ((r"up_proj/kernel$", P()), *llama.PARTITION_RULES)
     model = replace(setup.model, architecture=replace(architecture, rules=rules))
     setup = replace(setup, model=model)
-    assert gathered() == [f"{path} {shape} is not divided, although fsdp x tp = 4"]
+    assert gathered() == [f"{path} {shape} is not sharded, although fsdp x tp = 4"]
 
 
 @pytest.mark.slow
@@ -309,7 +309,7 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p:4x4", "v5e:8x8x8", "v5p", "v5e:8x", "v4:4x4x2:2"])
 def test_an_unknown_pod_is_refused_with_those_that_are_known(name):
-    with pytest.raises(ConfigError, match="is not known; write such as v3:8x16, v4:4x4x2"):
+    with pytest.raises(ConfigError, match="is not known; use for example v3:8x16, v4:4x4x2"):
         chips.pod(name)
 
 
@@ -321,7 +321,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(
-        ConfigError, match=r'needs libtpu, on any machine; pip install "jax\[tpu\]"'
+        ConfigError, match=r'needs libtpu \(on any machine\); pip install "jax\[tpu\]"'
     ):
         chips.pod("v5e:2x4")
 

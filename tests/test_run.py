@@ -137,7 +137,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
     "extra, message",
     [
         (["--optimizer.learning_rat=1"], "did you mean optimizer.learning_rate[?]"),
-        (["--mesh=dp=3"], "asks for 3 devices, and there are 1"),
+        (["--mesh=dp=3"], "asks for 3 devices, but there are 1"),
         (["--data.train=nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--data.columns={prompt: x}"], "no column 'x'"),
         (["--data.max_length=65"], "data.max_length: 65 is more than the model's 64 positions"),
@@ -303,11 +303,11 @@ def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys,
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     monkeypatch.setattr(torch_check, "TOLERANCE", 0.0)
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
-    assert status == 2 and "logits in PyTorch differ" in err
+    assert status == 2 and "PyTorch logits differ" in err
     monkeypatch.undo()
     monkeypatch.setattr(release, "_hash", lambda tensor: str(np.random.default_rng().random()))
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
-    assert status == 2 and "differ from what was trained" in err
+    assert status == 2 and "differ from the trained tensors" in err
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 

@@ -1,8 +1,9 @@
 """Several processes as one run: one on each TPU host, or one on each GPU or machine of GPUs.
 
-JAX computes over all of them. Here is the rest: who they are, and whether they agree. They talk
-through the key-value store of JAX's coordinator, which lies in the first process; that one prints,
-and writes what is written once. `watchdog` sees to it that none waits for one that is gone.
+JAX runs the collectives. This module joins the processes and checks that they agree. They exchange
+values through the key-value store of JAX's coordinator, which runs in the first process. The first
+process also prints, and writes every file that is written once. `watchdog` ends a run whose
+processes would otherwise wait for a lost one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import clusters, distributed  # the launchers that JAX knows, and its key-value store
+from jax._src import clusters, distributed  # launchers known to JAX; key-value store
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,8 +30,8 @@ from easyaira.config.run import DistributedConfig
 from easyaira.distributed import watchdog
 from easyaira.errors import ConfigError, HostError
 
-# With its other scheduler, XLA on CPUs has been seen to begin a program's collectives in another
-# order on each host, and so to wait for ever: in three of six runs of 100 updates.
+# XLA's concurrency-optimised CPU scheduler can start collectives in a different order on each host
+# and deadlock: seen in three of six runs of 100 updates.
 IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 _shared = itertools.count()
 
@@ -40,17 +41,17 @@ def several() -> bool:
 
 
 def first() -> bool:
-    """Whether this is the process that prints, and writes what is written once."""
+    """Whether this process prints, and writes the files that are written once."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def joined(config: DistributedConfig) -> Iterator[None]:
-    """Be one of the run's processes, and end as all of them do.
+    """Join the run's processes for the block, and end together with them.
 
     Raises:
-        ConfigError: it cannot be said who the others are.
-        HostError: they do not come.
+        ConfigError: the other processes cannot be determined.
+        HostError: the other processes do not join in time.
     """
     watchdog.beat("starting")
     client = _connect(config)
@@ -63,30 +64,30 @@ def joined(config: DistributedConfig) -> Iterator[None]:
 
 
 def _connect(config: DistributedConfig) -> Any:
-    """The client of JAX's coordinator, or None where this process is alone.
+    """Connect to JAX's coordinator and return its client, or None for a single process.
 
     Raises:
-        ConfigError: it cannot be said who the others are.
-        HostError: they do not come.
+        ConfigError: the other processes cannot be determined.
+        HostError: the other processes do not join in time.
     """
     if distributed.global_state.client is not None:
         return distributed.global_state.client if several() else None
-    found = launcher() if config.detect else None
-    if config.coordinator_address is None and not found:
+    detected = launcher() if config.detect else None
+    if config.coordinator_address is None and not detected:
         return None
     limit = f"{config.initialization_timeout} s (distributed.initialization_timeout)"
     absent = (
-        f"distributed: the other processes did not come to {config.coordinator_address or found} "
-        f"within {limit}; start all of them, with the same coordinator_address and num_processes"
+        f"distributed: the other processes did not join {config.coordinator_address or detected} "
+        f"within {limit}; start all of them with the same coordinator_address and num_processes"
     )
 
-    def give_up() -> None:  # JAX aborts
+    def give_up() -> None:  # JAX calls abort() on a timeout
         print(f"error: {absent}", file=sys.stderr, flush=True)
         os._exit(HostError.exit_status)
 
     watchdog.on_abort(give_up)
-    told = None not in (config.coordinator_address, config.num_processes, config.process_id)
-    # its handler of SIGTERM would take the place of ours
+    explicit = None not in (config.coordinator_address, config.num_processes, config.process_id)
+    # JAX's SIGTERM handler would replace ours
     jax.config.update("jax_enable_preemption_service", False)
     if IN_ORDER not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{IN_ORDER}=false"
@@ -95,9 +96,9 @@ def _connect(config: DistributedConfig) -> Any:
             config.coordinator_address,
             config.num_processes,
             config.process_id,
-            cluster_detection_method="deactivate" if told or not found else found,
+            cluster_detection_method="deactivate" if explicit or not detected else detected,
             initialization_timeout=config.initialization_timeout,
-            # after ours, which says what happened
+            # later than our timeout, whose message names the cause
             heartbeat_timeout_seconds=int(2 * config.timeout + 3 * watchdog.GRACE),
             shutdown_timeout_seconds=config.timeout,
         )
@@ -105,28 +106,30 @@ def _connect(config: DistributedConfig) -> Any:
         raise ConfigError(f"distributed: {error}") from error
     except RuntimeError as error:
         raise HostError(f"{absent}: {str(error).splitlines()[0]}") from error
-    atexit.register(_disconnect)  # before JAX's own, which first drops its devices
+    atexit.register(_disconnect)  # runs before JAX's own handler, which drops its devices first
     state: Any = distributed.global_state
     client = state.client
     client.key_value_set(f"easyaira/machine/{state.process_id}", platform.node())
     machines = [_get(client, f"easyaira/machine/{i}") for i in range(state.num_processes)]
     if machines.count(platform.node()) == 1:
-        # JAX gives each process of SLURM and Open MPI one GPU; alone on a machine, it has them all
+        # JAX gives each SLURM or Open MPI process one GPU; a machine's only process takes them all
         jax.config.update("jax_cuda_visible_devices", "all")
     return client if several() else None
 
 
 def _disconnect() -> None:
-    """Part from the other processes while Python still answers an abort(), see `watch`."""
+    """Disconnect from the other processes while Python can still handle abort(); see
+    `watchdog`."""
     sys.stdout.flush()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # all have done their part
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # every process is already done
         jax.distributed.shutdown()
     watchdog.on_abort(None)
 
 
 def launcher() -> str | None:
-    """Who started this process as one of several, if it is one that JAX knows by name (not of
-    Kubernetes without TPUs, where any process would be taken for one of several)."""
+    """Name of the launcher that JAX detects, or None for a single process.
+
+    Kubernetes without TPUs is left out: JAX would take any process there for one of several."""
     if "1" in (os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
         return None
     known = [env for env in clusters.ClusterEnv._cluster_types if env.name]
@@ -136,7 +139,7 @@ def launcher() -> str | None:
 
 
 def _get(client: Any, key: str) -> str:
-    """A value of the store, waited for in parts, so that signals are seen."""
+    """Wait for a value of the store, in steps of a second so that signals are handled."""
     while True:
         watchdog.waits("for another host")
         try:
@@ -147,14 +150,14 @@ def _get(client: Any, key: str) -> str:
 
 
 def _all_done(client: Any) -> None:
-    """Wait until every process has done its part: the first may still be writing."""
+    """Barrier at the end of the run: the first process may still be writing."""
     client.key_value_set(f"easyaira/done/{jax.process_index()}", "")
     for i in range(jax.process_count()) if first() else (0,):
         _get(client, f"easyaira/done/{i}")
 
 
 def share(value: Any = None) -> Any:
-    """The first process's value, for all: anything that JSON holds. All must ask."""
+    """Broadcast the first process's value, of any JSON type. Every process must call this."""
     if not several():
         return value
     key, client = f"easyaira/shared/{next(_shared)}", distributed.global_state.client
@@ -165,8 +168,8 @@ def share(value: Any = None) -> Any:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """Of several processes, what each says, for the first one; nothing for the others. All must
-    ask."""
+    """Gather each process's value on the first process; the others get []. Every process must call
+    this."""
     name, client = f"easyaira/gathered/{next(_shared)}", distributed.global_state.client
     client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
     count = jax.process_count() if first() else 0
@@ -174,10 +177,10 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def agree(values: Mapping[str, Any]) -> None:
-    """Make sure that these are alike on all hosts.
+    """Check that these values are equal on all hosts.
 
     Raises:
-        ConfigError: they are not; says which, and where.
+        ConfigError: a value differs; the message names it and the host.
     """
     if not several():
         return
@@ -195,16 +198,19 @@ def agree(values: Mapping[str, Any]) -> None:
 
 
 def problem_of_any(problem: str | None) -> str | None:
-    """What went wrong on a host, for all; None if nothing did. All must ask."""
+    """The first host's problem, on every process; None if no host has one. Every process must call
+    this."""
     if not several():
         return problem
-    told = enumerate(_gathered(problem))
-    return share(next((f"host {i}: {text}" for i, text in told if text is not None), None))
+    problems = enumerate(_gathered(problem))
+    return share(next((f"host {i}: {text}" for i, text in problems if text is not None), None))
 
 
 def any_of(flag: bool, mesh: Mesh) -> Any:
-    """Whether it is so on any host. Of several, an array, computed after the update under way, so
-    that nobody waits for it. All must ask."""
+    """Logical or of `flag` over all hosts. Every process must call this.
+
+    With several hosts the result is a device array: the all-reduce runs asynchronously, after the
+    current update."""
     if not several():
         return flag
     everywhere = NamedSharding(mesh, P(mesh.axis_names))
@@ -220,24 +226,25 @@ def _any(mesh: Mesh) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _whole(mesh: Mesh) -> Any:
+def _replicate(mesh: Mesh) -> Any:
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, P()))
 
 
 def from_first(array: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """The first process's array, for all; the others' have its shape and dtype. All must ask."""
+    """Broadcast the first process's array; the others pass one of the same shape and dtype. Every
+    process must call this."""
     if not several():
         return array
     place = next(i for i, device in enumerate(mesh.devices.flat) if device.process_index == 0)
     copies = jax.make_array_from_callback(
         (mesh.size, *array.shape), NamedSharding(mesh, P(mesh.axis_names)), lambda _: array[None]
     )
-    shared = np.asarray(_part(mesh)(copies, place))
+    shared = np.asarray(_select(mesh)(copies, place))
     return array if first() else np.array(shared)
 
 
 @lru_cache(maxsize=4)
-def _part(mesh: Mesh) -> Any:
+def _select(mesh: Mesh) -> Any:
     return jax.jit(
         lambda copies, place: copies[place],
         out_shardings=NamedSharding(mesh, P()),
@@ -246,9 +253,9 @@ def _part(mesh: Mesh) -> Any:
 
 
 def fetch(array: Any) -> np.ndarray:
-    """All of an array, wherever its parts lie. All processes must ask."""
+    """Gather a whole array as NumPy, whatever its sharding. Every process must call this."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
-        array = _whole(array.sharding.mesh)(array)
+        array = _replicate(array.sharding.mesh)(array)
     return np.asarray(array)

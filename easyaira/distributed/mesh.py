@@ -1,7 +1,7 @@
 """Devices as a mesh of three axes.
 
-`dp` copies the weights and divides the data; `fsdp` divides both; `tp` divides every matrix
-product, and between products the tokens of a row."""
+`dp` replicates the weights and shards the data. `fsdp` shards both. `tp` shards every matrix
+product and, between products, the tokens of a row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 from easyaira.errors import ConfigError
 
 AXES = ("dp", "fsdp", "tp")
-BATCH_AXES = ("dp", "fsdp")  # the axes that divide examples
+BATCH_AXES = ("dp", "fsdp")  # the axes that shard examples
 ALIASES = {"mp": "tp"}  # EasyLM's name
 
 
@@ -28,14 +28,14 @@ def parse_mesh(
     """The size of each axis.
 
     Args:
-        text: named axes in any order, `dp=1,fsdp=-1` (`:` for `=`, `mp` for `tp`, axes left out
-            have size 1), or three sizes in EasyLM's order dp, fsdp, tp, such as `1,-1,1`. One size
-            may be -1, which stands for the rest.
-        device_count: how many devices there are.
-        option, what: the option's name, and what it counts, for messages.
+        text: named axes in any order, such as `dp=1,fsdp=-1`, or three sizes in EasyLM's order dp,
+            fsdp, tp, such as `1,-1,1`. Named axes may use `:` for `=` and `mp` for `tp`; omitted
+            axes have size 1. One size may be -1: all remaining devices.
+        device_count: number of devices.
+        option, what: name of the option and of the things it counts, for messages.
 
     Raises:
-        ConfigError: the text is neither form, or the sizes do not use every device.
+        ConfigError: the text has neither form, or the sizes do not use every device.
     """
     sizes = dict.fromkeys(AXES, 1)
     parts = text.replace(" ", "").split(",")
@@ -60,13 +60,13 @@ def parse_mesh(
         fixed *= max(size, 1)
     rest = [axis for axis, size in sizes.items() if size == -1]
     if len(rest) > 1:
-        raise ConfigError(f"{option}: {text!r} has more than one -1; only one can be the rest")
+        raise ConfigError(f"{option}: {text!r} has more than one -1; at most one is allowed")
     if rest and device_count % fixed == 0:
         sizes[rest[0]] = device_count // fixed
     elif rest or fixed != device_count:
         raise ConfigError(
-            f"{option}: {text!r} asks for {'a multiple of ' if rest else ''}{fixed} {what}, and "
-            f"there are {device_count}, which must all be used; fsdp=-1 always fits"
+            f"{option}: {text!r} asks for {'a multiple of ' if rest else ''}{fixed} {what}, but "
+            f"there are {device_count} and all must be used; fsdp=-1 always fits"
         )
     return sizes
 
@@ -74,18 +74,17 @@ def parse_mesh(
 def make_mesh(
     text: str, devices: Sequence[jax.Device] | None = None, dcn: str | None = None
 ) -> Mesh:
-    """Devices, arranged so that those near each other share an axis; the axes are left to the
-    compiler (Auto).
+    """Arrange devices as a mesh whose axes join near neighbours. All axes have type Auto.
 
     Args:
         text: see `parse_mesh`.
-        devices: default: all there are.
-        dcn: how often each axis is cut over the network between TPU slices, or else between hosts,
-            `dp=2`.
+        devices: default: all devices.
+        dcn: number of parts of each axis over the network between TPU slices, or else between
+            hosts, such as `dp=2`.
 
     Raises:
-        ConfigError: see `parse_mesh`; sizes in `dcn` that do not fit those in `text`, or a tp that
-            reaches over a slow network.
+        ConfigError: see `parse_mesh`; or the sizes in `dcn` do not fit those in `text`; or tp spans
+            a slow network.
     """
     devices = all_devices() if devices is None else devices
     sizes = parse_mesh(text, len(devices))
@@ -93,14 +92,15 @@ def make_mesh(
     if dcn is not None:
         arranged = _over_network(dcn, sizes, devices)
     elif (
-        devices[0].platform == "tpu" and (slices := len({_near(device) for device in devices})) > 1
+        devices[0].platform == "tpu"
+        and (slices := len({_fast_group(device) for device in devices})) > 1
     ):
         raise ConfigError(
-            f"dcn: is not set, and there are {slices} TPU slices; say which axis goes over the "
-            f"network between them, such as dp={slices}"
+            f"dcn: not set, but there are {slices} TPU slices; name the axis that spans "
+            f"the network between them, such as dp={slices}"
         )
     else:
-        # not jax.make_mesh, which refuses GPUs of several hosts
+        # jax.make_mesh refuses GPUs of several hosts
         arranged = mesh_utils.create_device_mesh(
             shape, _in_order(devices), allow_split_physical_axes=True
         )
@@ -109,17 +109,17 @@ def make_mesh(
 
 
 def _over_network(dcn: str, sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices of each slice or host as a block of the mesh."""
+    """Arrange the devices so that each slice or host is a block of the mesh."""
     by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     if by_process and devices[0].platform == "tpu":
-        raise ConfigError("dcn: is for several TPU slices, and there is one; leave it out")
+        raise ConfigError("dcn: needs several TPU slices, but there is one; leave it out")
     attribute, what = ("process_index", "hosts") if by_process else ("slice_index", "slices")
     blocks = Counter(getattr(device, attribute) for device in devices)
     outer = parse_mesh(dcn, len(blocks), "dcn", what)
     if outer["tp"] > 1:
-        raise ConfigError(f"dcn: {dcn!r} has tp over the slow network; use dp or fsdp")
+        raise ConfigError(f"dcn: {dcn!r} puts tp on the slow network; use dp or fsdp")
     if len(set(blocks.values())) > 1:
-        raise ConfigError(f"dcn: {what} have unlike numbers of devices: {sorted(blocks.values())}")
+        raise ConfigError(f"dcn: {what} differ in number of devices: {sorted(blocks.values())}")
     for axis, size in outer.items():
         if sizes[axis] % size:
             raise ConfigError(
@@ -135,28 +135,35 @@ def _over_network(dcn: str, sizes: Mapping[str, int], devices: Sequence[jax.Devi
     )
 
 
-def _near(device: jax.Device) -> int:
-    """Which devices have a fast network between them: those of a slice (a TPU's, or what GPUs with
-    NVLink between them are called), or else of a process."""
+def _fast_group(device: jax.Device) -> int:
+    """Group of a device: devices with equal values share a fast network.
+
+    The group is the slice (of a TPU pod, or of GPUs joined by NVLink), or else the process."""
     one = 0 if device.platform == "tpu" else device.process_index
     return getattr(device, "slice_index", one)
 
 
 def _in_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Neighbours side by side; how TPUs lie is known by their coordinates."""
+    """Sort neighbours side by side. TPUs keep their order: their coordinates place them."""
     if devices[0].platform == "tpu":
         return list(devices)
-    return sorted(devices, key=lambda device: (_near(device), device.process_index, device.id))
+    return sorted(
+        devices, key=lambda device: (_fast_group(device), device.process_index, device.id)
+    )
 
 
 def _check_tp(arranged: np.ndarray) -> None:
-    """Refuse products that are divided over a slow network."""
+    """Refuse a tp axis that spans a slow network.
+
+    Raises:
+        ConfigError: it does.
+    """
     for group in arranged.reshape(-1, arranged.shape[-1]):
-        if len({_near(device) for device in group}) > 1:
-            each = math.gcd(*Counter(_near(device) for device in arranged.flat).values())
+        if len({_fast_group(device) for device in group}) > 1:
+            each = math.gcd(*Counter(_fast_group(device) for device in arranged.flat).values())
             fit = [size for size in range(1, each + 1) if each % size == 0]
             raise ConfigError(
-                f"mesh: tp={len(group)} would reach over hosts, of which each has {each} devices; "
+                f"mesh: tp={len(group)} would span hosts, and each host has {each} devices; "
                 f"use one of {', '.join(f'tp={size}' for size in fit)}"
             )
 
@@ -166,12 +173,12 @@ def all_devices() -> list[jax.Device]:
 
 
 def data_shards(mesh: Mesh) -> int:
-    """In how many parts a batch is divided."""
+    """Number of shards of a batch."""
     return mesh.shape["dp"] * mesh.shape["fsdp"]
 
 
 def local_shards(mesh: Mesh) -> list[int]:
-    """Of those parts, the ones that devices of this process hold."""
+    """Indices of the batch shards on this process's devices."""
     devices = mesh.devices.reshape(data_shards(mesh), -1)
     here = jax.process_index()
     return [i for i, shard in enumerate(devices) if any(d.process_index == here for d in shard)]

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run is told to stop, at any time, and ends with what it has."""
+"""SIGTERM and SIGINT: stop a run at any time without losing its work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from easyaira.errors import Preempted
 
-GRACE = 5.0  # seconds in which the interpreter must have taken notice of a signal
+GRACE = 5.0  # seconds for the interpreter to run the signal handler
 
 
 def _leave(error: Preempted) -> None:
@@ -20,18 +20,18 @@ def _leave(error: Preempted) -> None:
 
 
 class StopSignal:
-    """At once where there is nothing to save, and in the loop, where there is, after the update
-    under way. A second signal ends the process at once.
+    """Handles SIGTERM/SIGINT: exits immediately before training, and after the current update
+    during it. A second signal kills the process at once.
 
-    Python takes notice of a signal between two of its own instructions, so not while a program is
-    compiled, which takes minutes; a thread does, and ends the process in its place.
+    Python runs a signal handler only between two bytecode instructions, so not during a
+    compilation, which takes minutes. A thread watches for signals and then ends the process.
 
     Args:
-        leave: how that thread ends the process.
+        leave: called by that thread to end the process.
 
     Attributes:
-        received: the signal's name.
-        deferred: there is something to save: who set this will look at `received`.
+        received: name of the first signal, or None.
+        deferred: there is state to save; the code that sets this must check `received`.
     """
 
     def __init__(self, leave: Callable[[Preempted], None] = _leave):
@@ -51,7 +51,7 @@ class StopSignal:
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.close(self._write)  # which ends the thread
+        os.close(self._write)  # ends the thread
 
     def _handle(self, number: int, _frame):
         if self.received:

@@ -9,18 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of arrays, to restore others like them."""
+    """Shapes, dtypes and shardings of a tree's arrays, as a target to restore."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
     )
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """A leaf's place in a tree as text, such as `layers/mlp/up_proj/kernel`."""
+    """A leaf's path as text, such as `layers/mlp/up_proj/kernel`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths; a PartitionSpec is a leaf."""
+    """Leaves of a tree by path. A PartitionSpec counts as a leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, P))
     return {path_of(path): leaf for path, leaf in leaves}

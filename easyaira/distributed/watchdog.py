@@ -1,9 +1,9 @@
-"""Looks after a run: what is each process at, and does one hang, fail or vanish?
+"""Watchdog: ends a run when one of its processes fails, hangs or is lost.
 
-What goes wrong on one host is the cause for all: the first cause is kept in the key-value store of
-JAX's coordinator, and every process ends with it as its last line. A host that says nothing for
-`timeout` seconds is lost, and one that gets nowhere for `hang_timeout` seconds hangs, also where it
-is the only one.
+The first failure of any host is the cause for all hosts. It is kept in the key-value store of JAX's
+coordinator, and every process prints it as its last line. A host whose heartbeat stops for
+`timeout` seconds is lost. A host that makes no progress for `hang_timeout` seconds hangs; this also
+applies to a single process.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from easyaira import errors
 from easyaira.config.run import DistributedConfig
 from easyaira.errors import EasyAiraError, HostError, Preempted
 
-GRACE = 5.0  # seconds for a process to end by itself when another has failed
+GRACE = 5.0  # seconds for a process to end by itself after another has failed
 
 
 class Doing(NamedTuple):
-    """What the main thread of a process is at: the how-manieth thing, what, and since when."""
+    """Progress marker of the main thread: counter, description, start time."""
 
     count: int
     what: str
@@ -43,8 +43,13 @@ class Doing(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process ends. `known` errors are for users; others may only follow from a host that
-    is gone."""
+    """How a process ends.
+
+    Attributes:
+        message, status: its last line and exit status.
+        known: an EasyAiraError; any other error may be a mere consequence of a lost host.
+        at: time of the error.
+    """
 
     message: str
     status: int
@@ -54,19 +59,21 @@ class Ended(NamedTuple):
 
 _doing = Doing(0, "starting", time.monotonic())
 _watch: Watch | None = None
-_on_abort: Any = None  # libc keeps its address
+_on_abort: Any = None  # a reference: libc holds only the address
 
 
 def beat(what: str, *, bounded: bool = True) -> None:
-    """Say that this process goes on, with `what`; not `bounded`: with something that may take any
-    time and says nothing meanwhile, such as a download."""
+    """Report progress: this process now does `what`.
+
+    With bounded=False the hang timer is off: for work of unlimited duration that reports nothing
+    meanwhile, such as a download."""
     global _doing
     _doing = Doing(_doing.count + 1, what, time.monotonic() if bounded else math.inf)
 
 
 def on_abort(then: Callable[[], None] | None) -> None:
-    """What happens where JAX ends this process by abort(), which is no error of Python; None: what
-    always does."""
+    """Set the handler for abort(), which JAX calls without a Python error; None restores the
+    default."""
     global _on_abort
     new = signal.SIG_DFL if then is None else ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: then())
     ctypes.CDLL(None).signal(signal.SIGABRT, new)
@@ -74,21 +81,22 @@ def on_abort(then: Callable[[], None] | None) -> None:
 
 
 def doing() -> str:
-    """What this process is at."""
+    """Description of this process's current work."""
     return _doing.what
 
 
 def waits(what: str) -> None:
-    """Say that this process waits. Who waits does not hang; others may."""
+    """Mark this process as waiting for another host, which restarts the hang timer."""
     global _doing
     _doing = _doing._replace(what=f"waiting {what}", since=time.monotonic())
 
 
 @contextmanager
 def watched(config: DistributedConfig, client: Any) -> Iterator[None]:
-    """Have this process looked after and, through the store that `client` reads, the others. An
-    error ends all of them, and does not come back from here; where this process is alone (`client`
-    is None), it does."""
+    """Watch this process during the block and, through the store of `client`, the other processes.
+
+    With several processes an error ends all of them and does not propagate from here. With a single
+    process (`client` is None) it propagates."""
     global _watch
     _watch = Watch(config, client)
     _watch.start()
@@ -101,12 +109,12 @@ def watched(config: DistributedConfig, client: Any) -> Iterator[None]:
         raise
     finally:
         _watch.over.set()
-        _watch.join(config.timeout)  # a thread that Python's end finds inside JAX aborts
+        _watch.join(config.timeout)  # a thread inside JAX at interpreter exit would abort
         _watch = None
 
 
 def leave(error: EasyAiraError) -> None:
-    """End this process, and so all, from a thread."""
+    """End this process, and with it all others, from any thread."""
     if _watch is not None and _watch.client is not None:
         _watch.leave(error)
     message, status = errors.told(error)
@@ -115,24 +123,26 @@ def leave(error: EasyAiraError) -> None:
 
 
 class Watch(threading.Thread):
-    """Looks after this process and, through the store, after the others.
+    """Thread that watches this process and, through the store, the others.
 
-    Below `easyaira/watch/`, `beat/I` holds what host I is at, with a number that changes while it
-    lives, `cause` why the run ends, and `left/I` that host I has read it.
+    Keys of the store, under `easyaira/watch/`:
+        beat/I: heartbeat of host I: a counter that changes while it lives, and its current work.
+        cause: why the run ends.
+        left/I: host I has read the cause.
     """
 
     def __init__(self, config: DistributedConfig, client: Any):
         super().__init__(daemon=True, name="watch")
         self.config, self.client = config, client
-        self.stacks = sys.__stderr__ or open(os.devnull, "w")  # closed by who started it
+        self.stacks = sys.__stderr__ or open(os.devnull, "w")  # closed by whoever opened it
         self.over = threading.Event()
-        self.done = False  # all that this process had to do
-        self.ended: Ended | None = None  # how this process would end by itself
+        self.done = False  # this process has finished its work
+        self.ended: Ended | None = None  # how this process would end on its own
         self._tick = itertools.count()
-        self._heard: dict[int, tuple[str, float]] = {}  # of hosts: their last beat, and when
+        self._beats: dict[int, tuple[str, float]] = {}  # host: its last heartbeat, and when it came
         self._lost: set[int] = set()
         self._cause: dict[str, Any] | None = None
-        self._since: float | None = None  # when the cause was first seen
+        self._since: float | None = None  # when this process first saw the cause
         self._lock = threading.Lock()
         if client is not None:
             self.index, self.count = jax.process_index(), jax.process_count()
@@ -146,17 +156,17 @@ class Watch(threading.Thread):
         )
         looked = time.monotonic()
         while True:
-            # ends a process in which no Python runs any more, this neither
+            # last resort: ends the process if even this thread cannot get the GIL
             faulthandler.dump_traceback_later(limit, exit=True, file=self.stacks)
             if self.over.wait(interval):
                 break
             looked, before = time.monotonic(), looked
-            if looked - before > 10 * interval:  # a process that was stopped (Ctrl-Z) did not hang
+            if looked - before > 10 * interval:  # suspended (Ctrl-Z), not hung
                 _doing = _doing._replace(since=_doing.since + looked - before)
             try:
                 self._look()
             except jax.errors.JaxRuntimeError:
-                pass  # the coordinator is gone; JAX ends this process soon, see _aborted
+                pass  # the coordinator is lost; JAX aborts this process soon, see _aborted
         faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
@@ -175,42 +185,42 @@ class Watch(threading.Thread):
             f"{next(self._tick)} {_doing.count} {_doing.what}",
             allow_overwrite=True,
         )
-        said = dict(self.client.key_value_dir_get("easyaira/watch/"))
-        said = {key.removeprefix("easyaira/watch/"): value for key, value in said.items()}
-        if "cause" not in said:
-            self._listen(said)
-            self._tell(said)
+        store = dict(self.client.key_value_dir_get("easyaira/watch/"))
+        store = {key.removeprefix("easyaira/watch/"): value for key, value in store.items()}
+        if "cause" not in store:
+            self._check_beats(store)
+            self._report(store)
             return
-        self._cause = json.loads(said["cause"])
+        self._cause = json.loads(store["cause"])
         self._since = self._since or time.monotonic()
         waited = time.monotonic() - self._since
         if self.ended is None and waited < GRACE:
-            return  # it may end by itself, with a better message
+            return  # the main thread may end by itself, with a better message
         if self.index != 0:
             self.client.key_value_set(f"easyaira/watch/left/{self.index}", "", allow_overwrite=True)
         elif waited < 2 * GRACE:
-            left = {int(key.partition("/")[2]) for key in said if key.startswith("left/")}
+            left = {int(key.partition("/")[2]) for key in store if key.startswith("left/")}
             if len(left | self._lost) < self.count - 1:
-                return  # the others read the cause in this process
+                return  # keep the store alive until every host has read the cause
         self._finish()
 
-    def _listen(self, said: Mapping[str, str]) -> None:
-        """The first process looks after all, and they after it."""
+    def _check_beats(self, store: Mapping[str, str]) -> None:
+        """Find lost hosts: the first process checks all others, and they check the first."""
         now = time.monotonic()
         for i in range(self.count):
             if i == self.index or 0 not in (i, self.index):
                 continue
-            beat = said.get(f"beat/{i}", "")
-            before, when = self._heard.get(i, (None, now))
+            beat = store.get(f"beat/{i}", "")
+            before, when = self._beats.get(i, (None, now))
             if beat != before:
-                self._heard[i] = (beat, now)
+                self._beats[i] = (beat, now)
             elif now - when > self.config.timeout:
                 self._lost.add(i)
                 at = beat.split(" ", 2)[-1] or "starting"
                 self._post(f"host {i}", f"silent for {now - when:.0f} s, last {at}; was it killed?")
 
-    def _tell(self, said: Mapping[str, str]) -> None:
-        """Make it the cause that this process ends, unless it seems to be a consequence."""
+    def _report(self, store: Mapping[str, str]) -> None:
+        """Post this process's own end as the cause, unless it may be a mere consequence."""
         if self.ended is None:
             return
         if self.ended.known or time.monotonic() - self.ended.at > self.config.timeout + GRACE:
@@ -218,7 +228,7 @@ class Watch(threading.Thread):
             if self.ended.status == HostError.exit_status:
                 counts = {
                     key.partition("/")[2]: value.split(" ", 2)[1:]
-                    for key, value in said.items()
+                    for key, value in store.items()
                     if key.startswith("beat/")
                 }
                 behind = min(counts, key=lambda i: int(counts[i][0]))
@@ -226,7 +236,7 @@ class Watch(threading.Thread):
             self._post(f"host {self.index}", message, self.ended.status)
 
     def _post(self, who: str, message: str, status: int = HostError.exit_status) -> None:
-        """Make this the cause, unless there is one."""
+        """Store the cause, unless there already is one."""
         cause = {"who": who, "message": message, "status": status}
         try:
             self.client.key_value_set("easyaira/watch/cause", json.dumps(cause))
@@ -235,37 +245,39 @@ class Watch(threading.Thread):
                 raise
 
     def _finish(self) -> None:
-        """End this process, with the cause as its last line."""
+        """End this process with the cause as its last line."""
         cause = self._cause
-        told = f"{cause['who']}: {cause['message']}"
+        line = f"{cause['who']}: {cause['message']}"
         preempted = cause["status"] == Preempted.exit_status
         kind = "stopped" if preempted else "error"
         own = self.ended
         if own is not None and cause["message"] in own.message:
             self._end(own.message, own.status)
-        bug = cause["status"] == 1  # or a machine that fails: worth another try
-        self._end(f"{kind}: {told}", HostError.exit_status if bug else cause["status"])
+        bug = cause["status"] == 1  # possibly a failing machine, so a retry may help
+        self._end(f"{kind}: {line}", HostError.exit_status if bug else cause["status"])
 
     def _end(self, last: str, status: int) -> None:
-        with self._lock:  # one thread speaks, and no other after it
+        with self._lock:  # held for good: only one thread prints a last line
             for say in (sys.stdout.flush, partial(print, last, file=sys.stderr, flush=True)):
-                with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+                with contextlib.suppress(OSError, ValueError):  # the reader has closed the pipe
                     say()
             os._exit(status)
 
     def _aborted(self) -> None:
-        """JAX ends a process by abort() when its coordinator is gone. After all is done, that is
-        no news; and no question to JAX here, which may have dropped its devices."""
+        """Handle abort(), which JAX calls when its coordinator is lost.
+
+        It is harmless once this process is done. JAX must not be called here: it may have dropped
+        its devices."""
         if self.done:
             os._exit(0)
-        gone = {"who": "host 0", "message": "lost, and with it the store that all talk through"}
+        gone = {"who": "host 0", "message": "lost, and with it the key-value store"}
         if self.index == 0:
-            gone = {"who": "host 0", "message": "ended by abort(), for what is said above"}
+            gone = {"who": "host 0", "message": "ended by abort(), see the messages above"}
         self._cause = self._cause or gone | {"status": HostError.exit_status}
         self._finish()
 
     def leave(self, error: BaseException) -> None:
-        """End this process with an error, and all others with it as their last line."""
+        """End this process with an error, and all others with that error as their last line."""
         known = isinstance(error, EasyAiraError)
         if not known or "--debug" in sys.argv:
             traceback.print_exception(error)

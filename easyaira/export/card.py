@@ -1,8 +1,8 @@
-"""The README.md of a released folder: a model card, written from what the run recorded.
+"""Model card: the README.md of a released folder, written from the run's records.
 
-Nothing is claimed that is not in config.yaml, metrics.jsonl, data_report.json, emissions.csv or the
-proof of the export; what nobody said, such as a licence, is said to be unknown. Names and texts
-that came from people cannot end a front matter, a table or a block of code.
+Every claim comes from config.yaml, metrics.jsonl, data_report.json, emissions.csv or
+export_report.json. Unset facts, such as a licence, are reported as unknown. User-supplied names and
+texts are escaped, so that they cannot end the front matter, a table or a code block.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ UNKNOWN = "not stated"
 
 
 def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
-    """The card of a run.
+    """Card of a run.
 
     Args:
         folder: the run folder.
-        proof: what export_report.json says.
+        proof: content of export_report.json.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     rows = log.read(folder / "metrics.jsonl")
@@ -48,7 +48,7 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
     for row in rows:
         last |= row
     algorithm = next(name for name in ("dpo", "reward", "sft") if name in config)
-    said = {"license": None, "data_licenses": {}, "language": []} | (config.get("card") or {})
+    stated = {"license": None, "data_licenses": {}, "language": []} | (config.get("card") or {})
     results = _results(rows, algorithm)
     kind = "reward" if algorithm == "reward" else "chat"
     if any("lora_" in name for name in proof["tensors"]):
@@ -57,17 +57,17 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
     judged = "text" if data["recipe"]["task"] == "label" else "answer"
     judged += ", encoder" if judged == "answer" and data["template"] == "encoder" else ""
     front = {
-        "license": said["license"] or "unknown",
-        **{key: said.get(key) for key in ("license_name", "license_link")},
-        "language": said["language"],
+        "license": stated["license"] or "unknown",
+        **{key: stated.get(key) for key in ("license_name", "license_link")},
+        "language": stated["language"],
         "library_name": library,
         "pipeline_tag": task,
         "base_model": config["provenance"].get("base_model"),
         "datasets": [name for name, hub, _ in _sources(config) if hub],
         "metrics": [name for name in ("perplexity", "accuracy") if any(name in r for r in results)],
         "tags": ["easyaira", algorithm, *(["lora"] if config.get("lora") else [])],
-        "widget": [{"text": text} for text in said.get("widget", [])],
-        "inference": {"parameters": said["inference"]} if said.get("inference") else None,
+        "widget": [{"text": text} for text in stated.get("widget", [])],
+        "inference": {"parameters": stated["inference"]} if stated.get("inference") else None,
         "co2_eq_emissions": used and _emissions(used, config),
     }
     text = [
@@ -84,7 +84,7 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
         "## How the weights were verified",
         _verified(proof),
         "## Licences",
-        _table(("", "licence"), _licences(config, said)),
+        _table(("", "licence"), _licences(config, stated)),
         "## Citation",
         _citation(config, algorithm),
     ]
@@ -92,12 +92,12 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
 
 
 def of_conversion(source: str, proof: Mapping[str, Any]) -> str:
-    """The card of a model that was only converted."""
+    """Card of a model that was converted without training."""
     front = {"library_name": "transformers", "tags": ["easyaira"]}
     text = [
         "# Converted model",
-        f"Converted from {escape(source)} by EasyAira, without training. Its licence and its "
-        "card apply.",
+        f"Converted from {escape(source)} by EasyAira, without training. The licence and the "
+        "card of the original apply.",
         "## How the weights were verified",
         _verified(proof),
     ]
@@ -105,7 +105,7 @@ def of_conversion(source: str, proof: Mapping[str, Any]) -> str:
 
 
 def escape(value: Any) -> str:
-    """A person's text as one line that Markdown shows as it is."""
+    """Escape user text to one line that Markdown displays verbatim."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", html.escape(line, quote=False))
 
@@ -117,7 +117,7 @@ def _document(front: Mapping[str, Any], text: list[str]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
-    """Rows of cells, which are Markdown already."""
+    """Format a table; cells must already be Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -127,25 +127,26 @@ def _number(value: float) -> str:
 
 
 def _sources(config: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """Each source's name, whether it is one of the hub, and its split. A local one is named by its
-    file, since where it lies is nobody's business."""
+    """Name, whether it is on the hub, and split of each data source.
+
+    A local source is named by its file alone, since its folder is private."""
     train = config["data"]["train"]
     if isinstance(train, str):
         train = [{"path": train, "split": config["data"]["split"]}]
-    found = []
+    sources = []
     for path, split in ((source["path"], source["split"]) for source in train):
         on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists()
-        found.append((path if on_hub else Path(path).name, on_hub, split))
-    return found
+        sources.append((path if on_hub else Path(path).name, on_hub, split))
+    return sources
 
 
 def _start(config: Mapping[str, Any]) -> str:
-    """The starting model, by its id on the hub or the name of its folder."""
+    """The initial model, by its hub id or the name of its folder."""
     made, name = config["provenance"], config["model"]["name_or_path"]
     if made.get("model_commit"):
         return f"{escape(name)} at commit {escape(made['model_commit'])}"
     base = made.get("base_model")
-    return escape(Path(name).name) + (f", which began as {escape(base)}" if base else "")
+    return escape(Path(name).name) + (f", derived from {escape(base)}" if base else "")
 
 
 def _summary(config: Mapping[str, Any], algorithm: str) -> str:
@@ -157,10 +158,11 @@ def _summary(config: Mapping[str, Any], algorithm: str) -> str:
     if config["data"]["reverse"]:
         how += " to write the instruction that a text answers"
     if config["model"]["init"] == "random":
-        how = f"with random weights at the start, {how}"
+        how = f"initialised with random weights, {how}"
     names = ", ".join(escape(name) for name, *_ in _sources(config))
     return (
-        f"{_start(config)}, {how} on {names}, by EasyAira. This page is written from its records."
+        f"{_start(config)}, {how} on {names}, by EasyAira. This card was generated from the run's "
+        "records."
     )
 
 
@@ -185,7 +187,7 @@ def _details(
         + "".join(f"; {count:,} dropped: {escape(why)}" for why, count in train["dropped"].items()),
         "Epochs": _number(last["epoch"]) if "epoch" in last else None,
         "Updates": f"{last['step']:,}" if "step" in last else None,
-        "Batch size": f"{config['train_batch_size']} {unit} an update"
+        "Batch size": f"{config['train_batch_size']} {unit} per update"
         + (
             f", in {config['gradient_accumulation_steps']} accumulation steps"
             if config["gradient_accumulation_steps"] > 1
@@ -196,7 +198,7 @@ def _details(
         "Objective": f"{algorithm}: {_options(config[algorithm])}",
         "Optimizer": f"AdamW, betas {optimizer['adam_beta1']} and {optimizer['adam_beta2']}, "
         f"epsilon {optimizer['adam_epsilon']}, weight decay {optimizer['weight_decay']} "
-        "(not of norms and biases), "
+        "(not on norms and biases), "
         + (
             f"gradients clipped to norm {optimizer['max_grad_norm']}"
             if optimizer["max_grad_norm"]
@@ -226,7 +228,7 @@ def _precision(lora: Mapping[str, Any] | None) -> str:
 
 
 def _trained(proof: Mapping[str, Any]) -> str:
-    """The parameters of adapters, where they are what was exported."""
+    """Number of trained parameters, if the export is an adapter."""
     if not any("lora_" in name for name in proof["tensors"]):
         return ""
     trained = sum(math.prod(tensor["shape"]) for tensor in proof["tensors"].values())
@@ -234,16 +236,16 @@ def _trained(proof: Mapping[str, Any]) -> str:
 
 
 def _options(group: Mapping[str, Any]) -> str:
-    def told(value: Any) -> str:
+    def shown(value: Any) -> str:
         if value is None or isinstance(value, bool):
             return {True: "yes", False: "no", None: "none"}[value]
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    return ", ".join(f"{escape(name)} {escape(told(value))}" for name, value in group.items())
+    return ", ".join(f"{escape(name)} {escape(shown(value))}" for name, value in group.items())
 
 
 def _emissions(used: energy.Used, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The hub's fields; emissions in grams."""
+    """Emission fields of the hub's front matter; emissions in grams."""
     devices = config["provenance"]["devices"]
     return {
         "emissions": float(f"{used.co2_kg * 1000:.4g}"),
@@ -255,7 +257,7 @@ def _emissions(used: energy.Used, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _energy(used: energy.Used) -> str:
-    lost = f"; {used.lost} sessions were killed and are not in it" if used.lost else ""
+    lost = f"; {used.lost} sessions were killed and are not included" if used.lost else ""
     return (
         f"{used.kwh:.4g} kWh and {used.co2_kg:.4g} kg of CO2 equivalent in {escape(used.place)}, "
         f"over {used.seconds:,.0f} seconds{lost}. CodeCarbon: " + escape(" / ".join(used.sources))
@@ -263,7 +265,7 @@ def _energy(used: energy.Used) -> str:
 
 
 def _results(rows: list[Mapping[str, Any]], algorithm: str) -> dict[str, tuple[str, str]]:
-    """Held-out metric -> its value before training and after."""
+    """Map from held-out metric to its values before and after training."""
     held_out = [row for row in rows if any(name.startswith("eval_") for name in row)]
     if not held_out:
         return {}
@@ -284,7 +286,7 @@ def _results(rows: list[Mapping[str, Any]], algorithm: str) -> dict[str, tuple[s
 
 def _evaluation(results: Mapping[str, tuple[str, str]], data: Mapping[str, Any]) -> str:
     if not results:
-        return "No rows were held out, so nothing was measured but the training loss."
+        return "No rows were held out, so only the training loss was measured."
     held_out = data["held out"]["examples"]
     table = _table(
         ("metric", "before training", "after"),
@@ -299,55 +301,55 @@ def _limitations(
     data: Mapping[str, Any],
     results: Mapping[str, Any],
 ) -> list[str]:
-    """What follows from the records, and what they do not hold."""
+    """Limitations that follow from the records or from what they lack."""
     options, train = config["data"], data["train"]
-    told = [
-        "Neither truthfulness nor toxicity nor bias nor performance on benchmarks was measured by "
-        "this run. What the starting model and the data hold of them may be in this model.",
-        f"No example was longer than {train['length']['longest']:,} tokens; nothing is known of "
-        "longer ones.",
+    limits = [
+        "This run did not measure truthfulness, toxicity, bias or benchmark performance. This "
+        "model may inherit problems of the initial model and of the data.",
+        f"No training example was longer than {train['length']['longest']:,} tokens; longer inputs "
+        "are untested.",
     ]
     if cut := {why: n for why, n in train["noted"].items() if "cut" in why or "truncat" in why}:
         cuts = ", ".join(f"{count:,} {escape(why)}" for why, count in cut.items())
-        told.append(f"Some examples were not trained on in full: {cuts}.")
+        limits.append(f"Some examples were truncated: {cuts}.")
     if isinstance(options["eval"], float) and results:
-        told.append(
+        limits.append(
             "The held-out rows were split off from the training data by prompt, so the figures "
             "say little about other data."
         )
     if (epochs := last.get("epoch")) is not None and epochs < 1:
-        told.append(f"Training saw {100 * epochs:.3g} % of the data.")
+        limits.append(f"Training saw {100 * epochs:.3g} % of the data.")
     if options["compat"]:
-        told.append("The loss was taken on prompts and padding, too, as an older script did.")
+        limits.append("The loss includes prompts and padding, as in an older script.")
     if "reward" in config:
-        told.append("A score has no unit: only scores of answers to the same prompt compare.")
-    return told
+        limits.append("Scores have no unit: compare only those of answers to the same prompt.")
+    return limits
 
 
 def _verified(proof: Mapping[str, Any]) -> str:
     logits = proof["logits"]
     if logits["compared"]:
         compared = (
-            "The folder was loaded in PyTorch, and its outputs on fixed prompts were compared with "
+            "The folder was loaded in PyTorch and its outputs on fixed prompts were compared with "
             f"EasyAira's, both in float32: the largest difference is "
-            f"{logits['max_difference']:.2g}, of outputs up to {logits['largest_logit']:.3g}."
+            f"{logits['max_difference']:.2g}, for outputs up to {logits['largest_logit']:.3g}."
         )
     else:
         compared = f"Outputs in PyTorch were not compared: {escape(logits['why'])}."
     return (
         f"The files were read back: {escape(proof['read_back'])}. {compared} "
-        "`export_report.json` has the SHA-256 of every tensor."
+        "`export_report.json` lists the SHA-256 of every tensor."
     )
 
 
-def _licences(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[tuple[str, str]]:
-    name = said.get("license_name") or said["license"] or UNKNOWN
+def _licences(config: Mapping[str, Any], stated: Mapping[str, Any]) -> list[tuple[str, str]]:
+    name = stated.get("license_name") or stated["license"] or UNKNOWN
     rows = [
         ("this model", escape(name)),
-        (_start(config), escape(said.get("base_license") or UNKNOWN)),
+        (_start(config), escape(stated.get("base_license") or UNKNOWN)),
     ]
     for source, *_ in _sources(config):
-        rows.append((escape(source), escape(said["data_licenses"].get(source, UNKNOWN))))
+        rows.append((escape(source), escape(stated["data_licenses"].get(source, UNKNOWN))))
     return rows
 
 

@@ -13,11 +13,11 @@ from easyaira.train.setup import Setup
 
 @dataclass(frozen=True)
 class Facts:
-    """What an export needs to know of a model beside its weights; checkpoints keep it.
+    """Everything an export needs besides the weights. Checkpoints store it.
 
     Attributes:
-        config, generation_config: the files of these names.
-        stored_dtypes: tensor name -> dtype its weights are stored with; "" stands for all others.
+        config, generation_config: content of these files.
+        stored_dtypes: map from tensor name to stored dtype; "" stands for all other tensors.
     """
 
     config: Mapping[str, Any]
@@ -29,20 +29,20 @@ class Facts:
 
 
 def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json with these settings, as transformers reads it.
+    """Content of generation_config.json with these settings, valid for transformers.
 
     Raises:
-        ConfigError: transformers would refuse it.
+        ConfigError: transformers refuses the settings.
     """
     from transformers import GenerationConfig
 
-    # this mark would let transformers put config.json's settings in the place of these
+    # with this key, transformers would replace the settings by those in config.json
     settings = {k: v for k, v in settings.items() if k != "_from_model_config"}
     sampling = {"temperature", "top_p", "top_k"} & settings.keys()
     if settings.get("do_sample") is False:
         settings = {k: v for k, v in settings.items() if k not in sampling}
     elif sampling:
-        settings["do_sample"] = True  # transformers refuses settings that it would ignore
+        settings["do_sample"] = True  # transformers refuses sampling settings without it
     try:
         GenerationConfig(**settings).validate(strict=True)
     except (TypeError, ValueError) as error:
@@ -52,20 +52,20 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """config.json, which says how its weights are stored under one of two names."""
+    """config.json with this dtype, under whichever key it uses (`dtype` or `torch_dtype`)."""
     if dtype is None:
         return dict(config)
     return dict(config) | {"dtype" if "dtype" in config else "torch_dtype": dtype}
 
 
 def released(setup: Setup) -> Facts:
-    """What the files beside the weights will say: the original's words, and what the run changed.
+    """config.json and generation_config.json of the release: the originals plus the run's changes.
 
-    Weights are stored as they were in the model that the run began with. The ids of control tokens
-    are the tokenizer's, alike in config.json and generation_config.json.
+    Weights keep the stored dtypes of the initial model. Ids of control tokens are those of the
+    tokenizer, equal in both files.
 
     Raises:
-        ConfigError: transformers would not read these files.
+        ConfigError: transformers refuses the generation settings.
     """
     origin, tokenizer, options = setup.origin, setup.tokenizer, to_dict(setup.config)
     random = setup.config.model.init == "random"
@@ -77,7 +77,7 @@ def released(setup: Setup) -> Facts:
     if setup.model.scorer:
         return Facts(config | _scored(setup), {}, dtypes)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
-    if tokenizer.sep_token_id is not None:  # a token of the template, which both files name
+    if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
     ids = {name: token for name, token in ids.items() if token is not None}
     ends = list(setup.template.end_ids)
@@ -92,7 +92,7 @@ def released(setup: Setup) -> Facts:
 
 
 def _scored(setup: Setup) -> dict[str, Any]:
-    """What config.json says of a scorer, also of how PyTorch tells a text from its padding."""
+    """config.json entries of a scorer, including the pad token id that PyTorch needs."""
     label = setup.config.reward.label  # type: ignore[attr-defined]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     changed = names if setup.template.added else names[2:]
@@ -100,6 +100,6 @@ def _scored(setup: Setup) -> dict[str, Any]:
         "architectures": [setup.model.hf_class],
         "id2label": {"0": label},
         "label2id": {label: 0},
-        "problem_type": "regression",  # the score itself, and no probability of it
+        "problem_type": "regression",  # use the raw score, not a probability
         **{name: getattr(setup.tokenizer, name) for name in changed},
     }

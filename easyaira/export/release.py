@@ -1,7 +1,7 @@
-"""A trained model as a Hugging Face folder: weights, configs, tokenizer, card, and the proof.
+"""Export of a trained model as a Hugging Face folder: weights, configs, tokenizer, card, report.
 
-Everything is written beside the target, read back and compared, and moved into place at the end, so
-that a folder that does not verify is never left under its name.
+Files are written to a temporary folder beside the target, read back, compared, and moved into place
+at the end. A folder that fails verification never appears under the target's name.
 """
 
 from __future__ import annotations
@@ -43,22 +43,23 @@ def export(
     replace: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Write and verify a Hugging Face folder; returns what export_report.json says. All processes
-    must call it; the first one writes, and returns it.
+    """Write and verify a Hugging Face folder; returns the content of export_report.json.
+
+    Every process must call this. The first one writes; the others return {}.
 
     Args:
-        folder: the target; it appears only when all is verified.
-        model, params: what is exported.
-        facts: what the files beside the weights say.
-        tokenizer: is saved with its chat template.
-        mesh: where the written folder is loaded, for its logits; devices of this process alone.
-        card: README.md, from what export_report.json says.
-        replace: the folder may exist, and is replaced.
-        dtype: for all tensors, instead of what `facts` says.
+        folder: the target; it appears only after verification.
+        model, params: the model to export.
+        facts: content of the configs, and stored dtypes.
+        tokenizer: saved with its chat template.
+        mesh: devices of this process only, onto which the folder is loaded to compare logits.
+        card: makes README.md from the content of export_report.json.
+        replace: overwrite an existing folder.
+        dtype: stored dtype of all tensors, overriding `facts`.
 
     Raises:
-        StorageError: the folder exists, or cannot be written.
-        WeightsError: the folder does not verify.
+        StorageError: the folder exists and is not empty, or cannot be written.
+        WeightsError: verification failed.
     """
     stored = {"": dtype} if dtype else facts.stored_dtypes
     tensors = transfer.to_hf(
@@ -68,18 +69,18 @@ def export(
         dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
     )
     if not hosts.first():
-        deque(tensors, maxlen=0)  # each is collected by all
+        deque(tensors, maxlen=0)  # every process takes part in each gather
         return {}
-    with _beside(folder, replace) as new:
+    with _replacing(folder, replace) as new:
         written: dict[str, dict[str, Any]] = {}
 
-        def noted() -> Iterator[tuple[str, np.ndarray]]:
+        def recorded() -> Iterator[tuple[str, np.ndarray]]:
             for name, tensor in tensors:
                 written[name] = _described(tensor)
                 yield name, tensor
 
-        safetensors.save_folder(noted(), new)
-        watchdog.beat("proving what was written", bounded=False)
+        safetensors.save_folder(recorded(), new)
+        watchdog.beat("verifying the export", bounded=False)
         _write_json(new / "config.json", with_dtype(facts.config, dtype))
         if facts.generation_config:
             _write_json(new / "generation_config.json", facts.generation_config)
@@ -107,31 +108,32 @@ def export_adapter(
     card: Callable[[dict[str, Any]], str],
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Write and verify an adapter in PEFT's format; returns what export_report.json says. All
-    processes must call it; the first one writes, and returns it.
+    """Write and verify an adapter in PEFT's format; returns the content of export_report.json.
 
-    Its logits are compared on the base as it is stored, also where training held it in fewer bits.
+    Every process must call this. The first one writes; the others return {}.
+
+    Logits are compared on the full-precision base, even if training used a quantised one.
 
     Args:
-        folder: the target; it appears only when all is verified.
-        adapter, params: what is exported, in float32.
-        base: what it stands on, and will be loaded onto.
-        tokenizer, mesh, card, replace: as for `export`.
+        folder: the target; it appears only after verification.
+        adapter, params: the adapter to export, in float32.
+        base: the base model, onto which users load the adapter.
+        tokenizer, mesh, card, replace: see `export`.
 
     Raises:
-        StorageError: the folder exists, or cannot be written.
-        WeightsError: the folder does not verify.
+        StorageError: the folder exists and is not empty, or cannot be written.
+        WeightsError: verification failed.
     """
     at = base.location()
     tensors = peft.to_peft(adapter, jax.tree.map(hosts.fetch, params))
     if not hosts.first():
         return {}
-    with _beside(folder, replace) as new:
+    with _replacing(folder, replace) as new:
         written = {name: _described(tensor) for name, tensor in tensors.items()}
-        watchdog.beat("proving what was written", bounded=False)
+        watchdog.beat("verifying the export", bounded=False)
         file = new / peft.ADAPTER_WEIGHTS
         save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # the library makes it readable for its owner alone
+        file.chmod(0o644)  # safetensors makes it readable by its owner only
         _write_json(new / peft.ADAPTER_CONFIG, peft.peft_config(adapter, at["name"], at["commit"]))
         tokenizer.save_pretrained(str(new))
         report = {
@@ -140,11 +142,11 @@ def export_adapter(
         }
         if adapter.config.quantize:
             report["read_back"] += (
-                f"; it was trained on a base in {adapter.config.quantize} and is released for the "
-                "weights as they are stored, which give other logits"
+                f"; trained on a base in {adapter.config.quantize}, so expect slightly different "
+                "logits on the full-precision base"
             )
 
-        def load() -> Any:  # a head that the base has not got is drawn, and replaced
+        def load() -> Any:  # a missing head is initialised, then replaced
             params = base.load(adapter.model, mesh, head_key=jax.random.key(0))
             return adapter.merge(params, peft.read_peft(adapter, new))
 
@@ -153,7 +155,7 @@ def export_adapter(
                 new, adapter.model, tokenizer, load, mesh, base.folder
             )
         else:
-            why = "the base is a run folder; convert it with to_hf, or this run with --merge"
+            why = "the base is a run folder; convert it with to_hf, or export with --merge"
             report["logits"] = {"compared": False, "why": why}
         _write_json(new / "export_report.json", report)
         (new / "README.md").write_text(card(report), encoding="utf-8")
@@ -161,8 +163,8 @@ def export_adapter(
 
 
 @contextmanager
-def _beside(folder: Path, replace: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` if all goes well, and is removed if not."""
+def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
+    """Temporary folder that replaces `folder` on success and is removed on failure."""
     if folder.exists() and not replace and any(folder.iterdir()):
         raise StorageError(f"{folder}: is not empty; choose another folder")
     new = folder.with_name(f".{folder.name}.new")
@@ -195,11 +197,11 @@ def _described(tensor: np.ndarray) -> dict[str, Any]:
 
 
 def _verify(
-    found: Mapping[str, np.ndarray], written: Mapping[str, Mapping[str, Any]], folder: Path
+    stored: Mapping[str, np.ndarray], written: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> str:
-    """Read every tensor back from the files and compare its hash with what was in memory."""
-    wrong = set(found) ^ set(written)
-    wrong |= {n for n in written if n in found and _hash(found[n]) != written[n]["sha256"]}
+    """Compare the hash of every stored tensor with that of the tensor written."""
+    wrong = set(stored) ^ set(written)
+    wrong |= {n for n in written if n in stored and _hash(stored[n]) != written[n]["sha256"]}
     if wrong:
-        raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from what was trained")
-    return f"all {len(found)} tensors equal what was trained, bit for bit"
+        raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors")
+    return f"all {len(stored)} tensors equal the trained ones bit for bit"

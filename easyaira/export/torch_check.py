@@ -1,4 +1,4 @@
-"""Logits of a released folder, compared between PyTorch and JAX."""
+"""Comparison of a released folder's logits between PyTorch and JAX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = (
     "Write a short poem about the sea, in two lines.",
     "1 2 3 4 5 6 7 8 9 10",
 )
-TOLERANCE = 1e-4  # of logits, relative to the largest (of scores: or to 1), in float32
+TOLERANCE = 1e-4  # in float32, relative to the largest logit (for scores: at least to 1)
 
 
 def compare_logits(
@@ -35,11 +35,17 @@ def compare_logits(
     mesh: Any,
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Logits of the folder in PyTorch and in JAX, both in float32, on fixed prompts.
+    """Compare the folder's logits on fixed prompts in PyTorch and in JAX, both in float32.
 
     Args:
-        load: the folder's weights, as we read them onto `mesh`.
-        base: the folder of the model that `folder` is an adapter of.
+        load: loads the folder's weights onto `mesh`.
+        base: folder of the base model if `folder` is an adapter.
+
+    Returns:
+        Entry `logits` of export_report.json: the differences, or why nothing was compared.
+
+    Raises:
+        WeightsError: transformers cannot load the folder, or the logits differ too much.
     """
     prompts = [tokenizer(t, add_special_tokens=model.scorer).input_ids[:64] for t in PROMPTS]
     prompts = [ids[: model.config.max_positions] for ids in prompts]
@@ -53,7 +59,7 @@ def compare_logits(
         if importlib.util.find_spec(package) is None:
             return {"compared": False, "why": f"{package} is not installed"}
     if available < needed:
-        return {"compared": False, "why": f"needs {needed} bytes of memory, there are {available}"}
+        return {"compared": False, "why": f"needs {needed} bytes of memory, {available} are free"}
     command = [
         sys.executable,
         "-m",
@@ -79,13 +85,13 @@ def compare_logits(
     (folder / "logits.npz").unlink()
     if not difference <= TOLERANCE * (max(largest, 1) if model.scorer else largest):
         raise WeightsError(
-            f"{folder}: logits in PyTorch differ by {difference:.2e} of at most {largest:.2e}"
+            f"{folder}: PyTorch logits differ by {difference:.2e} (largest logit: {largest:.2e})"
         )
     return {"compared": True, "max_difference": difference, "largest_logit": largest}
 
 
 def _logits(model: Model, params: Any, layout: Mapping[str, jax.Array]) -> jax.Array:
-    """Of one text: [T, V], or a scorer's [1]."""
+    """Logits of one text: [T, V], or [1] for a scorer."""
     if model.scorer:
         return model.score(params, layout, examples=1, answers=1)[0][0]
     hidden, head = model.apply(params, layout)

@@ -1,12 +1,12 @@
-"""Logits of a Hugging Face folder as PyTorch computes them. A process of its own, for its memory.
+"""Logits of a Hugging Face folder in PyTorch, in a separate process that frees its memory.
 
-A language model is given one prompt at a time, a scorer all of them in a batch, padded with its
-pad_token_id, as those who use it will do.
+A language model gets one prompt at a time. A scorer gets all prompts in one batch, padded with its
+pad_token_id, as in typical use.
 
-python -m easyaira.verify FOLDER '[[1, 2, 3]]' [BASE]     writes FOLDER/logits.npz
+python -m easyaira.export.torch_logits FOLDER '[[1, 2, 3]]' [BASE]     writes FOLDER/logits.npz
 
-With BASE, FOLDER is an adapter in PEFT's format of the model in BASE. A scorer's adapter brings the
-head with it, so BASE may lack it, or have another in its place.
+With BASE, FOLDER is an adapter in PEFT's format for the model in BASE. A scorer's adapter contains
+the head, so the head of BASE may be missing or different.
 """
 
 import json
@@ -46,13 +46,13 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
         info["missing_keys"] = [
             key for key in info["missing_keys"] if not set(replaced) & set(key.split("."))
         ]
-        info["unexpected_keys"] = []  # the heads of other tasks; ours was checked by its own rows
+        info["unexpected_keys"] = []  # heads of other tasks; our weight table checked ours
     if problems := {kind: keys for kind, keys in info.items() if keys}:
         sys.exit(f"keys do not match: {problems}")
     if base:
-        for outdated in (DeprecationWarning, FutureWarning):  # that peft's use of transformers is
+        for outdated in (DeprecationWarning, FutureWarning):  # raised by peft's use of transformers
             warnings.simplefilter("ignore", outdated)
-        from peft import PeftModel  # it warns of keys that do not match, which is an error here
+        from peft import PeftModel  # its warnings about keys are errors here
 
         model = PeftModel.from_pretrained(model, folder)
     model.eval()

@@ -1,4 +1,4 @@
-"""Usage sections of model cards."""
+"""Code for the usage section of model cards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ model = AutoPeftModelForSequenceClassification.from_pretrained(
 {inputs}
 print(model(**inputs).logits[0, 0].item())  # the higher, the better
 ```"""
-JUDGED = {  # what a reward model takes, by what it was trained on
+JUDGED = {  # reward model: input code, by kind of training data
     "text": """inputs = tokenizer("You are welcome.", truncation=True, return_tensors="pt")""",
     "answer, encoder": """text = "How are you?" + tokenizer.sep_token + "Fine, thank you."
 inputs = tokenizer(text, truncation=True, return_tensors="pt")""",
@@ -53,11 +53,11 @@ inputs = tokenizer(text, truncation=True, return_tensors="pt")""",
 ]
 inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")""",
 }
-ASKED = {  # is the data reversed: what stands in the usage, and what comes in its place
+ASKED = {  # reversed data: text to replace in the usage code, and its replacement
     False: ("", ""),
     True: ("What is the capital of Brazil?", "The capital of Brazil is Brasilia."),
 }
-KINDS = {  # kind: library, task on the hub, usage
+KINDS = {  # kind: library, task on the hub, usage code
     "chat": ("transformers", "text-generation", CHAT),
     "adapter": ("peft", "text-generation", ADAPTER),
     "reward": ("transformers", "text-classification", REWARD),

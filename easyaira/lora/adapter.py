@@ -1,13 +1,14 @@
-"""Adapters (LoRA) as a parameter tree of their own, beside a base that stays as it is.
+"""Adapters (LoRA) as a separate parameter tree beside a frozen base.
 
-The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out], stacked over layers
-as the kernel [L, in, out] is; `out` has two axes where the kernel's has (GPT-2's q, k, v). The
-tuned model is `model.apply` of the base with these beside its kernels (`Adapter.on`), the original
-is `model.apply` of the base. In a run, only the adapter has gradients, optimizer state and
-checkpoints; the base is an argument of the step and is held in few bits (`Adapter.hold`).
+The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out]. Like the kernel
+[L, in, out], both are stacked over layers. `out` has two axes where the kernel's output has two
+(GPT-2's q, k, v). The tuned model is `model.apply` of the base with the adapter beside its kernels
+(`Adapter.on`); the original model is `model.apply` of the base. Only the adapter has gradients,
+optimizer state and checkpoints. The base is an argument of the step, in storage precision
+(`Adapter.hold`).
 
-A scorer's head is trained whole, as peft trains it. Its parameters are the adapter's, under their
-own paths, and no part of the base.
+The score head is trained in full, as in peft. Its parameters belong to the adapter, under their own
+paths, and not to the base.
 
 Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA.
 """
@@ -39,11 +40,11 @@ from easyaira.models.quantize import quantize
 
 @dataclass(frozen=True)
 class Adapter:
-    """Which linear layers of a model have an adapter, and of what kind. Holds no weights.
+    """The adapted layers of a model and their configuration, without weights.
 
     Attributes:
-        targets: the rows of the weight table whose kernels are adapted.
-        head: the rows of a scorer's head, which is trained whole; a language model has none.
+        targets: rows of the weight table whose kernels are adapted.
+        head: rows of the score head, which is trained in full; empty for a language model.
     """
 
     config: LoraConfig
@@ -72,8 +73,10 @@ class Adapter:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
     def specs(self) -> Any:
-        """PartitionSpecs, from the kernels' own: `lora_a` is divided as the kernel's inputs are,
-        `lora_b` as its outputs are, and the rank never. The head is divided as it always is."""
+        """PartitionSpecs, derived from those of the kernels.
+
+        `lora_a` is sharded like the kernel's inputs and `lora_b` like its outputs; the rank is
+        never sharded. The head keeps its own specs."""
         kernels = by_path(partition_specs(self.model.shapes, self.model.rules))
 
         def spec(path, leaf):
@@ -86,13 +89,14 @@ class Adapter:
         return jax.tree_util.tree_map_with_path(spec, self.shapes)
 
     def target(self, mesh: Mesh) -> Any:
-        """Shapes and shardings of the parameters on a mesh."""
+        """Shapes and shardings of the adapter's parameters on a mesh."""
         shardings = jax.tree.map(partial(NamedSharding, mesh), self.specs(), is_leaf=_is_spec)
         return like(self.shapes, shardings)
 
     def init(self, key: jax.Array, head: Any = None) -> Any:
-        """A uniform in +-1/sqrt(in), as peft's Kaiming draw with a = sqrt(5) is; B zero; the head
-        as it is given (`parted`)."""
+        """Initial parameters: A uniform in +-1/sqrt(in), B zero, and the given head (see `parted`).
+
+        The bound equals that of peft's Kaiming initialisation with a = sqrt(5)."""
         paths, given = sorted(by_path(self.shapes)), by_path(head)
 
         def leaf(path, shape):
@@ -107,7 +111,7 @@ class Adapter:
         return jax.tree_util.tree_map_with_path(leaf, self.shapes)
 
     def applied(self, params: Any) -> Any:
-        """The adapter as the model takes it: with its scale in `lora_b`, and its dropout."""
+        """The adapter as model parameters: `lora_b` times the scale, and the dropout rates."""
 
         def leaf(path, value):
             return value * self.scale if path[-1].key == "lora_b" else value
@@ -123,12 +127,13 @@ class Adapter:
         return joined(tree, nested(rates))
 
     def on(self, base: Any, params: Any) -> Any:
-        """The tree of the tuned model: the base, by reference, with the adapter beside it."""
+        """Parameters of the tuned model: the base, by reference, plus the adapter."""
         return joined(base, self.applied(params))
 
     def over_base(self, loss_fn: Callable) -> Callable:
-        """An algorithm's loss function of all weights as one of the adapter's, with the base among
-        the frozen ones. This is all that training adapters changes of a step."""
+        """Turn a loss of all weights into a loss of the adapter, with the base as frozen weights.
+
+        A training step with adapters differs in nothing else."""
 
         def of_adapter(params: Any, frozen: Frozen, batch: Any, key: Any) -> Any:
             others = frozen.of_algorithm
@@ -139,31 +144,31 @@ class Adapter:
         return of_adapter
 
     def frozen(self, base: Any, of_algorithm: Any) -> Frozen:
-        """What `over_base` takes as frozen. Of weights that are the base with an adapter (a DPO
-        reference), only the adapter is kept."""
+        """Frozen weights for `over_base`. A model made of the base and an adapter (a DPO reference)
+        is reduced to that adapter."""
         flat = {path: leaf for path, leaf in by_path(of_algorithm).items() if "/lora_" in path}
         return Frozen(base, nested(flat) if flat else of_algorithm)
 
-    # the base, as it is held
+    # the base in storage precision
 
     def replaces(self, path: str) -> bool:
-        """Whether this weight of the model is of the head."""
+        """Whether the parameter at this path belongs to the head."""
         return any(row.ours == path for row in self.head)
 
     def parted(self, tree: Any) -> tuple[Any, Any]:
-        """A tree of all of the model's weights as what adapters stand on, and the head."""
+        """Split a tree of all the model's weights into the base and the head."""
         base, head = {}, {}
         for path, leaf in by_path(tree).items():
             (head if self.replaces(path) else base)[path] = leaf
         return nested(base), nested(head)
 
     def hold(self, path: tuple, leaf: jax.Array, dtype: Any) -> Any:
-        """A float32 weight of the base in as few bits as the run asked for.
+        """Convert a float32 weight of the base to its storage precision.
 
-        Linear layers of the blocks are quantised where that is asked for. They and embeddings are
-        otherwise held in the computing dtype, to which they would be cast anyway where they are
-        used: no number changes by that, and a frozen weight needs no float32 copy. Norms and
-        biases are small, and stay float32.
+        Linear layers of the blocks are quantised if `quantize` is set. Otherwise they, like
+        embeddings, are stored in the computing dtype. The model casts them to that dtype anyway, so
+        no result changes, and a frozen weight needs no float32 copy. Norms and biases are small and
+        stay float32.
         """
         name = path_of(path)
         if self.config.quantize and name in self._quantized:
@@ -175,7 +180,7 @@ class Adapter:
         return {row.ours for row in _linear_layers(self.model)}
 
     def held_target(self, mesh: Mesh, dtype: Any) -> Any:
-        """Shapes and shardings of the base as it is held. Scales are divided as the outputs are."""
+        """Shapes and shardings of the stored base. Scales are sharded like the outputs."""
         specs = partition_specs(self.model.shapes, self.model.rules)
         (shapes, _), (specs, _) = self.parted(self.model.shapes), self.parted(specs)
 
@@ -193,27 +198,27 @@ class Adapter:
         return jax.tree_util.tree_map_with_path(held, shapes, specs)
 
     def holder(self, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Array], Any]:
-        """`hold` as a loader calls it, weight by weight, so that no more than one of them is there
-        in float32. The head is not held, and stays as it is."""
+        """`hold` for a loader: jitted, called weight by weight, so that at most one weight is in
+        memory as float32. The head is left unchanged."""
         target = self.held_target(mesh, dtype)
 
         def hold(path: tuple, leaf: jax.Array) -> Any:
             if self.replaces(path_of(path)):
                 return leaf
-            wanted = target
+            node = target
             for key in path:
-                wanted = wanted[key.key]
-            out = jax.tree.map(lambda shape: shape.sharding, wanted)
+                node = node[key.key]
+            out = jax.tree.map(lambda shape: shape.sharding, node)
             return jax.jit(lambda x: self.hold(path, x, dtype), out_shardings=out)(leaf)
 
         return hold
 
     def merge(self, base: Any, params: Any) -> Any:
-        """The tuned model as weights alone: kernel + scale A B, in float32, and the trained head.
+        """Merge the adapter into plain weights: kernel + scale A B in float32, plus the head.
 
         Args:
-            base: float32 weights, as they are stored, not as they were held. Of a scorer, with any
-                head.
+            base: the original float32 weights, never quantised; for a scorer, with any head.
+            params: the adapter's parameters.
         """
         flat = by_path(params)
 
@@ -227,17 +232,17 @@ class Adapter:
 
     @property
     def head_modules(self) -> list[str]:
-        """peft's names of the modules that make up the head."""
+        """Names of the head's modules in peft."""
         prefix = self.model.architecture.prefix
         modules = (row.theirs.removeprefix(prefix).partition(".")[0] for row in self.head)
         return sorted(set(modules))
 
 
 def adapter_of(config: LoraConfig, model: Model) -> Adapter:
-    """The adapter that `config` asks for.
+    """The adapter described by `config`.
 
     Raises:
-        ConfigError: a target that the model does not have, or has in some of its layers only.
+        ConfigError: a target module is not in the model, or only in some of its layers.
     """
     names = config.target_modules
     rows = _linear_layers(model)
@@ -249,7 +254,7 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
         return module == name or module.endswith(f".{name}")
 
     wanted = [names] if isinstance(names, str) else names
-    found: dict[str, list[Row]] = {name: [] for name in wanted}
+    matches: dict[str, list[Row]] = {name: [] for name in wanted}
     for row in rows:
         modules = [module_of(row).format(i) for i in range(kernels[row.ours].shape[0])]
         for name in wanted:
@@ -259,29 +264,29 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
                 raise ConfigError(f"lora.target_modules: {name!r}: {error}") from error
             if 0 < fitting < len(modules):
                 raise ConfigError(
-                    f"lora.target_modules: {name!r} fits {fitting} of {len(modules)} layers of "
-                    f"{module_of(row)}; adapters on some of the layers are not built"
+                    f"lora.target_modules: {name!r} matches {fitting} of {len(modules)} layers of "
+                    f"{module_of(row)}; adapters on only some layers are not supported"
                 )
             if fitting:
-                found[name].append(row)
-    if missing := [name for name in wanted if not found[name]] or (["[]"] if not wanted else []):
-        there = sorted({module_of(row).rpartition(".")[2] for row in rows})
+                matches[name].append(row)
+    if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
+        available = sorted({module_of(row).rpartition(".")[2] for row in rows})
         raise ConfigError(
             f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
-            f"there are {', '.join(there)}"
+            f"choose from {', '.join(available)}"
         )
-    targets = tuple(row for row in rows if any(row in some for some in found.values()))
+    targets = tuple(row for row in rows if any(row in match for match in matches.values()))
     return Adapter(config, model, targets, tuple(model.score_rows))
 
 
 def of_record(record: Mapping[str, Any], model: Model) -> Adapter:
-    """The adapter that a checkpoint's `lora` speaks of."""
+    """The adapter described by a checkpoint's `lora` record."""
     return adapter_of(LoraConfig(**record["config"]), model)
 
 
 def to_record(adapter: Adapter, base: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of its adapter, and of the weights that it stands on."""
-    config = json.loads(json.dumps(asdict(adapter.config)))  # plain numbers
+    """A checkpoint's record of its adapter and of the base weights."""
+    config = json.loads(json.dumps(asdict(adapter.config)))  # plain JSON types
     return {"config": config, "base": {**base, "fingerprint": fingerprint}}
 
 
@@ -291,12 +296,12 @@ def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _linear_layers(model: Model) -> list[Row]:
-    """The rows of linear layers in the blocks, which are stacked."""
+    """Rows of the linear layers in the blocks; these are stacked."""
     return [row for row in model.rows if row.stacked and row.ours.endswith("/kernel")]
 
 
 def module_of(row: Row) -> str:
-    """Hugging Face's name of a linear layer, with {} for the number of its block."""
+    """Hugging Face's name of a linear layer, with {} for the block number."""
     return row.theirs.removesuffix(".weight")
 
 
@@ -312,7 +317,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def joined(one: Any, other: Any) -> Any:
-    """Both trees in one; no leaf is in both."""
+    """Merge two trees that have no leaf in common."""
     if not isinstance(other, Mapping):
         return other
     return {**one, **{k: joined(one[k], v) if k in one else v for k, v in other.items()}}

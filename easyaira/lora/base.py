@@ -9,8 +9,13 @@ from easyaira.errors import WeightsError
 
 
 class Base(NamedTuple):
-    """Frozen weights as they are held, the head that a scorer starts from (else nothing), and the
-    fingerprint of what the frozen weights were made from."""
+    """The frozen base of a run.
+
+    Attributes:
+        params: frozen weights in storage precision.
+        head: initial score head; empty for a language model.
+        fingerprint: hash of the float32 weights that `params` was made from.
+    """
 
     params: Any
     head: Any
@@ -18,21 +23,21 @@ class Base(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What a step with adapters takes as frozen: the base, and what the algorithm asked for, of
-    which nothing that is the base's is there twice."""
+    """Frozen weights of a step with adapters: the base, plus the algorithm's frozen weights, which
+    share arrays with the base."""
 
     base: Any
     of_algorithm: Any
 
 
 def check_base(record: Mapping[str, Any], fingerprint: str, where: str) -> None:
-    """Refuse other weights than those that an adapter was trained on.
+    """Check that the base has not changed since the adapter was trained.
 
     Raises:
-        WeightsError: they are others.
+        WeightsError: the fingerprints differ.
     """
     if record["base"]["fingerprint"] != fingerprint:
         raise WeightsError(
             f"{where}: its adapter was trained on other weights than {record['base']['name']} "
-            "holds now; restore them"
+            "holds now; restore the original weights"
         )

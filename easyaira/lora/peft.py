@@ -1,4 +1,4 @@
-"""PEFT's format: an adapter as a folder that peft reads, and back."""
+"""PEFT's format: write an adapter as a folder for peft, and read one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from easyaira.lora.adapter import Adapter, module_of, nested
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-PEFT_HEADS = {"classifier", "score"}  # that peft names for every scorer, of which a model has one
+PEFT_HEADS = {"classifier", "score"}  # peft lists both for every scorer; a model has one of them
 
-# adapter_config.json keys that change the numbers and are not built: their only accepted values
+# adapter_config.json keys of unsupported features: their only accepted values
 PEFT_NEUTRAL: dict[str, tuple] = {
     "alora_invocation_tokens": (None,),
     "alpha_pattern": (None, {}),
@@ -44,8 +44,8 @@ def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
 
 
 def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
-    """Tensors as peft names and lays them out: A [r, in], B [out, r], one of each layer, and
-    those of the head."""
+    """Tensors with peft's names and layout: A [r, in] and B [out, r] for each layer, and those of
+    the head."""
     flat, tensors = by_path(params), {}
     for row in adapter.targets:
         a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
@@ -59,20 +59,20 @@ def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
 
 
 def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -> Any:
-    """The other way, checked by name and shape.
+    """Inverse of `to_peft`; checks names and shapes.
 
     Raises:
-        WeightsError: tensors are missing, left over, of another shape or not finite.
+        WeightsError: a tensor is missing, left over, of another shape or not finite.
     """
     shapes, flat, left = by_path(adapter.shapes), {}, dict(tensors)
 
     def take(name: str, wanted: tuple[int, ...]) -> np.ndarray:
         tensor = left.pop(name, None)
         if tensor is None or tensor.shape != wanted or not np.isfinite(tensor).all():
-            found = "is missing" if tensor is None else f"has shape {tensor.shape}"
+            problem = "is missing" if tensor is None else f"has shape {tensor.shape}"
             raise WeightsError(
-                f"{where}: {name} {found}; wanted are {wanted} and finite values. Is it an "
-                f"adapter of this model, with these lora.target_modules{_whole(adapter)}?"
+                f"{where}: {name} {problem}; expected shape {wanted} and finite values. Is it an "
+                f"adapter of this model, with these lora.target_modules{_modules_hint(adapter)}?"
             )
         return tensor.astype(np.float32)
 
@@ -92,18 +92,16 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
         layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
         flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
     if left:
-        raise WeightsError(
-            f"{where}: holds {sorted(left)[0]}, which lora.target_modules does not name"
-        )
+        raise WeightsError(f"{where}: has {sorted(left)[0]}, which is not in lora.target_modules")
     return nested(flat)
 
 
-def _whole(adapter: Adapter) -> str:
+def _modules_hint(adapter: Adapter) -> str:
     return f" and modules_to_save {adapter.head_modules}" if adapter.head else ""
 
 
 def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, Any]:
-    """adapter_config.json."""
+    """Content of adapter_config.json."""
     alpha = adapter.config.alpha
     return {
         "peft_type": "LORA",
@@ -124,34 +122,35 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
 
 
 def read_peft(adapter: Adapter, folder: Path) -> Any:
-    """The adapter of a folder in PEFT's format, ours or peft's.
+    """Read the parameters of an adapter from a folder in PEFT's format.
 
     Raises:
-        ConfigError: it is of another kind, rank or scale than this one.
+        ConfigError: adapter_config.json cannot be read, uses an unsupported feature, or differs
+            from `adapter` in rank or scale.
         WeightsError: see `from_peft`.
     """
     file = folder / ADAPTER_CONFIG
     try:
-        found = json.loads(file.read_text())
-        differ = [key for key, only in PEFT_NEUTRAL.items() if found.get(key, only[0]) not in only]
-        saved = set(found.get("modules_to_save") or ()) - set(adapter.head_modules)
+        config = json.loads(file.read_text())
+        differ = [key for key, only in PEFT_NEUTRAL.items() if config.get(key, only[0]) not in only]
+        saved = set(config.get("modules_to_save") or ()) - set(adapter.head_modules)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"lora.adapter: {file} cannot be read: {error}") from error
     if differ:
         raise ConfigError(
-            f"{file}: {differ[0]}: {found[differ[0]]!r} is not built; only "
+            f"{file}: {differ[0]}: {config[differ[0]]!r} is not supported; only "
             f"{PEFT_NEUTRAL[differ[0]][0]!r}"
         )
     if saved and not (adapter.head and saved <= PEFT_HEADS):
         raise ConfigError(
-            f"{file}: modules_to_save: {sorted(saved)[0]!r} is not built; only "
+            f"{file}: modules_to_save: {sorted(saved)[0]!r} is not supported; only "
             f"{adapter.head_modules or None}"
         )
     for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
-        wanted, there = getattr(adapter.config, ours), found.get(theirs, False)
-        if wanted != there:
+        wanted, stored = getattr(adapter.config, ours), config.get(theirs, False)
+        if wanted != stored:
             raise ConfigError(
-                f"lora.{ours}: {wanted} here and {there} in {file}; set it to {there}"
+                f"lora.{ours}: is {wanted}, but {file} has {stored}; set it to {stored}"
             )
     tensors = safetensors.open_file(folder / ADAPTER_WEIGHTS)
     return from_peft(adapter, tensors, str(folder))

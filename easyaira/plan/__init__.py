@@ -1,1 +1,1 @@
-"""What a run will cost, without running it."""
+"""Cost of a run, estimated without running it."""

@@ -1,4 +1,4 @@
-"""Memory, work and time of an update, from shapes and the compiled program."""
+"""Memory, FLOPs and time of an update, from shapes and the compiled program."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from easyaira.train.step import abstract_state
 
 
 def added_by(adapter: Adapter) -> int:
-    """Parameters of adapters beside the model's own; its head is one of those."""
+    """Number of parameters that adapters add to the model. The score head is the model's own."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["model"]))
 
 
 class Plan(NamedTuple):
-    """One update of a run: the largest that its data hold, so far as they were sampled.
+    """Cost of a run's largest update, among the updates that were sampled.
 
     Attributes:
         update: see `Update`.
-        sizes: bytes on a device, by what they are for, from shapes and shardings.
-        work: floating-point operations of a device, by what they are for.
-        program: what the compiler says.
-        failures: what should not be in it.
+        sizes: bytes per device by purpose, from shapes and shardings.
+        work: floating-point operations per device by purpose.
+        program: the compiled program.
+        failures: sharding mistakes found in the program.
     """
 
     update: Update
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     failures: list[str]
 
     def moved(self) -> dict[str, tuple[int, float]]:
-        """Kind of communication -> how often it happens, and the bytes that a device sends."""
+        """Map from kind of collective to its count and the bytes that a device sends."""
         total: dict[str, tuple[int, float]] = {}
         for c in self.program.collectives or []:
             times, size = total.get(c.kind, (0, 0.0))
@@ -61,13 +61,14 @@ class Plan(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What an update computes on a device, and in how many parts.
+    """Shapes of an update.
 
     Attributes:
-        batch: of all devices.
-        parts: micro-batches.
-        rows, length: of a device in a micro-batch.
-        chunks: in which positions with loss are projected, and how many there are in one.
+        batch: arrays of the whole batch, over all devices.
+        parts: number of micro-batches.
+        rows, length: shape of a device's share of a micro-batch.
+        chunks: number of chunks in which positions with loss are projected, and positions per
+            chunk.
     """
 
     batch: Mapping[str, np.ndarray]
@@ -78,10 +79,11 @@ class Update(NamedTuple):
 
 
 def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
-    """The update that costs most, with room for what is not yet known of its examples."""
-    batches = replace(setup.batches, local=None)  # of all hosts
-    found = batches[batches.largest()]
-    arrays, shape = dict(found.arrays), found.shape
+    """The most expensive update, with zeros for arrays that are not computed yet (reference
+    log-probabilities)."""
+    batches = replace(setup.batches, local=None)  # rows of all hosts
+    batch = batches[batches.largest()]
+    arrays, shape = dict(batch.arrays), batch.shape
     for name, sizes in algorithm.known(setup).items():
         arrays[name] = np.zeros((batches.accumulation, setup.micro_batch, *sizes), np.float32)
     mask = arrays["loss_mask"].reshape(batches.accumulation, batches.shards, -1)
@@ -93,7 +95,7 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
 
 
 def measure(setup: Setup, algorithm: Algorithm) -> Plan:
-    """Compile the largest update, and look at it."""
+    """Compile the largest update and measure it."""
     update = largest_update(setup, algorithm)
     sizes = sizes_of(setup, algorithm, update)
     program = compiled(lambda: lower_step(setup, algorithm, update.batch), update.chunks[0])
@@ -103,12 +105,12 @@ def measure(setup: Setup, algorithm: Algorithm) -> Plan:
 
 
 def lower_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The training step for a batch's shapes, lowered for the mesh's devices."""
+    """Lower the training step for a batch's shapes and the mesh's devices."""
     return trace_step(setup, algorithm, arrays).lower()
 
 
 def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The training step, traced for a batch's shapes without any array."""
+    """Trace the training step for a batch's shapes without allocating arrays."""
     state = abstract_state(setup.trainable.target, setup.tx, setup.mesh)
     frozen = setup.trainable.frozen_target(algorithm.frozen(setup))
     batch = like(arrays, loader.batch_shardings(arrays, setup.mesh))
@@ -117,7 +119,7 @@ def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarr
     if key is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
     step = steps.jit_train_step(setup.trainable.loss_fn(algorithm.loss_fn(setup)), setup.tx, state)
-    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not be there
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not exist
         return step.trace(state, frozen, batch, key)
 
 
@@ -128,12 +130,12 @@ def per_device(tree: Any) -> int:
 
 
 def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, float]:
-    """Bytes on a device that shapes and shardings tell.
+    """Bytes per device by purpose, from shapes and shardings.
 
-    Gradients are float32 and divided like the weights; with accumulation there are those of the
-    micro-batch and their sum. Logits are those that losses/token_logps.py holds at a time, with
-    what it keeps for the backward pass, the head in the computing dtype, and its gradient, which is
-    whole until the devices have added theirs up."""
+    Gradients are float32 and sharded like the weights. Accumulation doubles them: a micro-batch's
+    gradients and their sum. Logits comprise the chunks that losses/token_logps.py holds at a time,
+    the chunks cached for the backward pass, the head in the computing dtype, and the head's
+    gradient, which is unsharded until it is reduced."""
     trained = setup.trainable.target
     state = abstract_state(trained, setup.tx, setup.mesh)
     batch = like(update.batch, loader.batch_shardings(update.batch, setup.mesh))
@@ -156,7 +158,7 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
 
 
 def _head(model: Model) -> int:
-    """Weights of the product that turns states into logits; 0 for a scorer."""
+    """Number of weights in the projection to logits; 0 for a scorer."""
     if model.scorer:
         return 0
     leaves = by_path(model.shapes)
@@ -166,19 +168,20 @@ def _head(model: Model) -> int:
 
 
 def depth_of(model: Model) -> int:
-    """Layers."""
+    """Number of layers."""
     return next(leaf.shape[0] for row, leaf in pair_rows(model.shapes, model.rows) if row.stacked)
 
 
 def kernels_of(model: Model) -> list[jax.ShapeDtypeStruct]:
-    """Weights of the layers' products, [layers, in, ...]."""
+    """Kernels of the layers, each [layers, in, ...]."""
     leaves = by_path(model.shapes["model"]).items()
     return [leaf for path, leaf in leaves if path.endswith("kernel") and leaf.ndim > 2]
 
 
 def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, float]:
-    """Floating-point operations of a device in an update, padding too: of products with weights,
-    and of attention's scores, as they are computed."""
+    """Floating-point operations per device in an update, by purpose.
+
+    Counts products with weights and attention scores as computed, including padding."""
     model, adapter = setup.model, setup.adapter
     leaves = by_path(model.shapes["model"])
     inner = sum(x.size for path, x in leaves.items() if path.endswith("kernel"))
@@ -191,9 +194,9 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     learned = update.parts * math.prod(update.chunks) * _head(model)
     scores = 4 * depth * heads * _keys(model, update.length) * positions
     forward = 2 * (inner * positions + learned) + scores
-    trained = 2 if adapter is None else 1  # products of the backward pass, for each weight
-    again = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
-    # a kernel computes scores again for each gradient, and long rows are computed again in blocks
+    trained = 2 if adapter is None else 1  # products per weight in the backward pass
+    recompute = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
+    # fused kernels recompute the scores for each gradient; long rows are recomputed in blocks
     kernel = model.compute.attention != "xla" and not model.compute.dropout
     work = {
         "forward": forward + 2 * added * positions,
@@ -201,14 +204,14 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
         + 4 * learned
         + 4 * added * positions
         + scores * (3.5 if kernel else 2.5 if update.length > BLOCK else 2),
-        "recompute": again[model.compute.gradient_checkpointing],
+        "recompute": recompute[model.compute.gradient_checkpointing],
         "reference": forward if reference_in_step else 0.0,
     }
     return {name: operations / setup.mesh.shape["tp"] for name, operations in work.items()}
 
 
 def _keys(model: Model, length: int) -> float:
-    """Positions that attention compares one with, on average, seen or not."""
+    """Average number of keys per query that attention computes, masked ones included."""
     how, causal = model.compute.attention, not model.architecture.encoder
     if model.compute.dropout or not causal or how == "cudnn":
         return length
@@ -220,18 +223,18 @@ def _keys(model: Model, length: int) -> float:
     return sum((end - start) * end for start, end in zip(starts, ends, strict=True)) / length
 
 
-# Shares of the data sheet's figures that a step is expected to reach. Rough ones: a plan compares
-# settings, and does not replace a measurement.
+# Fraction of the peak figures in the data sheet that a step is expected to reach. These are rough:
+# a plan compares settings and does not replace a measurement.
 REACHED = {"products": 0.6, "memory": 0.8, "links": 0.6}
 
 
 def seconds_of(setup: Setup, update: Update, work: float, moved: float) -> float | None:
-    """An estimate of an update's duration: products or memory, whichever takes longer, and then
-    communication, as if nothing of it were hidden. None for a chip that is not known.
+    """Estimated seconds per update: the longer of products and memory traffic, plus communication
+    without overlap. None for an unknown chip.
 
     Args:
-        work: operations of a device.
-        moved: bytes that it sends.
+        work: floating-point operations per device.
+        moved: bytes that a device sends.
     """
     chip = chip_of(setup.mesh.devices.flat[0].device_kind)
     if chip is None:
@@ -243,15 +246,15 @@ def seconds_of(setup: Setup, update: Update, work: float, moved: float) -> float
     states = sum(x.shape[0] * x.shape[1] + x.size // x.shape[1] for x in kernels)  # in and out
     states *= passes * itemsize * update.rows * update.length / tp
     trained = per_device(setup.trainable.target)
-    traffic = weights + states + trained * (7 + 3 * update.parts)  # AdamW; adding gradients up
+    traffic = weights + states + trained * (7 + 3 * update.parts)  # AdamW; accumulating gradients
     products = work / (chip.flops * REACHED["products"])
     memory = traffic / (chip.memory_bandwidth * REACHED["memory"])
     return max(products, memory) + moved / (chip.link_bandwidth * REACHED["links"])
 
 
 def failures(setup: Setup, program: Program) -> list[str]:
-    """What costs much and should not be there."""
-    found = [f"the compiler gathers an array to move it: {said}" for said in program.rematerialized]
+    """Sharding mistakes worth failing on."""
+    problems = [f"XLA gathers a whole array to reshard it: {how}" for how in program.rematerialized]
     parts = setup.mesh.shape["fsdp"] * setup.mesh.shape["tp"]
     leaves = by_path(setup.trainable.held)
     total = sum(leaf.size for leaf in leaves.values())
@@ -260,21 +263,23 @@ def failures(setup: Setup, program: Program) -> list[str]:
         if leaf.ndim < 2 or leaf.size < total / 100:
             continue
         if parts > 1 and not any(leaf.sharding.spec):
-            found.append(f"{path} {leaf.shape} is not divided, although fsdp x tp = {parts}")
-        if leaf.ndim > 2:  # of all layers
+            problems.append(f"{path} {leaf.shape} is not sharded, although fsdp x tp = {parts}")
+        if leaf.ndim > 2:  # stacked over layers
             tp = setup.mesh.shape["tp"] if "'tp'" in str(leaf.sharding.spec) else 1
             stacks[leaf.size // tp, leaf.shape[0]] = path
     for c in program.collectives or []:
         for _, sizes in c.shapes if c.kind == "all-gather" else ():
             if path := stacks.get((math.prod(sizes), sizes[0] if sizes else 0)):
-                found.append(f"{path} is gathered for all layers at once: {sizes}")
-    return sorted(set(found))
+                problems.append(f"{path} is gathered for all layers at once: {sizes}")
+    return sorted(set(problems))
 
 
 def flops_per_token(model: Model, reference_in_step: bool, adapter: Adapter | None = None) -> float:
-    """Operations of an update per real token: two per weight of a product forward and four
-    backward (two if it is frozen), and two more for a reference that is computed in the step.
-    Attention scores are left out, and a scorer's head, which is applied once a text."""
+    """Floating-point operations of an update per real token.
+
+    Per weight of a product: two forward, four backward (two if frozen), and two more for a
+    reference computed in the step. Attention scores are left out, and so is the score head, which
+    is applied once per text."""
     if model.scorer:
         leaves = by_path(model.shapes["model"])
         products = sum(leaf.size for at, leaf in leaves.items() if not at.endswith("embedding"))

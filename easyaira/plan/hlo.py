@@ -1,5 +1,6 @@
-"""What a compiled program says of itself: memory, communication between devices, and what the
-compiler could not do well. Reads XLA's text form of programs ("HLO"), of CPUs, GPUs and TPUs."""
+"""Analysis of a compiled program: memory, collectives, and the compiler's sharding warnings.
+
+Parses XLA's text form of programs ("HLO") for CPUs, GPUs and TPUs."""
 
 from __future__ import annotations
 
@@ -23,18 +24,19 @@ COLLECTIVES = (
     "collective-permute",
     "all-to-all",
 )
-REMATERIALIZED = "Involuntary full rematerialization"  # of an array that had to be moved
+REMATERIALIZED = "Involuntary full rematerialization"  # an array was replicated to reshard it
 
 
 class Collective(NamedTuple):
-    """A communication between devices, as it stands in a program.
+    """A collective operation of a program.
 
     Attributes:
-        kind: of COLLECTIVES.
-        times: that it happens in a run of the program.
-        shapes: of what each device has in the end, (dtype, sizes) each.
-        bytes: that a device sends each time, on a ring.
-        channel: its number in the program, if it has one.
+        kind: one of COLLECTIVES.
+        times: executions per run of the program.
+        shapes: (dtype, sizes) of each of the collective's arrays on a device: the gathered shape of
+            an all-gather, else the operand's.
+        bytes: bytes that a device sends per execution, on a ring.
+        channel: channel id in the program, or None.
     """
 
     kind: str
@@ -48,12 +50,12 @@ class Program(NamedTuple):
     """A compiled program.
 
     Attributes:
-        seconds: that the compiler took.
-        arguments, temporaries, outputs: bytes on each device; outputs without those that take the
-            place of arguments. Zero where it does not fit.
-        refused: the compiler's words, where a device has not got the memory.
-        collectives: of all devices alike; None where the program cannot be read.
-        rematerialized: the compiler's warnings of arrays that were gathered whole to be moved.
+        seconds: compile time.
+        arguments, temporaries, outputs: bytes per device; outputs exclude those that alias
+            arguments. All are zero if the program does not fit.
+        refused: the compiler's message if the program does not fit in memory, else "".
+        collectives: the same for all devices; None if the program's text cannot be read.
+        rematerialized: the compiler's warnings about arrays replicated to reshard them.
     """
 
     seconds: float
@@ -66,22 +68,22 @@ class Program(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Bytes that a device needs; at least, where the compiler gave up."""
-        found = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", self.refused)
-        if found:
-            return int(float(found[1]) * 1024 ** " KMGT".index(found[2]))
+        """Bytes needed per device; a lower bound if the program does not fit."""
+        match = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", self.refused)
+        if match:
+            return int(float(match[1]) * 1024 ** " KMGT".index(match[2]))
         return self.arguments + self.temporaries + self.outputs
 
 
 def compiled(lower: Callable[[], Any], loops: int) -> Program:
-    """The program that `lower` describes, compiled and read.
+    """Compile the program of `lower` and analyse it.
 
     Args:
         lower: () -> jax.stages.Lowered.
-        loops: how often loops go round whose number is decided while the program runs.
+        loops: trip count assumed for loops with a dynamic bound.
     """
     begun = time.perf_counter()
-    with _standard_error() as said, _uncached():
+    with _captured_stderr() as output, _uncached():
         try:
             program = lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -93,9 +95,9 @@ def compiled(lower: Callable[[], Any], loops: int) -> Program:
     memory = program.memory_analysis()
     try:
         collectives = collectives_of(program.as_text(), loops)
-    except jax.errors.JaxRuntimeError:  # of a libtpu that this JAX was not made for
+    except jax.errors.JaxRuntimeError:  # libtpu does not match this JAX version
         collectives = None
-    warnings = {_moved(line) for line in said if REMATERIALIZED in line}
+    warnings = {_resharded(line) for line in output if REMATERIALIZED in line}
     return Program(
         seconds,
         memory.argument_size_in_bytes,
@@ -107,7 +109,7 @@ def compiled(lower: Callable[[], Any], loops: int) -> Program:
 
 
 def lacking(error: Exception) -> str | None:
-    """What an error says of a device's memory, if that is what was missing."""
+    """The out-of-memory message of an error, or None for any other error."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return None
     words = re.search(r"([Rr]an o|O)ut of memory[^\n]*", str(error))
@@ -116,11 +118,11 @@ def lacking(error: Exception) -> str | None:
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """A program out of the cache of compiled ones comes without the compiler's warnings."""
+    """Disable the compilation cache, since cached programs come without the compiler's warnings."""
     before = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # which has looked at that once, and would not again
+        compilation_cache.reset_cache()  # it reads the setting only once
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
@@ -128,30 +130,32 @@ def _uncached() -> Iterator[None]:
 
 
 @contextmanager
-def _standard_error() -> Iterator[list[str]]:
-    """What is written to standard error, also by libraries that are no Python: much, and little of
-    it of use to others."""
-    said: list[str] = []
+def _captured_stderr() -> Iterator[list[str]]:
+    """Capture the lines written to standard error during the block, also by native libraries.
+
+    The block yields a list that is filled when the block ends."""
+    output: list[str] = []
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield output
         finally:
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
-            said += file.read().decode(errors="replace").splitlines()
+            output += file.read().decode(errors="replace").splitlines()
 
 
-def _moved(warning: str) -> str:
-    """Which array it was, and from where to where it had to go."""
-    found = re.search(r"go from sharding (.*) to (.*) efficiently .*?(%\S+ = \S+)", warning)
-    return f"{found[3]} from {found[1]} to {found[2]}" if found else warning[:200]
+def _resharded(warning: str) -> str:
+    """The array of a rematerialisation warning, and its old and new sharding."""
+    match = re.search(r"go from sharding (.*) to (.*) efficiently .*?(%\S+ = \S+)", warning)
+    return f"{match[3]} from {match[1]} to {match[2]}" if match else warning[:200]
 
 
-# HLO: a line is `%name = shape operation(operands), attributes`, in a computation's braces.
+# HLO syntax: a computation is a name and lines in braces, and a line is
+# `%name = shape operation(operands), attributes`.
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)")
 _SHAPE = re.compile(r"\b(pred|bf16|token|[suf]\d+|f8\w+|c64|c128)\[([\d,]*)\]")
@@ -162,66 +166,68 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Line(NamedTuple):
-    """An operation of a program, as it stands there."""
+    """One operation (one line) of an HLO program."""
 
     name: str
     shape: str
     operation: str
-    rest: str  # from the operands on
+    rest: str  # text after the opening parenthesis of the operands
 
     def operands(self) -> list[str]:
         return _NAME.findall(self.rest.partition(")")[0])
 
 
-Lines = Mapping[str, Mapping[str, Line]]  # of each computation, by name, the last one its result
+Lines = Mapping[str, Mapping[str, Line]]  # computation: name: line, the last being its result
 
 
 def collectives_of(text: str, loops: int = 1) -> list[Collective]:
-    """The collectives of a program, with how often each happens: what stands in the body of a loop
-    happens as often as that goes round, and of branches the one that sends most is taken.
+    """The collectives of a program and how often each is executed.
+
+    Counts in a loop's body are multiplied by the loop's trip count. Of several branches, the one
+    that sends most counts.
 
     Args:
         text: HLO.
-        loops: how often loops go round that do not say so themselves.
+        loops: trip count assumed for loops with a dynamic bound.
     """
     entry, lines = computations_of(text)
-    count = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
+    count = int(match[1]) if (match := re.search(r"num_partitions=(\d+)", text)) else 1
     known: dict[str, list[Collective]] = {}
 
     def inside(name: str) -> list[Collective]:
         if name not in known:
-            found: dict[Any, Collective] = {}
+            unique: dict[Any, Collective] = {}
             for line in lines.get(name, {}).values():
                 for i, c in enumerate(of(line, name)):
-                    # a TPU fuses pieces of one collective with several products: it is in each
+                    # TPUs fuse pieces of one collective with several products; count it once
                     piece = line.operation == "fusion" and c.channel is not None
-                    found[(c.kind, c.channel) if piece else (line.name, i)] = c
-            known[name] = list(found.values())
+                    unique[(c.kind, c.channel) if piece else (line.name, i)] = c
+            known[name] = list(unique.values())
         return known[name]
 
     def of(line: Line, where: str) -> list[Collective]:
         kind = line.operation.removesuffix("-start")
         if kind in COLLECTIVES:
             if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # of which it is the first half, on a TPU
+                kind = "reduce-scatter"  # on TPUs, an all-reduce is its first half
             given = [lines[where][o].shape for o in line.operands() if o in lines[where]]
             return [_collective(kind, " ".join(given), line.rest, count)]
         if line.operation in ("async-update", "async-done"):
-            return []  # they name what async-start began
-        found = [c for called in _CALLED.findall(line.rest) for c in inside(called)]
+            return []  # counted at async-start
+        collectives = [c for called in _CALLED.findall(line.rest) for c in inside(called)]
         if branches := _BRANCHES.search(line.rest):
             each = [inside(name) for name in _NAME.findall(branches[1])]
-            found += max(each, key=lambda branch: sum(c.times * c.bytes for c in branch))
+            collectives += max(each, key=lambda branch: sum(c.times * c.bytes for c in branch))
         if line.operation != "while":
-            return found
+            return collectives
         times = _trips(line, lines[where], lines) or loops
-        return [c._replace(times=c.times * times) for c in found]
+        return [c._replace(times=c.times * times) for c in collectives]
 
     return inside(entry)
 
 
 def computations_of(text: str) -> tuple[str, Lines]:
-    """The name of the program's first computation, and the lines of all."""
+    """Name of the entry computation, and the lines of all computations."""
     lines: dict[str, dict[str, Line]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -235,10 +241,10 @@ def computations_of(text: str) -> tuple[str, Lines]:
 
 
 def _trips(loop: Line, around: Mapping[str, Line], lines: Lines) -> int | None:
-    """How often a loop goes round: as it says (CPU, GPU), or as its counter does (TPU); None if
-    that is decided while the program runs."""
-    if said := _TRIPS.search(loop.rest):
-        return int(said[1])
+    """Trip count of a loop: as annotated (CPU, GPU) or from its counter (TPU); None for a dynamic
+    bound."""
+    if annotated := _TRIPS.search(loop.rest):
+        return int(annotated[1])
 
     def number(line: Line | None, among: Mapping[str, Line]) -> int | None:
         while line and line.operation in ("copy", "bitcast"):
@@ -264,23 +270,23 @@ def _trips(loop: Line, around: Mapping[str, Line], lines: Lines) -> int | None:
 
     start = number(at_place(around.get(loop.operands()[0]), around), around) or 0
     *_, result = body.values()
-    more = at_place(result, body)
-    steps = [number(body.get(name), body) for name in more.operands()] if more else []
+    increment = at_place(result, body)
+    steps = [number(body.get(name), body) for name in increment.operands()] if increment else []
     step = next((n for n in steps if n), 1)
     return max(0, -(-(stop - start) // step))
 
 
 def _collective(kind: str, given: str, rest: str, count: int) -> Collective:
-    """One collective.
+    """Build a Collective.
 
     Args:
-        given: the shapes of its operands.
-        rest: its line from the operands on.
-        count: devices.
+        given: shapes of its operands, as text.
+        rest: see `Line`.
+        count: number of devices.
     """
     size = _group(rest) or count
     shapes = [(t, tuple(map(int, n.split(","))) if n else ()) for t, n in _SHAPE.findall(given)]
-    axis = int(found[1]) if (found := re.search(r"dimensions=\{(\d+)", rest)) else 0
+    axis = int(match[1]) if (match := re.search(r"dimensions=\{(\d+)", rest)) else 0
     if kind == "all-gather":
         shapes = [(t, (*n[:axis], n[axis] * size, *n[axis + 1 :])) for t, n in shapes]
     sent = {
@@ -290,19 +296,19 @@ def _collective(kind: str, given: str, rest: str, count: int) -> Collective:
         "all-to-all": (size - 1) / size,
         "collective-permute": 1,
     }[kind]
-    channel = int(found[1]) if (found := re.search(r"channel_id=(\d+)", rest)) else None
+    channel = int(match[1]) if (match := re.search(r"channel_id=(\d+)", rest)) else None
     return Collective(kind, 1, tuple(shapes), sum(map(_bytes, shapes)) * sent, channel)
 
 
 def _group(rest: str) -> int | None:
-    """How many devices take part together, in one of HLO's three ways to say so; None: all."""
+    """Size of a replica group, in any of HLO's three notations; None: all devices."""
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
         return int(groups[1])
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return groups[1].count(",") + 1
     if groups := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
-        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])  # a part of an axis: its size
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])  # a sub-axis gives its size
         return math.prod(int(part or sizes[axis]) for axis, part in named)
     return None
 

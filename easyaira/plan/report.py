@@ -1,4 +1,4 @@
-"""A plan in words: what a run is about to do, and what it takes."""
+"""Reports in words: what a run will do, and what it costs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from easyaira.train.setup import Setup
 
 
 def describe(setup: Setup) -> str:
-    """The run in three lines, or four."""
-    config, model, told = setup.config, setup.model, setup.data.report["train"]
+    """Summary of the run in three to five lines."""
+    config, model, counts = setup.config, setup.model, setup.data.report["train"]
     sizes = ",".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
     held_out = f", {len(setup.held_out.examples)} held out" if setup.held_out else ""
-    dropped = f", dropped {told['dropped']}" if told["dropped"] else ""
-    noted = f", noted {told['noted']}" if told["noted"] else ""
-    shared = "; prompts stored once a pair" if setup.batches.share_prompt else ""
-    learned = "" if model.scorer else f", {told['learned_tokens']:,} of them learned"
+    dropped = f", dropped {counts['dropped']}" if counts["dropped"] else ""
+    noted = f", noted {counts['noted']}" if counts["noted"] else ""
+    shared = "; each pair's prompt stored once" if setup.batches.share_prompt else ""
+    learned = "" if model.scorer else f", {counts['learned_tokens']:,} of them learned"
     warmup = optimizer.warmup_steps(config.optimizer, setup.total_steps)
     adapter = f"{describe_adapter(setup)}\n" if setup.adapter else ""
     return (
@@ -32,30 +32,30 @@ def describe(setup: Setup) -> str:
         f"on {setup.mesh.size} x "
         f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
         f"{_new_head(setup)}{adapter}"
-        f"data    {len(setup.data.train)} examples{held_out} of {told['read']} rows{dropped}"
+        f"data    {len(setup.data.train)} examples{held_out} of {counts['read']} rows{dropped}"
         f"{noted}; "
-        f"{told['tokens']:,} tokens{learned}{shared}\n"
+        f"{counts['tokens']:,} tokens{learned}{shared}\n"
         f"run     {setup.total_steps} updates of {config.train_batch_size} examples, {warmup} of "
         f"them warm-up, in {config.output_dir}"
     )
 
 
 def _new_head(setup: Setup) -> str:
-    """What of a scorer's head the model that it begins with does not have."""
+    """Line about score head parameters that the initial model lacks, or ""."""
     adapters = setup.config.lora and setup.config.lora.adapter
     if not setup.model.scorer or setup.config.model.init == "random" or adapters:
-        return ""  # adapters bring the head with them
-    drawn = setup.origin.check(setup.stored)
-    if not drawn:
+        return ""  # saved adapters contain the head
+    missing = setup.origin.check(setup.stored)
+    if not missing:
         return ""
     return (
-        f"head    {', '.join(drawn)} drawn with standard deviation "
+        f"head    {', '.join(missing)} initialised with standard deviation "
         f"{setup.model.config.initializer_range} from seed {setup.config.seed}; biases 0\n"
     )
 
 
 def describe_adapter(setup: Setup) -> str:
-    """What is trained instead of the model's weights, and how those are held."""
+    """Line about the trainable adapters and the storage of the frozen weights."""
     adapter = setup.adapter
     count, total = adapter.parameter_count(), setup.model.parameter_count() + added_by(adapter)
     held = jax.tree.leaves(adapter.held_target(setup.mesh, setup.model.compute.dtype))
@@ -72,8 +72,8 @@ def describe_adapter(setup: Setup) -> str:
 
 
 def table(setup: Setup) -> str:
-    """Every parameter, and over which axes of the mesh it is divided."""
-    lines = ["", f"{'parameter':44}{'shape':28}divided by"]
+    """Every parameter with its shape and the mesh axes that shard it."""
+    lines = ["", f"{'parameter':44}{'shape':28}sharded by"]
     for path, leaf in by_path(setup.trainable.held).items():
         spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
         lines.append(f"{path:44}{str(leaf.shape):28}{spec}")
@@ -81,16 +81,17 @@ def table(setup: Setup) -> str:
 
 
 def plan(setup: Setup, algorithm: Algorithm) -> str:
-    """Where parameters lie, and what the largest update takes, without allocating any of it."""
+    """Sharding of the parameters and cost of the largest update, without allocating arrays."""
     return f"{table(setup)}\n\n{show(setup, cost.measure(setup, algorithm))}"
 
 
-def show(setup: Setup, found: Plan) -> str:
-    """A plan in words and figures."""
-    update, program, device = found.update, found.program, setup.mesh.devices.flat[0]
+def show(setup: Setup, plan: Plan) -> str:
+    """Format a plan."""
+    update, program, device = plan.update, plan.program, setup.mesh.devices.flat[0]
     lines = [
-        f"the largest update: {update.parts} micro-batches of {setup.batches.shards} x "
-        f"{update.rows} rows of {update.length:,} tokens; compiled in {program.seconds:.0f} s"
+        f"largest update: {_count(update.parts, 'micro-batch', 'es')} x "
+        f"{_count(setup.batches.shards, 'data shard')} x {_count(update.rows, 'row')} x "
+        f"{_count(update.length, 'token')}; compiled in {program.seconds:.0f} s"
     ]
     lines += ["", f"{'bytes per device':24}{'MiB':>10}"]
 
@@ -99,18 +100,18 @@ def show(setup: Setup, found: Plan) -> str:
         lines.append(f"{name:24}{size / 2**20:>10,.{digits}f}  {source}".rstrip())
 
     if program.refused:
-        for name, size in found.sizes.items():
+        for name, size in plan.sizes.items():
             line(name, size, "from shapes")
-        line("needed", program.memory, "at least, by the compiler, which gives up")
+        line("needed", program.memory, "at least, by the compiler's error")
     else:
-        for name, size in split(found).items():
+        for name, size in split(plan).items():
             line(name, *size)
-        line("in all", program.memory, "")
-    lines += ["", _communication(found, setup.mesh.size)]
-    total = sum(found.work.values())
-    parts = ", ".join(f"{name} {n / 1e12:,.4g}" for name, n in found.work.items() if n)
+        line("total", program.memory, "")
+    lines += ["", _communication(plan, setup.mesh.size)]
+    total = sum(plan.work.values())
+    parts = ", ".join(f"{name} {n / 1e12:,.4g}" for name, n in plan.work.items() if n)
     lines += [f"work    {total / 1e12:,.4g} TFLOP per device: {parts}"]
-    moved = sum(size for _, size in found.moved().values())
+    moved = sum(size for _, size in plan.moved().values())
     seconds = seconds_of(setup, update, total, moved)
     if seconds is None:
         lines += [
@@ -118,10 +119,10 @@ def show(setup: Setup, found: Plan) -> str:
         ]
     else:
         lines += [
-            f"time    about {seconds:,.3g} s, an estimate: products at {REACHED['products']:.0%} "
-            f"of a {device.device_kind}'s peak, no communication hidden"
+            f"time    about {seconds:,.3g} s (estimate): products at {REACHED['products']:.0%} "
+            f"of a {device.device_kind}'s peak, communication not overlapped"
         ]
-    lines += [f"failure {text}" for text in found.failures]
+    lines += [f"failure {text}" for text in plan.failures]
     if not program.refused:
         held, used = (n / 2**20 for n in (program.arguments, program.temporaries))
         lines += [
@@ -132,40 +133,45 @@ def show(setup: Setup, found: Plan) -> str:
 
 
 def fits(setup: Setup, program: Program) -> tuple[bool, str]:
-    """Whether a step has room on a device, and that in words."""
+    """Whether a step fits in a device's memory, and a sentence that says so."""
     device = setup.mesh.devices.flat[0]
-    needed, there = f"{program.memory / 2**30:,.2f} GiB", memory_of(device)
+    needed, room = f"{program.memory / 2**30:,.2f} GiB", memory_of(device)
     if program.refused:
         return False, f"does not fit: {program.refused}"
-    if there is None:
-        return True, f"needs {needed}; what a {device.device_kind} has is not known"
-    enough = program.memory <= there
-    return enough, f"{'fits' if enough else 'does not fit'}: {needed} of {there / 2**30:,.2f} GiB"
+    if room is None:
+        return True, f"needs {needed} (this device's memory is unknown)"
+    enough = program.memory <= room
+    return enough, f"{'fits' if enough else 'does not fit'}: {needed} of {room / 2**30:,.2f} GiB"
 
 
-def split(found: Plan) -> dict[str, tuple[float, str]]:
-    """What a device's memory is for, in bytes, and how that is known; adds up to all of it."""
-    sizes, program = found.sizes, found.program
+def split(plan: Plan) -> dict[str, tuple[float, str]]:
+    """Bytes per device by purpose, each with the source of the figure. They add up to
+    `Program.memory`."""
+    sizes, program = plan.sizes, plan.program
     held = ("weights", "optimizer", "frozen", "batch")
     rows = {name: (sizes[name], "from shapes") for name in held}
     rest = program.arguments - sum(sizes[name] for name in held)
-    rows["padding of these"] = rest, "by difference"
+    rows["padding"] = rest, "of the rows above, by difference"
     left = program.temporaries
     for name in ("gradients", "logits"):
         size = min(left, sizes[name])
-        rows[name] = size, "from shapes, within the temporaries"
+        rows[name] = size, "from shapes, part of the temporaries"
         left -= size
-    rows["activations, all else"] = left, "temporaries less these"
-    rows["outputs"] = program.outputs, "beside those in the place of arguments"
+    rows["activations, other"] = left, "all other temporaries"
+    rows["outputs"] = program.outputs, "except those that alias arguments"
     return rows
 
 
-def _communication(found: Plan, devices: int) -> str:
-    if found.program.refused or devices == 1:
+def _count(n: int, noun: str, plural: str = "s") -> str:
+    return f"{n:,} {noun}{plural if n != 1 else ''}"
+
+
+def _communication(plan: Plan, devices: int) -> str:
+    if plan.program.refused or devices == 1:
         return "" if devices > 1 else "no communication: one device"
-    if found.program.collectives is None:
-        return "communication cannot be read: libtpu is not the one that this JAX was made for"
+    if plan.program.collectives is None:
+        return "communication unknown: the installed libtpu does not match this version of JAX"
     lines = [f"{'communication':24}{'times':>10}{'MiB sent per device':>24}"]
-    for kind, (times, size) in sorted(found.moved().items()):
+    for kind, (times, size) in sorted(plan.moved().items()):
         lines.append(f"{kind:24}{times:>10,}{size / 2**20:>24,.0f}")
     return "\n".join(lines)

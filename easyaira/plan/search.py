@@ -1,7 +1,7 @@
 """The fastest mesh, accumulation and gradient checkpointing that fit, for `--search`.
 
-Candidates are put in order by a rough estimate, those whose memory cannot be enough are left out,
-and the rest are compiled, one after another, until one fits."""
+Candidates are sorted by a rough time estimate. Those that cannot fit in memory are dropped. The
+others are compiled in order until one fits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from easyaira.train.setup import Setup, prepare
 
 
 class Candidate(NamedTuple):
-    """Attributes:
-    setup: with these settings; only what an estimate looks at.
-    seconds: of an update, estimated.
-    least: bytes that a device needs at least.
+    """One combination of settings.
+
+    Attributes:
+        setup: the run with these settings; complete enough for an estimate only.
+        seconds: estimated seconds per update.
+        least: lower bound of the bytes needed per device.
     """
 
     setup: Setup
@@ -32,7 +34,7 @@ class Candidate(NamedTuple):
     least: float
 
     def flags(self) -> str:
-        """As they are given on the command line."""
+        """The settings as command-line flags."""
         config = self.setup.config
         return (
             f"--mesh {config.mesh} --gradient_accumulation_steps "
@@ -42,21 +44,21 @@ class Candidate(NamedTuple):
 
 
 def search(setup: Setup, algorithm: Algorithm) -> Iterator[str]:
-    """What is tried, line by line, and in the end what is proposed.
+    """Yield a log line per compiled candidate, and finally the proposed settings.
 
     Raises:
-        ConfigError: nothing fits, or nothing is known of the chip.
+        ConfigError: no candidate fits, or the chip is unknown.
     """
     devices = list(setup.mesh.devices.flat)
     room = memory_of(devices[0])
     if room is None or chips.chip_of(devices[0].device_kind) is None:
         raise ConfigError(
-            f"search: nothing is known of {devices[0].device_kind}, so settings cannot be put in "
-            "order; --topology names pods that are known"
+            f"search: the chip {devices[0].device_kind} is unknown, so settings cannot be "
+            "compared; use --topology with a known pod"
         )
-    found = sorted(candidates(setup, algorithm), key=lambda candidate: candidate.seconds)
-    may_fit = [candidate for candidate in found if candidate.least <= room]
-    yield f"search  {len(found)} settings, {len(may_fit)} of which may fit {room / 2**30:,.2f} GiB"
+    ranked = sorted(candidates(setup, algorithm), key=lambda candidate: candidate.seconds)
+    may_fit = [candidate for candidate in ranked if candidate.least <= room]
+    yield f"search  {len(ranked)} settings; {len(may_fit)} may fit in {room / 2**30:,.2f} GiB"
     refused: list[Setup] = []
     for candidate in may_fit:
         if any(_needs_more(candidate.setup, other) for other in refused):
@@ -72,7 +74,7 @@ def search(setup: Setup, algorithm: Algorithm) -> Iterator[str]:
 
 
 def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:
-    """Every setting that model and batch size allow."""
+    """Every combination of settings that the model and the batch size allow."""
     count, size = setup.mesh.size, setup.config.train_batch_size
     for tp in (n for n in range(1, count + 1) if count % n == 0):
         for fsdp in (n for n in range(1, count // tp + 1) if count // tp % n == 0):
@@ -87,11 +89,11 @@ def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:
                 continue
             for parts in (n for n in range(1, size // shards + 1) if size % (n * shards) == 0):
                 batches = replace(setup.batches, shards=shards, accumulation=parts)
-                here = replace(setup, mesh=mesh, batches=batches)
-                here = _with(here, mesh=text, gradient_accumulation_steps=parts)
-                update = cost.largest_update(here, algorithm)
+                variant = replace(setup, mesh=mesh, batches=batches)
+                variant = _with(variant, mesh=text, gradient_accumulation_steps=parts)
+                update = cost.largest_update(variant, algorithm)
                 for kept in ("none", "dots", "full"):
-                    yield _candidate(_keeping(here, kept), algorithm, update)
+                    yield _candidate(_keeping(variant, kept), algorithm, update)
 
 
 def _with(setup: Setup, **settings) -> Setup:
@@ -113,8 +115,11 @@ def _candidate(setup: Setup, algorithm: Algorithm, update: cost.Update) -> Candi
 
 
 def moved(setup: Setup, update: cost.Update) -> float:
-    """Bytes that a device sends: fsdp gathers weights forward and backward and scatters gradients,
-    dp adds gradients up, tp adds up what each of a layer's two halves gives, forward and backward.
+    """Estimated bytes that a device sends per update.
+
+    fsdp all-gathers weights in the forward and backward pass and reduce-scatters gradients. dp
+    all-reduces gradients. tp all-reduces the outputs of attention and MLP of each layer, forward
+    and backward.
     """
     dp, fsdp, tp = (setup.mesh.shape[axis] for axis in ("dp", "fsdp", "tp"))
     itemsize, full = setup.model.compute.dtype.itemsize, _keeps(setup) == "full"
@@ -128,8 +133,10 @@ def moved(setup: Setup, update: cost.Update) -> float:
 
 
 def kept_bytes(setup: Setup, update: cost.Update) -> float:
-    """Activations that must be kept for the backward pass, at least: the input of each layer, and,
-    where products are not computed again, their results; tp divides both."""
+    """Lower bound of the bytes of activations kept for the backward pass.
+
+    These are the input of each layer and, unless products are recomputed, their results. tp shards
+    both."""
     model, tp = setup.model, setup.mesh.shape["tp"]
     per_position = cost.depth_of(model) * model.config.width
     if _keeps(setup) != "full":
@@ -143,7 +150,7 @@ def _keeps(setup: Setup) -> str:
 
 
 def _needs_more(one: Setup, other: Setup) -> bool:
-    """Whether a setting needs at least the memory of another, on the same mesh."""
+    """Whether `one` needs at least as much memory as `other` on the same mesh."""
     order = ("full", "dots", "none")
     return (
         one.config.mesh == other.config.mesh

@@ -1,13 +1,13 @@
-"""Checkpoints: everything that a run needs to continue, on any mesh. The only user of Orbax.
+"""Checkpoints: everything needed to resume a run on any mesh. The only module that uses Orbax.
 
-A checkpoint holds the items `params`, `opt_state`, `data` (the position in the data), `meta` (what
-kind of model this is, and the metrics that were under way) and `sums` (of all bits of the others).
-Orbax itself notices no changed byte, so the sums are taken on the devices before arrays are saved,
-and again of what was restored. Saving goes on in the background; an error of it is raised by the
-next save or by `close`.
+A checkpoint has the items `params`, `opt_state`, `data` (position in the data), `meta` (kind of
+model, and metrics not yet logged) and `sums` (checksums over all bits of the other items). Orbax
+does not detect changed bytes. The checksums are therefore computed on the devices before saving and
+again after restoring. Saving runs in the background; its errors are raised by the next save or by
+`close`.
 
-The folder may lie in an object store: `gs://` and `s3://` are read and written by fsspec (through
-etils) and, for arrays, by TensorStore."""
+The folder may be in an object store: fsspec (through etils) reads and writes `gs://` and `s3://`,
+and TensorStore reads and writes the arrays there."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ from easyaira.errors import StorageError
 from easyaira.storage.integrity import hash_of, sums_of
 from easyaira.storage.object_store import finished_steps, in_store, inside, is_finished, locate
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file at INFO
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file at INFO
 
 
 class _Failures(logging.Handler):
-    """Of several processes, one that cannot write its part of a checkpoint waits for the others,
-    and they for it. Orbax's log is the first that knows."""
+    """Log handler that ends the run when a process fails to write its shards.
+
+    With several processes such a failure deadlocks Orbax's barrier. Its log record is the earliest
+    signal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage()
-        if "in background save thread" in said and record.exc_info and hosts.several():
-            folder = said.rpartition("directory: ")[2]
+        message = record.getMessage()
+        if "in background save thread" in message and record.exc_info and hosts.several():
+            folder = message.rpartition("directory: ")[2]
             reason = _short(record.exc_info[1])
             watchdog.leave(StorageError(f"{folder}: cannot be saved: {reason}"))
 
@@ -51,7 +53,7 @@ logging.getLogger("absl").addHandler(_Failures())
 
 
 class Restored(NamedTuple):
-    """All items of a checkpoint."""
+    """All items of a checkpoint, and its step."""
 
     step: int
     params: Any
@@ -64,20 +66,20 @@ class Checkpoints:
     """The checkpoints of a folder.
 
     Args:
-        folder: where a folder per step lies, or a URL: gs://bucket/path, s3://bucket/path. Every
-            process sees it.
-        keep: how many are kept; None keeps all.
-        write: this run saves here, so what an interrupted save left behind is removed.
+        folder: holds one folder per step; a path or a URL (gs://bucket/path, s3://bucket/path).
+            Every process must see it.
+        keep: number of checkpoints kept; None keeps all.
+        write: this run saves here, so leftovers of an interrupted save are removed.
 
     Raises:
-        ConfigError: a package that reads the URL is missing.
-        StorageError: the folder cannot be made or listed.
+        ConfigError: the package that reads the URL is missing.
+        StorageError: the folder cannot be created or listed.
     """
 
     def __init__(self, folder: str | Path, keep: int | None = None, *, write: bool = False):
         self.folder = locate(folder)
         self.write = write
-        self.saving = 0  # the step of the last save
+        self.saving = 0  # step of the latest save
         try:
             if write and hosts.first():
                 self._clean()
@@ -95,21 +97,22 @@ class Checkpoints:
             raise StorageError(f"{self.folder}: cannot be opened: {_short(error)}") from error
 
     def _clean(self) -> None:
-        """Remove what a killed save left. (Orbax's own cleaning takes every folder in a bucket that
-        is no checkpoint for such.)"""
+        """Remove leftovers of an interrupted save.
+
+        Orbax's own cleanup would remove every folder of a bucket that is not a checkpoint."""
         unfinished = re.compile(r"\d+" if in_store(self.folder) else r"\d+\.orbax-checkpoint-tmp.*")
         for path in inside(self.folder):
             if unfinished.fullmatch(path.name) and not is_finished(path):
                 path.rmtree()
 
     def steps(self) -> list[int]:
-        """The finished steps, once what is being saved is finished, too. The first process looks,
-        for all, and all must ask.
+        """Wait for a save in progress, then list the finished steps. The first process lists them
+        for all; every process must call this.
 
         Raises:
-            StorageError: they cannot be listed.
+            StorageError: the folder cannot be listed.
         """
-        with contextlib.suppress(Exception):  # told by `wait`
+        with contextlib.suppress(Exception):  # `wait` raises it
             self.manager.wait_until_finished()
         try:
             steps = finished_steps(self.folder) if hosts.first() else []
@@ -118,19 +121,19 @@ class Checkpoints:
         return hosts.share(steps)
 
     def latest(self) -> int | None:
-        """The newest finished step; raises as `steps`."""
+        """The newest finished step, or None; raises like `steps`."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, params: Any, opt_state: Any, data: dict, meta: dict) -> None:
-        """Start saving; the arrays may be given away as soon as this returns.
+        """Start saving. The arrays may be donated as soon as this returns.
 
         Raises:
-            StorageError: this save cannot start, or the one before it failed.
+            StorageError: this save cannot start, or the previous one failed.
         """
         self._save(step, {"params": params, "opt_state": opt_state}, {"data": data, "meta": meta})
 
     def save_params(self, step: int, params: Any, meta: dict) -> None:
-        """Save weights alone, as a converted model has no more."""
+        """Save only weights and meta, for a converted model; raises like `save`."""
         self._save(step, {"params": params}, {"meta": meta})
 
     def _save(self, step: int, trees: dict[str, Any], records: dict[str, Any]) -> None:
@@ -145,31 +148,31 @@ class Checkpoints:
         except Exception as error:  # Orbax passes on whatever the storage raises
             raise self._failed("saved", step, error) from error
         if not saved:
-            raise StorageError(f"{self.folder}/{step}: not saved; a newer step is there already")
+            raise StorageError(f"{self.folder}/{step}: not saved: a newer step already exists")
 
     def restore_latest(self, params: Any, opt_state: Any) -> Restored:
-        """The newest checkpoint that is what was saved, on the mesh that is there now. Newer ones
-        that are not are moved aside, and named.
+        """Restore the newest intact checkpoint onto the current mesh. Newer, damaged ones are
+        renamed and reported.
 
         Args:
-            params, opt_state: shapes, dtypes and shardings, as `abstract` gives them.
+            params, opt_state: shapes, dtypes and shardings, as returned by `abstract`.
 
         Raises:
-            StorageError: none is; nothing was moved.
+            StorageError: no checkpoint is intact; none was renamed.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                found = self.restore(step, params, opt_state)
+                restored = self.restore(step, params, opt_state)
             except StorageError as error:
                 damaged[step] = str(error)
                 continue
             self._move_aside(damaged, step)
-            return found
+            return restored
         raise StorageError(
-            f"{self.folder}: no checkpoint can be continued from: {'; '.join(damaged.values())}"
+            f"{self.folder}: no intact checkpoint to resume from: {'; '.join(damaged.values())}"
             if damaged
-            else f"{self.folder}: there is no finished checkpoint"
+            else f"{self.folder}: no finished checkpoint"
         )
 
     def _move_aside(self, damaged: dict[int, str], good: int) -> None:
@@ -178,41 +181,41 @@ class Checkpoints:
         for step, problem in damaged.items():
             if hosts.first():
                 try:
-                    there = {path.name for path in inside(self.folder)}
+                    taken = {path.name for path in inside(self.folder)}
                     names = (f"{step}.damaged" + (f"-{n}" if n else "") for n in itertools.count())
-                    name = next(name for name in names if name not in there)
+                    name = next(name for name in names if name not in taken)
                     self._rename(str(step), name)
                 except Exception as error:
                     raise self._failed("moved aside", step, error) from error
-                print(f"store   {problem}; kept as {name}; goes on from {good}", flush=True)
-        hosts.share()  # the first process has moved them
+                print(f"store   {problem}; kept as {name}; resuming from {good}", flush=True)
+        hosts.share()  # wait until the first process has renamed them
         self.manager.reload()
 
     def _rename(self, name: str, to: str) -> None:
         if not in_store(self.folder):
             (self.folder / name).rename(self.folder / to)
             return
-        store = fsspec_backend.fs(self.folder)  # s3fs does not move folders
+        store = fsspec_backend.fs(self.folder)  # s3fs cannot rename folders
         root = str(self.folder).partition("://")[2]
         for file in store.find(f"{root}/{name}"):
             store.copy(file, f"{root}/{to}" + file.removeprefix(f"{root}/{name}"))
         store.rm(f"{root}/{name}", recursive=True)
 
     def restore(self, step: int, params: Any, opt_state: Any) -> Restored:
-        """All of a checkpoint, or nothing; see `restore_latest`.
+        """Restore a whole checkpoint; see `restore_latest` for the arguments.
 
         Raises:
-            StorageError: it cannot be read, or is not what was saved.
+            StorageError: the checkpoint cannot be read or fails its checksums.
         """
-        found = self._restore(step, {"params": params, "opt_state": opt_state}, ("data", "meta"))
-        return Restored(step, *(found[name] for name in Restored._fields[1:]))
+        items = self._restore(step, {"params": params, "opt_state": opt_state}, ("data", "meta"))
+        return Restored(step, *(items[name] for name in Restored._fields[1:]))
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """The weights alone; raises as `restore`."""
+        """Restore only the weights; raises like `restore`."""
         return self._restore(step, {"params": params}, ())["params"]
 
     def meta(self, step: int) -> dict:
-        """What a checkpoint says of its model; raises as `restore`."""
+        """Restore only the meta record; raises like `restore`."""
         return self._restore(step, {}, ("meta",))["meta"]
 
     def _restore(self, step: int, trees: dict[str, Any], records: tuple[str, ...]) -> dict:
@@ -222,30 +225,30 @@ class Checkpoints:
         failure = None
         with _quiet():
             try:
-                found = self._reader().restore(step, args=ocp.args.Composite(**items))
-                sums = dict(found.sums)
+                restored = self._reader().restore(step, args=ocp.args.Composite(**items))
+                sums = dict(restored.sums)
                 intact = sums.pop("sums") == hash_of(sums)
             except Exception as error:
-                failure = self._failed("restored", step, self._unread(step) or error)
+                failure = self._failed("restored", step, self._damaged_json(step) or error)
             if failure:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    gc.collect()  # coroutines that are left
-        # Orbax reads without the others here, so that all come to this place, whatever they read
+                    gc.collect()  # abandoned coroutines
+        # this reader has no barriers, so every process gets here even if its read failed
         problem = hosts.problem_of_any(str(failure) if failure else None)
         if problem:
             raise failure or StorageError(problem)
-        now = sums_of({k: found[k] for k in trees}, {k: found[k] for k in records})
+        now = sums_of({k: restored[k] for k in trees}, {k: restored[k] for k in records})
         wrong = [name for name in now if now[name] != sums.get(name)]
         missing = [n for n in sums if n.split("/")[0] in (*trees, *records) and n not in now]
         if not intact or wrong or missing:
             name = (wrong + missing)[0] if intact else "sums"
-            raise self._failed("restored", step, f"{name} is not what was saved")
-        return {name: found[name] for name in (*trees, *records)}
+            raise self._failed("restored", step, f"{name} differs from what was saved")
+        return {name: restored[name] for name in (*trees, *records)}
 
     def _reader(self) -> Any:
-        """Of several processes, one that meets the others at no barrier: what cannot be read is
-        often read by one of them alone."""
+        """A checkpoint manager for reading. With several processes it has no barriers, because a
+        read may fail on one process only."""
         if not hosts.several():
             return self.manager
         me = jax.process_index()
@@ -269,8 +272,8 @@ class Checkpoints:
         rest = f" (other finished steps: {others})" if others else ""
         return StorageError(f"{self.folder}/{step}: cannot be {verb}: {reason}{rest}")
 
-    def _unread(self, step: int) -> str | None:
-        """Which of a checkpoint's descriptions is no JSON any more: Orbax does not say."""
+    def _damaged_json(self, step: int) -> str | None:
+        """Name the damaged JSON file of a checkpoint, if any; Orbax's errors do not."""
         for pattern in ("*/metadata", "*/_METADATA", "*/array_metadatas/*"):
             for file in (self.folder / str(step)).glob(pattern):
                 try:
@@ -282,10 +285,10 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Until the save under way is finished.
+        """Wait until the save in progress is finished.
 
         Raises:
-            StorageError: it failed.
+            StorageError: the save failed.
         """
         try:
             self.manager.wait_until_finished()
@@ -299,8 +302,8 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hundreds of lines that Orbax's threads and left coroutines print of one damaged
-    file. What is raised is to be caught inside."""
+    """Silence the hundreds of lines that Orbax's threads and abandoned coroutines print for one
+    damaged file. Errors must be caught inside the block."""
     hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
     level = log.level
     sys.unraisablehook = sys.excepthook = lambda *_: None
@@ -313,7 +316,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _short(error: BaseException) -> str:
-    """The array or the file that an error of Orbax speaks of, and its reason, in one line."""
+    """One line with the array or file named in an Orbax error, and the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -325,10 +328,11 @@ def _short(error: BaseException) -> str:
 
 
 def peek(folder: str | Path) -> tuple[int | None, dict[str, Any]]:
-    """The newest finished step that says what it is, and that, unverified. For one process alone.
+    """The newest finished step with a readable meta record, and that record, unverified. Runs on
+    one process only.
 
     Raises:
-        ConfigError: as `Checkpoints`.
+        ConfigError: see `Checkpoints`.
         StorageError: the folder cannot be listed.
     """
     path = locate(folder)
@@ -337,6 +341,6 @@ def peek(folder: str | Path) -> tuple[int | None, dict[str, Any]]:
     except Exception as error:
         raise StorageError(f"{path}: cannot be listed: {_short(error)}") from error
     for step in reversed(steps):
-        with contextlib.suppress(Exception):  # a damaged one is passed over when a run continues
+        with contextlib.suppress(Exception):  # skip a damaged step, as resuming does
             return step, dict(json.loads((path / str(step) / "meta/metadata").read_text()))
     return None, {}

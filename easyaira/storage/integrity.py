@@ -1,4 +1,4 @@
-"""Sums over all bits of arrays, independent of their sharding."""
+"""Checksums over all bits of arrays, independent of their sharding."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from easyaira.distributed.tree import by_path, path_of
 
 
 def sums_of(trees: dict[str, Any], records: dict[str, Any]) -> dict[str, str]:
-    """What tells one content from another: each array by its path, and each record."""
+    """Checksums of the arrays, by path, and of the records, by name."""
     leaves = by_path(trees)
-    places = [leaf.sharding for leaf in leaves.values()]
-    meshes = [place.mesh for place in places if isinstance(place, NamedSharding)]
-    found = by_path(jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(trees)))
+    shardings = [leaf.sharding for leaf in leaves.values()]
+    meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
+    words = by_path(jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(trees)))
     sums = {
-        name: f"{leaf.dtype}{list(leaf.shape)} {found[name][0]:08x}{found[name][1]:08x}"
+        name: f"{leaf.dtype}{list(leaf.shape)} {words[name][0]:08x}{words[name][1]:08x}"
         for name, leaf in leaves.items()
     }
     return sums | {name: hash_of(record) for name, record in records.items()}
@@ -30,17 +30,17 @@ def sums_of(trees: dict[str, Any], records: dict[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _replicated(mesh: jax.sharding.Mesh) -> Any:
-    """`bit_sums`, whose results every process sees."""
+    """`bit_sums` with results replicated to every process."""
     return jax.jit(bit_sums, out_shardings=NamedSharding(mesh, P()))
 
 
 def hash_of(record: Any) -> str:
-    plain = json.loads(json.dumps(record))  # as it will be read
+    plain = json.loads(json.dumps(record))  # as JSON reads it back
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class Fingerprint:
-    """Of all bits of weights, whatever their sharding, gathered parameter by parameter."""
+    """Hash over all bits of weights, added parameter by parameter. It ignores the sharding."""
 
     def __init__(self):
         self.sums: dict[str, tuple[jax.Array, tuple[int, ...]]] = {}
@@ -57,7 +57,7 @@ class Fingerprint:
 
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
-    """Two sums of words, times odd numbers that depend on their place."""
+    """Two uint32 checksums [2]: sums of an array's words times odd factors, one per position."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     else:
@@ -68,7 +68,7 @@ def _sums(leaf: jax.Array) -> jax.Array:
     odd = (place * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
     mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
     zero = jnp.uint32(0)
-    sums = jax.lax.reduce(  # both in one pass: on CPU, a hundred times as fast as one by one
+    sums = jax.lax.reduce(  # both in one pass: on CPU, 100 times as fast as two passes
         (bits * odd, mixed * odd),
         (zero, zero),
         lambda x, y: (x[0] + y[0], x[1] + y[1]),
@@ -79,13 +79,14 @@ def _sums(leaf: jax.Array) -> jax.Array:
 
 @jax.jit
 def bit_sums(tree: Any) -> Any:
-    """For each array of floats, integers or truth values (up to 32 bits), two uint32 [2] that any
-    changed word changes. They are the same for every sharding."""
+    """Two uint32 checksums [2] of each array of floats, integers or booleans (up to 32 bits).
+
+    Any changed word changes them. They do not depend on the sharding."""
     return jax.tree.map(_sums, tree)
 
 
 def fingerprint(params: Any) -> str:
-    """Of all bits of weights that are there."""
-    found = Fingerprint()
-    jax.tree_util.tree_map_with_path(found.add, params)
-    return found.digest()
+    """`Fingerprint` of weights that are already in memory."""
+    result = Fingerprint()
+    jax.tree_util.tree_map_with_path(result.add, params)
+    return result.digest()

@@ -15,8 +15,8 @@ from etils.epath.backend import fsspec_backend
 
 from easyaira.errors import ConfigError, StorageError
 
-STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what reads a URL of an object store
-COMMIT = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # there, nothing can be renamed at once
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # URL scheme: package that reads it
+COMMIT = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # object stores have no atomic rename
 
 
 def locate(folder: str | Path) -> epath.Path:
@@ -27,12 +27,12 @@ def locate(folder: str | Path) -> epath.Path:
 
 
 def in_store(folder: Any) -> bool:
-    """Whether it lies in an object store."""
+    """Whether the folder is in an object store."""
     return "://" in str(folder)
 
 
 def inside(folder: epath.Path) -> list[epath.Path]:
-    """What lies in a folder, and not what fsspec remembers: TensorStore writes beside it."""
+    """List a folder without fsspec's cache, which misses the files that TensorStore writes."""
     if in_store(folder):
         fsspec_backend.fs(folder).invalidate_cache()
     return list(folder.iterdir()) if folder.exists() else []
@@ -43,34 +43,35 @@ def is_finished(path: epath.Path) -> bool:
 
 
 def finished_steps(folder: epath.Path) -> list[int]:
-    """All finished steps, as they lie there: Orbax's own list is wrong after a failed save."""
+    """List the finished steps from the folder; Orbax's own list is wrong after a failed save."""
     return sorted(int(path.name) for path in inside(folder) if is_finished(path))
 
 
 def _prepare(url: str) -> None:
-    """Let a URL of an object store be read.
+    """Set up access to an object store.
 
     Raises:
-        ConfigError: of a kind that cannot be, or a package is missing.
+        ConfigError: the URL's scheme is not supported, or its package is missing.
     """
     scheme = url.partition("://")[0]
     if scheme not in STORES:
-        raise ConfigError(f"{url}: cannot be read; use a folder, gs://bucket/path or s3://...")
+        raise ConfigError(f"{url}: unsupported URL; use a folder, gs://bucket/path or s3://...")
     if importlib.util.find_spec(STORES[scheme]) is None:
         raise ConfigError(f"{url}: {STORES[scheme]} is not installed; pip install '.[{scheme}]'")
-    os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, too
+    os.environ.setdefault("EPATH_USE_TF", "false")  # even where TensorFlow is installed
     if scheme == "s3":
         _teach_s3()
 
 
 @functools.cache
 def _teach_s3() -> None:
-    """Let Orbax hand arrays in S3 to TensorStore, which can store them there: Orbax 0.12 itself
-    names its drivers for folders and gs:// only (google/orbax#2739). An endpoint that is not
-    Amazon's is named by AWS_ENDPOINT_URL, as everywhere.
+    """Register TensorStore's own S3 driver with Orbax.
+
+    Orbax 0.12 selects a driver only for folders and gs:// (google/orbax#2739). AWS_ENDPOINT_URL
+    names an endpoint other than Amazon's, as usual.
 
     Raises:
-        StorageError: this Orbax is another one.
+        StorageError: this version of Orbax lacks the functions that are patched.
     """
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -81,7 +82,7 @@ def _teach_s3() -> None:
         spec = gcs_utils.get_kvstore_for_gcs
     except AttributeError as error:
         raise StorageError(
-            f"s3://: orbax-checkpoint {ocp.__version__} is not known to store arrays there; "
+            f"s3://: orbax-checkpoint {ocp.__version__} is not supported for arrays in S3; "
             "install 0.12.8, or use a folder or gs://"
         ) from error
 
@@ -89,12 +90,12 @@ def _teach_s3() -> None:
         if not path.startswith("s3://"):
             return spec(path)
         bucket, _, key = path.removeprefix("s3://").partition("/")
-        found = {"driver": "s3", "bucket": bucket, "path": key}
+        driver = {"driver": "s3", "bucket": bucket, "path": key}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if endpoint:
-            found |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-        return found
+            driver |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+        return driver
 
     tensorstore_utils._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normalize(path))
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith("s3://") or is_store(path)

@@ -1,4 +1,4 @@
-"""Where a model comes from: the hub, a Hugging Face folder, or a run folder of ours."""
+"""Sources of a pretrained model: the hub, a Hugging Face folder, or a run folder."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from easyaira.models.registry import model_of
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.integrity import fingerprint
 
-TOKENIZER = "tokenizer"  # the tokenizer's folder in a run folder
+TOKENIZER = "tokenizer"  # subfolder of a run folder
 CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model's files, found and not yet read.
+    """Location of a model's files, which are read on demand.
 
     Attributes:
-        name: as it was asked for.
-        folder: a Hugging Face folder, or a run folder.
-        step: of the checkpoint in a run folder; None for a Hugging Face folder.
-        commit: that a hub id stood for.
+        name: the name that was asked for.
+        folder: a Hugging Face folder or a run folder.
+        step: checkpoint step in a run folder; None for a Hugging Face folder.
+        commit: commit of a model from the hub; else None.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Pretrained:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint of ours says of its model."""
+        """Meta record of the checkpoint in a run folder."""
         checkpoints = Checkpoints(checkpoint_dir(self.folder))
         try:
             return checkpoints.meta(self.step)
@@ -58,7 +58,7 @@ class Pretrained:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """Content of config.json."""
         return self.meta["config"] if self.step is not None else _json(self.folder / "config.json")
 
     @cached_property
@@ -73,20 +73,22 @@ class Pretrained:
         return safetensors.open_folder(self.folder)
 
     def sample(self) -> str:
-        """A hash that tells these weights from others without reading all: of what a checkpoint
-        says of its run, or of each stored tensor's name, dtype, shape and first and last values."""
+        """Hash that identifies these weights without reading them all.
+
+        It covers step and meta record of a checkpoint, or the name, dtype, shape and first and
+        last 64 values of each tensor of a Hugging Face folder."""
         if self.step is not None:
             record = json.dumps([self.step, self.meta], sort_keys=True)
             return hashlib.sha256(record.encode()).hexdigest()
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, tensor in sorted(self._tensors.items()):
             flat = tensor.reshape(-1)
-            found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-            found.update(flat[:64].tobytes() + flat[-64:].tobytes())
-        return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            digest.update(flat[:64].tobytes() + flat[-64:].tobytes())
+        return digest.hexdigest()
 
     def stored_dtypes(self) -> dict[str, str]:
-        """Name of a tensor -> the dtype it is stored with; "" stands for all others."""
+        """Map from tensor name to stored dtype; "" stands for all other tensors."""
         if self.step is not None:
             return self.meta["stored_dtypes"]
         names = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
@@ -95,17 +97,17 @@ class Pretrained:
 
     @property
     def adapter(self) -> dict[str, Any] | None:
-        """What a checkpoint of a run with adapters says of them (lora.adapter.to_record)."""
+        """Adapter record of a run with adapters (see lora.adapter.to_record), or None."""
         return self.meta.get("lora") if self.step is not None else None
 
     @cached_property
     def base(self) -> Pretrained:
-        """What the adapters of a run stand on."""
+        """The base model of a run's adapters."""
         base = self.adapter["base"]
         return find(base["name"], base["commit"])
 
     def location(self) -> dict[str, Any]:
-        """Where this is found again, from any working directory."""
+        """Name and commit that identify this model from any working directory."""
         if self.commit is not None:
             return {"name": self.name, "commit": self.commit}
         folder = self.folder.resolve()
@@ -113,24 +115,24 @@ class Pretrained:
         return {"name": str(at), "commit": None}
 
     def check(self, model: Model) -> list[str]:
-        """Compare the files with what the model's config wants, before anything is read. Returns
-        the paths of a scorer's head that are not stored, and will have to be drawn.
+        """Check names and shapes of the stored tensors before reading any. Returns the paths of
+        score head parameters that are not stored and must be initialised.
 
         Raises:
-            ConfigError: adapters whose base is gone.
-            WeightsError: other tensors are missing, left over or of another shape.
+            ConfigError: the base of the adapters no longer exists.
+            WeightsError: another tensor is missing, left over or of another shape.
         """
         if self.step is None:
-            return _absent(model, self._matched(model))
+            return _missing(model, self._matched(model))
         if self.adapter is not None:
             self.base.check(self._saved)
         if self._saved.scorer and not model.scorer:
-            raise WeightsError(f"{self.name}: holds a scorer, which has no head to write with")
+            raise WeightsError(f"{self.name}: is a scorer, which has no language model head")
         return [] if self._saved.scorer else [row.ours for row in model.score_rows]
 
     @cached_property
     def _saved(self) -> Model:
-        """The model that a checkpoint of ours holds."""
+        """The model whose weights the checkpoint holds."""
         return model_of(self.config, str(self.folder))
 
     def _matched(self, model: Model) -> dict[str, np.ndarray]:
@@ -155,57 +157,61 @@ class Pretrained:
         head_key: jax.Array | None = None,
         each: transfer.Each | None = None,
     ) -> Any:
-        """The float32 parameters, each device with its own slice. Adapters are merged into theirs.
+        """Load the float32 parameters, sharded over `mesh`. Adapters are merged into their base.
 
         Args:
-            model: what they are for.
-            mesh: where they will lie.
-            head_key: draws the head of a scorer, as far as it is not stored.
-            each: what becomes of a parameter as soon as it is read.
+            model: the model that takes the parameters.
+            mesh: devices to load onto.
+            head_key: initialises those parameters of a score head that are not stored.
+            each: applied to every parameter as soon as it is read.
 
         Raises:
-            WeightsError: as `check`, and a tensor that is not finite, a head that is not stored, or
-                adapters whose base is not what it was.
-            StorageError: a checkpoint that cannot be read.
+            WeightsError: see `check`; or a tensor is not finite, the head is not stored and
+                `head_key` is None, or the base of the adapters has changed.
+            StorageError: the checkpoint cannot be read.
         """
         target = model.target(mesh)
         stored = self._matched(model) if self.step is None else None
-        missing = self.check(model) if stored is None else _absent(model, stored)
+        missing = self.check(model) if stored is None else _missing(model, stored)
         if missing and head_key is None:
-            raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward gives it a head")
-        drawn = _drawn(model, target, missing, head_key) if missing else {}
+            raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward adds a score head")
+        drawn = _initialise(model, target, missing, head_key) if missing else {}
         if stored is not None:
             return transfer.from_hf(stored, target, model.rows, drawn, each)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
         else:
-            found = by_path(self._stored(self._saved, mesh)) | drawn
-            params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_of(path)], target)
+            leaves = by_path(self._stored(self._saved, mesh)) | drawn
+            params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], target)
         if each is None:
             return params
         leaves, tree = jax.tree_util.tree_flatten_with_path(params)
         del params
-        # one after another, so that each may be freed as soon as something else has become of it
+        # one at a time, so that each original is freed as soon as it is converted
         leaves = [each(*leaves.pop(0)) for _ in range(len(leaves))]
         return jax.tree.unflatten(tree, leaves)
 
     def _stored(self, model: Model, mesh: Any) -> Any:
-        """What a checkpoint of ours holds."""
+        """Parameters of the checkpoint, with adapters merged."""
         if self.adapter is None:
             return self._restore(model.target(mesh))
         adapter = of_record(self.adapter, model)
         return adapter.merge(self.load_base(adapter, mesh), self.load_adapter(adapter, mesh))
 
     def load_base(self, adapter: Adapter, mesh: Any) -> Any:
-        """What adapters stand on, in float32, if it is still what it was; a head that it has not
-        got is drawn, and will be replaced."""
+        """Load the float32 base of the adapters. A missing score head is initialised; the adapter's
+        head replaces it.
+
+        Raises:
+            WeightsError: see `load`; or the base has changed since the adapters were trained.
+        """
         params = self.base.load(adapter.model, mesh, head_key=jax.random.key(0))
         frozen, _ = adapter.parted(params)
         check_base(self.adapter, fingerprint(frozen), self.name)
         return params
 
     def load_adapter(self, adapter: Adapter, mesh: Any) -> Any:
-        """The parameters of adapters alone."""
+        """Load only the parameters of the adapters."""
         return self._restore(adapter.target(mesh))
 
     def _restore(self, target: Any) -> Any:
@@ -216,45 +222,47 @@ class Pretrained:
             checkpoints.close()
 
     def tokenizer(self, name: str | None = None) -> Any:
-        """The model's tokenizer, or the one that `name` says.
+        """Load the model's tokenizer, or that of `name`.
 
         Raises:
-            TokenizerError: there is none, or it is of a kind that cannot be used.
+            TokenizerError: there is no tokenizer, or it is not a fast one.
         """
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing torch
         from transformers import AutoTokenizer
 
-        # warns of long texts; what is cut is decided and counted in data/tokenise.py
+        # drop warnings about long texts: data/tokenise.py truncates and counts them
         logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
         if name is not None:
             folder = find(name).folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds, all of them mean the same here
+        except Exception as error:  # transformers raises many types; all mean the same here
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise TokenizerError(
-                f"{folder}: no tokenizer could be loaded ({reason}); name one in model.tokenizer"
+                f"{folder}: no tokenizer could be loaded ({reason}); set model.tokenizer"
             ) from error
         if not tokenizer.is_fast:
-            raise TokenizerError(f"{folder}: only fast tokenizers (tokenizer.json) can be used")
+            raise TokenizerError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
         return tokenizer
 
 
-def _absent(model: Model, stored: Mapping[str, Any]) -> list[str]:
-    """Paths of what a model wants and is not among its stored tensors."""
+def _missing(model: Model, stored: Mapping[str, Any]) -> list[str]:
+    """Paths of the model's parameters that are not among the stored tensors."""
     return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
 
 
-def _drawn(model: Model, target: Any, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
-    """These parameters of new weights. The compiler leaves out all others."""
+def _initialise(
+    model: Model, target: Any, paths: list[str], key: jax.Array
+) -> dict[str, jax.Array]:
+    """Initialise the parameters at `paths` only; XLA drops the computation of all others."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         leaves = by_path(model.init(key))
         return {path: leaves[path] for path in paths}
 
-    places = by_path(target)
-    return jax.jit(draw, out_shardings={path: places[path].sharding for path in paths})(key)
+    targets = by_path(target)
+    return jax.jit(draw, out_shardings={path: targets[path].sharding for path in paths})(key)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -263,30 +271,35 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: wanted an object, found {type(content).__name__}")
+        raise ConfigError(f"{path}: must be a JSON object, not {type(content).__name__}")
     return content
 
 
 def checkpoint_dir(run: Path) -> Path | str:
-    """Where the checkpoints of a run folder lie; its config.yaml may name another place."""
+    """Checkpoint folder of a run folder; config.yaml may set `checkpoint_dir`."""
     try:
         written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        written = None  # no run folder, or of another program
+        written = None  # not a run folder, or another program's
     ours = isinstance(written, dict) and PROVENANCE in written
     return (ours and written.get("checkpoint_dir")) or run / CHECKPOINTS
 
 
 def find(name: str, revision: str | None = None, *, weights_wanted: bool = True) -> Pretrained:
-    """The files that `name` stands for: a run folder (its newest checkpoint) or one of its
-    checkpoints (RUN/checkpoints/STEP, wherever they lie), a Hugging Face folder, or a hub id.
+    """Locate the model called `name`.
+
+    Args:
+        name: a run folder (its newest checkpoint), a checkpoint (RUN/checkpoints/STEP, also where
+            checkpoint_dir is elsewhere), a Hugging Face folder, or a hub id.
+        revision: of a hub id.
+        weights_wanted: whether to download weights from the hub, too.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: no model is found.
     """
     path = Path(name).expanduser()
     if revision and path.is_dir():
-        raise ConfigError(f"model.revision: {name} is a local folder, which has no revisions")
+        raise ConfigError(f"model.revision: {name} is a local folder without revisions")
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         run = path.parent.parent
         if path.is_dir() or checkpoint_dir(run) != run / CHECKPOINTS:
@@ -298,7 +311,7 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
             step = checkpoints.latest()
             checkpoints.close()
             if step is None:
-                raise ConfigError(f"{name}: a run folder without a finished checkpoint")
+                raise ConfigError(f"{name}: this run folder has no finished checkpoint")
             return Pretrained(name, path, step=step)
         return Pretrained(name, path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -314,10 +327,10 @@ def _download(name: str, revision: str | None, weights_wanted: bool) -> Pretrain
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
         )
-    except Exception as error:  # the library raises many kinds, all of them mean the same here
+    except Exception as error:  # huggingface_hub raises many types; all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{name}: no such folder, and not found on the model hub ({reason}); check the name, "
-            "or the network"
+            f"{name}: no such folder, and not found on the model hub ({reason}); check the name "
+            "and the network"
         ) from error
     return Pretrained(name, Path(folder), commit=Path(folder).name)
