@@ -41,7 +41,7 @@ class Setup:
         model: the trained model, whose vocabulary may have been resized.
         batches, held_out: the data, in updates and in micro-batches.
         total_steps, schedule, tx: number of updates, learning rate and optimizer.
-        trainable: the trainable parameters: all weights, or adapters.
+        adapter: trained in the place of the model's own weights.
     """
 
     config: RunConfig
@@ -57,12 +57,12 @@ class Setup:
     total_steps: int
     schedule: optax.Schedule
     tx: optax.GradientTransformation
-    trainable: Trainable
+    adapter: Adapter | None
 
     def with_attention(self, attention: str) -> Setup:
         """The same run with another attention kernel."""
         model = replace(self.model, compute=replace(self.model.compute, attention=attention))
-        return replace(self, model=model, trainable=self.trainable.with_model(model))
+        return replace(self, model=model)
 
     @property
     def micro_batch(self) -> int:
@@ -74,9 +74,13 @@ class Setup:
         dropout = self.config.model.dropout or (self.config.lora and self.config.lora.dropout)
         return jax.random.key(self.config.seed) if dropout else None
 
-    @property
-    def adapter(self) -> Adapter | None:
-        return self.trainable.adapter
+    @cached_property
+    def trainable(self) -> Trainable:
+        """What an update changes: all weights, or adapters. The only place that asks which."""
+        if self.adapter is None:
+            return FullWeights(self.config, self.mesh, self.origin, self.stored, self.model)
+        adapter = replace(self.adapter, model=self.model)
+        return Adapters(self.config, self.mesh, self.origin, self.model, adapter)
 
     def start_weights(self) -> Any:
         """All weights before the first update; deterministic."""
@@ -140,9 +144,6 @@ def prepare(
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
     model = replace(model, compute=compute)
-    trainable: Trainable = FullWeights(config, mesh, resolved.origin, resolved.stored, model)
-    if adapter:
-        trainable = Adapters(config, mesh, resolved.origin, model, replace(adapter, model=model))
     batches = Batches(
         data.train,
         config.train_batch_size,
@@ -176,7 +177,7 @@ def prepare(
         total_steps=total_steps,
         schedule=schedule,
         tx=tx,
-        trainable=trainable,
+        adapter=adapter,
     )
 
 

@@ -7,7 +7,7 @@ FullWeights and Adapters have the same interface, so other modules need not dist
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -42,11 +42,6 @@ class FullWeights:
     origin: Pretrained
     stored: Model
     model: Model
-    adapter = None
-
-    def with_model(self, model: Model) -> FullWeights:
-        """Copy for a model with other compute settings."""
-        return replace(self, model=model)
 
     @property
     def target(self) -> Any:
@@ -117,9 +112,6 @@ class Adapters:
     origin: Pretrained
     model: Model
     adapter: Adapter
-
-    def with_model(self, model: Model) -> Adapters:
-        return replace(self, model=model, adapter=replace(self.adapter, model=model))
 
     @property
     def target(self) -> Any:
