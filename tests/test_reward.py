@@ -459,7 +459,7 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
         *reward(lora_ground, "llama", "pair"), out, **with_lora("llama", export=True, **options)
     )
     run(config, algorithm, dry_run=False)
-    assert "head    score/linear/kernel drawn" in capsys.readouterr().out
+    assert "head    score/linear/kernel initialised" in capsys.readouterr().out
     assert json.loads((out / "hf/export_report.json").read_text())["logits"]["compared"]
     convert.to_hf(str(out), str(tmp_path / "merged"), merge=True)
     assert "'compared': True" in capsys.readouterr().out
