@@ -1,13 +1,160 @@
-"""Atomic file writes."""
+"""Reads and writes of small files. Files may be damaged, or made to harm: reads are bounded."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from easyaira.errors import ConfigError, EasyAiraError
+
+MAX_BYTES = 64 * 2**20
+MAX_YAML_BYTES = 2**20
+MAX_YAML_NODES = 100_000  # with every alias written out
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace `path` atomically: a crash leaves either the old text or the new one."""
+    """Replace `path` atomically: a crash leaves either the old text or the new one.
+
+    Neither `path` nor the temporary file is written through a symbolic link."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
+    new.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(new, flags, 0o666), "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(new, path)
+
+
+def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a pipe, a device or a folder, or larger than `limit`.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
+    return content
+
+
+def read_json(
+    path: Path, kind: type = dict, *, error: type[EasyAiraError] = ConfigError, hint: str = ""
+) -> Any:
+    """Read a JSON file that holds a `kind`.
+
+    Raises:
+        error: it cannot be read, is not JSON, or holds something else; `hint` ends the message.
+    """
+    try:
+        content = parse_json(read_file(path))
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read: {reason(problem)}{hint}") from problem
+    if not isinstance(content, kind):
+        raise error(f"{path}: holds {type(content).__name__}, expected {kind.__name__}{hint}")
+    return content
+
+
+def parse_json(text: bytes) -> Any:
+    """Parse UTF-8 JSON.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, a key twice in one object, or nested too deeply.
+    """
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_key_twice)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return content
+
+
+def read_yaml(path: Path, *, error: type[EasyAiraError] = ConfigError) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        error: it cannot be read, is not YAML or no mapping, or has a key twice; with the line.
+    """
+    try:
+        content = parse_yaml(read_file(path, MAX_YAML_BYTES).decode("utf-8-sig"))
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read: {reason(problem)}") from problem
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected options as `name: value`, found {type(content).__name__}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values.
+
+    Raises:
+        ValueError: not YAML, a key twice in one mapping, or aliases that expand without bound;
+            with the line.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _nodes(node, {})
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(reason(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the nodes below `node`, every alias written out, and check its keys."""
+    line = f"line {node.start_mark.line + 1}: "
+    if id(node) in known:
+        if known[id(node)] < 0:
+            raise ValueError(f"{line}an alias contains itself")
+        return known[id(node)]
+    known[id(node)] = -1
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        seen = {}
+        for key, value in node.value:
+            first = seen.setdefault((key.tag, str(key.value)), key)
+            if first is not key and key.value != "<<":
+                raise ValueError(
+                    f"line {key.start_mark.line + 1}: the key {key.value!r} was set in line "
+                    f"{first.start_mark.line + 1} already"
+                )
+            count += _nodes(key, known) + _nodes(value, known)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_nodes(item, known) for item in node.value)
+    if count > MAX_YAML_NODES:
+        raise ValueError(f"{line}more than {MAX_YAML_NODES} values with its aliases written out")
+    known[id(node)] = count
+    return count
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, or its name if it has no text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

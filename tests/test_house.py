@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 # A file imports only from its own folder or from lower floors, which stand above it in this list.
 # A name with a slash is a folder.
 FLOORS = """
-    errors files pages
+    errors
+    files pages
     config/
     distributed/
     hf/

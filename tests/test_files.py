@@ -1,0 +1,99 @@
+"""Reads are bounded and name what is wrong; writes follow no link."""
+
+import os
+
+import pytest
+
+from easyaira import files
+from easyaira.errors import ConfigError, StorageError
+
+
+def test_write_replaces_links_and_leaves_their_targets(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "config.yaml"
+    victim.write_text("mine")
+    path.symlink_to(victim)
+    (tmp_path / ".config.yaml.new").symlink_to(victim)
+    files.write_file(path, "new")
+    assert victim.read_text() == "mine"
+    assert path.read_text() == "new" and not path.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "victim"]
+
+
+def unreadable(tmp_path):
+    """Files that nothing can be read from, with a part of the message."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    return {"pipe": "regular", "zero": "regular", "folder": "regular", "absent": "No such file"}
+
+
+def test_pipes_devices_and_folders_are_refused(tmp_path):
+    for name, message in unreadable(tmp_path).items():
+        with pytest.raises(ConfigError, match=message):
+            files.read_json(tmp_path / name)
+
+
+def test_large_files_are_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b" " * 101)
+    with pytest.raises(ValueError, match="larger"):
+        files.read_file(tmp_path / "x", 100)
+    assert files.read_file(tmp_path / "x", 101) == b" " * 101
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    {
+        b"": "not JSON",
+        b'{"a": 1': "not JSON",
+        b"[" * 200_000: "nested too deeply",
+        b'{"a": 1, "b": {"c": 1, "c": 1}}': "'c' stands twice",
+        b'{"a": "\xff"}': "not UTF-8: byte 0xff at 7",
+        b"[]": "holds list, expected dict",
+    }.items(),
+)
+def test_json_errors_name_the_file_and_what_is_wrong(text, message, tmp_path):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(StorageError, match=f"x.json: .*{message}.*; download it again") as error:
+        files.read_json(tmp_path / "x.json", error=StorageError, hint="; download it again")
+    assert "\n" not in str(error.value)
+
+
+LAUGHS = (
+    "a0: &a0 ["
+    + "lol, " * 10
+    + "]\n"
+    + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    {
+        "": "expected options",
+        "- 1": "expected options as `name: value`, found list",
+        "a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n": "line 5: the key 'c' was set in line 3 already",
+        "a: [1\nb: 2": "line 2: ",
+        "a: !!python/object/apply:os.system [x]": "line 1: could not determine a constructor",
+        "a: &a [*a]": "line 1: an alias contains itself",
+        LAUGHS: "values with its aliases written out",
+        "a: " + "[" * 100_000: "nested too deeply",
+    }.items(),
+    ids=str,
+)
+def test_yaml_errors_name_the_line(text, message, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        files.read_yaml(tmp_path / "x.yaml")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_yaml_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match="x.yaml: cannot be read: 'utf-8' codec"):
+        files.read_yaml(tmp_path / "x.yaml")
+
+
+def test_yaml_takes_aliases_merges_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.yaml").write_text("\ufeffa: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n")
+    a = {"x": 1, "y": 2}
+    assert files.read_yaml(tmp_path / "x.yaml") == {"a": a, "b": {"x": 1, "y": 3}, "c": [a, a]}
