@@ -92,7 +92,7 @@ def test_layouts_hold_what_kernels_stumble_over():
 
 def test_faults_of_a_kernel_are_listed_and_those_of_xla_fail(monkeypatch):
     monkeypatch.setattr(
-        device_checks, "layouts", lambda: {"64": (np.ones((1, 64)), np.zeros((1, 64)))}
+        device_checks, "layouts", lambda lengths: {"64": (np.ones((1, 64)), np.zeros((1, 64)))}
     )
     monkeypatch.setattr(kernel_check, "problem", lambda *args: "the output was not finite")
     assert "0 of 2 layouts" in device_checks.attention_by("cudnn", "bfloat16")

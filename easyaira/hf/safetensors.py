@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from easyaira.errors import UnsafeInputError, WeightsError
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),

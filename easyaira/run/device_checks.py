@@ -90,14 +90,14 @@ def sums() -> str:
     )
 
 
-def layouts() -> dict[str, tuple[Any, Any]]:
-    """Rows of typical runs, and rows on which kernels have failed: (segment ids, sides).
+LENGTHS = (24, 64, 128, 192, 256, 320, 640, 1000, 1024)
 
-    A CPU has XLA's attention only, which is the same at every length: short rows suffice there."""
+
+def layouts(lengths: tuple[int, ...] = LENGTHS) -> dict[str, tuple[Any, Any]]:
+    """Rows of typical runs, and rows on which kernels have failed: (segment ids, sides)."""
     rng = np.random.default_rng(0)
     layouts = {}
-    lengths = (24, 64, 128, 192, 256, 320, 640, 1000, 1024)
-    for length in lengths[:4] if jax.default_backend() == "cpu" else lengths:
+    for length in lengths:
         for shared in (True, False):
             segments, sides = np.zeros((2, 4, length), np.int32)
             for row in range(3):  # the last row is padding
@@ -121,9 +121,11 @@ def attention_by(name: str, dtype: str) -> str:
     Faults fail the check only for XLA's own attention: a run does not use a kernel that is wrong on
     its rows, and falls back to XLA."""
     sizes = [kernel_check.Heads(4, 4, 64), kernel_check.Heads(4, 2, 128)]
+    # a CPU has XLA's attention only, which is the same at every length
+    lengths = LENGTHS[:4] if jax.default_backend() == "cpu" else LENGTHS
     faults, count = [], 0
     for heads in sizes:
-        for shape, (segment_ids, sides) in layouts().items():
+        for shape, (segment_ids, sides) in layouts(lengths).items():
             compute = Compute(jnp.dtype(dtype), attention=name, shared_prompt="shared" in shape)
             problem = kernel_check.problem(segment_ids, sides, heads, compute)
             count += 1
