@@ -16,7 +16,6 @@ from easyaira.distributed.chips import chip_of
 from easyaira.distributed.sharding import like
 from easyaira.distributed.tree import by_path
 from easyaira.hf.table import pair_rows
-from easyaira.lora.adapter import Adapter
 from easyaira.losses import token_logps
 from easyaira.models.attention import BLOCK, MAX_BLOCKS
 from easyaira.models.layers import padded_vocab
@@ -27,11 +26,7 @@ from easyaira.train import step as steps
 from easyaira.train.algorithm import Algorithm
 from easyaira.train.setup import Setup
 from easyaira.train.step import abstract_state
-
-
-def added_by(adapter: Adapter) -> int:
-    """Number of parameters that adapters add to the model. The score head is the model's own."""
-    return sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["model"]))
+from easyaira.train.trainable import FullWeights, Trainable
 
 
 class Plan(NamedTuple):
@@ -182,10 +177,9 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     """Floating-point operations per device in an update, by purpose.
 
     Counts products with weights and attention scores as computed, including padding."""
-    model, adapter = setup.model, setup.adapter
+    model, added = setup.model, setup.trainable.added
     leaves = by_path(model.shapes["model"])
     inner = sum(x.size for path, x in leaves.items() if path.endswith("kernel"))
-    added = added_by(adapter) if adapter else 0
     depth = depth_of(model)
     heads = model.config.heads * getattr(
         model.config, "head_width", model.config.width // model.config.heads
@@ -194,13 +188,12 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     learned = update.parts * math.prod(update.chunks) * _head(model)
     scores = 4 * depth * heads * _keys(model, update.length) * positions
     forward = 2 * (inner * positions + learned) + scores
-    trained = 2 if adapter is None else 1  # products per weight in the backward pass
     recompute = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
     # fused kernels recompute the scores for each gradient; long rows are recomputed in blocks
     kernel = model.compute.attention != "xla" and not model.compute.dropout
     work = {
         "forward": forward + 2 * added * positions,
-        "backward": 2 * trained * inner * positions
+        "backward": 2 * setup.trainable.backward * inner * positions
         + 4 * learned
         + 4 * added * positions
         + scores * (3.5 if kernel else 2.5 if update.length > BLOCK else 2),
@@ -274,7 +267,11 @@ def failures(setup: Setup, program: Program) -> list[str]:
     return sorted(set(problems))
 
 
-def flops_per_token(model: Model, reference_in_step: bool, adapter: Adapter | None = None) -> float:
+def flops_per_token(
+    model: Model,
+    reference_in_step: bool,
+    trainable: Trainable | type[FullWeights] = FullWeights,
+) -> float:
     """Floating-point operations of an update per real token.
 
     Per weight of a product: two forward, four backward (two if frozen), and two more for a
@@ -287,6 +284,4 @@ def flops_per_token(model: Model, reference_in_step: bool, adapter: Adapter | No
         tied = model.config.tie_word_embeddings
         products = model.parameter_count() - (0 if tied else model.vocab_size * model.config.width)
     forward = 4 if reference_in_step else 2
-    if adapter is None:
-        return (forward + 4) * products
-    return (forward + 2) * products + (forward + 4) * added_by(adapter)
+    return (forward + 2 * trainable.backward) * products + (forward + 4) * trainable.added

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import jax
-
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.tree import by_path
-from easyaira.lora.adapter import module_of
 from easyaira.plan import cost
-from easyaira.plan.cost import REACHED, Plan, added_by, seconds_of
+from easyaira.plan.cost import REACHED, Plan, seconds_of
 from easyaira.plan.hlo import Program
 from easyaira.train import optimizer
 from easyaira.train.algorithm import Algorithm
@@ -25,13 +22,12 @@ def describe(setup: Setup) -> str:
     shared = "; each pair's prompt stored once" if setup.batches.share_prompt else ""
     learned = "" if model.scorer else f", {counts['learned_tokens']:,} of them learned"
     warmup = optimizer.warmup_steps(config.optimizer, setup.total_steps)
-    adapter = f"{describe_adapter(setup)}\n" if setup.adapter else ""
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
         f"{model.vocab_size}, {model.compute.dtype.name}, attention by {model.compute.attention}, "
         f"on {setup.mesh.size} x "
         f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
-        f"{_new_head(setup)}{adapter}"
+        f"{_new_head(setup)}{setup.trainable.describe()}"
         f"data    {len(setup.data.train)} examples{held_out} of {counts['read']} rows{dropped}"
         f"{noted}; "
         f"{counts['tokens']:,} tokens{learned}{shared}\n"
@@ -51,23 +47,6 @@ def _new_head(setup: Setup) -> str:
     return (
         f"head    {', '.join(missing)} initialised with standard deviation "
         f"{setup.model.config.initializer_range} from seed {setup.config.seed}; biases 0\n"
-    )
-
-
-def describe_adapter(setup: Setup) -> str:
-    """Line about the trainable adapters and the storage of the frozen weights."""
-    adapter = setup.adapter
-    count, total = adapter.parameter_count(), setup.model.parameter_count() + added_by(adapter)
-    held = jax.tree.leaves(adapter.held_target(setup.mesh, setup.model.compute.dtype))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
-    names = ", ".join(module_of(row).partition("{}.")[2] for row in adapter.targets)
-    if adapter.head:
-        names += f", and all of {', '.join(adapter.head_modules)}"
-    kind = adapter.config.quantize or setup.model.compute.dtype.name
-    return (
-        f"lora    {count:,} trainable parameters ({count / total:.4%}): rank "
-        f"{adapter.config.r}, scale {adapter.scale:g}, on {names}; frozen linear layers held in "
-        f"{kind}, all frozen weights take {size / 2**20:,.1f} MiB"
     )
 
 

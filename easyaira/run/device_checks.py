@@ -175,6 +175,6 @@ def speed(dtype: str) -> str:
         raise CheckFailed("the loss is not finite")
     rate = rows * length / sorted(times[2:])[updates // 2]
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    mfu = f", MFU {rate * cost.flops_per_token(model, False, None) / peak:.0%}" if peak else ""
+    mfu = f", MFU {rate * cost.flops_per_token(model, False) / peak:.0%}" if peak else ""
     result = f"{rate:,.0f} tokens/s in {dtype}, {rows} rows of {length}{mfu}"
     return f"{result}; first update after {times[0]:.0f} s"

@@ -195,9 +195,7 @@ def _updates(
                 until=until,
                 facts={**beginning.metrics, **checked},
                 schedule=setup.schedule,
-                flops=cost.flops_per_token(
-                    setup.model, beginning.frozen is not None, setup.adapter
-                ),
+                flops=cost.flops_per_token(setup.model, beginning.frozen is not None, trainable),
                 peak=peak and peak * mesh.size,
                 latest=checkpoints.latest,
             ),

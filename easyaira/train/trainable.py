@@ -18,7 +18,7 @@ from easyaira.config.run import RunConfig
 from easyaira.distributed import sharding
 from easyaira.distributed.tree import path_of
 from easyaira.lora import peft
-from easyaira.lora.adapter import Adapter, joined, to_record
+from easyaira.lora.adapter import Adapter, joined, module_of, to_record
 from easyaira.lora.base import Base, check_base
 from easyaira.models.model import Model, resize
 from easyaira.storage import pretrained
@@ -43,6 +43,9 @@ class FullWeights:
     stored: Model
     model: Model
 
+    added = 0  # parameters that adapters add to the model
+    backward = 2  # products in the backward pass, per weight of the model
+
     @property
     def target(self) -> Any:
         """Shapes and shardings of `params`."""
@@ -55,6 +58,10 @@ class FullWeights:
 
     def parameter_count(self) -> int:
         return self.model.parameter_count()
+
+    def describe(self) -> str:
+        """Line for the log about trainable and frozen parameters; empty for full weights."""
+        return ""
 
     def start(self) -> Any:
         """`params` before the first update; deterministic."""
@@ -113,6 +120,12 @@ class Adapters:
     model: Model
     adapter: Adapter
 
+    backward = 1
+
+    @property
+    def added(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.adapter.shapes["model"]))
+
     @property
     def target(self) -> Any:
         return self.adapter.target(self.mesh)
@@ -127,6 +140,20 @@ class Adapters:
 
     def parameter_count(self) -> int:
         return self.adapter.parameter_count()
+
+    def describe(self) -> str:
+        adapter = self.adapter
+        count, total = adapter.parameter_count(), self.model.parameter_count() + self.added
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._base_target))
+        names = ", ".join(module_of(row).partition("{}.")[2] for row in adapter.targets)
+        if adapter.head:
+            names += f", and all of {', '.join(adapter.head_modules)}"
+        kind = adapter.config.quantize or self.model.compute.dtype.name
+        return (
+            f"lora    {count:,} trainable parameters ({count / total:.4%}): rank "
+            f"{adapter.config.r}, scale {adapter.scale:g}, on {names}; frozen linear layers held "
+            f"in {kind}, all frozen weights take {size / 2**20:,.1f} MiB\n"
+        )
 
     def start(self) -> Any:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.target)
