@@ -8,6 +8,8 @@ from typing import Any
 
 from easyaira.config.run import to_dict
 from easyaira.errors import ConfigError
+from easyaira.generation import settings
+from easyaira.generation.settings import GENERATION_CONFIG
 from easyaira.train.setup import Setup
 
 
@@ -80,15 +82,24 @@ def released(setup: Setup) -> Facts:
     if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
     ids = {name: token for name, token in ids.items() if token is not None}
-    ends = list(setup.template.end_ids)
-    if not setup.template.added and setup.config.model.tokenizer is None:
-        stored = origin.generation_config.get("eos_token_id", [])
-        stored = stored if isinstance(stored, list) else [stored]
-        ends += [token for token in stored if token is not None and token not in ends]
+    ends = end_ids(setup)
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     asked = {k: v for k, v in options["generation"].items() if v is not None}
     generation = generation_config(origin.generation_config | asked | ids)
     return Facts(config | ids, generation, dtypes)
+
+
+def end_ids(setup: Setup) -> list[int]:
+    """Tokens that end an answer of the trained model. Those of the initial model's files are among
+    them, unless the tokenizer has changed.
+
+    Raises:
+        ConfigError: a file names a token that the model does not have.
+    """
+    origin, files = setup.origin, {}
+    if not setup.template.added and setup.config.model.tokenizer is None:
+        files = {"config.json": origin.config, GENERATION_CONFIG: origin.generation_config}
+    return settings.end_ids(setup.template, files, setup.model.vocab_size)
 
 
 def _scored(setup: Setup) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.distributed import hosts
+from easyaira.export.hf_config import end_ids
 from easyaira.files import write_file
 from easyaira.generation.sampler import generate
 from easyaira.train.setup import Setup
@@ -25,7 +26,8 @@ class Samples:
         self.setup, self.file = setup, file
         shown = setup.data.held_out or setup.data.train
         self.prompts, self.rows = [], []
-        for prompt, answer, end, *_ in shown.bounds[: setup.config.num_samples]:
+        bounds = shown.bounds[shown.bounds[:, 1] > shown.bounds[:, 0]]  # not without a prompt
+        for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
             self.prompts.append(shown.tokens[prompt:answer])
             text = setup.template.text
             self.rows.append(
@@ -45,7 +47,7 @@ class Samples:
             self.setup.model,
             params,
             self.prompts,
-            eos_ids=self.setup.template.end_ids,
+            eos_ids=end_ids(self.setup),
             max_new_tokens=SAMPLE_TOKENS,
         )
         for row, tokens in zip(self.rows, answers, strict=True):
