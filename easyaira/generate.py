@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     from easyaira.data.template import Template
     from easyaira.distributed import mesh as meshes
     from easyaira.generation.sampler import generate
-    from easyaira.generation.settings import GENERATION_CONFIG, end_ids, options_of
+    from easyaira.generation.settings import end_ids, files_of, options_of
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
@@ -64,14 +64,13 @@ def main(argv: list[str]) -> None:
     origin.check(model)
     tokenizer = origin.tokenizer()
     template = Template(tokenizer, args.template, origin.config["model_type"])
-    files = {"config.json": origin.config, GENERATION_CONFIG: origin.generation_config}
     options = {"max_new_tokens": 200} | options_of(origin.generation_config)
     for name in ("max_new_tokens", "temperature", "top_p"):
         if (value := getattr(args, name)) is not None:
             options[name] = value
     if args.top_p is not None and not options.get("temperature"):
         raise ConfigError("--top_p: has no effect on greedy generation; set --temperature, too")
-    eos_ids = end_ids(template, files, model.vocab_size)
+    eos_ids = end_ids(template, files_of(origin), model.vocab_size)
     prompt = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
     mesh = meshes.make_mesh("fsdp=-1")
     with model.on(mesh):

@@ -208,9 +208,17 @@ def test_samples_and_release_end_where_the_models_files_say(setup_of, tmp_path, 
     assert asked == [[0, 7]] == [hf_config.released(setup).config["eos_token_id"]]
 
 
-def test_end_tokens_of_another_vocabulary_do_not_count(setup_of):
-    setup = setup_of(tiny.sft_rows(8), "--data.template=aira", eos_token_id=7)
-    assert hf_config.end_ids(setup) == [301]
+def test_samples_end_where_config_json_says_too(setup_of, tmp_path):
+    setup = setup_of(tiny.sft_rows(8), eos_token_id=0)
+    setup.origin.config["eos_token_id"] = [0, 9]
+    assert samples.Samples(setup, tmp_path / "samples.json").eos_ids == [0, 9]
+
+
+def test_a_release_with_new_tokens_ends_at_its_own(setup_of):
+    setup = setup_of(
+        tiny.sft_rows(8), "--data.template=aira", "--model.resize=mean", eos_token_id=7
+    )
+    assert hf_config.released(setup).config["eos_token_id"] == 301
 
 
 def test_samples_leave_out_examples_without_a_prompt(setup_of, tmp_path):

@@ -8,8 +8,7 @@ from typing import Any
 
 from easyaira.config.run import to_dict
 from easyaira.errors import ConfigError
-from easyaira.generation import settings
-from easyaira.generation.settings import GENERATION_CONFIG
+from easyaira.generation.settings import GENERATION_CONFIG, end_ids
 from easyaira.train.setup import Setup
 
 
@@ -78,28 +77,18 @@ def released(setup: Setup) -> Facts:
         config["max_position_embeddings"] = positions
     if setup.model.scorer:
         return Facts(config | _scored(setup), {}, dtypes)
+    changed = setup.template.added or setup.config.model.tokenizer is not None
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
     ids = {name: token for name, token in ids.items() if token is not None}
-    ends = end_ids(setup)
+    # config.json's own may be stale: it is written anew
+    files = {} if changed else {GENERATION_CONFIG: origin.generation_config}
+    ends = end_ids(setup.template, files, setup.model.vocab_size)
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     asked = {k: v for k, v in options["generation"].items() if v is not None}
     generation = generation_config(origin.generation_config | asked | ids)
     return Facts(config | ids, generation, dtypes)
-
-
-def end_ids(setup: Setup) -> list[int]:
-    """Tokens that end an answer of the trained model. Those of the initial model's files are among
-    them, unless the tokenizer has changed.
-
-    Raises:
-        ConfigError: a file names a token that the model does not have.
-    """
-    origin, files = setup.origin, {}
-    if not setup.template.added and setup.config.model.tokenizer is None:
-        files = {"config.json": origin.config, GENERATION_CONFIG: origin.generation_config}
-    return settings.end_ids(setup.template, files, setup.model.vocab_size)
 
 
 def _scored(setup: Setup) -> dict[str, Any]:

@@ -32,6 +32,11 @@ NUMBERS = {  # setting: kind, smallest value, largest value
 }
 
 
+def files_of(origin: Any) -> dict[str, Mapping[str, Any]]:
+    """The files of a Pretrained model that name its end tokens, for `end_ids`."""
+    return {"config.json": origin.config, GENERATION_CONFIG: origin.generation_config}
+
+
 def end_ids(
     template: Template, files: Mapping[str, Mapping[str, Any]], vocab_size: int
 ) -> list[int]:

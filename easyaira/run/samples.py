@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.distributed import hosts
-from easyaira.export.hf_config import end_ids
 from easyaira.files import write_file
 from easyaira.generation.sampler import generate
+from easyaira.generation.settings import end_ids, files_of
 from easyaira.train.setup import Setup
 
 SAMPLE_TOKENS = 64
@@ -25,6 +25,9 @@ class Samples:
     def __init__(self, setup: Setup, file: Path):
         self.setup, self.file = setup, file
         shown = setup.data.held_out or setup.data.train
+        foreign = setup.config.model.tokenizer is not None  # ids of another vocabulary
+        files = {} if foreign else files_of(setup.origin)
+        self.eos_ids = end_ids(setup.template, files, setup.model.vocab_size)
         self.prompts, self.rows = [], []
         bounds = shown.bounds[shown.bounds[:, 1] > shown.bounds[:, 0]]  # not without a prompt
         for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
@@ -47,7 +50,7 @@ class Samples:
             self.setup.model,
             params,
             self.prompts,
-            eos_ids=end_ids(self.setup),
+            eos_ids=self.eos_ids,
             max_new_tokens=SAMPLE_TOKENS,
         )
         for row, tokens in zip(self.rows, answers, strict=True):
