@@ -198,20 +198,27 @@ def setup_of(gpt2, tmp_path):
     return setup_of
 
 
-def test_samples_and_release_end_where_the_models_files_say(setup_of, tmp_path, monkeypatch):
-    setup = setup_of(tiny.sft_rows(8), eos_token_id=[7, 0])
+@pytest.fixture
+def asked(monkeypatch):
+    """The end tokens that samples ask for."""
     asked = []
-    monkeypatch.setattr(samples, "generate", lambda *_, eos_ids, **__: asked.append(eos_ids) or [])
-    shown = samples.Samples(setup, tmp_path / "samples.json")
-    shown.rows = []
-    shown.answer("before", None)
+    monkeypatch.setattr(
+        samples, "generate", lambda *_, eos_ids, **__: asked.append(eos_ids) or [[], []]
+    )
+    return asked
+
+
+def test_samples_and_release_end_where_the_models_files_say(setup_of, tmp_path, asked):
+    setup = setup_of(tiny.sft_rows(8), eos_token_id=[7, 0])
+    samples.Samples(setup, tmp_path / "samples.json").answer("before", None)
     assert asked == [[0, 7]] == [hf_config.released(setup).config["eos_token_id"]]
 
 
-def test_samples_end_where_config_json_says_too(setup_of, tmp_path):
+def test_samples_end_where_config_json_says_too(setup_of, tmp_path, asked):
     setup = setup_of(tiny.sft_rows(8), eos_token_id=0)
     setup.origin.config["eos_token_id"] = [0, 9]
-    assert samples.Samples(setup, tmp_path / "samples.json").eos_ids == [0, 9]
+    samples.Samples(setup, tmp_path / "samples.json").answer("before", None)
+    assert asked == [[0, 9]]
 
 
 def test_a_release_with_new_tokens_ends_at_its_own(setup_of):

@@ -87,6 +87,11 @@ class Template:
         if padded and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": AIRA_TOKENS["pad_token"]})
         self.added = len(tokenizer) - length  # tokens that are new to the model
+        vocabulary = tokenizer.get_vocab()
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise TokenizerError(
+                "tokenizer: two tokens have the same id; save it with ids in a row"
+            )
         self.jinja, self._where = find_template(name, tokenizer)
         self.end = tokenizer.eos_token_id
         if self.end is None:

@@ -25,9 +25,6 @@ class Samples:
     def __init__(self, setup: Setup, file: Path):
         self.setup, self.file = setup, file
         shown = setup.data.held_out or setup.data.train
-        foreign = setup.config.model.tokenizer is not None  # ids of another vocabulary
-        files = {} if foreign else files_of(setup.origin)
-        self.eos_ids = end_ids(setup.template, files, setup.model.vocab_size)
         self.prompts, self.rows = [], []
         bounds = shown.bounds[shown.bounds[:, 1] > shown.bounds[:, 0]]  # not without a prompt
         for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
@@ -46,11 +43,14 @@ class Samples:
         """Answer all prompts greedily with these weights, and save the answers."""
         if not self.prompts:
             return
+        setup = self.setup
+        foreign = setup.config.model.tokenizer is not None  # the files have ids of another one
+        files = {} if foreign else files_of(setup.origin)
         answers = generate(
-            self.setup.model,
+            setup.model,
             params,
             self.prompts,
-            eos_ids=self.eos_ids,
+            eos_ids=end_ids(setup.template, files, setup.model.vocab_size),
             max_new_tokens=SAMPLE_TOKENS,
         )
         for row, tokens in zip(self.rows, answers, strict=True):
