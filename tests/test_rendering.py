@@ -219,10 +219,10 @@ def test_a_tokenizer_that_misses_the_templates_tokens_is_refused():
         template_of("{% for m in messages %}{{ 'x<|user|>x' + m.content }}{% endfor %}", tokenizer)
 
 
-@pytest.mark.parametrize("role", [END, "user<|endoftext|>", "\ue0000\ue001", "", "a b", "x" * 99])
+@pytest.mark.parametrize("role", [END, "user<|endoftext|>", "\ue0000\ue001", "", "a\nb", "x" * 99])
 def test_a_role_is_a_word_and_never_a_control_token(role):
     template = Template(tiny.tokenizer(), "zephyr", "gpt2")
-    with pytest.raises(DataError, match="a role must be one word"):
+    with pytest.raises(DataError, match="a role must be a word"):
         template.accepts([{"role": role, "content": "x"}, *TURN])
 
 

@@ -29,7 +29,7 @@ from easyaira.data.rendering import Broken, Child, Ended, Refused, Rendered, ren
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # spelling of added tokens that are controls
-ROLE = re.compile(r"[\w-]{1,40}")
+ROLE = re.compile(r"\w[\w .-]{0,39}")  # templates write it as it is
 # what tokenizers strip beside a token: Unicode's White_Space, unlike str.strip
 BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -173,7 +173,7 @@ class Template:
         """What the template writes around contents of these roles."""
         for role in roles:
             if not ROLE.fullmatch(role):
-                raise DataError(f"a role must be one word, such as user, found {role[:40]!r}")
+                raise DataError(f"a role must be a word, such as user, found {role[:40]!r}")
         messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
         rendered = self._render(messages)
         opening = self._opening(rendered.text, messages)
