@@ -260,6 +260,15 @@ def test_a_templates_own_fault_is_told_before_rows_are_read_with_its_file(jinja,
     assert str(told.value).startswith(f"{tmp_path}/chat_template.jinja: ")
 
 
+def test_a_template_from_the_hub_is_named_by_its_repository(tmp_path):
+    folder = tmp_path / "models--owner--name" / "snapshots" / "1234"
+    tiny.tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ nothing() }}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(TokenizerError, match="^owner/name/chat_template.jinja: cannot be"):
+        Template(tokenizer, "chat", "gpt2")
+
+
 BOMBS = {
     "a constant power": ("{% if 7 ** (10 ** 9) > 1 %}x{% endif %}", "not finish within 1 seconds"),
     "a power": ("{% if (messages|length + 5) ** (10 ** 9) > 1 %}x{% endif %}", "not finish"),

@@ -107,6 +107,9 @@ def _own(tokenizer: Any) -> tuple[str, str]:
     folder = Path(tokenizer.name_or_path)
     files = [folder / name for name in ("chat_template.jinja", "tokenizer_config.json")]
     where = str(next((file for file in files if file.is_file()), "chat template"))
+    if folder.parent.name == "snapshots":  # in the cache of the model hub
+        repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+        where = where.replace(str(folder), repository)
     try:
         return tokenizer.get_chat_template(), where
     except ValueError as error:
