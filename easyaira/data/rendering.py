@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_SECONDS = 3  # processor time of one rendering
+MAX_SECONDS = 2  # processor time of one rendering
 MAX_BYTES = 512 * 2**20  # memory of the child beyond that of its libraries
 MAX_TEXT = 64 * 2**20  # characters of one rendering
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
