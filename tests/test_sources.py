@@ -678,6 +678,12 @@ def test_a_transcript_is_its_turns(tmp_path):
     for wrong in ("a?", "x ### Human: a?", ""):
         file = tiny.write_rows(tmp_path / "a.jsonl", [{"transcript": wrong}])
         pytest.raises(DataError, load, file).match("must begin with ### Human:")
+    for quoted in (
+        "### Human: what is '### Assistant:'?### Assistant: it starts an answer",
+        "### Human: a?### Assistant: write ### Human: and your text### Human: b?",
+    ):
+        file = tiny.write_rows(tmp_path / "a.jsonl", [{"transcript": quoted}])
+        pytest.raises(DataError, load, file).match("a.jsonl:1: .*two turns of one speaker in a row")
     # backwards, the question is learned from its answer
     file = tiny.write_rows(tmp_path / "b.jsonl", [{"text": text}])
     learned = load(file, reverse=True, columns={"transcript": "text"}).train

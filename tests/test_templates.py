@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from easyaira.data import template as templates
 from easyaira.data.chat_templates import AIRA_TOKENS, TEMPLATES
-from easyaira.data.template import SPACE, Template
+from easyaira.data.layout import LEFT, RIGHT
+from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
 from helpers import tiny
 
@@ -42,7 +42,7 @@ LLAMA_LIKE = ("llama2", "stories")
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SPELLED = [
     *("</s>", "<s>", "<|endoftext|>", "[SEP]", "[CLS]", "<|user|>", "<|im_start|>", "<|im_end|>"),
-    *("\ue0000\ue001", SPACE, " ", "  ", "\n", "😀", "👩‍👧", "é", *AIRA_TOKENS.values()),
+    *("\ue0000\ue001", LEFT, RIGHT, " ", "  ", "\n", "😀", "👩‍👧", "é", *AIRA_TOKENS.values()),
 ]
 # llama-like tokenizers read ▁ as a space
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
@@ -228,13 +228,6 @@ def test_what_a_template_cannot_show_is_refused(tmp_path):
         Template(tiny.tokenizer(), str(raises), "gpt2").accepts(TURN)
     with pytest.raises(ConfigError, match="no template 'nothing'"):
         Template(tiny.tokenizer(), "nothing", "gpt2")
-
-
-def test_a_template_cannot_run_code(tmp_path):
-    file = tmp_path / "evil.jinja"
-    file.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(DataError, match="unsafe"):
-        Template(tiny.tokenizer(), str(file), "gpt2").accepts(TURN)
 
 
 @shared
@@ -487,11 +480,3 @@ def test_pieces_show_replacement_characters_at_the_end(text):
 def test_a_template_can_be_given_as_jinja(name):
     given_as_jinja = Template(tiny.tokenizer(), TEMPLATES[name], "gpt2")
     assert ids(given_as_jinja, TURNS) == ids(template_of("tiny", name), TURNS)
-
-
-def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
-    endless = "{% for i in range(1500) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    template = Template(tiny.tokenizer(), endless + TEMPLATES["plain"], "gpt2")
-    with pytest.raises(TokenizerError, match="does not finish within 1 seconds"):
-        template.accepts(TURN)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from easyaira.errors import ConfigError, TokenizerError
+from easyaira.files import read_file, reason
+
 PLAIN = (
     "{% for m in messages %}{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -62,3 +68,52 @@ AIRA_TOKENS = {
 }
 KEEPS_UNKNOWN = ("gpt2", "bloom")
 CHATML_TOKENS = {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
+
+
+def find_template(name: str, tokenizer: Any) -> tuple[str, str]:
+    """The Jinja template called `name`, and the place to name in errors about it.
+
+    Raises:
+        ConfigError: there is no such template.
+        TokenizerError: the tokenizer has none.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name], f"template {name}"
+    if name == "encoder":
+        return ENCODER, "template encoder"
+    if name == "chat":
+        return _own(tokenizer)
+    if "{{" in name or "{%" in name:
+        return name, "data.template"
+    path = Path(name).expanduser()
+    if path.suffix in (".jinja", ".j2") and path.exists():
+        try:
+            return read_file(path).decode(), str(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
+    raise ConfigError(
+        f"data.template: no template {name!r}; choose {', '.join(TEMPLATES)}, chat, a .jinja "
+        "file or a Jinja template"
+    )
+
+
+def _own(tokenizer: Any) -> tuple[str, str]:
+    """The tokenizer's template, and the file that holds it."""
+    if not tokenizer.chat_template:
+        raise TokenizerError(
+            "data.template: the tokenizer has no chat template; choose "
+            f"{', '.join(TEMPLATES)} or a .jinja file"
+        )
+    folder = Path(tokenizer.name_or_path)
+    files = [folder / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    where = str(next((file for file in files if file.is_file()), "chat template"))
+    if folder.parent.name == "snapshots":  # in the cache of the model hub
+        repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+        where = where.replace(str(folder), repository)
+    try:
+        return tokenizer.get_chat_template(), where
+    except ValueError as error:
+        raise TokenizerError(
+            f"{where}: has the templates {', '.join(tokenizer.chat_template)}, but no default; "
+            "write one of them to a .jinja file and name it in data.template"
+        ) from error

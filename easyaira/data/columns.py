@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from easyaira.errors import DataError
@@ -102,6 +103,10 @@ def _turns(transcript: str) -> list[Message]:
     before, *parts = re.split(r"### (Human|Assistant):", transcript)
     if before.strip() or not parts:
         raise Unreadable("column transcript: must begin with ### Human: or ### Assistant:")
+    if any(who == following for who, following in pairwise(parts[::2])):
+        raise Unreadable(
+            "column transcript: two turns of one speaker in a row; a text may quote a marker"
+        )
     turns = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": SPEAKERS[who], "content": text.strip()} for who, text in turns]
 

@@ -1,22 +1,17 @@
 """Messages to tokens, by one mechanism for every template.
 
-A template is a Jinja chat template. It is rendered once per sequence of roles, with placeholders
-for the contents, and split into control tokens (as ids), text and placeholders. The contents are
-filled in afterwards and encoded as plain text, so that nothing in them becomes a control token. The
-loss of an answer includes the control token that ends it and the spaces around it.
+A template is a Jinja chat template. The contents are filled into its layout and encoded as plain
+text, so that nothing in them becomes a control token. The loss of an answer includes the control
+token that ends it and the spaces around it.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
-import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -26,39 +21,26 @@ from easyaira.data.chat_templates import (
     ENCODER,
     KEEPS_UNKNOWN,
     TEMPLATES,
+    find_template,
 )
+from easyaira.data.layout import LEFT, Content, Layout, Part, any_of, layout_of, placeholder
+from easyaira.data.plain_text import PlainText, Text
+from easyaira.data.rendering import Broken, Child, Ended, Refused, Rendered, render
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
-ANCHOR = "\n"
-SPACE = "\u2003"  # around placeholders, to detect stripping; no template writes it
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # spelling of added tokens that are controls
-RENDER_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Content:
-    """Placeholder of a message's content: how to strip it, and the template's spaces around it."""
-
-    message: int
-    lstrip: bool
-    rstrip: bool
-    before: str = ""
-    after: str = ""
-
-    def of(self, text: str) -> str:
-        text = text.lstrip() if self.lstrip else text
-        return self.before + (text.rstrip() if self.rstrip else text) + self.after
+ROLE = re.compile(r"\w[\w .-]{0,39}")  # templates write it as it is
+# what tokenizers strip beside a token: Unicode's White_Space, unlike str.strip
+BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 
 
 class Start(int):
     """A start token that the tokenizer adds and the template lacks; text after it starts a text."""
 
 
-class Text(NamedTuple):
-    """Text to encode separately, and whether it needs an anchor (see Template._probe)."""
-
-    text: str
-    anchored: bool
+Plan = list[tuple[int | Text, bool]]
 
 
 class Template:
@@ -105,7 +87,12 @@ class Template:
         if padded and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": AIRA_TOKENS["pad_token"]})
         self.added = len(tokenizer) - length  # tokens that are new to the model
-        self.jinja = self._find(name)
+        vocabulary = tokenizer.get_vocab()
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise TokenizerError(
+                "tokenizer: two tokens have the same id; save it with ids in a row"
+            )
+        self.jinja, self._where = find_template(name, tokenizer)
         self.end = tokenizer.eos_token_id
         if self.end is None:
             self.end = tokenizer.sep_token_id  # the end token of encoders
@@ -127,131 +114,88 @@ class Template:
                 f"data.allowed_tokens: {unknown[0]!r} is not a control token; choose from "
                 f"{', '.join(self.controls)}"
             )
-        self._allowed = _any_of(allowed)
-        self._typed = _any_of(set(self.controls) - set(allowed))
-        # contents are encoded by a copy where all controls are special, so that they can be split
-        self._texts = tokenizer
-        if markers:
-            self._texts = copy.deepcopy(tokenizer)
-            self._texts.add_special_tokens({"additional_special_tokens": markers})
+        self._lstrips, self._rstrips = (
+            {index for index, token in added.items() if getattr(token, side)}
+            for side in ("lstrip", "rstrip")
+        )
+        self._allowed = any_of(allowed)
+        self._typed = any_of(set(self.controls) - set(allowed))
+        self._texts = PlainText(tokenizer, markers, self.end)
         self.first = tokenizer("").input_ids[:1]  # start tokens that this tokenizer adds
-        self._anchored_text, self._anchored_control = self._probe()
-        self._parts = lru_cache(maxsize=4096)(self._parts_uncached)
-
-    def _find(self, name: str) -> str:
-        if name in TEMPLATES:
-            return TEMPLATES[name]
-        if name == "encoder":
-            return ENCODER
-        if name == "chat":
-            if not self.tokenizer.chat_template:
-                raise TokenizerError(
-                    "data.template: the tokenizer has no chat template; choose "
-                    f"{', '.join(TEMPLATES)} or a .jinja file"
-                )
-            return self.tokenizer.chat_template
-        if "{{" in name or "{%" in name:
-            return name
-        path = Path(name).expanduser()
-        if path.suffix in (".jinja", ".j2") and path.is_file():
-            return path.read_text(encoding="utf-8")
-        raise ConfigError(
-            f"data.template: no template {name!r}; choose {', '.join(TEMPLATES)}, chat, a .jinja "
-            "file or a Jinja template"
+        self._starts = {*self.first, tokenizer.bos_token_id}
+        tokens = tokenizer.special_tokens_map
+        self._reads_contents = self.jinja not in (*TEMPLATES.values(), ENCODER)
+        self._rendered = (
+            Child(self.jinja, tokens).render
+            if self._reads_contents
+            else partial(render, self.jinja, tokens)
         )
+        self._layout = lru_cache(maxsize=4096)(self._layout_uncached)
+        self._check()
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self._texts(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
+    def _check(self) -> None:
+        """Render a conversation, to find faults of template and tokenizer before any row is read.
 
-    def _probe(self) -> tuple[bool, bool]:
-        """Whether text after text, and text after a control token, needs an anchor.
-
-        SentencePiece-like tokenizers prepend a space to a text, which is wrong in the middle of a
-        sequence. Such text is encoded after an anchor, a line feed whose tokens are then removed.
+        Raises:
+            TokenizerError: the template cannot be rendered, or the tokenizer finds other control
+                tokens in its text than the template writes.
         """
-        probes = ["b", " b", "Hi"]
-        alone = self._encode(probes)
-        anchored = self._behind_anchor(probes)
-        control = self.tokenizer.convert_ids_to_tokens(self.end)
-        joint = self.tokenizer([control + p for p in probes], add_special_tokens=False).input_ids
-        joint = [ids[1:] for ids in joint]
-        if self.end in self._encode([control])[0]:
+        turns = (("user", "Hi there"), ("assistant", "Good day."))
+        try:
+            text = self._rendered([{"role": role, "content": text} for role, text in turns]).text
+        except Refused:
+            return  # it may take other roles
+        except Broken as error:
+            raise TokenizerError(f"{self._where}: cannot be rendered: {error}") from error
+        written = [self.controls[token] for token in re.findall(any_of(self.controls), text)]
+        tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+        read = [token for token in tokens if token in self.controls.values()]
+        if read != written:
             raise TokenizerError(
-                "tokenizer: encodes plain text as control tokens; save and reload it"
+                f"tokenizer: reads the control tokens {read} where {self._where} writes {written}; "
+                "add them without single_word and normalized"
             )
-        if joint not in (alone, anchored):
-            raise TokenizerError("tokenizer: encodes text after a control token in an unknown way")
-        return alone != anchored, joint != alone
 
-    def _behind_anchor(self, texts: Sequence[str]) -> list[list[int]]:
-        anchor, *encoded = self._encode([ANCHOR, *(ANCHOR + text for text in texts)])
-        if any(ids[: len(anchor)] != anchor for ids in encoded):
-            raise TokenizerError("tokenizer: a line feed does not stay a token of its own")
-        return [ids[len(anchor) :] for ids in encoded]
-
-    def _render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Render the template as text, within a time limit: Jinja's sandbox bounds single loops but
-        not nested ones."""
-        result: list[str | Exception] = []
-
-        def render():
-            try:
-                result.append(
-                    self.tokenizer.apply_chat_template(
-                        messages, chat_template=self.jinja, tokenize=False
-                    )
-                )
-            except Exception as error:  # Jinja's errors, and those that a template raises
-                result.append(error)
-
-        thread = threading.Thread(target=render, daemon=True)
-        thread.start()
-        thread.join(RENDER_SECONDS)
-        if not result:
-            raise TokenizerError(f"data.template: does not finish within {RENDER_SECONDS} seconds")
-        if isinstance(result[0], Exception):
+    def _render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+    ) -> Rendered:
+        try:
+            return self._rendered(messages, add_generation_prompt)
+        except Ended as error:
+            raise TokenizerError(f"{self._where}: cannot be rendered: {error}") from error
+        except Refused as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the template refuses the roles {roles}: {result[0]}") from result[0]
-        return result[0]
+            raise DataError(f"the template refuses the roles {roles}: {error}") from error
+        except Broken as error:
+            raise DataError(f"the template cannot be rendered: {error}") from error
 
-    def _parts_uncached(self, roles: tuple[str, ...]) -> list[int | str | Content]:
-        """Render the template for these roles as control token ids, text, and placeholders."""
-        text = self._render(
-            [{"role": r, "content": f"{SPACE}\ue000{i}\ue001{SPACE}"} for i, r in enumerate(roles)]
-        )
-        place = rf"{SPACE}?\ue000\d+\ue001{SPACE}?"
-        parts: list[int | str | Content] = []
-        for piece in re.split(rf"({place}|{_any_of(self.controls).pattern})", text):
-            if piece in self.controls:
-                parts.append(self.controls[piece])
-            elif number := re.search(r"\ue000(\d+)\ue001", piece):
-                stripped = (not piece.startswith(SPACE), not piece.endswith(SPACE))
-                parts.append(Content(int(number[1]), *stripped))
-            elif piece:
-                parts.append(piece)
-        shown = [part.message for part in parts if isinstance(part, Content)]
-        if shown != list(range(len(roles))):
-            lost = [roles[i] for i in range(len(roles)) if i not in shown]
-            raise DataError(f"the template drops or repeats a turn: {', '.join(lost or roles)}")
-        return self._with_start_and_end(_with_spaces(parts, roles), roles)
+    def _layout_uncached(self, roles: tuple[str, ...]) -> Layout:
+        """What the template writes around contents of these roles."""
+        for role in roles:
+            if not ROLE.fullmatch(role):
+                raise DataError(f"a role must be a word, such as user, found {role[:40]!r}")
+        messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+        rendered = self._render(messages)
+        opening = self._opening(rendered.text, messages)
+        return layout_of(rendered, roles, self.controls, self.end, opening)
 
-    def _with_start_and_end(self, parts: list, roles: tuple[str, ...]) -> list:
-        """Add the tokenizer's start token if missing, and end after the last answer's end token."""
-        if self.first and parts[0] not in (*self.first, self.tokenizer.bos_token_id):
-            parts = [*map(Start, self.first), *parts]
-        last = max(i for i, part in enumerate(parts) if isinstance(part, Content))
-        if roles[-1] != "assistant":
-            return parts[: last + 1]
-        if not (last + 1 < len(parts) and isinstance(parts[last + 1], int)):
-            return [*parts[: last + 1], self.end]
-        return parts[: last + 2]
+    def _opening(self, text: str, messages: Sequence[Mapping[str, str]]) -> str:
+        """Text between the generation prompt and the content of the last answer, which the model
+        has to write."""
+        *before, last = messages
+        if not before or last["role"] != "assistant":
+            return ""
+        try:
+            prompt, without = (self._render(before, asked).text for asked in (True, False))
+        except DataError:  # it refuses to end here
+            return ""
+        start = text.find(last["content"].strip())
+        if prompt == without or not text.startswith(prompt):
+            return ""
+        return text[len(prompt) : start].rstrip(LEFT)
 
     def encode(
-        self, conversations: Iterable[Sequence[dict[str, str]]]
+        self, conversations: Iterable[Sequence[Mapping[str, str]]]
     ) -> list[list[tuple[np.ndarray, bool]]]:
         """Encode each conversation as a list of spans (tokens, learned).
 
@@ -260,10 +204,16 @@ class Template:
 
         Raises:
             DataError: a conversation that `accepts` refuses.
+            TokenizerError: the tokenizer fails.
         """
-        plans = [self._plan(messages) for messages in conversations]
+        return self._encode_plans(
+            self._plan(self._layout(_roles(messages)).parts, messages) for messages in conversations
+        )
+
+    def _encode_plans(self, plans: Iterable[Plan]) -> list[list[tuple[np.ndarray, bool]]]:
+        plans = list(plans)
         texts = {item for plan in plans for item, _ in plan if isinstance(item, Text)}
-        ids_of = self._encode_texts(texts)
+        ids_of = self._texts.encode(texts)
         encoded = []
         for plan in plans:
             spans: list[tuple[list[int], bool]] = []
@@ -274,8 +224,8 @@ class Template:
             encoded.append([(np.array(ids, np.int32), learned) for ids, learned in spans])
         return encoded
 
-    def _plan(self, messages: Sequence[dict[str, str]]) -> list[tuple[int | Text, bool]]:
-        """Fill in the template: control token ids and texts, each with whether it is learned."""
+    def _plan(self, parts: Sequence[Part], messages: Sequence[Mapping[str, str]]) -> Plan:
+        """Fill in the parts of a layout: control token ids and texts, each learned or not."""
         items: list[tuple[int | str, bool]] = []
 
         def put(item: int | str, learned: bool) -> None:
@@ -285,41 +235,56 @@ class Template:
                     return
             items.append((item, learned))
 
-        after_answer = False
-        for part in self._parts(tuple(message["role"] for message in messages)):
-            if isinstance(part, Content):
-                message = messages[part.message]
-                after_answer = message["role"] == "assistant"
-                text, end = part.of(message["content"]), 0
-                for match in self._allowed.finditer(text):
-                    put(text[end : match.start()], after_answer)
-                    put(self.controls[match[0]], after_answer)
-                    end = match.end()
-                put(text[end:], after_answer)
+        if self.first and not (parts and parts[0].item in self._starts):
+            items += [(Start(token), False) for token in self.first]
+        for item, learned in parts:
+            if not isinstance(item, Content):
+                put(item, learned)
                 continue
-            put(part, after_answer and isinstance(part, int))  # it ends the answer before it
-            after_answer = False
-        plan: list[tuple[int | Text, bool]] = []
-        for item, learned in items:
+            text, end = item.of(messages[item.message]["content"]), 0
+            for match in self._allowed.finditer(text):
+                put(text[end : match.start()], learned)
+                put(self.controls[match[0]], learned)
+                end = match.end()
+            put(text[end:], learned)
+        plan: Plan = []
+        for item, learned in self._stripped(items):
             if isinstance(item, str):
                 before = plan[-1][0] if plan else Start()
-                anchored = (
-                    self._anchored_control if isinstance(before, int) else self._anchored_text
-                )
+                anchored = self._texts.anchored[int if isinstance(before, int) else Text]
                 item = Text(item, anchored and not isinstance(before, Start))
             plan.append((item, learned))
         return plan
 
-    def _encode_texts(self, texts: Iterable[Text]) -> dict[Text, list[int]]:
-        alone = [text for text in texts if not text.anchored]
-        anchored = [text for text in texts if text.anchored]
-        return dict(zip(alone, self._encode([t.text for t in alone]), strict=True)) | dict(
-            zip(anchored, self._behind_anchor([t.text for t in anchored]), strict=True)
-        )
+    def _stripped(self, items: Iterable[tuple[int | str, bool]]) -> list[tuple[int | str, bool]]:
+        """Strip the texts beside control tokens that take the blanks around them."""
+        kept: list[tuple[int | str, bool]] = []
+        strips = False
+        for item, learned in items:
+            if isinstance(item, str):
+                text = item.lstrip(BLANKS) if strips else item
+                if text or not item:
+                    kept.append((text, learned))
+                strips = strips and not text
+                continue
+            while item in self._lstrips and kept and isinstance(kept[-1][0], str):
+                text, before_learned = kept.pop()
+                if text := text.rstrip(BLANKS):
+                    kept.append((text, before_learned))
+                    break
+            kept.append((item, learned))
+            strips = item in self._rstrips
+        return kept
 
-    def accepts(self, messages: Sequence[dict[str, str]]) -> None:
-        """Raise DataError unless the template renders turns of these roles, each exactly once."""
-        self._parts(tuple(message["role"] for message in messages))
+    def accepts(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Check that the template writes every turn once, as it is.
+
+        Raises:
+            DataError: it refuses these roles, drops or repeats a turn, or changes a content.
+        """
+        layout = self._layout(_roles(messages))
+        if self._reads_contents and self._render(messages).text != layout.filled(messages):
+            raise DataError("the template changes the content of a turn")
 
     def fingerprint(self) -> str:
         """Hash of everything that determines the tokens of a text."""
@@ -331,20 +296,28 @@ class Template:
     @property
     def end_ids(self) -> list[int]:
         """Control tokens that end an answer: the template's, and the tokenizer's own."""
-        end = self._parts(("user", "assistant"))[-1]
+        end = self._layout(("user", "assistant")).parts[-1].item
         return list(dict.fromkeys([end, self.end]))
 
-    def prompt(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
-        """Tokens of the prompt that ends with `messages`, as in training."""
-        spans = self.encode([[*messages, {"role": "assistant", "content": ""}]])[0]
-        return np.concatenate([tokens for tokens, _ in spans[:-1]])
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """Tokens of the prompt that ends with `messages`, as in training.
+
+        Raises:
+            DataError: see `accepts`.
+        """
+        answered = [*messages, {"role": "assistant", "content": "x"}]
+        self.accepts(answered)
+        parts = self._layout(_roles(answered)).prompt
+        spans = self._encode_plans([self._plan(parts, messages)])[0]
+        return np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in spans)])
 
     def judged(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts with the tokenizer's own start and end tokens, for models that score."""
-        alone, framed = self._encode(["a"])[0], self.tokenizer("a").input_ids
+        alone = self._texts.encode([Text("a", False)])[Text("a", False)]
+        framed = self.tokenizer("a").input_ids
         start = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
         before, after = framed[:start], framed[start + len(alone) :]
-        encoded = self._encode_texts({Text(text, False) for text in texts})
+        encoded = self._texts.encode({Text(text, False) for text in texts})
         return [np.array(before + encoded[Text(t, False)] + after, np.int32) for t in texts]
 
     def types_control(self, text: str) -> bool:
@@ -370,25 +343,5 @@ class Template:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Pattern that matches any of `words`, longest first; no words match nothing."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
-
-
-def _with_spaces(parts: list, roles: tuple[str, ...]) -> list:
-    """Move the spaces before an answer, and blank text between it and a control token, into the
-    answer: tokenizers merge a space with the next word."""
-    parts = list(parts)
-    for i, part in enumerate(parts):
-        if not isinstance(part, Content) or roles[part.message] != "assistant":
-            continue
-        before, after = (parts[j] if 0 <= j < len(parts) else None for j in (i - 1, i + 1))
-        if isinstance(before, str) and before.endswith(" "):
-            parts[i - 1] = before.rstrip(" ")
-            part = replace(part, before=" " * (len(before) - len(parts[i - 1])))
-        ends = i + 2 < len(parts) and isinstance(parts[i + 2], int)
-        if isinstance(after, str) and not after.strip() and ends:
-            part = replace(part, after=after)
-            parts[i + 1] = ""
-        parts[i] = part
-    return [part for part in parts if part != ""]
+def _roles(messages: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    return tuple(message["role"] for message in messages)

@@ -17,7 +17,7 @@ from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.sources import BadRow, Located
 from easyaira.data.template import Template
 from easyaira.data.truncate import fit, lengths_of, pad_parts
-from easyaira.errors import DataError
+from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
 SHOWN = 12  # rows shown in a report
@@ -78,6 +78,8 @@ def _readable(
             account.drop("unreadable", place)
         except Dropped as reason:
             account.drop(str(reason), place)
+        except TokenizerError as error:
+            raise TokenizerError(f"{place}: {error}") from error
 
 
 def _tokenised(
@@ -86,7 +88,7 @@ def _tokenised(
     """Yield readable rows with their tokens, tokenised in chunks so that all cores are used."""
     readable = _readable(rows, account, recipe, template)
     while chunk := list(islice(readable, CHUNK)):
-        for read, parts in zip(chunk, _parts(chunk, recipe, template), strict=True):
+        for read, parts in zip(chunk, _located_parts(chunk, recipe, template), strict=True):
             yield *read, parts
 
 
@@ -149,6 +151,18 @@ def _reversed(messages: list[columns.Message]) -> list[columns.Message]:
     return [{"role": "user", "content": answered}, {"role": "assistant", "content": asked}]
 
 
+def _located_parts(
+    readable: Sequence[tuple[int, str, Texts]], recipe: Recipe, template: Template
+) -> list[Parts]:
+    """Tokenise rows; an error of the tokenizer names its row."""
+    try:
+        return list(_parts(readable, recipe, template))
+    except TokenizerError as error:
+        if len(readable) == 1:
+            raise TokenizerError(f"{readable[0][1]}: {error}") from error
+        return [parts for row in readable for parts in _located_parts([row], recipe, template)]
+
+
 def _parts(
     readable: Sequence[tuple[int, str, Texts]], recipe: Recipe, template: Template
 ) -> Iterator[Parts]:
@@ -181,7 +195,6 @@ def _split(
     prompt = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in spans[:first])])
     everything = recipe.padded
     prompt_learned = np.full(len(prompt), everything or not recipe.completion_only_loss)
-    prompt_learned[:1] = False  # no token predicts the first one
     answer = [
         (tokens, np.full(len(tokens), is_answer or everything or not recipe.assistant_only_loss))
         for tokens, is_answer in spans[first:]

@@ -64,8 +64,12 @@ def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[s
             answers = [(tokens[keeps(tokens)], mask[keeps(tokens)]) for tokens, mask in answers]
         notes.append(f"cut to max_length ({recipe.truncation})")
     lost, prompt, prompt_learned = prompt[~kept], prompt[kept], prompt_learned[kept]
+    # no token predicts the first one, which in a packed row follows another example
+    prompt_learned = prompt_learned & (np.arange(len(prompt)) > 0)
+    if not len(prompt):
+        answers = [(tokens, mask & (np.arange(len(mask)) > 0)) for tokens, mask in answers]
     if recipe.task != "label":
-        if not all(mask[0 if len(prompt) else 1 :].any() for _, mask in answers):
+        if not all(mask.any() for _, mask in answers):
             raise Dropped("nothing left to learn within max_length")
     if len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
         raise Dropped("identical answers")

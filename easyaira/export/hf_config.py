@@ -8,6 +8,7 @@ from typing import Any
 
 from easyaira.config.run import to_dict
 from easyaira.errors import ConfigError
+from easyaira.generation.settings import GENERATION_CONFIG, end_ids
 from easyaira.train.setup import Setup
 
 
@@ -76,15 +77,14 @@ def released(setup: Setup) -> Facts:
         config["max_position_embeddings"] = positions
     if setup.model.scorer:
         return Facts(config | _scored(setup), {}, dtypes)
+    changed = setup.template.added or setup.config.model.tokenizer is not None
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
     ids = {name: token for name, token in ids.items() if token is not None}
-    ends = list(setup.template.end_ids)
-    if not setup.template.added and setup.config.model.tokenizer is None:
-        stored = origin.generation_config.get("eos_token_id", [])
-        stored = stored if isinstance(stored, list) else [stored]
-        ends += [token for token in stored if token is not None and token not in ends]
+    # config.json's own may be stale: it is written anew
+    files = {} if changed else {GENERATION_CONFIG: origin.generation_config}
+    ends = end_ids(setup.template, files, setup.model.vocab_size)
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     asked = {k: v for k, v in options["generation"].items() if v is not None}
     generation = generation_config(origin.generation_config | asked | ids)

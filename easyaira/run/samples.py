@@ -9,6 +9,7 @@ from typing import Any
 from easyaira.distributed import hosts
 from easyaira.files import write_file
 from easyaira.generation.sampler import generate
+from easyaira.generation.settings import end_ids, files_of
 from easyaira.train.setup import Setup
 
 SAMPLE_TOKENS = 64
@@ -25,7 +26,8 @@ class Samples:
         self.setup, self.file = setup, file
         shown = setup.data.held_out or setup.data.train
         self.prompts, self.rows = [], []
-        for prompt, answer, end, *_ in shown.bounds[: setup.config.num_samples]:
+        bounds = shown.bounds[shown.bounds[:, 1] > shown.bounds[:, 0]]  # not without a prompt
+        for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
             self.prompts.append(shown.tokens[prompt:answer])
             text = setup.template.text
             self.rows.append(
@@ -41,11 +43,14 @@ class Samples:
         """Answer all prompts greedily with these weights, and save the answers."""
         if not self.prompts:
             return
+        setup = self.setup
+        foreign = setup.config.model.tokenizer is not None  # the files have ids of another one
+        files = {} if foreign else files_of(setup.origin)
         answers = generate(
-            self.setup.model,
+            setup.model,
             params,
             self.prompts,
-            eos_ids=self.setup.template.end_ids,
+            eos_ids=end_ids(setup.template, files, setup.model.vocab_size),
             max_new_tokens=SAMPLE_TOKENS,
         )
         for row, tokens in zip(self.rows, answers, strict=True):

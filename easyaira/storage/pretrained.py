@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -239,6 +240,12 @@ class Pretrained:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises many types; all mean the same here
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]
+            if only_model and importlib.util.find_spec("sentencepiece") is None:
+                raise TokenizerError(
+                    f"{folder}: has tokenizer.model without tokenizer.json, which needs "
+                    "sentencepiece: pip install sentencepiece, or save a tokenizer.json there"
+                ) from error
             raise TokenizerError(
                 f"{folder}: no tokenizer could be loaded ({reason}); set model.tokenizer"
             ) from error

@@ -147,4 +147,5 @@ def _resized(config: RunConfig, stored: Model, template: Template) -> Model:
                 "use the model's own tokenizer, or set model.resize to mean"
             )
         return stored
-    return replace(stored, config=replace(stored.config, vocab_size=length))
+    rows = max(template.tokenizer.get_vocab().values()) + 1  # ids may have holes
+    return replace(stored, config=replace(stored.config, vocab_size=rows))

@@ -1,0 +1,95 @@
+"""What config.json and generation_config.json say about generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from easyaira.data.template import Template
+from easyaira.errors import ConfigError
+
+GENERATION_CONFIG = "generation_config.json"
+# settings that change no token here: names, caches, outputs, settings of beams, and those of
+# `generate` that replace each other
+WITHOUT_EFFECT = (
+    *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+    *("unk_token_id", "transformers_version", "_from_model_config", "use_cache"),
+    *("cache_implementation", "cache_config", "output_attentions", "output_hidden_states"),
+    *("output_logits", "output_scores", "return_dict_in_generate", "early_stopping"),
+    *("length_penalty", "max_length", "renormalize_logits", "remove_invalid_values"),
+)
+ONE_CHANGES_NOTHING = (
+    *("num_beams", "num_beam_groups", "num_return_sequences"),
+    *("typical_p", "encoder_repetition_penalty", "guidance_scale"),
+)
+NUMBERS = {  # setting: kind, smallest value, largest value
+    "temperature": (float, 0.0, math.inf),
+    "top_k": (int, 0, math.inf),
+    "top_p": (float, 0.0, 1.0),
+    "repetition_penalty": (float, 1e-3, math.inf),
+    "max_new_tokens": (int, 1, math.inf),
+}
+
+
+def files_of(origin: Any) -> dict[str, Mapping[str, Any]]:
+    """The files of a Pretrained model that name its end tokens, for `end_ids`."""
+    return {"config.json": origin.config, GENERATION_CONFIG: origin.generation_config}
+
+
+def end_ids(
+    template: Template, files: Mapping[str, Mapping[str, Any]], vocab_size: int
+) -> list[int]:
+    """Tokens that end an answer: the template's and the tokenizer's, and the `eos_token_id` of each
+    of `files`, in case they disagree.
+
+    Raises:
+        ConfigError: an eos_token_id is not a token of the model.
+    """
+    ids = list(template.end_ids)
+    for name, content in files.items():
+        stored = content.get("eos_token_id")
+        for token in stored if isinstance(stored, list) else [stored]:
+            if token is None:
+                continue
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"{name}: eos_token_id: found {token!r}, expected ids below {vocab_size}, the "
+                    "model's vocabulary; correct or remove it"
+                )
+            ids.append(token)
+    return list(dict.fromkeys(ids))
+
+
+def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `sampler.generate` that generation_config.json sets.
+
+    Raises:
+        ConfigError: a setting that `generate` does not have, or an impossible value.
+    """
+    found = {}
+    for name, value in generation_config.items():
+        if value is None or name in (*WITHOUT_EFFECT, "do_sample"):
+            continue
+        if name in NUMBERS:
+            kind, least, most = NUMBERS[name]
+            number = type(value) is int or (kind is float and type(value) is float)
+            if not number or not least <= value <= most or value == math.inf:
+                words = "a number" if kind is float else "a whole number"
+                raise ConfigError(
+                    f"{GENERATION_CONFIG}: {name}: found {value!r}, expected {words} from {least} "
+                    f"to {most}; correct or remove it"
+                )
+            found[name] = value
+        elif value and not (value == 1 and name in ONE_CHANGES_NOTHING):
+            raise ConfigError(
+                f"{GENERATION_CONFIG}: {name} {value!r} is not supported here; remove it, or "
+                "generate with transformers"
+            )
+    sample = generation_config.get("do_sample") or False
+    if not isinstance(sample, bool):
+        raise ConfigError(f"{GENERATION_CONFIG}: do_sample: found {sample!r}, expected a boolean")
+    if sample:
+        return {"temperature": 1.0} | found
+    sampling = ("temperature", "top_k", "top_p")
+    return {name: value for name, value in found.items() if name not in sampling}

@@ -1,0 +1,240 @@
+"""Generation ends where the model's files say, and takes or refuses their settings."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from easyaira import generate
+from easyaira.errors import ConfigError, DataError
+from easyaira.export import hf_config
+from easyaira.generation import sampler, settings
+from easyaira.run import samples
+from easyaira.train.setup import prepare
+from helpers import tiny
+from helpers.processes import call
+from helpers.runs import configure
+
+PROMPT = "what do you"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny.save(folder, tiny.CONFIGS["gpt2"])
+    return folder
+
+
+def answer_of_transformers(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    found = model.generate(ids, do_sample=False, pad_token_id=0, **options)[0, ids.shape[1] :]
+    return found.tolist(), tokenizer
+
+
+def with_settings(folder, target, config=None, **generation):
+    """A copy of a folder with other settings."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    (target / "generation_config.json").write_text(json.dumps(generation))
+    if config:
+        content = json.loads((target / "config.json").read_text()) | config
+        (target / "config.json").write_text(json.dumps(content))
+    return target
+
+
+def ask(folder, capsys, *flags):
+    arguments = [folder, f"--prompt={PROMPT}", "--template=plain", *flags]
+    return call(generate.main, arguments, capsys)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_answer_ends_at_every_end_token_of_the_models_files(file, gpt2, tmp_path, capsys):
+    long, tokenizer = answer_of_transformers(gpt2, max_new_tokens=12)
+    end = next(token for token in long[3:] if token not in long[:3])
+    ends = {"eos_token_id": [0, end]}
+    options = {"config": ends} if file == "config.json" else ends
+    folder = with_settings(gpt2, tmp_path / "model", **options)
+    found, _ = answer_of_transformers(gpt2, max_new_tokens=12, **ends)
+    assert len(found) < 12 and found[-1] == end
+    status, out, _ = ask(folder, capsys, "--max_new_tokens=12")
+    assert status == 0 and out == tokenizer.decode(found[:-1]) + "\n"
+
+
+def test_the_settings_of_generation_config_are_those_of_transformers(gpt2, tmp_path, capsys):
+    chosen = {"repetition_penalty": 1.7, "max_new_tokens": 9, "temperature": 0.3, "top_k": 5}
+    folder = with_settings(gpt2, tmp_path / "model", do_sample=False, **chosen)
+    found, tokenizer = answer_of_transformers(folder)
+    plain, _ = answer_of_transformers(gpt2, max_new_tokens=9)
+    status, out, _ = ask(folder, capsys)
+    assert status == 0 and out == tokenizer.decode(found) + "\n" != tokenizer.decode(plain) + "\n"
+
+
+def test_sampling_settings_count_where_sampling_is_on_and_flags_override_them(
+    gpt2, tmp_path, capsys
+):
+    on = {"do_sample": True, "temperature": 2.0, "top_k": 40, "top_p": 0.9, "max_new_tokens": 8}
+    assert settings.options_of(on) == {name: on[name] for name in on if name != "do_sample"}
+    assert settings.options_of(on | {"do_sample": False}) == {"max_new_tokens": 8}
+    assert settings.options_of({"do_sample": True}) == {"temperature": 1.0}
+    folder = with_settings(gpt2, tmp_path / "model", **on)
+    greedy, tokenizer = answer_of_transformers(gpt2, max_new_tokens=8)
+    assert ask(folder, capsys, "--temperature=0")[1] == tokenizer.decode(greedy) + "\n"
+    assert len({ask(folder, capsys, f"--seed={seed}")[1] for seed in (1, 2)}) == 2
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.6), (3, 1.0), (20, 0.5), (5, 0.999), (0, 1e-9)])
+def test_the_likeliest_tokens_are_those_of_transformers(top_k, top_p):
+    logits = np.random.default_rng(0).normal(0, 2, (4, 50)).astype(np.float32)
+    wanted = torch.tensor(logits)
+    if top_k:
+        wanted = TopKLogitsWarper(top_k)(None, wanted)
+    wanted = TopPLogitsWarper(top_p)(None, wanted).numpy()
+    order, ranked = sampler.likeliest(jnp.asarray(logits), top_k, top_p)
+    found = np.full_like(logits, np.nan)
+    np.put_along_axis(found, np.asarray(order), np.asarray(ranked), 1)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_temperature_near_0_is_greedy(gpt2):
+    model, params = tiny.load(gpt2)
+
+    def sample(temperature):
+        return sampler.generate(
+            model, params, [[5, 6]], eos_ids=[0], max_new_tokens=5, temperature=temperature
+        )
+
+    assert sample(1e-300) == sample(1e-6) == sample(0.0)
+
+
+@pytest.mark.parametrize(
+    "flag, problem",
+    [
+        ("--max_new_tokens=-5", "max_new_tokens: expected"),
+        ("--max_new_tokens=0", "max_new_tokens: expected"),
+        ("--max_new_tokens=1.5", "max_new_tokens: "),
+        ("--temperature=-1", "temperature: expected"),
+        ("--temperature=nan", "temperature: expected"),
+        ("--temperature=inf", "temperature: expected"),
+        ("--top_p=0", "top_p: expected"),
+        ("--top_p=5", "top_p: expected"),
+        ("--top_p=0.5", "top_p: has no effect on greedy generation"),
+        ("--seed=-1", "seed: expected"),
+        (f"--seed={2**70}", "seed: expected"),
+        ("--prompt=caf\udce9", "prompt: is not UTF-8"),
+        ("--prompt=", "a prompt without tokens"),
+    ],
+)
+def test_an_option_without_sense_is_refused_in_one_line(flag, problem, gpt2, capsys):
+    status, out, err = ask(gpt2, capsys, flag)
+    assert status == 2 and problem in err and len(err.splitlines()) == 1 and not out
+
+
+def test_a_huge_limit_is_that_of_the_models_positions(gpt2, capsys):
+    found, tokenizer = answer_of_transformers(
+        gpt2, max_new_tokens=64 - len(tiny.tokenizer()(PROMPT).input_ids)
+    )
+    status, out, _ = ask(gpt2, capsys, f"--max_new_tokens={10**30}")
+    assert status == 0 and out == tokenizer.decode(found, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ({"num_beams": 4}, "num_beams 4 is not supported here; remove it"),
+        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size 1 is not supported"),
+        ({"stop_strings": ["x"]}, "stop_strings"),
+        ({"min_new_tokens": 5}, "min_new_tokens"),
+        ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
+        ({"temperature": "0.5"}, "temperature: found '0.5', expected a number from 0.0 to inf"),
+        ({"top_p": 1.5}, "top_p: found 1.5"),
+        ({"top_k": 2.5}, "top_k: found 2.5, expected a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty: found 0"),
+        ({"do_sample": "yes"}, "do_sample: found 'yes'"),
+    ],
+)
+def test_a_setting_that_is_not_there_or_makes_no_sense_is_refused(content, problem):
+    with pytest.raises(ConfigError, match=r"^generation_config.json: " + problem):
+        settings.options_of(content)
+
+
+def test_settings_that_change_no_token_are_taken():
+    neutral = {"num_beams": 1, "length_penalty": 0.5, "max_length": 20, "bos_token_id": 0}
+    neutral |= {"suppress_tokens": [], "min_length": 0, "use_cache": True, "pad_token_id": None}
+    assert settings.options_of(neutral) == {}
+
+
+@pytest.mark.parametrize(
+    "file, wrong",
+    [
+        (file, ids)
+        for file in ("config.json", "generation_config.json")
+        for ids in (300, -1, [0, 300])
+    ]
+    # transformers refuses the types of config.json itself
+    + [("generation_config.json", ids) for ids in ("0", True, 1.0, [[0]], {})],
+)
+def test_an_end_token_outside_the_vocabulary_is_refused(file, wrong, gpt2, tmp_path, capsys):
+    ends = {"eos_token_id": wrong}
+    options = {"config": ends} if file == "config.json" else ends
+    status, _, err = ask(with_settings(gpt2, tmp_path / "model", **options), capsys)
+    assert status == 2 and f"error: {file}: eos_token_id: found" in err
+
+
+@pytest.fixture
+def setup_of(gpt2, tmp_path):
+    def setup_of(rows, *flags, **generation):
+        folder = with_settings(gpt2, tmp_path / "model", **generation)
+        rows = tiny.write_rows(tmp_path / "sft.jsonl", rows)
+        return prepare(*configure("sft", folder, rows, tmp_path / "run", "--num_samples=2", *flags))
+
+    return setup_of
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The end tokens that samples ask for."""
+    asked = []
+    monkeypatch.setattr(
+        samples, "generate", lambda *_, eos_ids, **__: asked.append(eos_ids) or [[], []]
+    )
+    return asked
+
+
+def test_samples_and_release_end_where_the_models_files_say(setup_of, tmp_path, asked):
+    setup = setup_of(tiny.sft_rows(8), eos_token_id=[7, 0])
+    samples.Samples(setup, tmp_path / "samples.json").answer("before", None)
+    assert asked == [[0, 7]] == [hf_config.released(setup).config["eos_token_id"]]
+
+
+def test_samples_end_where_config_json_says_too(setup_of, tmp_path, asked):
+    setup = setup_of(tiny.sft_rows(8), eos_token_id=0)
+    setup.origin.config["eos_token_id"] = [0, 9]
+    samples.Samples(setup, tmp_path / "samples.json").answer("before", None)
+    assert asked == [[0, 9]]
+
+
+def test_a_release_with_new_tokens_ends_at_its_own(setup_of):
+    setup = setup_of(
+        tiny.sft_rows(8), "--data.template=aira", "--model.resize=mean", eos_token_id=7
+    )
+    assert hf_config.released(setup).config["eos_token_id"] == 301
+
+
+def test_samples_leave_out_examples_without_a_prompt(setup_of, tmp_path):
+    rows = [{"prompt": "", "completion": f"I like {i}"} for i in range(3)]
+    setup = setup_of([*rows, {"prompt": "what?", "completion": "red"}])
+    assert len(samples.Samples(setup, tmp_path / "samples.json").prompts) == 1
+
+
+def test_a_prompt_without_tokens_is_refused(gpt2):
+    model, params = tiny.load(gpt2)
+    with pytest.raises(DataError, match="a prompt without tokens"):
+        sampler.generate(model, params, [[5], []], eos_ids=[0], max_new_tokens=2)
