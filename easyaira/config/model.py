@@ -61,7 +61,8 @@ class LoraConfig:
 
     target_modules: list[str] | str
     """Linear layers that get an adapter, by Hugging Face names as in peft: a list of last name
-    parts ([q_proj, k_proj, v_proj, o_proj]), or a regular expression that matches full names."""
+    parts ([q_proj, k_proj, v_proj, o_proj]), a regular expression that matches full names, or
+    all-linear: every linear layer of the blocks."""
     r: PositiveInt = 8
     """Rank of the adapters."""
     alpha: PositiveFloat = 8.0
