@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from easyaira import convert
-from easyaira.config.model import LoraConfig
+from easyaira.config.data import DataConfig
+from easyaira.config.model import LoraConfig, PolicyConfig
+from easyaira.config.run import TrainDPO
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError, Preempted, WeightsError
@@ -683,6 +685,13 @@ def test_weights_of_an_adapter_that_are_not_read_are_named(models, tmp_path):
     (folder / peft.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(WeightsError, match="adapter_model.bin is a pickle"):
         peft.read_peft(adapter, folder)
+
+
+def test_dpo_refuses_dropout_that_its_reference_lacks():
+    options = {"model": PolicyConfig("m"), "data": DataConfig(train=["x.jsonl"])}
+    with pytest.raises(ConfigError, match="lora.dropout: would make policy and reference differ"):
+        TrainDPO(**options, lora=LoraConfig(["q_proj"], dropout=0.1))
+    TrainDPO(**options, lora=LoraConfig(["q_proj"]))
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)

@@ -70,7 +70,7 @@ class LoraConfig:
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
     dropout: Share = 0.0
-    """Dropout on the input of the adapters."""
+    """Dropout on the input of the adapters; DPO refuses it, as TRL turns it off."""
     quantize: Literal["int8", "nf4"] | None = None
     """Store the frozen linear layers in 8 or 4 bits (QLoRA); null: in the computing precision."""
     adapter: str | None = None
