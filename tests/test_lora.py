@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from easyaira import convert
-from easyaira.config.model import LoraConfig
+from easyaira.config.data import DataConfig
+from easyaira.config.model import LoraConfig, PolicyConfig
+from easyaira.config.run import TrainDPO
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError, Preempted, WeightsError
@@ -632,17 +634,83 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("bias", "all"), ("use_dora", True), ("rank_pattern", {"q_proj": 2})]
+    "key, value, message",
+    [
+        ("bias", "all", "is not supported"),
+        ("use_dora", True, "is not supported"),
+        ("rank_pattern", {"q_proj": 2}, "is not supported"),
+        ("use_a_new_method", {"of": 1}, "is not supported"),
+        ("init_lora_weights", "pissa", "changes the base"),
+        ("init_lora_weights", "pissa_niter_16", "changes the base"),
+        ("init_lora_weights", "olora", "changes the base"),
+        ("init_lora_weights", "loftq", "changes the base"),
+        ("init_lora_weights", "corda", "changes the base"),
+        ("init_lora_weights", ["gaussian"], "changes the base"),
+    ],
 )
-def test_adapters_of_other_kinds_are_refused(key, value, models, tmp_path):
+def test_adapters_of_other_kinds_are_refused(key, value, message, models, tmp_path):
     model, _ = tiny.load(models / "llama")
     adapter = adapter_for("llama", model)
     folder = saved_adapter(tmp_path / "a", "llama", adapter, drawn(adapter))
     peft.read_peft(adapter, folder)
     file = folder / peft.ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ConfigError, match=f"{key}: .* is not supported"):
+    with pytest.raises(ConfigError, match=f"{key}: .*{message}"):
         peft.read_peft(adapter, folder)
+
+
+@pytest.mark.parametrize("how", [True, False, "gaussian", "orthogonal", "eva"])
+def test_adapters_whose_start_left_the_base_alone_are_read(how, models, tmp_path):
+    from peft import LoraConfig as PeftConfig
+
+    model, _ = tiny.load(models / "llama")
+    adapter = adapter_for("llama", model)
+    folder = saved_adapter(tmp_path / "a", "llama", adapter, drawn(adapter))
+    everything = PeftConfig(r=4, lora_alpha=8, target_modules=TARGETS["llama"]).to_dict()
+    everything = {k: v for k, v in everything.items() if k not in ("target_modules", "peft_type")}
+    file = folder / peft.ADAPTER_CONFIG
+    config = json.loads(file.read_text()) | everything | {"init_lora_weights": how}
+    file.write_text(json.dumps(config))
+    peft.read_peft(adapter, folder)
+
+
+def test_weights_of_an_adapter_that_are_not_read_are_named(models, tmp_path):
+    model, _ = tiny.load(models / "llama")
+    adapter = adapter_for("llama", model)
+    tensors = peft.to_peft(adapter, drawn(adapter))
+    tensors["base_model.model.lm_head.weight"] = np.zeros((2, 2), np.float32)
+    with pytest.raises(WeightsError, match="lm_head.weight; whole embeddings .* not supported"):
+        peft.from_peft(adapter, tensors, "here")
+    folder = saved_adapter(tmp_path / "a", "llama", adapter, drawn(adapter))
+    (folder / peft.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(WeightsError, match="adapter_model.bin is a pickle"):
+        peft.read_peft(adapter, folder)
+
+
+def test_dpo_refuses_dropout_that_its_reference_lacks():
+    options = {"model": PolicyConfig("m"), "data": DataConfig(train=["x.jsonl"])}
+    with pytest.raises(ConfigError, match="lora.dropout: would make policy and reference differ"):
+        TrainDPO(**options, lora=LoraConfig(["q_proj"], dropout=0.1))
+    TrainDPO(**options, lora=LoraConfig(["q_proj"]))
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_all_linear_is_what_peft_means_by_it(kind, models, tmp_path):
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    model, _ = tiny.load(models / kind)
+    adapter = adapter_for(kind, model, target_modules="all-linear")
+    base, conv = AutoModelForCausalLM.from_pretrained(models / kind), kind == "gpt2"
+    theirs = get_peft_model(
+        base, PeftConfig(r=4, target_modules="all-linear", fan_in_fan_out=conv)
+    ).state_dict()
+    wanted = {n.replace(".default", "") for n in theirs if "lora_" in n}
+    assert set(peft.to_peft(adapter, drawn(adapter))) == wanted
+    folder = saved_adapter(tmp_path / "a", kind, adapter, drawn(adapter))
+    written = json.loads((folder / peft.ADAPTER_CONFIG).read_text())["target_modules"]
+    assert isinstance(written, list)
+    assert adapter_for(kind, model, target_modules=written).targets == adapter.targets
 
 
 def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data, tmp_path):

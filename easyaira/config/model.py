@@ -61,7 +61,8 @@ class LoraConfig:
 
     target_modules: list[str] | str
     """Linear layers that get an adapter, by Hugging Face names as in peft: a list of last name
-    parts ([q_proj, k_proj, v_proj, o_proj]), or a regular expression that matches full names."""
+    parts ([q_proj, k_proj, v_proj, o_proj]), a regular expression that matches full names, or
+    all-linear: every linear layer of the blocks."""
     r: PositiveInt = 8
     """Rank of the adapters."""
     alpha: PositiveFloat = 8.0
@@ -69,7 +70,7 @@ class LoraConfig:
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
     dropout: Share = 0.0
-    """Dropout on the input of the adapters."""
+    """Dropout on the input of the adapters; DPO refuses it, as TRL turns it off."""
     quantize: Literal["int8", "nf4"] | None = None
     """Store the frozen linear layers in 8 or 4 bits (QLoRA); null: in the computing precision."""
     adapter: str | None = None

@@ -218,11 +218,12 @@ class TrainDPO(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model.dropout:
-            raise ConfigError(
-                "model.dropout: would make policy and reference differ before the first update; "
-                "set it to 0 for DPO"
-            )
+        for name, group in (("model", self.model), ("lora", self.lora)):
+            if group is not None and group.dropout:
+                raise ConfigError(
+                    f"{name}.dropout: would make policy and reference differ before the first "
+                    "update; set it to 0 for DPO"
+                )
 
 
 @dataclass(frozen=True)

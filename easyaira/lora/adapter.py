@@ -37,6 +37,8 @@ from easyaira.lora.base import Frozen
 from easyaira.models.model import Model
 from easyaira.models.quantize import quantize
 
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -231,6 +233,13 @@ class Adapter:
         return jax.tree_util.tree_map_with_path(leaf, base)
 
     @property
+    def target_modules(self) -> list[str] | str:
+        """`target_modules` of adapter_config.json, with all-linear written out."""
+        if self.config.target_modules != ALL_LINEAR:
+            return self.config.target_modules
+        return sorted(module_of(row).partition("{}.")[2] for row in self.targets)
+
+    @property
     def head_modules(self) -> list[str]:
         """Names of the head's modules in peft."""
         prefix = self.model.architecture.prefix
@@ -246,6 +255,8 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     """
     names = config.target_modules
     rows = _linear_layers(model)
+    if names == ALL_LINEAR:
+        return Adapter(config, model, tuple(rows), tuple(model.score_rows))
     kernels = by_path(model.shapes)
 
     def fits(module: str, name: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from easyaira.distributed.tree import by_path
 from easyaira.errors import ConfigError, WeightsError
+from easyaira.files import read_json
 from easyaira.hf import safetensors
 from easyaira.hf.table import TRANSPOSE, Row
 from easyaira.lora.adapter import Adapter, module_of, nested
@@ -21,21 +22,22 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 PEFT_HEADS = {"classifier", "score"}  # peft lists both for every scorer; a model has one of them
 
-# adapter_config.json keys of unsupported features: their only accepted values
+# adapter_config.json keys without effect on what the tensors compute, given PEFT_NEUTRAL's values
+PEFT_HARMLESS = set(
+    """
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
+    fan_in_fan_out inference_mode layers_pattern loftq_config lora_alpha lora_dropout lora_ga_config
+    megatron_config megatron_core modules_to_save peft_version qalora_group_size r revision
+    runtime_config target_modules task_type use_rslora
+    """.split()
+)
+# keys that change the numbers: their supported values. Any other key must be empty.
 PEFT_NEUTRAL: dict[str, tuple] = {
-    "alora_invocation_tokens": (None,),
-    "alpha_pattern": (None, {}),
     "bias": ("none",),
-    "layer_replication": (None,),
-    "layers_to_transform": (None,),
-    "lora_bias": (None, False),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "peft_type": ("LORA",),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_dora": (None, False),
 }
+EMPTY = (None, False, 0, [], {}, "")
 
 
 def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
@@ -91,6 +93,11 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
     for row in adapter.head:
         layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
         flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
+    if whole := sorted(n for n in left if re.search(r"(embed|wte|lm_head)[^.]*\.weight$", n)):
+        raise WeightsError(
+            f"{where}: holds {whole[0]}; whole embeddings and language model heads are not "
+            "supported; save the adapter with peft's save_embedding_layers=False, or merge it"
+        )
     if left:
         raise WeightsError(f"{where}: has {sorted(left)[0]}, which is not in lora.target_modules")
     return nested(flat)
@@ -112,13 +119,32 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": adapter.config.dropout,
         "use_rslora": adapter.config.rslora,
-        "target_modules": adapter.config.target_modules,
+        "target_modules": adapter.target_modules,
         "fan_in_fan_out": any(row.op is not TRANSPOSE for row in adapter.targets),
         "bias": "none",
         "modules_to_save": adapter.head_modules or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def check_features(config: Mapping[str, Any], file: Path) -> None:
+    """Check that an adapter is plain LoRA on the base as it is stored.
+
+    Raises:
+        ConfigError: a feature that is not supported, or a key that is unknown and filled.
+    """
+    for key, value in config.items():
+        if key in PEFT_HARMLESS:
+            continue
+        if key == "init_lora_weights" and value not in PEFT_NEUTRAL[key]:
+            raise ConfigError(
+                f"{file}: init_lora_weights: {value!r:.80} changes the base, which is not "
+                "supported; convert it with peft's path_initial_model_for_weight_conversion"
+            )
+        if value not in PEFT_NEUTRAL.get(key, EMPTY):
+            accepted = PEFT_NEUTRAL.get(key, EMPTY)[0]
+            raise ConfigError(f"{file}: {key}: {value!r:.80} is not supported; only {accepted!r}")
 
 
 def read_peft(adapter: Adapter, folder: Path) -> Any:
@@ -130,17 +156,12 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
         WeightsError: see `from_peft`.
     """
     file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text())
-        differ = [key for key, only in PEFT_NEUTRAL.items() if config.get(key, only[0]) not in only]
-        saved = set(config.get("modules_to_save") or ()) - set(adapter.head_modules)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"lora.adapter: {file} cannot be read: {error}") from error
-    if differ:
-        raise ConfigError(
-            f"{file}: {differ[0]}: {config[differ[0]]!r} is not supported; only "
-            f"{PEFT_NEUTRAL[differ[0]][0]!r}"
-        )
+    config = read_json(file)
+    check_features(config, file)
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ConfigError(f"{file}: modules_to_save: {saved!r:.80}; expected a list of names")
+    saved = set(saved) - set(adapter.head_modules)
     if saved and not (adapter.head and saved <= PEFT_HEADS):
         raise ConfigError(
             f"{file}: modules_to_save: {sorted(saved)[0]!r} is not supported; only "
@@ -152,5 +173,11 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
             raise ConfigError(
                 f"lora.{ours}: is {wanted}, but {file} has {stored}; set it to {stored}"
             )
-    tensors = safetensors.open_file(folder / ADAPTER_WEIGHTS)
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.exists() and (pickle := folder / "adapter_model.bin").exists():
+        raise WeightsError(
+            f"{folder}: no {weights.name}; {pickle.name} is a pickle, which could run code, so it "
+            "is not read; convert the adapter to safetensors with peft's save_pretrained"
+        )
+    tensors = safetensors.open_file(weights)
     return from_peft(adapter, tensors, str(folder))
