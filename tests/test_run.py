@@ -259,10 +259,9 @@ def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_pat
             log.write(step, {"eval_loss": 2.0})
         return [list(row) for row in logs.read(tmp_path / "metrics.jsonl")]
 
-    first = [["step", "loss"], ["step", "eval_loss"]]
-    assert log(0) == first == log(0)  # nothing was saved before: all starts again
-    assert log(4) == first * 2
-    assert log(4, unmeasured=True) == first + [["step", "loss"], *first]
+    both = ["step", "loss", "eval_loss"]  # one row a step
+    assert log(0) == [both] == log(0)  # nothing was saved before: all starts again
+    assert log(4) == [both] * 2 == log(4) == log(4, unmeasured=True)
     full = logs.Log(tmp_path, 5, 9, False)
     full._file.close()
     full._file = open("/dev/full", "w")
