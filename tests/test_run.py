@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from easyaira import cli, convert, generate, train_dpo, train_sft
 from easyaira.errors import StorageError
 from easyaira.generation import sampler
+from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
 from easyaira.train import log as logs
 from easyaira.train import step as steps
@@ -293,6 +295,24 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
     ):
         got, _, err = call(convert.main, arguments, capsys)
         assert got == status and message in err, err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_in_the_export_is_an_error_of_storage(
+    error, ground, tmp_path, capsys, monkeypatch
+):
+    call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(safetensors, "save_folder", full)
+    status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
+    said = f"error: {tmp_path}/x: cannot be written: No space left on device"
+    assert status == 4 and err.splitlines()[-1] == said
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
 @pytest.mark.slow

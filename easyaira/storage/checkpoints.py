@@ -20,8 +20,9 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,23 @@ class _Failures(logging.Handler):
 
 
 logging.getLogger("absl").addHandler(_Failures())
+logging.getLogger("absl").propagate = False  # pages of tracebacks for errors that Orbax raises, too
+
+
+def _main_thread_only(print_error: Callable[..., Any]) -> Callable[..., None]:
+    """An excepthook that is silent in other threads.
+
+    Only native threads call it there: TensorStore's, about an event loop that a failed save has
+    closed."""
+
+    def hook(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            print_error(*error)
+
+    return hook
+
+
+sys.excepthook = _main_thread_only(sys.excepthook)
 
 
 class Restored(NamedTuple):
