@@ -10,14 +10,18 @@ import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, EasyAiraError, told
+from easyaira.errors import ConfigError, EasyAiraError, shortened, told
+from easyaira.files import read_yaml
+
+SOURCES = ("data.train", "data.eval")  # options that name data
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -30,7 +34,9 @@ def parser_of(config_class: type) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of options; may be repeated.")
+    parser.add_argument(
+        "--config", action=ConfigFile, help="YAML file of options; may be repeated."
+    )
     parser.add_argument("--debug", action="store_true", help="Show an error's traceback.")
     parser.add_argument(
         "--dry_run",
@@ -52,6 +58,17 @@ def parser_of(config_class: type) -> ArgumentParser:
     parser.add_argument(f"--{PROVENANCE}", type=dict, help=SUPPRESS)
     parser.add_class_arguments(config_class, None)
     return parser
+
+
+class ConfigFile(ActionConfigFile):
+    """Checks a --config file before jsonargparse reads it, and names the file in each error."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        read_yaml(Path(values))
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ConfigError(f"{values}: {_one_line(str(error), parser)}") from error
 
 
 def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
@@ -98,7 +115,8 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", message).replace("typing.", "")
     unknown = re.search(
-        r"(?:not accept (?:nested key|option)|nrecognized arguments?:) '?-*([\w.]+)", message
+        r"(?:not accept (?:nested key|option)|nrecognized arguments?:|^Option) '?-*([\w.]+)",
+        message,
     )
     if unknown:
         group = re.search(r"Group '([\w.]+)'", message)
@@ -108,7 +126,7 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         return f"{name}: no such option" + _did_you_mean(name, same_leaf or options)
     key = re.match(r'Parser key "([\w.]+)": (.*)', message)
     if key is None:
-        return message
+        return shortened(message, 300)
     name, problem = key.groups()
     if group := re.search(r"given class_path '([\w.]+)': (.*) - Expected a NoneType", problem):
         return _group_error(name, group[1], group[2])
@@ -117,20 +135,29 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
 
 def _value_error(name: str, problem: str) -> str:
     """Describe an invalid value of an option in one line."""
+    if name in SOURCES:
+        value = re.search(r"(?:Given|Got) value: (.*?)(?: Subclass types|$)", problem)
+        got = f", got {shortened(value[1])}" if value else ""
+        return f"{name}: expected a path or a list such as [{{path: FILE}}]{got}"
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
         wanted = union[1].replace("NoneType", "null").replace(", ", " or ")
-        return f"{name}: expected {wanted}, got {union[2]}"
+        return f"{name}: expected {wanted}, got {shortened(union[2])}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
         choices = re.findall(r"'([^']*)'", plain[1])
-        return f"{name}: expected {plain[1]}, got {plain[2]}" + _did_you_mean(plain[2], choices)
+        return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + _did_you_mean(
+            plain[2], choices
+        )
     if bounds := re.match(r"Not of type \w+: (.*) does not conform to restriction (.*)$", problem):
-        return f"{name}: expected a number with {bounds[2].replace('v', 'value ')}, got {bounds[1]}"
-    return f"{name}: {problem}"
+        wanted = bounds[2].replace("v", "value ")
+        return f"{name}: expected a number with {wanted}, got {shortened(bounds[1])}"
+    return shortened(f"{name}: {problem}", 300)
 
 
 def _group_error(name: str, class_path: str, problem: str) -> str:
     """Describe an error inside a nullable group of options in one line."""
     module, _, name_of_class = class_path.rpartition(".")
+    if not hasattr(sys.modules.get(module), name_of_class):  # a value that is no group
+        return _value_error(name, f"Expected a group of options. Got value: {class_path}")
     options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
         return f"{name}.{unknown[1]}: no such option" + _did_you_mean(unknown[1], options)

@@ -55,10 +55,13 @@ def to_hf(
     mesh = meshes.make_mesh("fsdp=-1")
     run = origin.folder
     trained = (run / "config.yaml").exists()
+    of_run = partial(card.of_run, run, step=origin.step)
+    if trained:
+        of_run()  # damaged records are an error now, and not after the proof
     common = {
         "tokenizer": origin.tokenizer(),
         "mesh": mesh,
-        "card": partial(card.of_run, run) if trained else partial(card.of_conversion, run.name),
+        "card": of_run if trained else partial(card.of_conversion, run.name),
     }
     with jax.set_mesh(mesh):
         if adapter_only:

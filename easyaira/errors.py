@@ -15,6 +15,11 @@ def told(error: BaseException) -> tuple[str, int]:
     return f"error: {type(error).__name__}: {lines[0][:300] if lines else 'a bug'}", 1
 
 
+def shortened(text: str, limit: int = 80) -> str:
+    """Text for a message, which a file may make as long as it likes."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 class EasyAiraError(Exception):
     """Base of all errors that a user can fix.
 

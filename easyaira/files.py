@@ -98,6 +98,8 @@ def read_yaml(path: Path, *, error: type[EasyAiraError] = ConfigError) -> dict[s
         content = parse_yaml(read_file(path, MAX_YAML_BYTES).decode("utf-8-sig"))
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read: {reason(problem)}") from problem
+    if content is None:
+        raise error(f"{path}: is empty; expected options as `name: value`")
     if not isinstance(content, dict):
         raise error(f"{path}: expected options as `name: value`, found {type(content).__name__}")
     return content

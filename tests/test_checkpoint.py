@@ -24,9 +24,11 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.tree import abstract, by_path
 from easyaira.errors import ConfigError, StorageError
 from easyaira.models.registry import model_of
+from easyaira.storage import checkpoints as checkpoints_module
 from easyaira.storage import object_store, pretrained
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.integrity import bit_sums
+from helpers import tiny
 from helpers.processes import call
 from helpers.runs import argv
 
@@ -218,6 +220,35 @@ def test_a_failed_save_is_told_and_what_was_saved_is_still_known(eight, tmp_path
     assert checkpoints.latest() == 1
     save(tmp_path, [2], eight)
     assert restore_latest(tmp_path, eight).step == 2
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_a_save_is_one_line_with_its_cause(models, data, tmp_path):
+    """A limit on the size of a file stands for a disk; the optimizer's state is larger."""
+    tiny.save(tmp_path / "wide", tiny.CONFIGS["gpt2"] | {"n_embd": 64})
+    run = tmp_path / "run"
+    arguments = argv("sft", tmp_path / "wide", data, run, max_steps=4, save_steps=2)
+    words = [sys.executable, "-m", "easyaira.train_sft", *map(str, arguments)]
+    limited = ["bash", "-c", 'ulimit -f 400; exec "$@"', "bash", *words]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr == f"error: {run}/checkpoints/2: cannot be saved: File too large\n"
+
+
+def test_the_cause_comes_before_the_paths():
+    text = 'RESOURCE_EXHAUSTED: Error writing local file "' + "x" * 500 + '": Failed: '
+    assert checkpoints_module._short(ValueError(text + os.strerror(28))) == os.strerror(28)
+
+
+def test_a_record_that_is_missing_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    found = pretrained.find(str(tmp_path))
+    for name in ("config", "generation_config"):
+        with pytest.raises(StorageError, match=f"checkpoints/4: its meta record has no {name}"):
+            getattr(found, name)
+    with pytest.raises(StorageError, match="its meta record has no stored_dtypes"):
+        found.stored_dtypes()
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """The command line: files and flags, and errors that name the key."""
 
+import contextlib
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,7 +70,7 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         ),
         (["--optimizer.warmup_steps", "3", "--optimizer.warmup_ratio", "0.1"], "set one of them"),
         (["--sft.completion_only_loss", "true"], "no such option"),
-        (["--config", "nothing.yaml"], "config: File does not exist"),
+        (["--config", "nothing.yaml"], "nothing.yaml: cannot be read: No such file or directory"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(argv, message):
@@ -85,7 +88,7 @@ def test_what_is_wrong_is_named_in_one_line(argv, message):
         ("model: {rev: x}", "model.rev: no such option; did you mean model.revision?"),
         ("trainer: {x: 1}", "trainer"),
         ("seed: [1, 2]", "seed"),
-        ("optimizer: {learning_rate: !!python/object/apply:os.getcwd []}", "config"),
+        ("optimizer: {learning_rate: !!python/object/apply:os.getcwd []}", "line 1: could not"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path):
@@ -93,6 +96,87 @@ def test_what_is_wrong_in_a_file_is_named(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         parse(f"--config={tmp_path / 'c.yaml'}")
     assert "\n" not in str(error.value)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+PATHS = "expected a path or a list such as [{path: FILE}], got "
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "optimizer: {learning_rate: 1}\nseed: 1\noptimizer: {weight_decay: 1}",
+            "PLACE: cannot be read: line 3: the key 'optimizer' was set in line 1 already",
+        ),
+        ("# nothing yet", "PLACE: is empty; expected options as `name: value`"),
+        ("", "PLACE: is empty; expected options as `name: value`"),
+        ("- seed: 1", "PLACE: expected options as `name: value`, found list"),
+        ("seed: [1", "PLACE: cannot be read: line 1: "),
+        (BOMB + "data: {allowed_tokens: *a9}", "PLACE: cannot be read: line 5: more than 100000"),
+        (BOMB + "card: {inference: {x: *a9}}", "PLACE: cannot be read: line 5: more than 100000"),
+        ("card: {license: \xe7}", "PLACE: cannot be read: 'utf-8' codec can't decode byte 0xe7"),
+        ("learning_rate: 1e-5", "learning_rate: no such option; did you mean optimizer.learning"),
+        ("model_name_or_path: x", "did you mean model.name_or_path?"),
+        ("per_device_train_batch_size: 1", "did you mean train_batch_size?"),
+        ("seed: x" + "9" * 5000, "PLACE: seed: "),
+        ("train_batch_size: " + "x" * 5000, "PLACE: train_batch_size: "),
+        ("data: {train: [a.jsonl]}", f"PLACE: data.train: {PATHS}['a.jsonl']"),
+        ("data: {train: {path: a.jsonl}}", f"PLACE: data.train: {PATHS}{{'path': 'a.jsonl'}}"),
+        ("data: {eval: [a.jsonl]}", f"PLACE: data.eval: {PATHS}a.jsonl"),
+        ("data: {eval: {path: a.jsonl}}", f"PLACE: data.eval: {PATHS}{{'path': 'a.jsonl'}}"),
+        ("data: {eval: [{path: a, weihgt: 2}]}", "data.eval.weihgt: no such option; did you mean"),
+        ("lora: [a]", "PLACE: lora: expected LoraConfig or null, got ['a']"),
+        ("energy: x.y", "PLACE: energy: "),
+        ("card: {inference: {x: {y: 1}}}", "PLACE: card.inference: expected bool or int or"),
+    ],
+    ids=lambda text: repr(text[:30]),
+)
+def test_a_file_of_options_is_refused_in_one_short_line(text, message, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError) as error:
+        parse(f"--config={file}")
+    said = str(error.value)
+    assert message.replace("PLACE", str(file)) in said
+    assert "\n" not in said and len(said) < 450 + len(str(file))
+
+
+def test_a_folder_and_a_pipe_are_no_file_of_options(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place, problem in ((tmp_path, "Is a directory"), (tmp_path / "pipe", "not a regular file")):
+        with pytest.raises(ConfigError, match=f"{place}: cannot be read: {problem}"):
+            parse(f"--config={place}")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "card: {inference: {x: CLASS}}",
+        "card: {inference: CLASS}",
+        "card: {data_licenses: {x: CLASS}}",
+        "card: {language: [CLASS]}",
+        "data: {columns: {x: CLASS}}",
+        "data: {train: CLASS}",
+        "data: {eval: [CLASS]}",
+        "optimizer: CLASS",
+        "lora: CLASS",
+        "energy: CLASS",
+        "provenance: {x: CLASS}",
+    ],
+)
+def test_a_class_named_in_a_file_is_not_called(place, tmp_path):
+    mark = tmp_path / "called"
+    call_of = f"{{class_path: pathlib.Path.touch, init_args: {{self: {mark}}}}}"
+    run = f"{{class_path: subprocess.Popen, init_args: {{args: [touch, {mark}]}}}}"
+    for named in (call_of, run):
+        (tmp_path / "c.yaml").write_text(place.replace("CLASS", named))
+        with contextlib.suppress(ConfigError):
+            to_dict(parse(f"--config={tmp_path / 'c.yaml'}"))
+    time.sleep(0.1)
+    assert not mark.exists()
 
 
 def test_a_reference_is_an_option_of_dpo_alone():

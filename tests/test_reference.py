@@ -1,5 +1,8 @@
 """The reference's log-probabilities: computed once, kept under all that decides them."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from easyaira.run.run import run
 from easyaira.storage.integrity import fingerprint
 from easyaira.train import loader
 from helpers import tiny
-from helpers.runs import configure, train
+from helpers.damage import DAMAGES
+from helpers.runs import configure, same_bits, stop_after, train
 
 FEW = {"max_steps": 4, "data.eval": 0.2}
 
@@ -22,9 +26,9 @@ def scored(monkeypatch):
     counts = []
     whole = reference_cache.score_all
 
-    def counted(score, params, batches, setup, logps):
+    def counted(score, params, batches, setup, logps, partial):
         counts.append(int(np.isnan(logps[:, 0]).sum()))
-        whole(score, params, batches, setup, logps)
+        whole(score, params, batches, setup, logps, partial)
 
     monkeypatch.setattr(reference_cache, "score_all", counted)
     return counts
@@ -95,13 +99,141 @@ def test_an_interrupted_computation_is_gone_on_with(
     rows, _ = train("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
     missing = scored[1]
     assert scored[0] == 32 and missing == 16  # two of four updates were not done again
-    through = np.load(kept(config)[0]), np.load(kept(config)[1])
-    for file in kept(config):
-        file.unlink()
+    through = [np.load(entry / "logps.npy") for entry in kept(config)]
+    for entry in kept(config):
+        shutil.rmtree(entry)
     again, _ = train("dpo", models / "gpt2", data, tmp_path / "2", **FEW)
-    for one, other in zip(through, map(np.load, kept(config)), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for one, entry in zip(through, kept(config), strict=True):
+        np.testing.assert_array_equal(one, np.load(entry / "logps.npy"))
     assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in again[1:]]
+
+
+@pytest.fixture
+def interrupted(models, data, tmp_path, monkeypatch):
+    """A run that was stopped after an update, and the cache's two entries by their part."""
+
+    def made(**options):
+        given = ("dpo", models / "gpt2", data, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            with pytest.raises(Preempted):
+                train(*given, **FEW, **options)
+        keys = json.loads((tmp_path / "run" / "reference.json").read_text())
+        root = kept(configure(*given, **FEW)[0])[0].parent
+        return lambda: train(*given, **FEW, **options), keys, root
+
+    return made
+
+
+@pytest.mark.slow
+def test_damaged_log_probabilities_are_computed_again(
+    interrupted, models, data, tmp_path, scored, capsys
+):
+    go_on, keys, root = interrupted()
+    straight, params = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
+    files = ("logps.npy", "decides.json", "sha256.json")
+    for number, (name, damage) in enumerate((n, d) for n in files for d in DAMAGES):
+        for key in (keys["train"], keys["held_out"]):
+            DAMAGES[damage](root / key / name)
+        capsys.readouterr()
+        scored.clear()
+        rows, again = train("dpo", models / "gpt2", data, tmp_path / str(number), **FEW)
+        assert len(scored) == 2 and capsys.readouterr().out.count(" is damaged (") == 2
+        same_bits(again, params)
+        assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in straight[1:]]
+    DAMAGES["flip"](root / keys["train"] / "logps.npy")  # of a run that is continued
+    same_bits(go_on()[1], params)
+
+
+def partial_of(count):
+    rows = np.zeros(count, reference_cache.ROW)
+    rows["logps"] = -np.arange(2 * count).reshape(count, 2)
+    rows["sum"] = reference_cache._sums(np.arange(count), rows["logps"])
+    return rows
+
+
+def test_a_row_of_an_interrupted_computation_counts_with_its_checksum_alone(tmp_path, capsys):
+    file = tmp_path / "partial.npy"
+    np.save(file, partial_of(8))
+    content = file.read_bytes()
+    data = len(content) - 8 * reference_cache.ROW.itemsize
+    for bit in range(8 * data, 8 * len(content), 5):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        rows = reference_cache._open_partial(file, 8)
+        intact = rows["sum"] == reference_cache._sums(np.arange(8), rows["logps"])
+        assert intact.sum() == 7 and not intact[(bit // 8 - data) // reference_cache.ROW.itemsize]
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", bytes(200), "cut", "short", "header", "link"], ids=str
+)
+def test_a_damaged_file_of_an_interrupted_computation_is_begun_again(content, tmp_path, capsys):
+    file, outside = tmp_path / "partial.npy", tmp_path / "outside.npy"
+    np.save(file, partial_of(4 if content == "short" else 8))
+    whole = file.read_bytes()
+    if content == "link":
+        file.rename(outside)
+        file.symlink_to(outside)
+    elif content == "cut":
+        file.write_bytes(whole[:-20])
+    elif content == "header":
+        file.write_bytes(whole.replace(b"descr", b"desbr"))
+    elif content != "short":
+        file.write_bytes(content)
+    rows = reference_cache._open_partial(file, 8)
+    intact = rows["sum"] == reference_cache._sums(np.arange(8), rows["logps"])
+    assert len(rows) == 8 and intact.sum() == (6 if content == "cut" else 0)
+    assert content in ("link", "cut") or f"{file} is damaged" in capsys.readouterr().out
+    assert not file.is_symlink() and (content != "link" or outside.read_bytes() == whole)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"train": "../../../outside/other"}',
+        '{"train": "/outside/other"}',
+        '{"train": 5}',
+        '{"weights": "0"}',
+        '{"train": "' + 31 * "0",
+        "[]",
+        "\x00" * 40,
+    ],
+)
+def test_a_key_is_hexadecimal_digits_or_computed_again(content, tmp_path, capsys):
+    record = tmp_path / "reference.json"
+    record.write_text(content)
+    assert reference_cache._recorded(record) == {}
+    said = capsys.readouterr().out
+    assert str(record) in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_results_of_another_run_are_not_taken_and_those_of_another_mesh_are_named(
+    interrupted, models, data, tmp_path, devices, scored, capsys
+):
+    go_on, keys, root = interrupted()
+    _, params = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
+    tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"], std=0.19)
+    train("dpo", tmp_path / "model", data, tmp_path / "other", **FEW)  # of the same shape
+    other = json.loads((tmp_path / "other/reference.json").read_text())
+    record = tmp_path / "run/reference.json"
+    record.write_text(json.dumps(keys | {"train": other["train"]}))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    same_bits(go_on()[1], params)
+
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "copy").rename(tmp_path / "run")
+    record.write_text(json.dumps(keys))
+    devices(2)
+    scored.clear()
+    capsys.readouterr()
+    go_on()
+    said = capsys.readouterr().out
+    assert not scored and f"reference {keys['train']}, as before; this command would" in said
 
 
 def test_a_fingerprint_sees_every_bit_and_no_mesh(tmp_path, devices):

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from easyaira import cli, convert, generate, train_dpo, train_sft
 from easyaira.errors import StorageError
 from easyaira.generation import sampler
+from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
 from easyaira.train import log as logs
 from easyaira.train import step as steps
@@ -259,10 +261,9 @@ def test_metrics_are_written_once_and_a_full_disk_is_an_error_of_storage(tmp_pat
             log.write(step, {"eval_loss": 2.0})
         return [list(row) for row in logs.read(tmp_path / "metrics.jsonl")]
 
-    first = [["step", "loss"], ["step", "eval_loss"]]
-    assert log(0) == first == log(0)  # nothing was saved before: all starts again
-    assert log(4) == first * 2
-    assert log(4, unmeasured=True) == first + [["step", "loss"], *first]
+    both = ["step", "loss", "eval_loss"]  # one row a step
+    assert log(0) == [both] == log(0)  # nothing was saved before: all starts again
+    assert log(4) == [both] * 2 == log(4) == log(4, unmeasured=True)
     full = logs.Log(tmp_path, 5, 9, False)
     full._file.close()
     full._file = open("/dev/full", "w")
@@ -294,6 +295,24 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
     ):
         got, _, err = call(convert.main, arguments, capsys)
         assert got == status and message in err, err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_in_the_export_is_an_error_of_storage(
+    error, ground, tmp_path, capsys, monkeypatch
+):
+    call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(safetensors, "save_folder", full)
+    status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
+    said = f"error: {tmp_path}/x: cannot be written: No space left on device"
+    assert status == 4 and err.splitlines()[-1] == said
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
 @pytest.mark.slow

@@ -57,6 +57,20 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, m
         assert told(again_rows) == told(rows)
 
 
+@pytest.mark.slow
+def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, monkeypatch):
+    args, options = ("sft", ground / "gpt2", ground), {"data.eval": 0.2, "eval_steps": 2}
+    options |= {"max_steps": 4}
+    rows, params = train(*args, tmp_path / "through", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Preempted):
+            train(*args, tmp_path / "stopped", **options)
+    again_rows, again = train(*args, tmp_path / "stopped", **options)
+    same_bits(again, params)
+    assert told(again_rows) == told(rows) and [r["step"] for r in rows] == [0, 1, 2, 3, 4]
+
+
 NAMES = ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_auc")
 INT8 = GPT2 | {"lora.dropout": 0, "lora.quantize": "int8"}
 NF4 = INT8 | {"lora.quantize": "nf4"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import re
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,14 @@ from easyaira.algorithms.reference import reference_model
 from easyaira.data import cache
 from easyaira.data.batches import Batches
 from easyaira.distributed import hosts
-from easyaira.errors import ConfigError
-from easyaira.files import write_file
+from easyaira.errors import ConfigError, StorageError
+from easyaira.files import read_json, reason, write_file
 from easyaira.storage.integrity import fingerprint
 from easyaira.train import loader
 from easyaira.train.setup import Setup
 
-KEYS = "reference.json"  # in the run folder: keys of the run's cache files
+KEYS = "reference.json"  # in the run folder: keys of the run's cache entries
+LOGPS, DECIDES = "logps.npy", "decides.json"  # in a cache entry
 LAID_OUT_BY = "size accumulation shards packing share_prompt seed attention multiple".split()
 
 
@@ -61,9 +62,8 @@ def check_equal(
         raise ConfigError(
             f"policy and reference have the same weights but differ before the first update: the "
             f"log-probability of a {side} answer is {ours!r} by the policy and {theirs!r} by the "
-            f"reference, more than rounding explains ({float(bound[worst]):.1g}). Either the "
-            "cached reference is damaged or this device computes wrongly: remove the cache (data."
-            "cache_dir), and run python -m easyaira.selftest"
+            f"reference, more than rounding explains ({float(bound[worst]):.1g}). This "
+            "device computes wrongly: run python -m easyaira.selftest"
         )
 
 
@@ -78,61 +78,135 @@ def logps_of(
 ) -> np.ndarray:
     """Reference log-probabilities of both answers of every example, [n, 2], computed if not cached.
 
-    The cache file lies beside the cached tokens. Its key hashes everything that decides its bits:
+    The cache entry lies beside the cached tokens. Its key hashes everything that decides its bits:
     weights, model, examples, layout, devices and versions. Later runs with the same key read the
-    same file, whatever their loss, beta or learning rate. An interrupted run keeps its partial
+    same entry, whatever their loss, beta or learning rate. An interrupted run keeps its partial
     results in its folder and resumes from them.
 
     Raises:
-        StorageError: the cache cannot be written.
+        StorageError: the cache or the run folder cannot be written.
     """
-    record = folder / KEYS
-    keys = hosts.share(json.loads(record.read_text()) if record.exists() else {})
+    record, partial = folder / KEYS, folder / f"reference_{part}.partial.npy"
+    keys = hosts.share(_recorded(record) if hosts.first() else {})
     root = cache.cache_folder(setup.config.data, "reference")
-    file, partial = root / f"{keys.get(part)}.npy", folder / f"reference_{part}.partial.npy"
     if "weights" not in keys:  # one pass over the weights, shared by all parts
         keys["weights"] = fingerprint(weights())
-    key, kept = _key(setup, batches, keys["weights"]), hosts.share(file.exists())
-    # before the first update, policy and reference are compared bit by bit, which needs the same
-    # mesh; a resumed run may keep the results of an earlier mesh
-    if keys.get(part) != key and (first or not kept):
-        keys[part], file = key, root / f"{key}.npy"
-        if hosts.first():
-            partial.unlink(missing_ok=True)
-            write_file(record, json.dumps(keys, indent=2) + "\n")
-    logps = np.zeros((len(batches.examples), 2), np.float32)
+    decides = _decides(setup, batches, keys["weights"])
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    logps = np.full((len(batches.examples), 2), np.nan, np.float32)
+    rows = None
+    if hosts.first():
+        then, found = keys.get(part), None
+        # before the first update, policy and reference are compared bit by bit, which needs the
+        # same mesh; a resumed run may keep the results of an earlier mesh
+        if then and then != key and not first:
+            found = _kept(root, then, decides, logps.shape)
+            if found is not None:
+                print(f"reference {then}, as before; this command would compute {key}", flush=True)
+        if found is None:
+            found = _kept(root, key, decides, logps.shape)
+            if then != key:
+                keys[part] = key
+                _write(partial.unlink, partial, missing_ok=True)
+                _write(write_file, record, record, json.dumps(keys, indent=2) + "\n")
+        if found is not None:
+            logps = found
+        else:
+            rows = _write(_open_partial, partial, partial, len(logps))
+            intact = rows["sum"] == _sums(np.arange(len(rows)), rows["logps"])
+            logps[intact] = rows["logps"][intact]
+    logps = hosts.from_first(logps, setup.mesh)
+    if np.isnan(logps).any():
+        score_all(score, weights(), batches, setup, logps, rows)
+    if rows is not None:
+
+        def build(entry: Path) -> None:
+            np.save(entry / LOGPS, logps)
+            write_file(entry / DECIDES, json.dumps(decides))
+
+        cache.add(root, key, build)
+        partial.unlink()
+    return logps
+
+
+def _write(write: Callable, path: Path, *args: Any, **options: Any) -> Any:
     try:
-        if hosts.first():
-            logps = _kept(file, partial, logps.shape)
-        logps = hosts.from_first(logps, setup.mesh)
-        if np.isnan(logps).any():
-            score_all(score, weights(), batches, setup, logps)
-            if hosts.first():
-                logps.flush()
-                beside = root / f".{keys[part]}-{os.getpid()}"
-                shutil.copyfile(partial, beside)
-                beside.rename(file)
-                partial.unlink()
-        return logps
+        return write(*args, **options)
     except OSError as error:
-        raise cache.cache_error(root, error) from error
+        raise StorageError(f"{path}: cannot be written: {reason(error)}") from error
 
 
-def _kept(file: Path, partial: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Memory-mapped earlier results; missing values are NaN, for the caller to fill in."""
-    if file.exists():
-        logps = np.load(file, mmap_mode="r", allow_pickle=False)
-        if logps.shape == shape and np.isfinite(logps).all():
-            return logps
-    if not partial.exists():
-        np.save(partial, np.full(shape, np.nan, np.float32))
-    return np.lib.format.open_memmap(partial, "r+")
+def _recorded(record: Path) -> dict[str, str]:
+    """Keys of the run's cache entries; none if the file is damaged."""
+    if not record.exists():
+        return {}
+    try:
+        keys = read_json(record, error=StorageError)
+        for name, key in keys.items():  # a key is the name of a folder
+            digits = 64 if name == "weights" else 32
+            if not re.fullmatch(f"[0-9a-f]{{{digits}}}", str(key)):
+                raise StorageError(f"{record}: {name}: expected {digits} hexadecimal digits")
+        return keys
+    except StorageError as error:
+        print(f"reference {error}; the keys are computed again", flush=True)
+        return {}
+
+
+def _kept(
+    root: Path, key: str, decides: dict[str, Any], shape: tuple[int, int]
+) -> np.ndarray | None:
+    """The log-probabilities of a cache entry, if it is intact and of these examples and weights."""
+    folder = cache.kept(root, key)
+    if folder is None:
+        return None
+    then = read_json(folder / DECIDES, error=StorageError)
+    logps = np.load(folder / LOGPS, mmap_mode="r", allow_pickle=False)
+    same = all(then.get(name) == decides[name] for name in ("examples", "model", "weights"))
+    return logps if same and logps.shape == shape and np.isfinite(logps).all() else None
+
+
+ROW = np.dtype([("logps", np.float32, 2), ("sum", np.uint32)])  # of an interrupted computation
+
+
+def _sums(rows: np.ndarray, logps: np.ndarray) -> np.ndarray:
+    """Checksum of each row of log-probabilities with its number."""
+    pairs = zip(rows.tolist(), logps, strict=True)
+    return np.array([zlib.crc32(values.tobytes(), row) for row, values in pairs], np.uint32)
+
+
+def _open_partial(file: Path, count: int) -> np.ndarray:
+    """Memory-mapped results of an interrupted computation, or new ones, all missing."""
+    if file.exists() and not file.is_symlink():
+        try:
+            rows = np.lib.format.open_memmap(file, "r+")
+            if rows.dtype == ROW and rows.shape == (count,):
+                return rows
+            problem: Any = f"has {rows.shape} of {rows.dtype}"
+        except ValueError as error:
+            problem = error
+        print(f"reference {file} is damaged ({reason(problem)}); computed again", flush=True)
+    file.unlink(missing_ok=True)
+    rows = np.zeros(count, ROW)
+    rows["logps"] = np.nan
+    np.save(
+        file, rows
+    )  # written in full: a full disk is an error here, and a crash in a memory map
+    return np.lib.format.open_memmap(file, "r+")
 
 
 def score_all(
-    score: Callable, params: Any, batches: Batches, setup: Setup, logps: np.ndarray
+    score: Callable,
+    params: Any,
+    batches: Batches,
+    setup: Setup,
+    logps: np.ndarray,
+    partial: np.ndarray | None,
 ) -> None:
-    """Fill in the rows that are still NaN, batch by batch, in the layout of training."""
+    """Fill in the rows that are still NaN, batch by batch, in the layout of training.
+
+    Args:
+        partial: memory-mapped rows of a file, for an interrupted computation to resume from.
+    """
     batches = replace(batches, drop_last=False)
     missing = [u for u in range(len(batches)) if np.isnan(logps[batches.members(u)]).any()]
     start = missing[0] if missing else len(batches)
@@ -140,15 +214,23 @@ def score_all(
     bar = {"initial": start, "total": len(batches), "unit": " batches", "disable": None}
     for ready in tqdm(updates, "reference", **bar):
         scored = np.asarray(score(params, ready.arrays).logps)
-        logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
+        rows = ready.batch.examples
+        logps[rows] = scored[tuple(ready.batch.slots.T)]
+        if partial is not None:
+            partial["logps"][rows] = logps[rows]
+            partial["sum"][rows] = _sums(rows, logps[rows])
 
 
-def _key(setup: Setup, batches: Batches, weights: str) -> str:
-    layout = [getattr(batches, name) for name in LAID_OUT_BY]
+def _decides(setup: Setup, batches: Batches, weights: str) -> dict[str, Any]:
+    """Everything that decides the bits of the log-probabilities."""
     model = reference_model(setup)
-    mesh = [setup.mesh.shape[axis] for axis in setup.mesh.axis_names]
-    device = setup.mesh.devices.flat[0].device_kind
-    versions = [easyaira.__version__, jax.__version__]
-    decides = [batches.examples.fingerprint(), layout, repr(model.config), repr(model.compute)]
-    decides += [mesh, device, versions, weights]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    return {
+        "examples": batches.examples.fingerprint(),
+        "weights": weights,
+        "model": repr(model.config),
+        "compute": repr(model.compute),
+        "layout": [getattr(batches, name) for name in LAID_OUT_BY],
+        "mesh": [setup.mesh.shape[axis] for axis in setup.mesh.axis_names],
+        "device": setup.mesh.devices.flat[0].device_kind,
+        "versions": [easyaira.__version__, jax.__version__],
+    }

@@ -89,7 +89,7 @@ class CardConfig:
     """Languages of the data, such as [en, pt]."""
     widget: list[str] = field(default_factory=list)
     """Example inputs for the model's page on the hub, in the model's prompt format."""
-    inference: dict[str, Any] = field(default_factory=dict)
+    inference: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     """Generation settings of the model's page on the hub."""
 
 

@@ -1,8 +1,9 @@
-"""Cache of tokenised data: one folder per source.
+"""The cache, and the tokenised data in it: one folder per source.
 
-A folder's key hashes everything that determines its tokens: contents, columns, tokenizer, template,
-lengths, and this code. A rename creates the folder atomically, so several processes may build it at
-once; afterwards, all of them memory-map the same files."""
+An entry is a folder whose name, its key, hashes everything that decides its content. For tokens:
+contents, columns, tokenizer, template, lengths, and this code. A rename creates the folder
+atomically, so several processes may build it at once; afterwards, all of them memory-map the same
+files. Hashes of all files lie in the folder, and are compared whenever it is opened."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import examples, sources, tokenise
@@ -21,6 +24,9 @@ from easyaira.data.examples import Account, Examples
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.errors import StorageError
+from easyaira.files import parse_json, read_file, reason, write_file
+
+HASHES = "sha256.json"  # key of an entry and hashes of its files
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -47,7 +53,70 @@ def cache_folder(config: DataConfig, *names: str) -> Path:
 
 
 def cache_error(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{folder}: cannot be written: {error}; set data.cache_dir")
+    return StorageError(f"{folder}: cannot be written: {reason(error)}; set data.cache_dir")
+
+
+def kept(root: Path, key: str) -> Path | None:
+    """Folder of the entry `key` if all its files are those that were written.
+
+    A damaged entry is reported and removed."""
+    folder = root / key
+    if not folder.exists():
+        return None
+    try:
+        if problem := _damage(folder):
+            raise ValueError(problem)
+        return folder
+    except (OSError, ValueError) as error:
+        print(f"cache   {folder} is damaged ({reason(error)}); made again", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def add(root: Path, key: str, build: Callable[[Path], Any]) -> Path:
+    """Build the entry `key` and return its folder, which appears complete or not at all.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    building, folder = None, root / key
+    try:
+        building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
+        build(building)
+        write_file(building / HASHES, json.dumps({"key": key, "sha256": _hashes(building)}))
+        try:
+            building.rename(folder)
+        except OSError:
+            # otherwise, another process built the same entry first
+            if not folder.exists() or _damage(folder):
+                raise
+    except OSError as error:
+        raise cache_error(root, error) from error
+    finally:
+        if building:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != HASHES:
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _damage(folder: Path) -> str | None:
+    """What differs between an entry and its hashes, if anything."""
+    written = parse_json(read_file(folder / HASHES))
+    if not isinstance(written, dict) or written.get("key") != folder.name:
+        return f"{HASHES} is of another entry"
+    now, then = _hashes(folder), written.get("sha256")
+    if now == then:
+        return None
+    names = sorted(now.keys() | then.keys()) if isinstance(then, dict) else [HASHES]
+    return next(n for n in names if n == HASHES or now.get(n) != then.get(n)) + " has changed"
 
 
 def cached_source(
@@ -61,30 +130,12 @@ def cached_source(
     """Examples of a source from the cache; on a miss, build them first."""
     root = cache_folder(config, "tokens")
     key = _key(source, recipe, template, limit)
-    folder = root / key
-    if folder.exists():
-        try:
-            return examples.open_folder(folder)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"data    the cache {folder} is damaged; rebuilding it: {error}", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-    try:
-        building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    except OSError as error:
-        raise cache_error(root, error) from error
-    try:
+
+    def build(folder: Path) -> None:
         rows = islice(sources.read(source), limit)
-        tokenise.build(rows, building, recipe=recipe, template=template, label=label)
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise, another process built the same folder first
-                raise
-    except OSError as error:
-        raise cache_error(root, error) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return examples.open_folder(folder)
+        tokenise.build(rows, folder, recipe=recipe, template=template, label=label)
+
+    return examples.open_folder(kept(root, key) or add(root, key, build))
 
 
 DECIDES_TOKENS = (  # files of data/ that determine tokens

@@ -175,12 +175,12 @@ def weighted(examples: Examples, weights: Sequence[float], seed: int) -> Example
 
 
 def _check_ids(part: Examples, vocab_size: int) -> None:
-    largest = int(part.tokens.max(initial=0))
-    if largest >= vocab_size:
-        raise TokenizerError(
-            f"tokenizer: gives id {largest} and the embedding has {vocab_size} rows; use the "
-            "model's own tokenizer, or set model.resize"
-        )
+    for extreme in (int(part.tokens.max(initial=0)), int(part.tokens.min(initial=0))):
+        if not 0 <= extreme < vocab_size:
+            raise TokenizerError(
+                f"tokenizer: gives id {extreme} and the embedding has {vocab_size} rows; use the "
+                "model's own tokenizer, or set model.resize"
+            )
 
 
 def _account_report(account: Account) -> dict[str, Any]:

@@ -8,7 +8,6 @@ texts are escaped, so that they cannot end the front matter, a table or a code b
 from __future__ import annotations
 
 import html
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,7 +17,9 @@ from typing import Any
 import yaml
 
 from easyaira.data import report as data_report
+from easyaira.errors import StorageError
 from easyaira.export.usage import ASKED, JUDGED, KINDS
+from easyaira.files import read_json, read_yaml, reason
 from easyaira.train import energy, log
 
 PAPERS = {
@@ -31,22 +32,46 @@ PAPERS = {
     "arXiv:2308.06259",
 }
 UNKNOWN = "not stated"
+WRITTEN_AGAIN = "; run the training command again, which writes it anew"
 
 
-def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
-    """Card of a run.
+UNPROVEN = {"tensors": {}, "read_back": "", "logits": {"compared": False, "why": ""}}
+
+
+def of_run(folder: Path, proof: Mapping[str, Any] = UNPROVEN, *, step: int) -> str:
+    """Card of a run; without a proof, a check that its records suffice.
 
     Args:
         folder: the run folder.
         proof: content of export_report.json.
+        step: the checkpoint's; later metrics are of other weights.
+
+    Raises:
+        StorageError: the run's records are damaged.
     """
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    rows = log.read(folder / "metrics.jsonl")
-    data = json.loads((folder / data_report.FILES[0]).read_text(encoding="utf-8"))
+    try:
+        return _of_run(folder, proof, step)
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise StorageError(
+            f"{folder}: config.yaml, {data_report.FILES[0]} or metrics.jsonl is damaged "
+            f"({type(error).__name__}: {reason(error)}){WRITTEN_AGAIN}"
+        ) from error
+
+
+def _of_run(folder: Path, proof: Mapping[str, Any], step: int) -> str:
+    config = read_yaml(folder / "config.yaml", error=StorageError)
+    rows = [row for row in log.read(folder / "metrics.jsonl") if row["step"] <= step]
+    data = read_json(folder / data_report.FILES[0], error=StorageError, hint=WRITTEN_AGAIN)
     used = energy.used(folder)
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
+    logged = last.get("step", 0)
+    if logged < step:  # the weights were trained beyond the last row
+        known = {"attention", "epoch"} if logged else {"attention"}
+        last = {name: value for name, value in last.items() if name in known} | {"step": step}
+        if "epoch" in last:
+            last["epoch"] *= step / logged
     algorithm = next(name for name in ("dpo", "reward", "sft") if name in config)
     stated = {"license": None, "data_licenses": {}, "language": []} | (config.get("card") or {})
     results = _results(rows, algorithm)
@@ -76,7 +101,7 @@ def of_run(folder: Path, proof: Mapping[str, Any]) -> str:
         "## Details",
         _table(("", ""), _details(config, algorithm, last, data, used, proof).items()),
         "## Evaluation",
-        _evaluation(results, data),
+        _evaluation(results, data, _measured(rows), step),
         "## Usage",
         usage.replace("{inputs}", JUDGED[judged]).replace(*ASKED[config["data"]["reverse"]]),
         "## Limitations",
@@ -284,12 +309,21 @@ def _results(rows: list[Mapping[str, Any]], algorithm: str) -> dict[str, tuple[s
     }
 
 
-def _evaluation(results: Mapping[str, tuple[str, str]], data: Mapping[str, Any]) -> str:
+def _measured(rows: list[Mapping[str, Any]]) -> int | None:
+    """The last step with held-out metrics."""
+    steps = [row["step"] for row in rows if any(name.startswith("eval_") for name in row)]
+    return max(steps, default=None)
+
+
+def _evaluation(
+    results: Mapping[str, tuple[str, str]], data: Mapping[str, Any], measured: int | None, step: int
+) -> str:
     if not results:
         return "No rows were held out, so only the training loss was measured."
     held_out = data["held out"]["examples"]
+    after = "after" if measured == step else f"after {measured:,} of {step:,} updates"
     table = _table(
-        ("metric", "before training", "after"),
+        ("metric", "before training", after),
         [(escape(name), *values) for name, values in results.items()],
     )
     return f"On {held_out:,} rows that were not trained on:\n\n{table}"

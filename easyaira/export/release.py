@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError, WeightsError
 from easyaira.export import torch_check
 from easyaira.export.hf_config import Facts, with_dtype
+from easyaira.files import reason
 from easyaira.hf import safetensors, transfer
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter
@@ -178,8 +180,8 @@ def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -68,10 +69,11 @@ def compare_logits(
         json.dumps(prompts),
     ]
     command += [str(base)] if base else []
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True)
     if result.returncode:
-        raise WeightsError(f"{folder}: transformers cannot load it: {result.stderr.strip()[-500:]}")
-    theirs = np.load(folder / "logits.npz")
+        problem = result.stderr.decode(errors="replace").strip()[-500:]
+        raise WeightsError(f"{folder}: transformers cannot load it: {problem}")
+    theirs = np.load(io.BytesIO(result.stdout))
     largest = difference = 0.0
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         loaded = load()
@@ -82,7 +84,6 @@ def compare_logits(
             ours = np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout))
             largest = max(largest, float(np.abs(ours).max()))
             difference = max(difference, float(np.abs(ours - theirs[f"arr_{i}"]).max()))
-    (folder / "logits.npz").unlink()
     if not difference <= TOLERANCE * (max(largest, 1) if model.scorer else largest):
         raise WeightsError(
             f"{folder}: PyTorch logits differ by {difference:.2e} (largest logit: {largest:.2e})"

@@ -3,7 +3,7 @@
 A language model gets one prompt at a time. A scorer gets all prompts in one batch, padded with its
 pad_token_id, as in typical use.
 
-python -m easyaira.export.torch_logits FOLDER '[[1, 2, 3]]' [BASE]     writes FOLDER/logits.npz
+python -m easyaira.export.torch_logits FOLDER '[[1, 2, 3]]' [BASE]     > logits.npz
 
 With BASE, FOLDER is an adapter in PEFT's format for the model in BASE. A scorer's adapter contains
 the head, so the head of BASE may be missing or different.
@@ -16,6 +16,8 @@ import warnings
 
 
 def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None:
+    output = os.dup(1)
+    os.dup2(2, 1)  # whatever else prints
     warnings.simplefilter("error")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import numpy as np
@@ -67,7 +69,8 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
         logits = run(input_ids=padded, attention_mask=real)
     else:
         logits = [run(input_ids=[ids])[0] for ids in prompts]
-    np.savez(os.path.join(folder, "logits.npz"), *logits)
+    with os.fdopen(output, "wb") as file:
+        np.savez(file, *logits)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,11 +18,11 @@ import yaml
 from easyaira.config.run import PROVENANCE, RunConfig, to_dict
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
-from easyaira.errors import ConfigError, StorageError
-from easyaira.files import write_file
+from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
+from easyaira.files import read_yaml, reason, write_file
 from easyaira.run.provenance import flattened, identity, provenance
 from easyaira.storage import pretrained
-from easyaira.storage.checkpoints import Checkpoints, peek
+from easyaira.storage.checkpoints import Checkpoints, peek, records
 from easyaira.train.setup import Setup
 
 # options that may differ when a run resumes: they change results by rounding at most
@@ -66,11 +69,20 @@ def refuse_taken(folder: Path) -> None:
         ConfigError: another process uses the folder.
     """
     try:
-        file = open(folder / LOCK, encoding="utf-8")
+        file = _open_lock(folder, os.O_RDONLY)
     except OSError:
         return  # `_locked` reports unwritable folders
     with file:
         _hold(file, fcntl.LOCK_SH, folder)
+
+
+def _open_lock(folder: Path, how: int) -> TextIO:
+    """Open the lock, which is a file of this folder: neither a link out of it nor a pipe."""
+    opened = os.open(folder / LOCK, how | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(opened, "r" if how == os.O_RDONLY else "r+", encoding="utf-8", errors="replace")
 
 
 def _hold(file: TextIO, how: int, folder: Path) -> None:
@@ -91,9 +103,10 @@ def _locked(folder: Path) -> Iterator[None]:
     """Lock a run folder. The system releases the lock of a killed process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+", encoding="utf-8")
+        file = _open_lock(folder, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error}") from error
+        link = "; it is a link, remove it" if (folder / LOCK).is_symlink() else ""
+        raise StorageError(f"{folder / LOCK}: cannot be opened: {reason(error)}{link}") from error
     with file:
         _hold(file, fcntl.LOCK_EX, folder)
         file.truncate(0)
@@ -128,14 +141,39 @@ def _check(setup: Setup, place: str) -> None:
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     if record.exists():
-        written = yaml.safe_load(record.read_text(encoding="utf-8"))
-        fingerprint = written.pop(PROVENANCE, {}).get("data_fingerprint")
-        _compare(written | {"data_fingerprint": fingerprint}, setup, folder)
+        try:
+            _compare(_identity_of(record), setup, folder)
+        except (ConfigError, StorageError) as error:
+            _blame(record, error, setup, place)
     elif folder.exists() and (not folder.is_dir() or _foreign_files(folder)):
-        raise ConfigError(f"output_dir: {folder} is not empty and holds no run; choose another")
+        holds_none = f"output_dir: {folder} is not empty and holds no run; choose another"
+        _blame(record, ConfigError(holds_none), setup, place)
     elif config.resume == "must" and not config.checkpoint_dir:
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
     _check_place(setup, place)
+
+
+def _identity_of(record: Path) -> dict[str, Any]:
+    """The identity of the run that wrote this config.yaml."""
+    written = read_yaml(record, error=StorageError)
+    made = written.pop(PROVENANCE, None)
+    fingerprint = made.get("data_fingerprint") if isinstance(made, dict) else None
+    return written | {"data_fingerprint": fingerprint}
+
+
+def _blame(record: Path, error: EasyAiraError, setup: Setup, place: str) -> None:
+    """Raise the error of a config.yaml, unless the checkpoints say that the file is at fault."""
+    for _, meta in records(place):
+        with suppress(ConfigError):
+            _compare(meta.get("run") or {}, setup, place)
+            print(f"run     {record} is damaged or missing; written again: {error}", flush=True)
+            return
+    if isinstance(error, StorageError):
+        raise StorageError(
+            f"{error}, and no checkpoint in {place} is of this command; restore the file, or "
+            "choose another output_dir"
+        ) from error
+    raise error
 
 
 def _write(setup: Setup, place: str) -> None:
@@ -149,9 +187,20 @@ def _write(setup: Setup, place: str) -> None:
         data_report.write(folder, setup.data)
         if not setup.template.encoder:
             setup.tokenizer.chat_template = setup.template.jinja
-        setup.tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
+        tokenizer, new = folder / pretrained.TOKENIZER, folder / f".{pretrained.TOKENIZER}.new"
+        _remove(new)
+        setup.tokenizer.save_pretrained(str(new))
+        _remove(tokenizer)  # its files could be links
+        new.rename(tokenizer)
     except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error}") from error
+        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check_place(setup: Setup, place: str) -> None:
@@ -183,8 +232,9 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
     for key in sorted((then.keys() | now.keys()) - set(MAY_CHANGE)):
         if then.get(key) != now.get(key):
             raise ConfigError(
-                f"{key}: the run in {place} was started with {then.get(key)!r}, this command says "
-                f"{now.get(key)!r}; restore it to continue, or choose another output_dir"
+                f"{key}: the run in {place} was started with {shortened(repr(then.get(key)))}, "
+                f"this command says {shortened(repr(now.get(key)))}; restore it to continue, or "
+                "choose another output_dir"
             )
     if other_rows:
         raise ConfigError(

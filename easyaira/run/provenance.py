@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 import easyaira
 from easyaira.config.run import PROVENANCE, RunConfig, to_dict
+from easyaira.errors import StorageError
+from easyaira.files import read_yaml
 from easyaira.storage import pretrained
 from easyaira.train import optimizer
 from easyaira.train.setup import Setup
@@ -35,7 +36,7 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and key != "columns":
             flat |= flattened(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -119,4 +120,5 @@ def _base_model(setup: Setup) -> str | None:
     record = setup.origin.folder / "config.yaml"
     if setup.origin.step is None or not record.exists():
         return None
-    return yaml.safe_load(record.read_text(encoding="utf-8"))[PROVENANCE].get("base_model")
+    made = read_yaml(record, error=StorageError).get(PROVENANCE)
+    return made.get("base_model") if isinstance(made, dict) else None

@@ -68,14 +68,14 @@ def write(
 
     Args:
         facts: name -> value, for the table at the top.
-        samples: one dictionary per prompt; their common keys are the columns of the table.
+        samples: one dictionary per prompt; their keys are the columns of the table.
     """
     rows = log.read(folder / "metrics.jsonl")
     parts = [table(("", ""), list(facts.items())), "<h2>Curves</h2>", pages.svg(figure(rows))]
     if samples:
-        columns = list(samples[0])
-        cells = [[sample[column] for column in columns] for sample in samples]
+        columns = list(dict.fromkeys(column for sample in samples for column in sample))
+        cells = [[sample.get(column, "") for column in columns] for sample in samples]
         parts += ["<h2>Answers to held-out prompts</h2>", table(columns, cells)]
-    config = (folder / "config.yaml").read_text()
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
     parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
     write_file(folder / "report.html", page(title, *parts))

@@ -166,7 +166,7 @@ def _updates(
     peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
     log = NoLog()
     if hosts.first():
-        log = Log(folder, step or 0, until, window.unmeasured)
+        log = Log(folder, step or 0, until, window.unmeasured, window.logged)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     train_step = steps.jit_train_step(loss_fn, setup.tx, state)
     stop = Stop(signal, mesh, until)
@@ -230,7 +230,7 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
             "params": params,
             "tokenizer": setup.tokenizer,
             "mesh": own,
-            "card": partial(card.of_run, folder),
+            "card": partial(card.of_run, folder, step=setup.total_steps),
             "replace": True,
         }
         if setup.adapter:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.distributed import hosts
-from easyaira.files import write_file
+from easyaira.errors import StorageError
+from easyaira.files import read_json, write_file
 from easyaira.generation.sampler import generate
 from easyaira.generation.settings import end_ids, files_of
 from easyaira.train.setup import Setup
@@ -36,8 +37,20 @@ class Samples:
                     "wanted": text(shown.tokens[answer:end]),
                 }
             )
-        if file.exists():
-            self.rows = json.loads(file.read_text(encoding="utf-8"))
+        if hosts.first() and file.exists():
+            self._recall()
+
+    def _recall(self) -> None:
+        """Take over the answers of an interrupted run to the same prompts."""
+        try:
+            saved = read_json(self.file, list, error=StorageError)
+            if not all(isinstance(row, dict) and _texts(row) for row in saved):
+                raise StorageError(f"{self.file}: expected prompts and answers")
+        except StorageError as error:
+            print(f"warning: {error}; answers before training are left out", flush=True)
+            return
+        for row in self.rows:
+            row |= next((old for old in saved if row.items() <= old.items()), {})
 
     def answer(self, when: str, params: Any) -> None:
         """Answer all prompts greedily with these weights, and save the answers."""
@@ -57,3 +70,8 @@ class Samples:
             row[when] = self.setup.template.text(tokens)
         if hosts.first():
             write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
+
+
+def _texts(row: dict[str, Any]) -> bool:
+    known = {"prompt", "wanted", "before", "after"}
+    return row.keys() <= known and all(isinstance(text, str) for text in row.values())

@@ -12,14 +12,17 @@ and TensorStore reads and writes the arrays there."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
 import logging
+import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +32,14 @@ from etils.epath.backend import fsspec_backend
 
 from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError
+from easyaira.files import parse_json
 from easyaira.storage.integrity import hash_of, sums_of
 from easyaira.storage.object_store import finished_steps, in_store, inside, is_finished, locate
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file at INFO
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class _Failures(logging.Handler):
@@ -50,6 +57,23 @@ class _Failures(logging.Handler):
 
 
 logging.getLogger("absl").addHandler(_Failures())
+logging.getLogger("absl").propagate = False  # pages of tracebacks for errors that Orbax raises, too
+
+
+def _main_thread_only(print_error: Callable[..., Any]) -> Callable[..., None]:
+    """An excepthook that is silent in other threads.
+
+    Only native threads call it there: TensorStore's, about an event loop that a failed save has
+    closed."""
+
+    def hook(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            print_error(*error)
+
+    return hook
+
+
+sys.excepthook = _main_thread_only(sys.excepthook)
 
 
 class Restored(NamedTuple):
@@ -319,6 +343,11 @@ def _short(error: BaseException) -> str:
     """One line with the array or file named in an Orbax error, and the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
+    for cause in map(
+        os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    ):
+        if cause in str(error):  # behind paths, in a long text
+            return cause
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = text.split(" [tensorstore_spec")[0]
     if array := re.search(r'"([^"]+)/[^"/]*" in OCDBT database at [^"]*"([^"]*)/":? (.*)', text):
@@ -327,9 +356,9 @@ def _short(error: BaseException) -> str:
     return text[:300]
 
 
-def peek(folder: str | Path) -> tuple[int | None, dict[str, Any]]:
-    """The newest finished step with a readable meta record, and that record, unverified. Runs on
-    one process only.
+def records(folder: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Finished steps with a readable meta record, newest first, and that record, unverified. Runs
+    on one process only.
 
     Raises:
         ConfigError: see `Checkpoints`.
@@ -341,6 +370,14 @@ def peek(folder: str | Path) -> tuple[int | None, dict[str, Any]]:
     except Exception as error:
         raise StorageError(f"{path}: cannot be listed: {_short(error)}") from error
     for step in reversed(steps):
-        with contextlib.suppress(Exception):  # skip a damaged step, as resuming does
-            return step, dict(json.loads((path / str(step) / "meta/metadata").read_text()))
-    return None, {}
+        try:
+            meta = parse_json((path / str(step) / "meta/metadata").read_bytes())
+        except Exception:  # skip a damaged step, as resuming does
+            continue
+        if isinstance(meta, dict):
+            yield step, meta
+
+
+def peek(folder: str | Path) -> tuple[int | None, dict[str, Any]]:
+    """The newest of the `records`."""
+    return next(records(folder), (None, {}))

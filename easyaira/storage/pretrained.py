@@ -19,7 +19,7 @@ import yaml
 
 from easyaira.config.run import PROVENANCE
 from easyaira.distributed.tree import by_path, path_of
-from easyaira.errors import ConfigError, TokenizerError, WeightsError
+from easyaira.errors import ConfigError, StorageError, TokenizerError, WeightsError
 from easyaira.hf import safetensors, transfer
 from easyaira.lora.adapter import Adapter, of_record
 from easyaira.lora.base import check_base
@@ -57,15 +57,23 @@ class Pretrained:
         finally:
             checkpoints.close()
 
+    def _recorded(self, name: str) -> dict[str, Any]:
+        if not isinstance(self.meta.get(name), dict):
+            place = f"{checkpoint_dir(self.folder)}/{self.step}"
+            raise StorageError(f"{place}: its meta record has no {name}; use another checkpoint")
+        return self.meta[name]
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Content of config.json."""
-        return self.meta["config"] if self.step is not None else _json(self.folder / "config.json")
+        if self.step is not None:
+            return self._recorded("config")
+        return _json(self.folder / "config.json")
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         if self.step is not None:
-            return self.meta["generation_config"]
+            return self._recorded("generation_config")
         file = self.folder / "generation_config.json"
         return _json(file) if file.exists() else {}
 
@@ -91,7 +99,7 @@ class Pretrained:
     def stored_dtypes(self) -> dict[str, str]:
         """Map from tensor name to stored dtype; "" stands for all other tensors."""
         if self.step is not None:
-            return self.meta["stored_dtypes"]
+            return self._recorded("stored_dtypes")
         names = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
         kinds = sorted(set(names.values()), key=list(names.values()).count)
         return {n: kind for n, kind in names.items() if kind != kinds[-1]} | {"": kinds[-1]}

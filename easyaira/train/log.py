@@ -14,7 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from easyaira.errors import StorageError
-from easyaira.files import write_file
+from easyaira.files import parse_json, read_file, reason, write_file
+
+MAX_BYTES = 2**29  # of metrics.jsonl: about a million rows
 
 
 class Log:
@@ -24,29 +26,38 @@ class Log:
         folder: the run folder.
         step: the step that the run resumes from; later rows are removed. At step 0, all are.
         total: updates of the whole run.
-        unmeasured: the evaluation at `step` will be repeated; its rows are removed, too.
+        unmeasured: the evaluation at `step` will be repeated; its metrics are removed, too.
+        logged: the last step that the run has logged, if it resumes; rows up to it are expected.
 
     Raises:
         StorageError: a file cannot be written, here or later.
     """
 
-    def __init__(self, folder: Path, step: int, total: int, unmeasured: bool):
+    def __init__(
+        self, folder: Path, step: int, total: int, unmeasured: bool, logged: int | None = None
+    ):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read(self.path) if row["step"] <= step]
-        if step == 0:
-            kept = []
+        rows, damaged = parse(self.path)
+        kept = [row for row in rows if row["step"] <= step] if step else []
         if unmeasured:
-            kept = [r for r in kept if r["step"] < step or not any("eval_" in key for key in r)]
+            kept = [
+                {k: v for k, v in row.items() if row["step"] < step or not k.startswith("eval_")}
+                for row in kept
+            ]
+        last = kept[-1]["step"] if kept else None
+        if step and logged is not None and (last is None or last < logged):
+            damaged.append(f"rows from {'the start' if last is None else f'update {last}'} on")
         try:
-            write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(self.path, "a")
+            if damaged:
+                self._keep_damaged(damaged)
+            self._start(kept)
         except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written: {error}") from error
+            raise self._failed(error) from error
         self._board = EventFileWriter(str(folder / "tensorboard"))
         self._bar = tqdm(
             total=total,
@@ -56,8 +67,25 @@ class Log:
             disable=not sys.stderr.isatty(),
         )
 
+    def _keep_damaged(self, damaged: list[str]) -> None:
+        kept_as = ""
+        if self.path.exists():
+            self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+            kept_as = f"; the file is kept as {self.path.name}.damaged"
+        lost = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        print(f"warning: {self.path}: lost or unreadable: {lost}{kept_as}", flush=True)
+
+    def _start(self, rows: list[dict[str, Any]]) -> None:
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = open(self.path, "a")
+        self._last = rows[-1] if rows else {}
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.path}: cannot be written: {reason(error)}")
+
     def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """Log a row of metrics. TensorBoard does not get text values, such as a kernel's name."""
+        """Log a row of metrics; a second one of a step joins the first. TensorBoard does not get
+        text values, such as a kernel's name."""
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         values = {name: value for name, value in values.items() if name not in texts}
         row = {"step": step} | {
@@ -66,10 +94,15 @@ class Log:
         }
         row |= texts
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            if self._last.get("step") == step:  # an evaluation that was interrupted, repeated
+                self._file.close()
+                self._start([*read(self.path)[:-1], self._last | row])
+            else:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+                self._last = row
         except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written: {error}") from error
+            raise self._failed(error) from error
         scalars = [
             self._summary.Value(tag=name, simple_value=value)
             for name, value in values.items()
@@ -125,11 +158,33 @@ class NoLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, without a last line truncated by a crash."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Rows of a metrics.jsonl, without damaged ones."""
+    return parse(path)[0]
+
+
+def parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of a metrics.jsonl, and its damaged lines. A last line cut by a crash is no damage."""
+    rows: list[dict[str, Any]] = []
+    damaged: list[str] = []
+    if not path.exists():
+        return rows, damaged
+    try:
+        *lines, last = read_file(path, MAX_BYTES).split(b"\n")
+    except (OSError, ValueError) as error:
+        return rows, [reason(error)]
+    for number, line in enumerate([*lines, last], 1):
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError:
-            break
-    return rows
+            row = None
+        if _is_row(row):
+            rows.append(row)
+        elif number <= len(lines) or (line and not b'{"step": '.startswith(line[:9])):
+            damaged.append(f"line {number}")
+    return rows, damaged
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or type(value) in (int, float, str) for value in row.values())

@@ -39,11 +39,13 @@ class Window:
 
     Attributes:
         unmeasured: an evaluation was interrupted and must be repeated.
+        logged: the last step with a row in the log; None: unknown.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
         saved = saved or {"sums": {}, "num_tokens": 0}
         self.unmeasured: bool = saved.get("unmeasured", False)
+        self.logged: int | None = saved.get("logged")
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
         self._since: float | None = None  # start of the running interval; None while paused
@@ -54,6 +56,7 @@ class Window:
             "sums": self.sums,
             "num_tokens": self.num_tokens,
             "unmeasured": self.unmeasured,
+            "logged": self.logged,
         }
 
     @property

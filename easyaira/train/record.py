@@ -68,7 +68,7 @@ class Record:
         """Log the facts and the evaluation before this process's first update."""
         self.window.unmeasured = False
         if row := {**self.facts, **evaluation.metrics}:
-            self.log.write(number, row)
+            self._write(number, row)
 
     def update(self, number: int, ready: Ready, sums: Sums) -> None:
         """Add an update that was dispatched, and fetch the sums of earlier ones.
@@ -118,7 +118,11 @@ class Record:
             if due(number, self.every, self.until):
                 row = self._row(number) | row
             if row:
-                self.log.write(number, row)
+                self._write(number, row)
+
+    def _write(self, number: int, row: Mapping[str, float | str | None]) -> None:
+        self.log.write(number, row)
+        self.window.logged = number
 
     def _row(self, number: int) -> dict[str, float | None]:
         row = self.window.take()
