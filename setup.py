@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["easyaira", "easyaira.*"]),
+    package_data={"easyaira.export": ["*.jinja"]},
     entry_points={"console_scripts": ["easyaira = easyaira.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[

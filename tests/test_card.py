@@ -17,6 +17,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.export import card, torch_check
 from easyaira.export.hf_config import generation_config, released
+from easyaira.export.records import Records
 from easyaira.train import energy
 from easyaira.train.setup import prepare
 from helpers import tiny
@@ -152,7 +153,7 @@ def rewritten(run, tmp_path, **changes):
         config[group] = config[group] | options if isinstance(config.get(group), dict) else options
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     tensors = ("base.lora_A.weight", "base.lora_B.weight") if changes.get("lora") else ("w",)
-    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(tensors)))
+    (tmp_path / "README.md").write_text(card.text(Records(tmp_path, 3), proof(tensors)))
     return of(tmp_path)
 
 
@@ -195,7 +196,7 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     del config["sft"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"reward": {"x": None}}))
-    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof()))
+    (tmp_path / "README.md").write_text(card.text(Records(tmp_path, 3), proof()))
     front, text = of(tmp_path)
     assert front["pipeline_tag"] == "text-classification"
     assert "AutoModelForSequenceClassification" in text and "x none" in text

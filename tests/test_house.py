@@ -34,7 +34,7 @@ FLOORS = """
     plan/
     run/
     cli
-    train_sft train_dpo train_reward inspect convert generate
+    train_sft train_dpo train_reward inspect convert generate verify
     quickstart
     selftest
     __main__
@@ -229,7 +229,16 @@ def cpu_seconds(code):
 
 @pytest.mark.parametrize(
     "module",
-    ["train_sft", "train_dpo", "train_reward", "inspect", "convert", "generate", "quickstart"],
+    [
+        "train_sft",
+        "train_dpo",
+        "train_reward",
+        "inspect",
+        "convert",
+        "generate",
+        "verify",
+        "quickstart",
+    ],
 )
 def test_help_answers_at_once_and_without_jax(module):
     code = (
