@@ -24,6 +24,7 @@ setup(
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
         "jsonargparse[signatures]>=4.53",
         "matplotlib>=3.10",
         "numpy>=2.0",

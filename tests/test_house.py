@@ -45,7 +45,7 @@ MAY_BE_ABSENT = {"selftest", "__main__"}
 LATE = {("cli", "run.run")}
 NO_JAX = {"errors", "files", "pages", "config/", "cli"}
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
-FLAX = {"models/"}
+FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store"}
 PRIVATE = {  # file -> private parts of a library that it uses; no other file may use any
     "distributed.hosts": ("jax._src.distributed.global_state", "jax._src.clusters.ClusterEnv"),

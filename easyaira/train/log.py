@@ -47,6 +47,8 @@ class Log:
             self._file = open(self.path, "a")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error}") from error
+        # tensorboard.summary.Writer stores scalars as tensors, of which TensorBoard's loader keeps
+        # 10 by default; scalars as simple_value keep every step
         self._board = EventFileWriter(str(folder / "tensorboard"))
         self._bar = tqdm(
             total=total,
