@@ -18,6 +18,7 @@ from easyaira.errors import ConfigError
 from easyaira.export import card, torch_check
 from easyaira.export.hf_config import generation_config, released
 from easyaira.export.records import Records
+from easyaira.storage.pretrained import Pretrained
 from easyaira.train import energy
 from easyaira.train.setup import prepare
 from helpers import tiny
@@ -201,6 +202,56 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     assert front["pipeline_tag"] == "text-classification"
     assert "AutoModelForSequenceClassification" in text and "x none" in text
     assert "apply_chat_template(messages" in text and "{inputs}" not in text
+
+
+def copied(run, tmp_path):
+    for name in ("metrics.jsonl", "data_report.json", "config.yaml"):
+        shutil.copy(run / name, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_card_of_an_earlier_checkpoint_quotes_no_later_metrics(runs, tmp_path):
+    folder = copied(runs[0], tmp_path)
+    text = card.text(Records(folder, 1), proof())
+    assert table_rows(text, "Details")["Updates"] == ["1"]
+    assert "| metric | before training | at update 0 |" in text
+
+
+@pytest.mark.slow
+def test_a_card_never_quotes_half_the_metrics(runs, tmp_path):
+    folder = copied(runs[0], tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"logging_steps": 1}))
+    whole = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(whole[0])
+    text = card.text(Records(folder, 3), proof())
+    assert table_rows(text, "Details")["Updates"] == ["3"] and "Epochs" not in text
+    assert "metrics.jsonl ends at update 0 of 3" in text and "| metric |" not in text
+
+
+@pytest.mark.slow
+def test_a_card_without_a_data_report_leaves_its_facts_out(runs, tmp_path, capsys):
+    folder = copied(runs[0], tmp_path)
+    (folder / "data_report.json").write_text('{"train": ')
+    text = card.text(Records(folder, 3), proof())
+    assert "| Rows |" not in text and "## Usage" in text
+    assert "data_report.json: cannot be read: not JSON" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["", "- 1", "seed: 42\n", "a: [", b"\xff"])
+def test_a_damaged_configuration_is_refused_before_weights_are_read(
+    content, runs, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    written = content if isinstance(content, bytes) else content.encode()
+    (run / "config.yaml").write_bytes(written)
+    monkeypatch.setattr(Pretrained, "load", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit) as end:
+        cli.run_command(convert.main, ["to_hf", str(run), str(tmp_path / "out")])
+    assert end.value.code == 2 and "config.yaml: " in capsys.readouterr().err
 
 
 def test_a_conversions_card_is_one_document(models, tmp_path, monkeypatch):
