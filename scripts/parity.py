@@ -12,6 +12,7 @@ of its gradients, and of the losses of 20 updates.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import subprocess
@@ -216,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     results = {}
     for kind, objective in CASES:
-        with tempfile.TemporaryDirectory() as root:
+        # the runs print to stderr, so that stdout is the table alone
+        with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(sys.stderr):
             results[kind, objective] = compare(kind, objective, Path(root), args.trl)
         print(kind, objective, results[kind, objective], file=sys.stderr, flush=True)
     names = ["jax", "torch", "transformers"]

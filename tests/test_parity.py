@@ -227,7 +227,7 @@ def test_a_token_that_occurs_often_has_its_gradient_summed_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, objective", parity.CASES)
+@pytest.mark.parametrize("kind, objective", [("gpt2", "sft"), ("llama", "dpo"), ("bert", "reward")])
 def test_the_script_behind_the_page_finds_no_difference(kind, objective, tmp_path):
     found = parity.compare(kind, objective, tmp_path, None, updates=5)
     assert found.keys() == {"logits", "loss", "gradients", "curve"}
