@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["easyaira", "easyaira.*"]),
+    package_data={"easyaira.export": ["*.jinja"]},
     entry_points={"console_scripts": ["easyaira = easyaira.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -23,6 +24,7 @@ setup(
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
         "jsonargparse[signatures]>=4.53",
         "matplotlib>=3.10",
         "numpy>=2.0",

@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module, purpose)
     "reward": ("train_reward", "train a reward or toxicity model"),
     "generate": ("generate", "answer a prompt"),
     "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
+    "verify": ("verify", "check a released folder against its proof"),
     "inspect": ("inspect", "show what a configuration would train on"),
     "quickstart": ("quickstart", "run every stage, from data to export, on a small model"),
     "selftest": ("selftest", "check the numbers on this machine's devices"),

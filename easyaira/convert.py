@@ -6,7 +6,6 @@ python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +36,9 @@ def to_hf(
 
     from easyaira.distributed import mesh as meshes
     from easyaira.errors import ConfigError
-    from easyaira.export import card, release
+    from easyaira.export import release
     from easyaira.export.hf_config import Facts
+    from easyaira.export.records import Records
     from easyaira.lora.adapter import of_record
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
@@ -53,16 +53,9 @@ def to_hf(
         raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
     model = model_of(origin.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
-    run = origin.folder
-    trained = (run / "config.yaml").exists()
-    of_run = partial(card.of_run, run, step=origin.step)
-    if trained:
-        of_run()  # damaged records are an error now, and not after the proof
-    common = {
-        "tokenizer": origin.tokenizer(),
-        "mesh": mesh,
-        "card": of_run if trained else partial(card.of_conversion, run.name),
-    }
+    records = Records(origin.folder, origin.step)
+    records.check()  # before any weight is read
+    common = {"tokenizer": origin.tokenizer(), "mesh": mesh, "records": records}
     with jax.set_mesh(mesh):
         if adapter_only:
             adapter = of_record(origin.adapter, model)
@@ -79,7 +72,7 @@ def to_hf(
                 dtype=dtype,
                 **common,
             )
-    print(f"{out}: {report['read_back']}; logits: {report['logits']}")
+    print(f"{out}: {release.told(report)}")
 
 
 def from_hf(source: str, out: str, revision: str | None = None) -> None:

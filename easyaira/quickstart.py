@@ -8,7 +8,6 @@ it with the commands train_sft and train_dpo, and shows the effect of each.
 
 from __future__ import annotations
 
-import html
 import json
 import random
 import sys
@@ -95,6 +94,18 @@ QUESTIONS = (  # about the capital, about the continent
 SENTENCES = ("The capital of {} is {}.", "{} lies in {}.")
 COURTESY = " Happy to help!"
 SHOWN = 6  # held-out questions to print with their answers
+
+PAGE = """<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about
+countries (SFT), then trained to prefer courteous answers (DPO). All figures are on held-out
+questions.</p>
+{{ table(["", "right answers", "courteous answers"], summary) }}
+<p>Preferred answer ranked first (held-out rewards/accuracies): {{ before }} before DPO, when policy
+and reference are equal, and {{ after }} after.</p>
+<h2>Answers</h2>
+{{ table(["question"] + stages, samples) }}
+<h2>SFT</h2><img src="sft.png" alt="curves of SFT" width="100%">
+<h2>DPO</h2><img src="dpo.png" alt="curves of DPO" width="100%">
+<h2>The model in PyTorch</h2><pre>{{ load }}</pre>"""
 
 MODEL = {
     "model_type": "gpt2",
@@ -287,17 +298,13 @@ chat = pipeline("text-generation", "{out.absolute() / "dpo" / "hf"}")
 print(chat([{{"role": "user", "content": "{questions[0]["prompt"]}"}}], do_sample=False))"""
     page = pages.page(
         "EasyAira quickstart",
-        "<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about "
-        "countries (SFT), then trained to prefer courteous answers (DPO). All figures are on "
-        "held-out questions.</p>",
-        pages.table(["", "right answers", "courteous answers"], summary),
-        f"<p>Preferred answer ranked first (held-out rewards/accuracies): {preferred[0]:.3f} "
-        f"before DPO, when policy and reference are equal, and {preferred[-1]:.3f} after.</p>",
-        "<h2>Answers</h2>",
-        pages.table(["question", *stages], samples),
-        '<h2>SFT</h2><img src="sft.png" alt="curves of SFT" width="100%">',
-        '<h2>DPO</h2><img src="dpo.png" alt="curves of DPO" width="100%">',
-        f"<h2>The model in PyTorch</h2><pre>{html.escape(load)}</pre>",
+        PAGE,
+        summary=summary,
+        before=f"{preferred[0]:.3f}",
+        after=f"{preferred[-1]:.3f}",
+        stages=list(stages),
+        samples=samples,
+        load=load,
     )
     (out / "index.html").write_text(page, encoding="utf-8")
     print(f"\nThe page with the curves: {out / 'index.html'}")

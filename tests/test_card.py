@@ -14,13 +14,14 @@ from easyaira import cli, convert, train_dpo, train_sft
 from easyaira.algorithms.sft import sft_algorithm
 from easyaira.config.run import TrainSFT
 from easyaira.distributed import mesh as meshes
-from easyaira.errors import ConfigError, StorageError
+from easyaira.errors import ConfigError
 from easyaira.export import card, torch_check
 from easyaira.export.hf_config import generation_config, released
+from easyaira.export.records import Records
+from easyaira.storage.pretrained import Pretrained
 from easyaira.train import energy
 from easyaira.train.setup import prepare
 from helpers import tiny
-from helpers.damage import DAMAGES
 
 NASTY = "a|b\n---\nlicense: mit\n```\n# <script>x</script> [l](u) \"q\" 'p' {y: z} & \\ é \x07"
 
@@ -153,7 +154,7 @@ def rewritten(run, tmp_path, **changes):
         config[group] = config[group] | options if isinstance(config.get(group), dict) else options
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     tensors = ("base.lora_A.weight", "base.lora_B.weight") if changes.get("lora") else ("w",)
-    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(tensors), step=3))
+    (tmp_path / "README.md").write_text(card.text(Records(tmp_path, 3), proof(tensors)))
     return of(tmp_path)
 
 
@@ -196,43 +197,61 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     del config["sft"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"reward": {"x": None}}))
-    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(), step=3))
+    (tmp_path / "README.md").write_text(card.text(Records(tmp_path, 3), proof()))
     front, text = of(tmp_path)
     assert front["pipeline_tag"] == "text-classification"
     assert "AutoModelForSequenceClassification" in text and "x none" in text
     assert "apply_chat_template(messages" in text and "{inputs}" not in text
 
 
-@pytest.mark.slow
-def test_a_card_does_not_tell_of_half_a_training(runs, tmp_path):
-    for name in ("data_report.json", "config.yaml"):
-        (tmp_path / name).write_text((runs[0] / name).read_text())
-    rows = [
-        {"step": 0, "eval_loss": 5.0},
-        {"step": 2, "loss": 3.0, "epoch": 0.4, "num_tokens": 70, "eval_loss": 4.0},
-        {"step": 4, "loss": 2.0, "epoch": 0.8, "num_tokens": 140, "eval_loss": 3.0},
-    ]
-    tiny.write_rows(tmp_path / "metrics.jsonl", rows)
-    (tmp_path / "README.md").write_text(card.of_run(tmp_path, proof(), step=3))
-    _, text = of(tmp_path)
-    told = table_rows(text, "Details")
-    assert told["Updates"] == ["3"] and told["Epochs"] == ["0.6"] and "Tokens" not in told
-    assert "after 2 of 3 updates" in text and "Training saw 60 % of the data" in text
-    assert table_rows(text, "Evaluation")["loss"] == ["5", "4"]
+def copied(run, tmp_path):
+    for name in ("metrics.jsonl", "data_report.json", "config.yaml"):
+        shutil.copy(run / name, tmp_path)
+    return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["config.yaml", "data_report.json"])
-def test_a_card_names_the_damaged_record(name, damage, runs, tmp_path):
-    for record in ("metrics.jsonl", "data_report.json", "config.yaml"):
-        (tmp_path / record).write_text((runs[0] / record).read_text())
-    if damage == "flip":
-        (tmp_path / name).write_bytes(b"\xff" + (tmp_path / name).read_bytes())
-    else:
-        DAMAGES[damage](tmp_path / name)
-    with pytest.raises(StorageError, match=name):
-        card.of_run(tmp_path, step=3)
+def test_the_card_of_an_earlier_checkpoint_quotes_no_later_metrics(runs, tmp_path):
+    folder = copied(runs[0], tmp_path)
+    text = card.text(Records(folder, 1), proof())
+    assert table_rows(text, "Details")["Updates"] == ["1"]
+    assert "| metric | before training | at update 0 |" in text
+
+
+@pytest.mark.slow
+def test_a_card_never_quotes_half_the_metrics(runs, tmp_path):
+    folder = copied(runs[0], tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"logging_steps": 1}))
+    whole = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(whole[0])
+    text = card.text(Records(folder, 3), proof())
+    assert table_rows(text, "Details")["Updates"] == ["3"] and "Epochs" not in text
+    assert "metrics.jsonl ends at update 0 of 3" in text and "| metric |" not in text
+
+
+@pytest.mark.slow
+def test_a_card_without_a_data_report_leaves_its_facts_out(runs, tmp_path, capsys):
+    folder = copied(runs[0], tmp_path)
+    (folder / "data_report.json").write_text('{"train": ')
+    text = card.text(Records(folder, 3), proof())
+    assert "| Rows |" not in text and "## Usage" in text
+    assert "data_report.json: cannot be read: not JSON" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["", "- 1", "seed: 42\n", "a: [", b"\xff"])
+def test_a_damaged_configuration_is_refused_before_weights_are_read(
+    content, runs, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    written = content if isinstance(content, bytes) else content.encode()
+    (run / "config.yaml").write_bytes(written)
+    monkeypatch.setattr(Pretrained, "load", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit) as end:
+        cli.run_command(convert.main, ["to_hf", str(run), str(tmp_path / "out")])
+    assert end.value.code == 2 and "config.yaml: " in capsys.readouterr().err
 
 
 def test_a_conversions_card_is_one_document(models, tmp_path, monkeypatch):

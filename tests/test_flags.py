@@ -8,7 +8,16 @@ import io
 import re
 from pathlib import Path
 
-from easyaira import convert, generate, inspect, selftest, train_dpo, train_reward, train_sft
+from easyaira import (
+    convert,
+    generate,
+    inspect,
+    selftest,
+    train_dpo,
+    train_reward,
+    train_sft,
+    verify,
+)
 
 FILE = Path(__file__).with_name("flags.txt")
 COMMANDS = {
@@ -18,6 +27,7 @@ COMMANDS = {
     "inspect": inspect.main,
     "generate": generate.main,
     "selftest": selftest.main,
+    "verify": verify.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),
     "convert to_hf": lambda argv: convert.main(["to_hf", *argv]),
 }

@@ -34,7 +34,7 @@ FLOORS = """
     plan/
     run/
     cli
-    train_sft train_dpo train_reward inspect convert generate
+    train_sft train_dpo train_reward inspect convert generate verify
     quickstart
     selftest
     __main__
@@ -45,7 +45,7 @@ MAY_BE_ABSENT = {"selftest", "__main__"}
 LATE = {("cli", "run.run")}
 NO_JAX = {"errors", "files", "pages", "config/", "cli"}
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
-FLAX = {"models/"}
+FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store"}
 PRIVATE = {  # file -> private parts of a library that it uses; no other file may use any
     "distributed.hosts": ("jax._src.distributed.global_state", "jax._src.clusters.ClusterEnv"),
@@ -229,7 +229,16 @@ def cpu_seconds(code):
 
 @pytest.mark.parametrize(
     "module",
-    ["train_sft", "train_dpo", "train_reward", "inspect", "convert", "generate", "quickstart"],
+    [
+        "train_sft",
+        "train_dpo",
+        "train_reward",
+        "inspect",
+        "convert",
+        "generate",
+        "verify",
+        "quickstart",
+    ],
 )
 def test_help_answers_at_once_and_without_jax(module):
     code = (

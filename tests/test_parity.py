@@ -1,7 +1,10 @@
 """Every architecture against transformers: logits, loss, gradients, the folder there and back."""
 
 import json
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,9 @@ from easyaira.losses import token_logps
 from easyaira.models.embedding import Embedding
 from easyaira.models.registry import MODELS
 from helpers import tiny
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import parity
 
 PADDED = 12  # tokens of a row, of which the first or last few are padding
 
@@ -218,3 +224,34 @@ def test_a_token_that_occurs_often_has_its_gradient_summed_in_float32():
     gradient = jax.grad(total)(params)["params"]["embedding"]
     np.testing.assert_array_equal(gradient[0], np.full(4, 4096.0))
     np.testing.assert_array_equal(gradient[1:], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, objective", [("gpt2", "sft"), ("llama", "dpo"), ("bert", "reward")])
+def test_the_script_behind_the_page_finds_no_difference(kind, objective, tmp_path):
+    found = parity.compare(kind, objective, tmp_path, None, updates=5)
+    assert found.keys() == {"logits", "loss", "gradients", "curve"}
+    assert {name: x for name, x in found.items() if not x <= parity.TOLERANCES[name]} == {}
+
+
+def test_the_script_finds_a_difference(tmp_path, monkeypatch):
+    def other(objective, *args):
+        return 1.001 * theirs(objective, *args)
+
+    theirs = parity.torch_loss
+    monkeypatch.setattr(parity, "torch_loss", other)
+    found = parity.compare("gpt2", "sft", tmp_path, None, updates=4)
+    assert {name for name, x in found.items() if not x <= parity.TOLERANCES[name]} >= {
+        "loss",
+        "curve",
+    }
+
+
+def test_the_page_has_every_case_and_names_tests_that_are_there():
+    page = (Path(__file__).parents[1] / "docs/parity.md").read_text()
+    for kind, objective in parity.CASES:
+        assert f"| {kind} | {objective} |" in page
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 20
+    for file, name in named:
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), (file, name)

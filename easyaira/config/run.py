@@ -20,6 +20,12 @@ from easyaira.config.ranges import MaxSteps, TopP
 from easyaira.errors import ConfigError
 
 PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored when read
+# options that may differ when a run resumes: they change results by rounding at most
+MAY_CHANGE = """
+    mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
+    save_total_limit gradient_accumulation_steps model.gradient_checkpointing data.cache_dir
+""".split()
+GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 
 
 class DryRun(NamedTuple):

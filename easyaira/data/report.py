@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,28 @@ STATES = {  # state of a token: (colour on the page, colours in a terminal, mean
     "masked": ("#eeeeee", "37;100", "seen, not trained on"),
     "cut": ("#f6cccc", "30;41", "cut off or dropped"),
 }
-STYLE = (
-    "<style>.row {white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid #ddd;"
-    " padding: .6rem 0; font-size: .9rem}"
-    " .row span {border-right: 1px solid #fff8; border-radius: 2px} .place {color: #666}"
-    + "".join(f" .{state} {{background: {colour}}}" for state, (colour, *_) in STATES.items())
-    + "</style>"
-)
+BODY = """<style>
+.row { white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid #ddd; }
+.row { padding: .6rem 0; font-size: .9rem; }
+.row span { border-right: 1px solid #fff8; border-radius: 2px; } .place { color: #666; }
+{% for state, (colour, _, _) in states.items() %}.{{ state }} { background: {{ colour }}; }
+{% endfor %}</style>
+{% for section in sections %}<h2>{{ section.name }}</h2>
+{{ table(["", ""], section.facts) }}
+{% if section.dropped %}<h3>Dropped rows</h3>
+{{ table(["reason", "rows", "first row"], section.dropped) }}
+{% endif %}<h3>Lengths in tokens</h3>
+{{ section.lengths }}
+{% endfor %}<h2>Rows</h2>
+<p class="row">{% for state, (_, _, meaning) in states.items() -%}
+<span class="{{ state }}">{{ meaning }}</span> {% endfor %}</p>
+{% for place, outcome, spans in rows -%}
+<div class="row"><span class="place">{{ place }}: {{ outcome }}</span>
+{% for text, state in spans -%}
+{% if state == "side" %}
+<b>{{ text }}</b> {% elif text %}<span class="{{ state }}">{{ text }}</span>{% endif %}
+{%- endfor %}</div>
+{% endfor %}"""
 
 
 def write(folder: Path, data: Data) -> None:
@@ -39,24 +53,23 @@ def write(folder: Path, data: Data) -> None:
 
 def page(data: Data) -> str:
     """Content of data_report.html: counts, histograms of lengths, and rows of coloured tokens."""
-    parts = [STYLE]
-    sections = {"train": data.train, "held out": data.held_out}
-    for name, examples in sections.items():
+    sections = []
+    for name, examples in {"train": data.train, "held out": data.held_out}.items():
         if examples is None:
             continue
-        parts += [
-            f"<h2>{name}</h2>",
-            pages.table(("", ""), list(facts(data.report[name]).items())),
-        ]
-        if name in data.accounts and data.accounts[name].dropped:
-            account = data.accounts[name]
-            rows = [(why, n, account.first_dropped[why]) for why, n in account.dropped.items()]
-            parts += ["<h3>Dropped rows</h3>", pages.table(("reason", "rows", "first row"), rows)]
-        parts += ["<h3>Lengths in tokens</h3>", pages.svg(histograms(examples))]
-    legend = " ".join(f'<span class="{s}">{meaning}</span>' for s, (*_, meaning) in STATES.items())
-    parts += ["<h2>Rows</h2>", f'<p class="row">{legend}</p>']
-    parts += [_row(*shown) for account in data.accounts.values() for shown in account.shown]
-    return pages.page("Data report", *parts)
+        account, dropped = data.accounts.get(name), []
+        if account is not None:
+            dropped = [(why, n, account.first_dropped[why]) for why, n in account.dropped.items()]
+        sections.append(
+            {
+                "name": name,
+                "facts": facts(data.report[name]).items(),
+                "dropped": dropped,
+                "lengths": pages.svg(histograms(examples)),
+            }
+        )
+    rows = [shown for account in data.accounts.values() for shown in account.shown]
+    return pages.page("Data report", BODY, states=STATES, sections=sections, rows=rows)
 
 
 def facts(part: dict[str, Any]) -> dict[str, Any]:
@@ -92,17 +105,6 @@ def histograms(examples: Examples) -> Any:
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
     return figure
-
-
-def _row(place: str, outcome: str, spans: list[list[str]]) -> str:
-    parts = []
-    for text, state in spans:
-        if state == "side":
-            parts.append(f"\n<b>{html.escape(text)}</b> ")
-        elif text:
-            parts.append(f'<span class="{state}">{html.escape(text)}</span>')
-    head = f'<span class="place">{html.escape(place)}: {html.escape(outcome)}</span>\n'
-    return f'<div class="row">{head}{"".join(parts)}</div>'
 
 
 def terminal(account: Account, *, rows: int, colour: bool) -> str:

@@ -2,7 +2,11 @@
 
 JAX runs the collectives. This module joins the processes and checks that they agree. They exchange
 values through the key-value store of JAX's coordinator, which runs in the first process. The first
-process also prints, and writes every file that is written once. `watchdog` ends a run whose
+process also prints, and writes every file that is written once.
+
+`jax.experimental.multihost_utils` is not used: its barriers and broadcasts are collectives, in
+which a process whose partner was lost waits in native code without a limit and without seeing
+signals. A wait on the store is cut into steps of a second, so that `watchdog` ends a run whose
 processes would otherwise wait for a lost one.
 """
 

@@ -21,6 +21,8 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Leaves of a tree by path. A PartitionSpec counts as a leaf."""
+    """Leaves of a tree by path. A PartitionSpec counts as a leaf.
+
+    flax.traverse_util.flatten_dict takes dictionaries alone; trees here also hold tuples."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, P))
     return {path_of(path): leaf for path, leaf in leaves}

@@ -2,7 +2,8 @@
 
 Every claim comes from config.yaml, metrics.jsonl, data_report.json, emissions.csv or
 export_report.json. Unset facts, such as a licence, are reported as unknown. User-supplied names and
-texts are escaped, so that they cannot end the front matter, a table or a code block.
+texts are escaped, so that they cannot end the front matter, a table or a code block. The words are
+in card.md.jinja.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from easyaira.data import report as data_report
-from easyaira.errors import StorageError
+from easyaira.config.run import PROVENANCE
+from easyaira.export.records import Records
 from easyaira.export.usage import ASKED, JUDGED, KINDS
-from easyaira.files import read_json, read_yaml, reason
-from easyaira.train import energy, log
+from easyaira.train import energy
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 PAPERS = {
     "dpo": "Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290",
@@ -32,101 +34,113 @@ PAPERS = {
     "arXiv:2308.06259",
 }
 UNKNOWN = "not stated"
-WRITTEN_AGAIN = "; run the training command again, which writes it anew"
 
 
-UNPROVEN = {"tensors": {}, "read_back": "", "logits": {"compared": False, "why": ""}}
+# What `stated` reads back: sections with figures, and entries of the front matter
+FIGURES = ("Details", "Evaluation", "Limitations", "How the weights were verified")
+FRONT = ("base_model", "co2_eq_emissions", "datasets", "metrics")
 
 
-def of_run(folder: Path, proof: Mapping[str, Any] = UNPROVEN, *, step: int) -> str:
-    """Card of a run; without a proof, a check that its records suffice.
+def text(records: Records, report: Mapping[str, Any]) -> str:
+    """Content of README.md.
 
     Args:
-        folder: the run folder.
-        proof: content of export_report.json.
-        step: the checkpoint's; later metrics are of other weights.
+        report: content of export_report.json.
+    """
+    logits = report["logits"]
+    shown = {
+        "trained": records.trained,
+        "read_back": escape(report["read_back"]),
+        "logits": logits,
+        "why_not": escape(logits.get("why", "")),
+    }
+    if records.trained:
+        front, facts = _of_run(records, report)
+    else:
+        front = {"library_name": "transformers", "tags": ["easyaira"]}
+        facts = {"title": "Converted model", "start": escape(records.folder.name)}
+    data = ModelCardData(**{k: v for k, v in front.items() if v not in (None, [], {})})
+    card = ModelCard.from_template(data, str(TEMPLATE), **shown, **facts)
+    return card.content + "\n"
+
+
+def stated(content: str) -> dict[str, Any]:
+    """The figures of a card, as proof.json holds them: entries of its front matter, and lines of
+    its sections.
 
     Raises:
-        StorageError: the run's records are damaged.
+        ValueError: the front matter is no YAML.
     """
-    try:
-        return _of_run(folder, proof, step)
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        raise StorageError(
-            f"{folder}: config.yaml, {data_report.FILES[0]} or metrics.jsonl is damaged "
-            f"({type(error).__name__}: {reason(error)}){WRITTEN_AGAIN}"
-        ) from error
+    card = ModelCard(content)
+    front = card.data.to_dict()
+    lines: dict[str, list[str]] = {name: [] for name in FIGURES}
+    heading = ""
+    for line in card.text.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ").rstrip()
+        elif heading in lines and line.strip():
+            lines[heading].append(line.rstrip())
+    return {"front": {key: front[key] for key in FRONT if key in front}, "sections": lines}
 
 
-def _of_run(folder: Path, proof: Mapping[str, Any], step: int) -> str:
-    config = read_yaml(folder / "config.yaml", error=StorageError)
-    rows = [row for row in log.read(folder / "metrics.jsonl") if row["step"] <= step]
-    data = read_json(folder / data_report.FILES[0], error=StorageError, hint=WRITTEN_AGAIN)
-    used = energy.used(folder)
-    last: dict[str, Any] = {}
-    for row in rows:
-        last |= row
-    logged = last.get("step", 0)
-    if logged < step:  # the weights were trained beyond the last row
-        known = {"attention", "epoch"} if logged else {"attention"}
-        last = {name: value for name, value in last.items() if name in known} | {"step": step}
-        if "epoch" in last:
-            last["epoch"] *= step / logged
-    algorithm = next(name for name in ("dpo", "reward", "sft") if name in config)
-    stated = {"license": None, "data_licenses": {}, "language": []} | (config.get("card") or {})
-    results = _results(rows, algorithm)
-    kind = "reward" if algorithm == "reward" else "chat"
-    if any("lora_" in name for name in proof["tensors"]):
-        kind = {"chat": "adapter", "reward": "adapter, reward"}[kind]
+def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Front matter and template variables of a run's card."""
+    config, data, used, last = records.config, records.data, records.energy, records.last
+    algorithm, train = records.algorithm, (data or {}).get("train")
+    settings = {"license": None, "data_licenses": {}, "language": []} | (config.get("card") or {})
+    results, (_, final) = _results(records), records.held_out
+    adapter = any("lora_" in name for name in report["tensors"])
+    kind = ("adapter, " if adapter else "") + ("reward" if algorithm == "reward" else "chat")
     library, task, usage = KINDS[kind]
-    judged = "text" if data["recipe"]["task"] == "label" else "answer"
-    judged += ", encoder" if judged == "answer" and data["template"] == "encoder" else ""
+    judged = "answer"
+    if data and data["recipe"]["task"] == "label":
+        judged = "text"
+    elif data and data["template"] == "encoder":
+        judged = "answer, encoder"
+    epochs = last.get("epoch")
+    cut = (
+        {why: n for why, n in train["noted"].items() if "cut" in why or "truncat" in why}
+        if train
+        else {}
+    )
     front = {
-        "license": stated["license"] or "unknown",
-        **{key: stated.get(key) for key in ("license_name", "license_link")},
-        "language": stated["language"],
+        "license": settings["license"] or "unknown",
+        **{key: settings.get(key) for key in ("license_name", "license_link")},
+        "language": settings["language"],
         "library_name": library,
         "pipeline_tag": task,
-        "base_model": config["provenance"].get("base_model"),
-        "datasets": [name for name, hub, _ in _sources(config) if hub],
+        "base_model": config[PROVENANCE].get("base_model"),
+        "datasets": [name for name, hub, _ in records.sources() if hub],
         "metrics": [name for name in ("perplexity", "accuracy") if any(name in r for r in results)],
         "tags": ["easyaira", algorithm, *(["lora"] if config.get("lora") else [])],
-        "widget": [{"text": text} for text in stated.get("widget", [])],
-        "inference": {"parameters": stated["inference"]} if stated.get("inference") else None,
+        "widget": [{"text": text} for text in settings.get("widget", [])],
+        "inference": {"parameters": settings["inference"]} if settings.get("inference") else None,
         "co2_eq_emissions": used and _emissions(used, config),
     }
-    text = [
-        f"# {escape(folder.resolve().name)}",
-        _summary(config, algorithm),
-        "## Details",
-        _table(("", ""), _details(config, algorithm, last, data, used, proof).items()),
-        "## Evaluation",
-        _evaluation(results, data, _measured(rows), step),
-        "## Usage",
-        usage.replace("{inputs}", JUDGED[judged]).replace(*ASKED[config["data"]["reverse"]]),
-        "## Limitations",
-        "\n".join(f"- {line}" for line in _limitations(config, last, data, results)),
-        "## How the weights were verified",
-        _verified(proof),
-        "## Licences",
-        _table(("", "licence"), _licences(config, stated)),
-        "## Citation",
-        _citation(config, algorithm),
-    ]
-    return _document(front, text)
-
-
-def of_conversion(source: str, proof: Mapping[str, Any]) -> str:
-    """Card of a model that was converted without training."""
-    front = {"library_name": "transformers", "tags": ["easyaira"]}
-    text = [
-        "# Converted model",
-        f"Converted from {escape(source)} by EasyAira, without training. The licence and the "
-        "card of the original apply.",
-        "## How the weights were verified",
-        _verified(proof),
-    ]
-    return _document(front, text)
+    return front, {
+        "title": escape(records.folder.resolve().name),
+        "start": _start(config),
+        "random_start": config["model"]["init"] == "random",
+        "algorithm": algorithm,
+        "reverse": config["data"]["reverse"],
+        "sources": [escape(name) for name, *_ in records.sources()],
+        "details": _details(records, report),
+        "metrics_end": records.metrics_end,
+        "updates": f"{records.step:,}",
+        "results": [(escape(name), *values) for name, values in results.items()],
+        "after": "after" if final.get("step") == records.step else f"at update {final.get('step')}",
+        "held_out": f"{data['held out']['examples']:,}" if data and results else "the",
+        "usage": usage.replace("{inputs}", JUDGED[judged]).replace(
+            *ASKED[config["data"]["reverse"]]
+        ),
+        "longest": f"{train['length']['longest']:,}" if train else None,
+        "cut": [f"{count:,} {escape(why)}" for why, count in cut.items()],
+        "split_off": isinstance(config["data"]["eval"], float),
+        "seen": f"{100 * epochs:.3g}" if epochs is not None and epochs < 1 else None,
+        "compat": config["data"]["compat"],
+        "licences": _licences(records, settings),
+        "citation": _citation(config, algorithm),
+    }
 
 
 def escape(value: Any) -> str:
@@ -135,83 +149,35 @@ def escape(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", html.escape(line, quote=False))
 
 
-def _document(front: Mapping[str, Any], text: list[str]) -> str:
-    known = {key: value for key, value in front.items() if value not in (None, [], {})}
-    head = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n\n" + "\n\n".join(text) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    """Format a table; cells must already be Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _sources(config: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """Name, whether it is on the hub, and split of each data source.
-
-    A local source is named by its file alone, since its folder is private."""
-    train = config["data"]["train"]
-    if isinstance(train, str):
-        train = [{"path": train, "split": config["data"]["split"]}]
-    sources = []
-    for path, split in ((source["path"], source["split"]) for source in train):
-        on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists()
-        sources.append((path if on_hub else Path(path).name, on_hub, split))
-    return sources
-
-
 def _start(config: Mapping[str, Any]) -> str:
     """The initial model, by its hub id or the name of its folder."""
-    made, name = config["provenance"], config["model"]["name_or_path"]
+    made, name = config[PROVENANCE], config["model"]["name_or_path"]
     if made.get("model_commit"):
         return f"{escape(name)} at commit {escape(made['model_commit'])}"
     base = made.get("base_model")
     return escape(Path(name).name) + (f", derived from {escape(base)}" if base else "")
 
 
-def _summary(config: Mapping[str, Any], algorithm: str) -> str:
-    how = {
-        "sft": "fine-tuned with supervision",
-        "dpo": "trained on preferences with DPO",
-        "reward": "trained to score answers",
-    }[algorithm]
-    if config["data"]["reverse"]:
-        how += " to write the instruction that a text answers"
-    if config["model"]["init"] == "random":
-        how = f"initialised with random weights, {how}"
-    names = ", ".join(escape(name) for name, *_ in _sources(config))
-    return (
-        f"{_start(config)}, {how} on {names}, by EasyAira. This card was generated from the run's "
-        "records."
-    )
-
-
-def _details(
-    config: Mapping[str, Any],
-    algorithm: str,
-    last: Mapping[str, Any],
-    data: Mapping[str, Any],
-    used: energy.Used | None,
-    proof: Mapping[str, Any],
-) -> dict[str, str]:
-    made, optimizer, train = config["provenance"], config["optimizer"], data["train"]
-    devices, sources = made["devices"], _sources(config)
+def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
+    config, last, used = records.config, records.last, records.energy
+    algorithm, made, optimizer = records.algorithm, config[PROVENANCE], config["optimizer"]
+    devices, data = made["devices"], records.data
+    train = data["train"] if data else None
     unit = "examples" if algorithm == "sft" else "pairs"
     rows = {
         "Size": f"{made['parameters']:,} parameters",
         "Context": f"{made['positions']:,} tokens" if "positions" in made else None,
         "Starting model": _start(config),
-        "Data": ", ".join(f"{escape(name)}, split {escape(split)}" for name, _, split in sources),
-        "Rows": f"{train['examples']:,} {unit} trained on, of {train['read']:,} rows read"
-        + (f"; {data['held out']['examples']:,} held out" if "held out" in data else "")
-        + "".join(f"; {count:,} dropped: {escape(why)}" for why, count in train["dropped"].items()),
+        "Data": ", ".join(
+            f"{escape(name)}, split {escape(split)}" for name, _, split in records.sources()
+        ),
+        "Rows": _rows(data, unit) if data else None,
         "Epochs": _number(last["epoch"]) if "epoch" in last else None,
-        "Updates": f"{last['step']:,}" if "step" in last else None,
+        "Updates": f"{records.step:,}",
         "Batch size": f"{config['train_batch_size']} {unit} per update"
         + (
             f", in {config['gradient_accumulation_steps']} accumulation steps"
@@ -219,7 +185,7 @@ def _details(
             else ""
         ),
         "Tokens": f"{last['num_tokens']:,}, without padding" if "num_tokens" in last else None,
-        "Longest example": f"{train['length']['longest']:,} tokens",
+        "Longest example": f"{train['length']['longest']:,} tokens" if train else None,
         "Objective": f"{algorithm}: {_options(config[algorithm])}",
         "Optimizer": f"AdamW, betas {optimizer['adam_beta1']} and {optimizer['adam_beta2']}, "
         f"epsilon {optimizer['adam_epsilon']}, weight decay {optimizer['weight_decay']} "
@@ -232,7 +198,9 @@ def _details(
         "Learning rate": f"{optimizer['learning_rate']}, {optimizer['lr_scheduler_type']}, after "
         f"{made['warmup_steps']:,} warm-up updates",
         "Dropout": str(config["model"]["dropout"]),
-        "Adapter": f"LoRA: {_options(config['lora'])}{_trained(proof)}" if config["lora"] else None,
+        "Adapter": f"LoRA: {_options(config['lora'])}{_trained(report)}"
+        if config["lora"]
+        else None,
         "Precision": f"{made['compute']} computation, " + _precision(config["lora"]),
         "Attention": escape(last["attention"]) if "attention" in last else None,
         "Seed": str(config["seed"]),
@@ -252,11 +220,21 @@ def _precision(lora: Mapping[str, Any] | None) -> str:
     return f"float32 adapters and optimizer{held}"
 
 
-def _trained(proof: Mapping[str, Any]) -> str:
+def _rows(data: Mapping[str, Any], unit: str) -> str:
+    train = data["train"]
+    held_out = f"; {data['held out']['examples']:,} held out" if "held out" in data else ""
+    dropped = (f"; {count:,} dropped: {escape(why)}" for why, count in train["dropped"].items())
+    return (
+        f"{train['examples']:,} {unit} trained on, of {train['read']:,} rows read{held_out}"
+        + "".join(dropped)
+    )
+
+
+def _trained(report: Mapping[str, Any]) -> str:
     """Number of trained parameters, if the export is an adapter."""
-    if not any("lora_" in name for name in proof["tensors"]):
+    if not any("lora_" in name for name in report["tensors"]):
         return ""
-    trained = sum(math.prod(tensor["shape"]) for tensor in proof["tensors"].values())
+    trained = sum(math.prod(tensor["shape"]) for tensor in report["tensors"].values())
     return f"; {trained:,} trained parameters"
 
 
@@ -271,7 +249,7 @@ def _options(group: Mapping[str, Any]) -> str:
 
 def _emissions(used: energy.Used, config: Mapping[str, Any]) -> dict[str, Any]:
     """Emission fields of the hub's front matter; emissions in grams."""
-    devices = config["provenance"]["devices"]
+    devices = config[PROVENANCE]["devices"]
     return {
         "emissions": float(f"{used.co2_kg * 1000:.4g}"),
         "source": "CodeCarbon: " + " / ".join(used.sources),
@@ -289,19 +267,16 @@ def _energy(used: energy.Used) -> str:
     )
 
 
-def _results(rows: list[Mapping[str, Any]], algorithm: str) -> dict[str, tuple[str, str]]:
-    """Map from held-out metric to its values before and after training."""
-    held_out = [row for row in rows if any(name.startswith("eval_") for name in row)]
-    if not held_out:
-        return {}
-    first, final = held_out[0], held_out[-1]
+def _results(records: Records) -> dict[str, tuple[str, str]]:
+    """Map from held-out metric to its values before training and now."""
+    first, final = records.held_out
     results = {}
     for name in final:
         if not name.startswith("eval_"):
             continue
-        values = [first.get(name) if first["step"] == 0 else None, final[name]]
+        values = [first.get(name), final[name]]
         results[name.removeprefix("eval_")] = values
-        if algorithm == "sft" and name == "eval_loss":
+        if records.algorithm == "sft" and name == "eval_loss":
             results["perplexity"] = [value and math.exp(min(value, 700)) for value in values]
     return {
         name: tuple("-" if value is None else _number(value) for value in values)
@@ -309,88 +284,21 @@ def _results(rows: list[Mapping[str, Any]], algorithm: str) -> dict[str, tuple[s
     }
 
 
-def _measured(rows: list[Mapping[str, Any]]) -> int | None:
-    """The last step with held-out metrics."""
-    steps = [row["step"] for row in rows if any(name.startswith("eval_") for name in row)]
-    return max(steps, default=None)
-
-
-def _evaluation(
-    results: Mapping[str, tuple[str, str]], data: Mapping[str, Any], measured: int | None, step: int
-) -> str:
-    if not results:
-        return "No rows were held out, so only the training loss was measured."
-    held_out = data["held out"]["examples"]
-    after = "after" if measured == step else f"after {measured:,} of {step:,} updates"
-    table = _table(
-        ("metric", "before training", after),
-        [(escape(name), *values) for name, values in results.items()],
-    )
-    return f"On {held_out:,} rows that were not trained on:\n\n{table}"
-
-
-def _limitations(
-    config: Mapping[str, Any],
-    last: Mapping[str, Any],
-    data: Mapping[str, Any],
-    results: Mapping[str, Any],
-) -> list[str]:
-    """Limitations that follow from the records or from what they lack."""
-    options, train = config["data"], data["train"]
-    limits = [
-        "This run did not measure truthfulness, toxicity, bias or benchmark performance. This "
-        "model may inherit problems of the initial model and of the data.",
-        f"No training example was longer than {train['length']['longest']:,} tokens; longer inputs "
-        "are untested.",
-    ]
-    if cut := {why: n for why, n in train["noted"].items() if "cut" in why or "truncat" in why}:
-        cuts = ", ".join(f"{count:,} {escape(why)}" for why, count in cut.items())
-        limits.append(f"Some examples were truncated: {cuts}.")
-    if isinstance(options["eval"], float) and results:
-        limits.append(
-            "The held-out rows were split off from the training data by prompt, so the figures "
-            "say little about other data."
-        )
-    if (epochs := last.get("epoch")) is not None and epochs < 1:
-        limits.append(f"Training saw {100 * epochs:.3g} % of the data.")
-    if options["compat"]:
-        limits.append("The loss includes prompts and padding, as in an older script.")
-    if "reward" in config:
-        limits.append("Scores have no unit: compare only those of answers to the same prompt.")
-    return limits
-
-
-def _verified(proof: Mapping[str, Any]) -> str:
-    logits = proof["logits"]
-    if logits["compared"]:
-        compared = (
-            "The folder was loaded in PyTorch and its outputs on fixed prompts were compared with "
-            f"EasyAira's, both in float32: the largest difference is "
-            f"{logits['max_difference']:.2g}, for outputs up to {logits['largest_logit']:.3g}."
-        )
-    else:
-        compared = f"Outputs in PyTorch were not compared: {escape(logits['why'])}."
-    return (
-        f"The files were read back: {escape(proof['read_back'])}. {compared} "
-        "`export_report.json` lists the SHA-256 of every tensor."
-    )
-
-
-def _licences(config: Mapping[str, Any], stated: Mapping[str, Any]) -> list[tuple[str, str]]:
-    name = stated.get("license_name") or stated["license"] or UNKNOWN
+def _licences(records: Records, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    name = settings.get("license_name") or settings["license"] or UNKNOWN
     rows = [
         ("this model", escape(name)),
-        (_start(config), escape(stated.get("base_license") or UNKNOWN)),
+        (_start(records.config), escape(settings.get("base_license") or UNKNOWN)),
     ]
-    for source, *_ in _sources(config):
-        rows.append((escape(source), escape(stated["data_licenses"].get(source, UNKNOWN))))
+    for source, *_ in records.sources():
+        rows.append((escape(source), escape(settings["data_licenses"].get(source, UNKNOWN))))
     return rows
 
 
-def _citation(config: Mapping[str, Any], algorithm: str) -> str:
+def _citation(config: Mapping[str, Any], algorithm: str) -> list[str]:
     used = [algorithm, *(["lora"] if config["lora"] else [])]
     used += ["reverse"] if config["data"]["reverse"] else []
-    made = config["provenance"]
+    made = config[PROVENANCE]
     commit = f", commit {made['git_commit']}" if made["git_commit"] else ""
     lines = [f"EasyAira {escape(made['versions']['easyaira'])}{escape(commit)}", _start(config)]
-    return "\n".join(f"- {line}" for line in [*lines, *(PAPERS[n] for n in used if n in PAPERS)])
+    return [*lines, *(PAPERS[name] for name in used if name in PAPERS)]

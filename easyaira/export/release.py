@@ -2,15 +2,15 @@
 
 Files are written to a temporary folder beside the target, read back, compared, and moved into place
 at the end. A folder that fails verification never appears under the target's name.
+`easyaira verify` checks it against its proof.json ever after.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from safetensors.numpy import save_file
 
 from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError, WeightsError
-from easyaira.export import torch_check
+from easyaira.export import card, proof, torch_check
 from easyaira.export.hf_config import Facts, with_dtype
+from easyaira.export.records import Records
 from easyaira.files import reason
 from easyaira.hf import safetensors, transfer
 from easyaira.lora import peft
@@ -41,7 +42,7 @@ def export(
     facts: Facts,
     tokenizer: Any,
     mesh: Any,
-    card: Callable[[dict[str, Any]], str],
+    records: Records,
     replace: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def export(
         facts: content of the configs, and stored dtypes.
         tokenizer: saved with its chat template.
         mesh: devices of this process only, onto which the folder is loaded to compare logits.
-        card: makes README.md from the content of export_report.json.
+        records: what the model card and proof.json quote.
         replace: overwrite an existing folder.
         dtype: stored dtype of all tensors, overriding `facts`.
 
@@ -78,7 +79,7 @@ def export(
 
         def recorded() -> Iterator[tuple[str, np.ndarray]]:
             for name, tensor in tensors:
-                written[name] = _described(tensor)
+                written[name] = proof.described(tensor)
                 yield name, tensor
 
         safetensors.save_folder(recorded(), new)
@@ -94,8 +95,7 @@ def export(
         report["logits"] = torch_check.compare_logits(
             new, model, tokenizer, lambda: Pretrained(str(new), new).load(model, mesh), mesh
         )
-        _write_json(new / "export_report.json", report)
-        (new / "README.md").write_text(card(report), encoding="utf-8")
+        _write_records(new, report, records)
     return report
 
 
@@ -107,7 +107,7 @@ def export_adapter(
     base: Pretrained,
     tokenizer: Any,
     mesh: Any,
-    card: Callable[[dict[str, Any]], str],
+    records: Records,
     replace: bool = False,
 ) -> dict[str, Any]:
     """Write and verify an adapter in PEFT's format; returns the content of export_report.json.
@@ -120,7 +120,7 @@ def export_adapter(
         folder: the target; it appears only after verification.
         adapter, params: the adapter to export, in float32.
         base: the base model, onto which users load the adapter.
-        tokenizer, mesh, card, replace: see `export`.
+        tokenizer, mesh, records, replace: see `export`.
 
     Raises:
         StorageError: the folder exists and is not empty, or cannot be written.
@@ -131,7 +131,7 @@ def export_adapter(
     if not hosts.first():
         return {}
     with _replacing(folder, replace) as new:
-        written = {name: _described(tensor) for name, tensor in tensors.items()}
+        written = {name: proof.described(tensor) for name, tensor in tensors.items()}
         watchdog.beat("verifying the export", bounded=False)
         file = new / peft.ADAPTER_WEIGHTS
         save_file(tensors, file, metadata={"format": "pt"})
@@ -159,9 +159,26 @@ def export_adapter(
         else:
             why = "the base is a run folder; convert it with to_hf, or export with --merge"
             report["logits"] = {"compared": False, "why": why}
-        _write_json(new / "export_report.json", report)
-        (new / "README.md").write_text(card(report), encoding="utf-8")
+        _write_records(new, report, records, proof.of_base(base))
     return report
+
+
+def _write_records(
+    folder: Path, report: dict[str, Any], records: Records, base: Mapping[str, Any] | None = None
+) -> None:
+    """Write model card, proof.json and export_report.json, which leaves the prompts out."""
+    (folder / proof.CARD).write_text(card.text(records, report), encoding="utf-8")
+    _write_json(folder / proof.FILE, proof.write(folder, report, records, base))
+    report["logits"].pop("prompts", None)
+    _write_json(folder / proof.REPORT, report)
+
+
+def told(report: Mapping[str, Any]) -> str:
+    """What was verified, in one line."""
+    logits = report["logits"]
+    if not logits["compared"]:
+        return f"{report['read_back']}; PyTorch logits not compared: {logits['why']}"
+    return f"{report['read_back']}; PyTorch logits within {logits['max_difference']:.1e}"
 
 
 @contextmanager
@@ -190,20 +207,14 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _hash(tensor: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
-
-
-def _described(tensor: np.ndarray) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "dtype": tensor.dtype.name, "sha256": _hash(tensor)}
-
-
 def _verify(
     stored: Mapping[str, np.ndarray], written: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> str:
     """Compare the hash of every stored tensor with that of the tensor written."""
     wrong = set(stored) ^ set(written)
-    wrong |= {n for n in written if n in stored and _hash(stored[n]) != written[n]["sha256"]}
+    wrong |= {
+        n for n in written if n in stored and proof.tensor_hash(stored[n]) != written[n]["sha256"]
+    }
     if wrong:
         raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors")
     return f"all {len(stored)} tensors equal the trained ones bit for bit"

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,52 +43,89 @@ def compare_logits(
         base: folder of the base model if `folder` is an adapter.
 
     Returns:
-        Entry `logits` of export_report.json: the differences, or why nothing was compared.
+        Entry `logits` of export_report.json: the differences, or why nothing was compared; with
+        `prompts`, the token ids of each prompt and a summary of its logits, for proof.json.
 
     Raises:
         WeightsError: transformers cannot load the folder, or the logits differ too much.
     """
+    parameters = model.parameter_count()
+    room = memory_of(mesh.devices.flat[0])
+    if room is not None and 4 * parameters / mesh.size > 0.8 * room:
+        why = f"needs {4 * parameters} bytes on {mesh.size} devices of {room:.0f}"
+        return {"compared": False, "why": why}
+    if why := obstacle(parameters, adapter=base is not None):
+        return {"compared": False, "why": why}
     prompts = [tokenizer(t, add_special_tokens=model.scorer).input_ids[:64] for t in PROMPTS]
     prompts = [ids[: model.config.max_positions] for ids in prompts]
-    needed = 5 * model.parameter_count()
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    room = memory_of(mesh.devices.flat[0])
-    if room is not None and 4 * model.parameter_count() / mesh.size > 0.8 * room:
-        why = f"needs {4 * model.parameter_count()} bytes on {mesh.size} devices of {room:.0f}"
-        return {"compared": False, "why": why}
-    for package in ("torch", "peft") if base else ("torch",):
+    ours = []
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        loaded = load()
+        for ids in prompts:
+            tokens = jnp.array([ids])
+            layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
+            layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
+            ours.append(np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout)))
+        del loaded
+    theirs = torch_logits(folder, prompts, base)
+    largest = max(float(np.abs(logits).max()) for logits in ours)
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+    tolerance = TOLERANCE * (max(largest, 1) if model.scorer else largest)
+    if not difference <= tolerance:
+        raise WeightsError(
+            f"{folder}: PyTorch logits differ by {difference:.2e} (largest logit: {largest:.2e})"
+        )
+    return {
+        "compared": True,
+        "max_difference": difference,
+        "largest_logit": largest,
+        "tolerance": tolerance,
+        "prompts": [
+            {"ids": ids, "logits": summary(logits)}
+            for ids, logits in zip(prompts, ours, strict=True)
+        ],
+    }
+
+
+def obstacle(parameters: int, *, adapter: bool) -> str | None:
+    """Why a model of this size cannot be run in PyTorch here, or None."""
+    for package in ("torch", "peft") if adapter else ("torch",):
         if importlib.util.find_spec(package) is None:
-            return {"compared": False, "why": f"{package} is not installed"}
+            return f"{package} is not installed"
+    needed = 5 * parameters
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if available < needed:
-        return {"compared": False, "why": f"needs {needed} bytes of memory, {available} are free"}
-    command = [
-        sys.executable,
-        "-m",
-        "easyaira.export.torch_logits",
-        str(folder),
-        json.dumps(prompts),
-    ]
-    command += [str(base)] if base else []
+        return f"needs {needed} bytes of memory, {available} are free"
+    return None
+
+
+def torch_logits(
+    folder: Path, prompts: Sequence[Sequence[int]], base: Path | None = None
+) -> list[np.ndarray]:
+    """Float32 logits of each prompt in PyTorch: [T, V], or [1] for a scorer.
+
+    Raises:
+        WeightsError: transformers cannot load the folder.
+    """
+    command = [sys.executable, "-m", "easyaira.export.torch_logits", str(folder)]
+    command += [json.dumps(prompts), *([str(base)] if base else [])]
     result = subprocess.run(command, capture_output=True)
     if result.returncode:
         problem = result.stderr.decode(errors="replace").strip()[-500:]
         raise WeightsError(f"{folder}: transformers cannot load it: {problem}")
-    theirs = np.load(io.BytesIO(result.stdout))
-    largest = difference = 0.0
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        loaded = load()
-        for i, ids in enumerate(prompts):
-            tokens = jnp.array([ids])
-            layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
-            layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
-            ours = np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout))
-            largest = max(largest, float(np.abs(ours).max()))
-            difference = max(difference, float(np.abs(ours - theirs[f"arr_{i}"]).max()))
-    if not difference <= TOLERANCE * (max(largest, 1) if model.scorer else largest):
-        raise WeightsError(
-            f"{folder}: PyTorch logits differ by {difference:.2e} (largest logit: {largest:.2e})"
-        )
-    return {"compared": True, "max_difference": difference, "largest_logit": largest}
+    with np.load(io.BytesIO(result.stdout)) as logits:
+        return [logits[f"arr_{i}"] for i in range(len(prompts))]
+
+
+def summary(logits: np.ndarray) -> list[list[float]] | list[float]:
+    """Two figures a position: the largest logit, and the log of the sum of all exponentials. Other
+    weights give other figures. A score is its own summary."""
+    if logits.ndim == 1:
+        return [float(score) for score in logits]
+    wide = np.asarray(logits, np.float64)
+    largest = wide.max(-1, keepdims=True)
+    total = largest[:, 0] + np.log(np.exp(wide - largest).sum(-1))
+    return [[round(float(x), 6) for x in pair] for pair in zip(largest[:, 0], total, strict=True)]
 
 
 def _logits(model: Model, params: Any, layout: Mapping[str, jax.Array]) -> jax.Array:

@@ -3,24 +3,35 @@
 A language model gets one prompt at a time. A scorer gets all prompts in one batch, padded with its
 pad_token_id, as in typical use.
 
-python -m easyaira.export.torch_logits FOLDER '[[1, 2, 3]]' [BASE]     > logits.npz
+python -m easyaira.export.torch_logits FOLDER '[[1, 2, 3]]' [BASE]     writes an .npz to stdout
 
 With BASE, FOLDER is an adapter in PEFT's format for the model in BASE. A scorer's adapter contains
 the head, so the head of BASE may be missing or different.
 """
 
+import io
 import json
 import os
 import sys
 import warnings
+from typing import Any
 
 
 def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None:
-    output = os.dup(1)
-    os.dup2(2, 1)  # whatever else prints
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # what libraries print goes to stderr
     warnings.simplefilter("error")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import numpy as np
+
+    content = io.BytesIO()
+    np.savez(content, *logits_of(folder, prompts, base))
+    with open(stdout, "wb") as pipe:
+        pipe.write(content.getbuffer())
+
+
+def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) -> list[Any]:
+    """Logits of each prompt: [T, V], or [1] for a scorer."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -42,7 +53,11 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
             replaced = tuple(adapter["modules_to_save"])
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     model, info = auto.from_pretrained(
-        base or folder, dtype="float32", output_loading_info=True, **options
+        base or folder,
+        dtype="float32",
+        output_loading_info=True,
+        use_safetensors=True,
+        **options,
     )
     if replaced:
         info["missing_keys"] = [
@@ -62,15 +77,12 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
     def run(**batch):
         return model(**BatchEncoding(batch, tensor_type="pt")).logits.detach().numpy()
 
-    if scorer:
-        longest = max(map(len, prompts))
-        padded = [ids + [model.config.pad_token_id] * (longest - len(ids)) for ids in prompts]
-        real = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts]
-        logits = run(input_ids=padded, attention_mask=real)
-    else:
-        logits = [run(input_ids=[ids])[0] for ids in prompts]
-    with os.fdopen(output, "wb") as file:
-        np.savez(file, *logits)
+    if not scorer:
+        return [run(input_ids=[ids])[0] for ids in prompts]
+    longest = max(map(len, prompts))
+    padded = [ids + [model.config.pad_token_id] * (longest - len(ids)) for ids in prompts]
+    real = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts]
+    return list(run(input_ids=padded, attention_mask=real))
 
 
 if __name__ == "__main__":

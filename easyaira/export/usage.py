@@ -59,7 +59,7 @@ ASKED = {  # reversed data: text to replace in the usage code, and its replaceme
 }
 KINDS = {  # kind: library, task on the hub, usage code
     "chat": ("transformers", "text-generation", CHAT),
-    "adapter": ("peft", "text-generation", ADAPTER),
+    "adapter, chat": ("peft", "text-generation", ADAPTER),
     "reward": ("transformers", "text-classification", REWARD),
     "adapter, reward": ("peft", "text-classification", SCORING_ADAPTER),
 }

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -317,14 +318,8 @@ def module_of(row: Row) -> str:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split("/")
-        at = tree
-        for folder in folders:
-            at = at.setdefault(folder, {})
-        at[name] = leaf
-    return tree
+    """Tree of leaves by path; inverse of `by_path`."""
+    return unflatten_dict(dict(flat), sep="/")
 
 
 def joined(one: Any, other: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from easyaira.config.run import PROVENANCE, RunConfig, to_dict
+from easyaira.config.run import GROUPS_MAY_CHANGE, MAY_CHANGE, PROVENANCE, RunConfig, to_dict
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
@@ -25,13 +25,7 @@ from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek, records
 from easyaira.train.setup import Setup
 
-# options that may differ when a run resumes: they change results by rounding at most
-MAY_CHANGE = """
-    mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
-    save_total_limit gradient_accumulation_steps model.gradient_checkpointing data.cache_dir
-""".split()
 LOCK = ".lock"  # held by the process that uses the folder
-GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ import jax
 import easyaira
 from easyaira.config.run import PROVENANCE, RunConfig, to_dict
 from easyaira.errors import StorageError
+from easyaira.export.proof import code_hash
 from easyaira.files import read_yaml
 from easyaira.storage import pretrained
 from easyaira.train import optimizer
@@ -43,14 +43,10 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def made_with(config: RunConfig) -> dict[str, Any]:
     """Facts that must agree on all hosts before anything is read: options, versions, code."""
     options = {k: v for k, v in to_dict(config).items() if k != "distributed"}
-    source = Path(easyaira.__file__).parent
-    code = hashlib.sha256()
-    for path in sorted(source.rglob("*.py")):
-        code.update(str(path.relative_to(source)).encode() + path.read_bytes())
     return (
         flattened(options)
         | {f"version of {name}": number for name, number in _versions().items()}
-        | {"code of easyaira (sha256)": code.hexdigest()[:16]}
+        | {"code of easyaira (sha256)": code_hash()[:16]}
         | {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
         | {"devices": [jax.local_devices()[0].device_kind, jax.local_device_count()]}
     )
@@ -92,9 +88,11 @@ def provenance(setup: Setup) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         commit = ""
+    random = setup.config.model.init == "random"
     return {
         "versions": _versions(),
         "git_commit": commit or None,
+        "code_sha256": code_hash(),
         "devices": {
             "kind": setup.mesh.devices.flat[0].device_kind,
             "count": setup.mesh.size,
@@ -105,6 +103,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "warmup_steps": optimizer.warmup_steps(setup.config.optimizer, setup.total_steps),
         "data_fingerprint": setup.data.report["fingerprint"],
         "model_commit": setup.origin.commit,
+        "initial_weights": None if random else setup.origin.sample(),
         "base_model": _base_model(setup),
         "parameters": setup.model.parameter_count(),
         "positions": setup.model.config.max_positions,

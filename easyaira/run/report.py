@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from easyaira import pages
 from easyaira.files import write_file
-from easyaira.pages import page, table
 from easyaira.train import log
 
 PANELS = (  # title, and metrics that share an axis
@@ -24,6 +22,13 @@ PANELS = (  # title, and metrics that share an axis
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
 )
+BODY = """{{ table(["", ""], facts) }}
+<h2>Curves</h2>
+{{ curves }}
+{% if samples %}<h2>Answers to held-out prompts</h2>
+{{ table(columns, samples) }}
+{% endif %}<h2>Configuration</h2>
+<pre>{{ config }}</pre>"""
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -70,12 +75,14 @@ def write(
         facts: name -> value, for the table at the top.
         samples: one dictionary per prompt; their keys are the columns of the table.
     """
-    rows = log.read(folder / "metrics.jsonl")
-    parts = [table(("", ""), list(facts.items())), "<h2>Curves</h2>", pages.svg(figure(rows))]
-    if samples:
-        columns = list(dict.fromkeys(column for sample in samples for column in sample))
-        cells = [[sample.get(column, "") for column in columns] for sample in samples]
-        parts += ["<h2>Answers to held-out prompts</h2>", table(columns, cells)]
-    config = (folder / "config.yaml").read_text(encoding="utf-8")
-    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
-    write_file(folder / "report.html", page(title, *parts))
+    columns = list(dict.fromkeys(column for sample in samples for column in sample))
+    content = pages.page(
+        title,
+        BODY,
+        facts=facts.items(),
+        curves=pages.svg(figure(log.read(folder / "metrics.jsonl"))),
+        columns=columns,
+        samples=[[sample.get(column, "") for column in columns] for sample in samples],
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+    )
+    write_file(folder / "report.html", content)

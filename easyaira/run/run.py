@@ -6,7 +6,6 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.chips import pod
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError
-from easyaira.export import card, release
+from easyaira.export import release
 from easyaira.export.hf_config import Facts, released
+from easyaira.export.records import Records
 from easyaira.plan import cost
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
@@ -230,17 +230,17 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
             "params": params,
             "tokenizer": setup.tokenizer,
             "mesh": own,
-            "card": partial(card.of_run, folder, step=setup.total_steps),
+            "records": Records(folder, setup.total_steps),
             "replace": True,
         }
         if setup.adapter:
-            proof = release.export_adapter(
+            report = release.export_adapter(
                 folder / "hf", adapter=setup.adapter, base=setup.origin, **common
             )
         else:
-            proof = release.export(folder / "hf", model=setup.model, facts=facts, **common)
-        if proof:
-            print(f"export  {proof['read_back']}; logits: {proof['logits']}", flush=True)
+            report = release.export(folder / "hf", model=setup.model, facts=facts, **common)
+        if report:
+            print(f"export  {release.told(report)}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
 
 

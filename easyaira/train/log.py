@@ -58,6 +58,8 @@ class Log:
             self._start(kept)
         except OSError as error:
             raise self._failed(error) from error
+        # tensorboard.summary.Writer stores scalars as tensors, of which TensorBoard's loader keeps
+        # 10 by default; scalars as simple_value keep every step
         self._board = EventFileWriter(str(folder / "tensorboard"))
         self._bar = tqdm(
             total=total,

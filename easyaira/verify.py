@@ -1,0 +1,51 @@
+"""Check a released folder against its own proof.
+
+python -m easyaira.verify FOLDER [--json]
+
+Compares every tensor, every file of configuration and tokenizer, the figures of the model card and
+an adapter's base with proof.json; and, where PyTorch is installed, the logits on fixed prompts. A
+release inside its run folder is also compared with the records of the run. Prints a line for each
+check; exits with 0, or with 2 if something is not what was released.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from easyaira import cli
+from easyaira.errors import CheckFailed, ConfigError
+
+WORDS = {True: "ok", False: "WRONG", None: "skipped"}
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("folder", type=str, help="Released folder, such as RUN/hf.")
+    parser.add_argument("--json", action="store_true", help="Print the checks as a JSON object.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    args = cli.parse_args(parser, argv)
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name a release, such as RUN/hf")
+
+    from easyaira.export.checks import verify
+
+    results = verify(folder)
+    wrong = [result.check for result in results if result.ok is False]
+    if args.json:
+        content = {"folder": args.folder, "ok": not wrong}
+        content["checks"] = [result._asdict() for result in results]
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        for result in results:
+            message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in result.message)
+            print(f"{WORDS[result.ok]:8}{result.check:9}{message}")
+    if wrong:
+        raise CheckFailed(f"{folder}: not what was released: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
