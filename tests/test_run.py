@@ -76,7 +76,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
     hf = {path.name for path in (sft / "hf").iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "README.md",
             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-            "export_report.json"} == hf  # fmt: skip
+            "export_report.json", "proof.json"} == hf  # fmt: skip
     proof = json.loads((sft / "hf/export_report.json").read_text())
     assert proof["logits"]["compared"] and len(proof["tensors"]) == 28
     config, generation = (
@@ -317,14 +317,14 @@ def test_a_full_disk_in_the_export_is_an_error_of_storage(
 
 @pytest.mark.slow
 def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys, monkeypatch):
-    from easyaira.export import release, torch_check
+    from easyaira.export import proof, torch_check
 
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     monkeypatch.setattr(torch_check, "TOLERANCE", 0.0)
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
     assert status == 2 and "PyTorch logits differ" in err
     monkeypatch.undo()
-    monkeypatch.setattr(release, "_hash", lambda tensor: str(np.random.default_rng().random()))
+    monkeypatch.setattr(proof, "tensor_hash", lambda tensor: str(np.random.default_rng().random()))
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
     assert status == 2 and "differ from the trained tensors" in err
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
