@@ -24,7 +24,12 @@ def unreadable(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "folder").mkdir()
-    return {"pipe": "regular", "zero": "regular", "folder": "Is a directory", "absent": "No such file"}
+    return {
+        "pipe": "regular",
+        "zero": "regular",
+        "folder": "Is a directory",
+        "absent": "No such file",
+    }
 
 
 def test_pipes_devices_and_folders_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 from easyaira import pages
 from easyaira.data.dataset import Data
 from easyaira.data.examples import Account, Examples
+from easyaira.errors import escaped
 from easyaira.files import write_file
 
 FILES = ("data_report.json", "data_report.html")
@@ -100,9 +101,13 @@ def _row(place: str, outcome: str, spans: list[list[str]]) -> str:
         if state == "side":
             parts.append(f"\n<b>{html.escape(text)}</b> ")
         elif text:
-            parts.append(f'<span class="{state}">{html.escape(text)}</span>')
-    head = f'<span class="place">{html.escape(place)}: {html.escape(outcome)}</span>\n'
+            parts.append(f'<span class="{state}">{_shown(text)}</span>')
+    head = f'<span class="place">{_shown(place)}: {_shown(outcome)}</span>\n'
     return f'<div class="row">{head}{"".join(parts)}</div>'
+
+
+def _shown(text: str) -> str:
+    return html.escape(escaped(text, keep="\n\t"))
 
 
 def terminal(account: Account, *, rows: int, colour: bool) -> str:
@@ -111,6 +116,7 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
     for place, outcome, spans in account.shown[:rows]:
         line, last = "", ""
         for text, state in [*spans, ["", ""]]:
+            text = escaped(text, keep="\n\t")
             if not colour and "trained" in (state, last) and state != last:
                 line += "[" if state == "trained" else "]"
             last = state
@@ -118,5 +124,5 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
                 line += f"\n  {text}: "
             elif text:
                 line += f"\x1b[{STATES[state][1]}m{text}\x1b[0m" if colour else text
-        lines.append(f"{place}: {outcome}\n  {line}")
+        lines.append(f"{escaped(f'{place}: {outcome}')}\n  {line}")
     return "\n".join(lines)
