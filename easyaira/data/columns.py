@@ -209,7 +209,7 @@ def pair(row: Record, form: Form) -> tuple[list[Message], str, str]:
     if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
         raise Unreadable(f"{names} must end in an assistant's turn")
     if not all(side[-1].get("learned", True) for side in (chosen, rejected)):
-        raise Unreadable(f"{names}: an answer is marked not to be learned; remove the row")
+        raise Unreadable(f"{names}: an answer is marked not to be learned")
     if chosen[:-1] != rejected[:-1]:
         raise Unreadable(f"{names} answer different prompts")
     if form.prompt in row and not any(turn["role"] == "user" for turn in (*prompt, *chosen)):
@@ -348,7 +348,7 @@ def _messages(row: Record, name: str, role: str | None = None) -> list[Message]:
 
 def _message(turn: Record, name: str) -> Message:
     if turn.filled("tool_calls") or turn.filled("function_call"):
-        raise Unreadable(f"column {name}: tool calls are not supported; remove the row")
+        raise Unreadable(f"column {name}: tool calls are not supported")
     if turn.filled("from") and not turn.filled("role"):
         speaker, content = turn["from"], turn.get("value")
         if speaker not in SPEAKERS:

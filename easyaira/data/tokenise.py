@@ -22,7 +22,9 @@ from easyaira.errors import DataError, TokenizerError
 CHUNK = 1000  # rows to tokenise together, on all cores
 CHUNK_CHARACTERS = 2**24  # of them, at most
 SHOWN = 12  # rows shown in a report
+LONGEST_SHOWN = 2000  # tokens of a span shown in a report
 KEPT = "trained on"
+STATES = {True: "trained", False: "masked"}
 
 
 def build(
@@ -288,14 +290,16 @@ def _show(account: Account, place: str, parts: Parts, template: Template, outcom
     if recorded >= (SHOWN if outcome == KEPT else 2):
         return
     cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
-    before = [(cut[0], ["cut"] * len(cut[0])), (parts.prompt, _states(parts.prompt_learned))]
+    before = [_abridged(cut[0], None), _abridged(parts.prompt, parts.prompt_learned)]
     shown: list[list[str]] = []
     for side, (tokens, learned) in enumerate(parts.answers):
         tail = cut[1 + side]
-        spans = [*before, (tokens, _states(learned)), (tail, ["cut"] * len(tail))]
-        texts = template.pieces(np.concatenate([tokens for tokens, _ in spans]))
-        pairs = list(zip(texts, (state for _, states in spans for state in states), strict=True))
-        known = len(cut[0]) + len(parts.prompt)
+        spans = [*before, _abridged(tokens, learned), _abridged(tail, None)]
+        texts = template.pieces(np.concatenate([tokens for tokens, *_ in spans]))
+        notes = [note for *_, notes in spans for note in notes]
+        texts = [note + text for note, text in zip(notes, texts, strict=True)]
+        pairs = list(zip(texts, (state for _, states, _ in spans for state in states), strict=True))
+        known = sum(len(tokens) for tokens, *_ in before)
         shown += [list(pair) for pair in pairs[: 0 if side else known]]
         if len(parts.answers) == 2:
             shown.append([("chosen", "rejected")[side], "side"])
@@ -305,5 +309,16 @@ def _show(account: Account, place: str, parts: Parts, template: Template, outcom
     account.shown.append([place, outcome, shown])
 
 
-def _states(learned: np.ndarray) -> list[str]:
-    return ["trained" if is_learned else "masked" for is_learned in learned]
+def _abridged(
+    tokens: np.ndarray, learned: np.ndarray | None
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Tokens for a report, without the middle of a long span; the state of each, and what to write
+    before it. Without `learned`, they are cut off."""
+    index, middle = np.arange(len(tokens)), LONGEST_SHOWN // 2
+    if left_out := max(len(tokens) - LONGEST_SHOWN, 0):
+        index = np.delete(index, slice(middle, middle + left_out))
+    notes = [""] * len(index)
+    if left_out:
+        notes[middle] = f" ... {left_out:,} tokens ... "
+    states = ["cut" if learned is None else STATES[bool(learned[i])] for i in index]
+    return tokens[index], states, notes
