@@ -6,6 +6,11 @@ Every message is one line: place, value found, value expected, and the fix.
 from __future__ import annotations
 
 
+def escaped(text: str, keep: str = "") -> str:
+    """Escape unprintable characters but those in `keep`, so that a text cannot steer a terminal."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def told(error: BaseException) -> tuple[str, int]:
     """Format an error as one line, and give its exit status for a scheduler."""
     if isinstance(error, EasyAiraError):
@@ -30,7 +35,7 @@ class EasyAiraError(Exception):
     exit_status = 1
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(escaped(message))
 
 
 class ConfigError(EasyAiraError):

@@ -69,7 +69,7 @@ def parse_json(text: bytes) -> Any:
         ValueError: not UTF-8, not JSON, a key twice in one object, or nested too deeply.
     """
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_key_twice)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=no_key_twice)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
@@ -79,7 +79,8 @@ def parse_json(text: bytes) -> Any:
         raise ValueError(f"not JSON: {error}") from error
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook of a JSON decoder that refuses a key that stands twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]

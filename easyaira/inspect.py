@@ -17,7 +17,7 @@ from easyaira import cli
 from easyaira.config.algorithms import DPOConfig, RewardConfig, SFTConfig
 from easyaira.config.model import PolicyConfig
 from easyaira.config.run import RunConfig
-from easyaira.errors import StorageError
+from easyaira.errors import StorageError, escaped
 
 ROWS = 4  # printed
 
@@ -68,9 +68,11 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
     for name, account in data.accounts.items():
-        print(f"\n{name}: {account.told()}")
+        print(f"\n{name}: {escaped(account.told())}")
         for noted, count in account.noted.items():
             print(f"  {count} {noted}")
+        for unread, count in account.unread.items():
+            print(f"  {count} {escaped(unread)} filled and not used")
         print(report.terminal(account, rows=ROWS, colour=sys.stdout.isatty()))
     print(f"\ndone    {folder / report.FILES[1]}")
 

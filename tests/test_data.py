@@ -295,6 +295,26 @@ def test_the_page_shows_what_is_learned_masked_and_cut(tmp_path):
     assert "\x1b[30;42m" in report.terminal(data.accounts["train"], rows=2, colour=True)
 
 
+def test_the_page_leaves_out_the_middle_of_a_long_text(tmp_path):
+    row = {"prompt": "a?", "completion": "START" + "yes " * 50_000 + "FINISH"}
+    file = tiny.write_rows(tmp_path / "a.jsonl", [row, *tiny.sft_rows(2)])
+    (_, _, spans), *_ = load(file).accounts["train"].shown
+    text = "".join(text for text, _ in spans)
+    assert len(text) < 20_000
+    assert text.startswith("a?START") and text.endswith(f"FINISH{END}") and " tokens ... " in text
+
+
+def test_the_page_and_the_terminal_show_control_bytes_escaped(tmp_path):
+    row = {"prompt": "a\x1b[2J\x07\u202eb\n\tc", "completion": "\x9b31mred"}
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]))
+    for text in (
+        report.terminal(data.accounts["train"], rows=1, colour=False),
+        report.page(data)[report.page(data).index("<h2>Rows") :],
+    ):
+        assert all(c.isprintable() or c in "\n\t" for c in text)
+        assert "\\x1b" in text and "\\x9b" in text and "\\u202e" in text
+
+
 def test_answers_that_a_cut_makes_identical_are_dropped(tmp_path):
     same = "the capital of France is Paris. " * 9
     pair = {"prompt": "a?", "chosen": same + "yes", "rejected": same + "no"}

@@ -59,6 +59,30 @@ def test_it_takes_the_options_of_any_command_and_refuses_what_does_not_fit(groun
         look(ground, "dpo", "--data.reverse=true")
 
 
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"[" * 500_000, "nested too deeply"),
+        (b'{"prompt": "q"}{"prompt": "r"}', "Extra data"),
+        (b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
+        (b"null", "a row must be an object with columns, found NoneType"),
+    ],
+)
+def test_a_first_row_that_cannot_be_read_says_why(content, reason, ground):
+    (ground / "sft.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(DataError, match=reason):
+        look(ground, "sft")
+
+
+def test_columns_that_are_filled_and_not_used_are_told(ground, capsys):
+    rows = [row | {"topic": "x", "id": 3} for row in tiny.sft_rows(9)]
+    tiny.write_rows(ground / "sft.jsonl", rows)
+    assert look(ground, "sft")["train"]["not used"] == {"column topic": 9}
+    assert "9 column topic filled and not used" in capsys.readouterr().out
+    assert "column topic: 9" in (ground / "look/data_report.html").read_text()
+
+
 def test_columns_that_fit_two_tasks_ask_for_the_task(ground):
     both = [row | {"completion": "x"} for row in tiny.dpo_rows(9)]
     tiny.write_rows(ground / "both.jsonl", both)

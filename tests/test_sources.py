@@ -672,7 +672,7 @@ def test_all_forms_of_conversations_mean_the_same(tmp_path):
 def test_a_transcript_is_its_turns(tmp_path):
     text = "### Human: a?\n### b ### Assistant: c\n\n- d### Human: e?### Assistant: f"
     form = data_columns.form_of(["transcript"], "conversation")
-    turns = data_columns.conversation({"transcript": text}, form)
+    turns = data_columns.conversation(data_columns.Record({"transcript": text}), form)[0]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
     assert [turn["content"] for turn in turns] == ["a?\n### b", "c\n\n- d", "e?", "f"]
     for wrong in ("a?", "x ### Human: a?", ""):

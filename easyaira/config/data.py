@@ -18,9 +18,11 @@ class Source:
     """One data set."""
 
     path: str
-    """Hub id, local file (.jsonl, .jsonl.gz, .json, .csv, .parquet, .arrow) or folder."""
+    """Hub id, local file (.jsonl, .jsonl.gz, .json, .csv, .parquet, .arrow), folder, or pattern of
+    files (data/*.jsonl)."""
     split: str = "train"
-    """Split of a hub data set; a local file has only one."""
+    """Split of a hub data set, or of a folder with files such as train and test; a file has only
+    one."""
     columns: dict[str, str] = field(default_factory=dict)
     """EasyAira's column name -> the data set's, such as {prompt: question, completion: answer}."""
     weight: PositiveFloat = 1.0

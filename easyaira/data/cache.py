@@ -140,6 +140,7 @@ def cached_source(
 
 DECIDES_TOKENS = (  # files of data/ that determine tokens
     "sources",
+    "folders",
     "columns",
     "chat_templates",
     "rendering",

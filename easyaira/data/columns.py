@@ -1,18 +1,19 @@
 """Forms of rows: sets of columns that hold a conversation, a pair of answers, or a text to score.
 
-To add a form, add a line to FORMS.
+To add a form, add a line to FORMS. A `Record` notes which columns and keys a form reads, so that
+nothing filled is left unread without a word.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from easyaira.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and learned if the row says so
 
 
 class Form(NamedTuple):
@@ -22,18 +23,20 @@ class Form(NamedTuple):
         columns: required columns: the answers, or the whole content.
         prompt: column of the prompt, if the form has one.
         bare: the prompt column is optional.
+        more: column of text that follows the prompt, if it is filled.
     """
 
     columns: tuple[str, ...]
     prompt: str | None = None
     bare: bool = False
+    more: str | None = None
 
     def fits(self, columns: Sequence[str]) -> bool:
         needed = {*self.columns} | ({self.prompt} if self.prompt and not self.bare else set())
         return needed <= set(columns)
 
     def __str__(self) -> str:
-        return ", ".join([*([self.prompt] if self.prompt else []), *self.columns])
+        return ", ".join(name for name in (self.prompt, self.more, *self.columns) if name)
 
 
 FORMS = {
@@ -42,6 +45,8 @@ FORMS = {
         Form(("messages",)),
         Form(("conversations",)),
         Form(("transcript",)),
+        Form(("output",), "instruction", more="input"),
+        Form(("response",), "instruction", more="context"),
     ),
     "pair": (
         Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
@@ -53,10 +58,86 @@ FORMS = {
         Form(("non_toxic", "toxic")),
     ),
 }
+SYSTEM = ("system", "system_prompt")  # columns of text that goes before the prompt
+HISTORY = "history"  # column of turns before the prompt
+WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # keys of a message
+
+# names that say nothing about what is learned, and those that do
+HARMLESS = re.compile(
+    r"(.*_)?(id|ids|uuid|idx|index|hash|url|urls)|unused.*|source|dataset|language|lang|license"
+    r"|created|created_at|timestamp|date|split"
+)
+MATTERS = frozenset(
+    (*SYSTEM, *WEIGHTS, HISTORY, "prompt", "instruction", "input", "context", "documents")
+    + ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "chat_template_kwargs")
+    + ("reasoning", "reasoning_content", "thinking", "label", "labels", "weights", "margin")
+    + ("mask", "masked", "train_detail", "prefix", "image", "images", "image_url", "audio", "video")
+    + ("videos", "input_audio", "file")
+)
 
 
 class Unreadable(Exception):
     """The content of a row does not match its columns; the message says why."""
+
+
+class Record(Mapping[str, Any]):
+    """A row, or a message of one, that notes which of its columns or keys are read."""
+
+    def __init__(self, content: Mapping[str, Any], name: str = ""):
+        self._content, self._name = content, name
+        self._read: set[str] = set()
+        self._parts: list[Record] = []
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return self._content[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def part(self, content: Any, name: str) -> Record:
+        """A message in this row, or a part of this message."""
+        if not isinstance(content, Mapping):
+            raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
+        self._parts.append(Record(content, name))
+        return self._parts[-1]
+
+    def filled(self, key: str) -> bool:
+        return _filled(self._content.get(key))
+
+    def unread(self) -> Iterator[str]:
+        """Filled columns and keys that were not read, less those that are harmless.
+
+        Raises:
+            Unreadable: one of them would change what is learned.
+        """
+        where = f"column {self._name}: key" if self._name else "column"
+        for key in self._content:
+            if key in self._read or not self.filled(key) or HARMLESS.fullmatch(str(key)):
+                continue
+            if key in MATTERS:
+                mend = "remove the key" if self._name else f"set data.columns {{unused: {key}}}"
+                raise Unreadable(
+                    f"{where} {key} is filled and would not be used; join it to the text, or {mend}"
+                )
+            yield f"{where} {key}"
+        for part in self._parts:
+            yield from part.unread()
+
+
+def _filled(value: Any) -> bool:
+    """Whether there is anything in a value; 0 and false are something."""
+    if isinstance(value, Mapping):
+        return any(map(_filled, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_filled, value))
+    return value is not None and value == value and value != ""  # NaN is not itself
 
 
 def form_of(columns: Sequence[str], task: str) -> Form:
@@ -73,66 +154,149 @@ def form_of(columns: Sequence[str], task: str) -> Form:
             f"columns {', '.join(columns)} may mean {' or '.join(f'({f})' for f in forms)}; rename "
             "the unwanted ones with data.columns, such as {unused: messages}"
         )
+    transcript = task == "conversation" and "text" in columns
+    hint = "{transcript: text} for ### Human: ...### Assistant: ..." if transcript else ""
     raise DataError(
         f"found columns {', '.join(columns)}; wanted {' or '.join(f'({f})' for f in FORMS[task])}. "
-        "Name them in data.columns, such as {prompt: question}"
+        f"Name them in data.columns, such as {hint or '{prompt: question}'}"
     )
 
 
-def conversation(row: Mapping[str, Any], form: Form) -> list[Message]:
-    """Convert a row to messages.
+def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
+    """Convert a row to messages, and the number of those that are its prompt.
 
     Raises:
         Unreadable: a column is missing or has the wrong type.
     """
-    if form.columns == ("transcript",):
-        return _turns(_text(row, "transcript"))
-    if form.prompt is None:
-        return _messages(row, form.columns[0])
-    return [
-        *_messages(row, form.prompt, role="user"),
-        *_messages(row, form.columns[0], role="assistant"),
-    ]
+    (answer,) = form.columns
+    prompt = _prompt(row, form)
+    if answer == "transcript":
+        turns = _turns(_text(row, answer), answer)
+    else:
+        turns = _messages(row, answer, role="assistant" if form.prompt else None)
+    return _joined(prompt, turns, answer)
 
 
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+SPEAKERS |= {"model": "assistant"} | {role: role for role in ("user", "assistant", "system")}
 
 
-def _turns(transcript: str) -> list[Message]:
-    """Parse `### Human: ...### Assistant: ...`, the format of OpenAssistant-Guanaco."""
-    before, *parts = re.split(r"### (Human|Assistant):", transcript)
+def _turns(transcript: str, name: str) -> list[Message]:
+    """Parse `### Human: ...### Assistant: ...`, the format of OpenAssistant-Guanaco, or the same
+    with a blank line for `###`, the format of HH-RLHF."""
+    mark = "### " if transcript.lstrip().startswith("###") else "\n\n"
+    before, *parts = re.split(rf"{mark}(Human|Assistant):", transcript)
     if before.strip() or not parts:
-        raise Unreadable("column transcript: must begin with ### Human: or ### Assistant:")
+        raise Unreadable(f"column {name}: must begin with ### Human: or ### Assistant:")
     if any(who == following for who, following in pairwise(parts[::2])):
         raise Unreadable(
-            "column transcript: two turns of one speaker in a row; a text may quote a marker"
+            f"column {name}: two turns of one speaker in a row; a text may quote a marker"
         )
     turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": SPEAKERS[who], "content": text.strip()} for who, text in turns]
+    return [{"role": SPEAKERS[who.lower()], "content": text.strip()} for who, text in turns]
 
 
-def pair(row: Mapping[str, Any], form: Form) -> tuple[list[Message], str, str]:
+def pair(row: Record, form: Form) -> tuple[list[Message], str, str]:
     """Convert a row to the messages before the answers, the chosen answer and the rejected one.
 
     Raises:
         Unreadable: a column is missing or has the wrong type, or the two sides answer different
             prompts.
     """
-    chosen, rejected = (_messages(row, name, role="assistant") for name in form.columns)
+    prompt = _prompt(row, form)
+    chosen, rejected = (_side(row, name, form.prompt) for name in form.columns)
+    names = " and ".join(form.columns)
     if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
-        raise Unreadable(f"{' and '.join(form.columns)} must end in an assistant's turn")
-    before = chosen[:-1]
-    if before != rejected[:-1]:
-        raise Unreadable(f"{' and '.join(form.columns)} answer different prompts")
-    if not any(message["role"] == "user" for message in before):
-        if form.prompt not in row:
-            raise Unreadable(f"no column {form.prompt}, and {form.columns[0]} holds no prompt")
-        start = int(bool(before) and before[0]["role"] == "system")
-        before = [*before[:start], *_messages(row, form.prompt, role="user"), *before[start:]]
-    return before, chosen[-1]["content"], rejected[-1]["content"]
+        raise Unreadable(f"{names} must end in an assistant's turn")
+    if not all(side[-1].get("learned", True) for side in (chosen, rejected)):
+        raise Unreadable(f"{names}: an answer is marked not to be learned")
+    if chosen[:-1] != rejected[:-1]:
+        raise Unreadable(f"{names} answer different prompts")
+    if form.prompt in row and not any(turn["role"] == "user" for turn in (*prompt, *chosen)):
+        prompt += _messages(row, form.prompt, role="user")
+    before, _ = _joined(prompt, chosen, form.columns[0])
+    if not any(turn["role"] == "user" for turn in before):
+        raise Unreadable(f"no column {form.prompt}, and {form.columns[0]} holds no prompt")
+    turns = [{name: turn[name] for name in ("role", "content")} for turn in before[:-1]]
+    return turns, chosen[-1]["content"], rejected[-1]["content"]
 
 
-def judged(row: Mapping[str, Any], form: Form) -> tuple[list[str], float]:
+def _side(row: Record, name: str, prompt: str) -> list[Message]:
+    """Convert a side of a pair; without a prompt, a text may be a whole transcript."""
+    text = _column(row, name)
+    if isinstance(text, str) and not row.filled(prompt) and re.match(r"\s*Human:", text):
+        return _turns("\n\n" + _text(row, name).lstrip(), name)
+    return _messages(row, name, role="assistant")
+
+
+def _prompt(row: Record, form: Form) -> list[Message]:
+    """The turns that stand in columns of their own: system prompt, history and prompt."""
+    system = [name for name in SYSTEM if row.filled(name)][:1]
+    turns = [{"role": "system", "content": _text(row, name)} for name in system]
+    name = form.prompt or "prompt"
+    if not row.filled(name) and (form.bare or not form.prompt):
+        return turns
+    if row.filled(HISTORY):
+        turns += _history(row)
+    prompt = _messages(row, name, role="user")
+    if form.more and row.filled(form.more):
+        prompt[-1]["content"] += "\n" + _text(row, form.more)
+    return _joined(turns, prompt, name)[0]
+
+
+def _history(row: Record) -> list[Message]:
+    """Convert the column of earlier turns: messages, or pairs [question, answer]."""
+    turns = row[HISTORY]
+    if not isinstance(turns, Sequence) or not all(isinstance(turn, Sequence) for turn in turns):
+        return _messages(row, HISTORY)
+    if not all(len(turn) == 2 and not isinstance(turn, str) for turn in turns):
+        raise Unreadable(f"column {HISTORY}: wanted messages or pairs [question, answer]")
+    wanted = f"column {HISTORY}: wanted text"
+    return [
+        {"role": role, "content": _checked(text, wanted)}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _joined(prompt: list[Message], turns: list[Message], name: str) -> tuple[list[Message], int]:
+    """Put the prompt before the turns of a column, unless they contain it already; return them with
+    the number of turns up to the prompt's end.
+
+    Raises:
+        Unreadable: the two contradict each other.
+    """
+    systems, (prompt, turns) = [], map(list, (prompt, turns))
+    for part in (prompt, turns):
+        if part and part[0]["role"] == "system":
+            systems.append(part.pop(0))
+    if len(systems) == 2 and not _same(systems[:1], systems[1:]):
+        raise Unreadable(f"column {name}: has another system prompt than the prompt's column")
+    systems, count = systems[:1], len(prompt)
+    if not prompt:
+        return [*systems, *turns], 0
+    if turns and turns[0]["role"] != "assistant":
+        for start in range(len(turns) - count + 1):
+            if _same(prompt, turns[start : start + count]):
+                return [*systems, *turns], len(systems) + start + count
+    answered = prompt[-1]["role"] == "assistant"
+    if turns and answered == (turns[0]["role"] == "assistant"):
+        raise Unreadable(
+            "the prompt ends in an answer that the next column continues; join the two"
+            if answered
+            else f"column {name}: begins with another question than the prompt; leave one out"
+        )
+    return [*systems, *prompt, *turns], len(systems) + count
+
+
+def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
+    return all(
+        one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def judged(row: Record, form: Form) -> tuple[list[str], float]:
     """Convert a row to its texts and label: one text with 0 or 1, or two texts, the better one
     first, with NaN.
 
@@ -141,19 +305,23 @@ def judged(row: Mapping[str, Any], form: Form) -> tuple[list[str], float]:
     """
     if form.columns != ("text", "label"):
         return [_text(row, name) for name in form.columns], float("nan")
-    label = _column(row, "label")
-    if str(label).strip().lower() not in ("0", "1", "0.0", "1.0", "true", "false"):
-        raise Unreadable(f"column label: wanted 0 or 1, found {label!r}")
-    return [_text(row, "text")], float(str(label).strip().lower() in ("1", "1.0", "true"))
+    label = _flag(_column(row, "label"), "column label")
+    return [_text(row, "text")], float(label)
 
 
-def _column(row: Mapping[str, Any], name: str) -> Any:
+def _flag(value: Any, where: str) -> bool:
+    if str(value).strip().lower() not in ("0", "1", "0.0", "1.0", "true", "false"):
+        raise Unreadable(f"{where}: wanted 0 or 1, found {value!r}")
+    return str(value).strip().lower() in ("1", "1.0", "true")
+
+
+def _column(row: Record, name: str) -> Any:
     if name not in row:
         raise Unreadable(f"no column {name}, which earlier rows have; found {', '.join(row)}")
     return row[name]
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
+def _text(row: Record, name: str) -> str:
     return _checked(_column(row, name), f"column {name}: wanted text")
 
 
@@ -167,7 +335,7 @@ def _checked(text: Any, wanted: str) -> str:
     return text
 
 
-def _messages(row: Mapping[str, Any], name: str, role: str | None = None) -> list[Message]:
+def _messages(row: Record, name: str, role: str | None = None) -> list[Message]:
     """Convert a column to messages; a plain text becomes one message of `role`."""
     value = _column(row, name)
     if isinstance(value, str) and role:
@@ -175,10 +343,36 @@ def _messages(row: Mapping[str, Any], name: str, role: str | None = None) -> lis
     wanted = "text or a list of messages" if role else "a list of messages"
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")
-    messages = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
-        content = _checked(turn.get("content"), f"column {name}: wanted text as content")
-        messages.append({"role": turn["role"], "content": content})
-    return messages
+    return [_message(row.part(turn, name), name) for turn in value]
+
+
+def _message(turn: Record, name: str) -> Message:
+    if turn.filled("tool_calls") or turn.filled("function_call"):
+        raise Unreadable(f"column {name}: tool calls are not supported")
+    if turn.filled("from") and not turn.filled("role"):
+        speaker, content = turn["from"], turn.get("value")
+        if speaker not in SPEAKERS:
+            raise Unreadable(f"column {name}: wanted from {', '.join(SPEAKERS)}; found {speaker!r}")
+        message = {"role": SPEAKERS[speaker]}
+    elif isinstance(turn.get("role"), str):
+        message, content = {"role": turn["role"]}, turn.get("content")
+    else:
+        raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
+    message["content"] = _content(turn, content, name)
+    flags = {_flag(turn[key], f"column {name}: key {key}") for key in WEIGHTS if turn.filled(key)}
+    if len(flags) > 1:
+        raise Unreadable(f"column {name}: a message is marked to be learned and not to be")
+    if flags == {True} and message["role"] != "assistant":
+        raise Unreadable(f"column {name}: only answers can be learned; mark no other turn")
+    return message | ({"learned": False} if flags == {False} else {})
+
+
+def _content(turn: Record, content: Any, name: str) -> str:
+    """The text of a message; parts of text are joined."""
+    wanted = f"column {name}: wanted text as content"
+    if not isinstance(content, list | tuple) or not content:
+        return _checked(content, wanted)
+    parts = [turn.part(part, name) for part in content]
+    if kinds := [part.get("type") for part in parts if part.get("type") != "text"]:
+        raise Unreadable(f"{wanted}, found a part of type {kinds[0]!r}")
+    return "".join(_checked(part.get("text"), wanted) for part in parts)

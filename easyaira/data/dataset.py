@@ -16,7 +16,7 @@ from easyaira.data.columns import FORMS
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
-from easyaira.errors import ConfigError, DataError, TokenizerError
+from easyaira.errors import ConfigError, DataError, TokenizerError, escaped
 
 OVERLAP = 0.01  # warn above this share of held-out examples whose prompt is also trained on
 
@@ -80,8 +80,17 @@ def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
         DataError: the columns match no task, or several.
     """
     first = next(iter(sources_of(config, config.train)))
-    rows = (row for _, row in sources.read(first) if not isinstance(row, sources.BadRow))
-    columns = list(next(rows, {}))
+    bad: list[str] = []
+    columns: list[str] = []
+    for place, row in sources.read(first):
+        if not isinstance(row, sources.BadRow):
+            columns = list(row)
+            break
+        bad.append(f"{place}: {row.reason}")
+        if config.on_bad_row == "error":
+            break
+    if not columns and bad:
+        raise DataError(f"{bad[0]}. Fix the row, or set data.on_bad_row to skip")
     fits = [task for task in tasks if any(form.fits(columns) for form in FORMS[task])]
     if len(fits) != 1:
         raise DataError(
@@ -118,6 +127,9 @@ def _read(
         parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
         account += source_account
     account.check(config.max_dropped)
+    if account.unread:
+        unread = ", ".join(f"{name} ({count} rows)" for name, count in account.unread.items())
+        print(f"data    {label}: filled and not used: {escaped(unread)}", flush=True)
     return _joined(parts), account
 
 
@@ -190,6 +202,7 @@ def _account_report(account: Account) -> dict[str, Any]:
         "dropped": dict(account.dropped),
         "first_dropped": account.first_dropped,
         "noted": dict(account.noted),
+        "not used": dict(account.unread),
     }
 
 

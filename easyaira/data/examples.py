@@ -92,6 +92,7 @@ class Account:
         dropped: reason -> number of rows.
         first_dropped: reason -> place of the first such row.
         noted: change made to kept rows, such as a cut -> number of rows.
+        unread: filled column or key that was not used -> number of kept rows.
         shown: the first rows for a report, as [place, outcome, [[text, state], ...]].
     """
 
@@ -100,7 +101,12 @@ class Account:
     dropped: Counter = field(default_factory=Counter)
     first_dropped: dict[str, str] = field(default_factory=dict)
     noted: Counter = field(default_factory=Counter)
+    unread: Counter = field(default_factory=Counter)
     shown: list[list[Any]] = field(default_factory=list)
+
+    def __post_init__(self):  # JSON knows no Counter
+        for name in ("dropped", "noted", "unread"):
+            setattr(self, name, Counter(getattr(self, name)))
 
     def drop(self, reason: str, place: str) -> None:
         self.dropped[reason] += 1
@@ -113,6 +119,7 @@ class Account:
             self.dropped + other.dropped,
             other.first_dropped | self.first_dropped,
             self.noted + other.noted,
+            self.unread + other.unread,
             self.shown + other.shown,
         )
 

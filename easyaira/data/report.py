@@ -11,6 +11,7 @@ import numpy as np
 from easyaira import pages
 from easyaira.data.dataset import Data
 from easyaira.data.examples import Account, Examples
+from easyaira.errors import escaped
 from easyaira.files import write_file
 
 FILES = ("data_report.json", "data_report.html")
@@ -68,7 +69,15 @@ def page(data: Data) -> str:
                 "lengths": pages.svg(histograms(examples)),
             }
         )
-    rows = [shown for account in data.accounts.values() for shown in account.shown]
+    rows = [
+        (
+            escaped(place),
+            escaped(outcome),
+            [(escaped(text, keep="\n\t"), state) for text, state in spans],
+        )
+        for account in data.accounts.values()
+        for place, outcome, spans in account.shown
+    ]
     return pages.page("Data report", BODY, states=STATES, sections=sections, rows=rows)
 
 
@@ -113,6 +122,7 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
     for place, outcome, spans in account.shown[:rows]:
         line, last = "", ""
         for text, state in [*spans, ["", ""]]:
+            text = escaped(text, keep="\n\t")
             if not colour and "trained" in (state, last) and state != last:
                 line += "[" if state == "trained" else "]"
             last = state
@@ -120,5 +130,5 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
                 line += f"\n  {text}: "
             elif text:
                 line += f"\x1b[{STATES[state][1]}m{text}\x1b[0m" if colour else text
-        lines.append(f"{place}: {outcome}\n  {line}")
+        lines.append(f"{escaped(f'{place}: {outcome}')}\n  {line}")
     return "\n".join(lines)

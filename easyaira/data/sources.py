@@ -13,15 +13,18 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from easyaira.config.data import Source
-from easyaira.errors import DataError
+from easyaira.data import folders
+from easyaira.errors import DataError, EasyAiraError
+from easyaira.files import no_key_twice, parse_json, reason
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer row is an error, or an attack
 ROWS_AT_ONCE = 1000  # batch size for columnar files
+BYTES_AT_ONCE = 2**26  # of such a batch as Python objects, unless a single row is larger
 
 
 class BadRow(NamedTuple):
@@ -52,10 +55,10 @@ def read(source: Source) -> Iterator[Located]:
             yield Located(place, row)
             continue
         if missing := sorted(set(source.columns.values()) - set(row)):
-            reason = f"no column {missing[0]!r}, which data.columns names; found {', '.join(row)}"
+            problem = f"no column {missing[0]!r}, which data.columns names; found {', '.join(row)}"
             if count == 1:
-                raise DataError(f"{place}: {reason}")
-            yield Located(place, BadRow(reason))
+                raise DataError(f"{place}: {problem}")
+            yield Located(place, BadRow(problem))
             continue
         renamed = {ours: row[theirs] for ours, theirs in source.columns.items()}
         moved = set(source.columns.values()) - set(source.columns)
@@ -96,28 +99,23 @@ def _files(source: Source) -> list[Path]:
         DataError: no file exists, or its format is unknown, or an option does not apply to it.
     """
     path = Path(source.path).expanduser()
+    if not path.exists() and folders.is_pattern(source.path):
+        return folders.files_matching(path, source.split, tuple(READERS))
     if not path.exists() and not _looks_like_hub_id(source.path):
         raise DataError(f"{source.path}: no such file or folder; check the path")
     if path.exists() and source.streaming:
         raise DataError(f"{path}: streaming is for hub data sets; leave it out for local files")
-    if path.exists() and source.split != "train" and not _is_dataset_dict(path):
-        raise DataError(f"{path}: has no splits; leave out split {source.split!r}")
-    if not path.exists() or (path / "state.json").exists() or _is_dataset_dict(path):
+    if not path.exists() or folders.is_saved(path):
         return []
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.iterdir() if _reader(file) and file.is_file())
-    )
-    if not files:
-        raise DataError(f"{path}: no data file in this folder; wanted {', '.join(READERS)}")
-    if _reader(files[0]) is None:
+    if path.is_dir():
+        return folders.files_of(path, source.split, tuple(READERS))
+    if not path.is_file():
+        raise DataError(f"{path}: is no regular file; save its rows to a file first")
+    if source.split != "train":
+        raise DataError(f"{path}: has no splits; leave out split {source.split!r}")
+    if _reader(path) is None:
         raise DataError(f"{path}: unknown file format; wanted {', '.join(READERS)}")
-    return files
-
-
-def _is_dataset_dict(path: Path) -> bool:
-    return (path / "dataset_dict.json").exists()
+    return [path]
 
 
 def _looks_like_hub_id(text: str) -> bool:
@@ -134,6 +132,7 @@ def _read_file(path: Path) -> Iterator[Located]:
     import pyarrow
 
     try:
+        _check_format(path)
         for number, row in _reader(path)(path):
             yield Located(f"{path}:{number}", row)
     except (
@@ -143,20 +142,36 @@ def _read_file(path: Path) -> Iterator[Located]:
         zlib.error,
         pyarrow.ArrowException,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: cannot be read: {reason}; it may be cut off") from error
+        raise DataError(f"{path}: cannot be read: {reason(error)}; it may be cut off") from error
+
+
+FORMATS = {  # first bytes of files that are not text
+    b"\x1f\x8b": "is gzip; name it .jsonl.gz",
+    b"\x28\xb5\x2f\xfd": "is Zstandard; decompress it",
+    b"BZh": "is bzip2; decompress it",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PAR1": "is Parquet; name it .parquet",
+    b"ARROW1": "is Arrow; name it .arrow",
+}
+
+
+def _check_format(path: Path) -> None:
+    """Raise DataError if a file whose name promises text holds something else."""
+    if not path.name.endswith((".jsonl", ".json", ".csv")):
+        return
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, mend in FORMATS.items():
+        if start.startswith(magic):
+            raise DataError(f"{path}: {mend}")
 
 
 def _parse(text: bytes) -> Any:
     """Parse one JSON value; return a BadRow if it is invalid."""
     try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: byte {error.object[error.start]:#x} at {error.start}; re-encode")
-    except RecursionError:
-        return BadRow("not JSON: nested too deeply")
+        return parse_json(text)
     except ValueError as error:
-        return BadRow(f"not JSON: {error}")
+        return BadRow(str(error))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -183,7 +198,7 @@ WINDOW = 2**20
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the items of one JSON list, decoded one by one from a window of the text."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=no_key_twice)
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(WINDOW).lstrip()
         if not text.startswith("["):
@@ -241,10 +256,30 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    metadata = pyarrow.parquet.read_metadata(path)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    # kept as dictionaries: a long text that stands in many rows is decoded once
+    shared = {
+        chunk.path_in_schema
+        for chunk in chunks
+        if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page
+    }
+    with pyarrow.parquet.ParquetFile(
+        path, page_checksum_verification=True, read_dictionary=sorted(shared)
+    ) as file:
         _check_columns(path, file.schema_arrow)
-        batches = file.iter_batches(ROWS_AT_ONCE)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        yield from enumerate(_rows_of(file.iter_batches(ROWS_AT_ONCE)), 1)
+
+
+def _rows_of(batches: Iterable[Any]) -> Iterator[Any]:
+    """Rows of Arrow batches as Python objects, few at once where they may be large."""
+    for batch in (batch for batch in batches if batch.num_rows):
+        # a value of a dictionary may stand in every row
+        row = batch.nbytes if "dictionary<" in str(batch.schema) else batch.nbytes // batch.num_rows
+        step = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(row, 1)))
+        for start in range(0, batch.num_rows, step):
+            yield from batch.slice(start, step).to_pylist()
 
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -276,7 +311,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
             for batch in batches
             for start in range(0, batch.num_rows, ROWS_AT_ONCE)
         )
-        yield from enumerate((row for piece in pieces for row in piece.to_pylist()), 1)
+        yield from enumerate(_rows_of(pieces), 1)
 
 
 READERS = {
@@ -315,15 +350,11 @@ def _load_with_datasets(source: Source) -> Any:
         ) from error
     try:
         if path.is_dir():
-            rows = datasets.load_from_disk(str(path))
-            if not _is_dataset_dict(path):
-                return rows
-            if source.split not in rows:
-                raise ValueError(f"the splits are {', '.join(rows)}")
-            return rows[source.split]
+            return datasets.load_from_disk(str(folders.saved(path, source.split)))
         return datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
+    except EasyAiraError:
+        raise
     except Exception as error:  # the library raises many types, which all mean the same here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{source.path} (split {source.split}): cannot be loaded: {reason}"
+            f"{source.path} (split {source.split}): cannot be loaded: {reason(error)}"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,11 @@ from easyaira.data.truncate import fit, lengths_of, pad_parts
 from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
+CHUNK_CHARACTERS = 2**24  # of them, at most
 SHOWN = 12  # rows shown in a report
+LONGEST_SHOWN = 2000  # tokens of a span shown in a report
 KEPT = "trained on"
+STATES = {True: "trained", False: "masked"}
 
 
 def build(
@@ -45,6 +48,7 @@ def build(
             if any(template.types_control(text) for text in texts.spelled):
                 notes.append("a text spells a control token, which stays text")
             account.noted.update(notes)
+            account.unread.update(texts.unread)
             _show(account, place, fitted, template, "; ".join([KEPT, *notes]))
             unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
             if unseen:
@@ -69,7 +73,10 @@ def _readable(
             if isinstance(row, BadRow):
                 raise columns.Unreadable(row.reason)
             form = form or _form(row, recipe.task, place)
-            yield account.read - 1, place, _texts(row, form, recipe, template)
+            record = columns.Record(row)
+            texts = _texts(record, form, recipe, template)
+            unread = tuple(dict.fromkeys(record.unread()))
+            yield account.read - 1, place, texts._replace(unread=unread)
         except columns.Unreadable as error:
             if recipe.on_bad_row == "error":
                 raise DataError(
@@ -87,9 +94,22 @@ def _tokenised(
 ) -> Iterator[tuple[int, str, Texts, Parts]]:
     """Yield readable rows with their tokens, tokenised in chunks so that all cores are used."""
     readable = _readable(rows, account, recipe, template)
-    while chunk := list(islice(readable, CHUNK)):
+    for chunk in _chunks(readable):
         for read, parts in zip(chunk, _located_parts(chunk, recipe, template), strict=True):
             yield *read, parts
+
+
+def _chunks(readable: Iterable[tuple[int, str, Texts]]) -> Iterator[list[tuple[int, str, Texts]]]:
+    """Group rows by CHUNK, or fewer where they are long."""
+    chunk, characters = [], 0
+    for row in readable:
+        chunk.append(row)
+        characters += sum(map(len, row[2].spelled))
+        if len(chunk) == CHUNK or characters > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _form(row: Any, task: str, place: str) -> columns.Form:
@@ -100,11 +120,22 @@ def _form(row: Any, task: str, place: str) -> columns.Form:
 
 
 class Texts(NamedTuple):
-    """Content of a row: conversations that differ in their last answer, or texts to score."""
+    """Content of a row.
+
+    Attributes:
+        conversations: conversations that differ in their last answer.
+        judged, label: texts to score.
+        context: token ranges of answers that are not learned.
+        last_only: only the last answer is learned.
+        unread: filled columns and keys that were not used.
+    """
 
     conversations: list[list[columns.Message]]
     judged: list[str]
     label: float = float("nan")
+    context: Sequence[tuple[int, int]] = ()
+    last_only: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def spelled(self) -> Iterator[str]:
@@ -112,19 +143,22 @@ class Texts(NamedTuple):
         yield from (m["content"] for messages in self.conversations for m in messages)
 
 
-def _texts(row: Any, form: columns.Form, recipe: Recipe, template: Template) -> Texts:
+def _texts(row: columns.Record, form: columns.Form, recipe: Recipe, template: Template) -> Texts:
     if recipe.task == "label":
         judged, label = columns.judged(row, form)
         if not all(text.strip() for text in judged):
             raise Dropped("empty text")
         return Texts([], judged, label)
+    unlearned: set[int] = set()
     if recipe.task == "pair":
         before, *sides = columns.pair(row, form)
         if sides[0].strip() == sides[1].strip():
             raise Dropped("identical answers")
         texts = [[*before, {"role": "assistant", "content": side}] for side in sides]
     else:
-        texts = [columns.conversation(row, form)]
+        conversation, prompt = columns.conversation(row, form)
+        unlearned = _unlearned(conversation, prompt, recipe)
+        texts = [conversation]
         if recipe.reverse:
             texts = [_reversed(texts[0])]
     for messages in texts:
@@ -138,7 +172,42 @@ def _texts(row: Any, form: columns.Form, recipe: Recipe, template: Template) -> 
             template.accepts(messages)
         except DataError as error:
             raise Dropped(str(error)) from error
-    return Texts(texts, [])
+    answered = [i for i, turn in enumerate(texts[0]) if turn["role"] == "assistant"]
+    if unlearned.issuperset(answered) or (recipe.last_turn_only and answered[-1] in unlearned):
+        raise Dropped("no answer to learn")
+    last_only = recipe.task == "pair" or recipe.last_turn_only
+    last_only |= unlearned == set(answered[:-1]) != set() and answered[-1] - 1 not in unlearned
+    context = [] if last_only or not unlearned else _context(texts[0], unlearned, template)
+    return Texts(texts, [], context=context, last_only=last_only)
+
+
+def _unlearned(messages: list[columns.Message], prompt: int, recipe: Recipe) -> set[int]:
+    """Answers that are not learned: those in the prompt, and those that the row marks so."""
+    marked = [i for i, turn in enumerate(messages) if not turn.pop("learned", True)]
+    completion_only = recipe.completion_only_loss and not (recipe.padded or recipe.reverse)
+    if marked and not (completion_only and recipe.assistant_only_loss):
+        raise columns.Unreadable(
+            "a message is marked not to be learned, which needs sft.completion_only_loss and "
+            "sft.assistant_only_loss, and neither data.reverse nor data.compat"
+        )
+    before = range(prompt if completion_only else 0)
+    return {i for i in (*marked, *before) if messages[i]["role"] == "assistant"}
+
+
+def _context(
+    messages: Sequence[columns.Message], unlearned: set[int], template: Template
+) -> list[tuple[int, int]]:
+    """Token ranges of the answers in `unlearned`, each from the end of the answer before it."""
+    answered = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    try:
+        encoded = template.encode([messages, *(messages[: i + 1] for i in answered)])
+    except DataError as error:
+        raise Dropped(str(error)) from error
+    whole, *parts = (np.concatenate([tokens for tokens, _ in spans]) for spans in encoded)
+    if not all(np.array_equal(part, whole[: len(part)]) for part in parts):
+        raise Dropped("the template rewrites earlier turns, so none can be left unlearned")
+    starts = [0, *(len(part) for part in parts)]
+    return [(starts[n], starts[n + 1]) for n, turn in enumerate(answered) if turn in unlearned]
 
 
 def _reversed(messages: list[columns.Message]) -> list[columns.Message]:
@@ -177,7 +246,7 @@ def _parts(
     conversations = [messages for *_, texts in readable for messages in texts.conversations]
     encoded = iter(template.encode(conversations))
     for *_, texts in readable:
-        sides = [_split(next(encoded), recipe) for _ in texts.conversations]
+        sides = [_split(next(encoded), texts, recipe) for _ in texts.conversations]
         yield Parts(*sides[0][:2], [answer for *_, answer in sides])
 
 
@@ -185,13 +254,13 @@ Answer = tuple[np.ndarray, np.ndarray]  # tokens, learned
 
 
 def _split(
-    spans: list[tuple[np.ndarray, bool]], recipe: Recipe
+    spans: list[tuple[np.ndarray, bool]], texts: Texts, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, Answer]:
-    """Split a conversation into prompt and answer at the start of the first answer, or of the last
-    one for pairs and last_turn_only."""
+    """Split a conversation into prompt and answer at the start of the first learned answer."""
+    if texts.context:
+        spans = _without(spans, texts.context)
     answers = [i for i, (_, is_answer) in enumerate(spans) if is_answer]
-    last_only = recipe.task == "pair" or recipe.last_turn_only
-    first = answers[-1] if last_only else answers[0]
+    first = answers[-1] if texts.last_only else answers[0]
     prompt = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in spans[:first])])
     everything = recipe.padded
     prompt_learned = np.full(len(prompt), everything or not recipe.completion_only_loss)
@@ -203,20 +272,34 @@ def _split(
     return prompt, prompt_learned, (tokens, learned)
 
 
+def _without(
+    spans: list[tuple[np.ndarray, bool]], ranges: Sequence[tuple[int, int]]
+) -> list[tuple[np.ndarray, bool]]:
+    """The spans with nothing learned in `ranges`."""
+    tokens = np.concatenate([tokens for tokens, _ in spans])
+    learned = np.concatenate([np.full(len(tokens), flag) for tokens, flag in spans])
+    for start, end in ranges:
+        learned[start:end] = False
+    edges = [0, *(np.flatnonzero(learned[1:] != learned[:-1]) + 1), len(tokens)]
+    return [(tokens[a:b], bool(learned[a])) for a, b in pairwise(edges)]
+
+
 def _show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
     """Record the first kept rows, and the first two of every other outcome, for a report."""
     recorded = sum(other == outcome for _, other, _ in account.shown)
     if recorded >= (SHOWN if outcome == KEPT else 2):
         return
     cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
-    before = [(cut[0], ["cut"] * len(cut[0])), (parts.prompt, _states(parts.prompt_learned))]
+    before = [_abridged(cut[0], None), _abridged(parts.prompt, parts.prompt_learned)]
     shown: list[list[str]] = []
     for side, (tokens, learned) in enumerate(parts.answers):
         tail = cut[1 + side]
-        spans = [*before, (tokens, _states(learned)), (tail, ["cut"] * len(tail))]
-        texts = template.pieces(np.concatenate([tokens for tokens, _ in spans]))
-        pairs = list(zip(texts, (state for _, states in spans for state in states), strict=True))
-        known = len(cut[0]) + len(parts.prompt)
+        spans = [*before, _abridged(tokens, learned), _abridged(tail, None)]
+        texts = template.pieces(np.concatenate([tokens for tokens, *_ in spans]))
+        notes = [note for *_, notes in spans for note in notes]
+        texts = [note + text for note, text in zip(notes, texts, strict=True)]
+        pairs = list(zip(texts, (state for _, states, _ in spans for state in states), strict=True))
+        known = sum(len(tokens) for tokens, *_ in before)
         shown += [list(pair) for pair in pairs[: 0 if side else known]]
         if len(parts.answers) == 2:
             shown.append([("chosen", "rejected")[side], "side"])
@@ -226,5 +309,16 @@ def _show(account: Account, place: str, parts: Parts, template: Template, outcom
     account.shown.append([place, outcome, shown])
 
 
-def _states(learned: np.ndarray) -> list[str]:
-    return ["trained" if is_learned else "masked" for is_learned in learned]
+def _abridged(
+    tokens: np.ndarray, learned: np.ndarray | None
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Tokens for a report, without the middle of a long span; the state of each, and what to write
+    before it. Without `learned`, they are cut off."""
+    index, middle = np.arange(len(tokens)), LONGEST_SHOWN // 2
+    if left_out := max(len(tokens) - LONGEST_SHOWN, 0):
+        index = np.delete(index, slice(middle, middle + left_out))
+    notes = [""] * len(index)
+    if left_out:
+        notes[middle] = f" ... {left_out:,} tokens ... "
+    states = ["cut" if learned is None else STATES[bool(learned[i])] for i in index]
+    return tokens[index], states, notes
