@@ -75,7 +75,7 @@ def parse_json(text: bytes) -> Any:
         raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also a key twice, or a number of too many digits
         raise ValueError(f"not JSON: {error}") from error
 
 

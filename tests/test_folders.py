@@ -181,7 +181,7 @@ def test_a_file_of_another_format_is_named(name, content, mend, tmp_path):
 def test_a_key_that_stands_twice_is_a_bad_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": "a", "m": {"x": 1, "x": 2}}\n{"n": "b"}\n')
     first, second = sources.read(Source(str(tmp_path / "a.jsonl")))
-    assert first.row == sources.BadRow("the key 'x' stands twice in one object")
+    assert first.row == sources.BadRow("not JSON: the key 'x' stands twice in one object")
     assert second.row == {"n": "b"}
     (tmp_path / "a.json").write_text('[{"n": "a", "n": "b"}]')
     assert "a.json:1: not JSON: the key 'n' stands twice" in refused(tmp_path / "a.json")
