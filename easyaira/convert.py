@@ -105,7 +105,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
     facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
     meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}
-    tokenizer.save_pretrained(str(folder / pretrained.TOKENIZER))
+    pretrained.save_tokenizer(tokenizer, folder / pretrained.TOKENIZER)
     checkpoints.save_params(0, params, meta)
     checkpoints.close()
     print(f"{out}: {model.parameter_count():,} parameters from {source}")

@@ -1,7 +1,7 @@
 """Kill a run, fill its disk and damage its files; count how the same command ends afterwards.
 
     python scripts/faults.py                                        # hours
-    python scripts/faults.py --kills 10 --disks 6 --every 8         # every eighth damage
+    python scripts/faults.py --kills 3 --disks 6 --every 21         # every 21st damage
 
 A small DPO run on a CPU, in child processes. Right is: status 0 and the weights of an undisturbed
 run, or status 2 or 4 and one line. Anything else is printed with its case.

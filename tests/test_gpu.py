@@ -69,7 +69,7 @@ STEPS = [
     ("sft", "llama", LORA | {"lora.quantize": "nf4"}),
     ("dpo", "gpt2", {"data.share_prompt": "always"}),
     ("dpo", "llama", {"dpo.precompute_ref_log_probs": False, "data.share_prompt": "never"}),
-    ("dpo", "llama", LORA | {"dpo.precompute_ref_log_probs": False}),
+    ("dpo", "llama", LORA | {"dpo.precompute_ref_log_probs": False, "lora.dropout": 0}),
     ("dpo", "llama", {"mesh": "dp=2,fsdp=2,tp=2"}),
     ("reward", "llama", {}),
     ("reward", "bert", {"data.template": "chat"}),

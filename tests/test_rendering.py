@@ -291,11 +291,12 @@ BOMBS = {
 def test_a_template_takes_neither_time_nor_memory_without_bound(case, monkeypatch):
     monkeypatch.setattr(rendering, "MAX_SECONDS", 1)
     jinja, problem = BOMBS[case]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(TokenizerError, match=f"data.template: cannot be rendered: .*{problem}"):
         template_of(CHAT + jinja)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20  # KiB
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 5
+    assert after.ru_maxrss <= max(before.ru_maxrss, 2**20)  # KiB, of the largest child so far
 
 
 def test_a_row_that_makes_a_template_endless_is_named(tmp_path, monkeypatch):

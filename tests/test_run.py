@@ -17,6 +17,7 @@ from easyaira.errors import StorageError
 from easyaira.generation import sampler
 from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
+from easyaira.storage import pretrained
 from easyaira.train import log as logs
 from easyaira.train import step as steps
 from helpers import tiny
@@ -313,6 +314,13 @@ def test_a_full_disk_in_the_export_is_an_error_of_storage(
     said = f"error: {tmp_path}/x: cannot be written: No space left on device"
     assert status == 4 and err.splitlines()[-1] == said
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
+
+
+def test_a_full_disk_under_a_tokenizer_is_an_error_of_storage(tmp_path):
+    """/dev/full has no room; the library raises a plain Exception."""
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=f"{tmp_path}: cannot be written: No space left on dev"):
+        pretrained.save_tokenizer(tiny.tokenizer(), tmp_path)
 
 
 @pytest.mark.slow

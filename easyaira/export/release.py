@@ -31,7 +31,7 @@ from easyaira.hf import safetensors, transfer
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter
 from easyaira.models.model import Model
-from easyaira.storage.pretrained import Pretrained
+from easyaira.storage.pretrained import Pretrained, save_tokenizer
 
 
 def export(
@@ -87,7 +87,7 @@ def export(
         _write_json(new / "config.json", with_dtype(facts.config, dtype))
         if facts.generation_config:
             _write_json(new / "generation_config.json", facts.generation_config)
-        tokenizer.save_pretrained(str(new))
+        save_tokenizer(tokenizer, new)
         report = {
             "tensors": written,
             "read_back": _verify(safetensors.open_folder(new), written, new),
@@ -137,7 +137,7 @@ def export_adapter(
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors makes it readable by its owner only
         _write_json(new / peft.ADAPTER_CONFIG, peft.peft_config(adapter, at["name"], at["commit"]))
-        tokenizer.save_pretrained(str(new))
+        save_tokenizer(tokenizer, new)
         report = {
             "tensors": written,
             "read_back": _verify(safetensors.open_file(file), written, new),

@@ -183,7 +183,7 @@ def _write(setup: Setup, place: str) -> None:
             setup.tokenizer.chat_template = setup.template.jinja
         tokenizer, new = folder / pretrained.TOKENIZER, folder / f".{pretrained.TOKENIZER}.new"
         _remove(new)
-        setup.tokenizer.save_pretrained(str(new))
+        pretrained.save_tokenizer(setup.tokenizer, new)
         _remove(tokenizer)  # its files could be links
         new.rename(tokenizer)
     except OSError as error:

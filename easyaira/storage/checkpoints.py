@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,20 +59,19 @@ logging.getLogger("absl").addHandler(_Failures())
 logging.getLogger("absl").propagate = False  # pages of tracebacks for errors that Orbax raises, too
 
 
-def _main_thread_only(print_error: Callable[..., Any]) -> Callable[..., None]:
-    """An excepthook that is silent in other threads.
+def _without_closed_loops(print_error: Callable[..., Any]) -> Callable[..., None]:
+    """An unraisablehook that leaves out what TensorStore's threads print after a failed save, whose
+    event loop is closed."""
 
-    Only native threads call it there: TensorStore's, about an event loop that a failed save has
-    closed."""
-
-    def hook(*error: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            print_error(*error)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_error(unraisable)
 
     return hook
 
 
-sys.excepthook = _main_thread_only(sys.excepthook)
+sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors nobody has asked a task for
 
 
 class Restored(NamedTuple):
@@ -328,15 +326,12 @@ class Checkpoints:
 def _quiet() -> Iterator[None]:
     """Silence the hundreds of lines that Orbax's threads and abandoned coroutines print for one
     damaged file. Errors must be caught inside the block."""
-    hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
-    level = log.level
+    hooks = sys.unraisablehook, sys.excepthook
     sys.unraisablehook = sys.excepthook = lambda *_: None
-    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         sys.unraisablehook, sys.excepthook = hooks
-        log.setLevel(level)
 
 
 def _short(error: BaseException) -> str:

@@ -20,6 +20,7 @@ import yaml
 from easyaira.config.run import PROVENANCE
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import ConfigError, StorageError, TokenizerError, WeightsError
+from easyaira.files import reason
 from easyaira.hf import safetensors, transfer
 from easyaira.lora.adapter import Adapter, of_record
 from easyaira.lora.base import check_base
@@ -260,6 +261,18 @@ class Pretrained:
         if not tokenizer.is_fast:
             raise TokenizerError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
         return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # of a full disk, the tokenizers library raises a plain Exception
+        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
 def _missing(model: Model, stored: Mapping[str, Any]) -> list[str]:
