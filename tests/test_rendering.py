@@ -270,7 +270,7 @@ def test_a_template_from_the_hub_is_named_by_its_repository(tmp_path):
 
 
 BOMBS = {
-    "a constant power": ("{% if 7 ** (10 ** 9) > 1 %}x{% endif %}", "not finish within 1 seconds"),
+    "a constant power": ("{% if 7 ** (10 ** 9) > 1 %}x{% endif %}", "not finish within 2 seconds"),
     "a power": ("{% if (messages|length + 5) ** (10 ** 9) > 1 %}x{% endif %}", "not finish"),
     "loops": (
         "{% for i in range(1500) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -298,12 +298,12 @@ def test_a_template_takes_neither_time_nor_memory_without_bound(case):
     assert after.ru_maxrss <= max(before.ru_maxrss, 2**20)  # KiB, of the largest child so far
 
 
-def test_a_row_that_makes_a_template_endless_is_named(tmp_path, monkeypatch):
+def test_a_row_that_makes_a_template_endless_is_named(tmp_path):
     slow = "{% if 'slow' in messages[0].content %}{{ 7 ** (10 ** 9) > messages|length }}{% endif %}"
     slow = slow.replace("7 **", "(messages|length + 5) **")
     rows = [{"messages": chat("quick", "b")}, {"messages": chat("slow", "b")}]
     path = tiny.write_rows(tmp_path / "a.jsonl", rows)
-    with pytest.raises(TokenizerError, match=r"a\.jsonl:2: data.template: .*not finish within 1"):
+    with pytest.raises(TokenizerError, match=r"a\.jsonl:2: data.template: .*not finish within 2"):
         load(path, template=CHAT + slow)
 
 
