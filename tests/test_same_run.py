@@ -17,7 +17,7 @@ RUNS = {  # algorithm, model, data, options
     "dpo": ("dpo", "gpt2", "dpo", {}),
     "reward": ("reward", "bert", "label", {"model.dropout": 0.2, "eval_steps": 2}),
     "sft-nf4": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4"}),
-    "dpo-lora": ("dpo", "gpt2", "dpo", GPT2),
+    "dpo-lora": ("dpo", "gpt2", "dpo", GPT2 | {"lora.dropout": 0}),
     "reward-lora": ("reward", "bert", "dpo", BERT),
 }
 
