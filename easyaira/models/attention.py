@@ -19,9 +19,11 @@ from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import by_device, constrain
 from easyaira.models.flash import ends, flash
 from easyaira.models.layers import Compute, Dropout, by_features
+from easyaira.models.product import einsum
 from easyaira.models.splash import splash
 
 BLOCK = 512  # queries
+MASKED = jnp.finfo(jnp.float32).min
 MAX_BLOCKS = 16  # per row: blocks are unrolled in the program
 
 
@@ -71,34 +73,36 @@ def attention(
     heads = (constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
     rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None
+    how = "xla" if drop else compute.attention
     sixteen_bits = q_RTHN.dtype.itemsize == 2
-    if drop:
-        out = _with_dropout(*rows, causal=causal, drop=drop)
-    elif compute.attention == "splash" and causal:
+    if how == "splash" and causal:
         out = splash(*rows, shared=compute.shared_prompt)
-    elif compute.attention == "pallas" and causal:
+    elif how == "pallas" and causal:
         out = _flash(*rows)
-    elif compute.attention == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
+    elif how == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
         # masked queries attend to themselves: cuDNN's gradients may not be finite without any key
         unreal = (segment_ids_RT == 0) | (sides_RT == 3)
         mask = visible(segment_ids_RT, sides_RT, causal=causal)
         mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
         out = jax.nn.dot_product_attention(*rows[:3], mask=mask[:, None], implementation="cudnn")
     else:
-        out = _by_blocks(*rows, causal=causal)
+        out = _by_blocks(*rows, causal=causal, drop=drop)
     return by_features(out.reshape(R, T, H * N))
 
 
-def _by_blocks(q, k, v, segment_ids, sides, *, causal):
-    T = q.shape[1]
-    size = max(BLOCK, math.ceil(T / MAX_BLOCKS))
+def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop):
+    R, T, H, N = q.shape
+    K = k.shape[2]
+    q = q.reshape(R, T, K, H // K, N)
+    size = T if drop else max(BLOCK, math.ceil(T / MAX_BLOCKS))
 
     def block(queries: slice) -> jax.Array:
         keys = slice(0, queries.stop if causal else T)
+        kept = drop(jnp.ones((R, K, H // K, T, T))) if drop else None
 
         def attend(q, k, v):
-            mask = visible(segment_ids, sides, queries, keys, causal=causal)[:, None]
-            return jax.nn.dot_product_attention(q[:, queries], k[:, keys], v[:, keys], mask=mask)
+            mask = visible(segment_ids, sides, queries, keys, causal=causal)
+            return _attend(q[:, queries], k[:, keys], v[:, keys], mask, kept)
 
         return (attend if T <= size else jax.checkpoint(attend))(q, k, v)
 
@@ -106,16 +110,45 @@ def _by_blocks(q, k, v, segment_ids, sides, *, causal):
     return jnp.concatenate([block(slice(s, min(s + size, T))) for s in starts], axis=1)
 
 
-def _with_dropout(q, k, v, segment_ids, sides, *, causal, drop):
-    R, T, H, N = q.shape
-    K = k.shape[2]
-    scores = jnp.einsum(
-        "rqkgn,rtkn->rkgqt", q.reshape(R, T, K, H // K, N), k, preferred_element_type=jnp.float32
-    )
-    mask = visible(segment_ids, sides, causal=causal)[:, None, None]
-    scores = jnp.where(mask, scores / math.sqrt(N), jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
-    return jnp.einsum("rkgqt,rtkn->rqkgn", weights, v)
+# G query heads share a key/value head
+
+
+@jax.custom_vjp
+def _attend(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept):
+    """Attention of Vaswani et al. (2017), eq. 1. `kept` [R, K, G, T, S] scales the weights
+    (dropout); None: 1.
+
+    The backward pass stores the weights in the computing dtype, and nothing else of their size. The
+    softmax's gradient is that of Dao et al. (2022), FlashAttention, appendix B.2: the sum over keys
+    of weight x gradient equals output x gradient.
+    """
+    return _attend_forward(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept)[0]
+
+
+def _attend_forward(q, k, v, mask, kept):
+    scores = einsum("rqkgn,rtkn->rkgqt", q, k, jnp.float32) / math.sqrt(q.shape[-1])
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    used = weights if kept is None else (weights * kept).astype(v.dtype)
+    out = einsum("rkgqt,rtkn->rqkgn", used, v, v.dtype)
+    return out, (q, k, v, kept, weights, out)
+
+
+def _attend_backward(saved, d_out):
+    q, k, v, kept, weights, out = saved
+    used = weights if kept is None else (weights * kept).astype(v.dtype)
+    d_v = einsum("rkgqt,rqkgn->rtkn", used, d_out, v.dtype)
+    d_weights = einsum("rqkgn,rtkn->rkgqt", d_out, v, jnp.float32)
+    if kept is not None:
+        d_weights *= kept
+    delta = (d_out.astype(jnp.float32) * out).sum(-1).transpose(0, 2, 3, 1)[..., None]
+    d_scores = (weights * (d_weights - delta) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    d_q = einsum("rkgqt,rtkn->rqkgn", d_scores, k, q.dtype)
+    d_k = einsum("rkgqt,rqkgn->rtkn", d_scores, q, k.dtype)
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _flash(q, k, v, segment_ids, sides):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -62,6 +63,12 @@ class Compute:
         return "tensorfloat32" if self.tf32 else "highest"
 
 
+# Activations and norms keep only their input for the backward pass, and compute the rest again: it
+# costs less than to store it.
+_recompute = partial(jax.checkpoint, prevent_cse=False)
+ACTIVATIONS = {name: _recompute(f) for name, f in ACTIVATIONS.items()}
+
+
 class LayerNorm(nn.Module):
     eps: float
 
@@ -69,10 +76,15 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.eps)
-        return (normed * scale + bias).astype(x.dtype)
+
+        @_recompute
+        def norm(x, scale, bias):
+            x32 = x.astype(jnp.float32)
+            centred = x32 - x32.mean(-1, keepdims=True)
+            normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.eps)
+            return (normed * scale + bias).astype(x.dtype)
+
+        return norm(x, scale, bias)
 
 
 class RMSNorm(nn.Module):
@@ -83,9 +95,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + self.eps)
-        return (normed * scale).astype(x.dtype)
+
+        @_recompute
+        def norm(x, scale):
+            x32 = x.astype(jnp.float32)
+            normed = x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + self.eps)
+            return (normed * scale).astype(x.dtype)
+
+        return norm(x, scale)
 
 
 class Dropout(nn.Module):

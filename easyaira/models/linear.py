@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from easyaira.models.product import linear
 from easyaira.models.quantize import dequantize
 
 
@@ -31,12 +32,12 @@ class Linear(nn.Module):
         else:
             init = nn.initializers.normal(self.std)
             kernel = self.param("kernel", init, (x.shape[-1], *features))
-            y = jnp.tensordot(x, kernel.astype(x.dtype), 1)
+            y = linear(x, kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, features).astype(x.dtype)
         if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", f"lora_{m}").astype(x.dtype) for m in "ab")
-            y += jnp.tensordot(self._drop(x) @ a, b, 1)
+            a, b = (self.get_variable("params", f"lora_{m}") for m in "ab")
+            y += linear(linear(self._drop(x), a), b)
         return y
 
     def _drop(self, x: jax.Array) -> jax.Array:
@@ -52,4 +53,4 @@ class Linear(nn.Module):
 def _quantized_product(x: jax.Array, quantized: Mapping[str, jax.Array]) -> jax.Array:
     """x @ kernel. The backward pass stores the codes and recomputes the kernel, instead of storing
     the dequantised kernel of every layer."""
-    return jnp.tensordot(x, dequantize(quantized, x.shape[-1], x.dtype), 1)
+    return linear(x, dequantize(quantized, x.shape[-1], x.dtype))

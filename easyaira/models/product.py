@@ -1,0 +1,54 @@
+"""Products of arrays: factors in the computing dtype, sums in float32, rounded once at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """einsum of two arrays of one dtype, with a result in `dtype`."""
+
+    def on_cpu(a, b):
+        # XLA multiplies 16-bit numbers at full speed only if it is asked for a float32 result
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+    def elsewhere(a, b):
+        # the sums are float32 anyway; a float32 result would be stored and sent between devices
+        return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+    if a.dtype == jnp.float32:
+        return on_cpu(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., K] @ kernel [K, ...], in the dtype of x.
+
+    The gradient's products have factors in that dtype, too. The gradient of a float32 kernel is not
+    rounded; by JAX's own derivative, it would be rounded to the dtype of x.
+    """
+    x_, kernel_, y_ = _letters(x, kernel)
+    return einsum(f"{x_},{kernel_}->{y_}", x, kernel.astype(x.dtype), x.dtype)
+
+
+def _forward(x, kernel):
+    return linear(x, kernel), (x, kernel)
+
+
+def _backward(saved, d_y):
+    x, kernel = saved
+    x_, kernel_, y_ = _letters(x, kernel)
+    d_x = einsum(f"{y_},{kernel_}->{x_}", d_y, kernel.astype(x.dtype), x.dtype)
+    return d_x, einsum(f"{x_},{y_}->{kernel_}", x, d_y, kernel.dtype)
+
+
+linear.defvjp(_forward, _backward)
+
+
+def _letters(x: jax.Array, kernel: jax.Array) -> tuple[str, str, str]:
+    rows, features = "abcd"[: x.ndim - 1], "uvw"[: kernel.ndim - 1]
+    return f"{rows}k", f"k{features}", f"{rows}{features}"
