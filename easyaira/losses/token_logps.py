@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, parts_of
+from easyaira.models.product import einsum
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
 KEPT_CHUNKS = 4  # chunks whose logit gradients are cached for the backward pass
@@ -159,7 +160,7 @@ def _token_statistics(states, kernel, targets, vocab_size):
     [S, C, V]."""
     columns = jnp.arange(kernel.shape[1])
     real = columns < vocab_size
-    logits = jnp.einsum("scd,dv->scv", states, kernel, preferred_element_type=jnp.float32)
+    logits = einsum("scd,dv->scv", states, kernel, jnp.float32)
     mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
     logits = jnp.where(real, logits, -jnp.inf)
     # a masked sum instead of a gather: it stays local when the vocabulary is sharded
@@ -178,8 +179,8 @@ def _gradients(states, kernel, d_logits):
     """Gradients of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in
     float32."""
     d_logits = d_logits.astype(states.dtype)
-    d_states = jnp.einsum("scv,dv->scd", d_logits, kernel).astype(states.dtype)
-    d_head = jnp.einsum("scd,scv->sdv", states, d_logits, preferred_element_type=jnp.float32)
+    d_states = einsum("scv,dv->scd", d_logits, kernel, states.dtype)
+    d_head = einsum("scd,scv->sdv", states, d_logits, jnp.float32)
     return d_states, d_head
 
 
