@@ -16,6 +16,7 @@ from typing import Any
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from easyaira.allocator import keep_memory
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, shortened, told
@@ -195,6 +196,7 @@ def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run `command` on the command line; exit with the status of its error, if there is one."""
     argv = sys.argv[1:] if argv is None else argv
+    keep_memory()
     try:
         with StopSignal():
             command(argv)

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 # A name with a slash is a folder.
 FLOORS = """
     errors
-    files pages
+    allocator files pages
     config/
     distributed/
     hf/
@@ -43,7 +43,7 @@ LEVEL = {place: i for i, line in enumerate(FLOORS.splitlines()) for place in lin
 MAY_BE_ABSENT = {"selftest", "__main__"}
 # Imports of a higher floor that are made late: the command line is read before anything is loaded.
 LATE = {("cli", "run.run")}
-NO_JAX = {"errors", "files", "pages", "config/", "cli"}
+NO_JAX = {"allocator", "errors", "files", "pages", "config/", "cli"}
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
 FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store"}

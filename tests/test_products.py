@@ -1,0 +1,144 @@
+"""Products: factors in the computing dtype, sums in float32, results rounded once."""
+
+import ctypes
+import math
+import re
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyaira.models.attention import attention, visible
+from easyaira.models.layers import Compute, LayerNorm
+from easyaira.models.product import linear
+from easyaira.plan import cost
+from easyaira.train.setup import prepare
+from helpers import runs, tiny
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def narrow_products(lowered):
+    """Products whose result has 16 bits. XLA's CPU compiler replaces them by products of float32
+    numbers, at half the speed."""
+    return re.findall(r"dot_general [^\n]*-> tensor<[^>]*xbf16>", lowered.as_text())
+
+
+def test_a_narrow_product_is_found():
+    a = jnp.ones((64, 64), BF16)
+    assert narrow_products(jax.jit(jnp.matmul).lower(a, a))
+    assert not narrow_products(jax.jit(linear).lower(a, a))
+
+
+@pytest.mark.parametrize(
+    "task, kind, options",
+    [
+        ("sft", "gpt2", {}),
+        ("sft", "llama", {"model.gradient_checkpointing": "full"}),
+        ("sft", "llama", {"lora.r": 2, "lora.target_modules": "[q_proj]", "lora.quantize": "nf4"}),
+        ("dpo", "opt", {"dpo.precompute_ref_log_probs": False}),
+        ("reward", "bert", {"data.template": "chat"}),
+    ],
+)
+def test_no_product_of_a_step_has_a_narrow_result(task, kind, options, models, data, tmp_path):
+    if task == "reward":
+        tiny.save(tmp_path / kind, tiny.SCORERS[kind])
+    model = tmp_path / kind if task == "reward" else models / kind
+    rows = data / ("sft.jsonl" if task == "sft" else "dpo.jsonl")
+    options = {"max_steps": 4, "model.dtype": "bfloat16"} | options
+    config, algorithm = runs.configure(task, model, rows, tmp_path / "run", **options)
+    setup = prepare(config, algorithm)
+    with setup.model.on(setup.mesh):
+        update = cost.largest_update(setup, algorithm)
+        lowered = cost.trace_step(setup, algorithm, update.batch).lower()
+    assert "dot_general" in lowered.as_text()
+    assert not narrow_products(lowered)
+
+
+def relative(x, y):
+    return float(jnp.linalg.norm(x.astype(F32) - y) / jnp.linalg.norm(y))
+
+
+@pytest.mark.parametrize("features", [(48,), (3, 16)])
+def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(features):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (4, 32, 64)).astype(BF16)
+    kernel = 0.2 * jax.random.normal(keys[1], (64, *features))
+    grad = jax.random.normal(keys[2], (4, 32, *features)).astype(BF16)
+    y, pull = jax.vjp(linear, x, kernel)
+    rounded = kernel.astype(BF16).astype(F32)
+    exact, exact_pull = jax.vjp(
+        lambda x, k: jnp.tensordot(x, k, 1, precision="highest"), x.astype(F32), rounded
+    )
+    d_x, d_kernel = pull(grad)
+    exact_x, exact_kernel = exact_pull(grad.astype(F32))
+    assert (y.dtype, d_x.dtype, d_kernel.dtype) == (BF16, BF16, F32)
+    assert relative(y, exact) < 2**-9 and relative(d_x, exact_x) < 2**-9
+    assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
+
+
+def attended(q, k, v, segment_ids, sides):
+    """Vaswani et al. (2017), eq. 1, with the mask."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("rqhn,rthn->rhqt", q, k, precision="highest") / math.sqrt(q.shape[-1])
+    mask = visible(segment_ids, sides)[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    out = jnp.einsum("rhqt,rthn->rqhn", weights, v, precision="highest")
+    return out.reshape(*q.shape[:2], -1)
+
+
+@pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
+@pytest.mark.parametrize("heads, length", [((4, 4), 48), ((4, 2), 48), ((4, 2), 700)])
+def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dtype, bound):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, length, count, 16)), dtype)
+        for count in (heads[0], heads[1], heads[1])
+    )
+    segment_ids = jnp.asarray(np.broadcast_to(1 + np.arange(length) // 20, (2, length)), jnp.int32)
+    sides = jnp.asarray(np.broadcast_to(np.arange(length) % 20 // 7, (2, length)), jnp.int32)
+    grad = jnp.asarray(rng.normal(size=(2, length, heads[0] * 16)), dtype)
+    rows = segment_ids, sides
+    out, pull = jax.vjp(lambda *x: attention(*x, *rows, Compute(dtype)), q, k, v)
+    wanted, formula_pull = jax.vjp(
+        lambda *x: attended(*x, *rows), *(x.astype(F32) for x in (q, k, v))
+    )
+    for found, exact in zip(
+        (out, *pull(grad)), (wanted, *formula_pull(grad.astype(F32))), strict=True
+    ):
+        assert found.dtype == dtype and relative(found, exact) < bound
+
+
+def test_a_norm_keeps_its_input_and_nothing_as_large():
+    norm, x = LayerNorm(1e-5), jnp.ones((4, 32, 64), BF16)
+    params = norm.init(jax.random.key(0), x)
+    _, pull = jax.vjp(norm.apply, params, x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) >= x.size]
+    assert [leaf.dtype for leaf in kept] == [BF16]
+
+
+HELD = """
+import sys
+from pathlib import Path
+from easyaira.allocator import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+text = b"x" * 2**28
+del text
+print(Path("/proc/self/statm").read_text().split()[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_freed_memory_stays_in_the_process():
+    def held(how):
+        command = [sys.executable, "-c", HELD, how]
+        pages = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        return int(pages) * resource.getpagesize()
+
+    assert held("as it is") < 2**28 <= held("kept")
