@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,29 +25,36 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
 
 
-@jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., K] @ kernel [K, ...], in the dtype of x.
 
     The gradient's products have factors in that dtype, too. The gradient of a float32 kernel is not
     rounded; by JAX's own derivative, it would be rounded to the dtype of x.
     """
+    # JAX traces the backward pass later, when another default may hold
+    return _linear(jax.config.jax_default_matmul_precision, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(precision: str | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
     x_, kernel_, y_ = _letters(x, kernel)
-    return einsum(f"{x_},{kernel_}->{y_}", x, kernel.astype(x.dtype), x.dtype)
+    with jax.default_matmul_precision(precision):
+        return einsum(f"{x_},{kernel_}->{y_}", x, kernel.astype(x.dtype), x.dtype)
 
 
-def _forward(x, kernel):
-    return linear(x, kernel), (x, kernel)
+def _forward(precision, x, kernel):
+    return _linear(precision, x, kernel), (x, kernel)
 
 
-def _backward(saved, d_y):
+def _backward(precision, saved, d_y):
     x, kernel = saved
     x_, kernel_, y_ = _letters(x, kernel)
-    d_x = einsum(f"{y_},{kernel_}->{x_}", d_y, kernel.astype(x.dtype), x.dtype)
-    return d_x, einsum(f"{x_},{y_}->{kernel_}", x, d_y, kernel.dtype)
+    with jax.default_matmul_precision(precision):
+        d_x = einsum(f"{y_},{kernel_}->{x_}", d_y, kernel.astype(x.dtype), x.dtype)
+        return d_x, einsum(f"{x_},{y_}->{kernel_}", x, d_y, kernel.dtype)
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)
 
 
 def _letters(x: jax.Array, kernel: jax.Array) -> tuple[str, str, str]:
