@@ -15,7 +15,7 @@ def parser():
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import PositiveInt
 
-    from easyaira.config.ranges import Seed, Temperature, TopP
+    from easyaira.config.ranges import NonNegative, Seed, TopP
 
     parser = ArgumentParser(description="Answer a prompt.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("model", help="Run folder, Hugging Face folder or hub id.")
@@ -32,7 +32,7 @@ def parser():
     )
     parser.add_argument(
         "--temperature",
-        type=Temperature,
+        type=NonNegative,
         help="0: greedy; default: as generation_config.json, or greedy.",
     )
     parser.add_argument(

@@ -305,6 +305,21 @@ def test_a_file_with_other_ids_is_put_right(runs, data, tmp_path):
     assert "temperature" not in facts.generation_config
 
 
+@pytest.mark.parametrize("stated", [None, ["GPT2Model"]])
+def test_a_release_names_the_class_of_a_language_model(stated, models, data, tmp_path):
+    """Other programs choose by it, and not by model_type."""
+    model = shutil.copytree(models / "gpt2", tmp_path / "gpt2")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": stated}))
+    arguments = [
+        f"--model.name_or_path={model}", f"--data.train={data / 'sft.jsonl'}",
+        "--data.template=plain", f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    config, _ = cli.parse(TrainSFT, arguments)
+    facts = released(prepare(config, sft_algorithm(config)))
+    assert facts.config["architectures"] == ["GPT2LMHeadModel"]
+
+
 def test_settings_that_transformers_refuses_are_refused_before_the_run(
     models, data, tmp_path, capsys
 ):

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from easyaira import cli
 from easyaira.config.algorithms import OptimizerConfig
+from easyaira.config.data import DataConfig
+from easyaira.config.model import ModelConfig
+from easyaira.config.run import TrainSFT
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
 from easyaira.models.registry import model_of
 from easyaira.train import optimizer
+from easyaira.train.setup import updates
 from helpers import tiny
 
 
@@ -30,7 +35,7 @@ def test_schedules_equal_those_of_transformers(kind, warmup):
     name = "constant_with_warmup" if kind == "constant" and warmup else kind
     theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     scheduler = get_scheduler(name, theirs, num_warmup_steps=warmup, num_training_steps=40)
-    config = OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=kind)
+    config = OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=name)
     ours = optimizer.make_schedule(config, 40)
     for step in range(40):
         assert float(ours(step)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=3e-11)
@@ -96,3 +101,23 @@ def test_a_small_rate_moves_float32_weights_by_the_analytic_amount():
         updates, state = tx.update({"kernel": jnp.ones(3)}, state, params)
         params = jax.tree.map(jnp.add, params, updates)
     np.testing.assert_allclose(0.01 - params["kernel"], 5e-6, rtol=1e-3)
+
+
+def test_a_constant_rate_has_no_warm_up():
+    for warmup in ({"warmup_steps": 3}, {"warmup_ratio": 0.1}):
+        with pytest.raises(ConfigError, match="use constant_with_warmup"):
+            OptimizerConfig(lr_scheduler_type="constant", **warmup)
+
+
+@pytest.mark.parametrize("epochs, wanted", [(1, 7), (1.5, 11), (0.1, 1), (2.01, 15)])
+def test_a_part_of_an_epoch_is_rounded_up(epochs, wanted):
+    """As in transformers' Trainer: ceil(num_train_epochs * updates per epoch)."""
+    config = TrainSFT(ModelConfig("m"), DataConfig("d"), num_train_epochs=epochs)
+    assert updates(config, 7) == wanted
+
+
+@pytest.mark.parametrize("rate", ["inf", "nan", "-1e-5"])
+def test_a_rate_that_is_no_finite_number_is_refused(rate):
+    argv = ["--model.name_or_path", "m", "--data.train", "d", f"--optimizer.learning_rate={rate}"]
+    with pytest.raises(ConfigError, match="optimizer.learning_rate: expected a number with value"):
+        cli.parse(TrainSFT, argv)

@@ -325,14 +325,16 @@ def test_a_full_disk_under_a_tokenizer_is_an_error_of_storage(tmp_path):
 
 @pytest.mark.slow
 def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys, monkeypatch):
-    from easyaira.export import proof, torch_check
+    from easyaira.export import torch_check
 
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     monkeypatch.setattr(torch_check, "TOLERANCE", 0.0)
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
     assert status == 2 and "PyTorch logits differ" in err
     monkeypatch.undo()
-    monkeypatch.setattr(proof, "tensor_hash", lambda tensor: str(np.random.default_rng().random()))
+    monkeypatch.setattr(
+        safetensors, "tensor_hash", lambda tensor: str(np.random.default_rng().random())
+    )
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
     assert status == 2 and "differ from the trained tensors" in err
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}

@@ -1,9 +1,11 @@
 """Reading and writing safetensors: what is wrong is named before anything is loaded."""
 
 import json
+import os
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, UnsafeInputError, WeightsError
 from easyaira.hf import safetensors, transfer
+from easyaira.models.layers import ACTIVATIONS
 from easyaira.models.model import resize
 from easyaira.models.registry import model_of
 from easyaira.storage.pretrained import Pretrained, find
@@ -143,7 +146,7 @@ def test_a_damaged_file_is_named(folder, damage):
 
 def test_a_pickle_is_refused_and_a_bare_config_says_what_to_do(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match="pickle.*save_pretrained"):
+    with pytest.raises(WeightsError, match="pytorch_model.bin is of another format.*save_pretr"):
         check(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(WeightsError, match="model.init to random"):
@@ -163,12 +166,120 @@ def test_a_pickle_is_refused_and_a_bare_config_says_what_to_do(folder):
         ({"num_key_value_heads": 3}, "4 heads are not a multiple of 3 key/value heads"),
         ({"sliding_window": 128}, "sliding_window: 128 is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is unknown"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4'; expected int"),
+        ({"hidden_size": [16]}, r"hidden_size is \[16\]; expected int"),
+        ({"hidden_size": 16.0}, "hidden_size is 16.0; expected int"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected bool"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; expected int"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; expected float"),
+        ({"rope_parameters": 5}, "rope_parameters is 5; expected an object"),
+        ({"architectures": "LlamaModel"}, "architectures is 'LlamaModel'; expected a list"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is unknown"),
+        ({"sliding_window": 128, "use_sliding_window": True}, "sliding_window: 128"),
     ],
 )
 def test_a_config_that_is_not_built_is_refused(folder, values, message):
     set_config(folder, **values)
     with pytest.raises(ConfigError, match=message):
         check(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_attn_implementation_autoset": True},
+        {"_flash_attn_2_enabled": True},
+        {"attn_implementation": "sdpa"},
+        {"auto_map": {"AutoModel": "x.Y"}},
+        {"unsloth_version": "2025.3.19", "unsloth_fixed": True},
+        {"layer_types": ["full_attention", "full_attention"]},
+        {"sliding_window": 256, "use_sliding_window": False},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"hidden_act": "swish"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_keys_that_change_no_number_are_accepted(folder, values):
+    set_config(folder, **values)
+    check(folder)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_those_of_transformers(name):
+    import torch
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    theirs = ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(ACTIVATIONS[name](x), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_listed(folder):
+    set_config(folder, num_hidden_layers=10**9)
+    with pytest.raises(WeightsError, match="has 1000000000 layers, but only 21 tensors"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ("[" * 200_000, "index.json: cannot be read: not JSON: nested too deeply; download"),
+        ('{"weight_map": {"x": 5}}', "weight_map must map tensors to files; download it again"),
+        ('{"weight_map": []}', "weight_map must map tensors to files"),
+        ("{}", "weight_map must map tensors to files"),
+    ],
+    ids=["deep", "number", "list", "none"],
+)
+def test_a_damaged_index_is_named(folder, index, message):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=message):
+        check(folder)
+
+
+def test_a_config_that_is_a_pipe_is_refused_at_once(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ConfigError, match="config.json: cannot be read: not a regular file"):
+        check(folder)
+
+
+def test_a_released_folder_is_compared_with_its_report_when_it_is_loaded(folder):
+    tensors = load_file(folder / "model.safetensors")
+    entries = {n: {"sha256": safetensors.tensor_hash(t)} for n, t in tensors.items()}
+    report = folder / "export_report.json"
+    report.write_text(json.dumps({"tensors": entries}))
+    tiny.load(folder)
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="model.norm.weight has other values than were exported"):
+        tiny.load(folder)
+    for damaged in ("{", '{"tensors": {"x": 1}}', "{}"):
+        report.write_text(damaged)
+        with pytest.raises(WeightsError, match="export_report.json: .*; remove it, or get the ori"):
+            tiny.load(folder)
+    report.unlink()
+    tiny.load(folder)
+
+
+def test_an_adapter_in_place_of_a_model_says_what_to_do(folder):
+    (folder / "config.json").unlink()
+    base = {"base_model_name_or_path": "owner/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+    with pytest.raises(ConfigError, match="holds an adapter of owner/base; .*lora.adapter"):
+        check(folder)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "tf_model.h5", "model.fp16.safetensors"])
+def test_a_hub_model_in_another_format_says_how_to_get_safetensors(folder, file, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["a.json", file])
+    with pytest.raises(ConfigError, match=f"owner/m: has {file} on the hub.*refs/pr/N") as error:
+        find("owner/m")
+    assert "random" not in str(error.value)
+    assert find("owner/m", weights_wanted=False).folder == folder
 
 
 def test_a_config_that_disagrees_with_the_tensors_is_named_before_any_memory_is_taken(folder):

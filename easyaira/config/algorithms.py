@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from jsonargparse.typing import NonNegativeInt
 
-from easyaira.config.ranges import HalfShare, Share
+from easyaira.config.ranges import HalfShare, NonNegative, Positive, Share
 from easyaira.errors import ConfigError
 
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
@@ -45,11 +45,11 @@ class DPOConfig:
         "nca_pair",
     ] = "sigmoid"
     """Preference loss; easyaira/losses/preference.py gives the formula and paper of each."""
-    beta: PositiveFloat = 0.1
+    beta: Positive = 0.1
     """Strength of the penalty that keeps the policy close to the reference."""
     label_smoothing: HalfShare = 0.0
     """Assumed share of pairs with a wrong label (sigmoid, robust, exo_pair)."""
-    sft_weight: NonNegativeFloat = 0.0
+    sft_weight: NonNegative = 0.0
     """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
     precompute_ref_log_probs: bool = True
     """Compute the reference's log-probabilities once before training; false: in every step."""
@@ -74,7 +74,7 @@ class RewardConfig:
     Pairs train the difference between the two scores. Texts with a label train the score's sign.
     """
 
-    margin: NonNegativeFloat = 0.0
+    margin: NonNegative = 0.0
     """Pairs: score difference at which the loss is ln 2 (subtracted from the difference)."""
     positive_label: Literal[0, 1] = 0
     """Texts with a label: the label that scores above 0. Toxicity data sets label toxic texts 1,
@@ -87,25 +87,31 @@ class RewardConfig:
 class OptimizerConfig:
     """AdamW, without weight decay on norms and biases."""
 
-    learning_rate: NonNegativeFloat = 5e-5
+    learning_rate: NonNegative = 5e-5
     """Peak of the learning-rate schedule."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """Decay of the learning rate after its peak; linear and cosine end at 0."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Decay of the learning rate after its peak; linear and cosine end at 0. constant has no
+    warm-up, as in transformers."""
     warmup_steps: NonNegativeInt = 0
     """Updates of linear warmup from 0 (the first update has rate 0)."""
     warmup_ratio: Share = 0.0
     """Warmup as a share of all updates, rounded up; instead of warmup_steps."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay on matrices and embeddings."""
     adam_beta1: Share = 0.9
     """Decay rate of the gradient's running mean."""
     adam_beta2: Share = 0.999
     """Decay rate of the squared gradient's running mean."""
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_epsilon: Positive = 1e-8
     """Constant added to the root of the squared gradient's running mean."""
-    max_grad_norm: NonNegativeFloat = 1.0
+    max_grad_norm: NonNegative = 1.0
     """Clip gradients to this global norm; 0: no clipping."""
 
     def __post_init__(self):
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError("optimizer.warmup_steps and optimizer.warmup_ratio: set one of them")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ConfigError(
+                "optimizer.lr_scheduler_type: constant has no warm-up; use constant_with_warmup, "
+                "or set optimizer.warmup_steps to 0"
+            )

@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
-from easyaira.config.ranges import Share
+from easyaira.config.ranges import Positive, Share
 from easyaira.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ class Source:
     one."""
     columns: dict[str, str] = field(default_factory=dict)
     """EasyAira's column name -> the data set's, such as {prompt: question, completion: answer}."""
-    weight: PositiveFloat = 1.0
+    weight: Positive = 1.0
     """Repeats of each row in an epoch: 2 uses every row twice, 0.5 a random half of them."""
     template: str | None = None
     """Chat template of this source; default: data.template."""

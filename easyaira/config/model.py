@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 
-from easyaira.config.ranges import Share
+from easyaira.config.ranges import Positive, Share
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LoraConfig:
     all-linear: every linear layer of the blocks."""
     r: PositiveInt = 8
     """Rank of the adapters."""
-    alpha: PositiveFloat = 8.0
+    alpha: Positive = 8.0
     """Scale the output of an adapter by alpha / r."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""

@@ -11,12 +11,12 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from easyaira.config.algorithms import DPOConfig, OptimizerConfig, RewardConfig, SFTConfig
 from easyaira.config.data import DataConfig
 from easyaira.config.model import LoraConfig, ModelConfig, PolicyConfig
-from easyaira.config.ranges import MaxSteps, TopP
+from easyaira.config.ranges import MaxSteps, Positive, TopP
 from easyaira.errors import ConfigError
 
 PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored when read
@@ -55,13 +55,13 @@ class GenerationConfig:
 
     do_sample: bool | None = None
     """true: sample tokens; false: take the most likely one."""
-    temperature: PositiveFloat | None = None
+    temperature: Positive | None = None
     """Divisor of the logits; below 1, likely tokens become likelier."""
     top_k: PositiveInt | None = None
     """Sample from the k most likely tokens."""
     top_p: TopP | None = None
     """Sample from the most likely tokens whose probabilities add up to this."""
-    repetition_penalty: PositiveFloat | None = None
+    repetition_penalty: Positive | None = None
     """Above 1, tokens that already occur in the text become less likely."""
     max_new_tokens: PositiveInt | None = None
     """Longest answer in tokens."""
@@ -149,7 +149,7 @@ class RunConfig:
     """Examples (DPO: pairs) per update, over all devices and accumulation steps."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per update, computed one after another to save memory."""
-    num_train_epochs: PositiveFloat = 1.0
+    num_train_epochs: Positive = 1.0
     """Passes over the data."""
     max_steps: MaxSteps = -1
     """Total number of updates; -1: set by num_train_epochs."""

@@ -88,7 +88,14 @@ def released(setup: Setup) -> Facts:
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     asked = {k: v for k, v in options["generation"].items() if v is not None}
     generation = generation_config(origin.generation_config | asked | ids)
-    return Facts(config | ids, generation, dtypes)
+    return Facts(config | ids | {"architectures": [language_model(config)]}, generation, dtypes)
+
+
+def language_model(config: Mapping[str, Any]) -> str:
+    """Name of the transformers class of a language model, by which other programs choose."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
 
 
 def _scored(setup: Setup) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from easyaira.storage.integrity import hash_of
 from easyaira.storage.pretrained import Pretrained
 
 FILE = "proof.json"
-REPORT = "export_report.json"
+REPORT = safetensors.REPORT
 CARD = "README.md"
 KEPT_BYTES = 2**16  # JSON files up to this size are kept whole, to name the key that changed
 FILE_BYTES = 2**30
@@ -134,7 +134,7 @@ def base_hash(base: Pretrained) -> str:
     if base.step is not None:
         return base.sample()
     tensors = safetensors.open_folder(base.folder)
-    lines = (f"{name} {tensor_hash(tensors[name])}\n" for name in sorted(tensors))
+    lines = (f"{name} {safetensors.tensor_hash(tensors[name])}\n" for name in sorted(tensors))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -168,12 +168,7 @@ def _described(path: Path) -> dict[str, Any]:
 def described(tensor: np.ndarray) -> dict[str, Any]:
     """Entry of a tensor."""
     shape = list(tensor.shape)
-    return {"shape": shape, "dtype": tensor.dtype.name, "sha256": tensor_hash(tensor)}
-
-
-def tensor_hash(tensor: np.ndarray) -> str:
-    """SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
+    return {"shape": shape, "dtype": tensor.dtype.name, "sha256": safetensors.tensor_hash(tensor)}
 
 
 @cache

@@ -213,7 +213,9 @@ def _verify(
     """Compare the hash of every stored tensor with that of the tensor written."""
     wrong = set(stored) ^ set(written)
     wrong |= {
-        n for n in written if n in stored and proof.tensor_hash(stored[n]) != written[n]["sha256"]
+        n
+        for n in written
+        if n in stored and safetensors.tensor_hash(stored[n]) != written[n]["sha256"]
     }
     if wrong:
         raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors")

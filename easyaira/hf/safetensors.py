@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from easyaira.errors import UnsafeInputError, WeightsError
+from easyaira.files import read_json
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -19,6 +21,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 SHARD_BYTES = 5 * 10**9
+REPORT = "export_report.json"
 
 
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
@@ -37,19 +40,19 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     if single.exists():
         return open_file(single)
     if not index_file.exists():
-        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        other = other_format(path.name for path in folder.iterdir())
         hint = (
-            f"; {pickles[0]} is a pickle, which could run code, so it is not read; "
-            "convert the model to safetensors with transformers' save_pretrained"
-            if pickles
+            f"; {other} is of another format, which is not read; convert the model to safetensors "
+            "with transformers' save_pretrained"
+            if other
             else "; to start from config.json alone, set model.init to random"
         )
         raise WeightsError(f"{folder}: no model.safetensors{hint}")
-    try:
-        weight_map = json.loads(index_file.read_text())["weight_map"]
-        files = set(weight_map.values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{index_file}: cannot be read ({error}); download it again") from error
+    again = "; download it again"
+    weight_map = read_json(index_file, error=WeightsError, hint=again).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise WeightsError(f"{index_file}: weight_map must map tensors to files{again}")
+    files = set(weight_map.values())
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(files):
         if Path(name).name != name:
@@ -65,6 +68,15 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
             f"{index_file}: names {missing[0]}, which is in no file; download it again"
         )
     return tensors
+
+
+# pickles could run code; the others need libraries of their own
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".safetensors")
+
+
+def other_format(names: Iterable[str]) -> str | None:
+    """The first file that seems to hold weights, but is not read, if there is one."""
+    return next((name for name in sorted(names) if name.endswith(OTHER_FORMATS)), None)
 
 
 def open_file(file: Path) -> dict[str, np.ndarray]:
@@ -90,6 +102,33 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
         start, stop = entry["data_offsets"]
         tensors[name] = raw[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
+
+
+def tensor_hash(tensor: np.ndarray) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
+
+
+def check_exported(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Compare tensors with the hashes that an export wrote beside them, if it did.
+
+    Raises:
+        WeightsError: a tensor has other values than were exported.
+    """
+    file = folder / REPORT
+    if not file.exists():
+        return
+    entries = read_json(file, error=WeightsError, hint="; remove it, or get the original").get(
+        "tensors"
+    )
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise WeightsError(f"{file}: holds no hashes of tensors; remove it, or get the original")
+    for name, entry in entries.items():
+        if name in tensors and tensor_hash(tensors[name]) != entry.get("sha256"):
+            raise WeightsError(
+                f"{folder}: {name} has other values than were exported; get the original files, or "
+                f"remove {REPORT} if the change is meant"
+            )
 
 
 def save_folder(

@@ -180,4 +180,5 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
             "is not read; convert the adapter to safetensors with peft's save_pretrained"
         )
     tensors = safetensors.open_file(weights)
+    safetensors.check_exported(folder, tensors)
     return from_peft(adapter, tensors, str(folder))

@@ -27,7 +27,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face'
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
 }
 
 VOCAB_MULTIPLE = 128

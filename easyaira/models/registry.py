@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import flax.linen as nn
 
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, shortened
 from easyaira.models import bert, gpt2, llama, opt, roberta
 from easyaira.models.heads import LAST_TOKEN
 from easyaira.models.layers import ACTIVATIONS, Compute
@@ -54,7 +54,8 @@ HARMLESS = """
     is_encoder_decoder tie_encoder_decoder remove_invalid_values return_dict_in_generate
     output_scores activation_dropout dropout layerdrop prefix num_labels hidden_dropout_prob
     attention_probs_dropout_prob classifier_dropout directionality pooler_fc_size pooler_type
-    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head auto_map
+    attn_implementation use_sliding_window max_window_layers unsloth_version unsloth_fixed
 """.split()
 
 
@@ -86,8 +87,15 @@ def model_of(
         )
     architecture = MODELS[kind]
     values = dict(raw) | _rope(raw, where)
+    if values.get("use_sliding_window") is False:
+        values["sliding_window"] = None
+    if set(_listed(raw, "layer_types", where)) <= {"full_attention"}:
+        values["layer_types"] = None
     names = {field.name for field in fields(architecture.config)}
+    _check_types(values, architecture.config, where)
     for key, value in values.items():
+        if key.startswith("_"):
+            continue  # transformers' own notes
         if key in architecture.neutral and value not in (None, architecture.neutral[key]):
             raise ConfigError(
                 f"{where}: {key}: {value} is not supported; only {architecture.neutral[key]}"
@@ -100,7 +108,7 @@ def model_of(
             )
     config = architecture.config(**{k: v for k, v in values.items() if k in names})
     _check_sizes(config, where)
-    stored_scorer = str((raw.get("architectures") or [""])[0]).endswith(SCORER_CLASS)
+    stored_scorer = str((_listed(raw, "architectures", where) or [""])[0]).endswith(SCORER_CLASS)
     if stored_scorer and (labels := _labels(raw)) != 1:
         raise ConfigError(f"{where}: has {labels} labels; only a score (1 label) is supported")
     if architecture.encoder and scorer is False:
@@ -114,15 +122,40 @@ def model_of(
 
 def _labels(raw: Mapping[str, Any]) -> int:
     """Number of labels that transformers gives a classifier with this config.json."""
-    return len(raw["id2label"]) if raw.get("id2label") else raw.get("num_labels", 2)
+    labels = raw.get("id2label")
+    return len(labels) if labels and isinstance(labels, Mapping) else raw.get("num_labels", 2)
+
+
+def _listed(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    value = raw.get(key) or []
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: {key} is {value!r}; expected a list")
+    return value
+
+
+def _check_types(values: Mapping[str, Any], config: type, where: str) -> None:
+    """Refuse sizes and options of another type than the configuration's."""
+    for name, kind in get_type_hints(config).items():
+        value = values.get(name)
+        # JSON writes 1.0 as 1; true is no number
+        right = isinstance(value, kind) or (kind is float and type(value) is int)
+        if name in values and (not right or (isinstance(value, bool) and kind is not bool)):
+            wanted = getattr(kind, "__name__", str(kind))
+            raise ConfigError(f"{where}: {name} is {shortened(repr(value))}; expected {wanted}")
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Convert `rope_parameters` of new config.json files to the `rope_theta` of old ones."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where}: rope_parameters is {rope!r}; expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "linear" and rope.get("factor") == 1:
+        kind = "default"  # the same angles
+    if kind != "default":
         raise ConfigError(f"{where}: rope_type {kind!r} is not supported; only default")
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None} if "rope_theta" in rope else {}
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    return theta | ({"rope_scaling": None} if rope else {})
 
 
 def _check_sizes(config: Any, where: str) -> None:

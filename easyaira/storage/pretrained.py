@@ -15,15 +15,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 from easyaira.config.run import PROVENANCE
+from easyaira.distributed import hosts
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import ConfigError, StorageError, TokenizerError, WeightsError
-from easyaira.files import reason
+from easyaira.files import read_json, read_yaml, reason
 from easyaira.hf import safetensors, transfer
 from easyaira.lora.adapter import Adapter, of_record
 from easyaira.lora.base import check_base
+from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
 from easyaira.storage.checkpoints import Checkpoints
@@ -69,14 +70,21 @@ class Pretrained:
         """Content of config.json."""
         if self.step is not None:
             return self._recorded("config")
-        return _json(self.folder / "config.json")
+        file, adapter = self.folder / "config.json", self.folder / ADAPTER_CONFIG
+        if adapter.exists() and not file.exists():
+            base = read_json(adapter).get("base_model_name_or_path")
+            raise ConfigError(
+                f"{self.name}: holds an adapter of {base}; name its run folder, or that model in "
+                "model.name_or_path and this folder in lora.adapter"
+            )
+        return read_json(file)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         if self.step is not None:
             return self._recorded("generation_config")
         file = self.folder / "generation_config.json"
-        return _json(file) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
 
     @cached_property
     def _tensors(self) -> dict[str, np.ndarray]:
@@ -176,8 +184,8 @@ class Pretrained:
             each: applied to every parameter as soon as it is read.
 
         Raises:
-            WeightsError: see `check`; or a tensor is not finite, the head is not stored and
-                `head_key` is None, or the base of the adapters has changed.
+            WeightsError: see `check`; or a tensor is not finite or not what was exported, the head
+                is not stored and `head_key` is None, or the base of the adapters has changed.
             StorageError: the checkpoint cannot be read.
         """
         target = model.target(mesh)
@@ -187,6 +195,8 @@ class Pretrained:
             raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward adds a score head")
         drawn = _initialise(model, target, missing, head_key) if missing else {}
         if stored is not None:
+            if hosts.first():
+                safetensors.check_exported(self.folder, self._tensors)
             return transfer.from_hf(stored, target, model.rows, drawn, each)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
@@ -293,24 +303,13 @@ def _initialise(
     return jax.jit(draw, out_shardings={path: targets[path].sharding for path in paths})(key)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a JSON object, not {type(content).__name__}")
-    return content
-
-
 def checkpoint_dir(run: Path) -> Path | str:
     """Checkpoint folder of a run folder; config.yaml may set `checkpoint_dir`."""
     try:
-        written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        written = None  # not a run folder, or another program's
-    ours = isinstance(written, dict) and PROVENANCE in written
-    return (ours and written.get("checkpoint_dir")) or run / CHECKPOINTS
+        written = read_yaml(run / "config.yaml")
+    except ConfigError:
+        written = {}  # not a run folder, or another program's
+    return (PROVENANCE in written and written.get("checkpoint_dir")) or run / CHECKPOINTS
 
 
 def find(name: str, revision: str | None = None, *, weights_wanted: bool = True) -> Pretrained:
@@ -361,4 +360,20 @@ def _download(name: str, revision: str | None, weights_wanted: bool) -> Pretrain
             f"{name}: no such folder, and not found on the model hub ({reason}); check the name "
             "and the network"
         ) from error
+    if weights_wanted and not list(Path(folder).glob("*.safetensors")):
+        _check_formats(name, revision, huggingface_hub)
     return Pretrained(name, Path(folder), commit=Path(folder).name)
+
+
+def _check_formats(name: str, revision: str | None, hub: Any) -> None:
+    """Refuse a hub model whose weights are in another format only."""
+    try:
+        other = safetensors.other_format(hub.list_repo_files(name, revision=revision))
+    except Exception:  # without the hub, the files that are missing are named later
+        return
+    if other:
+        raise ConfigError(
+            f"{name}: has {other} on the hub, and no model.safetensors; set model.revision to the "
+            "pull request that converts it (refs/pr/N), or download the model and save it with "
+            "transformers' save_pretrained"
+        )

@@ -35,6 +35,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
         "constant": lambda: optax.constant_schedule(peak),
+        "constant_with_warmup": lambda: optax.constant_schedule(peak),
     }[config.lr_scheduler_type]()
     if not warmup:
         return decay

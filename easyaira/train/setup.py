@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -185,7 +186,7 @@ def updates(config: RunConfig, epoch: int) -> int:
     """Number of updates of a run, given that of an epoch."""
     if config.max_steps != -1:
         return config.max_steps
-    return max(1, round(config.num_train_epochs * epoch))
+    return max(1, math.ceil(config.num_train_epochs * epoch))  # as transformers does
 
 
 def _adapter(config: RunConfig, resolved: Found) -> Adapter:
