@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--examples", type=int, default=8, help="examples of an update (DPO: pairs)")
     add("--updates", type=int, default=8, help="updates of a round")
     add("--rounds", type=int, default=5)
-    add("--peer", choices=["trl"], help="pip install trl")
+    add("--peer", choices=list(training.PEERS), help="pip install trl, and liger-kernel on GPUs")
     compared = of_training.add_mutually_exclusive_group()
     compared.add_argument("--ladder", action="store_true", help="add our optimisations one by one")
     compared.add_argument(

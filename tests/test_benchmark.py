@@ -159,7 +159,7 @@ def test_ratios_are_medians_of_rounds(monkeypatch, tmp_path, capsys):
 
         def ask(self, what):
             asked.append(self.place)
-            return {"wall": 2.0, "cpu": next(self.cpu), "peak MiB": 5.0}
+            return {"wall": 2.0, "cpu": next(self.cpu), "peak MiB": 5.0, "joules": 32.0}
 
         def close(self):
             pass
@@ -170,6 +170,7 @@ def test_ratios_are_medians_of_rounds(monkeypatch, tmp_path, capsys):
     assert [row["speed, first = 1"] for row in rows] == [1, 4]  # of 2, 4 and 4
     assert rows[0]["tokens/s"] == 500 and rows[0]["update s"] == 1
     assert rows[1]["tokens/CPU s"] == 250
+    assert rows[0]["GPU J/example"] == 32 / ARGUMENTS["updates"] / ARGUMENTS["examples"]
     assert rows[0]["MFU"] == pytest.approx(500 * 1e9 / (2 * 312e12))
     show.table(rows)
     assert "prompt stored once" in capsys.readouterr().out.splitlines()[2]

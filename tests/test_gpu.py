@@ -2,8 +2,10 @@
 with planted faults."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,21 @@ import pytest
 from easyaira import cli
 from easyaira.algorithms import reference, reference_cache
 from easyaira.algorithms.dpo import make_score
+from easyaira.config.model import ModelConfig
+from easyaira.distributed import compiler
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.losses import preference
-from easyaira.models import attention
+from easyaira.models import attention, cudnn
 from easyaira.models.embedding import _scatter_add, _sum_by_id, sum_by_id
 from easyaira.models.layers import Compute
+from easyaira.models.registry import model_of
 from easyaira.plan import cost
 from easyaira.run.run import run
-from easyaira.train import kernel_check, log
+from easyaira.train import kernel_check, log, resolve, step
+from easyaira.train.log import NoLog
+from easyaira.train.metrics import Window
+from easyaira.train.record import Record
 from easyaira.train.resolve import ROW_MULTIPLE
 from easyaira.train.setup import prepare
 from helpers import runs, tiny
@@ -233,6 +241,7 @@ def test_rows_on_gpus_are_multiples_of_128(models, data, tmp_path):
 def checked(setup, monkeypatch, *kernels):
     """`choose` as on an accelerator with these kernels."""
     monkeypatch.setattr(kernel_check, "KERNELS", {"cpu": kernels})
+    monkeypatch.setattr(kernel_check, "obstacle", lambda *args: None)  # tiny heads are narrow
     with setup.model.on(setup.mesh):
         return kernel_check.choose(setup.with_attention(kernels[0]))
 
@@ -252,7 +261,7 @@ def attention_of(monkeypatch):
 
         monkeypatch.setattr(kernel_check, "attention", planted)
 
-    kernel_check.compare.clear_cache()  # of programs with another test's kernels
+    kernel_check._program.cache_clear()  # of programs with another test's kernels
     return use
 
 
@@ -322,6 +331,61 @@ def test_a_named_kernel_is_not_checked(setup_of, monkeypatch):
     assert kernel_check.choose(setup) == (setup, {})
 
 
+@pytest.mark.parametrize(
+    "kernel, options, reason",
+    [
+        ("cudnn", {"dtype": jnp.float32}, "needs 16 bits"),
+        ("cudnn", {"width": 192}, "this model's have 192"),
+        ("cudnn", {"width": 36}, "this model's have 36"),
+        ("pallas", {"dropout": 0.1}, "has no dropout"),
+        ("cudnn", {}, None),
+        ("pallas", {"dtype": jnp.float32, "width": 192}, None),
+    ],
+)
+def test_what_a_kernel_cannot_compute(kernel, options, reason):
+    width = options.pop("width", 64)
+    config = {"model_type": "llama", "hidden_size": 4 * width, "num_attention_heads": 4}
+    compute = Compute(**{"dtype": jnp.bfloat16} | options)
+    found = resolve.obstacle(kernel, model_of(config, "a test"), compute)
+    assert (found is None) if reason is None else reason in found
+
+
+def test_encoders_need_attention_that_is_not_causal():
+    model = model_of({"model_type": "bert"}, "a test")
+    assert "encoders" in resolve.obstacle("pallas", model, Compute(jnp.bfloat16))
+    assert resolve.obstacle("cudnn", model, Compute(jnp.bfloat16)) is None
+
+
+def of_a_gpu(options, width=64):
+    """How a run on a GPU would compute a model with heads of this width."""
+    gpu = SimpleNamespace(platform="gpu", device_kind="a card")
+    config = SimpleNamespace(
+        model=ModelConfig("a test", **{"dtype": "auto", "attention": "auto"} | options)
+    )
+    sizes = {"model_type": "llama", "hidden_size": 4 * width, "num_attention_heads": 4}
+    mesh = SimpleNamespace(devices=np.array([gpu]))
+    return resolve._compute(config, mesh, model_of(sizes, "a test"))
+
+
+@pytest.mark.parametrize(
+    "options, width, chosen",
+    [
+        ({}, 64, "cudnn"),
+        ({}, 256, "pallas"),
+        ({"dtype": "float32"}, 64, "xla"),
+        ({"dropout": 0.1}, 64, "xla"),
+        ({"attention": "xla"}, 64, "xla"),
+    ],
+)
+def test_auto_is_a_kernel_that_can_compute_the_model(options, width, chosen):
+    assert of_a_gpu(options, width).attention == chosen
+
+
+def test_a_named_kernel_that_cannot_compute_the_model_is_refused():
+    with pytest.raises(ConfigError, match="attention: cudnn needs 16 bits.*; use auto"):
+        of_a_gpu({"attention": "cudnn", "dtype": "float32"})
+
+
 def test_one_update_of_each_shape_is_checked(setup_of):
     batches = setup_of(train_batch_size=2).batches
     seen = {batches[update].shape for update in batches.of_each_shape()}
@@ -337,6 +401,7 @@ def test_the_choice_is_in_the_metrics_and_the_card(
 
     def on_accelerator(setup):
         monkeypatch.setattr(kernel_check, "KERNELS", {"cpu": ("cudnn",)})
+        monkeypatch.setattr(kernel_check, "obstacle", lambda *args: None)
         chosen, fact = choose(setup.with_attention("cudnn"))
         return chosen.with_attention("xla"), fact
 
@@ -368,6 +433,70 @@ def test_in_cudnns_mask_every_query_sees_a_key(monkeypatch):
     assert not real.all() and masks[0].any(-1).all()
     wanted = attention.visible(segment_ids, sides)[:, None]
     np.testing.assert_array_equal(masks[0] & real, wanted & real)
+
+
+def lowered_attention(reproducible, monkeypatch):
+    """cuDNN's calls in two layers and their gradients, lowered for CUDA."""
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)  # of no device
+    monkeypatch.setattr(cudnn.fused, "check_compute_capability", lambda capability: True)
+    compute = Compute(jnp.bfloat16, attention="cudnn")
+    ids, q = jnp.ones((2, 128), jnp.int32), jnp.zeros((2, 128, 2, 64), jnp.bfloat16)
+
+    def two_layers(q):
+        for _ in range(2):
+            out = attention.attention(q, q, q, ids, 0 * ids, compute)
+            q = out.reshape(q.shape)
+        return q.astype(jnp.float32).sum()
+
+    with cudnn.reproducible() if reproducible else nullcontext():
+        text = jax.jit(jax.grad(two_layers)).trace(q).lower(lowering_platforms=("cuda",)).as_text()
+    return [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_cudnns_backward_pass_has_a_fixed_order_in_every_layer(reproducible, monkeypatch):
+    calls = lowered_attention(reproducible, monkeypatch)
+    fixed = ["force_deterministic" in call for call in calls]
+    backward = ["Backward" in call for call in calls]
+    assert sum(backward) == 2 and len(calls) == 4
+    assert fixed == (backward if reproducible else [False] * 4)
+
+
+def test_a_training_step_on_a_gpu_is_compiled_for_reproducible_bits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax, "jit", lambda f, **options: seen.append(options["compiler_options"]))
+    for platform in ("gpu", "cpu"):
+        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+        leaf = SimpleNamespace(sharding=SimpleNamespace(mesh=mesh))
+        step.jit_train_step(None, None, step.State(leaf, {}, {}, leaf))
+    assert seen == [{"xla_gpu_exclude_nondeterministic_ops": True}, None]
+    monkeypatch.undo()
+    for options in (compiler.REPRODUCIBLE["gpu"], compiler.QUICK["gpu"]):
+        jax.jit(lambda x: x, compiler_options=options)(1)  # an unknown option is an error
+    with pytest.raises(Exception, match="no_such"):
+        jax.jit(lambda x: x, compiler_options={"xla_gpu_no_such": True})(1)
+
+
+def test_sums_are_copied_before_the_next_update_is_started():
+    """A copy that is requested later waits for the next update on a GPU."""
+    requested = []
+    leaf = SimpleNamespace(copy_to_host_async=lambda: requested.append(1))
+    record = Record(
+        NoLog(),
+        Window(),
+        None,
+        start=0,
+        every=1,
+        until=9,
+        facts={},
+        schedule=None,
+        flops=1.0,
+        peak=None,
+        latest=lambda: None,
+    )
+    ready = SimpleNamespace(batch=SimpleNamespace(shape=(1, 8)))
+    record.update(1, ready, {"loss": (leaf, leaf)})
+    assert len(requested) == 2 and record.pending[0].number == 1
 
 
 # 4. float32 is float32

@@ -48,6 +48,9 @@ HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "da
 FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store"}
 PRIVATE = {  # file -> private parts of a library that it uses; no other file may use any
+    "models.cudnn": (
+        "jax._src.cudnn.fused_attention_stablehlo.create_dot_product_attention_backend_config_base",
+    ),
     "distributed.hosts": ("jax._src.distributed.global_state", "jax._src.clusters.ClusterEnv"),
     "storage.object_store": (
         "orbax.checkpoint._src.serialization.tensorstore_utils._normalize_path",

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from easyaira.distributed.sharding import Rules, like, shardings
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.hf.table import Row
+from easyaira.models import cudnn
 from easyaira.models.heads import LM_HEAD_ROWS, LM_HEAD_RULES, CausalLM, ScoreHead, Scorer
 from easyaira.models.layers import Compute
 
@@ -147,7 +148,8 @@ class Model:
     @contextmanager
     def on(self, mesh: Mesh) -> Iterator[None]:
         """Run this model's programs on `mesh`, with its matmul precision."""
-        with jax.set_mesh(mesh), jax.default_matmul_precision(self.compute.matmul_precision):
+        precision = jax.default_matmul_precision(self.compute.matmul_precision)
+        with jax.set_mesh(mesh), precision, cudnn.reproducible():
             yield
 
     def parameter_count(self) -> int:

@@ -9,19 +9,21 @@ each shape before its first update. A kernel that disagrees is not used.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from easyaira.distributed.compiler import QUICK, REPRODUCIBLE
 from easyaira.models.attention import attention
 from easyaira.models.layers import Compute
 from easyaira.models.model import Model
 from easyaira.train import loader
-from easyaira.train.resolve import KERNELS
+from easyaira.train.resolve import KERNELS, obstacle
 from easyaira.train.setup import Setup
 
+OPTIONS = {"gpu": QUICK["gpu"] | REPRODUCIBLE["gpu"]}
 BOUND = 4  # largest allowed relative error, in units of the compute dtype's epsilon
 
 
@@ -34,11 +36,13 @@ def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
         the setup with the kernel, and the fact for metrics.jsonl.
     """
     compute, device = setup.model.compute, setup.mesh.devices.flat[0]
-    if setup.config.model.attention != "auto" or compute.attention == "xla" or compute.dropout:
+    if setup.config.model.attention != "auto" or compute.attention == "xla":
         return setup, {}
     updates = setup.batches.of_each_shape()
     problems = []
     for kernel in KERNELS[device.platform]:
+        if obstacle(kernel, setup.model, compute):
+            continue
         fault = next(filter(None, (check(setup, kernel, update) for update in updates)), None)
         if fault is None:
             break
@@ -100,7 +104,6 @@ def heads_of(model: Model) -> Heads:
     return Heads(config.heads, config.kv_heads, width)
 
 
-@partial(jax.jit, static_argnames=("heads", "of_kernel", "causal"))
 def compare(
     segment_ids: jax.Array, sides: jax.Array, *, heads: Heads, of_kernel: Compute, causal: bool
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -110,28 +113,49 @@ def compare(
     Args:
         segment_ids, sides: [R, T] of a micro-batch, on the devices.
     """
-    R, T = segment_ids.shape
-    real = ((segment_ids > 0) & (sides != 3))[..., None]
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(R, T, count, heads.width) for count in (heads.queries, heads.keys, heads.keys)]
-    inputs = [
-        jax.random.normal(key, shape).astype(of_kernel.dtype)
-        for key, shape in zip(keys, shapes, strict=False)
-    ]
-    # padding has no loss, so its output gradient is zero
-    d_out = jnp.where(real, jax.random.normal(keys[3], (R, T, heads.queries * heads.width)), 0)
-    d_out = d_out.astype(of_kernel.dtype)
+    layer = partial(_layer, segment_ids, sides, heads, causal, of_kernel.dtype)
+    actual, expected = layer(of_kernel), layer(Compute())
+    return _errors(segment_ids, sides, actual, expected)
 
-    def run(compute: Compute):
+
+def _layer(segment_ids, sides, heads, causal, dtype, compute: Compute) -> list[jax.Array]:
+    """Output and gradients of an attention layer on random inputs that are rounded to `dtype`."""
+    backend = jax.default_backend()
+    program = _program(heads, causal, jnp.dtype(dtype), compute, backend)
+    return program(segment_ids, sides)
+
+
+@lru_cache(maxsize=64)
+def _program(heads: Heads, causal: bool, dtype: Any, compute: Compute, backend: str) -> Any:
+    def layer(segment_ids, sides):
+        R, T = segment_ids.shape
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = [(R, T, count, heads.width) for count in (heads.queries, heads.keys, heads.keys)]
+        inputs = [
+            jax.random.normal(key, shape).astype(dtype)
+            for key, shape in zip(keys, shapes, strict=False)
+        ]
+        # padding has no loss, so its output gradient is zero
+        d_out = jax.random.normal(keys[3], (R, T, heads.queries * heads.width))
+        d_out = jnp.where(_real(segment_ids, sides), d_out, 0).astype(dtype)
+
         def out(*inputs):
             return attention(*inputs, segment_ids, sides, compute, causal=causal)
 
-        value, pull = jax.vjp(out, *(x.astype(compute.dtype) for x in inputs))
-        return value, *pull(d_out.astype(compute.dtype))
+        with jax.default_matmul_precision(compute.matmul_precision):
+            value, pull = jax.vjp(out, *(x.astype(compute.dtype) for x in inputs))
+            return value, *pull(d_out.astype(compute.dtype))
 
-    actual = run(of_kernel)
-    with jax.default_matmul_precision("highest"):
-        expected = run(Compute())
+    return jax.jit(layer, compiler_options=OPTIONS.get(backend))
+
+
+def _real(segment_ids, sides) -> jax.Array:
+    return ((segment_ids > 0) & (sides != 3))[..., None]
+
+
+@jax.jit
+def _errors(segment_ids, sides, actual, expected) -> dict[str, tuple[jax.Array, jax.Array]]:
+    real, (R, T) = _real(segment_ids, sides), segment_ids.shape
 
     def compared(x, y):
         x32, y32 = (jnp.where(real, z.reshape(R, T, -1).astype(jnp.float32), 0) for z in (x, y))

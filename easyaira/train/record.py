@@ -76,6 +76,8 @@ class Record:
         Raises:
             NonFiniteError: an earlier update failed.
         """
+        for leaf in jax.tree.leaves(sums):
+            leaf.copy_to_host_async()  # a copy requested later waits for the next update, too
         self.shapes.add(ready.batch.shape)
         self.pending.append(Pending(number, ready, sums))
         self.log.advance(1)

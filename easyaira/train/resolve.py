@@ -43,8 +43,8 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
     random = config.model.init == "random"
     name, revision = config.model.name_or_path, config.model.revision
     origin = pretrained.find(name, revision, weights_wanted=not random)
-    where, compute = str(origin.folder), _compute(config, mesh)
-    stored = model_of(origin.config, where, compute, scorer=scorer)
+    stored = model_of(origin.config, str(origin.folder), scorer=scorer)
+    stored = replace(stored, compute=_compute(config, mesh, stored))
     if config.model.max_positions is not None:
         stored = _with_positions(stored, config.model.max_positions)
     if not random:
@@ -77,7 +77,7 @@ KERNELS = {
 ROW_MULTIPLE = {"gpu": 128}
 
 
-def _compute(config: RunConfig, mesh: Mesh) -> Compute:
+def _compute(config: RunConfig, mesh: Mesh, model: Model) -> Compute:
     device = mesh.devices.flat[0]
     platform, kernels = device.platform, KERNELS.get(device.platform, ())
     if device.device_kind in ("TPU v2", "TPU v3"):
@@ -85,20 +85,41 @@ def _compute(config: RunConfig, mesh: Mesh) -> Compute:
     dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
-    if attention == "auto":
-        attention = (*kernels, "xla")[0]
-    if attention not in ("xla", *kernels):
-        where = device.device_kind if platform == "tpu" else platform
-        raise ConfigError(f"model.attention: {attention} is not available on {where}; use auto")
     if tf32 := dtype == "tf32":
         dtype = "float32"
-    return Compute(
+    compute = Compute(
         jnp.dtype(dtype),
         config.model.gradient_checkpointing,
         config.model.dropout,
-        attention,
         tf32=tf32,
     )
+    if attention == "auto":
+        measured = () if platform == "gpu" and compute.dtype.itemsize > 2 else kernels
+        usable = (kernel for kernel in measured if obstacle(kernel, model, compute) is None)
+        attention = next(usable, "xla")
+    elif attention != "xla" and attention not in kernels:
+        where = device.device_kind if platform == "tpu" else platform
+        raise ConfigError(f"model.attention: {attention} is not available on {where}; use auto")
+    elif reason := obstacle(attention, model, compute):
+        raise ConfigError(f"model.attention: {attention} {reason}; use auto")
+    return replace(compute, attention=attention)
+
+
+def obstacle(kernel: str, model: Model, compute: Compute) -> str | None:
+    """Why an attention implementation cannot compute this model; None if it can."""
+    config = model.config
+    width = getattr(config, "head_width", config.width // config.heads)
+    if kernel == "xla":
+        return None
+    if compute.dropout:
+        return "has no dropout, and model.dropout is set"
+    if kernel != "cudnn":
+        return "is causal, and encoders are not" if model.architecture.encoder else None
+    if jnp.dtype(compute.dtype).itemsize != 2:
+        return "needs 16 bits: model.dtype bfloat16 or float16"
+    if width > 128 or width % 8:
+        return f"needs heads of at most 128 features, a multiple of 8; this model's have {width}"
+    return None
 
 
 def _encoder_template(config: RunConfig, tokenizer: Any, model: Model) -> str:

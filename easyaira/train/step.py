@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyaira.distributed.compiler import REPRODUCIBLE
 from easyaira.distributed.sharding import constrain, like
 from easyaira.distributed.tree import abstract
 
@@ -132,8 +133,12 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
 def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Any:
     """Compile the training step; the state is donated and keeps its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = make_train_step(loss_fn, tx)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(
+        make_train_step(loss_fn, tx),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=REPRODUCIBLE.get(state.step.sharding.mesh.devices.flat[0].platform),
+    )
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "aira": Kind((25, 0.4), (200, 0.5), 400, 600),  # no example exceeds 400; the recipe says 600
+    "chat": Kind((80, 0.6), (150, 0.7), 600, 600),
     "hh": Kind((150, 0.8), (60, 0.7), 1024, 1024),
     "ultrafeedback": Kind((120, 0.9), (280, 0.7), 2048, 2048),
 }

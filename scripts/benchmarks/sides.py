@@ -95,9 +95,9 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     """EasyAira's training step and loader, as in a run.
 
     Args:
-        options: packing, share_prompt, dtype, gradient_checkpointing; `in_step`: compute the
-            reference in every step; `naive`: pad to the recipe's length, compute full logits, and
-            compute the reference in every step.
+        options: packing, share_prompt, dtype, gradient_checkpointing, attention; `in_step`: compute
+            the reference in every step; `naive`: pad to the recipe's length, compute full logits,
+            and compute the reference in every step.
     """
     import jax
     import jax.numpy as jnp
@@ -111,12 +111,16 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.models.layers import Compute
     from easyaira.models.registry import model_of
     from easyaira.train import loader
+    from easyaira.train.resolve import KERNELS, ROW_MULTIPLE
 
     examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
     naive = options.get("naive", False)
     in_step = pairs and (naive or options.get("in_step", False))
+    platform = jax.default_backend()
     compute = Compute(
-        jnp.dtype(options.get("dtype", "bfloat16")), options.get("gradient_checkpointing", "none")
+        jnp.dtype(options.get("dtype", "bfloat16")),
+        options.get("gradient_checkpointing", "none"),
+        attention=options.get("attention", (*KERNELS.get(platform, ()), "xla")[0]),
     )
     model = model_of(MODELS[work["model"]], work["model"], compute)
     mesh = meshes.make_mesh("fsdp=-1")
@@ -127,6 +131,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         packing=options.get("packing", True),
         share_prompt=shares_prompt(options.get("share_prompt", "auto"), examples),
         attention=attention_cost(model.config.width, model.config.heads),
+        multiple=ROW_MULTIPLE.get(platform, 8),
     )
     with jax.set_mesh(mesh):
         shardings = sharding.shardings(model.shapes, model.rules, mesh)
@@ -156,6 +161,7 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
     import optax
 
     from easyaira.config.algorithms import OptimizerConfig
+    from easyaira.distributed.compiler import REPRODUCIBLE
     from easyaira.plan import cost
     from easyaira.train import loader, optimizer
     from easyaira.train import step as steps
@@ -176,7 +182,8 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
 
         step.__name__ = program_name(shape)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        return step.lower(state, frozen, arrays, None).compile()
+        lowered = step.lower(state, frozen, arrays, None)
+        return lowered.compile(REPRODUCIBLE.get(jax.default_backend()))
 
     def updates(start: int, stop: int) -> None:
         nonlocal state

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.sides import ENGINES
+from easyaira.allocator import keep_memory
 from easyaira.train.metrics import peak_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
@@ -30,14 +31,16 @@ class Entry(NamedTuple):
 
 
 OURS = Entry("EasyAira")
-TRL = (  # the settings that its documentation recommends for speed, and its defaults
-    Entry(
-        "TRL, best",
-        "trl",
-        {"bf16": True, "gradient_checkpointing": False, "precompute_ref_log_probs": True},
-    ),
-    Entry("TRL, defaults", "trl"),
-)
+# the settings that TRL's documentation recommends for speed
+FAST = {"bf16": True, "gradient_checkpointing": False, "precompute_ref_log_probs": True}
+PACKED = FAST | {"packing": True, "packing_strategy": "wrapped"}  # SFT; needs no flash-attn
+LIGER = {"use_liger_kernel": True}  # CUDA
+PEERS = {
+    "trl": (Entry("TRL, best", "trl", FAST), Entry("TRL, defaults", "trl")),
+    "trl-packed": (Entry("TRL, best", "trl", FAST), Entry("TRL, packed", "trl", PACKED)),
+    "trl-liger": (Entry("TRL, best", "trl", FAST), Entry("TRL, Liger", "trl", FAST | LIGER)),
+    "trl-packed-liger": (Entry("TRL, packed, Liger", "trl", PACKED | LIGER),),
+}
 ONE_A_ROW = {"packing": False, "share_prompt": "never"}
 LADDER = (  # cumulative
     Entry("naive: padded to the maximum, all logits", options={"dtype": "float32", "naive": True}),
@@ -90,7 +93,7 @@ def sides_of(args: argparse.Namespace) -> list[Entry]:
             Entry(f"checkpointing {how}", options={"gradient_checkpointing": how})
             for how in args.gradient_checkpointing
         ]
-    return sides + list(TRL if args.peer else ())
+    return sides + list(PEERS.get(args.peer, ()))
 
 
 class Worker:
@@ -133,6 +136,7 @@ def worker(request: Mapping[str, Any]) -> None:
     def answer(content: Any) -> None:
         print(MARK + json.dumps(content), flush=True)
 
+    keep_memory()  # in runs, the command line does it; TRL gets it, too
     side = ENGINES[request["engine"]](request["work"], request["options"])
     answer(side.facts | {"to first s": side.first - request["begin"]})
     for line in sys.stdin:
@@ -140,8 +144,24 @@ def worker(request: Mapping[str, Any]) -> None:
         if what == "trace":
             answer(side.trace(Path(folder)))
         else:
+            before = joules()
             wall, cpu = side.run()
-            answer({"wall": wall, "cpu": cpu, "peak MiB": side.peak()})
+            energy = joules() - before
+            answer({"wall": wall, "cpu": cpu, "peak MiB": side.peak(), "joules": energy})
+
+
+def joules() -> float:
+    """Energy that the first NVIDIA GPU has used since its driver started; NaN without one."""
+    try:
+        import pynvml
+    except ImportError:
+        return float("nan")
+    try:
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3
+    except pynvml.NVMLError:
+        return float("nan")
 
 
 def measure(
@@ -168,14 +188,16 @@ def measure(
         one.close()
     rows = []
     for i, one in enumerate(workers):
-        rows.append(row_of(one, rounds[i], args.updates))
+        rows.append(row_of(one, rounds[i], args.updates, args.examples))
         for name, other in (("first", 0), ("before", max(i - 1, 0))):
             ratios = [b["cpu"] / a["cpu"] for a, b in zip(rounds[i], rounds[other], strict=True)]
             rows[-1][f"speed, {name} = 1"] = float(np.median(ratios))
     return rows, costs
 
 
-def row_of(one: Worker, rounds: list[dict[str, float]], updates: int) -> dict[str, Any]:
+def row_of(
+    one: Worker, rounds: list[dict[str, float]], updates: int, examples: int
+) -> dict[str, Any]:
     middle = {name: float(np.median([round[name] for round in rounds])) for name in rounds[0]}
     facts = one.facts
     rate = facts["tokens"] / middle["wall"]
@@ -188,6 +210,7 @@ def row_of(one: Worker, rounds: list[dict[str, float]], updates: int) -> dict[st
         "to first s": facts["to first s"],
         "positions/token": facts["positions per token"],
         "peak MiB": middle["peak MiB"],
+        "GPU J/example": middle["joules"] / updates / examples,
         "temporaries MiB": facts["temporaries MiB"],
         "MFU": peak and rate * facts["operations per token"] / (peak * facts["devices"]),
     }
