@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.errors import DataError, UnsafeInputError
-from easyaira.files import parse_yaml, read_file, read_json, reason
+from easyaira.files import decoded, parse_yaml, read_file, read_json, reason
 
 SPLITS = {  # word in a name -> split
     **dict.fromkeys(("train", "training"), "train"),
@@ -109,7 +109,7 @@ def _configured(folder: Path) -> dict[str, list[str]]:
     if not readme.is_file():
         return {}
     try:
-        head = re.match(r"---\n(.*?)\n---", read_file(readme).decode("utf-8-sig"), re.DOTALL)
+        head = re.match(r"\ufeff?---\n(.*?)\n---", decoded(read_file(readme)), re.DOTALL)
         told = parse_yaml(head[1]) if head else None
     except (OSError, ValueError) as error:
         raise DataError(f"{readme}: cannot be read: {reason(error)}") from error
