@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from easyaira.errors import ConfigError, EasyAiraError
+from easyaira.errors import ConfigError, EasyAiraError, UnsafeInputError
 
 MAX_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 2**20
@@ -44,6 +45,25 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     if len(content) > limit:
         raise ValueError(f"larger than {limit >> 20} MiB")
     return content
+
+
+def check_links(folder: Path, suffixes: Iterable[str]) -> None:
+    """Check that files of a folder are no links out of it, other than into a cache of the hub.
+
+    Their text may be printed or released, and a link may lead to any file of this machine.
+
+    Raises:
+        UnsafeInputError: names the link.
+    """
+    root = folder.resolve()
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    for path in (p for p in found if p.suffix in suffixes and p.is_symlink()):
+        target = path.resolve()
+        cached = re.search(r"/models--[^/]+/blobs/[^/]+$", target.as_posix())
+        if not target.is_relative_to(root) and not cached:
+            raise UnsafeInputError(
+                f"{path}: is a link to {target}, outside the folder; put a copy in its place"
+            )
 
 
 def read_json(

@@ -7,6 +7,7 @@ import sys
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -76,6 +77,46 @@ def test_a_tensor_that_is_not_finite_is_named(folder, bad):
     model, found = check(folder)
     with pytest.raises(WeightsError, match="model.norm.weight.*NaN or infinity"):
         found.load(model, make_mesh("fsdp=1"))
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_norms_of_another_type_than_the_rest_are_read_as_transformers_reads_them(kind, folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    mixed = {n: a if "norm" in n else a.astype(jnp.dtype(kind)) for n, a in held.items()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    model, params = tiny.load(folder)
+    ids = np.random.default_rng(0).integers(1, tiny.VOCAB, (2, 9))
+    hidden, head = model.apply(params, tiny.layout(ids))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        wanted = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose((hidden @ head)[..., : model.vocab_size], wanted, atol=1e-5)
+    dtypes = Pretrained(str(folder), folder).stored_dtypes()
+    assert dtypes.pop("") == kind and set(dtypes.values()) == {"float32"}
+    assert all("norm" in name for name in dtypes)
+    back = transfer.to_hf(
+        params,
+        model.rows,
+        vocab_size=model.vocab_size,
+        dtypes=lambda name: jnp.dtype(dtypes.get(name, kind)),
+    )
+    assert all(a.tobytes() == mixed[name].tobytes() for name, a in back)  # also when released
+
+
+def test_types_that_are_not_read_and_pipes_are_named(folder):
+    change(folder, **{NORM: np.ones(16, np.float64)})
+    with pytest.raises(
+        WeightsError, match=f"{NORM} is stored as F64, .* save the model in float32"
+    ):
+        check(folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="not a regular file"):
+        check(folder)
 
 
 def test_buffers_of_old_files_are_no_weights(tmp_path):

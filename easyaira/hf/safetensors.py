@@ -86,6 +86,8 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
         WeightsError: the file is damaged or missing.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("not a regular file")
         with safe_open(file, "numpy"):  # the library checks header, offsets and size
             pass
         with open(file, "rb") as stream:
@@ -97,6 +99,11 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
     raw = np.memmap(file, np.uint8, "r", offset=8 + length) if header else None
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] not in DTYPES and entry["dtype"].startswith("F"):
+            raise WeightsError(
+                f"{file}: {name} is stored as {entry['dtype']}, which is not read; save the "
+                "model in float32, bfloat16 or float16"
+            )
         if entry["dtype"] not in DTYPES:
             continue  # integers are masks and counters; `match` reports a missing weight by name
         start, stop = entry["data_offsets"]

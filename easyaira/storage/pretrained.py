@@ -7,9 +7,10 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,15 @@ import numpy as np
 from easyaira.config.run import PROVENANCE
 from easyaira.distributed import hosts
 from easyaira.distributed.tree import by_path, path_of
-from easyaira.errors import ConfigError, StorageError, TokenizerError, WeightsError
-from easyaira.files import read_json, read_yaml, reason
+from easyaira.errors import (
+    ConfigError,
+    StorageError,
+    TokenizerError,
+    WeightsError,
+    escaped,
+    shortened,
+)
+from easyaira.files import check_links, read_json, read_yaml, reason
 from easyaira.hf import safetensors, transfer
 from easyaira.lora.adapter import Adapter, of_record
 from easyaira.lora.base import check_base
@@ -30,6 +38,7 @@ from easyaira.models.registry import model_of
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.integrity import fingerprint
 
+TEXTS = (".json", ".jinja", ".model", ".txt")  # endings of what is read beside the weights
 TOKENIZER = "tokenizer"  # subfolder of a run folder
 CHECKPOINTS = "checkpoints"
 
@@ -250,15 +259,16 @@ class Pretrained:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing torch
         from transformers import AutoTokenizer
 
-        # drop warnings about long texts: data/tokenise.py truncates and counts them
-        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+        # drop warnings: of long texts, which data/tokenise.py truncates and counts; of token ids,
+        # which are checked where they are used; of a failure, which is raised below
+        logging.getLogger("transformers").setLevel(logging.ERROR)
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
         if name is not None:
             folder = find(name).folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises many types; all mean the same here
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
             only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]
             if only_model and importlib.util.find_spec("sentencepiece") is None:
                 raise TokenizerError(
@@ -330,7 +340,7 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         run = path.parent.parent
         if path.is_dir() or checkpoint_dir(run) != run / CHECKPOINTS:
-            return Pretrained(name, run, step=int(path.name))
+            return _of_run(name, run, int(path.name))
     if path.is_dir():
         place = checkpoint_dir(path)
         if place != path / CHECKPOINTS or place.is_dir():
@@ -339,17 +349,32 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
             checkpoints.close()
             if step is None:
                 raise ConfigError(f"{name}: this run folder has no finished checkpoint")
-            return Pretrained(name, path, step=step)
+            return _of_run(name, path, step)
+        check_links(path, TEXTS)
         return Pretrained(name, path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{name}: no such folder; check the path")
     return _download(name, revision, weights_wanted)
 
 
+def _of_run(name: str, run: Path, step: int) -> Pretrained:
+    if (run / TOKENIZER).is_dir():
+        check_links(run / TOKENIZER, TEXTS)
+    if (place := checkpoint_dir(run)) != run / CHECKPOINTS:
+        _tell(f"{name}: checkpoints are read from {place}")
+    return Pretrained(name, run, step=step)
+
+
+@cache
+def _tell(line: str) -> None:
+    """Print a line once; not to stdout, which may be an answer."""
+    print(escaped(line), file=sys.stderr, flush=True)
+
+
 def _download(name: str, revision: str | None, weights_wanted: bool) -> Pretrained:
     import huggingface_hub
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights_wanted
+    patterns = [f"*{ending}" for ending in TEXTS] + ["*.safetensors"] * weights_wanted
     try:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
