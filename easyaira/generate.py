@@ -13,8 +13,9 @@ from easyaira.errors import ConfigError
 
 def parser():
     from jsonargparse import ArgumentParser
+    from jsonargparse.typing import PositiveInt
 
-    from easyaira.config.ranges import Count, NonNegative, Seed, TopP
+    from easyaira.config.ranges import NonNegative, Seed, TopP
 
     parser = ArgumentParser(description="Answer a prompt.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("model", help="Run folder, Hugging Face folder or hub id.")
@@ -26,7 +27,7 @@ def parser():
     )
     parser.add_argument(
         "--max_new_tokens",
-        type=Count,
+        type=PositiveInt,
         help="Maximal answer length; default: as generation_config.json, or 200.",
     )
     parser.add_argument(

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse.typing import restricted_number_type
 
-WORDS: dict[str, str] = {}  # name of a type -> its values, for messages
+WORDS = {"PositiveInt": "a whole number from 1"}  # name of a type -> its values, for messages
 LARGEST = 3e38  # in float32
 SMALLEST = 1e-37  # smaller numbers are 0 on some devices
 
