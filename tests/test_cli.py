@@ -153,7 +153,7 @@ PATHS = "expected a path or a list such as [{path: FILE}], got "
         ("data: {eval: [a.jsonl]}", f"PLACE:1: data.eval: {PATHS}a.jsonl"),
         ("data: {eval: {path: a.jsonl}}", f"PLACE:1: data.eval: {PATHS}{{'path': 'a.jsonl'}}"),
         ("data: {eval: [{path: a, weihgt: 2}]}", "data.eval.weihgt: no such option; did you mean"),
-        ("lora: [a]", "PLACE:1: lora: expected LoraConfig or null, got ['a']"),
+        ("lora: [a]", "PLACE:1: lora: expected options as `name: value` or null, got ['a']"),
         ("energy: x.y", "PLACE:1: energy: "),
         ("card: {inference: {x: {y: 1}}}", "PLACE:1: card.inference: expected bool or int or"),
     ],

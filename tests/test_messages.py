@@ -5,7 +5,6 @@ After a change that is meant:    python tests/test_messages.py
 
 import ast
 import inspect
-import re
 from pathlib import Path
 
 from easyaira import errors
@@ -51,8 +50,8 @@ def test_messages_are_those_that_were_read():
     now, before = messages(), FILE.read_text().splitlines()
     gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
     assert now == before, (
-        f"gone: {gone}\nnew: {new}\nRead them once: do they say what, where and how to mend? Then run"
-        " python tests/test_messages.py"
+        f"gone: {gone}\nnew: {new}\nRead them once: do they say what, where and how to mend?"
+        " Then run python tests/test_messages.py"
     )
 
 

@@ -9,7 +9,11 @@ from typing import Any
 
 from jsonargparse.typing import restricted_number_type
 
-WORDS = {"PositiveInt": "a whole number from 1"}  # name of a type -> its values, for messages
+WORDS = {  # name of a type -> its values, for messages
+    "PositiveInt": "a whole number from 1",
+    "LoraConfig": "options as `name: value`",
+    "EnergyConfig": "options as `name: value`",
+}
 LARGEST = 3e38  # in float32
 SMALLEST = 1e-37  # smaller numbers are 0 on some devices
 

@@ -70,7 +70,7 @@ def read(source: Source) -> Iterator[Located]:
         }
         yield Located(place, kept | renamed | replaced)
     if not count:
-        raise DataError(f"{source.path}: no rows")
+        raise DataError(f"{source.path}: no rows; is it the right file?")
 
 
 def content_key(source: Source) -> str | None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from easyaira.distributed import hosts, watchdog
-from easyaira.errors import StorageError, WeightsError
+from easyaira.errors import StorageError, WeightsError, shown_as
 from easyaira.export import adapter_base, card, proof, torch_check
 from easyaira.export.hf_config import Facts, with_dtype
 from easyaira.export.records import Records
@@ -202,7 +202,8 @@ def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        yield new
+        with shown_as(new, folder):
+            yield new
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -229,5 +230,7 @@ def _verify(
         if n in stored and safetensors.tensor_hash(stored[n]) != written[n]["sha256"]
     }
     if wrong:
-        raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors")
+        raise WeightsError(
+            f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors; is the disk sound?"
+        )
     return f"all {len(stored)} tensors equal the trained ones bit for bit"

@@ -16,6 +16,7 @@ from easyaira.errors import UnsafeInputError, WeightsError
 from easyaira.files import read_json
 
 DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
@@ -60,13 +61,11 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
         shard = open_file(folder / name)
         if wrong := [t for t in shard if weight_map.get(t) != name]:
             raise WeightsError(
-                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file"
+                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{again}"
             )
         tensors |= shard
     if missing := sorted(set(weight_map) - set(tensors)):
-        raise WeightsError(
-            f"{index_file}: names {missing[0]}, which is in no file; download it again"
-        )
+        raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{again}")
     return tensors
 
 
