@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from easyaira.distributed.mesh import make_mesh
-from easyaira.errors import ConfigError, UnsafeInputError, WeightsError
+from easyaira.errors import ConfigError, TokenizerError, UnsafeInputError, WeightsError
 from easyaira.hf import safetensors, transfer
 from easyaira.models.layers import ACTIVATIONS
 from easyaira.models.model import resize
@@ -321,6 +321,31 @@ def test_a_hub_model_in_another_format_says_how_to_get_safetensors(folder, file,
         find("owner/m")
     assert "random" not in str(error.value)
     assert find("owner/m", weights_wanted=False).folder == folder
+
+
+def test_a_hub_model_is_named_as_it_was_asked_for_and_not_by_its_place(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+
+    def said():
+        found = find("ex/model")
+        with pytest.raises((ConfigError, WeightsError, TokenizerError)) as error:
+            found.tokenizer()
+            found.check(model_of(found.config, found.where))
+        assert str(folder) not in str(error.value)
+        return str(error.value)
+
+    set_config(folder, strange=3)
+    assert said().startswith("ex/model: strange is unknown")
+    set_config(folder, strange=None)
+    change(folder, **{NORM: None})
+    assert said().startswith("ex/model: missing model.norm.weight")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert said().startswith("ex/model/model.safetensors: cannot be read")
+    (folder / "tokenizer.json").write_text("{")
+    assert said().startswith("ex/model: no tokenizer could be loaded")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="^ex/model/config.json: cannot be read: not JSON"):
+        _ = find("ex/model").config
 
 
 def test_a_config_that_disagrees_with_the_tensors_is_named_before_any_memory_is_taken(folder):
