@@ -448,6 +448,30 @@ def test_a_folder_that_is_no_release_gets_a_hint(models):
         verify.main([str(models / "gpt2")])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "adapter", "llama ours"])
+def test_checkpoints_of_a_healthy_run_are_not_accused(name, ground, tmp_path, capsys):
+    if name == "llama ours":
+        converted(ground, "llama", tmp_path / "release")  # by way of this folder
+    lines, ok = lines_of(ground / name, capsys)
+    assert ok and len(lines) == 1 and "as saved" in lines["0" if "ours" in name else "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", ["params", "opt_state", "meta", "data", "sums"])
+def test_a_bit_of_a_checkpoint_is_found(item, ground, tmp_path, capsys):
+    copied(ground / "sft", tmp_path / "run")
+    folder = tmp_path / f"run/checkpoints/3/{item}"
+    file = folder / "metadata"  # of a record
+    if not file.exists():  # of arrays
+        file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    lines, ok = lines_of(tmp_path / "run", capsys)
+    assert not ok and lines["3"].startswith("WRONG   3")
+
+
 def adapted_from(base, ground, out):
     """A DPO run with an adapter on the weights of another run; returns its adapter_config.json."""
     common = {"max_steps": 1, "optimizer.warmup_steps": 0, "export": True}
