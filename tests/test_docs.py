@@ -159,7 +159,7 @@ def look_up(words) -> bool:
             assert not own or own[1] in (None, *extras), word
     elif words[:2] == ("python", "scripts/benchmark.py"):
         benchmark().parser().parse_args(words[2:])
-    elif words[:2] in (("python", "scripts/pods.py"), ("python", "scripts/faults.py")):
+    elif words[:1] == ("python",) and words[1].startswith("scripts/"):
         text = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in text for word in words if word.startswith("--"))
     elif words == ("pre-commit", "install"):
