@@ -3,8 +3,9 @@
     python scripts/refusals.py                  # all of them, minutes
     python scripts/refusals.py --only yaml      # those whose name has this word
 
-Right is: status 2 or 4, one line, less than 1 GB of memory and 10 seconds of processor time, with
-all child processes. Anything else is printed with its case, and the script exits with 1.
+Right is: status 2 or 4, one line, no run folder, less than 10 seconds of processor time with all
+child processes and less than 1 GB of memory in the largest of them. Anything else is printed with
+its case, and the script exits with 1.
 """
 
 from __future__ import annotations
