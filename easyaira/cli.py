@@ -17,10 +17,11 @@ import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from easyaira.allocator import keep_memory
+from easyaira.config.ranges import WORDS
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, shortened, told
-from easyaira.files import read_yaml
+from easyaira.files import read_yaml, yaml_line
 
 SOURCES = ("data.train", "data.eval")  # options that name data
 
@@ -65,11 +66,31 @@ class ConfigFile(ActionConfigFile):
     """Checks a --config file before jsonargparse reads it, and names the file in each error."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        read_yaml(Path(values))
+        content = read_yaml(Path(values))
         try:
+            _check_names(content, parser)
             super().__call__(parser, cfg, values, option_string)
-        except (ArgumentError, TypeError, ValueError) as error:
-            raise ConfigError(f"{values}: {_one_line(str(error), parser)}") from error
+        except (ArgumentError, TypeError, ValueError, ConfigError) as error:
+            problem = str(error)
+            if not isinstance(error, ConfigError):
+                problem = _one_line(problem, parser)
+            line = yaml_line(Path(values), problem.partition(":")[0].split("."))
+            raise ConfigError(f"{values}{f':{line}' if line else ''}: {problem}") from error
+
+
+def _check_names(content: Any, parser: Any, group: str = "") -> None:
+    """Refuse unknown options in a mapping, and groups of options that are no mapping."""
+    options = _options(parser)
+    groups = {option.rpartition(".")[0] for option in options}
+    for key, value in content.items():
+        name = f"{group}{key}"
+        if name in groups:
+            if not isinstance(value, dict):
+                given = "nothing" if value is None else shortened(repr(value))
+                raise ConfigError(f"{name}: expected options as `name: value`, got {given}")
+            _check_names(value, parser, f"{name}.")
+        elif name not in options and name != PROVENANCE:
+            raise ConfigError(_no_such_option(name, options))
 
 
 def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
@@ -122,9 +143,7 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     if unknown:
         group = re.search(r"Group '([\w.]+)'", message)
         name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
-        options = [a.dest for a in parser._actions if a.dest not in ("help", PROVENANCE)]
-        same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
-        return f"{name}: no such option" + _did_you_mean(name, same_leaf or options)
+        return _no_such_option(name, _options(parser))
     key = re.match(r'Parser key "([\w.]+)": (.*)', message)
     if key is None:
         return shortened(message, 300)
@@ -134,23 +153,43 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     return _value_error(name, problem)
 
 
+def _options(parser: ArgumentParser) -> list[str]:
+    names = [
+        a.dest for a in parser._actions if not a.dest.endswith("help") and a.dest != PROVENANCE
+    ]
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+
+
+def _no_such_option(name: str, options: list[str]) -> str:
+    same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"{name}: no such option" + (
+        _did_you_mean(name, same_leaf or options) or "; --help lists them"
+    )
+
+
 def _value_error(name: str, problem: str) -> str:
     """Describe an invalid value of an option in one line."""
     if name in SOURCES:
+        if inner := re.search(r"given class_path '([\w.]+Source)': (.*?) Given value", problem):
+            return _group_error(name, inner[1], inner[2])
         value = re.search(r"(?:Given|Got) value: (.*?)(?: Subclass types|$)", problem)
         got = f", got {shortened(value[1])}" if value else ""
         return f"{name}: expected a path or a list such as [{{path: FILE}}]{got}"
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
-        wanted = union[1].replace("NoneType", "null").replace(", ", " or ")
+        kinds = union[1].replace("NoneType", "null").split(", ")
+        wanted = " or ".join(WORDS.get(kind, kind) for kind in kinds)
         return f"{name}: expected {wanted}, got {shortened(union[2])}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
         choices = re.findall(r"'([^']*)'", plain[1])
         return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + _did_you_mean(
             plain[2], choices
         )
-    if bounds := re.match(r"Not of type \w+: (.*) does not conform to restriction (.*)$", problem):
-        wanted = bounds[2].replace("v", "value ")
-        return f"{name}: expected a number with {wanted}, got {shortened(bounds[1])}"
+    if number := re.match(r"Not of type (\w+): (.*)$", problem):
+        value = re.search(r"(.*) does not conform|'(.*)'$|(\S+) not an integer", number[2])
+        got = next(filter(None, value.groups())) if value else number[2]
+        return f"{name}: expected {WORDS.get(number[1], number[1])}, got {shortened(got)}"
+    if group := re.match(r"Unable to load config ['\"](.*?)['\"]( - |$)", problem):
+        return f"{name}: expected options as `name: value`, got {shortened(group[1])}"
     return shortened(f"{name}: {problem}", 300)
 
 
@@ -163,7 +202,8 @@ def _group_error(name: str, class_path: str, problem: str) -> str:
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
         return f"{name}.{unknown[1]}: no such option" + _did_you_mean(unknown[1], options)
     if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
-        return f"{name}.{missing[1]}: required where {name} is not null"
+        needs = "each entry needs it" if name in SOURCES else f"required where {name} is not null"
+        return f"{name}.{missing[1]}: {needs}"
     if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
         return _value_error(f"{name}.{inner[1]}", inner[2])
     return f"{name}: {problem}"

@@ -45,7 +45,7 @@ def to_hf(
 
     origin = pretrained.find(source)
     if origin.step is None:
-        raise ConfigError(f"{source}: is not a run folder or one of its checkpoints")
+        raise ConfigError(f"{source}: is not a run folder or one of its checkpoints; name one")
     if merge and origin.adapter is None:
         raise ConfigError(f"merge: {source} has no adapters; leave --merge out")
     adapter_only = origin.adapter is not None and not merge
@@ -96,7 +96,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
         raise ConfigError(f"{out}: is not empty; choose another folder")
     origin = pretrained.find(source, revision)
     if origin.step is not None:
-        raise ConfigError(f"{source}: is already a run folder")
+        raise ConfigError(f"{source}: is already a run folder; use it as it is, or to_hf")
     model = model_of(origin.config, source)
     origin.check(model)
     tokenizer = origin.tokenizer()

@@ -5,6 +5,10 @@ Every message is one line: place, value found, value expected, and the fix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 
 def escaped(text: str, keep: str = "") -> str:
     """Escape unprintable characters but those in `keep`, so that a text cannot steer a terminal."""
@@ -36,6 +40,17 @@ class EasyAiraError(Exception):
 
     def __init__(self, message: str):
         super().__init__(escaped(message))
+
+
+@contextmanager
+def shown_as(place: Any, name: Any) -> Iterator[None]:
+    """Errors raised inside say `name`, as the user calls it, where they would say `place`."""
+    try:
+        yield
+    except EasyAiraError as error:
+        if str(place) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(place), str(name))) from error
 
 
 class ConfigError(EasyAiraError):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from easyaira.errors import ConfigError, EasyAiraError
+from easyaira.errors import ConfigError, EasyAiraError, UnsafeInputError
 
 MAX_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 2**20
@@ -45,6 +47,25 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     return content
 
 
+def check_links(folder: Path, suffixes: Iterable[str]) -> None:
+    """Check that files of a folder are no links out of it, other than into a cache of the hub.
+
+    Their text may be printed or released, and a link may lead to any file of this machine.
+
+    Raises:
+        UnsafeInputError: names the link.
+    """
+    root = folder.resolve()
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    for path in (p for p in found if p.suffix in suffixes and p.is_symlink()):
+        target = path.resolve()
+        cached = re.search(r"/models--[^/]+/blobs/[^/]+$", target.as_posix())
+        if not target.is_relative_to(root) and not cached:
+            raise UnsafeInputError(
+                f"{path}: is a link to {target}, outside the folder; put a copy in its place"
+            )
+
+
 def read_json(
     path: Path, kind: type = dict, *, error: type[EasyAiraError] = ConfigError, hint: str = ""
 ) -> Any:
@@ -62,17 +83,28 @@ def read_json(
     return content
 
 
+def decoded(text: bytes) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        ValueError: it is something else, with the place.
+    """
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
+
+
 def parse_json(text: bytes) -> Any:
     """Parse UTF-8 JSON.
 
     Raises:
         ValueError: not UTF-8, not JSON, a key twice in one object, or nested too deeply.
     """
+    content = decoded(text)
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=no_key_twice)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
+        return json.loads(content, object_pairs_hook=no_key_twice)
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
     except ValueError as error:  # also a key twice, or a number of too many digits
@@ -96,7 +128,7 @@ def read_yaml(path: Path, *, error: type[EasyAiraError] = ConfigError) -> dict[s
         error: it cannot be read, is not YAML or no mapping, or has a key twice; with the line.
     """
     try:
-        content = parse_yaml(read_file(path, MAX_YAML_BYTES).decode("utf-8-sig"))
+        content = parse_yaml(decoded(read_file(path, MAX_YAML_BYTES)).removeprefix("\ufeff"))
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read: {reason(problem)}") from problem
     if content is None:
@@ -127,6 +159,22 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(reason(error)) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def yaml_line(path: Path, keys: Sequence[str]) -> int | None:
+    """The line of the innermost of nested `keys` that a readable YAML file has, or None."""
+    node, line = (
+        yaml.compose(decoded(read_file(path)).removeprefix("\ufeff"), yaml.SafeLoader),
+        None,
+    )
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = [pair for pair in pairs if pair[0].value == key]
+        if not found:
+            break
+        name, node = found[0]
+        line = name.start_mark.line + 1
+    return line
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:

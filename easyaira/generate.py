@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     from easyaira.storage import pretrained
 
     origin = pretrained.find(args.model)
-    model = model_of(origin.config, str(origin.folder), scorer=False)
+    model = model_of(origin.config, origin.where, scorer=False)
     origin.check(model)
     tokenizer = origin.tokenizer()
     template = Template(tokenizer, args.template, origin.config["model_type"])

@@ -1,11 +1,12 @@
-"""Check a released folder against its own proof.
+"""Check a released folder against its own proof, or a run's checkpoints against their checksums.
 
 python -m easyaira.verify FOLDER [--json]
 
 Compares every tensor, every file of configuration and tokenizer, the figures of the model card and
 an adapter's base with proof.json; and, where PyTorch is installed, the logits on fixed prompts. A
-release inside its run folder is also compared with the records of the run. Prints a line for each
-check; exits with 0, or with 2 if something is not what was released.
+release inside its run folder is also compared with the records of the run. Of a run folder, every
+array of every checkpoint is compared. Prints a line for each check; exits with 0, or with 2 if
+something is not what was released or saved.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WORDS = {True: "ok", False: "WRONG", None: "skipped"}
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("folder", type=str, help="Released folder, such as RUN/hf.")
+    parser.add_argument("folder", type=str, help="Released folder, such as RUN/hf; or a run.")
     parser.add_argument("--json", action="store_true", help="Print the checks as a JSON object.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     args = cli.parse_args(parser, argv)
@@ -31,9 +32,14 @@ def main(argv: list[str]) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name a release, such as RUN/hf")
 
-    from easyaira.export.checks import verify
+    from easyaira.export import checks, run_check
+    from easyaira.storage import pretrained
 
-    results = verify(folder)
+    saved = not (folder / "proof.json").exists() and pretrained.find(str(folder)).step is not None
+    if saved:
+        results = list(run_check.verify(pretrained.checkpoint_dir(folder)))
+    else:
+        results = checks.verify(folder)
     wrong = [result.check for result in results if result.ok is False]
     if args.json:
         content = {"folder": args.folder, "ok": not wrong}
@@ -44,7 +50,8 @@ def main(argv: list[str]) -> None:
             message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in result.message)
             print(f"{WORDS[result.ok]:8}{result.check:9}{message}")
     if wrong:
-        raise CheckFailed(f"{folder}: not what was released: {', '.join(wrong)}")
+        was = "saved: checkpoints" if saved else "released:"
+        raise CheckFailed(f"{folder}: not what was {was} {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

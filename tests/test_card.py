@@ -339,3 +339,46 @@ def test_settings_that_transformers_refuses_are_refused_before_the_run(
         err = capsys.readouterr().err
         assert end.value.code == 2 and message in err, err
         assert not (tmp_path / "run").exists()
+
+
+def facts_of(models, data, tmp_path, config=None, generation=None):
+    """What a run on this model would release, with other entries in its two files."""
+    model = shutil.copytree(models / "gpt2", tmp_path / "gpt2")
+    for name, changes in (("config.json", config), ("generation_config.json", generation)):
+        file = model / name
+        content = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(content | (changes or {})))
+    arguments = [
+        f"--model.name_or_path={model}", f"--data.train={data / 'sft.jsonl'}",
+        "--data.template=plain", f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    run, _ = cli.parse(TrainSFT, arguments)
+    return released(prepare(run, sft_algorithm(run)))
+
+
+@pytest.mark.parametrize(
+    "config, generation, message",
+    [
+        ({"pad_token_id": 300}, {}, "config.json: pad_token_id: found 300, expected ids below 300"),
+        ({"sep_token_id": -2}, {}, "config.json: sep_token_id: found -2"),
+        ({}, {"eos_token_id": [2, 300]}, "generation_config.json: eos_token_id: found 300"),
+        ({}, {"eos_token_id": True}, "generation_config.json: eos_token_id: found True"),
+        ({}, {"pad_token_id": 300}, "generation_config.json: pad_token_id: found 300"),
+        ({}, {"temperature": "hot"}, "temperature: found 'hot', expected a number from 0;"),
+        ({}, {"top_p": 1.5}, "top_p: found 1.5, expected a number from 0 to 1;"),
+    ],
+)
+def test_ids_beyond_the_vocabulary_and_wild_settings_are_refused_before_the_run(
+    config, generation, message, models, data, tmp_path
+):
+    with pytest.raises(ConfigError) as error:
+        facts_of(models, data, tmp_path, config, generation)
+    assert message in str(error.value) and "correct or remove it" in str(error.value)
+
+
+def test_end_tokens_that_files_disagree_on_all_end_an_answer(models, data, tmp_path):
+    facts = facts_of(
+        models, data, tmp_path, {"eos_token_id": 9, "pad_token_id": -1}, {"eos_token_id": [7, 0]}
+    )
+    assert facts.config["eos_token_id"] == facts.generation_config["eos_token_id"] == [0, 7]
+    assert facts.config["pad_token_id"] is None  # -1 is no token

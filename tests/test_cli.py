@@ -3,16 +3,20 @@
 import contextlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from easyaira import __main__, __version__, cli, train_dpo
-from easyaira.config.run import TrainDPO, TrainSFT, to_dict
+from easyaira.config.data import Source
+from easyaira.config.run import TrainDPO, TrainReward, TrainSFT, to_dict
 from easyaira.errors import ConfigError
 from helpers.processes import call
 
@@ -45,19 +49,22 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         ),
         (["--beta", "1"], "beta: no such option; did you mean dpo.beta?"),
         (["--train_batch_size", "many"], "train_batch_size: "),
-        (["--train_batch_size", "0"], "train_batch_size: expected a number with value >0, got 0"),
+        (
+            ["--train_batch_size", "0"],
+            "train_batch_size: expected a whole number from 1, below 2**31, got 0",
+        ),
         (["--max_steps", "2.5"], "max_steps: "),
         (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate: expected a number"),
         (["--optimizer.adam_beta2", "1.5"], "optimizer.adam_beta2: expected a number"),
         (["--dpo.loss_type", "sigmod"], "did you mean sigmoid?"),
-        (["--dpo.beta", "0"], "dpo.beta: expected a number with value >0"),
+        (["--dpo.beta", "0"], "dpo.beta: expected a number above 0"),
         (["--dpo.label_smoothing", "0.1", "--dpo.loss_type", "ipo"], "ipo has no smoothing"),
         (["--dpo.loss_type", "exo_pair"], "exo_pair needs a value above 0"),
         (["--model.dropout", "0.1"], "model.dropout: would make policy and"),
         (["--model.dtype", "float16"], "model.dtype: expected Literal"),
         (["--lora", "{r: 8}"], "lora.target_modules: required where lora is not null"),
         (["--lora", "{target_modules: [q], rank: 8}"], "lora.rank: no such option"),
-        (["--lora", "{target_modules: [q], r: 0}"], "lora.r: expected a number with value >0"),
+        (["--lora", "{target_modules: [q], r: 0}"], "lora.r: expected a whole number from 1"),
         (["--lora", "{target_modules: [q], dropout: 1}"], "lora.dropout: expected a number"),
         (["--lora", "{target_modules: [q], quantize: int4}"], "lora.quantize: expected Literal"),
         (
@@ -117,20 +124,38 @@ PATHS = "expected a path or a list such as [{path: FILE}], got "
         ("seed: [1", "PLACE: cannot be read: line 1: "),
         (BOMB + "data: {allowed_tokens: *a9}", "PLACE: cannot be read: line 5: more than 100000"),
         (BOMB + "card: {inference: {x: *a9}}", "PLACE: cannot be read: line 5: more than 100000"),
-        ("card: {license: \xe7}", "PLACE: cannot be read: 'utf-8' codec can't decode byte 0xe7"),
-        ("learning_rate: 1e-5", "learning_rate: no such option; did you mean optimizer.learning"),
+        ("card: {license: \xe7}", "PLACE: cannot be read: not UTF-8: byte 0xe7 at 16"),
+        (
+            "seed: 1\n\nlearning_rate: 1e-5",
+            "PLACE:3: learning_rate: no such option; did you mean optimizer.learning_rate?",
+        ),
+        (
+            "seed: 1\noptimizer:\n  # a comment\n  lr: 1",
+            "PLACE:4: optimizer.lr: no such option; did you mean optimizer.learning_rate?",
+        ),
+        ("seed: 1\nfoo: 2", "PLACE:2: foo: no such option; --help lists them"),
+        (
+            "optimizer:\nseed: 1",
+            "PLACE:1: optimizer: expected options as `name: value`, got nothing",
+        ),
+        ("optimizer: 3", "PLACE:1: optimizer: expected options as `name: value`, got 3"),
+        ("1: 2", "PLACE:1: 1: no such option"),
+        (
+            "data: {train: [{path: a, weight: 2000}]}",
+            "PLACE:1: data.train.weight: expected a number above 0, up to 1000, got 2000",
+        ),
         ("model_name_or_path: x", "did you mean model.name_or_path?"),
         ("per_device_train_batch_size: 1", "did you mean train_batch_size?"),
-        ("seed: x" + "9" * 5000, "PLACE: seed: "),
-        ("train_batch_size: " + "x" * 5000, "PLACE: train_batch_size: "),
-        ("data: {train: [a.jsonl]}", f"PLACE: data.train: {PATHS}['a.jsonl']"),
-        ("data: {train: {path: a.jsonl}}", f"PLACE: data.train: {PATHS}{{'path': 'a.jsonl'}}"),
-        ("data: {eval: [a.jsonl]}", f"PLACE: data.eval: {PATHS}a.jsonl"),
-        ("data: {eval: {path: a.jsonl}}", f"PLACE: data.eval: {PATHS}{{'path': 'a.jsonl'}}"),
+        ("seed: x" + "9" * 5000, "PLACE:1: seed: "),
+        ("train_batch_size: " + "x" * 5000, "PLACE:1: train_batch_size: "),
+        ("data: {train: [a.jsonl]}", f"PLACE:1: data.train: {PATHS}['a.jsonl']"),
+        ("data: {train: {path: a.jsonl}}", f"PLACE:1: data.train: {PATHS}{{'path': 'a.jsonl'}}"),
+        ("data: {eval: [a.jsonl]}", f"PLACE:1: data.eval: {PATHS}a.jsonl"),
+        ("data: {eval: {path: a.jsonl}}", f"PLACE:1: data.eval: {PATHS}{{'path': 'a.jsonl'}}"),
         ("data: {eval: [{path: a, weihgt: 2}]}", "data.eval.weihgt: no such option; did you mean"),
-        ("lora: [a]", "PLACE: lora: expected LoraConfig or null, got ['a']"),
-        ("energy: x.y", "PLACE: energy: "),
-        ("card: {inference: {x: {y: 1}}}", "PLACE: card.inference: expected bool or int or"),
+        ("lora: [a]", "PLACE:1: lora: expected options as `name: value` or null, got ['a']"),
+        ("energy: x.y", "PLACE:1: energy: "),
+        ("card: {inference: {x: {y: 1}}}", "PLACE:1: card.inference: expected bool or int or"),
     ],
     ids=lambda text: repr(text[:30]),
 )
@@ -142,6 +167,74 @@ def test_a_file_of_options_is_refused_in_one_short_line(text, message, tmp_path)
     said = str(error.value)
     assert message.replace("PLACE", str(file)) in said
     assert "\n" not in said and len(said) < 450 + len(str(file))
+
+
+OUT_OF_RANGE = {  # option: values that are refused
+    "optimizer.learning_rate": "-1 inf nan 1e39",
+    "optimizer.weight_decay": "-1 inf nan 1e39",
+    "optimizer.adam_beta1": "-1 1 nan 0.99999999",
+    "optimizer.adam_beta2": "-1 1 nan 0.99999999",  # 1 in float32
+    "optimizer.adam_epsilon": "0 -1 inf nan 1e-50",  # 0 in float32
+    "optimizer.max_grad_norm": "-1 inf nan",
+    "optimizer.warmup_steps": "-1 1.5 nan 2147483648",
+    "optimizer.warmup_ratio": "-1 1 nan",
+    "num_train_epochs": "0 -1 inf nan 1e39",
+    "max_steps": "0 -2 1.5 2147483648",
+    "train_batch_size": "0 -1 1.5 true 2147483648",
+    "gradient_accumulation_steps": "0 -1",
+    "seed": "-1 1.5 4294967296",
+    "save_steps": "-1",
+    "eval_steps": "-1",
+    "logging_steps": "0",
+    "save_total_limit": "0",
+    "num_samples": "-1",
+    "model.dropout": "-0.1 1 nan",
+    "model.max_positions": "0 -1 1e9",
+    "data.max_length": "0 -1 nan",
+    "data.max_dropped": "-0.1 1 nan",
+    "data.eval": "0 1 1.5 -0.1 nan inf",
+    "dpo.beta": "0 -1 inf nan 1e-50",
+    "dpo.label_smoothing": "-0.1 0.5 nan",
+    "dpo.sft_weight": "-1 inf nan",
+    "generation.temperature": "0 -1 inf nan 1e-50",
+    "generation.top_p": "0 1.5 nan",
+    "generation.top_k": "0 -1",
+    "generation.repetition_penalty": "0 inf nan",
+    "distributed.timeout": "0 -1",
+}
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused_in_words(option):
+    for value in OUT_OF_RANGE[option].split():
+        with pytest.raises(ConfigError) as error:
+            parse(f"--{option}={value}")
+        words = r"expected .*(number|share)\b.*, got " + re.escape(value)
+        assert re.fullmatch(rf"{option}: {words}", str(error.value)), error.value
+
+
+def test_every_number_of_a_configuration_has_a_range():
+    """No option is a plain int or float, which may be anything."""
+    plain = []
+
+    def look(config):
+        for name, kind in get_type_hints(config).items():
+            for part in get_args(kind) or (kind,):
+                if part in (int, float):
+                    plain.append(f"{config.__name__}.{name}")
+                elif is_dataclass(part):
+                    look(part)
+
+    for config in (TrainSFT, TrainDPO, TrainReward, Source):
+        look(config)
+    assert set(plain) == set()
+
+
+def test_sources_that_are_not_understood_are_no_path():
+    for value in ('[{"path": "a", "weight": -1}]', '{"path": "a", "x": 1}', '["a"'):
+        for option in ("train", "eval"):
+            with pytest.raises(ConfigError, match="a path or a list such as"):
+                parse(f"--data.{option}={value}")
 
 
 def test_a_folder_and_a_pipe_are_no_file_of_options(tmp_path):

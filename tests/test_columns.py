@@ -240,6 +240,9 @@ def test_a_form_that_is_not_read_says_what_to_do(row, reason, tmp_path):
         ("pair", {"prompt": "a", "chosen": "b", "rejected": "c", "tools": ["x"]}, "column tools"),
         ("pair", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0}, "column margin"),
         ("label", {"text": "b", "label": 1, "prompt": "a"}, "column prompt"),
+        ("conversation", {"prompt": "a", "completion": "b", "image_url": "c"}, "column image_url"),
+        ("conversation", {"messages": [ASKED, ANSWERED | {"tool_call_id": "c1"}]},
+         "column messages: key tool_call_id"),
     ],
 )  # fmt: skip
 def test_what_would_change_what_is_learned_is_an_error(task, row, name, tmp_path):
@@ -267,3 +270,47 @@ def test_other_filled_columns_and_keys_are_counted_by_name(tmp_path, capsys):
             "column messages: key name (1 rows)"
         ]
     assert json.loads(json.dumps(expected)) == expected
+
+
+def test_a_column_that_another_replaces_is_counted(tmp_path):
+    row = {"prompt": "Be kind.", "question": "Hi?", "completion": "Hello."}
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]), columns={"prompt": "question"})
+    assert data.report["train"]["not used"] == {"column prompt (replaced by question)": 1}
+
+
+def test_a_split_that_stands_in_a_column_is_told(tmp_path):
+    row = {"prompt": "Hi?", "completion": "Hello.", "split": "test"}
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]))
+    assert data.report["train"]["not used"] == {"column split": 1}
+
+
+QUOTE = (
+    '\n\nHuman: What is it?\n\nAssistant: A text: "\n\nHuman: Hi\n\nAssistant: Hello" and so on.'
+)
+FENCED = "### Human: Why?### Assistant: ```### Human: Hi### Assistant: Hello``` is the form."
+
+
+@pytest.mark.parametrize(
+    "row, task",
+    [
+        ({"chosen": QUOTE, "rejected": QUOTE + " No."}, "pair"),
+        ({"transcript": QUOTE}, "conversation"),
+        ({"transcript": FENCED}, "conversation"),
+    ],
+    ids=["pair", "quotation", "code"],
+)
+def test_a_transcript_that_may_be_split_in_a_quotation_is_counted(row, task, tmp_path):
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]), task=task)
+    noted = data.report["train"]["noted"]
+    assert noted == {"a quotation may hold a speaker's marker, and be split there": 1}
+
+
+def test_a_transcript_with_quotations_of_its_own_is_not_accused(tmp_path):
+    row = {"transcript": '### Human: "Hi" means?### Assistant: "Hello", 5\' 10" away.'}
+    assert load(tiny.write_rows(tmp_path / "a.jsonl", [row])).report["train"]["noted"] == {}
+
+
+def test_roles_of_other_names_are_told_by_name(tmp_path):
+    rows = [{"messages": [turn("human", "Hi?"), turn("gpt", "Hello.")]}]
+    with pytest.raises(DataError, match="dropped 1 no turn has the role assistant"):
+        load(tiny.write_rows(tmp_path / "a.jsonl", rows))

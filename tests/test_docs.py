@@ -159,7 +159,7 @@ def look_up(words) -> bool:
             assert not own or own[1] in (None, *extras), word
     elif words[:2] == ("python", "scripts/benchmark.py"):
         benchmark().parser().parse_args(words[2:])
-    elif words[:2] in (("python", "scripts/pods.py"), ("python", "scripts/faults.py")):
+    elif words[:1] == ("python",) and words[1].startswith("scripts/"):
         text = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in text for word in words if word.startswith("--"))
     elif words == ("pre-commit", "install"):
@@ -388,3 +388,13 @@ def test_the_readme_stays_short_and_names_every_page():
     for page in PAGES:
         assert page.name == "README.md" or page.name in text, page.name
     assert (ROOT / "docs/quickstart.png").stat().st_size < 150_000
+
+
+def test_tests_that_pages_name_exist():
+    found = set()
+    for page in PAGES:
+        found |= set(re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text()))
+    assert len(found) > 50
+    for file, name in sorted(found):
+        text = (ROOT / "tests" / file).read_text()
+        assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file} has no {name}"

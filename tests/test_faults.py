@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -290,3 +292,16 @@ def test_nothing_outside_a_run_folder_is_written(ground, tmp_path, capsys, monke
     assert status == 0, err
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
     assert weights(run) == weights(ground / "straight")
+
+
+@pytest.mark.slow
+def test_refusals_are_measured():
+    """The script of docs/reliability.md, for the two cheapest that are hostile."""
+    script = Path(__file__).parents[1] / "scripts/refusals.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--only", "yaml: n"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| yaml")]
+    assert [row.split("|")[2].strip() for row in rows] == ["2", "2"]
+    assert "not UTF-8: byte 0xe7" in done.stderr and "nested too deeply" in done.stderr

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from easyaira import files
-from easyaira.errors import ConfigError, StorageError
+from easyaira.errors import ConfigError, StorageError, UnsafeInputError
+from easyaira.storage import pretrained
 
 
 def test_write_replaces_links_and_leaves_their_targets(tmp_path):
@@ -94,7 +95,7 @@ def test_yaml_errors_name_the_line(text, message, tmp_path):
 
 def test_yaml_of_another_encoding_is_refused(tmp_path):
     (tmp_path / "x.yaml").write_bytes("a: é".encode("latin-1"))
-    with pytest.raises(ConfigError, match="x.yaml: cannot be read: 'utf-8' codec"):
+    with pytest.raises(ConfigError, match="x.yaml: cannot be read: not UTF-8: byte 0xe9 at 3"):
         files.read_yaml(tmp_path / "x.yaml")
 
 
@@ -102,3 +103,57 @@ def test_yaml_takes_aliases_merges_and_a_byte_order_mark(tmp_path):
     (tmp_path / "x.yaml").write_text("\ufeffa: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n")
     a = {"x": 1, "y": 2}
     assert files.read_yaml(tmp_path / "x.yaml") == {"a": a, "b": {"x": 1, "y": 3}, "c": [a, a]}
+
+
+def linked(tmp_path, name, target):
+    """A model folder with a link in it."""
+    folder = tmp_path / "models--a--b/snapshots/c0ffee"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    link, target = folder / name, tmp_path / target
+    for file in (link, target):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("text")
+    link.symlink_to(target)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "additional_chat_templates/tool.jinja", "tokenizer.json", "merges.txt"],
+)
+def test_a_link_out_of_a_model_folder_is_refused(name, tmp_path):
+    folder = linked(tmp_path, name, "secret")
+    with pytest.raises(UnsafeInputError, match=f"{name}: is a link to {tmp_path}/secret, outside"):
+        pretrained.find(str(folder))
+    (tmp_path / "run").mkdir()
+    folder.rename(tmp_path / "run/tokenizer")
+    (tmp_path / "run/checkpoints/3").mkdir(parents=True)
+    with pytest.raises(UnsafeInputError, match=name):
+        pretrained.find(f"{tmp_path}/run/checkpoints/3")
+
+
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("tokenizer.json", "models--a--b/snapshots/c0ffee/original.json"),
+        ("tokenizer.json", "models--a--b/blobs/0123abcd"),  # as the hub's cache is laid out
+        ("model.safetensors", "elsewhere/model.safetensors"),  # weights are no text
+        ("notes.md", "elsewhere/notes"),  # is not read
+    ],
+)
+def test_links_that_stay_inside_or_hold_weights_are_followed(name, target, tmp_path):
+    folder = linked(tmp_path, name, target)
+    assert pretrained.find(str(folder)).folder == folder
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    assert pretrained.find(str(tmp_path / "link")).step is None
+
+
+def test_the_place_of_checkpoints_that_lie_elsewhere_is_told(tmp_path, capsys):
+    run, place = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"provenance: {{}}\ncheckpoint_dir: {place}\n")
+    for _ in range(2):
+        assert pretrained.find(f"{run}/checkpoints/4").step == 4
+    told = f"{run}/checkpoints/4: checkpoints are read from {place}\n"
+    assert capsys.readouterr() == ("", told)

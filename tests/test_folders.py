@@ -148,7 +148,7 @@ def test_a_saved_data_set_stays_in_its_folder(tmp_path):
     assert "lies outside the folder" in refused(tmp_path / "mine", error=UnsafeInputError)
     (tmp_path / "mine/dataset_dict.json").write_text('{"splits": ["train", "../other/train"]}')
     outside = refused(tmp_path / "mine", "../../other/train")
-    assert "the splits are" in outside
+    assert "set data.split to one of" in outside
     assert "outside" in refused(tmp_path / "mine", "../other/train", UnsafeInputError)
     for damaged in ("", "[]", "{" * 9):
         (tmp_path / "mine/dataset_dict.json").write_text(damaged)

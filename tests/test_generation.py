@@ -152,7 +152,7 @@ def test_a_huge_limit_is_that_of_the_models_positions(gpt2, capsys):
         ({"stop_strings": ["x"]}, "stop_strings"),
         ({"min_new_tokens": 5}, "min_new_tokens"),
         ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
-        ({"temperature": "0.5"}, "temperature: found '0.5', expected a number from 0.0 to inf"),
+        ({"temperature": "0.5"}, "temperature: found '0.5', expected a number from 0;"),
         ({"top_p": 1.5}, "top_p: found 1.5"),
         ({"top_k": 2.5}, "top_k: found 2.5, expected a whole number"),
         ({"max_new_tokens": 0}, "max_new_tokens: found 0"),

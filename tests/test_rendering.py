@@ -276,11 +276,14 @@ BOMBS = {
         "{% for i in range(1500) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "not finish",
     ),
-    "a long text": ("{{ ('a' * (messages|length * 3 * 10 ** 9))|length }}", "MemoryError"),
-    "a wide number": ("{{ '%1000000000d' % 1 }}", "MemoryError"),
+    "a long text": (
+        "{{ ('a' * (messages|length * 3 * 10 ** 9))|length }}",
+        "takes more than 512 MiB of memory",
+    ),
+    "a wide number": ("{{ '%1000000000d' % 1 }}", "takes more than 512 MiB of memory"),
     "much text": (
         "{% set a = 'a' * 2000000 %}{% for i in range(90000) %}{{ a }}{% endfor %}",
-        "MemoryError",
+        "takes more than 512 MiB of memory",
     ),
     "more text than a row": ("{{ 'a' * 100000000 }}", "writes more than 64 MiB"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),

@@ -137,7 +137,7 @@ def test_a_folder_saved_by_datasets(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "many")
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "many", "test") == ROWS
     assert rows_of(tmp_path / "many") == ROWS[:1]
-    assert "split dev): cannot be loaded" in error_of(tmp_path / "many", split="dev")
+    assert "no split 'dev'; set data.split to one of" in error_of(tmp_path / "many", split="dev")
     assert "has no splits" in error_of(tmp_path / "one", split="dev")
 
 
@@ -413,7 +413,10 @@ def test_nothing_of_a_damaged_file_is_kept_for_later(tmp_path):
 def test_files_without_rows(tmp_path):
     schema = pyarrow.schema({"prompt": pyarrow.string(), "completion": pyarrow.string()})
     pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "a.parquet")
-    assert error_of(tmp_path / "a.parquet") == f"{tmp_path / 'a.parquet'}: no rows"
+    assert (
+        error_of(tmp_path / "a.parquet")
+        == f"{tmp_path / 'a.parquet'}: no rows; is it the right file?"
+    )
     (tmp_path / "folder").mkdir()
     assert "no data file in this folder; wanted .jsonl" in error_of(tmp_path / "folder")
 

@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 from easyaira import cli, convert, verify
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import CheckFailed, ConfigError
-from easyaira.export import proof, torch_check
+from easyaira.export import adapter_base, proof, torch_check
 from easyaira.hf import safetensors
+from easyaira.models.registry import model_of
+from easyaira.storage.pretrained import find
 from helpers import in_process, runs, tiny
 
 WEIGHTS = "model.safetensors"
@@ -444,3 +446,106 @@ def test_a_proof_names_what_the_weights_were_made_from(ground):
 def test_a_folder_that_is_no_release_gets_a_hint(models):
     with pytest.raises(ConfigError, match="write it again with easyaira convert to_hf"):
         verify.main([str(models / "gpt2")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "adapter", "llama ours"])
+def test_checkpoints_of_a_healthy_run_are_not_accused(name, ground, tmp_path, capsys):
+    if name == "llama ours":
+        converted(ground, "llama", tmp_path / "release")  # by way of this folder
+    lines, ok = lines_of(ground / name, capsys)
+    assert ok and len(lines) == 1 and "as saved" in lines["0" if "ours" in name else "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", ["params", "opt_state", "meta", "data", "sums"])
+def test_a_bit_of_a_checkpoint_is_found(item, ground, tmp_path, capsys):
+    copied(ground / "sft", tmp_path / "run")
+    folder = tmp_path / f"run/checkpoints/3/{item}"
+    file = folder / "metadata"  # of a record
+    if not file.exists():  # of arrays
+        file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    lines, ok = lines_of(tmp_path / "run", capsys)
+    assert not ok and lines["3"].startswith("WRONG   3")
+
+
+def adapted_from(base, ground, out):
+    """A DPO run with an adapter on the weights of another run; returns its adapter_config.json."""
+    common = {"max_steps": 1, "optimizer.warmup_steps": 0, "export": True}
+    targets = "c_attn" if base == "sft" else "q_proj"
+    lora = f"--lora={{r: 2, alpha: 4, target_modules: [{targets}]}}"
+    runs.train("dpo", ground / base, ground, out, lora, **common)
+    return json.loads((out / "hf/adapter_config.json").read_text())
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_run_names_the_release_of_that_run(ground, tmp_path, capsys):
+    config = adapted_from("sft", ground, tmp_path / "run")
+    assert config["base_model_name_or_path"] == str(ground / "sft/hf")
+    assert "warning: hf/" not in capsys.readouterr().out
+    lines, ok = lines_of(tmp_path / "run/hf", capsys)
+    assert ok and lines["logits"].startswith("ok")  # peft loaded it
+
+
+@pytest.mark.slow
+def test_an_adapter_on_an_adapter_says_before_the_first_update_what_its_base_needs(
+    ground, tmp_path, capsys
+):
+    place = adapted_from("adapter", ground, tmp_path / "run")["base_model_name_or_path"]
+    out = capsys.readouterr().out
+    needed = f"`easyaira convert to_hf {place} BASE --merge` and name BASE in its adapter_config"
+    assert place == str(ground / "adapter/checkpoints/3")
+    assert needed in out and out.index(needed) < out.index("step 1: ")
+    card = (tmp_path / "run/hf/README.md").read_text()
+    assert card.index("to_hf adapter/checkpoints/3 BASE --merge`") < card.index("AutoPeftModel")
+    convert.main(["to_hf", place, str(tmp_path / "base"), "--merge"])  # as told
+    file = tmp_path / "run/hf/adapter_config.json"
+    file.write_text(file.read_text().replace(place, str(tmp_path / "base")))
+    theirs, ours = (
+        torch_check.torch_logits(folder, [[1, 2, 3]], base)[0]
+        for folder, base in (
+            (tmp_path / "run/hf", tmp_path / "base"),
+            (converted_run(tmp_path), None),
+        )
+    )
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def converted_run(folder):
+    return to_hf(folder / "run", folder / "merged", "--merge")
+
+
+OTHER_RELEASES = {
+    "of another update": ("updates", lambda told: told["run"] | {"updates": 2}),
+    "rounded": ("tensors", lambda told: {"x": {"dtype": "bfloat16"}}),
+    "an adapter": ("base", lambda told: {"name": "x"}),
+    "of no run": ("run", lambda told: None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", OTHER_RELEASES)
+def test_a_release_of_other_weights_is_no_base(how, ground, tmp_path):
+    copied(ground / "sft", tmp_path / "sft")
+    key, value = OTHER_RELEASES[how]
+    file = tmp_path / "sft/hf/proof.json"
+    told = json.loads(file.read_text())
+    told["run" if key == "updates" else key] = value(told)
+    assert adapter_base.loadable(find(str(tmp_path / "sft"))) is not None
+    file.write_text(json.dumps(told))
+    assert adapter_base.loadable(find(str(tmp_path / "sft"))) is None
+
+
+@pytest.mark.slow
+def test_a_release_whose_proof_lies_is_no_base(ground, tmp_path):
+    """Its tensors and hashes are those of other weights than the checkpoint's."""
+    copied(ground / "sft", tmp_path / "sft")
+    one_bit(tmp_path / "sft/hf")
+    (tmp_path / "sft/hf/export_report.json").unlink()
+    base = find(str(tmp_path / "sft"))
+    model = model_of(base.config, "run")
+    assert adapter_base.loadable(base) is not None
+    assert adapter_base.compared(base, model, meshes.make_mesh("fsdp=-1")) is None

@@ -7,12 +7,13 @@ import sys
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from easyaira.distributed.mesh import make_mesh
-from easyaira.errors import ConfigError, UnsafeInputError, WeightsError
+from easyaira.errors import ConfigError, TokenizerError, UnsafeInputError, WeightsError
 from easyaira.hf import safetensors, transfer
 from easyaira.models.layers import ACTIVATIONS
 from easyaira.models.model import resize
@@ -76,6 +77,46 @@ def test_a_tensor_that_is_not_finite_is_named(folder, bad):
     model, found = check(folder)
     with pytest.raises(WeightsError, match="model.norm.weight.*NaN or infinity"):
         found.load(model, make_mesh("fsdp=1"))
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
+def test_norms_of_another_type_than_the_rest_are_read_as_transformers_reads_them(kind, folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    mixed = {n: a if "norm" in n else a.astype(jnp.dtype(kind)) for n, a in held.items()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    model, params = tiny.load(folder)
+    ids = np.random.default_rng(0).integers(1, tiny.VOCAB, (2, 9))
+    hidden, head = model.apply(params, tiny.layout(ids))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        wanted = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose((hidden @ head)[..., : model.vocab_size], wanted, atol=1e-5)
+    dtypes = Pretrained(str(folder), folder).stored_dtypes()
+    assert dtypes.pop("") == kind and set(dtypes.values()) == {"float32"}
+    assert all("norm" in name for name in dtypes)
+    back = transfer.to_hf(
+        params,
+        model.rows,
+        vocab_size=model.vocab_size,
+        dtypes=lambda name: jnp.dtype(dtypes.get(name, kind)),
+    )
+    assert all(a.tobytes() == mixed[name].tobytes() for name, a in back)  # also when released
+
+
+def test_types_that_are_not_read_and_pipes_are_named(folder):
+    file = folder / "model.safetensors"
+    header = json.dumps({NORM: {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}})
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    with pytest.raises(WeightsError, match=f"{NORM} is stored as F8_E4M3, .* save the model in"):
+        check(folder)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(WeightsError, match="not a regular file"):
+        check(folder)
 
 
 def test_buffers_of_old_files_are_no_weights(tmp_path):
@@ -280,6 +321,31 @@ def test_a_hub_model_in_another_format_says_how_to_get_safetensors(folder, file,
         find("owner/m")
     assert "random" not in str(error.value)
     assert find("owner/m", weights_wanted=False).folder == folder
+
+
+def test_a_hub_model_is_named_as_it_was_asked_for_and_not_by_its_place(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+
+    def said():
+        found = find("ex/model")
+        with pytest.raises((ConfigError, WeightsError, TokenizerError)) as error:
+            found.tokenizer()
+            found.check(model_of(found.config, found.where))
+        assert str(folder) not in str(error.value)
+        return str(error.value)
+
+    set_config(folder, strange=3)
+    assert said().startswith("ex/model: strange is unknown")
+    set_config(folder, strange=None)
+    change(folder, **{NORM: None})
+    assert said().startswith("ex/model: missing model.norm.weight")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert said().startswith("ex/model/model.safetensors: cannot be read")
+    (folder / "tokenizer.json").write_text("{")
+    assert said().startswith("ex/model: no tokenizer could be loaded")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="^ex/model/config.json: cannot be read: not JSON"):
+        _ = find("ex/model").config
 
 
 def test_a_config_that_disagrees_with_the_tensors_is_named_before_any_memory_is_taken(folder):

@@ -7,9 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt
-
-from easyaira.config.ranges import HalfShare, NonNegative, Positive, Share
+from easyaira.config.ranges import (
+    CountOrZero,
+    Decay,
+    HalfShare,
+    NonNegative,
+    Positive,
+    Share,
+)
 from easyaira.errors import ConfigError
 
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
@@ -92,15 +97,15 @@ class OptimizerConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Decay of the learning rate after its peak; linear and cosine end at 0. constant has no
     warm-up, as in transformers."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountOrZero = 0
     """Updates of linear warmup from 0 (the first update has rate 0)."""
     warmup_ratio: Share = 0.0
     """Warmup as a share of all updates, rounded up; instead of warmup_steps."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay on matrices and embeddings."""
-    adam_beta1: Share = 0.9
+    adam_beta1: Decay = 0.9
     """Decay rate of the gradient's running mean."""
-    adam_beta2: Share = 0.999
+    adam_beta2: Decay = 0.999
     """Decay rate of the squared gradient's running mean."""
     adam_epsilon: Positive = 1e-8
     """Constant added to the root of the squared gradient's running mean."""

@@ -4,13 +4,14 @@ The string below an option is its `--help`."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse.typing import OpenUnitInterval, PositiveInt
+from jsonargparse.typing import OpenUnitInterval
 
-from easyaira.config.ranges import Positive, Share
-from easyaira.errors import ConfigError
+from easyaira.config.ranges import Count, Share, Weight
+from easyaira.errors import ConfigError, shortened
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Source:
     one."""
     columns: dict[str, str] = field(default_factory=dict)
     """EasyAira's column name -> the data set's, such as {prompt: question, completion: answer}."""
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     """Repeats of each row in an epoch: 2 uses every row twice, 0.5 a random half of them."""
     template: str | None = None
     """Chat template of this source; default: data.template."""
@@ -52,13 +53,13 @@ class DataConfig:
     """Swap prompt and completion: train a backward model, for instruction backtranslation."""
     allowed_tokens: list[str] = field(default_factory=list)
     """Control tokens that become one token where a row's text spells them; others stay text."""
-    max_examples: PositiveInt | None = None
+    max_examples: Count | None = None
     """Read at most N rows of each source of train."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Unreadable row: stop with its place, or skip and count it."""
-    max_length: PositiveInt | None = None
+    max_length: Count | None = None
     """Longest example in tokens; default: the model's number of positions."""
-    max_prompt_length: PositiveInt | None = None
+    max_prompt_length: Count | None = None
     """Longest prompt in tokens; a longer one keeps its start token and its last tokens."""
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """For an example above max_length: cut its end (so it has no EOS to learn), cut the start of
@@ -80,6 +81,14 @@ class DataConfig:
     """Cache of tokenised data; default: EASYAIRA_CACHE, or easyaira in the user's cache folder."""
 
     def __post_init__(self):
+        for name, value in (("data.train", self.train), ("data.eval", self.eval)):
+            share = "" if name == "data.train" else "a share above 0 and below 1, "
+            wrong = r"\s*[\[{]\s*[{\"']" + (r"|[-+.\d]*\d$|[-+]?(nan|inf)$" if share else "")
+            if isinstance(value, str) and re.match(wrong, value):
+                raise ConfigError(
+                    f"{name}: expected {share}a path or a list such as [{{path: FILE}}] with valid "
+                    f"options, got {shortened(value)}"
+                )
         if isinstance(self.eval, list) and any(source.weight != 1 for source in self.eval):
             raise ConfigError("data.eval: held-out rows are evaluated once each; leave out weight")
         named = isinstance(self.train, str) or isinstance(self.eval, str)

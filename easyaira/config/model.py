@@ -7,9 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
-
-from easyaira.config.ranges import Positive, Share
+from easyaira.config.ranges import Count, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class ModelConfig:
     """Resize the embedding to the tokenizer's size. mean: new rows are the mean of the old ones;
     normal: new rows are drawn with the model's own standard deviation, as for Aira's originals. By
     default, rows are added only for tokens that the template adds, with the mean."""
-    max_positions: PositiveInt | None = None
+    max_positions: Count | None = None
     """Override for the longest sequence in config.json (rotary models only). The released
     config.json has the new value."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
@@ -63,7 +61,7 @@ class LoraConfig:
     """Linear layers that get an adapter, by Hugging Face names as in peft: a list of last name
     parts ([q_proj, k_proj, v_proj, o_proj]), a regular expression that matches full names, or
     all-linear: every linear layer of the blocks."""
-    r: PositiveInt = 8
+    r: Count = 8
     """Rank of the adapters."""
     alpha: Positive = 8.0
     """Scale the output of an adapter by alpha / r."""

@@ -1,14 +1,48 @@
-"""Bounded numbers as option types; none of them may be infinite."""
+"""Bounded numbers as option types.
+
+Fractions are computed in float32 and counts in int32, so no option may overflow them.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from jsonargparse.typing import restricted_number_type
 
-FINITE = ("<", float("inf"))
-NonNegative = restricted_number_type("NonNegative", float, [(">=", 0.0), FINITE])
-Positive = restricted_number_type("Positive", float, [(">", 0.0), FINITE])
-Share = restricted_number_type("Share", float, [(">=", 0.0), ("<", 1.0)])
-HalfShare = restricted_number_type("HalfShare", float, [(">=", 0.0), ("<", 0.5)])
-TopP = restricted_number_type("TopP", float, [(">", 0.0), ("<=", 1.0)])
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
-MaxSteps = restricted_number_type("MaxSteps", int, [(">=", -1), ("!=", 0)])
+WORDS = {  # name of a type -> its values, for messages
+    "PositiveInt": "a whole number from 1",
+    "LoraConfig": "options as `name: value`",
+    "EnergyConfig": "options as `name: value`",
+}
+LARGEST = 3e38  # in float32
+SMALLEST = 1e-37  # smaller numbers are 0 on some devices
+
+
+def _number(name: str, kind: type, words: str, *bounds: tuple[str, float]) -> Any:
+    WORDS[name] = words
+    return restricted_number_type(name, kind, list(bounds))
+
+
+NonNegative = _number("NonNegative", float, "a number from 0 to 3e38", (">=", 0.0), ("<=", LARGEST))
+Positive = _number(
+    "Positive", float, "a number above 0 (1e-37 to 3e38)", (">=", SMALLEST), ("<=", LARGEST)
+)
+Weight = _number("Weight", float, "a number above 0, up to 1000", (">=", SMALLEST), ("<=", 1e3))
+Share = _number("Share", float, "a number from 0, below 1", (">=", 0.0), ("<", 1.0))
+HalfShare = _number("HalfShare", float, "a number from 0, below 0.5", (">=", 0.0), ("<", 0.5))
+# 1 - 1e-8 is 1 in float32, and a mean that decays by 1 never moves
+Decay = _number("Decay", float, "a number from 0 to 0.999999", (">=", 0.0), ("<=", 0.999999))
+TopP = _number("TopP", float, "a number above 0, up to 1", (">=", SMALLEST), ("<=", 1.0))
+Seed = _number("Seed", int, "a whole number from 0, below 2**32", (">=", 0), ("<", 2**32))
+Count = _number("Count", int, "a whole number from 1, below 2**31", (">=", 1), ("<", 2**31))
+CountOrZero = _number(
+    "CountOrZero", int, "a whole number from 0, below 2**31", (">=", 0), ("<", 2**31)
+)
+MaxSteps = _number(
+    "MaxSteps",
+    int,
+    "-1, or a whole number from 1, below 2**31",
+    (">=", -1),
+    ("!=", 0),
+    ("<", 2**31),
+)

@@ -11,12 +11,10 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from easyaira.config.algorithms import DPOConfig, OptimizerConfig, RewardConfig, SFTConfig
 from easyaira.config.data import DataConfig
 from easyaira.config.model import LoraConfig, ModelConfig, PolicyConfig
-from easyaira.config.ranges import MaxSteps, Positive, TopP
+from easyaira.config.ranges import Count, CountOrZero, MaxSteps, Positive, Seed, TopP
 from easyaira.errors import ConfigError
 
 PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored when read
@@ -57,13 +55,13 @@ class GenerationConfig:
     """true: sample tokens; false: take the most likely one."""
     temperature: Positive | None = None
     """Divisor of the logits; below 1, likely tokens become likelier."""
-    top_k: PositiveInt | None = None
+    top_k: Count | None = None
     """Sample from the k most likely tokens."""
     top_p: TopP | None = None
     """Sample from the most likely tokens whose probabilities add up to this."""
     repetition_penalty: Positive | None = None
     """Above 1, tokens that already occur in the text become less likely."""
-    max_new_tokens: PositiveInt | None = None
+    max_new_tokens: Count | None = None
     """Longest answer in tokens."""
     renormalize_logits: bool | None = None
     """Renormalise the probabilities after all of the above."""
@@ -106,19 +104,19 @@ class DistributedConfig:
 
     coordinator_address: str | None = None
     """Address and free port of process 0, such as 10.0.0.1:1234."""
-    num_processes: PositiveInt | None = None
+    num_processes: Count | None = None
     """Number of processes."""
-    process_id: NonNegativeInt | None = None
+    process_id: CountOrZero | None = None
     """Index of this process, from 0."""
     detect: bool = True
     """Detect the other processes from the launcher; false: without coordinator_address, run as a
     single process."""
-    initialization_timeout: PositiveInt = 300
+    initialization_timeout: Count = 300
     """Seconds to wait for the other processes at the start."""
-    timeout: PositiveInt = 60
+    timeout: Count = 60
     """Seconds without a heartbeat after which a process counts as lost and all others exit with
     status 5."""
-    hang_timeout: PositiveInt = 1800
+    hang_timeout: Count = 1800
     """Seconds without progress after which a process exits with status 5 and names its last step.
     Set it longer than the longest compilation and the longest save."""
 
@@ -145,26 +143,26 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = None
     """Train adapters and freeze the model's own weights; null: train all weights."""
-    train_batch_size: PositiveInt = 8
+    train_batch_size: Count = 8
     """Examples (DPO: pairs) per update, over all devices and accumulation steps."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-batches per update, computed one after another to save memory."""
     num_train_epochs: Positive = 1.0
     """Passes over the data."""
     max_steps: MaxSteps = -1
     """Total number of updates; -1: set by num_train_epochs."""
-    eval_steps: NonNegativeInt = 200
+    eval_steps: CountOrZero = 200
     """Evaluate on the held-out rows every N updates and always before the first and after the last;
     0: only those two."""
-    save_steps: NonNegativeInt = 200
+    save_steps: CountOrZero = 200
     """Save a checkpoint every N updates and always after the last; 0: only after the last."""
-    save_total_limit: PositiveInt = 2
+    save_total_limit: Count = 2
     """Number of checkpoints to keep."""
-    logging_steps: PositiveInt = 10
+    logging_steps: Count = 10
     """Log metrics every N updates, averaged over them."""
-    num_samples: NonNegativeInt = 4
+    num_samples: CountOrZero = 4
     """Number of held-out prompts to answer before and after training, for report.html."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Random seed of the data order, the held-out split, random weights and dropout."""
     mesh: str = "dp=1,fsdp=-1,tp=1"
     """Devices per axis: dp (replicated weights, sharded data), fsdp (sharded weights and data), tp
@@ -237,7 +235,7 @@ class TrainReward(RunConfig):
     """A reward or toxicity model from pairs of answers, pairs of texts, or texts with a label."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
-    num_samples: NonNegativeInt = 0
+    num_samples: CountOrZero = 0
     """Must be 0: a reward model generates no text."""
 
     def __post_init__(self):

@@ -65,14 +65,14 @@ WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # k
 # names that say nothing about what is learned, and those that do
 HARMLESS = re.compile(
     r"(.*_)?(id|ids|uuid|idx|index|hash|url|urls)|unused.*|source|dataset|language|lang|license"
-    r"|created|created_at|timestamp|date|split"
+    r"|created|created_at|timestamp|date"
 )
 MATTERS = frozenset(
     (*SYSTEM, *WEIGHTS, HISTORY, "prompt", "instruction", "input", "context", "documents")
     + ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "chat_template_kwargs")
     + ("reasoning", "reasoning_content", "thinking", "label", "labels", "weights", "margin")
-    + ("mask", "masked", "train_detail", "prefix", "image", "images", "image_url", "audio", "video")
-    + ("videos", "input_audio", "file")
+    + ("mask", "masked", "train_detail", "prefix", "image", "images", "image_url", "image_urls")
+    + ("audio", "audio_url", "input_audio", "video", "videos", "video_url", "file")
 )
 
 
@@ -87,6 +87,7 @@ class Record(Mapping[str, Any]):
         self._content, self._name = content, name
         self._read: set[str] = set()
         self._parts: list[Record] = []
+        self.notes: list[str] = []  # what a report should say of this row
 
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
@@ -119,14 +120,15 @@ class Record(Mapping[str, Any]):
         """
         where = f"column {self._name}: key" if self._name else "column"
         for key in self._content:
-            if key in self._read or not self.filled(key) or HARMLESS.fullmatch(str(key)):
+            if key in self._read or not self.filled(key):
                 continue
             if key in MATTERS:
                 mend = "remove the key" if self._name else f"set data.columns {{unused: {key}}}"
                 raise Unreadable(
                     f"{where} {key} is filled and would not be used; join it to the text, or {mend}"
                 )
-            yield f"{where} {key}"
+            if not HARMLESS.fullmatch(str(key)):
+                yield f"{where} {key}"
         for part in self._parts:
             yield from part.unread()
 
@@ -171,7 +173,7 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
     (answer,) = form.columns
     prompt = _prompt(row, form)
     if answer == "transcript":
-        turns = _turns(_text(row, answer), answer)
+        turns = _turns(row, answer)
     else:
         turns = _messages(row, answer, role="assistant" if form.prompt else None)
     return _joined(prompt, turns, answer)
@@ -181,9 +183,13 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": 
 SPEAKERS |= {"model": "assistant"} | {role: role for role in ("user", "assistant", "system")}
 
 
-def _turns(transcript: str, name: str) -> list[Message]:
+QUOTED = "a quotation may hold a speaker's marker, and be split there"
+
+
+def _turns(row: Record, name: str, *, bare: bool = False) -> list[Message]:
     """Parse `### Human: ...### Assistant: ...`, the format of OpenAssistant-Guanaco, or the same
-    with a blank line for `###`, the format of HH-RLHF."""
+    with a blank line for `###`, the format of HH-RLHF; `bare`: the first blank line is missing."""
+    transcript = "\n\n" + _text(row, name).lstrip() if bare else _text(row, name)
     mark = "### " if transcript.lstrip().startswith("###") else "\n\n"
     before, *parts = re.split(rf"{mark}(Human|Assistant):", transcript)
     if before.strip() or not parts:
@@ -192,6 +198,8 @@ def _turns(transcript: str, name: str) -> list[Message]:
         raise Unreadable(
             f"column {name}: two turns of one speaker in a row; a text may quote a marker"
         )
+    if any(sum(text.count(sign) % 2 for text in parts[1::2]) > 1 for sign in ('"', "```")):
+        row.notes.append(QUOTED)
     turns = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": SPEAKERS[who.lower()], "content": text.strip()} for who, text in turns]
 
@@ -225,7 +233,7 @@ def _side(row: Record, name: str, prompt: str) -> list[Message]:
     """Convert a side of a pair; without a prompt, a text may be a whole transcript."""
     text = _column(row, name)
     if isinstance(text, str) and not row.filled(prompt) and re.match(r"\s*Human:", text):
-        return _turns("\n\n" + _text(row, name).lstrip(), name)
+        return _turns(row, name, bare=True)
     return _messages(row, name, role="assistant")
 
 

@@ -47,7 +47,9 @@ def load(
         TokenizerError: a token id has no embedding, or data.compat needs a missing pad_token.
     """
     if recipe.padded and template.tokenizer.pad_token_id is None:
-        raise TokenizerError("tokenizer: data.compat needs a pad_token; set one")
+        raise TokenizerError(
+            "tokenizer: data.compat needs a pad_token; set one in its tokenizer_config.json"
+        )
     train, account = _read(config, config.train, recipe, template, "train", config.max_examples)
     _check_ids(train, vocab_size)
     accounts = {"train": account}
@@ -161,7 +163,10 @@ def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
     prompts = np.unique(examples.prompt_ids)
     count = math.ceil(share * len(prompts))
     if not 0 < count < len(prompts):
-        raise DataError(f"data.eval: {share} of {len(prompts)} prompts leaves one part empty")
+        raise DataError(
+            f"data.eval: {share} of {len(prompts)} prompts leaves one part empty; choose "
+            "another share"
+        )
     chosen = np.random.default_rng([seed, 1]).permutation(prompts)[:count]
     held_out = np.isin(examples.prompt_ids, chosen)
     return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))

@@ -136,9 +136,14 @@ class Account:
         """Raise DataError if no row was kept, or more than `max_dropped` were dropped."""
         lost = self.read - self.kept
         if not self.kept or lost > max_dropped * self.read:
+            mend = ["Fix the rows"]
+            if any(reason.startswith("the template") for reason in self.dropped):
+                mend.append("choose another data.template")
+            if self.kept:
+                mend.append("raise data.max_dropped")
             raise DataError(
-                f"data: only {self.told()}; the allowed share is {max_dropped}. Fix the rows, or "
-                "raise data.max_dropped"
+                f"data: only {self.told()}; the allowed share is {max_dropped}. "
+                + ", or ".join(mend)
             )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.errors import DataError, UnsafeInputError
-from easyaira.files import parse_yaml, read_file, read_json, reason
+from easyaira.files import decoded, parse_yaml, read_file, read_json, reason
 
 SPLITS = {  # word in a name -> split
     **dict.fromkeys(("train", "training"), "train"),
@@ -109,7 +109,7 @@ def _configured(folder: Path) -> dict[str, list[str]]:
     if not readme.is_file():
         return {}
     try:
-        head = re.match(r"---\n(.*?)\n---", read_file(readme).decode("utf-8-sig"), re.DOTALL)
+        head = re.match(r"\ufeff?---\n(.*?)\n---", decoded(read_file(readme)), re.DOTALL)
         told = parse_yaml(head[1]) if head else None
     except (OSError, ValueError) as error:
         raise DataError(f"{readme}: cannot be read: {reason(error)}") from error
@@ -140,7 +140,9 @@ def _patterns(readme: Path, configs: Any) -> dict[str, list[str]]:
         split, names = (part["split"], part["path"]) if isinstance(part, dict) else ("train", part)
         for name in names if isinstance(names, list) else [names]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UnsafeInputError(f"{readme}: data_files: {name} leads out of the folder")
+                raise UnsafeInputError(
+                    f"{readme}: data_files: {name} leads out of the folder; name files inside"
+                )
             patterns.setdefault(split, []).append(name)
     return patterns
 
@@ -160,7 +162,7 @@ def saved(folder: Path, split: str) -> Path:
     if (folder / "dataset_dict.json").exists():
         splits = read_json(folder / "dataset_dict.json", error=DataError).get("splits")
         if not isinstance(splits, list) or split not in splits:
-            raise DataError(f"{folder} (split {split}): cannot be loaded: the splits are {splits}")
+            raise DataError(f"{folder}: no split {split!r}; set data.split to one of {splits}")
         inner = folder / split
     elif split != "train":
         raise DataError(f"{folder}: has no splits; leave out split {split!r}")
@@ -169,9 +171,11 @@ def saved(folder: Path, split: str) -> Path:
     state = read_json(inner / "state.json", error=DataError)
     listed = [state.get(key) or [] for key in ("_data_files", "_indices_data_files")]
     if not all(isinstance(files, list) for files in listed):
-        raise DataError(f"{inner / 'state.json'}: expected lists of files")
+        raise DataError(f"{inner / 'state.json'}: expected lists of files; save the data set again")
     names = [file.get("filename") for files in listed for file in files if isinstance(file, dict)]
     for path in (inner, *(inner / str(name) for name in names)):
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise UnsafeInputError(f"{inner / 'state.json'}: {path} lies outside the folder")
+            raise UnsafeInputError(
+                f"{inner / 'state.json'}: {path} lies outside the folder; save the data set again"
+            )
     return inner

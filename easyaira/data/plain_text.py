@@ -53,7 +53,10 @@ class PlainText:
                 "tokenizer: encodes plain text as control tokens; save and reload it"
             )
         if joint not in (alone, anchored):
-            raise TokenizerError("tokenizer: encodes text after a control token in an unknown way")
+            raise TokenizerError(
+                "tokenizer: encodes text after a control token in an unknown way; name another "
+                "one in model.tokenizer"
+            )
         self.anchored = {Text: alone != anchored, int: joint != alone}
 
     def encode(self, texts: Iterable[Text]) -> dict[Text, list[int]]:
@@ -85,5 +88,8 @@ class PlainText:
     def _behind_anchor(self, texts: Sequence[str]) -> list[list[int]]:
         anchor, *encoded = self._alone([ANCHOR, *(ANCHOR + text for text in texts)])
         if any(ids[: len(anchor)] != anchor for ids in encoded):
-            raise TokenizerError("tokenizer: a line feed does not stay a token of its own")
+            raise TokenizerError(
+                "tokenizer: a line feed does not stay a token of its own; name another one in "
+                "model.tokenizer"
+            )
         return [ids[len(anchor) :] for ids in encoded]

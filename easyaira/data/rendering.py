@@ -76,6 +76,8 @@ def render(
         text.encode()
     except jinja2.TemplateSyntaxError as error:
         raise Broken(f"line {error.lineno}: {error.message}") from error
+    except MemoryError as error:
+        raise Broken(f"takes more than {MAX_BYTES >> 20} MiB of memory") from error
     except Exception as error:
         kind = Refused if type(error) is jinja2.TemplateError else Broken
         raise kind(" ".join(str(error).split())[:300] or type(error).__name__) from error

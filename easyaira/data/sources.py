@@ -63,9 +63,14 @@ def read(source: Source) -> Iterator[Located]:
         renamed = {ours: row[theirs] for ours, theirs in source.columns.items()}
         moved = set(source.columns.values()) - set(source.columns)
         kept = {name: value for name, value in row.items() if name not in moved}
-        yield Located(place, kept | renamed)
+        replaced = {  # reported if filled
+            f"{ours} (replaced by {theirs})": row[ours]
+            for ours, theirs in source.columns.items()
+            if ours in row and ours not in source.columns.values()
+        }
+        yield Located(place, kept | renamed | replaced)
     if not count:
-        raise DataError(f"{source.path}: no rows")
+        raise DataError(f"{source.path}: no rows; is it the right file?")
 
 
 def content_key(source: Source) -> str | None:

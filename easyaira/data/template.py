@@ -97,7 +97,9 @@ class Template:
         if self.end is None:
             self.end = tokenizer.sep_token_id  # the end token of encoders
         if self.end is None:
-            raise TokenizerError("tokenizer: has no eos_token to end an answer; set one")
+            raise TokenizerError(
+                "tokenizer: has no eos_token to end an answer; set one in its tokenizer_config.json"
+            )
         added = tokenizer.added_tokens_decoder
         markers = [
             token.content

@@ -47,9 +47,9 @@ def build(
                 continue
             if any(template.types_control(text) for text in texts.spelled):
                 notes.append("a text spells a control token, which stays text")
-            account.noted.update(notes)
+            account.noted.update([*notes, *texts.notes])
             account.unread.update(texts.unread)
-            _show(account, place, fitted, template, "; ".join([KEPT, *notes]))
+            _show(account, place, fitted, template, "; ".join([KEPT, *notes, *texts.notes]))
             unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
             if unseen:
                 fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
@@ -76,7 +76,8 @@ def _readable(
             record = columns.Record(row)
             texts = _texts(record, form, recipe, template)
             unread = tuple(dict.fromkeys(record.unread()))
-            yield account.read - 1, place, texts._replace(unread=unread)
+            texts = texts._replace(unread=unread, notes=tuple(dict.fromkeys(record.notes)))
+            yield account.read - 1, place, texts
         except columns.Unreadable as error:
             if recipe.on_bad_row == "error":
                 raise DataError(
@@ -128,6 +129,7 @@ class Texts(NamedTuple):
         context: token ranges of answers that are not learned.
         last_only: only the last answer is learned.
         unread: filled columns and keys that were not used.
+        notes: what the report should say of the row.
     """
 
     conversations: list[list[columns.Message]]
@@ -136,6 +138,7 @@ class Texts(NamedTuple):
     context: Sequence[tuple[int, int]] = ()
     last_only: bool = False
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def spelled(self) -> Iterator[str]:
@@ -164,7 +167,9 @@ def _texts(row: columns.Record, form: columns.Form, recipe: Recipe, template: Te
     for messages in texts:
         answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
         judged = answers[-1:] if recipe.task == "pair" or recipe.last_turn_only else answers
-        if not answers or not all(judged):
+        if not answers:
+            raise Dropped("no turn has the role assistant")
+        if not all(judged):
             raise Dropped("empty answer")
         if recipe.last_turn_only and messages[-1]["role"] != "assistant":
             raise Dropped("no answer at the end")

@@ -41,11 +41,12 @@ FIGURES = ("Details", "Evaluation", "Limitations", "How the weights were verifie
 FRONT = ("base_model", "co2_eq_emissions", "datasets", "metrics")
 
 
-def text(records: Records, report: Mapping[str, Any]) -> str:
+def text(records: Records, report: Mapping[str, Any], first: str = "") -> str:
     """Content of README.md.
 
     Args:
         report: content of export_report.json.
+        first: Markdown that says what must be done before the usage works.
     """
     logits = report["logits"]
     shown = {
@@ -53,6 +54,7 @@ def text(records: Records, report: Mapping[str, Any]) -> str:
         "read_back": escape(report["read_back"]),
         "logits": logits,
         "why_not": escape(logits.get("why", "")),
+        "first": first,
     }
     if records.trained:
         front, facts = _of_run(records, report)

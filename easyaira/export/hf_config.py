@@ -8,7 +8,13 @@ from typing import Any
 
 from easyaira.config.run import to_dict
 from easyaira.errors import ConfigError
-from easyaira.generation.settings import GENERATION_CONFIG, end_ids
+from easyaira.generation.settings import (
+    GENERATION_CONFIG,
+    NUMBERS,
+    check_ids,
+    check_number,
+    end_ids,
+)
 from easyaira.train.setup import Setup
 
 
@@ -33,7 +39,7 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Content of generation_config.json with these settings, valid for transformers.
 
     Raises:
-        ConfigError: transformers refuses the settings.
+        ConfigError: transformers refuses the settings, or would compute nonsense with them.
     """
     from transformers import GenerationConfig
 
@@ -44,6 +50,9 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings = {k: v for k, v in settings.items() if k not in sampling}
     elif sampling:
         settings["do_sample"] = True  # transformers refuses sampling settings without it
+    for name in NUMBERS.keys() & settings.keys():
+        if settings[name] is not None:
+            check_number(name, settings[name])
     try:
         GenerationConfig(**settings).validate(strict=True)
     except (TypeError, ValueError) as error:
@@ -66,7 +75,8 @@ def released(setup: Setup) -> Facts:
     tokenizer, equal in both files.
 
     Raises:
-        ConfigError: transformers refuses the generation settings.
+        ConfigError: transformers refuses the generation settings, or an id of a control token is
+            not in the vocabulary.
     """
     origin, tokenizer, options = setup.origin, setup.tokenizer, to_dict(setup.config)
     random = setup.config.model.init == "random"
@@ -76,7 +86,9 @@ def released(setup: Setup) -> Facts:
     if positions := options["model"]["max_positions"]:
         config["max_position_embeddings"] = positions
     if setup.model.scorer:
-        return Facts(config | _scored(setup), {}, dtypes)
+        config |= _scored(setup)
+        check_ids(config, "config.json", setup.model.vocab_size)
+        return Facts(config, {}, dtypes)
     changed = setup.template.added or setup.config.model.tokenizer is not None
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
@@ -87,8 +99,13 @@ def released(setup: Setup) -> Facts:
     ends = end_ids(setup.template, files, setup.model.vocab_size)
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     asked = {k: v for k, v in options["generation"].items() if v is not None}
+    config |= ids | {"architectures": [language_model(config)]}
+    if config.get("pad_token_id") == -1:  # of early Llamas: none
+        config["pad_token_id"] = None
     generation = generation_config(origin.generation_config | asked | ids)
-    return Facts(config | ids | {"architectures": [language_model(config)]}, generation, dtypes)
+    check_ids(config, "config.json", setup.model.vocab_size)
+    check_ids(generation, GENERATION_CONFIG, setup.model.vocab_size)
+    return Facts(config, generation, dtypes)
 
 
 def language_model(config: Mapping[str, Any]) -> str:

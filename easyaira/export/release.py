@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from easyaira.distributed import hosts, watchdog
-from easyaira.errors import StorageError, WeightsError
-from easyaira.export import card, proof, torch_check
+from easyaira.errors import StorageError, WeightsError, shown_as
+from easyaira.export import adapter_base, card, proof, torch_check
 from easyaira.export.hf_config import Facts, with_dtype
 from easyaira.export.records import Records
 from easyaira.files import reason
@@ -31,6 +31,7 @@ from easyaira.hf import safetensors, transfer
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter
 from easyaira.models.model import Model
+from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained, save_tokenizer
 
 
@@ -126,10 +127,11 @@ def export_adapter(
         StorageError: the folder exists and is not empty, or cannot be written.
         WeightsError: verification failed.
     """
-    at = base.location()
     tensors = peft.to_peft(adapter, jax.tree.map(hosts.fetch, params))
     if not hosts.first():
         return {}
+    found = adapter_base.compared(base, adapter.model, mesh)
+    base, at = found or base, (found or base).location()
     with _replacing(folder, replace) as new:
         written = {name: proof.described(tensor) for name, tensor in tensors.items()}
         watchdog.beat("verifying the export", bounded=False)
@@ -152,22 +154,31 @@ def export_adapter(
             params = base.load(adapter.model, mesh, head_key=jax.random.key(0))
             return adapter.merge(params, peft.read_peft(adapter, new))
 
-        if base.step is None:
+        first = ""
+        if found is not None:
             report["logits"] = torch_check.compare_logits(
                 new, adapter.model, tokenizer, load, mesh, base.folder
             )
         else:
-            why = "the base is a run folder; convert it with to_hf, or export with --merge"
-            report["logits"] = {"compared": False, "why": why}
-        _write_records(new, report, records, proof.of_base(base))
+            place = f"{base.folder.resolve().name}/{pretrained.CHECKPOINTS}/{base.step}"
+            command = adapter_base.to_convert(base, place)
+            first = f"`{command}`, and set `base_model_name_or_path` in adapter_config.json to BASE"
+            why = f"peft cannot load the base, a run folder; first run {first}"
+            report["logits"] = {"compared": False, "why": why.replace("`", "")}
+        _write_records(new, report, records, proof.of_base(base), first)
     return report
 
 
 def _write_records(
-    folder: Path, report: dict[str, Any], records: Records, base: Mapping[str, Any] | None = None
+    folder: Path,
+    report: dict[str, Any],
+    records: Records,
+    base: Mapping[str, Any] | None = None,
+    first: str = "",
 ) -> None:
-    """Write model card, proof.json and export_report.json, which leaves the prompts out."""
-    (folder / proof.CARD).write_text(card.text(records, report), encoding="utf-8")
+    """Write model card, proof.json and export_report.json, which leaves the prompts out. `first` is
+    what a user of the folder must do before loading it."""
+    (folder / proof.CARD).write_text(card.text(records, report, first), encoding="utf-8")
     _write_json(folder / proof.FILE, proof.write(folder, report, records, base))
     report["logits"].pop("prompts", None)
     _write_json(folder / proof.REPORT, report)
@@ -191,7 +202,8 @@ def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        yield new
+        with shown_as(new, folder):
+            yield new
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -218,5 +230,7 @@ def _verify(
         if n in stored and safetensors.tensor_hash(stored[n]) != written[n]["sha256"]
     }
     if wrong:
-        raise WeightsError(f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors")
+        raise WeightsError(
+            f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors; is the disk sound?"
+        )
     return f"all {len(stored)} tensors equal the trained ones bit for bit"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyaira.distributed.chips import memory_of
-from easyaira.errors import WeightsError
+from easyaira.errors import WeightsError, shortened
 from easyaira.models.model import Model
 
 PROMPTS = (
@@ -73,7 +73,8 @@ def compare_logits(
     tolerance = TOLERANCE * (max(largest, 1) if model.scorer else largest)
     if not difference <= tolerance:
         raise WeightsError(
-            f"{folder}: PyTorch logits differ by {difference:.2e} (largest logit: {largest:.2e})"
+            f"{folder}: PyTorch logits differ by {difference:.2e} (largest logit: {largest:.2e}), "
+            "so nothing is released; the checkpoint is kept. This is a bug: please report it"
         )
     return {
         "compared": True,
@@ -111,7 +112,8 @@ def torch_logits(
     command += [json.dumps(prompts), *([str(base)] if base else [])]
     result = subprocess.run(command, capture_output=True)
     if result.returncode:
-        problem = result.stderr.decode(errors="replace").strip()[-500:]
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        problem = shortened(lines[-1] if lines else f"status {result.returncode}", 300)
         raise WeightsError(f"{folder}: transformers cannot load it: {problem}")
     with np.load(io.BytesIO(result.stdout)) as logits:
         return [logits[f"arr_{i}"] for i in range(len(prompts))]

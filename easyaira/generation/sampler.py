@@ -74,7 +74,7 @@ def generate(
     if lengths.max() >= positions:
         raise DataError(
             f"a prompt of {lengths.max()} tokens leaves no room in the model's {positions} "
-            "positions"
+            "positions; shorten it"
         )
     limits = jnp.array(np.minimum(lengths + min(max_new_tokens, positions), positions))
     width = min(bucket(int(limits.max()), 8), positions)

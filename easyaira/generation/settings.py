@@ -49,16 +49,43 @@ def end_ids(
     ids = list(template.end_ids)
     for name, content in files.items():
         stored = content.get("eos_token_id")
+        check_ids({"eos_token_id": stored}, name, vocab_size)
+        ids += stored if isinstance(stored, list) else [stored]
+    return [token for token in dict.fromkeys(ids) if token is not None]
+
+
+def check_ids(content: Mapping[str, Any], file: str, vocab_size: int) -> None:
+    """Check every entry of a file that names one token or several.
+
+    Raises:
+        ConfigError: one is not a token of the model.
+    """
+    for name, stored in content.items():
+        if not name.endswith("_token_id"):
+            continue
         for token in stored if isinstance(stored, list) else [stored]:
-            if token is None:
-                continue
-            if type(token) is not int or not 0 <= token < vocab_size:
+            if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
                 raise ConfigError(
-                    f"{name}: eos_token_id: found {token!r}, expected ids below {vocab_size}, the "
+                    f"{file}: {name}: found {token!r:.80}, expected ids below {vocab_size}, the "
                     "model's vocabulary; correct or remove it"
                 )
-            ids.append(token)
-    return list(dict.fromkeys(ids))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Check a setting of NUMBERS.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    kind, least, most = NUMBERS[name]
+    number = type(value) is int or (kind is float and type(value) is float)
+    if not number or not least <= value <= most or value == math.inf:
+        words = "a number" if kind is float else "a whole number"
+        upto = f" to {most:g}" if most < math.inf else ""
+        raise ConfigError(
+            f"{GENERATION_CONFIG}: {name}: found {value!r:.80}, expected {words} from {least:g}"
+            f"{upto}; correct or remove it"
+        )
 
 
 def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,14 +99,7 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or name in (*WITHOUT_EFFECT, "do_sample"):
             continue
         if name in NUMBERS:
-            kind, least, most = NUMBERS[name]
-            number = type(value) is int or (kind is float and type(value) is float)
-            if not number or not least <= value <= most or value == math.inf:
-                words = "a number" if kind is float else "a whole number"
-                raise ConfigError(
-                    f"{GENERATION_CONFIG}: {name}: found {value!r}, expected {words} from {least} "
-                    f"to {most}; correct or remove it"
-                )
+            check_number(name, value)
             found[name] = value
         elif value and not (value == 1 and name in ONE_CHANGES_NOTHING):
             raise ConfigError(

@@ -16,6 +16,7 @@ from easyaira.errors import UnsafeInputError, WeightsError
 from easyaira.files import read_json
 
 DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
@@ -60,13 +61,11 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
         shard = open_file(folder / name)
         if wrong := [t for t in shard if weight_map.get(t) != name]:
             raise WeightsError(
-                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file"
+                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{again}"
             )
         tensors |= shard
     if missing := sorted(set(weight_map) - set(tensors)):
-        raise WeightsError(
-            f"{index_file}: names {missing[0]}, which is in no file; download it again"
-        )
+        raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{again}")
     return tensors
 
 
@@ -86,6 +85,8 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
         WeightsError: the file is damaged or missing.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("not a regular file")
         with safe_open(file, "numpy"):  # the library checks header, offsets and size
             pass
         with open(file, "rb") as stream:
@@ -97,6 +98,11 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
     raw = np.memmap(file, np.uint8, "r", offset=8 + length) if header else None
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] not in DTYPES and entry["dtype"].startswith("F"):
+            raise WeightsError(
+                f"{file}: {name} is stored as {entry['dtype']}, which is not read; save the "
+                "model in float32, bfloat16 or float16"
+            )
         if entry["dtype"] not in DTYPES:
             continue  # integers are masks and counters; `match` reports a missing weight by name
         start, stop = entry["data_offsets"]

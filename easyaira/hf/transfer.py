@@ -53,7 +53,7 @@ def match(
         if row.stacked and leaf.shape[0] > len(tensors):  # before that many names are listed
             raise WeightsError(
                 f"{where}: config.json has {leaf.shape[0]} layers, but only {len(tensors)} tensors "
-                "are stored"
+                "are stored; they are of different models"
             )
         layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
         expected |= dict.fromkeys(row.names(leaf), row.cut(layer, vocab_size).shape)

@@ -99,7 +99,9 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
             "supported; save the adapter with peft's save_embedding_layers=False, or merge it"
         )
     if left:
-        raise WeightsError(f"{where}: has {sorted(left)[0]}, which is not in lora.target_modules")
+        raise WeightsError(
+            f"{where}: has {sorted(left)[0]}, which is not in lora.target_modules; add it"
+        )
     return nested(flat)
 
 

@@ -110,7 +110,10 @@ def model_of(
     _check_sizes(config, where)
     stored_scorer = str((_listed(raw, "architectures", where) or [""])[0]).endswith(SCORER_CLASS)
     if stored_scorer and (labels := _labels(raw)) != 1:
-        raise ConfigError(f"{where}: has {labels} labels; only a score (1 label) is supported")
+        raise ConfigError(
+            f"{where}: has {labels} labels; only a score (1 label) is supported; name a "
+            "model that has one"
+        )
     if architecture.encoder and scorer is False:
         raise ConfigError(
             f"{where}: {kind} is an encoder and generates no text; train_reward makes it a scorer"

@@ -19,7 +19,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.chips import pod
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError
-from easyaira.export import release
+from easyaira.export import adapter_base, release
 from easyaira.export.hf_config import Facts, released
 from easyaira.export.records import Records
 from easyaira.plan import cost
@@ -60,6 +60,10 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         with setup.model.on(setup.mesh), memory_explained(config):
             setup, checked = kernel_check.choose(setup)
             print(plan_report.describe(setup), flush=True)
+            if not config.optimizer.learning_rate:
+                print("warning: optimizer.learning_rate is 0, so no weight will change", flush=True)
+            if setup.adapter and config.export and (need := adapter_base.warning(setup.origin)):
+                print(f"warning: {need}", flush=True)
             train(setup, algorithm, stop, checked)
 
 

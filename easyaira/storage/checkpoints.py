@@ -236,6 +236,22 @@ class Checkpoints:
         """Restore only the weights; raises like `restore`."""
         return self._restore(step, {"params": params}, ())["params"]
 
+    def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of all arrays, by path, as the record of checksums lists them.
+
+        Raises:
+            StorageError: that record cannot be read.
+        """
+        sums = self._restore(step, {}, ())["sums"]
+        found = {name: re.match(r"(\w+)\[([\d, ]*)\] ", line) for name, line in sums.items()}
+        return {
+            name: jax.ShapeDtypeStruct(
+                tuple(map(int, match[2].split(",") if match[2] else ())), match[1]
+            )
+            for name, match in found.items()
+            if match
+        }
+
     def meta(self, step: int) -> dict:
         """Restore only the meta record; raises like `restore`."""
         return self._restore(step, {}, ("meta",))["meta"]
@@ -266,7 +282,7 @@ class Checkpoints:
         if not intact or wrong or missing:
             name = (wrong + missing)[0] if intact else "sums"
             raise self._failed("restored", step, f"{name} differs from what was saved")
-        return {name: restored[name] for name in (*trees, *records)}
+        return {name: restored[name] for name in (*trees, *records)} | {"sums": sums}
 
     def _reader(self) -> Any:
         """A checkpoint manager for reading. With several processes it has no barriers, because a

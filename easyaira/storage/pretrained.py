@@ -7,9 +7,10 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ import numpy as np
 from easyaira.config.run import PROVENANCE
 from easyaira.distributed import hosts
 from easyaira.distributed.tree import by_path, path_of
-from easyaira.errors import ConfigError, StorageError, TokenizerError, WeightsError
-from easyaira.files import read_json, read_yaml, reason
+from easyaira.errors import (
+    ConfigError,
+    StorageError,
+    TokenizerError,
+    WeightsError,
+    escaped,
+    shortened,
+    shown_as,
+)
+from easyaira.files import check_links, read_json, read_yaml, reason
 from easyaira.hf import safetensors, transfer
 from easyaira.lora.adapter import Adapter, of_record
 from easyaira.lora.base import check_base
@@ -28,6 +37,7 @@ from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
 from easyaira.storage.checkpoints import Checkpoints
+from easyaira.storage.hub import TEXTS, download
 from easyaira.storage.integrity import fingerprint
 
 TOKENIZER = "tokenizer"  # subfolder of a run folder
@@ -65,6 +75,11 @@ class Pretrained:
             raise StorageError(f"{place}: its meta record has no {name}; use another checkpoint")
         return self.meta[name]
 
+    @property
+    def where(self) -> str:
+        """Its folder, for messages; of a model from the hub its name, as the cache is private."""
+        return str(self.folder) if self.commit is None else self.name
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Content of config.json."""
@@ -77,18 +92,21 @@ class Pretrained:
                 f"{self.name}: holds an adapter of {base}; name its run folder, or that model in "
                 "model.name_or_path and this folder in lora.adapter"
             )
-        return read_json(file)
+        with shown_as(self.folder, self.where):
+            return read_json(file)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         if self.step is not None:
             return self._recorded("generation_config")
         file = self.folder / "generation_config.json"
-        return read_json(file) if file.exists() else {}
+        with shown_as(self.folder, self.where):
+            return read_json(file) if file.exists() else {}
 
     @cached_property
     def _tensors(self) -> dict[str, np.ndarray]:
-        return safetensors.open_folder(self.folder)
+        with shown_as(self.folder, self.where):
+            return safetensors.open_folder(self.folder)
 
     def sample(self) -> str:
         """Hash that identifies these weights without reading them all.
@@ -145,13 +163,15 @@ class Pretrained:
         if self.adapter is not None:
             self.base.check(self._saved)
         if self._saved.scorer and not model.scorer:
-            raise WeightsError(f"{self.name}: is a scorer, which has no language model head")
+            raise WeightsError(
+                f"{self.name}: is a scorer, which has no language model head; name a language model"
+            )
         return [] if self._saved.scorer else [row.ours for row in model.score_rows]
 
     @cached_property
     def _saved(self) -> Model:
         """The model whose weights the checkpoint holds."""
-        return model_of(self.config, str(self.folder))
+        return model_of(self.config, self.where)
 
     def _matched(self, model: Model) -> dict[str, np.ndarray]:
         return transfer.match(
@@ -164,7 +184,7 @@ class Pretrained:
             renamed=model.architecture.renamed,
             optional=model.optional,
             tied=model.config.tie_word_embeddings,
-            where=str(self.folder),
+            where=self.where,
         )
 
     def load(
@@ -196,7 +216,8 @@ class Pretrained:
         drawn = _initialise(model, target, missing, head_key) if missing else {}
         if stored is not None:
             if hosts.first():
-                safetensors.check_exported(self.folder, self._tensors)
+                with shown_as(self.folder, self.where):
+                    safetensors.check_exported(self.folder, self._tensors)
             return transfer.from_hf(stored, target, model.rows, drawn, each)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
@@ -250,26 +271,32 @@ class Pretrained:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing torch
         from transformers import AutoTokenizer
 
-        # drop warnings about long texts: data/tokenise.py truncates and counts them
-        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+        # drop warnings: of long texts, which data/tokenise.py truncates and counts; of token ids,
+        # which are checked where they are used; of a failure, which is raised below
+        logging.getLogger("transformers").setLevel(logging.ERROR)
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
+        where = str(folder) if self.commit is None else self.name
         if name is not None:
-            folder = find(name).folder
+            found = find(name)
+            folder, where = found.folder, found.where
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises many types; all mean the same here
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
             only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]
             if only_model and importlib.util.find_spec("sentencepiece") is None:
                 raise TokenizerError(
-                    f"{folder}: has tokenizer.model without tokenizer.json, which needs "
+                    f"{where}: has tokenizer.model without tokenizer.json, which needs "
                     "sentencepiece: pip install sentencepiece, or save a tokenizer.json there"
                 ) from error
             raise TokenizerError(
-                f"{folder}: no tokenizer could be loaded ({reason}); set model.tokenizer"
+                f"{where}: no tokenizer could be loaded ({reason}); set model.tokenizer"
             ) from error
         if not tokenizer.is_fast:
-            raise TokenizerError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
+            raise TokenizerError(
+                f"{where}: only fast tokenizers (tokenizer.json) are supported; name one in "
+                "model.tokenizer"
+            )
         return tokenizer
 
 
@@ -326,11 +353,13 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     """
     path = Path(name).expanduser()
     if revision and path.is_dir():
-        raise ConfigError(f"model.revision: {name} is a local folder without revisions")
+        raise ConfigError(
+            f"model.revision: {name} is a local folder without revisions; leave it out"
+        )
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         run = path.parent.parent
         if path.is_dir() or checkpoint_dir(run) != run / CHECKPOINTS:
-            return Pretrained(name, run, step=int(path.name))
+            return _of_run(name, run, int(path.name))
     if path.is_dir():
         place = checkpoint_dir(path)
         if place != path / CHECKPOINTS or place.is_dir():
@@ -338,42 +367,27 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
             step = checkpoints.latest()
             checkpoints.close()
             if step is None:
-                raise ConfigError(f"{name}: this run folder has no finished checkpoint")
-            return Pretrained(name, path, step=step)
+                raise ConfigError(
+                    f"{name}: this run folder has no finished checkpoint; run its command again"
+                )
+            return _of_run(name, path, step)
+        check_links(path, TEXTS)
         return Pretrained(name, path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{name}: no such folder; check the path")
-    return _download(name, revision, weights_wanted)
+    folder = download(name, revision, weights_wanted=weights_wanted)
+    return Pretrained(name, folder, commit=folder.name)
 
 
-def _download(name: str, revision: str | None, weights_wanted: bool) -> Pretrained:
-    import huggingface_hub
-
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights_wanted
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-    except Exception as error:  # huggingface_hub raises many types; all mean the same here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"{name}: no such folder, and not found on the model hub ({reason}); check the name "
-            "and the network"
-        ) from error
-    if weights_wanted and not list(Path(folder).glob("*.safetensors")):
-        _check_formats(name, revision, huggingface_hub)
-    return Pretrained(name, Path(folder), commit=Path(folder).name)
+def _of_run(name: str, run: Path, step: int) -> Pretrained:
+    if (run / TOKENIZER).is_dir():
+        check_links(run / TOKENIZER, TEXTS)
+    if (place := checkpoint_dir(run)) != run / CHECKPOINTS:
+        _tell(f"{name}: checkpoints are read from {place}")
+    return Pretrained(name, run, step=step)
 
 
-def _check_formats(name: str, revision: str | None, hub: Any) -> None:
-    """Refuse a hub model whose weights are in another format only."""
-    try:
-        other = safetensors.other_format(hub.list_repo_files(name, revision=revision))
-    except Exception:  # without the hub, the files that are missing are named later
-        return
-    if other:
-        raise ConfigError(
-            f"{name}: has {other} on the hub, and no model.safetensors; set model.revision to the "
-            "pull request that converts it (refs/pr/N), or download the model and save it with "
-            "transformers' save_pretrained"
-        )
+@cache
+def _tell(line: str) -> None:
+    """Print a line once; not to stdout, which may be an answer."""
+    print(escaped(line), file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
     random = config.model.init == "random"
     name, revision = config.model.name_or_path, config.model.revision
     origin = pretrained.find(name, revision, weights_wanted=not random)
-    stored = model_of(origin.config, str(origin.folder), scorer=scorer)
+    stored = model_of(origin.config, origin.where, scorer=scorer)
     stored = replace(stored, compute=_compute(config, mesh, stored))
     if config.model.max_positions is not None:
         stored = _with_positions(stored, config.model.max_positions)
@@ -63,7 +63,8 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
     max_length = config.data.max_length or positions
     if max_length > positions:
         raise ConfigError(
-            f"data.max_length: {max_length} is more than the model's {positions} positions"
+            f"data.max_length: {max_length} is more than the model's {positions} positions; set it "
+            "to that or less"
         )
     return Found(origin, stored, model, tokenizer, template, max_length)
 

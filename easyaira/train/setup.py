@@ -186,7 +186,13 @@ def updates(config: RunConfig, epoch: int) -> int:
     """Number of updates of a run, given that of an epoch."""
     if config.max_steps != -1:
         return config.max_steps
-    return max(1, math.ceil(config.num_train_epochs * epoch))  # as transformers does
+    count = max(1, math.ceil(config.num_train_epochs * epoch))  # as transformers does
+    if count >= 2**31:
+        raise ConfigError(
+            f"num_train_epochs: {config.num_train_epochs:g} of {epoch} updates each are {count:g} "
+            "updates; the limit is 2**31"
+        )
+    return count
 
 
 def _adapter(config: RunConfig, resolved: Found) -> Adapter:

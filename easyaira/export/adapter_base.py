@@ -1,0 +1,60 @@
+"""The base that a released adapter names, in a form that peft can load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from easyaira.errors import ConfigError
+from easyaira.export import proof
+from easyaira.models.model import Model
+from easyaira.storage.integrity import fingerprint
+from easyaira.storage.pretrained import Pretrained
+
+
+def loadable(base: Pretrained) -> Pretrained | None:
+    """A base that peft can load: itself, or the release of its run if its proof says that it holds
+    the weights of this checkpoint, unrounded. None if there is no such release."""
+    if base.step is None:
+        return base
+    folder = base.folder / "hf"
+    try:
+        told = proof.read(folder)
+    except ConfigError:
+        return None
+    run, tensors = told.get("run") or {}, told.get("tensors") or {}
+    unrounded = {entry["dtype"] for entry in tensors.values()} == {"float32"}
+    if told.get("base") is not None or run.get("updates") != base.step or not unrounded:
+        return None
+    return Pretrained(str(folder), folder)
+
+
+def compared(base: Pretrained, model: Model, mesh: Any) -> Pretrained | None:
+    """`loadable`, after comparing all weights of the release with those of the checkpoint."""
+    found = loadable(base)
+    if found in (None, base):
+        return found
+
+    def bits(origin: Pretrained) -> str:
+        return fingerprint(origin.load(model, mesh, head_key=jax.random.key(0)))
+
+    return found if bits(found) == bits(base) else None
+
+
+def to_convert(base: Pretrained, place: str) -> str:
+    """The command that writes a base as a folder for peft; `place` is how to call the base."""
+    merge = " --merge" if base.adapter is not None else ""
+    return f"easyaira convert to_hf {place} BASE{merge}"
+
+
+def warning(base: Pretrained) -> str | None:
+    """What a release on this base will need, if peft cannot load it as it is."""
+    if loadable(base) is not None:
+        return None
+    place = base.location()["name"]
+    return (
+        f"hf/ will hold an adapter on {place}, which peft cannot load. To use it, run "
+        f"`{to_convert(base, place)}` and name BASE in its adapter_config.json, or export this run "
+        "with convert to_hf --merge"
+    )
