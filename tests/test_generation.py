@@ -2,17 +2,17 @@
 
 import json
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from easyaira import generate
 from easyaira.errors import ConfigError, DataError
 from easyaira.export import hf_config
-from easyaira.generation import sampler, settings
+from easyaira.generation import settings
+from easyaira.generation.processors import Sampling
+from easyaira.generation.sampler import Answer
+from easyaira.generation.sampler import generate as answers_of
 from easyaira.run import samples
 from easyaira.train.setup import prepare
 from helpers import tiny
@@ -89,26 +89,12 @@ def test_sampling_settings_count_where_sampling_is_on_and_flags_override_them(
     assert len({ask(folder, capsys, f"--seed={seed}")[1] for seed in (1, 2)}) == 2
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.6), (3, 1.0), (20, 0.5), (5, 0.999), (0, 1e-9)])
-def test_the_likeliest_tokens_are_those_of_transformers(top_k, top_p):
-    logits = np.random.default_rng(0).normal(0, 2, (4, 50)).astype(np.float32)
-    wanted = torch.tensor(logits)
-    if top_k:
-        wanted = TopKLogitsWarper(top_k)(None, wanted)
-    wanted = TopPLogitsWarper(top_p)(None, wanted).numpy()
-    order, ranked = sampler.likeliest(jnp.asarray(logits), top_k, top_p)
-    found = np.full_like(logits, np.nan)
-    np.put_along_axis(found, np.asarray(order), np.asarray(ranked), 1)
-    np.testing.assert_array_equal(found, wanted)
-
-
 def test_a_temperature_near_0_is_greedy(gpt2):
     model, params = tiny.load(gpt2)
 
     def sample(temperature):
-        return sampler.generate(
-            model, params, [[5, 6]], eos_ids=[0], max_new_tokens=5, temperature=temperature
-        )
+        sampling = Sampling(max_new_tokens=5, temperature=temperature, end_ids=(0,))
+        return answers_of(model, params, [[5, 6]], sampling)
 
     assert sample(1e-300) == sample(1e-6) == sample(0.0)
 
@@ -129,6 +115,13 @@ def test_a_temperature_near_0_is_greedy(gpt2):
         (f"--seed={2**70}", "seed: expected"),
         ("--prompt=caf\udce9", "prompt: is not UTF-8"),
         ("--prompt=", "a prompt without tokens"),
+        (f"--prompt={'what do you like ' * 40}", "leaves no room in the model's 64 positions"),
+        ("--chat", "--prompt, --chat, --prompts: found prompt and chat; choose one"),
+        ("--output=x", "--prompts and --output: need each other"),
+        ("--min_p=0.1", "min_p: has no effect on greedy generation"),
+        ("--min_new_tokens=300", "min_new_tokens: 300 exceeds max_new_tokens, 200"),
+        ("--stop=", "--stop: found an empty text"),
+        ("--num_samples=0", "num_samples: expected"),
     ],
 )
 def test_an_option_without_sense_is_refused_in_one_line(flag, problem, gpt2, capsys):
@@ -149,8 +142,10 @@ def test_a_huge_limit_is_that_of_the_models_positions(gpt2, capsys):
     [
         ({"num_beams": 4}, "num_beams 4 is not supported here; remove it"),
         ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size 1 is not supported"),
-        ({"stop_strings": ["x"]}, "stop_strings"),
-        ({"min_new_tokens": 5}, "min_new_tokens"),
+        ({"stop_strings": ["x", 5]}, "stop_strings: found"),
+        ({"stop_strings": ""}, "stop_strings: found"),
+        ({"min_new_tokens": -1}, "min_new_tokens: found -1"),
+        ({"min_p": 2}, "min_p: found 2"),
         ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
         ({"temperature": "0.5"}, "temperature: found '0.5', expected a number from 0.0 to inf"),
         ({"top_p": 1.5}, "top_p: found 1.5"),
@@ -202,8 +197,9 @@ def setup_of(gpt2, tmp_path):
 def asked(monkeypatch):
     """The end tokens that samples ask for."""
     asked = []
+    found = [Answer([], [], "length")] * 2
     monkeypatch.setattr(
-        samples, "generate", lambda *_, eos_ids, **__: asked.append(eos_ids) or [[], []]
+        samples, "generate", lambda *given: asked.append(list(given[-1].end_ids)) or found
     )
     return asked
 
@@ -237,4 +233,4 @@ def test_samples_leave_out_examples_without_a_prompt(setup_of, tmp_path):
 def test_a_prompt_without_tokens_is_refused(gpt2):
     model, params = tiny.load(gpt2)
     with pytest.raises(DataError, match="a prompt without tokens"):
-        sampler.generate(model, params, [[5], []], eos_ids=[0], max_new_tokens=2)
+        answers_of(model, params, [[5], []], Sampling(max_new_tokens=2))
