@@ -2,18 +2,23 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyaira import generate
+from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError
 from easyaira.export import hf_config
 from easyaira.generation import settings
+from easyaira.generation.chat import CUT
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import Answer
 from easyaira.generation.sampler import generate as answers_of
 from easyaira.run import samples
+from easyaira.storage.pretrained import Pretrained
 from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.processes import call
@@ -181,6 +186,145 @@ def test_an_end_token_outside_the_vocabulary_is_refused(file, wrong, gpt2, tmp_p
     options = {"config": ends} if file == "config.json" else ends
     status, _, err = ask(with_settings(gpt2, tmp_path / "model", **options), capsys)
     assert status == 2 and f"error: {file}: eos_token_id: found" in err
+
+
+# Files of prompts
+
+
+ROWS = [
+    {"prompt": "what do you", "id": 7},
+    {"messages": [{"role": "user", "content": "the capital"}]},
+    {"prompt": "red <|endoftext|> and"},
+    {"prompt": "I like blue and red. yes"},
+]
+ASKED = ("--template=plain", "--max_new_tokens=9", "--temperature=1", "--num_samples=2")
+
+
+@pytest.fixture(scope="module")
+def answered(gpt2, tmp_path_factory):
+    """A folder with prompts, and the output of an uninterrupted command."""
+    root = tmp_path_factory.mktemp("answered")
+    rows = tiny.write_rows(root / "in.jsonl", ROWS)
+    generate.main([str(gpt2), f"--prompts={rows}", f"--output={root / 'out.jsonl'}", *ASKED])
+    return root
+
+
+def answer_file(gpt2, source, output, capsys, *flags):
+    arguments = [gpt2, f"--prompts={source}", f"--output={output}", *ASKED, *flags]
+    return call(generate.main, arguments, capsys)
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers(gpt2, answered):
+    lines = [json.loads(line) for line in (answered / "out.jsonl").read_text().splitlines()]
+    written = {"generated", "finish_reason", "sample"}
+    assert [{k: v for k, v in row.items() if k not in written} for row in lines] == [
+        row for row in ROWS for _ in range(2)
+    ]
+    assert [row["sample"] for row in lines] == [0, 1] * 4
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    model, params = tiny.load(gpt2)
+    prompts = [tokenizer(text).input_ids for text in ("what do you", "the capital")]
+    found = answers_of(model, params, prompts, SAMPLED, num_samples=2)
+    texts = [tokenizer.decode(answer.content, skip_special_tokens=True) for answer in found]
+    assert [row["generated"] for row in lines[:4]] == texts
+
+
+SAMPLED = Sampling(max_new_tokens=9, temperature=1.0, end_ids=(0,))
+
+
+@pytest.mark.parametrize("share", [0, 0.35, 0.6, 0.999, 1])
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
+    share, gpt2, answered, tmp_path, capsys
+):
+    whole = (answered / "out.jsonl").read_bytes()
+    left = whole[: int(share * len(whole))]
+    (tmp_path / "out.jsonl").write_bytes(left)
+    settings_file = "out.jsonl.settings.json"
+    (tmp_path / settings_file).write_bytes((answered / settings_file).read_bytes())
+    inside = (tmp_path / "out.jsonl").stat().st_ino
+    status, out, _ = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 0 and (tmp_path / "out.jsonl").read_bytes() == whole
+    assert (tmp_path / "out.jsonl").stat().st_ino == inside
+    assert ("all 8 answers are there" in out) == (share == 1)
+
+
+@pytest.mark.parametrize(
+    "flags, rows, problem",
+    [
+        (["--seed=1"], ROWS, "with seed 0, but 1 is asked for; name another file"),
+        (["--top_k=3"], ROWS, "with top_k 0, but 3 is asked for"),
+        ([], ROWS[1:], "its line 1 is of another prompt"),
+    ],
+)
+def test_answers_of_another_command_are_kept(
+    flags, rows, problem, gpt2, answered, tmp_path, capsys
+):
+    before = (answered / "out.jsonl").read_bytes()
+    rows = tiny.write_rows(tmp_path / "in.jsonl", rows)
+    status, _, err = answer_file(gpt2, rows, answered / "out.jsonl", capsys, *flags)
+    assert status == 2 and problem in err and len(err.splitlines()) == 1
+    assert (answered / "out.jsonl").read_bytes() == before
+
+
+def test_an_output_that_is_not_ours_is_kept(gpt2, answered, tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text("mine")
+    status, _, err = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 2 and "name another file" in err
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"prompt": "what do you like " * 2000}, "in.jsonl:2: the prompt has"),
+        ({"question": "what"}, "in.jsonl:2: wanted a column prompt or messages; found question"),
+        ({"prompt": 5}, "in.jsonl:2: column prompt: wanted text"),
+        ({"messages": []}, "in.jsonl:2: column messages: must end in a message to answer"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "must end in a message to answer"),
+        ({"prompt": "x", "generated": "y"}, "column generated: the output has it; rename yours"),
+        ({"prompt": ""}, "a prompt without tokens"),
+        (None, "no rows"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused_before_anything_is_written(
+    row, problem, gpt2, tmp_path, capsys
+):
+    rows = tiny.write_rows(tmp_path / "in.jsonl", [{"prompt": "what"}, row] if row else [])
+    status, _, err = answer_file(gpt2, rows, tmp_path / "out.jsonl", capsys)
+    assert status == 2 and problem in err and len(err.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_weights_that_are_not_finite_write_nothing(gpt2, answered, tmp_path, capsys, monkeypatch):
+    load = Pretrained.load
+    broken = lambda *given: jax.tree.map(lambda leaf: leaf * jnp.nan, load(*given))  # noqa: E731
+    monkeypatch.setattr(Pretrained, "load", broken)
+    status, _, err = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 2 and "the model's logits are not finite" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversation_knows_its_turns_and_ends_when_its_context_is_full(
+    gpt2, capsys, monkeypatch
+):
+    typed = iter(["what do you", "the capital", "and", "red " * 30])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    arguments = [gpt2, "--chat", "--template=plain", "--max_new_tokens=12"]
+    status, out, err = call(generate.main, arguments, capsys)
+    assert status == 2 and "the conversation has" in err and "shorten it" in err
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    model, params = tiny.load(gpt2)
+    template = Template(tokenizer, "plain", "gpt2")
+    messages, wanted = [], ""
+    for question in ("what do you", "the capital", "and"):
+        messages.append({"role": "user", "content": question})
+        prompt = template.prompt(messages).tolist()
+        sampling = Sampling(max_new_tokens=12, end_ids=(0,))
+        (answer,) = answers_of(model, params, [prompt], sampling)
+        messages.append({"role": "assistant", "content": template.text(answer.content)})
+        wanted += messages[-1]["content"] + "\n"
+        wanted += f"[{CUT}]\n" if answer.reason == "length" else ""
+    assert out == wanted
 
 
 @pytest.fixture

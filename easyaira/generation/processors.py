@@ -136,13 +136,24 @@ def _from(logits: Logits, enough: Callable[[jax.Array], jax.Array]) -> Logits:
     return jnp.where(order >= low[:, None], logits, -jnp.inf)
 
 
-def draw(logits: Logits, uniform: Float[Array, " R"]) -> Int[Array, " R"]:
+def uniform(seed: jax.Array, streams: Int[Array, " R"], places: Int[Array, " R"]) -> Array:
+    """A number from [0, 1) for each row [R]: a function of the seed, the row's stream and the place
+    of the token in its answer."""
+    key = jax.random.key(seed)
+
+    def one(stream, place):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, stream), place))
+
+    return jax.vmap(one)(streams, places)
+
+
+def draw(logits: Logits, numbers: Float[Array, " R"]) -> Int[Array, " R"]:
     """Draw a token from each row's distribution: the first one whose cumulative probability exceeds
-    a number from [0, 1). One random number per row serves a vocabulary of any size."""
+    its number from [0, 1). One random number per row serves a vocabulary of any size."""
     R, V = logits.shape
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
-    block, rest = _first_beyond(blocks.sum(-1), uniform)
+    block, rest = _first_beyond(blocks.sum(-1), numbers)
     chosen = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     place, _ = _first_beyond(chosen, rest)
     return block * BLOCK + place

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
 from easyaira.distributed.tree import by_path
-from easyaira.generation.processors import Sampling, draw, logps_of, process
+from easyaira.generation.processors import Sampling, draw, logps_of, process, uniform
 from easyaira.models.model import Model
 from easyaira.models.product import einsum
 
@@ -118,20 +118,12 @@ class Programs:
         return constrain(logits, BATCH_AXES, None)[:, : self.model.vocab_size]
 
     def _choose(self, logits, seed, streams, counts, seen):
-        """Next token [R] and its log-probability. The random number of a token is a function of
-        the seed, the row's stream and the token's place in the answer."""
+        """Next token of each row [R] and its log-probability."""
         processed = process(logits, self.sampling, seen, counts)
         if self.sampling.greedy:
             tokens = processed.argmax(-1)
         else:
-            key = jax.random.key(seed)
-
-            def uniform(stream, count):
-                return jax.random.uniform(
-                    jax.random.fold_in(jax.random.fold_in(key, stream), count)
-                )
-
-            tokens = draw(processed, jax.vmap(uniform)(streams, counts))
+            tokens = draw(processed, uniform(seed, streams, counts))
         tokens = tokens.astype(jnp.int32)
         return tokens, logps_of(logits, tokens)
 
