@@ -20,7 +20,9 @@ from easyaira.generation.processors import Sampling, process
 from easyaira.generation.sampler import Sampler, generate
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.registry import MODELS
+from easyaira.train.setup import prepare
 from helpers import tiny
+from helpers.runs import configure
 
 DRAWN = Sampling(max_new_tokens=20, temperature=1.0, end_ids=tuple(range(12)))
 
@@ -215,6 +217,20 @@ def test_bfloat16_answers_have_the_log_probabilities_of_its_own_training_forward
     (answer,) = generate(model, params, [prompt], Sampling(max_new_tokens=12))
     _, logps = told((model, params), prompt, answer)
     np.testing.assert_allclose(answer.logps, logps, atol=0.1)  # 8 bits of mantissa
+
+
+def test_adapters_on_a_quantised_base_generate_what_their_training_forward_says(folder, tmp_path):
+    rows = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
+    flags = ["--lora.r=4", "--lora.target_modules=all-linear", "--lora.quantize=nf4"]
+    setup = prepare(*configure("sft", folder, rows, tmp_path / "run", *flags))
+    (prompt,) = prompts_of(5)
+    with setup.model.on(setup.mesh):
+        adapters = jax.tree.map(lambda leaf: leaf + 0.1, setup.trainable.start())
+        params = setup.trainable.weights(adapters)
+        (answer,) = generate(setup.model, params, [prompt], Sampling(max_new_tokens=12))
+        logits, logps = told((setup.model, params), prompt, answer)
+    assert answer.tokens == logits.argmax(-1).tolist()
+    np.testing.assert_allclose(answer.logps, logps, atol=1e-5)
 
 
 # Processors
