@@ -15,7 +15,7 @@ COMMANDS = {  # name: (module, purpose)
     "sft": ("train_sft", "fine-tune a language model on prompts with completions"),
     "dpo": ("train_dpo", "optimise a language model on pairs of answers"),
     "reward": ("train_reward", "train a reward or toxicity model"),
-    "generate": ("generate", "answer a prompt"),
+    "generate": ("generate", "answer a prompt, a file of prompts, or converse"),
     "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
     "verify": ("verify", "check a released folder against its proof"),
     "inspect": ("inspect", "show what a configuration would train on"),

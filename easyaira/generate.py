@@ -1,82 +1,231 @@
-"""Generate an answer to a prompt, greedily or sampled.
+"""Generate answers to a prompt, to a file of prompts, or in a conversation.
 
 python -m easyaira.generate runs/aira-2-124m --prompt "What is alignment?"
+python -m easyaira.generate runs/aira-2-124m --prompts in.jsonl --output out.jsonl
+python -m easyaira.generate runs/aira-2-124m --chat
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from easyaira import cli
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, escaped
+
+AS_FOLDER = "default: as generation_config.json, or"
+NUMBERS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+NUMBERS = (*NUMBERS, "repetition_penalty")
 
 
 def parser():
+    from typing import Literal
+
     from jsonargparse import ArgumentParser
-    from jsonargparse.typing import PositiveInt
 
-    from easyaira.config.ranges import NonNegative, Seed, TopP
+    from easyaira.config.ranges import (
+        Count,
+        CountOrZero,
+        NonNegative,
+        Positive,
+        Seed,
+        Share,
+        TopP,
+    )
 
-    parser = ArgumentParser(description="Answer a prompt.", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("model", help="Run folder, Hugging Face folder or hub id.")
-    parser.add_argument("--prompt", required=True, help="The user's message.")
-    parser.add_argument(
-        "--template",
-        default="chat",
-        help="As data.template; chat: the model's own.",
+    parser = ArgumentParser(
+        description="Answer a prompt, a file of prompts, or in a conversation.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=PositiveInt,
-        help="Maximal answer length; default: as generation_config.json, or 200.",
+    add = parser.add_argument
+    add("model", help="Run folder, Hugging Face folder or hub id.")
+    add("--prompt", help="A message to answer.")
+    add("--chat", action="store_true", help="Converse in the terminal; end with Ctrl-D.")
+    add(
+        "--prompts",
+        help="Rows with a column prompt or messages: .jsonl, .json, .csv, .parquet or hub id.",
     )
-    parser.add_argument(
-        "--temperature",
-        type=NonNegative,
-        help="0: greedy; default: as generation_config.json, or greedy.",
+    add(
+        "--output",
+        help="File for their answers: each row with the columns generated and finish_reason (end, "
+        "stop or length). The same command continues an interrupted one.",
     )
-    parser.add_argument(
-        "--top_p",
-        type=TopP,
-        help="Nucleus sampling; 1: off; default: as generation_config.json, or off.",
+    add(
+        "--num_samples",
+        type=Count,
+        default=1,
+        help="Answers to each prompt; a column sample numbers them.",
     )
-    parser.add_argument("--seed", type=Seed, default=0, help="Seed of the sampling.")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    add("--template", default="chat", help="As data.template; chat: the model's own.")
+    add("--max_new_tokens", type=Count, help=f"Longest answer; {AS_FOLDER} 200.")
+    add("--min_new_tokens", type=CountOrZero, help=f"Shortest answer; {AS_FOLDER} 0.")
+    add("--temperature", type=NonNegative, help=f"0: greedy; {AS_FOLDER} greedy.")
+    add("--top_k", type=CountOrZero, help=f"Sample from the k likeliest; {AS_FOLDER} 0: off.")
+    add("--top_p", type=TopP, help=f"Nucleus sampling; {AS_FOLDER} 1: off.")
+    add("--min_p", type=Share, help=f"Least share of the likeliest one; {AS_FOLDER} 0: off.")
+    add("--repetition_penalty", type=Positive, help=f"Above 1: repeat less; {AS_FOLDER} 1: off.")
+    add("--stop", action="append", help="Text that ends an answer and is cut off; may be repeated.")
+    add("--seed", type=Seed, default=0, help="Seed of the sampling.")
+    add("--batch_size", type=Count, default=64, help="Answers at a time, as memory allows.")
+    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
+    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
+
+
+def check(args: Any) -> None:
+    """Check the options against each other.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    asked = [
+        name for name in ("prompt", "chat", "prompts") if getattr(args, name) not in (None, False)
+    ]
+    if len(asked) != 1:
+        raise ConfigError(
+            f"--prompt, --chat, --prompts: found {' and '.join(asked) or 'none'}; choose one"
+        )
+    if (args.prompts is None) != (args.output is None):
+        raise ConfigError("--prompts and --output: need each other; give both")
+    if args.chat and args.num_samples > 1:
+        raise ConfigError("--num_samples: a conversation has one answer; leave it out")
+    for name in ("prompt", "stop"):
+        texts = getattr(args, name) or ""
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"--{name}: is not UTF-8; set the terminal's encoding to it"
+            ) from error
+    if "" in (args.stop or []):
+        raise ConfigError("--stop: found an empty text, expected one")
 
 
 def main(argv: list[str]) -> None:
     args = cli.parse_args(parser(), argv)
-    try:
-        args.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("--prompt: is not UTF-8; set the terminal's encoding to it") from error
+    check(args)
 
+    from dataclasses import asdict
+
+    from easyaira.config.data import DataConfig
+    from easyaira.data.cache import keep_compiled
     from easyaira.data.template import Template
     from easyaira.distributed import mesh as meshes
-    from easyaira.generation.sampler import generate
+    from easyaira.generation import prompts
+    from easyaira.generation.chat import CUT, chat, text_of
+    from easyaira.generation.processors import Sampling
+    from easyaira.generation.sampler import Sampler
     from easyaira.generation.settings import end_ids, files_of, options_of
+    from easyaira.models.layers import Compute
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
     origin = pretrained.find(args.model)
-    model = model_of(origin.config, origin.where, scorer=False)
+    compute = Compute(dtype=args.dtype)
+    model = model_of(origin.config, origin.where, compute, scorer=False)
     origin.check(model)
-    tokenizer = origin.tokenizer()
-    template = Template(tokenizer, args.template, origin.config["model_type"])
-    options = {"max_new_tokens": 200} | options_of(origin.generation_config)
-    for name in ("max_new_tokens", "temperature", "top_p"):
-        if (value := getattr(args, name)) is not None:
-            options[name] = value
-    if args.top_p is not None and not options.get("temperature"):
-        raise ConfigError("--top_p: has no effect on greedy generation; set --temperature, too")
-    eos_ids = end_ids(template, files_of(origin), model.vocab_size)
-    prompt = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
-    mesh = meshes.make_mesh("fsdp=-1")
+    template = Template(origin.tokenizer(), args.template, origin.config["model_type"])
+    options = options_of(origin.generation_config)
+    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    options |= given | ({"stop_strings": tuple(args.stop)} if args.stop else {})
+    ends = end_ids(template, files_of(origin), model.vocab_size)
+    sampling = Sampling(end_ids=tuple(ends), **options)
+    for name in ("top_k", "top_p", "min_p"):
+        if name in given and sampling.greedy:
+            raise ConfigError(
+                f"--{name}: has no effect on greedy generation; set --temperature, too"
+            )
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise ConfigError(
+            f"min_new_tokens: {sampling.min_new_tokens} exceeds max_new_tokens, "
+            f"{sampling.max_new_tokens}; lower it"
+        )
+    mesh = meshes.make_mesh(args.mesh)
+    rows, steps = args.batch_size, 1 if args.chat else None
+    sampler = Sampler(model, sampling, text=template.text, rows=rows, steps=steps)
+
+    def text(answer):
+        return text_of(answer, template, sampling.stop_strings)
+
+    keep_compiled(DataConfig(train=""))
+    if args.prompts:
+        settings = {"model": origin.location(), "template": args.template, "dtype": args.dtype}
+        settings |= {"num_samples": args.num_samples, "seed": args.seed}
+        settings |= {k: list(v) if type(v) is tuple else v for k, v in asdict(sampling).items()}
+        asked = prompts.read(args.prompts, template, sampler)
+        output = prompts.Output(Path(args.output), asked, args.num_samples, settings)
+        if output.written == output.total:
+            print(f"{args.output}: all {output.total:,} answers are there")
+            return
+    elif args.prompt is not None:
+        tokens = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
+        sampler.limit(len(tokens))
     with model.on(mesh):
         params = origin.load(model, mesh)
-        answer = generate(model, params, [prompt], eos_ids=eos_ids, seed=args.seed, **options)[0]
-    print(template.text(answer))
+        weights = sampler.weights(params)
+        del params
+        if args.chat:
+            chat(sampler, weights, template, questions(), show, args.seed)
+        elif args.prompt is not None:
+            found = dict(
+                sampler.answers(weights, [tokens], num_samples=args.num_samples, seed=args.seed)
+            )
+            for number in sorted(found):
+                print(text(found[number]))
+            if any(answer.reason == "length" for answer in found.values()):
+                print(f"note: {CUT}", file=sys.stderr)
+        else:
+            write(output, sampler, weights, args, text)
+
+
+def questions() -> Iterator[str]:
+    """Lines that the user types."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def write(output: Any, sampler: Any, weights: Any, args: Any, text: Any) -> None:
+    """Generate what the output lacks, with a progress bar."""
+    import time
+
+    from tqdm import tqdm
+
+    start, count = time.perf_counter(), 0
+    with tqdm(total=output.total, initial=output.written, unit=" answers") as bar:
+
+        def progress(_, new):
+            nonlocal count
+            count += len(new)
+            bar.set_postfix_str(f"{count / (time.perf_counter() - start):,.0f} tokens/s", False)
+
+        def counted():
+            for found in sampler.answers(
+                weights,
+                [prompt.tokens.tolist() for prompt in output.prompts],
+                num_samples=args.num_samples,
+                seed=args.seed,
+                first=output.written,
+                progress=progress,
+            ):
+                bar.update()
+                yield found
+
+        output.write(counted(), text)
+    print(f"{escaped(args.output)}: {output.total:,} answers, {count:,} new tokens")
 
 
 if __name__ == "__main__":

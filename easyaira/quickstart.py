@@ -214,6 +214,7 @@ def answers(
 
     from easyaira.data.template import Template
     from easyaira.distributed import mesh as meshes
+    from easyaira.generation.processors import Sampling
     from easyaira.generation.sampler import generate
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
@@ -225,8 +226,9 @@ def answers(
     with model.on(mesh):
         params = origin.load(model, mesh) if trained else model.init(jax.random.key(42))
         prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in questions]
-        tokens = generate(model, params, prompts, eos_ids=template.end_ids, max_new_tokens=24)
-    return [template.text(row).strip() for row in tokens]
+        sampling = Sampling(max_new_tokens=24, end_ids=tuple(template.end_ids))
+        found = generate(model, params, prompts, sampling)
+    return [template.text(answer.content).strip() for answer in found]
 
 
 def main(argv: list[str]) -> None:

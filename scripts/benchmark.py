@@ -8,6 +8,7 @@
     python scripts/benchmark.py train --task sft --gradient_checkpointing none,dots,full
     python scripts/benchmark.py train --task dpo --lengths hh --profile trace
     python scripts/benchmark.py core                                   # the log-probabilities
+    python scripts/benchmark.py generate --model gpt2-small            # beside transformers
 
 Prints a table; --json FILE also writes its figures. The measurements are in benchmarks/.
 """
@@ -19,7 +20,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import core, data, show, training
+from benchmarks import core, data, generation, show, training
 from benchmarks.lengths import KINDS
 from benchmarks.sides import MODELS
 
@@ -63,7 +64,13 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE.png", help="bar chart of tokens per CPU second")
     add("--debug", action="store_true", help="show the standard error of the sides")
     of_core = commands.add_parser("core", help="log-probabilities, against full logits")
-    for command in (of_data, of_training, of_core):
+    of_generation = commands.add_parser("generate", help="answers, against transformers")
+    of_generation.add_argument("--model", choices=list(generation.SIZES), default="small")
+    of_generation.add_argument("--rounds", type=int, default=3)
+    of_generation.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    for command in (of_data, of_training, of_core, of_generation):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
     return top
 
@@ -75,6 +82,9 @@ def main() -> None:
     args = parser().parse_args()
     if args.what == "data":
         figures = data.data(args)
+    elif args.what == "generate":
+        figures = generation.generation(args)
+        show.table(figures)
     elif args.what == "core":
         figures = core.core()
         show.table(figures)

@@ -2,18 +2,23 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from easyaira import generate
+from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError
 from easyaira.export import hf_config
-from easyaira.generation import sampler, settings
+from easyaira.generation import settings
+from easyaira.generation.chat import CUT
+from easyaira.generation.processors import Sampling
+from easyaira.generation.sampler import Answer
+from easyaira.generation.sampler import generate as answers_of
 from easyaira.run import samples
+from easyaira.storage.pretrained import Pretrained
 from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.processes import call
@@ -89,26 +94,12 @@ def test_sampling_settings_count_where_sampling_is_on_and_flags_override_them(
     assert len({ask(folder, capsys, f"--seed={seed}")[1] for seed in (1, 2)}) == 2
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.6), (3, 1.0), (20, 0.5), (5, 0.999), (0, 1e-9)])
-def test_the_likeliest_tokens_are_those_of_transformers(top_k, top_p):
-    logits = np.random.default_rng(0).normal(0, 2, (4, 50)).astype(np.float32)
-    wanted = torch.tensor(logits)
-    if top_k:
-        wanted = TopKLogitsWarper(top_k)(None, wanted)
-    wanted = TopPLogitsWarper(top_p)(None, wanted).numpy()
-    order, ranked = sampler.likeliest(jnp.asarray(logits), top_k, top_p)
-    found = np.full_like(logits, np.nan)
-    np.put_along_axis(found, np.asarray(order), np.asarray(ranked), 1)
-    np.testing.assert_array_equal(found, wanted)
-
-
 def test_a_temperature_near_0_is_greedy(gpt2):
     model, params = tiny.load(gpt2)
 
     def sample(temperature):
-        return sampler.generate(
-            model, params, [[5, 6]], eos_ids=[0], max_new_tokens=5, temperature=temperature
-        )
+        sampling = Sampling(max_new_tokens=5, temperature=temperature, end_ids=(0,))
+        return answers_of(model, params, [[5, 6]], sampling)
 
     assert sample(1e-300) == sample(1e-6) == sample(0.0)
 
@@ -129,6 +120,13 @@ def test_a_temperature_near_0_is_greedy(gpt2):
         (f"--seed={2**70}", "seed: expected"),
         ("--prompt=caf\udce9", "prompt: is not UTF-8"),
         ("--prompt=", "a prompt without tokens"),
+        (f"--prompt={'what do you like ' * 40}", "leaves no room in the model's 64 positions"),
+        ("--chat", "--prompt, --chat, --prompts: found prompt and chat; choose one"),
+        ("--output=x", "--prompts and --output: need each other"),
+        ("--min_p=0.1", "min_p: has no effect on greedy generation"),
+        ("--min_new_tokens=300", "min_new_tokens: 300 exceeds max_new_tokens, 200"),
+        ("--stop=", "--stop: found an empty text"),
+        ("--num_samples=0", "num_samples: expected"),
     ],
 )
 def test_an_option_without_sense_is_refused_in_one_line(flag, problem, gpt2, capsys):
@@ -149,8 +147,10 @@ def test_a_huge_limit_is_that_of_the_models_positions(gpt2, capsys):
     [
         ({"num_beams": 4}, "num_beams 4 is not supported here; remove it"),
         ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size 1 is not supported"),
-        ({"stop_strings": ["x"]}, "stop_strings"),
-        ({"min_new_tokens": 5}, "min_new_tokens"),
+        ({"stop_strings": ["x", 5]}, "stop_strings: found"),
+        ({"stop_strings": ""}, "stop_strings: found"),
+        ({"min_new_tokens": -1}, "min_new_tokens: found -1"),
+        ({"min_p": 2}, "min_p: found 2"),
         ({"forced_eos_token_id": 3}, "forced_eos_token_id"),
         ({"temperature": "0.5"}, "temperature: found '0.5', expected a number from 0;"),
         ({"top_p": 1.5}, "top_p: found 1.5"),
@@ -188,6 +188,145 @@ def test_an_end_token_outside_the_vocabulary_is_refused(file, wrong, gpt2, tmp_p
     assert status == 2 and f"error: {file}: eos_token_id: found" in err
 
 
+# Files of prompts
+
+
+ROWS = [
+    {"prompt": "what do you", "id": 7},
+    {"messages": [{"role": "user", "content": "the capital"}]},
+    {"prompt": "red <|endoftext|> and"},
+    {"prompt": "I like blue and red. yes"},
+]
+ASKED = ("--template=plain", "--max_new_tokens=9", "--temperature=1", "--num_samples=2")
+
+
+@pytest.fixture(scope="module")
+def answered(gpt2, tmp_path_factory):
+    """A folder with prompts, and the output of an uninterrupted command."""
+    root = tmp_path_factory.mktemp("answered")
+    rows = tiny.write_rows(root / "in.jsonl", ROWS)
+    generate.main([str(gpt2), f"--prompts={rows}", f"--output={root / 'out.jsonl'}", *ASKED])
+    return root
+
+
+def answer_file(gpt2, source, output, capsys, *flags):
+    arguments = [gpt2, f"--prompts={source}", f"--output={output}", *ASKED, *flags]
+    return call(generate.main, arguments, capsys)
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers(gpt2, answered):
+    lines = [json.loads(line) for line in (answered / "out.jsonl").read_text().splitlines()]
+    written = {"generated", "finish_reason", "sample"}
+    assert [{k: v for k, v in row.items() if k not in written} for row in lines] == [
+        row for row in ROWS for _ in range(2)
+    ]
+    assert [row["sample"] for row in lines] == [0, 1] * 4
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    model, params = tiny.load(gpt2)
+    prompts = [tokenizer(text).input_ids for text in ("what do you", "the capital")]
+    found = answers_of(model, params, prompts, SAMPLED, num_samples=2)
+    texts = [tokenizer.decode(answer.content, skip_special_tokens=True) for answer in found]
+    assert [row["generated"] for row in lines[:4]] == texts
+
+
+SAMPLED = Sampling(max_new_tokens=9, temperature=1.0, end_ids=(0,))
+
+
+@pytest.mark.parametrize("share", [0, 0.35, 0.6, 0.999, 1])
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
+    share, gpt2, answered, tmp_path, capsys
+):
+    whole = (answered / "out.jsonl").read_bytes()
+    left = whole[: int(share * len(whole))]
+    (tmp_path / "out.jsonl").write_bytes(left)
+    settings_file = "out.jsonl.settings.json"
+    (tmp_path / settings_file).write_bytes((answered / settings_file).read_bytes())
+    inside = (tmp_path / "out.jsonl").stat().st_ino
+    status, out, _ = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 0 and (tmp_path / "out.jsonl").read_bytes() == whole
+    assert (tmp_path / "out.jsonl").stat().st_ino == inside
+    assert ("all 8 answers are there" in out) == (share == 1)
+
+
+@pytest.mark.parametrize(
+    "flags, rows, problem",
+    [
+        (["--seed=1"], ROWS, "with seed 0, but 1 is asked for; name another file"),
+        (["--top_k=3"], ROWS, "with top_k 0, but 3 is asked for"),
+        ([], ROWS[1:], "its line 1 is of another prompt"),
+    ],
+)
+def test_answers_of_another_command_are_kept(
+    flags, rows, problem, gpt2, answered, tmp_path, capsys
+):
+    before = (answered / "out.jsonl").read_bytes()
+    rows = tiny.write_rows(tmp_path / "in.jsonl", rows)
+    status, _, err = answer_file(gpt2, rows, answered / "out.jsonl", capsys, *flags)
+    assert status == 2 and problem in err and len(err.splitlines()) == 1
+    assert (answered / "out.jsonl").read_bytes() == before
+
+
+def test_an_output_that_is_not_ours_is_kept(gpt2, answered, tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text("mine")
+    status, _, err = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 2 and "name another file" in err
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"prompt": "what do you like " * 2000}, "in.jsonl:2: the prompt has"),
+        ({"question": "what"}, "in.jsonl:2: wanted a column prompt or messages; found question"),
+        ({"prompt": 5}, "in.jsonl:2: column prompt: wanted text"),
+        ({"messages": []}, "in.jsonl:2: column messages: must end in a message to answer"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "must end in a message to answer"),
+        ({"prompt": "x", "generated": "y"}, "column generated: the output has it; rename yours"),
+        ({"prompt": ""}, "a prompt without tokens"),
+        (None, "no rows"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused_before_anything_is_written(
+    row, problem, gpt2, tmp_path, capsys
+):
+    rows = tiny.write_rows(tmp_path / "in.jsonl", [{"prompt": "what"}, row] if row else [])
+    status, _, err = answer_file(gpt2, rows, tmp_path / "out.jsonl", capsys)
+    assert status == 2 and problem in err and len(err.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_weights_that_are_not_finite_write_nothing(gpt2, answered, tmp_path, capsys, monkeypatch):
+    load = Pretrained.load
+    broken = lambda *given: jax.tree.map(lambda leaf: leaf * jnp.nan, load(*given))  # noqa: E731
+    monkeypatch.setattr(Pretrained, "load", broken)
+    status, _, err = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 2 and "the model's logits are not finite" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversation_knows_its_turns_and_ends_when_its_context_is_full(
+    gpt2, capsys, monkeypatch
+):
+    typed = iter(["what do you", "the capital", "and", "red " * 30])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    arguments = [gpt2, "--chat", "--template=plain", "--max_new_tokens=12"]
+    status, out, err = call(generate.main, arguments, capsys)
+    assert status == 2 and "the conversation has" in err and "shorten it" in err
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    model, params = tiny.load(gpt2)
+    template = Template(tokenizer, "plain", "gpt2")
+    messages, wanted = [], ""
+    for question in ("what do you", "the capital", "and"):
+        messages.append({"role": "user", "content": question})
+        prompt = template.prompt(messages).tolist()
+        sampling = Sampling(max_new_tokens=12, end_ids=(0,))
+        (answer,) = answers_of(model, params, [prompt], sampling)
+        messages.append({"role": "assistant", "content": template.text(answer.content)})
+        wanted += messages[-1]["content"] + "\n"
+        wanted += f"[{CUT}]\n" if answer.reason == "length" else ""
+    assert out == wanted
+
+
 @pytest.fixture
 def setup_of(gpt2, tmp_path):
     def setup_of(rows, *flags, **generation):
@@ -202,8 +341,9 @@ def setup_of(gpt2, tmp_path):
 def asked(monkeypatch):
     """The end tokens that samples ask for."""
     asked = []
+    found = [Answer([], [], "length")] * 2
     monkeypatch.setattr(
-        samples, "generate", lambda *_, eos_ids, **__: asked.append(eos_ids) or [[], []]
+        samples, "generate", lambda *given: asked.append(list(given[-1].end_ids)) or found
     )
     return asked
 
@@ -237,4 +377,4 @@ def test_samples_leave_out_examples_without_a_prompt(setup_of, tmp_path):
 def test_a_prompt_without_tokens_is_refused(gpt2):
     model, params = tiny.load(gpt2)
     with pytest.raises(DataError, match="a prompt without tokens"):
-        sampler.generate(model, params, [[5], []], eos_ids=[0], max_new_tokens=2)
+        answers_of(model, params, [[5], []], Sampling(max_new_tokens=2))

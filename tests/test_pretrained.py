@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from easyaira import train_dpo, train_sft
+from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import generate
 from easyaira.losses import token_logps
 from easyaira.train import log
@@ -35,8 +36,8 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
         assert top5.tolist() == case["last_top5_ids"]
         np.testing.assert_allclose(logits[top5], case["last_top5_logits"], atol=1e-4)
     prompts = [case["input_ids"] for case in reference]
-    greedy = generate(model, params, prompts, eos_ids=[], max_new_tokens=40)
-    assert greedy == [case["greedy_next_40"] for case in reference]
+    greedy = generate(model, params, prompts, Sampling(max_new_tokens=40))
+    assert [answer.tokens for answer in greedy] == [case["greedy_next_40"] for case in reference]
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
     theirs = model.generate(**batch, max_new_tokens=20, do_sample=False)[0].tolist()
     ours, params = tiny.load(tmp_path / "dpo/hf")
     prompt = batch["input_ids"][0].tolist()
-    ends = [tokenizer.eos_token_id, 1]
-    answer = generate(ours, params, [prompt], eos_ids=ends, max_new_tokens=20)[0]
-    assert theirs[len(prompt) :][: len(answer)] == answer
+    ends = (tokenizer.eos_token_id, 1)
+    (answer,) = generate(ours, params, [prompt], Sampling(max_new_tokens=20, end_ids=ends))
+    assert theirs[len(prompt) :][: len(answer.content)] == answer.content
     assert jax.tree.leaves(params)[0].dtype == np.float32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import examples, sources, tokenise
 from easyaira.data.examples import Account, Examples
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
+from easyaira.distributed import hosts
 from easyaira.errors import StorageError
 from easyaira.files import parse_json, read_file, reason, write_file
 
@@ -50,6 +54,18 @@ def cache_folder(config: DataConfig, *names: str) -> Path:
     except OSError as error:
         raise cache_error(folder, error) from error
     return folder
+
+
+def keep_compiled(config: DataConfig) -> None:
+    """Enable JAX's compilation cache for later commands on this machine, unless it is configured.
+
+    Compiled programs are code, so the folder is private to the user. With several processes, JAX
+    lets only the first one write, so a cache needs a folder that all hosts see: the user must
+    configure it."""
+    if jax.config.jax_compilation_cache_dir is None and not hosts.several():
+        folder = cache_folder(config, "programs", platform.node())
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def cache_error(folder: Path, error: OSError) -> StorageError:

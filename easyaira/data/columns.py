@@ -179,6 +179,22 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
     return _joined(prompt, turns, answer)
 
 
+def question(row: Record) -> list[Message]:
+    """Convert a row to the messages that a model has to answer.
+
+    Raises:
+        Unreadable: it has no column prompt or messages, or a wrong type, or ends in an answer.
+    """
+    names = [name for name in ("prompt", "messages") if name in row]
+    if len(names) != 1:
+        raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
+    messages = names == ["messages"]
+    turns = _messages(row, "messages") if messages else _prompt(row, Form((), "prompt"))
+    if not turns or turns[-1]["role"] == "assistant":
+        raise Unreadable(f"column {names[0]}: must end in a message to answer")
+    return [{name: turn[name] for name in ("role", "content")} for turn in turns]
+
+
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SPEAKERS |= {"model": "assistant"} | {role: role for role in ("user", "assistant", "system")}
 

@@ -27,8 +27,10 @@ NUMBERS = {  # setting: kind, smallest value, largest value
     "temperature": (float, 0.0, math.inf),
     "top_k": (int, 0, math.inf),
     "top_p": (float, 0.0, 1.0),
+    "min_p": (float, 0.0, 1.0),
     "repetition_penalty": (float, 1e-3, math.inf),
     "max_new_tokens": (int, 1, math.inf),
+    "min_new_tokens": (int, 0, math.inf),
 }
 
 
@@ -89,7 +91,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `sampler.generate` that generation_config.json sets.
+    """Fields of `processors.Sampling` that generation_config.json sets.
 
     Raises:
         ConfigError: a setting that `generate` does not have, or an impossible value.
@@ -101,6 +103,11 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         if name in NUMBERS:
             check_number(name, value)
             found[name] = value
+        elif name == "stop_strings":
+            stops = [value] if isinstance(value, str) else value
+            if not isinstance(stops, list) or not all(type(s) is str and s for s in stops):
+                raise ConfigError(f"{GENERATION_CONFIG}: {name}: found {value!r}, expected texts")
+            found[name] = tuple(stops)
         elif value and not (value == 1 and name in ONE_CHANGES_NOTHING):
             raise ConfigError(
                 f"{GENERATION_CONFIG}: {name} {value!r} is not supported here; remove it, or "
@@ -111,5 +118,5 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{GENERATION_CONFIG}: do_sample: found {sample!r}, expected a boolean")
     if sample:
         return {"temperature": 1.0} | found
-    sampling = ("temperature", "top_k", "top_p")
+    sampling = ("temperature", "top_k", "top_p", "min_p")
     return {name: value for name, value in found.items() if name not in sampling}

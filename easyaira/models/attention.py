@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import by_device, constrain
+from easyaira.models.cache import MASKED, Cache, attend
 from easyaira.models.flash import ends, flash
 from easyaira.models.layers import Compute, Dropout, by_features
 from easyaira.models.product import einsum
 from easyaira.models.splash import splash
 
 BLOCK = 512  # queries
-MASKED = jnp.finfo(jnp.float32).min
 MAX_BLOCKS = 16  # per row: blocks are unrolled in the program
 
 
@@ -68,8 +68,14 @@ def attention(
     The output at padding is finite and meaningless. `compute.attention` selects the implementation.
     XLA replaces it where it is unsupported: with dropout, without a causal mask (splash, pallas),
     in 32 bits or with an odd length (cudnn).
+
+    With `compute.cached`, keys and values are cached. Rows of one new token then have the row's
+    length in `segment_ids`, and the cache's clock in `sides`; see cache.py.
     """
     R, T, H, N = q_RTHN.shape
+    if compute.cached and (kept := Cache()(k_RTKN, v_RTKN, sides_RT[0, 0])):
+        out = attend(q_RTHN, kept, segment_ids_RT[:, 0], sides_RT[0, 0])
+        return by_features(out.reshape(R, T, H * N))
     heads = (constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
     rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None

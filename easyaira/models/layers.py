@@ -56,6 +56,7 @@ class Compute:
     attention: str = "xla"  # xla | cudnn | pallas | splash, see attention.py
     shared_prompt: bool = False  # rows may hold a prompt followed by two answers
     tf32: bool = False  # float32 products may round to 10-bit mantissas
+    cached: bool = False  # attention stores keys and values, see cache.py
 
     @property
     def matmul_precision(self) -> str | None:
@@ -135,16 +136,19 @@ def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
-    """`length` copies of `block`, scanned: one compiled body, parameters stacked on axis 0."""
+    """`length` copies of `block`, scanned: one compiled body, parameters stacked on axis 0.
+
+    With a cache they are unrolled, since a loop would copy a layer's cache for each token."""
     if compute.gradient_checkpointing != "none":
         policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=length,
+        unroll=length if compute.cached else 1,
     )
 
 

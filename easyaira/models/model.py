@@ -121,6 +121,20 @@ class Model:
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return self.module.apply({"params": params}, *rows, rngs=rngs)
 
+    def apply_cached(
+        self, params: Any, batch: Mapping[str, jax.Array], cache: Any = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Hidden states, head, and the new cache of keys and values (see models/cache.py).
+
+        Args:
+            batch: prompts; or with a cache, the next token [R, 1] of each row.
+            cache: the cache of the tokens before; None: there are none.
+        """
+        rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
+        variables = {"params": params} | ({} if cache is None else {"cache": cache})
+        (hidden, head), kept = self.module.apply(variables, *rows, mutable=["cache"])
+        return hidden, head, kept["cache"]
+
     def score(
         self,
         params: Any,
@@ -140,6 +154,11 @@ class Model:
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         counts = {"examples": examples, "answers": answers}
         return self.module.apply({"params": params}, *rows, rngs=rngs, **counts)
+
+    def cached(self) -> Model:
+        """The same model with a cache of keys and values, for generation."""
+        compute = replace(self.compute, cached=True, dropout=0.0, gradient_checkpointing="none")
+        return replace(self, compute=compute)
 
     def with_dtype(self, dtype: Any) -> Model:
         """The same model with another computing dtype."""

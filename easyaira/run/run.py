@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ import jax
 
 import easyaira
 from easyaira.config.run import DryRun, RunConfig
-from easyaira.data import cache
+from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.chips import pod
@@ -56,7 +55,7 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         setup = prepare(config, algorithm)
         if hosts.several():  # samples the weights and resolves the reference
             hosts.agree(provenance.made_of(setup))
-        keep_compiled(config)
+        keep_compiled(config.data)
         with setup.model.on(setup.mesh), memory_explained(config):
             setup, checked = kernel_check.choose(setup)
             print(plan_report.describe(setup), flush=True)
@@ -97,18 +96,6 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
         print(plan_report.plan(setup, algorithm), flush=True)
         for line in search(setup, algorithm) if dry_run.search else ():
             print(line, flush=True)
-
-
-def keep_compiled(config: RunConfig) -> None:
-    """Enable JAX's compilation cache for later runs on this machine, unless it is configured.
-
-    Compiled programs are code, so the folder is private to the user. With several processes, JAX
-    lets only the first one write, so a cache needs a folder that all hosts see: the user must
-    configure it."""
-    if jax.config.jax_compilation_cache_dir is None and not hosts.several():
-        folder = cache.cache_folder(config.data, "programs", platform.node())
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from easyaira.distributed import hosts
 from easyaira.errors import StorageError
 from easyaira.files import read_json, write_file
+from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import generate
 from easyaira.generation.settings import end_ids, files_of
 from easyaira.train.setup import Setup
@@ -59,15 +60,11 @@ class Samples:
         setup = self.setup
         foreign = setup.config.model.tokenizer is not None  # the files have ids of another one
         files = {} if foreign else files_of(setup.origin)
-        answers = generate(
-            setup.model,
-            params,
-            self.prompts,
-            eos_ids=end_ids(setup.template, files, setup.model.vocab_size),
-            max_new_tokens=SAMPLE_TOKENS,
-        )
-        for row, tokens in zip(self.rows, answers, strict=True):
-            row[when] = self.setup.template.text(tokens)
+        ends = end_ids(setup.template, files, setup.model.vocab_size)
+        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, end_ids=tuple(ends))
+        answers = generate(setup.model, params, self.prompts, sampling)
+        for row, answer in zip(self.rows, answers, strict=True):
+            row[when] = self.setup.template.text(answer.content)
         if hosts.first():
             write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
 

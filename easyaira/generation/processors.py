@@ -1,0 +1,177 @@
+"""From logits to the next token: pure functions of arrays, with the results of transformers.
+
+Shapes: R rows, V vocabulary. A token that may not be chosen has the logit -inf. Nothing sorts the
+vocabulary: a cut-off is found by bisection, since a sort costs more than the model's products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+GREEDY = 1e-5  # temperatures below it would overflow float32
+BLOCK = 128  # tokens whose probabilities are summed at once, to find the drawn one
+
+Logits = Float[Array, "R V"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens, and when to stop. The order is that of transformers.
+
+    Attributes:
+        max_new_tokens: maximal length of an answer; the model's positions limit it, too.
+        min_new_tokens: no end token before an answer has so many tokens.
+        temperature: divisor of the logits; 0: greedy, and the next three have no effect.
+        top_k: sample from this many of the likeliest tokens; 0: from all.
+        top_p: sample from the smallest set of tokens with this share of the probability (Holtzman
+            et al., 2020, The Curious Case of Neural Text Degeneration, eq. 2).
+        min_p: sample from the tokens with at least this share of the likeliest one's probability
+            (Nguyen et al., 2024, Turning Up the Heat, section 3); 0: from all.
+        repetition_penalty: divisor of the positive logits, and factor of the negative ones, of
+            tokens that the row already has (Keskar et al., 2019, CTRL, section 4.1).
+        end_ids: tokens that end an answer.
+        stop_strings: texts that end an answer.
+    """
+
+    max_new_tokens: int = 200
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    end_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY
+
+
+def process(
+    logits: Logits,
+    sampling: Sampling,
+    seen: Bool[Array, "R V"] | None = None,
+    counts: Int[Array, " R"] | None = None,
+) -> Logits:
+    """Logits of the distribution to draw from.
+
+    Args:
+        seen: tokens that a row already has; needed for a repetition penalty.
+        counts: tokens of the answer so far; needed for `min_new_tokens`.
+    """
+    if sampling.repetition_penalty != 1:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.min_new_tokens:
+        logits = forbid_end(logits, counts, sampling.min_new_tokens, sampling.end_ids)
+    if sampling.greedy:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
+
+
+def penalise(logits: Logits, seen: Bool[Array, "R V"], penalty: float) -> Logits:
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def forbid_end(
+    logits: Logits, counts: Int[Array, " R"], least: int, end_ids: Sequence[int]
+) -> Logits:
+    ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(end_ids, jnp.int32))
+    return jnp.where((counts < least)[:, None] & ends, -jnp.inf, logits)
+
+
+def keep_top_k(logits: Logits, k: int) -> Logits:
+    """Keep the k largest logits, and those equal to the last of them."""
+    return _from(logits, lambda kept: kept.sum(-1) >= k)
+
+
+def keep_top_p(logits: Logits, p: float) -> Logits:
+    """Keep the smallest set of the likeliest tokens whose probabilities sum up to p.
+
+    Among equal ones at the cut-off, those with the lowest ids are kept.
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    kept = _from(logits, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= p)
+    least = kept.min(-1, keepdims=True, where=kept > -jnp.inf, initial=jnp.inf)
+    ties = kept == least
+    above = jnp.where(kept > least, probs, 0).sum(-1, keepdims=True)
+    tie = jnp.where(ties, probs, 0).max(-1, keepdims=True)
+    wanted = jnp.maximum(jnp.ceil((p - above) / tie), 1)
+    return jnp.where(ties & (jnp.cumsum(ties, axis=-1) > wanted), -jnp.inf, kept)
+
+
+def keep_min_p(logits: Logits, p: float) -> Logits:
+    probs = jax.nn.softmax(logits, axis=-1)
+    return jnp.where(probs < p * probs.max(-1, keepdims=True), -jnp.inf, logits)
+
+
+def _from(logits: Logits, enough: Callable[[jax.Array], jax.Array]) -> Logits:
+    """Keep the logits from the largest cut-off on for which `enough(kept)` [R] holds.
+
+    Bisects the bit patterns of float32, whose order as integers is that of the numbers.
+    """
+    bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.int32)  # -0.0 becomes 0.0
+    order = jnp.where(bits < 0, ~bits ^ jnp.int32(-(2**31)), bits)
+
+    def halve(_, bounds):
+        low, high = bounds  # enough from low on, not from high on
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        holds = enough(order >= middle[:, None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    start = order.min(-1), order.max(-1) + 1
+    low, _ = jax.lax.fori_loop(0, 32, halve, start)
+    return jnp.where(order >= low[:, None], logits, -jnp.inf)
+
+
+def uniform(seed: jax.Array, streams: Int[Array, " R"], places: Int[Array, " R"]) -> Array:
+    """A number from [0, 1) for each row [R]: a function of the seed, the row's stream and the place
+    of the token in its answer."""
+    key = jax.random.key(seed)
+
+    def one(stream, place):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, stream), place))
+
+    return jax.vmap(one)(streams, places)
+
+
+def draw(logits: Logits, numbers: Float[Array, " R"]) -> Int[Array, " R"]:
+    """Draw a token from each row's distribution: the first one whose cumulative probability exceeds
+    its number from [0, 1). One random number per row serves a vocabulary of any size."""
+    R, V = logits.shape
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
+    block, rest = _first_beyond(blocks.sum(-1), numbers)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    place, _ = _first_beyond(chosen, rest)
+    return block * BLOCK + place
+
+
+def _first_beyond(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index at which the cumulative weight exceeds this share of the total, and the share of
+    that index's own weight that remains."""
+    sums = jnp.cumsum(weights, -1)
+    wanted = jnp.minimum(share * sums[:, -1], jnp.nextafter(sums[:, -1], 0.0))[:, None]
+    place = (sums <= wanted).sum(-1)  # its weight is not 0, since the sum grows there
+    at = place[:, None]
+    weight = jnp.take_along_axis(weights, at, -1)
+    before = jnp.take_along_axis(sums, at, -1) - weight
+    return place, jnp.clip((wanted - before) / weight, 0, 1)[:, 0]
+
+
+def logps_of(logits: Logits, tokens: Int[Array, " R"]) -> Float[Array, " R"]:
+    """log p(token) of the model's own distribution, before any processing."""
+    at = jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0]
+    return at - jax.nn.logsumexp(logits, axis=-1)

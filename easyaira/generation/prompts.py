@@ -1,0 +1,156 @@
+"""Prompts from a file, and answers to a file that an interrupted command continues."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from easyaira.config.data import Source
+from easyaira.data import columns, sources
+from easyaira.data.template import Template
+from easyaira.errors import ConfigError, DataError, StorageError
+from easyaira.files import parse_json, read_json, reason, write_file
+from easyaira.generation.sampler import Answer, Sampler
+
+GENERATED = ("generated", "finish_reason", "sample")  # columns of the output
+
+
+class Prompt(NamedTuple):
+    """A row of the input.
+
+    Attributes:
+        place: file and line.
+        row: all its columns, for the output.
+        tokens: the prompt in the template.
+    """
+
+    place: str
+    row: Mapping[str, Any]
+    tokens: np.ndarray
+
+
+def read(path: str, template: Template, sampler: Sampler) -> list[Prompt]:
+    """Read the prompts of a file.
+
+    Raises:
+        DataError: a row is unreadable, has no prompt, has a column of the output, or leaves no room
+            for an answer; or there are no rows.
+    """
+    return [_prompt(located, template, sampler) for located in sources.read(Source(path))]
+
+
+def _prompt(located: sources.Located, template: Template, sampler: Sampler) -> Prompt:
+    place, row = located
+    try:
+        if isinstance(row, sources.BadRow):
+            raise columns.Unreadable(row.reason)
+        if taken := [name for name in GENERATED if name in row]:
+            raise columns.Unreadable(f"column {taken[0]}: the output has it; rename yours")
+        messages = columns.question(columns.Record(row))
+        tokens = template.prompt(messages)
+        sampler.limit(len(tokens))
+    except (columns.Unreadable, DataError) as error:
+        raise DataError(f"{place}: {error}") from error
+    return Prompt(place, row, tokens)
+
+
+class Output:
+    """A file of answers in the order of their prompts, a JSON object in each line.
+
+    Whole lines are appended, so a killed command leaves at most one cut line, which is made again.
+    The settings that decide the answers are in a file beside it.
+
+    Args:
+        path: the file; created with its first line.
+        settings: everything but the prompts that decides the answers.
+
+    Raises:
+        ConfigError: the file exists and is of another command.
+        StorageError: it cannot be read or written.
+    """
+
+    def __init__(
+        self, path: Path, prompts: Sequence[Prompt], num_samples: int, settings: dict[str, Any]
+    ):
+        self.path, self.prompts, self.num_samples = path, prompts, num_samples
+        self.settings, self.settings_file = settings, path.with_name(f"{path.name}.settings.json")
+        self.waiting: dict[int, str] = {}
+        self.total = len(prompts) * num_samples
+        if not path.parent.is_dir():
+            raise ConfigError(f"output: {path.parent} is no folder; create it")
+        try:
+            self.written = self._continue() if path.exists() else 0
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read: {reason(error)}") from error
+
+    def _continue(self) -> int:
+        """Check the lines of an interrupted command; return their number."""
+        other = f"output: {self.path} exists"
+        if not self.settings_file.exists():
+            raise ConfigError(f"{other} and has no {self.settings_file.name}; name another file")
+        before = read_json(self.settings_file)
+        for name in before.keys() | self.settings.keys():
+            if before.get(name) != self.settings.get(name):
+                raise ConfigError(
+                    f"{other} with {name} {before.get(name)!r}, but {self.settings.get(name)!r} is "
+                    "asked for; name another file"
+                )
+        count = self.whole = 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                if count >= self.total or not self._is_of(line, count):
+                    raise ConfigError(
+                        f"{other} and its line {count + 1} is of another prompt; name another file"
+                    )
+                count, self.whole = count + 1, self.whole + len(line)
+        return count
+
+    def _is_of(self, line: bytes, number: int) -> bool:
+        try:
+            content = parse_json(line)
+        except ValueError:
+            return False
+        row = json.loads(self._line(number, "", ""))
+        return isinstance(content, dict) and row == content | {"generated": "", "finish_reason": ""}
+
+    def _line(self, number: int, text: str, why: str) -> str:
+        row = dict(self.prompts[number // self.num_samples].row)
+        row |= {"generated": text, "finish_reason": why}
+        if self.num_samples > 1:
+            row["sample"] = number % self.num_samples
+        return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+    def write(self, answers: Iterator[tuple[int, Answer]], text: Any) -> None:
+        """Append the answers as soon as all before them are there.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        file = None
+        try:
+            for number, answer in answers:
+                self.waiting[number] = self._line(number, text(answer), answer.reason)
+                while self.written in self.waiting:
+                    file = file or self._open()
+                    file.write(self.waiting.pop(self.written).encode())
+                    file.flush()
+                    self.written += 1
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {reason(error)}") from error
+        finally:
+            if file:
+                file.close()
+
+    def _open(self) -> Any:
+        if self.written:
+            os.truncate(self.path, self.whole)
+        else:
+            write_file(self.settings_file, json.dumps(self.settings, indent=2) + "\n")
+        return open(self.path, "ab" if self.written else "wb")

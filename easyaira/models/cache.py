@@ -1,0 +1,70 @@
+"""Keys and values of earlier tokens, for generation. Shapes: see layers.py; G query heads share a
+key/value head, W slots.
+
+A layer's cache is a ring: every row writes its next token to the same slot, `clock % W`, so that
+rows of any lengths advance together without padding between their tokens. A row's n tokens are in
+the last n slots up to the clock, newest last. Keys are rotated before they are cached.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from easyaira.distributed.mesh import BATCH_AXES
+from easyaira.distributed.sharding import constrain
+from easyaira.models.product import einsum
+
+MASKED = jnp.finfo(jnp.float32).min
+
+
+class Cache(nn.Module):
+    """Keys and values of one layer, [R, K, W, N] each, in the collection `cache`.
+
+    Without a cache, store those of a prompt and return None. With one, write those of the next
+    token to the slot at the clock, and return all of them.
+    """
+
+    @nn.compact
+    def __call__(
+        self, k_RTKN: jax.Array, v_RTKN: jax.Array, clock: jax.Array
+    ) -> tuple[jax.Array, jax.Array] | None:
+        decoding = self.has_variable("cache", "keys")
+        kept = []
+        for name, new_RTKN in (("keys", k_RTKN), ("values", v_RTKN)):
+            new_RKTN = new_RTKN.swapaxes(1, 2)
+            if decoding:
+                cached = self.get_variable("cache", name)
+                slot = clock % cached.shape[2]
+                new_RKTN = jax.lax.dynamic_update_slice_in_dim(cached, new_RKTN, slot, axis=2)
+            new_RKTN = constrain(new_RKTN, BATCH_AXES, "tp", None, None)
+            self.put_variable("cache", name, new_RKTN)
+            kept.append(new_RKTN)
+        return (kept[0], kept[1]) if decoding else None
+
+
+def attend(
+    q_R1HN: jax.Array,
+    kept: tuple[jax.Array, jax.Array],
+    lengths_R: jax.Array,
+    clock: jax.Array,
+) -> jax.Array:
+    """Attention of each row's newest token to all tokens of its row, [R, 1, H, N].
+
+    Args:
+        kept: keys and values of all slots, [R, K, W, N].
+        lengths_R: tokens of each row, with the newest.
+        clock: tokens written to the ring before the newest.
+    """
+    k_RKWN, v_RKWN = kept
+    R, K, W, N = k_RKWN.shape
+    q_RKGN = q_R1HN.reshape(R, K, -1, N)
+    scores = einsum("rkgn,rkwn->rkgw", q_RKGN, k_RKWN, jnp.float32) / math.sqrt(N)
+    age_W = (clock - jnp.arange(W)) % W  # 0: the newest; the key's position is lengths - 1 - age
+    mask_RW = age_W < lengths_R[:, None]
+    scores = jnp.where(mask_RW[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_RKWN.dtype)
+    return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype).reshape(q_R1HN.shape)
