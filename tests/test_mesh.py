@@ -245,7 +245,13 @@ def never_cached():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, text",
-    [("gpt2", "fsdp=2,tp=4"), ("llama", "2,2,2"), ("opt-350m", "2,2,2"), ("bert", "1,2,4")],
+    [
+        ("gpt2", "fsdp=2,tp=4"),
+        ("llama-3.1", "2,2,2"),
+        ("qwen3", "2,2,2"),
+        ("opt-350m", "2,2,2"),
+        ("bert", "1,2,4"),
+    ],
 )
 def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
     kind, text, devices, never_cached, capfd
@@ -253,9 +259,7 @@ def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
     devices(8)
     mesh = meshes.make_mesh(text)
     compute = Compute(gradient_checkpointing="full")
-    opt_350m = {"do_layer_norm_before": False, "word_embed_proj_dim": 8}
-    configs = {**tiny.SCORERS, **tiny.CONFIGS, "opt-350m": tiny.CONFIGS["opt"] | opt_350m}
-    model = model_of(configs[kind], "here", compute)
+    model = model_of({**tiny.SCORERS, **tiny.CASES}[kind], "here", compute)
     rows = jax.NamedSharding(mesh, P(meshes.BATCH_AXES, None))
     batch = jax.device_put(tiny.layout(np.zeros((8, 48), np.int32)), rows)
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, TokenizerError, UnsafeInputError, WeightsError
 from easyaira.hf import safetensors, transfer
+from easyaira.models import layers
 from easyaira.models.layers import ACTIVATIONS
 from easyaira.models.model import resize
 from easyaira.models.registry import model_of
@@ -194,12 +195,46 @@ def test_a_pickle_is_refused_and_a_bare_config_says_what_to_do(folder):
         check(folder)
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_rotary_frequencies_are_those_of_transformers(kind):
+    """Of a real head, 128 wide: a tiny one has too few frequencies to be near every bound."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"llama3": LLAMA3, "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
+    raw = {"hidden_size": 512, "num_attention_heads": 4, "rope_parameters": rope[kind]}
+    theirs, _ = ROPE_INIT_FUNCTIONS[kind](LlamaConfig(**raw), device="cpu")
+    config = model_of({"model_type": "llama"} | raw, "a test").config
+    cos, _ = layers.rotary(np.ones((1, 1)), 128, config.rope_theta, config.rope_scaling)
+    np.testing.assert_allclose(cos[0, 0, 0], np.cos(theirs.numpy()), rtol=1e-6, atol=1e-7)
+
+
+def test_mistrals_positions_end_at_its_window():
+    """A longer text would see less than all of itself."""
+    raw = {"model_type": "mistral", "max_position_embeddings": 32768}
+    positions = {w: model_of(raw | {"sliding_window": w}, "a test") for w in (4096, None)}
+    assert [m.config.max_positions for m in positions.values()] == [4096, 32768]
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
         ({"model_type": "opt2"}, "model_type 'opt2' is not supported"),
-        ({"attention_bias": True}, "attention_bias: True is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": None}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor of linear is None; expected a pos"),
+        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "factor of llama3 is '8'"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4}}, "must be below high_freq_factor"),
+        ({"attention_bias": 1}, "attention_bias is 1; expected bool"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
         ({"hidden_act": "swish2"}, "activation 'swish2'"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),

@@ -119,9 +119,38 @@ class Dropout(nn.Module):
         return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
 
 
-def rotary(positions_RT: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for longer texts, under the names of config.json.
+
+    `linear` divides all frequencies by `factor`: Chen et al. (2023), Position Interpolation, eq. 4.
+    `llama3` divides those that turn less than `low_freq_factor` times within
+    `original_max_position_embeddings`, keeps those that turn more than `high_freq_factor` times,
+    and interpolates between: Llama 3.1, Grattafiori et al. (2024).
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def scaled(self, frequencies: jax.Array) -> jax.Array:
+        if self.rope_type == "linear":
+            return frequencies / self.factor
+        low, high = self.low_freq_factor, self.high_freq_factor
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+def rotary(
+    positions_RT: jax.Array, width: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of rotary position embeddings, [R, T, 1, width / 2] each, in float32."""
     frequencies = theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if scaling is not None:
+        frequencies = scaling.scaled(frequencies)
     angles = positions_RT[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -1,5 +1,5 @@
-"""Llama 2 (Touvron et al., 2023), TinyLlama and Tulu 2: rotary positions, RMS norm, gated MLP,
-grouped-query attention. Shapes: see layers.py."""
+"""Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024): rotary positions, RMS norm, gated
+MLP, grouped-query attention. Mistral and Qwen differ in a few fields. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from easyaira.hf.table import TRANSPOSE, VOCAB, Row
 from easyaira.models import layers
 from easyaira.models.attention import attention
 from easyaira.models.embedding import Embedding
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, RMSNorm
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, RMSNorm, RopeScaling
 from easyaira.models.linear import Linear
 
 
@@ -33,6 +33,9 @@ class LlamaConfig:
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -44,6 +47,10 @@ class LlamaConfig:
     activation = property(lambda self: self.hidden_act)
 
     head_width = property(lambda self: self.head_dim or self.hidden_size // self.heads)
+
+    # what differs between the families
+    qkv_bias = output_bias = property(lambda self: self.attention_bias)
+    qk_norm = property(lambda self: False)  # RMS norm of each head's queries and keys
 
 
 class Attention(nn.Module):
@@ -57,14 +64,18 @@ class Attention(nn.Module):
         x_RTD = layers.whole(x_RTD)
 
         def heads(name, count):
-            features = Linear(count * c.head_width, c.initializer_range, name=name)(x_RTD)
-            return features.reshape(R, T, count, c.head_width)
+            linear = Linear(count * c.head_width, c.initializer_range, c.qkv_bias, name=name)
+            return linear(x_RTD).reshape(R, T, count, c.head_width)
 
-        q_RTHN = layers.rotate(heads("q_proj", c.num_attention_heads), angles)
-        k_RTKN = layers.rotate(heads("k_proj", c.kv_heads), angles)
+        q_RTHN = heads("q_proj", c.num_attention_heads)
+        k_RTKN = heads("k_proj", c.kv_heads)
         v_RTKN = heads("v_proj", c.kv_heads)
+        if c.qk_norm:
+            q_RTHN = RMSNorm(c.rms_norm_eps, name="q_norm")(q_RTHN)
+            k_RTKN = RMSNorm(c.rms_norm_eps, name="k_norm")(k_RTKN)
+        q_RTHN, k_RTKN = (layers.rotate(x, angles) for x in (q_RTHN, k_RTKN))
         out = attention(q_RTHN, k_RTKN, v_RTKN, segment_ids, sides, self.compute)
-        return layers.between(Linear(D, c.initializer_range, name="o_proj")(out))
+        return layers.between(Linear(D, c.initializer_range, c.output_bias, name="o_proj")(out))
 
 
 class MLP(nn.Module):
@@ -74,7 +85,7 @@ class MLP(nn.Module):
     def __call__(self, x_RTD):
         c = self.config
         x_RTD = layers.whole(x_RTD)
-        linear = partial(Linear, std=c.initializer_range)
+        linear = partial(Linear, std=c.initializer_range, use_bias=c.mlp_bias)
         gate_RTF = layers.by_features(linear(c.intermediate_size, name="gate_proj")(x_RTD))
         up_RTF = layers.by_features(linear(c.intermediate_size, name="up_proj")(x_RTD))
         h_RTF = ACTIVATIONS[c.hidden_act](gate_RTF) * up_RTF
@@ -113,7 +124,7 @@ class Llama(nn.Module):
         )
         x_RTD = layers.between(table(tokens, self.compute.dtype))
         x_RTD = Dropout(self.compute.dropout)(x_RTD)
-        angles = layers.rotary(positions, c.head_width, c.rope_theta)
+        angles = layers.rotary(positions, c.head_width, c.rope_theta, c.rope_scaling)
         blocks = layers.layers(Block, c.num_hidden_layers, self.compute)
         x_RTD, _ = blocks(c, self.compute, name="layers")(x_RTD, angles, segment_ids, sides)
         return RMSNorm(c.rms_norm_eps, name="norm")(x_RTD), table.embedding
@@ -123,8 +134,25 @@ PARTITION_RULES = (
     (r"embed_tokens/embedding$", P("tp", "fsdp")),
     (r"(q|k|v|gate|up)_proj/kernel$", P("fsdp", "tp")),
     (r"(o|down)_proj/kernel$", P("tp", "fsdp")),
-    (r"norm/scale$", P()),
+    (r"(norm/scale|_proj/bias)$", P()),
 )
+
+
+def _qkv_bias(config: LlamaConfig) -> bool:
+    return config.qkv_bias
+
+
+def _output_bias(config: LlamaConfig) -> bool:
+    return config.output_bias
+
+
+def _mlp_bias(config: LlamaConfig) -> bool:
+    return config.mlp_bias
+
+
+def _qk_norm(config: LlamaConfig) -> bool:
+    return config.qk_norm
+
 
 _LAYER = "model.layers.{}."
 HF_ROWS = (
@@ -134,6 +162,12 @@ HF_ROWS = (
     Row("model/layers/self_attn/k_proj/kernel", _LAYER + "self_attn.k_proj.weight", TRANSPOSE),
     Row("model/layers/self_attn/v_proj/kernel", _LAYER + "self_attn.v_proj.weight", TRANSPOSE),
     Row("model/layers/self_attn/o_proj/kernel", _LAYER + "self_attn.o_proj.weight", TRANSPOSE),
+    Row("model/layers/self_attn/q_proj/bias", _LAYER + "self_attn.q_proj.bias", when=_qkv_bias),
+    Row("model/layers/self_attn/k_proj/bias", _LAYER + "self_attn.k_proj.bias", when=_qkv_bias),
+    Row("model/layers/self_attn/v_proj/bias", _LAYER + "self_attn.v_proj.bias", when=_qkv_bias),
+    Row("model/layers/self_attn/o_proj/bias", _LAYER + "self_attn.o_proj.bias", when=_output_bias),
+    Row("model/layers/self_attn/q_norm/scale", _LAYER + "self_attn.q_norm.weight", when=_qk_norm),
+    Row("model/layers/self_attn/k_norm/scale", _LAYER + "self_attn.k_norm.weight", when=_qk_norm),
     Row(
         "model/layers/post_attention_layernorm/scale",
         _LAYER + "post_attention_layernorm.weight",
@@ -141,15 +175,13 @@ HF_ROWS = (
     Row("model/layers/mlp/gate_proj/kernel", _LAYER + "mlp.gate_proj.weight", TRANSPOSE),
     Row("model/layers/mlp/up_proj/kernel", _LAYER + "mlp.up_proj.weight", TRANSPOSE),
     Row("model/layers/mlp/down_proj/kernel", _LAYER + "mlp.down_proj.weight", TRANSPOSE),
+    Row("model/layers/mlp/gate_proj/bias", _LAYER + "mlp.gate_proj.bias", when=_mlp_bias),
+    Row("model/layers/mlp/up_proj/bias", _LAYER + "mlp.up_proj.bias", when=_mlp_bias),
+    Row("model/layers/mlp/down_proj/bias", _LAYER + "mlp.down_proj.bias", when=_mlp_bias),
     Row("model/norm/scale", "model.norm.weight"),
 )
 HF_PREFIX = "model."
 HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer in old files, derived from rope_theta
 
 # unsupported config.json keys that change the numbers, with their only accepted value
-HF_NEUTRAL = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "sliding_window": None,
-}
+HF_NEUTRAL = {"sliding_window": None}

@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 import flax.linen as nn
 
 from easyaira.errors import ConfigError, shortened
-from easyaira.models import bert, gpt2, llama, opt, roberta
+from easyaira.models import bert, gpt2, llama, mistral, opt, qwen2, qwen3, roberta
 from easyaira.models.heads import LAST_TOKEN
-from easyaira.models.layers import ACTIVATIONS, Compute
+from easyaira.models.layers import ACTIVATIONS, Compute, RopeScaling
 from easyaira.models.model import SCORER_CLASS, Architecture, Model
 
 
@@ -36,7 +36,10 @@ MODELS = {
     "bert": _architecture(bert, bert.BertConfig, bert.Bert),
     "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
     "llama": _architecture(llama, llama.LlamaConfig, llama.Llama),
+    "mistral": _architecture(mistral, mistral.MistralConfig, mistral.Mistral),
     "opt": _architecture(opt, opt.OPTConfig, opt.OPT),
+    "qwen2": _architecture(qwen2, qwen2.Qwen2Config, qwen2.Qwen2),
+    "qwen3": _architecture(qwen3, qwen3.Qwen3Config, qwen3.Qwen3),
     "roberta": _architecture(roberta, roberta.RobertaConfig, roberta.Roberta),
 }
 
@@ -148,17 +151,27 @@ def _check_types(values: Mapping[str, Any], config: type, where: str) -> None:
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Convert `rope_parameters` of new config.json files to the `rope_theta` of old ones."""
+    """`rope_theta` and `rope_scaling` of a config.json, which may stand under `rope_parameters`."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"{where}: rope_parameters is {rope!r}; expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "linear" and rope.get("factor") == 1:
-        kind = "default"  # the same angles
-    if kind != "default":
-        raise ConfigError(f"{where}: rope_type {kind!r} is not supported; only default")
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    return theta | ({"rope_scaling": None} if rope else {})
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
+        return theta | ({"rope_scaling": None} if rope else {})
+    needed = {"linear": ("factor",), "llama3": tuple(f.name for f in fields(RopeScaling)[1:])}
+    if kind not in needed:
+        raise ConfigError(
+            f"{where}: rope_type {kind!r} is not supported; choose one of default, linear, llama3"
+        )
+    values = {name: rope.get(name) for name in needed[kind]}
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 < value < 2**31:
+            raise ConfigError(f"{where}: {name} of {kind} is {value!r}; expected a positive number")
+    scaling = RopeScaling(kind, **values)
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ConfigError(f"{where}: low_freq_factor must be below high_freq_factor")
+    return theta | {"rope_scaling": scaling}
 
 
 def _check_sizes(config: Any, where: str) -> None:

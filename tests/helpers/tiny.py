@@ -73,6 +73,40 @@ CASES = {  # variants of the architectures
     "llama-tied-mha": CONFIGS["llama"] | {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "llama-theta-eps-head": CONFIGS["llama"]
     | {"rope_theta": 500.0, "rms_norm_eps": 1e-2, "head_dim": 8, "num_key_value_heads": 1},
+    "llama-3.1": CONFIGS["llama"]
+    | {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": CONFIGS["llama"]
+    | {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 12,
+        "rope_theta": 500.0,
+    },
+    "qwen2": CONFIGS["llama"]
+    | {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
+    "qwen3": CONFIGS["llama"]
+    | {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 8,
+        "rms_norm_eps": 1e-2,
+    },
     "opt": CONFIGS["opt"],
     "opt-350m": CONFIGS["opt"]
     | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},

@@ -1,0 +1,41 @@
+"""Mistral (Jiang et al., 2023): Llama with a sliding window. Shapes: see layers.py.
+
+A text no longer than the window sees all of itself, so with `max_positions` at most the window,
+attention is Llama's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from easyaira.models.llama import (
+    HF_IGNORED,
+    HF_PREFIX,
+    HF_ROWS,
+    PARTITION_RULES,
+    Llama,
+    LlamaConfig,
+)
+
+__all__ = ["HF_IGNORED", "HF_NEUTRAL", "HF_PREFIX", "HF_ROWS", "PARTITION_RULES"]
+
+
+@dataclass(frozen=True)
+class MistralConfig(LlamaConfig):
+    """Sizes under Hugging Face's names, with its defaults."""
+
+    intermediate_size: int = 14336
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 4096
+
+    max_positions = property(
+        lambda self: min(self.max_position_embeddings, self.sliding_window or 2**31)
+    )
+
+
+class Mistral(Llama):
+    """Llama under Mistral's name."""
+
+
+HF_NEUTRAL = {"attention_bias": False, "mlp_bias": False}

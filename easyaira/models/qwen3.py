@@ -1,0 +1,37 @@
+"""Qwen3, dense (Yang et al., 2025): Llama with an RMS norm of each head's queries and keys, and a
+head width of its own. Shapes: see layers.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from easyaira.models.llama import (
+    HF_IGNORED,
+    HF_PREFIX,
+    HF_ROWS,
+    PARTITION_RULES,
+    Llama,
+    LlamaConfig,
+)
+
+__all__ = ["HF_IGNORED", "HF_NEUTRAL", "HF_PREFIX", "HF_ROWS", "PARTITION_RULES"]
+
+
+@dataclass(frozen=True)
+class Qwen3Config(LlamaConfig):
+    """Sizes under Hugging Face's names, with its defaults."""
+
+    vocab_size: int = 151936
+    intermediate_size: int = 22016
+    num_key_value_heads: int | None = 32
+    head_dim: int | None = 128
+    max_position_embeddings: int = 32768
+
+    qk_norm = property(lambda self: True)
+
+
+class Qwen3(Llama):
+    """Llama under Qwen3's name."""
+
+
+HF_NEUTRAL = {"mlp_bias": False, "sliding_window": None}
