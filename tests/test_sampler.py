@@ -37,7 +37,7 @@ def test_each_decoder_has_a_tiny_model():
     assert decoders <= {config["model_type"] for config in tiny.CASES.values()}
 
 
-@pytest.mark.parametrize("name", [*tiny.CONFIGS, "opt-350m"])
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, "opt-350m", "llama-3.1", "qwen2", "qwen3"])
 def test_greedy_answers_are_those_of_transformers(name, tmp_path):
     """With prompts of uneven lengths, which no padding separates from their answers."""
     reference = tiny.save(tmp_path, tiny.CASES[name])

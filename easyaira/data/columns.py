@@ -180,11 +180,7 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
 
 
 def question(row: Record) -> list[Message]:
-    """Convert a row to the messages that a model has to answer.
-
-    Raises:
-        Unreadable: it has no column prompt or messages, or a wrong type, or ends in an answer.
-    """
+    """Convert a row to the messages that a model has to answer; raises Unreadable."""
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) != 1:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")

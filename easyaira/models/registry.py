@@ -170,7 +170,10 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"{where}: {name} of {kind} is {value!r}; expected a positive number")
     scaling = RopeScaling(kind, **values)
     if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise ConfigError(f"{where}: low_freq_factor must be below high_freq_factor")
+        raise ConfigError(
+            f"{where}: low_freq_factor {scaling.low_freq_factor} is not below high_freq_factor "
+            f"{scaling.high_freq_factor}; correct them"
+        )
     return theta | {"rope_scaling": scaling}
 
 
