@@ -34,7 +34,7 @@ FLOORS = """
     plan/
     run/
     cli
-    train_sft train_dpo train_reward inspect convert generate verify
+    loaded train_sft train_dpo train_reward inspect convert generate verify
     quickstart
     selftest
     __main__

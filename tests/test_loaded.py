@@ -1,0 +1,101 @@
+"""Models in Python: easyaira.load."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import easyaira
+from easyaira.errors import ConfigError, DataError
+from helpers import tiny
+
+QUESTIONS = ["Who?", "What is the capital of Peru?", [{"role": "user", "content": "Why"}]]
+ANSWERS = ["A cat.", "Lima", "Because of that, they say."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(folder, tiny.CASES["llama"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return easyaira.load(str(folder), template="plain")
+
+
+def test_importing_easyaira_alone_loads_nothing():
+    code = "import sys, easyaira; print({'jax', 'numpy', 'easyaira.errors'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    with pytest.raises(AttributeError, match="no attribute 'lead'"):
+        easyaira.lead  # noqa: B018
+
+
+def test_logps_are_those_of_transformers(model, folder):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    found = model.logps(QUESTIONS, ANSWERS)
+    assert found.shape == (3,) and found.dtype == np.float32
+    for question, answer, ours in zip(QUESTIONS, ANSWERS, found, strict=True):
+        text = question if isinstance(question, str) else question[0]["content"]
+        messages = [{"role": "user", "content": text}]
+        start = len(model.template.prompt(messages))
+        spans = model.template.encode([[*messages, {"role": "assistant", "content": answer}]])[0]
+        ids = torch.tensor(np.concatenate([tokens for tokens, _ in spans]))[None].long()
+        with torch.no_grad():
+            logps = theirs(ids).logits[0, :-1].log_softmax(-1)
+        wanted = logps.gather(-1, ids[0, 1:, None])[start - 1 :].sum()
+        assert ids[0, -1] == model.template.end
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+
+
+def test_logps_of_more_texts_than_a_batch_are_in_order(model):
+    answers = [("a" * (1 + i % 7)) for i in range(20)]
+    found = model.logps(["Say it"] * 20, answers)
+    np.testing.assert_allclose(found, np.resize(found[:7], 20), rtol=1e-5)
+    assert len(set(found[:7].round(3))) == 7
+    assert model.logps([], []).shape == (0,)
+
+
+def test_generated_texts_are_those_of_the_command(model, folder, capsys):
+    from easyaira import generate
+
+    options = [
+        "--template",
+        "plain",
+        "--max_new_tokens",
+        "8",
+        "--temperature",
+        "0.9",
+        "--seed",
+        "3",
+    ]
+    generate.main([str(folder), "--prompt", QUESTIONS[1], "--num_samples", "2", *options])
+    printed = capsys.readouterr().out
+    answers = model.generate(
+        [QUESTIONS[1]], num_samples=2, seed=3, max_new_tokens=8, temperature=0.9
+    )
+    assert len(answers) == 1 and len(answers[0]) == 2
+    assert printed == "".join(f"{text}\n" for text in answers[0])
+
+
+def test_errors_name_the_option_and_the_text(model):
+    with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
+        model.generate(["x"], top_q=1)
+    with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):
+        model.logps(["x", "x"], ["y", "y " * 200])
+
+
+def test_the_page_runs(model, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/python.md").read_text()
+    monkeypatch.setattr("easyaira.loaded.load", lambda name, **options: model)
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
