@@ -20,7 +20,7 @@ from easyaira.allocator import keep_memory
 from easyaira.config.ranges import WORDS
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, EasyAiraError, shortened, told
+from easyaira.errors import ConfigError, EasyAiraError, one_line, shortened
 from easyaira.files import read_yaml, yaml_line
 
 SOURCES = ("data.train", "data.eval")  # options that name data
@@ -243,7 +243,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except EasyAiraError as error:
         if "--debug" in argv:
             raise
-        message, status = told(error)
+        message, status = one_line(error)
         print(message, file=sys.stderr)
         sys.exit(status)
     except BrokenPipeError:  # the reader of stdout closed it

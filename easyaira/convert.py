@@ -72,7 +72,7 @@ def to_hf(
                 dtype=dtype,
                 **common,
             )
-    print(f"{out}: {release.told(report)}")
+    print(f"{out}: {release.summary(report)}")
 
 
 def from_hf(source: str, out: str, revision: str | None = None) -> None:

@@ -15,7 +15,7 @@ def escaped(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def told(error: BaseException) -> tuple[str, int]:
+def one_line(error: BaseException) -> tuple[str, int]:
     """Format an error as one line, and give its exit status for a scheduler."""
     if isinstance(error, EasyAiraError):
         kind = "stopped" if error.exit_status == Preempted.exit_status else "error"

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
     for name, account in data.accounts.items():
-        print(f"\n{name}: {escaped(account.told())}")
+        print(f"\n{name}: {escaped(account.summary())}")
         for noted, count in account.noted.items():
             print(f"  {count} {noted}")
         for unread, count in account.unread.items():

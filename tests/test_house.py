@@ -265,6 +265,7 @@ def test_the_package_itself_imports_nothing():
     )
     assert cpu_seconds(code)[1].split() == ["easyaira"]
     for path in PACKAGE.rglob("__init__.py"):
-        names = [node for node in ast.parse(path.read_text()).body[1:]]
-        assert all(isinstance(node, ast.Assign) for node in names), path
+        for node in ast.parse(path.read_text()).body[1:]:
+            late = getattr(node, "name", None) == "__getattr__"  # imports when it is called
+            assert late or isinstance(node, ast.Assign), path
         assert re.match('"""', path.read_text()), path

@@ -1,9 +1,7 @@
 """Models in Python: easyaira.load."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,11 +89,3 @@ def test_errors_name_the_option_and_the_text(model):
         model.generate(["x"], top_q=1)
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):
         model.logps(["x", "x"], ["y", "y " * 200])
-
-
-def test_the_page_runs(model, monkeypatch, capsys):
-    page = (Path(__file__).parents[1] / "docs/python.md").read_text()
-    monkeypatch.setattr("easyaira.loaded.load", lambda name, **options: model)
-    for code in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
-        exec(code, {})
-    assert len(capsys.readouterr().out.splitlines()) >= 2

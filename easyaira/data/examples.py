@@ -123,7 +123,7 @@ class Account:
             self.shown + other.shown,
         )
 
-    def told(self) -> str:
+    def summary(self) -> str:
         reasons = [
             f"{n} {reason} (first: {self.first_dropped[reason]})"
             for reason, n in self.dropped.items()
@@ -142,7 +142,7 @@ class Account:
             if self.kept:
                 mend.append("raise data.max_dropped")
             raise DataError(
-                f"data: only {self.told()}; the allowed share is {max_dropped}. "
+                f"data: only {self.summary()}; the allowed share is {max_dropped}. "
                 + ", or ".join(mend)
             )
 

@@ -117,7 +117,7 @@ def leave(error: EasyAiraError) -> None:
     """End this process, and with it all others, from any thread."""
     if _watch is not None and _watch.client is not None:
         _watch.leave(error)
-    message, status = errors.told(error)
+    message, status = errors.one_line(error)
     print(message, file=sys.stderr, flush=True)
     os._exit(status)
 
@@ -281,6 +281,6 @@ class Watch(threading.Thread):
         known = isinstance(error, EasyAiraError)
         if not known or "--debug" in sys.argv:
             traceback.print_exception(error)
-        message, status = errors.told(error)
+        message, status = errors.one_line(error)
         self.ended = Ended(message, status, known, time.monotonic())
         self.join()

@@ -184,7 +184,7 @@ def _write_records(
     _write_json(folder / proof.REPORT, report)
 
 
-def told(report: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     """What was verified, in one line."""
     logits = report["logits"]
     if not logits["compared"]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 64  # inputs that share a scale in nf4
-Held = dict[str, jax.Array]
+Quantized = dict[str, jax.Array]
 
 
 def nf4_levels() -> np.ndarray:
@@ -38,7 +38,7 @@ def nf4_levels() -> np.ndarray:
 NF4 = nf4_levels()
 
 
-def quantize(kernel: jax.Array, how: Literal["int8", "nf4"], axis: int) -> Held:
+def quantize(kernel: jax.Array, how: Literal["int8", "nf4"], axis: int) -> Quantized:
     """Quantise a float32 kernel to codes and float32 scales.
 
     int8: `scale` [.., 1, ..] is the largest magnitude per output, divided by 127. Codes are

@@ -231,7 +231,7 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
         else:
             report = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         if report:
-            print(f"export  {release.told(report)}", flush=True)
+            print(f"export  {release.summary(report)}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
 
 

@@ -18,7 +18,7 @@ from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
 
 
-class Found(NamedTuple):
+class Resolved(NamedTuple):
     """The model of a run, its tokenizer, template and longest sequence."""
 
     origin: Pretrained
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     max_length: int
 
 
-def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
+def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
     """Find and check model, tokenizer, template and lengths. No weight is read.
 
     Args:
@@ -66,7 +66,7 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Found:
             f"data.max_length: {max_length} is more than the model's {positions} positions; set it "
             "to that or less"
         )
-    return Found(origin, stored, model, tokenizer, template, max_length)
+    return Resolved(origin, stored, model, tokenizer, template, max_length)
 
 
 KERNELS = {

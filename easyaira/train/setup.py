@@ -28,7 +28,7 @@ from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import optimizer
 from easyaira.train.algorithm import Algorithm
-from easyaira.train.resolve import ROW_MULTIPLE, Found, find
+from easyaira.train.resolve import ROW_MULTIPLE, Resolved, find
 from easyaira.train.trainable import Adapters, FullWeights, Trainable
 
 
@@ -88,7 +88,7 @@ class Setup:
         return self.trainable.weights(self.trainable.start())
 
 
-def read_data(config: RunConfig, resolved: Found, recipe: Recipe) -> dataset.Data:
+def read_data(config: RunConfig, resolved: Resolved, recipe: Recipe) -> dataset.Data:
     """Data of a run, from the cache if it is there; otherwise tokenised and cached."""
     return dataset.load(
         config.data,
@@ -195,7 +195,7 @@ def updates(config: RunConfig, epoch: int) -> int:
     return count
 
 
-def _adapter(config: RunConfig, resolved: Found) -> Adapter:
+def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
     """Adapter of a run, checked against the stored adapter that it starts from, if any."""
     if resolved.model.vocab_size != resolved.stored.vocab_size:
         if resolved.stored.scorer and config.model.resize is None:
