@@ -184,4 +184,4 @@ HF_PREFIX = "model."
 HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer in old files, derived from rope_theta
 
 # unsupported config.json keys that change the numbers, with their only accepted value
-HF_NEUTRAL = {"sliding_window": None}
+HF_NEUTRAL = {"sliding_window": None, "rope_interleaved": False}

@@ -25,6 +25,7 @@ class Qwen2Config(LlamaConfig):
     intermediate_size: int = 22016
     num_key_value_heads: int | None = 32
     max_position_embeddings: int = 32768
+    sliding_window: int | None = None  # without effect, since use_sliding_window is false
 
     qkv_bias = property(lambda self: True)
     output_bias = property(lambda self: False)
@@ -34,4 +35,4 @@ class Qwen2(Llama):
     """Llama under Qwen2's name."""
 
 
-HF_NEUTRAL = {"attention_bias": False, "mlp_bias": False, "sliding_window": None}
+HF_NEUTRAL = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}

@@ -26,6 +26,7 @@ class Qwen3Config(LlamaConfig):
     num_key_value_heads: int | None = 32
     head_dim: int | None = 128
     max_position_embeddings: int = 32768
+    sliding_window: int | None = None  # without effect, since use_sliding_window is false
 
     qk_norm = property(lambda self: True)
 
@@ -34,4 +35,4 @@ class Qwen3(Llama):
     """Llama under Qwen3's name."""
 
 
-HF_NEUTRAL = {"mlp_bias": False, "sliding_window": None}
+HF_NEUTRAL = {"mlp_bias": False, "use_sliding_window": False}

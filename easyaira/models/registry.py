@@ -59,6 +59,7 @@ HARMLESS = """
     attention_probs_dropout_prob classifier_dropout directionality pooler_fc_size pooler_type
     pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head auto_map
     attn_implementation use_sliding_window max_window_layers unsloth_version unsloth_fixed
+    is_llama_config max_sequence_length transformers.js_config
 """.split()
 
 

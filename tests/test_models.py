@@ -1,0 +1,116 @@
+"""Folders that people have: config.json as published, and the number of parameters it makes."""
+
+import pytest
+
+from easyaira.errors import ConfigError
+from easyaira.models.registry import model_of
+
+LLAMA = {"model_type": "llama", "hidden_act": "silu", "rope_scaling": None, "use_cache": True}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA_3 = {
+    **LLAMA,
+    **LLAMA_7B,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "attention_bias": False,
+}
+ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 8192}
+MISTRAL = {
+    **LLAMA_7B,
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+}
+QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False}
+PUBLISHED = {  # name: config.json, parameters
+    "TinyLlama 1.1B": (
+        LLAMA
+        | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "pretraining_tp": 1},
+        1_100_048_384,
+    ),
+    "Llama 1 7B": (LLAMA | LLAMA_7B | {"max_sequence_length": 2048}, 6_738_415_616),
+    "Vicuna 7B": (LLAMA | LLAMA_7B | {"pad_token_id": 0}, 6_738_415_616),
+    "Yi 6B": (
+        LLAMA | LLAMA_7B | {"num_key_value_heads": 4, "vocab_size": 64000, "rope_theta": 5e6},
+        6_061_035_520,
+    ),
+    "SmolLM2 135M": (
+        LLAMA
+        | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        | {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+        | {"tie_word_embeddings": True, "is_llama_config": True, "rope_interleaved": False}
+        | {"transformers.js_config": {"dtype": "q4"}},
+        134_515_008,
+    ),
+    "Llama 3 8B": (LLAMA_3 | {"max_position_embeddings": 8192}, 8_030_261_248),
+    "Llama 3.1 8B": (
+        LLAMA_3 | {"max_position_embeddings": 131072, "rope_scaling": ROPE | {"factor": 8.0}},
+        8_030_261_248,
+    ),
+    "Llama 3.2 1B": (
+        LLAMA_3
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"head_dim": 64, "tie_word_embeddings": True, "rope_scaling": ROPE | {"factor": 32.0}},
+        1_235_814_400,
+    ),
+    "Mistral 7B 0.1": (MISTRAL | {"sliding_window": 4096}, 7_241_732_096),
+    "Mistral 7B 0.3": (
+        MISTRAL | {"sliding_window": None, "vocab_size": 32768, "rope_theta": 1e6},
+        7_248_023_552,
+    ),
+    "Qwen2.5 0.5B": (
+        QWEN
+        | {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864}
+        | {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+        | {"vocab_size": 151936, "max_window_layers": 21, "sliding_window": 32768}
+        | {"tie_word_embeddings": True, "rope_theta": 1e6},
+        494_032_768,
+    ),
+    "Qwen2.5 7B": (
+        QWEN
+        | {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944}
+        | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+        | {"vocab_size": 152064, "sliding_window": 131072, "use_mrope": False},
+        7_615_616_512,
+    ),
+    "Qwen3 0.6B": (
+        QWEN
+        | {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072}
+        | {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+        | {"head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+        | {"max_window_layers": 28, "sliding_window": None, "attention_bias": False},
+        596_049_920,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_published_number_of_parameters(name):
+    config, parameters = PUBLISHED[name]
+    assert model_of(config, name).parameter_count() == parameters
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_of_qwen_are_refused_also_where_only_the_switch_is_written(kind):
+    """transformers then takes a window of 4096 for the upper layers."""
+    config = {"model_type": kind, "use_sliding_window": True, "max_window_layers": 1}
+    with pytest.raises(ConfigError, match="use_sliding_window: True is not supported"):
+        model_of(config, "a test")
+    model_of(config | {"use_sliding_window": False, "sliding_window": 4096}, "a test")
+
+
+def test_interleaved_rotary_positions_are_refused():
+    with pytest.raises(ConfigError, match="rope_interleaved: True is not supported"):
+        model_of({"model_type": "llama", "rope_interleaved": True}, "a test")
