@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from easyaira import cli, convert, generate, train_dpo, train_sft
 from easyaira.errors import StorageError
 from easyaira.generation import sampler
+from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
 from easyaira.storage import pretrained
@@ -372,10 +373,9 @@ def test_samples_follow_the_seed_and_stay_within_top_p(ground):
     model, params = tiny.load(Path(ground / "gpt2"))
 
     def sample(seed, top_p=1.0, temperature=3.0):
-        return sampler.generate(
-            model, params, [[5, 6, 7], [8]], eos_ids=[0], max_new_tokens=6, seed=seed,
-            temperature=temperature, top_p=top_p,
-        )  # fmt: skip
+        sampling = Sampling(6, temperature=temperature, top_p=top_p, end_ids=(0,))
+        found = sampler.generate(model, params, [[5, 6, 7], [8]], sampling, seed=seed)
+        return [answer.tokens for answer in found]
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(1, top_p=1e-6) == sample(2, temperature=0.0)

@@ -134,7 +134,9 @@ PARTITION_RULES = (
     (r"embed_tokens/embedding$", P("tp", "fsdp")),
     (r"(q|k|v|gate|up)_proj/kernel$", P("fsdp", "tp")),
     (r"(o|down)_proj/kernel$", P("tp", "fsdp")),
-    (r"(norm/scale|_proj/bias)$", P()),
+    (r"norm/scale$", P()),
+    (r"(q|k|v|gate|up)_proj/bias$", P("tp")),
+    (r"(o|down)_proj/bias$", P()),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,8 +67,17 @@ class Model:
 
     @property
     def rules(self) -> Rules:
+        """Those of the architecture, but for parameters that this configuration lacks."""
         head = self._of_head(LM_HEAD_RULES, self.architecture.score_head.rules)
-        return (*self.architecture.rules, *head)
+        rows = self.architecture.rows
+        absent = [row.ours for row in rows if not row.when(self.config)]
+        present = [row.ours for row in rows if row.when(self.config)]
+
+        def applies(pattern: str) -> bool:
+            lacking = any(re.search(pattern, path) for path in absent)
+            return not lacking or any(re.search(pattern, path) for path in present)
+
+        return (*(rule for rule in self.architecture.rules if applies(rule[0])), *head)
 
     @property
     def rows(self) -> Sequence[Row]:

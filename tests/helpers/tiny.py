@@ -145,6 +145,12 @@ _ONE_LABEL = {"id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
 SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
 
 
+def scorer(config: dict) -> dict:
+    """The scorer of a language model's architecture."""
+    name = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    return config | {"architectures": [name], "pad_token_id": 1} | _ONE_LABEL
+
+
 def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
     """Transformers model of a config, with all weights drawn from N(0, std)."""
     import torch
