@@ -308,6 +308,40 @@ def test_a_gradient_that_is_not_finite_means_another_kernel(
     assert capsys.readouterr().out == f"attention: {fact['attention']}\n"
 
 
+def test_other_bits_the_second_time_mean_another_kernel(
+    setup_of, attention_of, monkeypatch, capsys
+):
+    """As atomics give them: a callback that counts its calls stands for those."""
+    calls = []
+
+    def noisy(kernel, q, ids):
+        def next_noise():
+            calls.append(1)
+            return np.float32(1 + 1e-3 * (len(calls) % 7))
+
+        if kernel == "pallas":
+            return q
+        noise = jax.pure_callback(next_noise, jax.ShapeDtypeStruct((), jnp.float32))
+        return (q * jax.lax.stop_gradient(noise)).astype(q.dtype)
+
+    attention_of(noisy)
+    setup, fact = checked(setup_of(**{"model.dtype": "bfloat16"}), monkeypatch, "cudnn", "pallas")
+    assert setup.model.compute.attention == "pallas"
+    assert "cudnn: the kernel gave other bits the second time on rows of" in fact["attention"]
+
+
+def test_a_kernel_whose_program_fails_means_another_kernel(setup_of, monkeypatch):
+    def fails(*args, of_kernel, **options):
+        if of_kernel.attention == "cudnn":
+            raise IndexError("absl::container_internal::raw_hash_map<>::at")
+        return {}, np.bool_(True)
+
+    monkeypatch.setattr(kernel_check, "compare", fails)
+    setup, fact = checked(setup_of(), monkeypatch, "cudnn", "pallas")
+    assert setup.model.compute.attention == "pallas"
+    assert fact["attention"].startswith("pallas (cudnn: IndexError: absl::container")
+
+
 def test_a_wrong_kernel_means_xla(setup_of, attention_of, monkeypatch):
     attention_of(lambda kernel, q, segment_ids: q * 1.3)
     setup, fact = checked(setup_of(**{"model.dtype": "bfloat16"}), monkeypatch, "cudnn")
