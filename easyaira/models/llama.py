@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import flax.linen as nn
 import jax
@@ -139,22 +140,8 @@ PARTITION_RULES = (
     (r"(o|down)_proj/bias$", P()),
 )
 
-
-def _qkv_bias(config: LlamaConfig) -> bool:
-    return config.qkv_bias
-
-
-def _output_bias(config: LlamaConfig) -> bool:
-    return config.output_bias
-
-
-def _mlp_bias(config: LlamaConfig) -> bool:
-    return config.mlp_bias
-
-
-def _qk_norm(config: LlamaConfig) -> bool:
-    return config.qk_norm
-
+_qkv_bias, _output_bias = attrgetter("qkv_bias"), attrgetter("output_bias")
+_mlp_bias, _qk_norm = attrgetter("mlp_bias"), attrgetter("qk_norm")
 
 _LAYER = "model.layers.{}."
 HF_ROWS = (

@@ -5,16 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from easyaira.models.llama import (
-    HF_IGNORED,
-    HF_PREFIX,
-    HF_ROWS,
-    PARTITION_RULES,
-    Llama,
-    LlamaConfig,
-)
-
-__all__ = ["HF_IGNORED", "HF_NEUTRAL", "HF_PREFIX", "HF_ROWS", "PARTITION_RULES"]
+from easyaira.models.llama import Llama, LlamaConfig
 
 
 @dataclass(frozen=True)

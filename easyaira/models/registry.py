@@ -6,7 +6,7 @@ HF_ROWS, and add a line to MODELS."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 import flax.linen as nn
@@ -32,14 +32,22 @@ def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Archi
     )
 
 
+LLAMA = _architecture(llama, llama.LlamaConfig, llama.Llama)
+
+
+def _like_llama(module: Any, config: type, backbone: type[nn.Module]) -> Architecture:
+    """An architecture with Llama's tables; rows and rules that do not apply are left out."""
+    return replace(LLAMA, config=config, backbone=backbone, neutral=module.HF_NEUTRAL)
+
+
 MODELS = {
     "bert": _architecture(bert, bert.BertConfig, bert.Bert),
     "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
-    "llama": _architecture(llama, llama.LlamaConfig, llama.Llama),
-    "mistral": _architecture(mistral, mistral.MistralConfig, mistral.Mistral),
+    "llama": LLAMA,
+    "mistral": _like_llama(mistral, mistral.MistralConfig, mistral.Mistral),
     "opt": _architecture(opt, opt.OPTConfig, opt.OPT),
-    "qwen2": _architecture(qwen2, qwen2.Qwen2Config, qwen2.Qwen2),
-    "qwen3": _architecture(qwen3, qwen3.Qwen3Config, qwen3.Qwen3),
+    "qwen2": _like_llama(qwen2, qwen2.Qwen2Config, qwen2.Qwen2),
+    "qwen3": _like_llama(qwen3, qwen3.Qwen3Config, qwen3.Qwen3),
     "roberta": _architecture(roberta, roberta.RobertaConfig, roberta.Roberta),
 }
 
