@@ -17,7 +17,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from easyaira import cli
-from easyaira.errors import CheckFailed, ConfigError
+from easyaira.errors import CheckFailed, ConfigError, escaped
 
 WORDS = {True: "ok", False: "WRONG", None: "skipped"}
 
@@ -47,8 +47,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(content, indent=2, ensure_ascii=False))
     else:
         for result in results:
-            message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in result.message)
-            print(f"{WORDS[result.ok]:8}{result.check:9}{message}")
+            print(f"{WORDS[result.ok]:8}{result.check:9}{escaped(result.message)}")
     if wrong:
         was = "saved: checkpoints" if saved else "released:"
         raise CheckFailed(f"{folder}: not what was {was} {', '.join(wrong)}")

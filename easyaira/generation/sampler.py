@@ -217,7 +217,7 @@ class _Run:
         return prefilled, {prompt: i for i, prompt in enumerate(chosen)}
 
     def fit(self) -> None:
-        """Give the cache the slots that the rows need, and drop places that nobody waits for."""
+        """Give the cache the slots that the rows need; drop free places if no row is waiting."""
         rows = self.running()
         longest = max(row.length for row in rows)
         slots = _rounded(longest + self.sampler.steps, FEWEST_SLOTS)
