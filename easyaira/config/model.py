@@ -37,9 +37,9 @@ class ModelConfig:
     """Activations stored for the backward pass: none: all; dots: results of matrix products;
     full: only each layer's input."""
     attention: Literal["auto", "xla", "cudnn", "pallas", "splash"] = "auto"
-    """Attention implementation: xla on any device; cudnn (bfloat16) or EasyAira's own pallas
-    kernel on GPUs; splash on TPUs. auto: the first of the device's kernels that agrees with XLA on
-    the run's own rows, or xla if none does."""
+    """Attention implementation: xla on any device; EasyAira's own pallas kernel or cudnn (bfloat16)
+    on GPUs; splash on TPUs. auto: pallas or splash if it agrees with XLA on the run's own rows,
+    otherwise xla."""
     dropout: Share = 0.0
     """Dropout on embeddings, attention and residual branches. The model's config.json does not
     set it; DPO refuses it."""

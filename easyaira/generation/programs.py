@@ -7,11 +7,13 @@ compiled once per shape.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from easyaira.distributed.compiler import QUICK
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
 from easyaira.distributed.tree import by_path
@@ -74,12 +76,13 @@ class Programs:
 
     def __init__(self, model: Model, sampling: Sampling):
         self.model, self.sampling = model.cached(), sampling
-        self.weights = jax.jit(self._weights)
-        self.prefill = jax.jit(self._prefill)
-        self.empty = jax.jit(self._empty, static_argnums=(1, 2))
-        self.admit = jax.jit(self._admit, donate_argnums=0)
-        self.decode = jax.jit(self._decode, donate_argnums=1)
-        self.resize = jax.jit(self._resize, static_argnums=1)
+        jit = partial(jax.jit, compiler_options=QUICK.get(jax.default_backend()))
+        self.weights = jit(self._weights)
+        self.prefill = jit(self._prefill)
+        self.empty = jit(self._empty, static_argnums=(1, 2))
+        self.admit = jit(self._admit, donate_argnums=0)
+        self.decode = jit(self._decode, donate_argnums=1)
+        self.resize = jit(self._resize, static_argnums=1)
 
     def _layers(self) -> tuple[str, str]:
         """Path of the scanned layers in the parameters."""

@@ -57,6 +57,7 @@ class Compute:
     shared_prompt: bool = False  # rows may hold a prompt followed by two answers
     tf32: bool = False  # float32 products may round to 10-bit mantissas
     cached: bool = False  # attention stores keys and values, see cache.py
+    unroll_up_to: int = 0  # models of at most so many layers have no loop over layers
 
     @property
     def matmul_precision(self) -> str | None:
@@ -167,7 +168,9 @@ def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
     """`length` copies of `block`, scanned: one compiled body, parameters stacked on axis 0.
 
-    With a cache they are unrolled, since a loop would copy a layer's cache for each token."""
+    A loop copies what each layer keeps for the backward pass into a stack and out of it. Unrolled,
+    a program needs no copies and compiles longer. With a cache, layers are always unrolled, since a
+    loop would copy a layer's cache for each token."""
     if compute.gradient_checkpointing != "none":
         policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
@@ -177,7 +180,7 @@ def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=length,
-        unroll=length if compute.cached else 1,
+        unroll=length if compute.cached or length <= compute.unroll_up_to else 1,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from easyaira.distributed.compiler import QUICK, REPRODUCIBLE
+from easyaira.distributed.compiler import REPRODUCIBLE, UNTIMED
 from easyaira.models.attention import attention
 from easyaira.models.layers import Compute
 from easyaira.models.model import Model
@@ -23,7 +23,7 @@ from easyaira.train import loader
 from easyaira.train.resolve import KERNELS, obstacle
 from easyaira.train.setup import Setup
 
-OPTIONS = {"gpu": QUICK["gpu"] | REPRODUCIBLE["gpu"]}
+OPTIONS = {"gpu": UNTIMED["gpu"] | REPRODUCIBLE["gpu"]}
 BOUND = 4  # largest allowed relative error, in units of the compute dtype's epsilon
 
 

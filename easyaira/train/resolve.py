@@ -69,13 +69,12 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
     return Resolved(origin, stored, model, tokenizer, template, max_length)
 
 
-KERNELS = {
-    "tpu": ("splash",),
-    "gpu": ("cudnn", "pallas"),
-}  # attention kernels, in order of preference
+KERNELS = {"tpu": ("splash",), "gpu": ("pallas",)}  # attention kernels, in order of preference
+BY_NAME = {"gpu": ("cudnn",)}  # not chosen by `auto`: slower than pallas, see docs/gpus.md
 # cuDNN's backward pass gives NaN if length % 128 == 64, a mask is passed and a query is fully
 # masked: pytorch/pytorch#196678
 ROW_MULTIPLE = {"gpu": 128}
+UNROLL_UP_TO = {"gpu": 24}  # layers, see models/layers.py
 
 
 def _compute(config: RunConfig, mesh: Mesh, model: Model) -> Compute:
@@ -98,12 +97,12 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model) -> Compute:
         measured = () if platform == "gpu" and compute.dtype.itemsize > 2 else kernels
         usable = (kernel for kernel in measured if obstacle(kernel, model, compute) is None)
         attention = next(usable, "xla")
-    elif attention != "xla" and attention not in kernels:
+    elif attention != "xla" and attention not in (*kernels, *BY_NAME.get(platform, ())):
         where = device.device_kind if platform == "tpu" else platform
         raise ConfigError(f"model.attention: {attention} is not available on {where}; use auto")
     elif reason := obstacle(attention, model, compute):
         raise ConfigError(f"model.attention: {attention} {reason}; use auto")
-    return replace(compute, attention=attention)
+    return replace(compute, attention=attention, unroll_up_to=UNROLL_UP_TO.get(platform, 0))
 
 
 def obstacle(kernel: str, model: Model, compute: Compute) -> str | None:

@@ -95,9 +95,9 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     """EasyAira's training step and loader, as in a run.
 
     Args:
-        options: packing, share_prompt, dtype, gradient_checkpointing, attention; `in_step`: compute
-            the reference in every step; `naive`: pad to the recipe's length, compute full logits,
-            and compute the reference in every step.
+        options: packing, share_prompt, dtype, gradient_checkpointing, attention, unroll_up_to;
+            `in_step`: compute the reference in every step; `naive`: pad to the recipe's length,
+            compute full logits, and compute the reference in every step.
     """
     import jax
     import jax.numpy as jnp
@@ -111,7 +111,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.models.layers import Compute
     from easyaira.models.registry import model_of
     from easyaira.train import loader
-    from easyaira.train.resolve import KERNELS, ROW_MULTIPLE
+    from easyaira.train.resolve import KERNELS, ROW_MULTIPLE, UNROLL_UP_TO
 
     examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
     naive = options.get("naive", False)
@@ -121,6 +121,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         jnp.dtype(options.get("dtype", "bfloat16")),
         options.get("gradient_checkpointing", "none"),
         attention=options.get("attention", (*KERNELS.get(platform, ()), "xla")[0]),
+        unroll_up_to=options.get("unroll_up_to", UNROLL_UP_TO.get(platform, 0)),
     )
     model = model_of(MODELS[work["model"]], work["model"], compute)
     mesh = meshes.make_mesh("fsdp=-1")
@@ -133,7 +134,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         attention=attention_cost(model.config.width, model.config.heads),
         multiple=ROW_MULTIPLE.get(platform, 8),
     )
-    with jax.set_mesh(mesh):
+    with model.on(mesh):
         shardings = sharding.shardings(model.shapes, model.rules, mesh)
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
         frozen = jax.tree.map(jnp.copy, params) if in_step else None
@@ -187,7 +188,7 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
 
     def updates(start: int, stop: int) -> None:
         nonlocal state
-        with jax.set_mesh(mesh):
+        with model.on(mesh):
             for ready in loader.ahead(batches, start, stop, mesh):
                 shape = ready.batch.shape
                 if shape not in programs:
