@@ -48,6 +48,8 @@ class Window:
         self.logged: int | None = saved.get("logged")
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
+        self.positions: int = saved.get("positions", 0)  # missing in older records
+        self._cpu = time.process_time()
         self._since: float | None = None  # start of the running interval; None while paused
         self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
@@ -55,6 +57,7 @@ class Window:
         return {
             "sums": self.sums,
             "num_tokens": self.num_tokens,
+            "positions": self.positions,
             "unmeasured": self.unmeasured,
             "logged": self.logged,
         }
@@ -80,6 +83,7 @@ class Window:
         padding = (batch.positions - batch.filled, batch.positions)
         self.sums = add(self.sums, {**sums, "padding": padding})
         self.num_tokens += batch.num_tokens
+        self.positions += batch.positions
         if timed:
             self._steps += 1
             self._tokens += batch.num_tokens
@@ -92,11 +96,14 @@ class Window:
         timed = self._steps > 0 and self._seconds > 0
         row = averages(self.sums) | {
             "num_tokens": self.num_tokens,
+            "positions": self.positions,
+            "cpu_time": time.process_time() - self._cpu,
             "tokens_per_second": self._tokens / self._seconds if timed else None,
             "step_time": self._seconds / self._steps if timed else None,
             "data_wait": self._waited / self._seconds if timed else None,
         }
         self.sums, self._seconds, self._waited, self._steps, self._tokens = {}, 0.0, 0.0, 0, 0
+        self._cpu = time.process_time()
         if running:
             self.run()
         return row
