@@ -2,6 +2,7 @@
 with planted faults."""
 
 import re
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,6 @@ from easyaira.models.registry import model_of
 from easyaira.plan import cost
 from easyaira.run.run import run
 from easyaira.train import kernel_check, log, resolve, step
-from easyaira.train.log import NoLog
 from easyaira.train.metrics import Window
 from easyaira.train.record import Record
 from easyaira.train.resolve import ROW_MULTIPLE
@@ -535,26 +535,51 @@ def test_a_training_step_on_a_gpu_is_compiled_for_reproducible_bits(monkeypatch)
         jax.jit(lambda x: x, compiler_options={"xla_gpu_no_such": True})(1)
 
 
-def test_sums_are_copied_before_the_next_update_is_started():
-    """A copy that is requested later waits for the next update on a GPU."""
-    requested = []
-    leaf = SimpleNamespace(copy_to_host_async=lambda: requested.append(1))
+class Sum:
+    """A sum on a device that has it `after` seconds from now."""
+
+    def __init__(self, after):
+        self.at = time.perf_counter() + after
+
+    def block_until_ready(self):
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        return np.asarray(-1.0, dtype)
+
+
+def test_the_last_update_takes_its_own_time(monkeypatch):
+    """A GPU's start of an update returns when that update has nearly ended, so that the sums of the
+    one before are fetched late."""
+    rows = []
+    log = SimpleNamespace(advance=lambda n: None, write=lambda n, row: rows.append(row))
+    batches = [None] * 5
     record = Record(
-        NoLog(),
+        log,
         Window(),
-        None,
+        batches,
         start=0,
         every=1,
-        until=9,
+        until=5,
         facts={},
-        schedule=None,
+        schedule=lambda step: 0.0,
         flops=1.0,
         peak=None,
         latest=lambda: None,
     )
-    ready = SimpleNamespace(batch=SimpleNamespace(shape=(1, 8)))
-    record.update(1, ready, {"loss": (leaf, leaf)})
-    assert len(requested) == 2 and record.pending[0].number == 1
+    batch = SimpleNamespace(shape=(1, 8), positions=8, filled=8, num_tokens=8)
+    ready = SimpleNamespace(batch=batch, waited=0.0)
+    for number in range(1, 6):
+        sums = {"loss": (Sum(0.1), 1), "failed": (Sum(0.1), 1)}
+        time.sleep(0.08)  # the update's start
+        record.update(number, ready, sums)
+        record.resume()
+    record.to_save()
+    times = [row["step_time"] for row in rows]
+    assert times[0] is None  # it includes compilation
+    assert times[1:] == pytest.approx([0.09] * 4, abs=0.03)
 
 
 # 4. float32 is float32

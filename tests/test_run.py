@@ -63,7 +63,7 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
     assert [row["step"] for row in rows] == [0, 2, 4]
     trained = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "tokens_per_second",
                "step_time", "mfu", "mean_token_accuracy", "padding", "data_wait",
-               "compilations"}  # fmt: skip
+               "positions", "cpu_time", "compilations"}  # fmt: skip
     assert trained <= rows[1].keys() and "eval_loss" in rows[0] and "eval_loss" in rows[2]
     page = (sft / "report.html").read_text()
     assert "<svg" in page and "learning_rate" in page

@@ -48,6 +48,8 @@ class Window:
         self.logged: int | None = saved.get("logged")
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
+        self.positions: int = saved.get("positions", 0)  # missing in older records
+        self._cpu = time.process_time()
         self._since: float | None = None  # start of the running interval; None while paused
         self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
@@ -55,6 +57,7 @@ class Window:
         return {
             "sums": self.sums,
             "num_tokens": self.num_tokens,
+            "positions": self.positions,
             "unmeasured": self.unmeasured,
             "logged": self.logged,
         }
@@ -73,6 +76,13 @@ class Window:
             self._seconds += time.perf_counter() - self._since
             self._since = None
 
+    def _end(self, now: float) -> float:
+        """Seconds of this window until `now`, where the next one starts."""
+        if self._since is None:
+            return self._seconds
+        start, self._since = self._since, max(now, self._since)
+        return self._seconds + self._since - start
+
     def add(
         self, sums: Mapping[str, tuple[Any, Any]], batch: Any, waited: float, timed: bool
     ) -> None:
@@ -80,23 +90,28 @@ class Window:
         padding = (batch.positions - batch.filled, batch.positions)
         self.sums = add(self.sums, {**sums, "padding": padding})
         self.num_tokens += batch.num_tokens
+        self.positions += batch.positions
         if timed:
             self._steps += 1
             self._tokens += batch.num_tokens
             self._waited += waited
 
-    def take(self) -> dict[str, float | None]:
-        """Return averages and rates, and start a new window."""
-        running = self._since is not None
-        self.pause()
-        timed = self._steps > 0 and self._seconds > 0
+    def take(self, ended: float) -> dict[str, float | None]:
+        """Return averages and rates, and start a new window.
+
+        Args:
+            ended: time.perf_counter() at the end of the newest update.
+        """
+        seconds = self._end(ended)
+        timed = self._steps > 0 and seconds > 0
         row = averages(self.sums) | {
             "num_tokens": self.num_tokens,
-            "tokens_per_second": self._tokens / self._seconds if timed else None,
-            "step_time": self._seconds / self._steps if timed else None,
-            "data_wait": self._waited / self._seconds if timed else None,
+            "positions": self.positions,
+            "cpu_time": time.process_time() - self._cpu,
+            "tokens_per_second": self._tokens / seconds if timed else None,
+            "step_time": seconds / self._steps if timed else None,
+            "data_wait": self._waited / seconds if timed else None,
         }
         self.sums, self._seconds, self._waited, self._steps, self._tokens = {}, 0.0, 0.0, 0, 0
-        if running:
-            self.run()
+        self._cpu = time.process_time()
         return row

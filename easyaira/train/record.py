@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +21,12 @@ from easyaira.train.step import Sums
 
 
 class Pending(NamedTuple):
-    """An update whose sums are still on the device."""
+    """An update whose sums are still on the device, and the time of its end."""
 
     number: int
     ready: Ready
     sums: Sums
+    end: Future[float]
 
 
 class Record:
@@ -59,6 +62,9 @@ class Record:
         self.latest = latest
         self.shapes: set[Any] = set()  # compiled so far, by shape of the rows
         self.pending: list[Pending] = []
+        # A GPU takes a limited number of operations ahead of time, so the next update's start
+        # returns when that update has nearly ended. A thread of its own sees when this one has.
+        self._clock = ThreadPoolExecutor(1)
 
     def wants_evaluation(self, number: int) -> bool:
         """True before the first update, and if the run was stopped during an evaluation."""
@@ -76,10 +82,8 @@ class Record:
         Raises:
             NonFiniteError: an earlier update failed.
         """
-        for leaf in jax.tree.leaves(sums):
-            leaf.copy_to_host_async()  # a copy requested later waits for the next update, too
         self.shapes.add(ready.batch.shape)
-        self.pending.append(Pending(number, ready, sums))
+        self.pending.append(Pending(number, ready, sums, self._clock.submit(_end, sums)))
         self.log.advance(1)
         self._fetch(number - 1)
         if number == self.start + 1:
@@ -110,15 +114,15 @@ class Record:
     def _fetch(self, until: int, measured: Mapping[str, float | None] | None = None) -> None:
         """Fetch the sums of updates up to `until`, and write the rows that are due."""
         while self.pending and self.pending[0].number <= until:
-            number, ready, sums = self.pending.pop(0)
-            sums = jax.device_get(sums)
+            number, ready, sums, end = self.pending.pop(0)
+            sums, ended = jax.device_get(sums), end.result()
             if (failed := int(sums.pop("failed")[0])) >= 0:
                 raise NonFiniteError(self._failure(failed))
             timed = number > self.start + 1
             self.window.add(sums, ready.batch, ready.waited, timed=timed)
             row = dict(measured or {}) if number == until else {}
             if due(number, self.every, self.until):
-                row = self._row(number) | row
+                row = self._row(number, ended) | row
             if row:
                 self._write(number, row)
 
@@ -126,8 +130,8 @@ class Record:
         self.log.write(number, row)
         self.window.logged = number
 
-    def _row(self, number: int) -> dict[str, float | None]:
-        row = self.window.take()
+    def _row(self, number: int, ended: float) -> dict[str, float | None]:
+        row = self.window.take(ended)
         row |= {
             "learning_rate": float(self.schedule(number - 1)),
             "epoch": number / len(self.batches),
@@ -146,3 +150,9 @@ class Record:
             f"the data, counted from 0). The parameters are unchanged; {where}. A smaller "
             "optimizer.learning_rate or model.dtype float32 usually helps"
         )
+
+
+def _end(sums: Sums) -> float:
+    """Time at which the sums of an update are there."""
+    jax.block_until_ready(sums)
+    return time.perf_counter()
