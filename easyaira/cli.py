@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import os
 import re
 import sys
@@ -17,13 +18,16 @@ import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from easyaira.allocator import keep_memory
+from easyaira.config.data import Source
+from easyaira.config.model import LoraConfig
 from easyaira.config.ranges import WORDS
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, one_line, shortened
-from easyaira.files import read_yaml, yaml_line
+from easyaira.files import parse_yaml, read_yaml, yaml_line
 
 SOURCES = ("data.train", "data.eval")  # options that name data
+LISTED = r"\s*\[\s*\{"  # how a list of sources begins; other brackets are patterns of files
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -74,7 +78,7 @@ class ConfigFile(ActionConfigFile):
             problem = str(error)
             if not isinstance(error, ConfigError):
                 problem = _one_line(problem, parser)
-            line = yaml_line(Path(values), problem.partition(":")[0].split("."))
+            line = yaml_line(Path(values), re.findall(r"\w+", problem.partition(":")[0]))
             raise ConfigError(f"{values}{f':{line}' if line else ''}: {problem}") from error
 
 
@@ -84,13 +88,75 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
     groups = {option.rpartition(".")[0] for option in options}
     for key, value in content.items():
         name = f"{group}{key}"
-        if name in groups:
+        if name in SOURCES:
+            _check_sources(name, value)
+        elif name == "lora" and isinstance(value, dict):
+            if unknown := value.keys() - {field.name for field in fields(LoraConfig)}:
+                lora = [f"lora.{field.name}" for field in fields(LoraConfig)]
+                raise ConfigError(_no_such_option(f"lora.{min(unknown)}", lora))
+        elif name in groups:
             if not isinstance(value, dict):
                 given = "nothing" if value is None else shortened(repr(value))
                 raise ConfigError(f"{name}: expected options as `name: value`, got {given}")
             _check_names(value, parser, f"{name}.")
         elif name not in options and name != PROVENANCE:
             raise ConfigError(_no_such_option(name, options))
+        elif isinstance(value, dict) and name != PROVENANCE:
+            for part, inner in value.items():
+                if isinstance(inner, dict):
+                    raise ConfigError(f"{name}.{part}: expected one value, got {inner!r:.80}")
+
+
+def _check_sources(name: str, value: Any) -> None:
+    """Refuse wrong entries of a list of sources. jsonargparse takes a wrong list on the command
+    line for the name of a file, and drops an unknown option without a value."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Source, None)
+    for number, entry in enumerate(value if isinstance(value, list) else ()):
+        place = f"{name}[{number}]"
+        if not isinstance(entry, dict):
+            got = shortened(repr(entry))
+            raise ConfigError(f"{place}: expected options such as {{path: FILE}}, got {got}")
+        if "path" not in entry and entry.keys() <= {f.name for f in fields(Source)}:
+            raise ConfigError(f"{place}.path: each entry needs it")
+        try:
+            _check_names(entry, parser)
+            parser.parse_object(entry)
+        except ConfigError as error:
+            raise ConfigError(f"{place}.{error}") from error
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise ConfigError(f"{place}.{_one_line(str(error), parser)}") from error
+
+
+def _expanded(argv: list[str], parser: ArgumentParser) -> list[str]:
+    """Check maps and lists on the command line; rewrite a map of options as one flag for each."""
+    options = _options(parser)
+    groups = {option.rpartition(".")[0] for option in options} - {""}
+    left, expanded = list(argv), []
+    while left:
+        flag, given, value = left.pop(0).partition("=")
+        name = flag.removeprefix("--")
+        if not flag.startswith("--") or name not in groups and name not in options:
+            expanded.append(f"{flag}{given}{value}")
+            continue
+        if not given and left and left[0].lstrip()[:1] in ("[", "{"):
+            given, value = "=", left.pop(0)
+        if not re.match(LISTED if name in SOURCES else r"\s*\{", value):
+            expanded.append(f"{flag}{given}{value}")
+            continue
+        try:
+            content = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if name in groups:
+            _check_names(content, parser, f"{name}.")
+            texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in content.items()}
+            inner = [f"{flag}.{key}={text}" for key, text in texts.items()]
+            expanded += _expanded(inner, parser)
+            continue
+        _check_names({name: content}, parser)
+        expanded.append(f"{flag}={value}")
+    return expanded
 
 
 def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
@@ -101,7 +167,7 @@ def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
             of range, or options that contradict each other.
     """
     parser = parser_of(config_class)
-    parsed = parse_args(parser, _join_negative_mesh(argv))
+    parsed = parse_args(parser, _expanded(_join_negative_mesh(argv), parser))
     asked = DryRun(parsed.topology, parsed.search)
     dry_run = asked if parsed.dry_run or any(asked) else None
     for key in ("config", "debug", "dry_run", "topology", "search", PROVENANCE):

@@ -162,12 +162,18 @@ def parse_yaml(text: str) -> Any:
 
 
 def yaml_line(path: Path, keys: Sequence[str]) -> int | None:
-    """The line of the innermost of nested `keys` that a readable YAML file has, or None."""
+    """The line of the innermost of nested `keys` that a readable YAML file has, or None.
+
+    A number is the index of an entry of a list."""
     node, line = (
         yaml.compose(decoded(read_file(path)).removeprefix("\ufeff"), yaml.SafeLoader),
         None,
     )
     for key in keys:
+        if isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
+            node = node.value[int(key)]
+            line = node.start_mark.line + 1
+            continue
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         found = [pair for pair in pairs if pair[0].value == key]
         if not found:

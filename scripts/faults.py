@@ -3,14 +3,18 @@
     python scripts/faults.py                                        # hours
     python scripts/faults.py --kills 3 --disks 6 --every 21         # every 21st damage
 
-A small DPO run on a CPU, in child processes. Right is: status 0 and the weights of an undisturbed
-run, or status 2 or 4 and one line. Anything else is printed with its case.
+A small DPO run on a CPU. Its processes are forked from one that has imported everything, and take
+compiled programs from a cache; every fourth kill strikes a new process with an empty cache. Right
+is status 0 and the weights of an undisturbed run, or status 2 or 4 and one line. Anything else is
+printed with its case.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,12 +24,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from easyaira import quickstart
+from easyaira import cli, quickstart
 
 STEPS = 8
+TRAIN, VERIFY = "easyaira.train_dpo", "easyaira.verify"
+FORKED = multiprocessing.get_context("forkserver")
+IMPORTED = ["easyaira.run.run", "easyaira.algorithms.dpo", "easyaira.export.checks"]
+IMPORTED += ["easyaira.run.samples", "transformers.models.auto.tokenization_auto"]
+IMPORTED += ["transformers.models.gpt2.tokenization_gpt2", "matplotlib.figure"]
+PROGRAMS = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+INSIDE = "EASYAIRA_FAULTS_INSIDE"  # set in the namespace in which disks can be mounted
 
 
 def flip(path: Path) -> None:
@@ -51,37 +63,56 @@ def ground(root: Path) -> None:
     quickstart.write_data(root / "data")
     quickstart.write_base(root / "base", root / "data")
     config = json.loads((root / "base/config.json").read_text())
-    config |= {"n_layer": 2, "n_embd": 64, "n_head": 2}
+    config |= {"n_layer": 2, "n_embd": 32, "n_head": 2}
     (root / "base/config.json").write_text(json.dumps(config))
 
 
-def command(root: Path, run: Path, export: bool = True) -> list[str]:
-    options = {
+def options(root: Path, run: Path, **others: object) -> list[str]:
+    values = {
         "model.name_or_path": root / "base",
         "model.init": "random",
         "data.train": root / "data/dpo_train.jsonl",
         "data.eval": 0.05,
-        "data.max_examples": 200,
+        "data.max_examples": 100,
         "data.template": "plain",
         "max_steps": STEPS,
         "save_steps": 2,
         "logging_steps": 1,
-        "num_samples": 2,
+        "num_samples": 1,
         "output_dir": run,
-        "export": export,
     }
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "easyaira.train_dpo", *flags]
+    return [f"--{name}={value}" for name, value in (values | others).items()]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    offline = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    return os.environ | offline | {"EASYAIRA_CACHE": str(cache)}
+class Command:
+    """A command under way: `python -m MODULE WORDS`, with its folder of caches."""
+
+    def __init__(self, words: Sequence[str], cache: Path, module: str = TRAIN, new: bool = False):
+        self.log = cache.with_name(f"{cache.name}-log")
+        self.process = FORKED.Process(target=_run, args=(module, list(words), cache, self.log, new))
+        self.process.start()
+
+    def ended(self) -> tuple[int, str, str]:
+        """Exit status, standard output, standard error."""
+        self.process.join()
+        texts = [self.log.with_suffix(end).read_text(errors="replace") for end in (".out", ".err")]
+        return self.process.exitcode, *texts
 
 
-def call(words: list[str], cache: Path) -> tuple[int, str, str]:
-    done = subprocess.run(words, env=environment(cache), capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+def _run(module: str, words: list[str], cache: Path, log: Path, new: bool) -> None:
+    """The forked process. A new one begins again without imports."""
+    os.environ["EASYAIRA_CACHE"] = str(cache)
+    for number, end in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(log.with_suffix(end), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if new:
+        for name in PROGRAMS:
+            del os.environ[name]
+        os.execv(sys.executable, [sys.executable, "-m", module, *words])
+    cli.run_command(importlib.import_module(module).main, words)
+
+
+def call(words: Sequence[str], cache: Path, module: str = TRAIN) -> tuple[int, str, str]:
+    return Command(words, cache, module).ended()
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -102,83 +133,114 @@ def outcome(status: int, out: str, err: str, run: Path, wanted: dict[str, str]) 
     return f"STATUS {status}, {len(lines)} LINES: {lines[-1][:200] if lines else ''}"
 
 
-def kills(root: Path, count: int, wanted: dict[str, str], seconds: float) -> Counter:
+class Ground:
+    """An undisturbed run: its weights and its duration."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        ground(root)
+        run = root / "straight"
+        status, _, err = call(options(root, run), root / "straight-cache")
+        if status:
+            sys.exit(err)
+        self.wanted = weights(run)
+        started = time.monotonic()
+        call(options(root, root / "again"), root / "again-cache")
+        self.seconds = time.monotonic() - started
+
+    def outcome(self, words: Sequence[str], cache: Path, run: Path, new: bool = False) -> str:
+        return outcome(*Command(words, cache, new=new).ended(), run, self.wanted)
+
+
+def kills(ground: Ground, count: int, ends: Counter) -> None:
     """kill -9 at a random moment, and the same command again."""
-    ends: Counter = Counter()
     for number in range(count):
-        run, cache = root / f"killed-{number}", root / f"killed-cache-{number}"
-        words = command(root, run)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        child = subprocess.Popen(words, env=environment(cache), **quiet)
-        time.sleep(random.uniform(0, seconds))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        found = outcome(*call(words, cache), run, wanted)
+        run, cache = ground.root / f"killed-{number}", ground.root / f"cache-{number}"
+        new, seconds = number % 4 == 3, random.uniform(0, ground.seconds)
+        words = options(ground.root, run)
+        command = Command(words, cache, new=new)
+        time.sleep(3 * seconds if new else seconds)
+        command.process.kill()
+        command.ended()
+        found = ground.outcome(words, cache, run)
         ends[found] += 1
         report(f"kill {number}", found)
         shutil.rmtree(run), shutil.rmtree(cache)
-    return ends
 
 
-def disks(root: Path, count: int, wanted: dict[str, str]) -> Counter:
+def disks(ground: Ground, count: int, ends: Counter) -> None:
     """A disk of a random size, and the same command with more room."""
-    ends: Counter = Counter()
-    for _ in range(count):
-        disk, cache = root / "disk", root / "disk-cache"
-        disk.mkdir(exist_ok=True)
-        words, again = command(root, disk / "run"), root / "again"
+    disk = ground.root / "disk"
+    disk.mkdir()
+    for number in range(count):
         size = int(2 ** random.uniform(5, 13))  # KiB
-        script = (  # what lies on the disk is kept, as the mount ends with its namespace
-            f'mount -t tmpfs -o size={size}k none "$0" || exit 99; kept=$1; shift; "$@"; '
-            'status=$?; rm -rf "$kept"; cp -a "$0" "$kept"; exit $status'
-        )
-        inside = ["unshare", "-Urm", "sh", "-c", script, str(disk), str(again), *words]
-        status, out, err = call(inside, cache)
-        if status == 99:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(disk)]
+        if subprocess.run(mount).returncode:
             print("disks: no tmpfs can be mounted here; left out")
-            return ends
-        first = outcome(status, out, err, again / "run", wanted)
+            break
+        run, cache = disk / "run", ground.root / f"disk-{number}"
+        words = options(ground.root, run)
+        first = ground.outcome(words, cache, run)
         ends[f"full: {first}"] += 1
-        words = command(root, again / "run")
-        second = outcome(*call(words, cache), again / "run", wanted)
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        second = ground.outcome(words, cache, run)
         ends[f"with more room: {second}"] += 1
         report(f"disk of {size} KiB", first), report("  with more room", second)
-        shutil.rmtree(cache, ignore_errors=True)
-    return ends
+        subprocess.run(["umount", str(disk)], check=True)
 
 
-def damages(root: Path, every: int, wanted: dict[str, str]) -> dict[str, Counter]:
-    """Each damage to each file of an unfinished run and of the caches."""
-    run, cache = root / "unfinished", root / "unfinished-cache"
-    words = command(root, run, export=False)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    child = subprocess.Popen(words, env=environment(cache), **quiet)
+def damages(ground: Ground, every: int, rows: dict[str, Counter]) -> None:
+    """Each damage to each file of an unfinished run and of the caches, and of a released folder."""
+    run, cache = ground.root / "unfinished", ground.root / "unfinished-cache"
+    command = Command(options(ground.root, run), cache)
     while not (run / "checkpoints/4").exists():
         time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
-    child.wait()
-    files = [p.relative_to(root) for top in (run, cache) for p in sorted(top.rglob("*"))]
-    files = [path for path in files if (root / path).is_file() and "programs" not in path.parts]
+    os.kill(command.process.pid, signal.SIGTERM)
+    command.ended()
+    released = ground.root / "straight/hf"
+    files = [path for top in (cache, released, run) for path in top.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: ("checkpoints" in path.parts, path))
     cases = [(path, name) for path in files for name in DAMAGES][:: max(every, 1)]
-    ends: dict[str, Counter] = {}
     for path, name in cases:
-        copy = root / "copy"
+        copy = ground.root / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        for top in (run, cache):
+        for top in (run, cache, released):
             shutil.copytree(top, copy / top.name)
-        DAMAGES[name](copy / path)
-        again = copy / run.name
-        found = outcome(*call(command(root, again, export=False), copy / cache.name), again, wanted)
-        parts = path.parts
-        kind = "checkpoints" if "checkpoints" in parts else " ".join(parts[:1])
-        kind = f"caches: {parts[1]}" if parts[0] == cache.name else kind.replace(run.name, "run")
-        ends.setdefault(f"{kind}, {name}", Counter())[found] += 1
-        report(f"{path} {name}", found)
-    return ends
+        top = released.parent if released in path.parents else ground.root
+        DAMAGES[name](copy / path.relative_to(top))
+        if top == released.parent:
+            kind, found = "released folder", verified(call([str(copy / "hf")], cache, VERIFY))
+        else:
+            again = copy / run.name
+            words = options(ground.root, again, num_samples=0, export=False)
+            found = ground.outcome(words, copy / cache.name, again)
+            kind = "checkpoints" if "checkpoints" in path.parts else "run folder"
+            if cache in path.parents:
+                kind = f"caches: {path.relative_to(cache).parts[0]}"
+        rows.setdefault(f"{kind}, {name}", Counter())[found] += 1
+        report(f"{path.relative_to(top)} {name}", found)
+
+
+def verified(ended: tuple[int, str, str]) -> str:
+    """Outcome of `easyaira verify` on a damaged folder."""
+    status, _, err = ended
+    if status == 0:
+        return "accepted"
+    lines = err.strip().splitlines()
+    if status in (2, 4) and lines and all(line.startswith("error: ") for line in lines):
+        return f"status {status}, named"
+    return f"STATUS {status}, {len(lines)} LINES: {lines[-1][:200] if lines else ''}"
 
 
 def report(case: str, found: str) -> None:
     print(f"{case}: {found}", file=sys.stderr, flush=True)
+
+
+def inside() -> None:
+    """Go into a namespace in which this user can mount disks, if the system has them."""
+    enter = ["unshare", "-Urm", sys.executable, *sys.argv]
+    if INSIDE not in os.environ and not subprocess.call(["unshare", "-Urm", "true"]):
+        os.execvpe(enter[0], enter, os.environ | {INSIDE: "1"})
 
 
 def main() -> None:
@@ -187,20 +249,26 @@ def main() -> None:
     parser.add_argument("--disks", type=int, default=30)
     parser.add_argument("--every", type=int, default=1, help="every N-th damage; 0: none")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    random.seed(options.seed)
+    asked = parser.parse_args()
+    inside()
+    random.seed(asked.seed)
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    FORKED.set_forkserver_preload(IMPORTED)
+    rows = {"kill -9, then the same command": Counter(), "full disk": Counter()}
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        ground(root)
-        started = time.monotonic()
-        status, _, err = call(command(root, root / "straight"), root / "straight-cache")
-        if status:
-            sys.exit(err)
-        seconds, wanted = time.monotonic() - started, weights(root / "straight")
-        rows = {"kill -9, then the same command": kills(root, options.kills, wanted, seconds)}
-        rows["full disk"] = disks(root, options.disks, wanted)
-        if options.every:
-            rows |= damages(root, options.every, wanted)
+        programs = Path(folder) / "programs"
+        os.environ |= dict(zip(PROGRAMS, (str(programs), "0"), strict=True))
+        try:
+            found = Ground(Path(folder))
+            kills(found, asked.kills, rows["kill -9, then the same command"])
+            disks(found, asked.disks, rows["full disk"])
+            if asked.every:
+                damages(found, asked.every, rows)
+        finally:
+            table(rows)
+
+
+def table(rows: dict[str, Counter]) -> None:
     print(f"{date.today()}: python scripts/faults.py {' '.join(sys.argv[1:])}\n")
     print("| what | cases | outcome |\n|---|---|---|")
     for what, ends in rows.items():

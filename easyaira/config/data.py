@@ -83,7 +83,9 @@ class DataConfig:
     def __post_init__(self):
         for name, value in (("data.train", self.train), ("data.eval", self.eval)):
             share = "" if name == "data.train" else "a share above 0 and below 1, "
-            wrong = r"\s*[\[{]\s*[{\"']" + (r"|[-+.\d]*\d$|[-+]?(nan|inf)$" if share else "")
+            wrong = r"\s*(\[\s*[{\"']|\{\s*[\"\w]+\s*:)" + (
+                r"|[-+.\d]*\d$|[-+]?(nan|inf)$" if share else ""
+            )
             if isinstance(value, str) and re.match(wrong, value):
                 raise ConfigError(
                     f"{name}: expected {share}a path or a list such as [{{path: FILE}}] with valid "

@@ -95,7 +95,7 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError, ValueError) as error:
         raise WeightsError(f"{file}: cannot be read ({error}); download it again") from error
     header.pop("__metadata__", None)
-    raw = np.memmap(file, np.uint8, "r", offset=8 + length) if header else None
+    raw = np.memmap(str(file), np.uint8, "r", offset=8 + length) if header else None
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES and entry["dtype"].startswith("F"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -103,6 +104,8 @@ def from_hf(
     rows: Sequence[Row],
     drawn: Mapping[str, jax.Array] | None = None,
     each: Each | None = None,
+    *,
+    where: str,
 ) -> Any:
     """Load our parameters in float32; each device reads only its own shard.
 
@@ -111,6 +114,7 @@ def from_hf(
         tree: shapes, dtypes and optional shardings of our parameters.
         drawn: our path -> a parameter to use instead of reading one.
         each: function applied to each parameter as soon as it is loaded.
+        where: the folder, for messages.
 
     Raises:
         WeightsError: a tensor contains NaN or infinity.
@@ -123,13 +127,14 @@ def from_hf(
         watchdog.beat(f"reading {row.ours}")
         if row.ours in drawn:
             return each(path, drawn[row.ours]) if each else drawn[row.ours]
-        layers = [(name, row.op.to_ours(tensors[name])) for name in row.names(leaf)]
+        stored = [(name, tensors[name]) for name in row.names(leaf)]
+        layers = [(_place(where, name, tensor), row.op.to_ours(tensor)) for name, tensor in stored]
 
         def read(index):
             spans = [slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
             if not row.stacked:
                 return _read(*layers[0], spans)
-            return np.stack([_read(name, view, spans[1:]) for name, view in layers[spans[0]]])
+            return np.stack([_read(place, view, spans[1:]) for place, view in layers[spans[0]]])
 
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         array = jax.make_array_from_callback(leaf.shape, sharding, read)
@@ -138,11 +143,17 @@ def from_hf(
     return jax.tree_util.tree_map_with_path(load, tree)
 
 
-def _read(name: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
+def _place(where: str, name: str, tensor: np.ndarray) -> str:
+    """File and name of a stored tensor, for messages."""
+    file = getattr(tensor, "filename", None)  # of a memory map
+    return f"{where}/{Path(file).name}: {name}" if file else f"{where}: {name}"
+
+
+def _read(place: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
     part = np.asarray(view[tuple(spans)], np.float32)
     if not np.isfinite(part).all():
         raise WeightsError(
-            f"{name}: contains NaN or infinity; the file is damaged or the model diverged"
+            f"{place}: contains NaN or infinity; the file is damaged or the model diverged"
         )
     shape = [span.stop - span.start for span in spans]
     return np.pad(part, [(0, want - have) for want, have in zip(shape, part.shape, strict=True)])

@@ -70,11 +70,16 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
 
     def take(name: str, wanted: tuple[int, ...]) -> np.ndarray:
         tensor = left.pop(name, None)
-        if tensor is None or tensor.shape != wanted or not np.isfinite(tensor).all():
+        if tensor is None or tensor.shape != wanted:
             problem = "is missing" if tensor is None else f"has shape {tensor.shape}"
             raise WeightsError(
-                f"{where}: {name} {problem}; expected shape {wanted} and finite values. Is it an "
-                f"adapter of this model, with these lora.target_modules{_modules_hint(adapter)}?"
+                f"{where}: {name} {problem}; expected shape {wanted}. Is it an adapter of this "
+                f"model, with these lora.target_modules{_modules_hint(adapter)}?"
+            )
+        if not np.isfinite(tensor).all():
+            raise WeightsError(
+                f"{where}/{ADAPTER_WEIGHTS}: {name}: contains NaN or infinity; the file is damaged "
+                "or the model diverged"
             )
         return tensor.astype(np.float32)
 

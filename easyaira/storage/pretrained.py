@@ -218,7 +218,7 @@ class Pretrained:
             if hosts.first():
                 with shown_as(self.folder, self.where):
                     safetensors.check_exported(self.folder, self._tensors)
-            return transfer.from_hf(stored, target, model.rows, drawn, each)
+            return transfer.from_hf(stored, target, model.rows, drawn, each, where=self.where)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
         else:
