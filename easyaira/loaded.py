@@ -156,8 +156,8 @@ class LoadedModel:
 
     def _logps_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
         hidden, head = self.model.apply(params, rows)
-        vocab_size = self.model.vocab_size
-        found = token_logps(hidden, head, rows["tokens"], rows["loss_mask"], vocab_size=vocab_size)
+        sizes = {"vocab_size": self.model.vocab_size, "cap": self.model.logit_cap}
+        found = token_logps(hidden, head, rows["tokens"], rows["loss_mask"], **sizes)
         return found.logps.sum(-1)
 
 

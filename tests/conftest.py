@@ -84,7 +84,7 @@ def models(tmp_path_factory):
     """Folder with a Hugging Face model of each architecture."""
     from helpers import tiny
 
-    return tiny.ground(tmp_path_factory.mktemp("models"), tiny.CONFIGS)
+    return tiny.ground(tmp_path_factory.mktemp("models"), tiny.CONFIGS | tiny.FAMILIES)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import pytest
 from easyaira.distributed.mesh import make_mesh
 from easyaira.models import attention as attentions
 from easyaira.models import splash
-from easyaira.models.attention import attention, visible
-from easyaira.models.layers import Compute
+from easyaira.models.attention import DOT_PRODUCT, Near, attention, visible
+from easyaira.models.layers import Compute, Scores
 
 EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
 LENGTHS = sorted({*range(1, 301, 52), *EDGES, 300})
@@ -42,11 +42,13 @@ def rows(length: int, *, shared: bool, seed: int = 0):
     return (q, k, v), jnp.asarray(segments), jnp.asarray(sides)
 
 
-def by_hand(q, k, v, mask):
+def by_hand(q, k, v, mask, divisor=WIDTH**0.5, cap=None):
     """softmax(q k / sqrt(N)) v with a mask, in full."""
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    scores = jnp.einsum("rqhn,rthn->rhqt", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.einsum("rqhn,rthn->rhqt", q, k) / divisor
+    if cap:
+        scores = cap * jnp.tanh(scores / cap)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30))
     out = jnp.einsum("rhqt,rthn->rqhn", weights, v)
     return out.reshape(*q.shape[:2], -1)
@@ -66,10 +68,10 @@ def test_the_contract_equals_its_sentence(causal):
     assert np.array_equal(part, seen[:, 8:24, :24])
 
 
-def check(compute, arrays, segments, sides, causal=True):
+def check(compute, arrays, segments, sides, causal=True, scores=DOT_PRODUCT, near=None):
     """Outputs and gradients of real tokens equal those by hand."""
     real = np.asarray(segments > 0)
-    mask = visible(segments, sides, causal=causal)
+    mask = visible(segments, sides, causal=causal, near=near)
     weights = jnp.asarray(np.random.default_rng(0).normal(0, 1, real.shape + (HEADS * WIDTH,)))
     weights = weights * real[..., None]
 
@@ -80,9 +82,10 @@ def check(compute, arrays, segments, sides, causal=True):
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
 
-    ours = partial(attention, compute=compute, causal=causal)
+    ours = partial(attention, compute=compute, causal=causal, scores=scores, near=near)
     (_, out), grads = total(lambda *x: ours(*x, segments, sides))
-    (_, wanted), wanted_grads = total(lambda *x: by_hand(*x, mask))
+    given = {"divisor": scores.divisor or WIDTH**0.5, "cap": scores.cap}
+    (_, wanted), wanted_grads = total(lambda *x: by_hand(*x, mask, **given))
     np.testing.assert_allclose(out[real], wanted[real], rtol=2e-5, atol=2e-5)
     for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(grad, wanted_grad, rtol=2e-5, atol=2e-5)
@@ -94,6 +97,45 @@ def test_blocks_of_queries_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 64)
     arrays, segments, sides = rows(length, shared=length % 2 == 0)
     check(Compute(), arrays, segments, sides)
+
+
+def positions_of(segments, sides):
+    """Of each token in its text; both answers to a prompt follow it."""
+    positions = np.zeros(segments.shape, np.int32)
+    for r, t in np.ndindex(segments.shape):
+        same = np.asarray(segments[r, :t] == segments[r, t])
+        seen = np.isin(sides[r, :t], (0, sides[r, t]))
+        positions[r, t] = (same & seen).sum()
+    return jnp.asarray(positions)
+
+
+def test_a_window_counts_tokens_of_the_text_and_not_places_in_the_row():
+    _, segments, sides = rows(40, shared=True)
+    positions = positions_of(segments, sides)
+    whole, near = (
+        np.asarray(visible(segments, sides, near=Near(positions, window))) for window in (None, 3)
+    )
+    for r, q in np.ndindex(segments.shape):
+        expected = np.zeros(40, bool)
+        expected[np.flatnonzero(whole[r, q])[-3:]] = True  # itself and the two before it
+        assert np.array_equal(near[r, q], expected)
+    of_answers = near & (np.asarray(sides)[:, :, None] == 2) & (np.asarray(sides)[:, None] == 0)
+    assert of_answers.any()  # behind the first answer, a token still sees the prompt's last ones
+    part = visible(segments, sides, slice(8, 24), slice(0, 24), near=Near(positions, 3))
+    assert np.array_equal(part, near[:, 8:24, :24])
+
+
+@pytest.mark.parametrize("how", ["xla", "splash", "pallas", "cudnn"])
+@pytest.mark.parametrize(
+    "scores, window",
+    [(Scores(), 5), (Scores(cap=0.7), None), (Scores(divisor=1.5), None), (Scores(1.5, 0.7), 5)],
+)
+def test_windows_and_soft_caps_whatever_was_asked_for(how, scores, window, monkeypatch):
+    """No kernel has them, so XLA computes them."""
+    monkeypatch.setattr(attentions, "BLOCK", 16)
+    arrays, segments, sides = rows(40, shared=True)
+    near = Near(positions_of(segments, sides), window)
+    check(Compute(attention=how), arrays, segments, sides, scores=scores, near=near)
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 200])

@@ -25,7 +25,7 @@ CASES = {
     "roberta-pad-5": tiny.SCORERS["roberta"] | {"pad_token_id": 5, "type_vocab_size": 2},
     "opt-350m": tiny.SCORERS["opt"]
     | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
-    **{kind: tiny.scorer(tiny.CASES[kind]) for kind in ("mistral", "qwen2", "qwen3")},
+    **{kind: tiny.scorer(config) for kind, config in tiny.FAMILIES.items()},
     "llama-tied": tiny.SCORERS["llama"] | {"tie_word_embeddings": True},
 }
 ENCODERS = [case for case, config in CASES.items() if MODELS[config["model_type"]].encoder]

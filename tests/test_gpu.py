@@ -384,6 +384,22 @@ def test_what_a_kernel_cannot_compute(kernel, options, reason):
     assert (found is None) if reason is None else reason in found
 
 
+@pytest.mark.parametrize("kernel", ["cudnn", "pallas", "splash"])
+def test_windows_and_soft_caps_need_xla(kernel):
+    def found(max_length, kind, **config):
+        sizes = {"model_type": kind, "hidden_size": 256, "head_dim": 64, "sliding_window": 32}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2} | config
+        compute = Compute(jnp.bfloat16, max_length=max_length)
+        return resolve.obstacle(kernel, model_of(sizes, "a test"), compute)
+
+    plain = {"query_pre_attn_scalar": 64}
+    assert "scaled or capped" in found(32, "gemma2", **plain)
+    assert "scaled or capped" in found(32, "gemma3_text", query_pre_attn_scalar=32)
+    for kind, config in {"gemma3_text": plain, "mistral": {}}.items():
+        assert "longer than this model's of 32" in found(33, kind, **config)
+        assert found(32, kind, **config) is None
+
+
 def test_encoders_need_attention_that_is_not_causal():
     model = model_of({"model_type": "bert"}, "a test")
     assert "encoders" in resolve.obstacle("pallas", model, Compute(jnp.bfloat16))
@@ -398,7 +414,7 @@ def of_a_gpu(options, width=64):
     )
     sizes = {"model_type": "llama", "hidden_size": 4 * width, "num_attention_heads": 4}
     mesh = SimpleNamespace(devices=np.array([gpu]))
-    return resolve._compute(config, mesh, model_of(sizes, "a test"))
+    return resolve._compute(config, mesh, model_of(sizes, "a test"), 64)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ TARGETS = {
     "llama": ["q_proj", "k_proj", "o_proj", "down_proj"],
     "opt": ["q_proj", "v_proj", "fc1", "out_proj"],
 }
+TARGETS |= dict.fromkeys(tiny.FAMILIES, TARGETS["llama"])
 LLAMA_2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -68,7 +69,7 @@ def rows_of(seed=0):
 def logits(model, params, rows, key=None):
     def of(params, rows):
         hidden, head = model.apply(params, rows, key)
-        return (hidden @ head)[..., : model.vocab_size]
+        return model.logits(hidden, head)
 
     return np.asarray(jax.jit(of)(params, rows))
 
@@ -158,7 +159,7 @@ def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_pat
     near(logits(model, adapter.on(base, params), rows), wanted)
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", [*tiny.CONFIGS, *tiny.FAMILIES])
 def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_path):
     theirs = peft_model(models / kind, kind)
     theirs.save_pretrained(tmp_path)
@@ -174,7 +175,8 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
 
     def loss_fn(params):
         hidden, head = model.apply(adapter.on(base, params), rows)
-        out = token_logps.token_logps(hidden, head, rows["tokens"], vocab_size=model.vocab_size)
+        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
+        out = token_logps.token_logps(hidden, head, rows["tokens"], **sizes)
         return -out.logps.sum() / picked.numel()
 
     ours = peft.to_peft(adapter, jax.jit(jax.grad(loss_fn))(params))
@@ -694,7 +696,7 @@ def test_dpo_refuses_dropout_that_its_reference_lacks():
     TrainDPO(**options, lora=LoraConfig(["q_proj"]))
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", [*tiny.CONFIGS, *tiny.FAMILIES])
 def test_all_linear_is_what_peft_means_by_it(kind, models, tmp_path):
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model

@@ -95,6 +95,29 @@ def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once,
     np.testing.assert_allclose(evaluated, -parts.logps.sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [10**6, 1])  # all chunks are kept, or few
+@pytest.mark.parametrize("core", [token_logps.token_logps, token_logps.token_nll])
+def test_soft_caps_of_logits_equal_torch(core, at_once):
+    hidden, head, tokens = head_and_hidden()
+    kwargs = {"vocab_size": VOCAB, "chunk_logits": at_once * COLUMNS, "cap": 2.0}
+
+    def ours(hidden, head):
+        out = core(hidden, head, jnp.asarray(tokens), **kwargs)
+        nll, parts = out if core is token_logps.token_nll else (-out.logps.sum(), out)
+        return nll, parts
+
+    of_ours = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
+    (value, out), grads = of_ours(jnp.asarray(hidden), jnp.asarray(head))
+    h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
+    logits = 2 * torch.tanh((h @ w)[:, :-1, :VOCAB] / 2)
+    logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
+    (-logps.sum()).backward()
+    np.testing.assert_allclose(value, -logps.sum().item(), rtol=1e-5)
+    np.testing.assert_allclose(out.mean_logits[:, 1:], logits.mean(-1).detach(), atol=1e-5)
+    for ours_grad, parameter in zip(grads, (h, w), strict=True):
+        np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("core", [token_logps.token_logps, token_logps.token_nll])
 def test_memory_does_not_grow_with_the_vocabulary(core):
     """Besides the head and its gradient, which the caller holds, only chunks of logits."""

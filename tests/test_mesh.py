@@ -249,6 +249,7 @@ def never_cached():
         ("gpt2", "fsdp=2,tp=4"),
         ("llama-3.1", "2,2,2"),
         ("qwen3", "2,2,2"),
+        ("gemma3", "2,2,2"),
         ("opt-350m", "2,2,2"),
         ("bert", "1,2,4"),
     ],
@@ -284,6 +285,38 @@ def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
         jax.tree.leaves(target), jax.tree.leaves(compiled.output_shardings), strict=True
     ):
         assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("case", tiny.FAMILIES)
+def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(case, devices):
+    devices(8)
+    model = model_of(tiny.CASES[case], "here")
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1, 2, 0]], [9, 5, 2], axis=1)
+    positions = np.concatenate([np.arange(9), np.arange(5), np.arange(2)])
+    whole = [np.broadcast_to(x, (8, 16)) for x in (segments, positions)]
+    batch = tiny.layout(
+        rng.integers(0, tiny.VOCAB, (8, 16)), segment_ids=whole[0], positions=whole[1]
+    )
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), model.shapes
+    )
+
+    def loss(params, batch):
+        hidden, head = model.apply(params, batch)
+        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
+        return token_nll(hidden, head, batch["tokens"], batch["segment_ids"] > 0, **sizes)[0] / 112
+
+    wanted, wanted_grads = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = meshes.make_mesh("2,2,2")
+    rows = jax.NamedSharding(mesh, P(meshes.BATCH_AXES, None))
+    divided = jax.device_put(params, shardings(model.shapes, model.rules, mesh))
+    with jax.set_mesh(mesh):
+        found, grads = jax.jit(jax.value_and_grad(loss))(divided, jax.device_put(batch, rows))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted_grads))
+    for one, other in zip(*map(jax.tree.leaves, (wanted_grads, grads)), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * largest)
 
 
 def test_constrain_leaves_alone_what_does_not_divide(devices):

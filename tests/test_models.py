@@ -1,6 +1,7 @@
 """Folders that people have: config.json as published, and the number of parameters it makes."""
 
 import pytest
+from transformers import AutoConfig
 
 from easyaira.errors import ConfigError
 from easyaira.models.registry import model_of
@@ -32,6 +33,7 @@ MISTRAL = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 32768,
 }
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 256}
 QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False}
 PUBLISHED = {  # name: config.json, parameters
     "TinyLlama 1.1B": (
@@ -93,6 +95,29 @@ PUBLISHED = {  # name: config.json, parameters
         | {"max_window_layers": 28, "sliding_window": None, "attention_bias": False},
         596_049_920,
     ),
+    "Gemma 2 2B": (
+        GEMMA
+        | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "sliding_window": 4096}
+        | {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+        | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000}
+        | {"cache_implementation": "hybrid", "final_logit_softcapping": 30.0},
+        2_614_341_888,
+    ),
+    "Gemma 2 9B": (
+        GEMMA
+        | {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336}
+        | {"num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8},
+        9_241_705_984,
+    ),
+    "Gemma 3 1B": (
+        GEMMA
+        | {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912}
+        | {"num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1}
+        | {"vocab_size": 262144, "rope_theta": 1000000, "rope_local_base_freq": 10000}
+        | {"rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        999_885_952,
+    ),
 }
 
 
@@ -100,6 +125,42 @@ PUBLISHED = {  # name: config.json, parameters
 def test_published_configurations_have_the_published_number_of_parameters(name):
     config, parameters = PUBLISHED[name]
     assert model_of(config, name).parameter_count() == parameters
+
+
+@pytest.mark.parametrize("name", ["Gemma 2 2B", "Gemma 3 1B"])
+def test_the_layers_of_a_published_configuration_are_of_the_kinds_of_transformers(name):
+    config, _ = PUBLISHED[name]
+    theirs = AutoConfig.for_model(**config)
+    ours = model_of(config, name).config
+    kinds = ["sliding_attention" if sliding else "full_attention" for sliding in ours.sliding]
+    assert kinds == theirs.layer_types and len(set(kinds)) == 2
+    rope = theirs.rope_parameters
+    if ours.table_of_layer is None:
+        assert ours.rope_theta == rope["rope_theta"]
+    else:
+        tables = [rope[kind]["rope_theta"] for kind in kinds]
+        assert [ours.rotary_tables[i][0] for i in ours.table_of_layer] == tables
+
+
+@pytest.mark.parametrize(
+    "kind, values, message",
+    [
+        ("gemma2", {"sliding_window_pattern": 3}, "sliding_window_pattern is unknown"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "for each of 26 layers"),
+        ("gemma3_text", {"layer_types": [["full_attention"]] * 26}, "layer_types must name"),
+        ("gemma2", {"hidden_act": "relu"}, "hidden_act: relu is not supported"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attention: True is not supported"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5}}, "expected full_attention and slid"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
+            "'linear' is not supported in layers with a window",
+        ),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        model_of({"model_type": kind} | values, "a test")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

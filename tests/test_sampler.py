@@ -37,7 +37,7 @@ def test_each_decoder_has_a_tiny_model():
     assert decoders <= {config["model_type"] for config in tiny.CASES.values()}
 
 
-@pytest.mark.parametrize("name", [*tiny.CONFIGS, "opt-350m", "llama-3.1", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, *tiny.FAMILIES, "opt-350m", "llama-3.1"])
 def test_greedy_answers_are_those_of_transformers(name, tmp_path):
     """With prompts of uneven lengths, which no padding separates from their answers."""
     reference = tiny.save(tmp_path, tiny.CASES[name])
@@ -57,6 +57,9 @@ def test_greedy_answers_are_those_of_transformers(name, tmp_path):
         )
         assert answer.tokens == wanted[0, len(prompt) :].tolist()
         assert answer.reason == ("end" if answer.tokens[-1] in (0, end) else "length")
+    longest = max(range(len(prompts)), key=lambda i: len(found[i].tokens))
+    _, logps = told((model, params), prompts[longest], found[longest])
+    np.testing.assert_allclose(found[longest].logps, logps, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,9 @@ def told(llama, prompt, answer):
     @jax.jit
     def forward(params, tokens):
         hidden, head = model.apply(params, tiny.layout(tokens))
-        logps = token_logps(hidden, head, tokens, vocab_size=model.vocab_size).logps
-        return (hidden @ head.astype(hidden.dtype))[0, :, : model.vocab_size], logps[0]
+        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
+        logps = token_logps(hidden, head, tokens, **sizes).logps
+        return model.logits(hidden, head.astype(hidden.dtype))[0], logps[0]
 
     logits, logps = map(np.asarray, forward(params, tokens))
     return logits[start - 1 : end - 1], logps[start:end]

@@ -221,11 +221,14 @@ def test_rotary_frequencies_are_those_of_transformers(kind):
     np.testing.assert_allclose(cos[0, 0, 0], np.cos(theirs.numpy()), rtol=1e-6, atol=1e-7)
 
 
-def test_mistrals_positions_end_at_its_window():
-    """A longer text would see less than all of itself."""
-    raw = {"model_type": "mistral", "max_position_embeddings": 32768}
-    positions = {w: model_of(raw | {"sliding_window": w}, "a test") for w in (4096, None)}
-    assert [m.config.max_positions for m in positions.values()] == [4096, 32768]
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
+def test_windows_hide_something_only_from_texts_longer_than_they_are(kind):
+    raw = {"model_type": kind, "num_hidden_layers": 8, "use_sliding_window": False}
+    config = model_of(raw | {"sliding_window": 32}, "a test").config
+    assert min(config.windows) == 32
+    for longest, windows in ((32, None), (33, config.windows), (None, config.windows)):
+        assert layers.hiding(config.windows, layers.Compute(max_length=longest)) == windows
+    assert model_of(raw | {"sliding_window": None}, "a test").config.windows is None
 
 
 @pytest.mark.parametrize(
@@ -254,6 +257,10 @@ def test_mistrals_positions_end_at_its_window():
         ({"num_hidden_layers": True}, "num_hidden_layers is True; expected int"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None; expected float"),
         ({"rope_parameters": 5}, "rope_parameters is 5; expected an object"),
+        (
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}},
+            "rope_parameters has full_attention, sliding_attention; expected rope_theta and rope_t",
+        ),
         ({"architectures": "LlamaModel"}, "architectures is 'LlamaModel'; expected a list"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is unknown"),
         ({"sliding_window": 128, "use_sliding_window": True}, "sliding_window: 128"),

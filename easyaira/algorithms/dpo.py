@@ -43,7 +43,12 @@ def pair_scores(
     """Score both answers of each of `pairs` pairs with `params`."""
     hidden, head = model.apply(params, batch, key)
     out = token_logps.token_logps(
-        hidden, head, batch["tokens"], batch["loss_mask"], vocab_size=model.vocab_size
+        hidden,
+        head,
+        batch["tokens"],
+        batch["loss_mask"],
+        vocab_size=model.vocab_size,
+        cap=model.logit_cap,
     )
 
     def sums(values: jax.Array) -> jax.Array:

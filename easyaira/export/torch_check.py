@@ -135,4 +135,4 @@ def _logits(model: Model, params: Any, layout: Mapping[str, jax.Array]) -> jax.A
     if model.scorer:
         return model.score(params, layout, examples=1, answers=1)[0][0]
     hidden, head = model.apply(params, layout)
-    return (hidden @ head)[0, :, : model.vocab_size]
+    return model.logits(hidden, head)[0]

@@ -18,6 +18,7 @@ from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
 from easyaira.distributed.tree import by_path
 from easyaira.generation.processors import Sampling, draw, logps_of, process, uniform
+from easyaira.models.layers import capped
 from easyaira.models.model import Model
 from easyaira.models.product import einsum
 
@@ -118,6 +119,7 @@ class Programs:
     def _logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
         """Float32 logits [R, V] of hidden states [R, D]."""
         logits = einsum("rd,dv->rv", hidden, head, jnp.float32)
+        logits = capped(logits, self.model.logit_cap)
         return constrain(logits, BATCH_AXES, None)[:, : self.model.vocab_size]
 
     def _choose(self, logits, seed, streams, counts, seen):

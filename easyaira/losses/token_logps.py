@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, parts_of
+from easyaira.models.layers import capped
 from easyaira.models.product import einsum
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
@@ -39,6 +40,7 @@ def token_logps(
     loss_mask: Bool[Array, "R T"] | None = None,
     *,
     vocab_size: int,
+    cap: float | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> TokenLogps:
     """log p(token | the tokens before it in its row), without storing the logits of whole rows.
@@ -54,10 +56,11 @@ def token_logps(
         tokens: the token at each position.
         loss_mask: tokens to evaluate; default: all.
         vocab_size: number of real columns.
+        cap: soft cap of the logits (`layers.capped`); None: none.
         chunk_logits: logits that a device may store at a time.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
-    return unflatten(_logps(*positions, vocab_size))
+    return unflatten(_logps(*positions, vocab_size, cap))
 
 
 def token_nll(
@@ -67,6 +70,7 @@ def token_nll(
     loss_mask: Bool[Array, "R T"] | None = None,
     *,
     vocab_size: int,
+    cap: float | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Float[Array, ""], TokenLogps]:
     """-sum of log p(token | the tokens before it) over `loss_mask`, and `token_logps`' result.
@@ -76,7 +80,7 @@ def token_nll(
     `token_logps`.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
-    total, parts = _nll(*positions, vocab_size)
+    total, parts = _nll(*positions, vocab_size, cap)
     return total, unflatten(parts)
 
 
@@ -155,13 +159,14 @@ def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     return constrain(head.astype(dtype), None, "tp")
 
 
-def _token_statistics(states, kernel, targets, vocab_size):
-    """For a chunk: logps, is_top1, mean_logits and entropy [S, C]; and d logps / d logits
-    [S, C, V]."""
+def _token_statistics(states, kernel, targets, vocab_size, cap):
+    """For a chunk: logps, is_top1, mean_logits and entropy [S, C]; and the gradient of logps with
+    respect to the product of states and head [S, C, V]."""
     columns = jnp.arange(kernel.shape[1])
     real = columns < vocab_size
-    logits = einsum("scd,dv->scv", states, kernel, jnp.float32)
+    logits = capped(einsum("scd,dv->scv", states, kernel, jnp.float32), cap)
     mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
+    bent = 1 if cap is None else 1 - (logits / cap) ** 2  # tanh' = 1 - tanh^2
     logits = jnp.where(real, logits, -jnp.inf)
     # a masked sum instead of a gather: it stays local when the vocabulary is sharded
     is_target = columns == targets[..., None]
@@ -172,7 +177,7 @@ def _token_statistics(states, kernel, targets, vocab_size):
     expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
     lse = largest + jnp.log(total)
     values = (target - lse, (target >= largest) * 1.0, mean, lse - expected)
-    return values, is_target - exps / total[..., None]
+    return values, (is_target - exps / total[..., None]) * bent
 
 
 def _gradients(states, kernel, d_logits):
@@ -194,20 +199,20 @@ def _zero_gradients(states, head):
     return jnp.zeros_like(states), constrain(zeros, BATCH_AXES, None, "tp")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _logps(states, head, targets, wanted, chunk, vocab_size):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _logps(states, head, targets, wanted, chunk, vocab_size, cap):
     """logps, is_top1, mean_logits and entropy, [S, N] each."""
-    return _logps_forward(states, head, targets, wanted, chunk, vocab_size)[0]
+    return _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap)[0]
 
 
-def _logps_forward(states, head, targets, wanted, chunk, vocab_size):
+def _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap):
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
     def body(i, carry):
         parts, kept = carry
         index = chunks.index(i)
         values, slope = _token_statistics(
-            _take(states, index), kernel, _take(targets, index), vocab_size
+            _take(states, index), kernel, _take(targets, index), vocab_size, cap
         )
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
@@ -220,12 +225,12 @@ def _logps_forward(states, head, targets, wanted, chunk, vocab_size):
     return parts, (states, head, targets, wanted, kept)
 
 
-def _logps_backward(chunk, vocab_size, saved, cotangents):
+def _logps_backward(chunk, vocab_size, cap, saved, cotangents):
     states, head, targets, wanted, kept = saved
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
     def recompute(chunk_states, index):
-        _, slope = _token_statistics(chunk_states, kernel, _take(targets, index), vocab_size)
+        _, slope = _token_statistics(chunk_states, kernel, _take(targets, index), vocab_size, cap)
         return slope.astype(kept.dtype)
 
     def body(i, gradients, slope_of):
@@ -250,21 +255,23 @@ def _logps_backward(chunk, vocab_size, saved, cotangents):
 _logps.defvjp(_logps_forward, _logps_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _nll(states, head, targets, wanted, chunk, vocab_size):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _nll(states, head, targets, wanted, chunk, vocab_size, cap):
     """-sum of logps; then logps, is_top1, mean_logits and entropy, [S, N] each."""
-    parts = _logps(states, head, targets, wanted, chunk, vocab_size)
+    parts = _logps(states, head, targets, wanted, chunk, vocab_size, cap)
     return -parts[0].sum(), parts
 
 
-def _nll_forward(states, head, targets, wanted, chunk, vocab_size):
+def _nll_forward(states, head, targets, wanted, chunk, vocab_size, cap):
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
     def body(i, carry):
         parts, (d_states, d_head) = carry
         index = chunks.index(i)
         chunk_states = _take(states, index)
-        values, slope = _token_statistics(chunk_states, kernel, _take(targets, index), vocab_size)
+        values, slope = _token_statistics(
+            chunk_states, kernel, _take(targets, index), vocab_size, cap
+        )
         d_chunk, d_kernel = _gradients(chunk_states, kernel, -slope)
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, (_put(d_states, index, d_chunk), d_head + d_kernel)
@@ -275,7 +282,7 @@ def _nll_forward(states, head, targets, wanted, chunk, vocab_size):
     return (-parts[0].sum(), parts), (d_states, _reduce_head(d_head, head))
 
 
-def _nll_backward(chunk, vocab_size, gradients, cotangents):
+def _nll_backward(chunk, vocab_size, cap, gradients, cotangents):
     return *(jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)), None, None
 
 

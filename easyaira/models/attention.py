@@ -11,6 +11,8 @@ Shapes: see layers.py; S keys.
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,28 @@ from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import by_device, constrain
 from easyaira.models.cache import MASKED, Cache, attend
 from easyaira.models.flash import ends, flash
-from easyaira.models.layers import Compute, Dropout, by_features
+from easyaira.models.layers import Compute, Dropout, Scores, by_features
 from easyaira.models.product import einsum
 from easyaira.models.splash import splash
 
 BLOCK = 512  # queries
 MAX_BLOCKS = 16  # per row: blocks are unrolled in the program
+DOT_PRODUCT = Scores()
+
+
+class Near(NamedTuple):
+    """Distances between the tokens of a text, and the window that limits them.
+
+    Positions and not places in the row, since the second answer to a shared prompt lies behind the
+    first one.
+    """
+
+    positions: jax.Array  # [R, T], of each token in its text
+    window: jax.Array | int | None = None  # 1: a token sees only itself
+
+    def distance(self, queries: slice, keys: slice) -> jax.Array:
+        """How many tokens each key is behind each query, [R, T, S]."""
+        return self.positions[:, queries, None] - self.positions[:, None, keys]
 
 
 def visible(
@@ -34,11 +52,13 @@ def visible(
     keys: slice = slice(None),
     *,
     causal: bool = True,
+    near: Near | None = None,
 ) -> jax.Array:
     """The attention mask [R, T, S], query by key; every implementation must agree with it.
 
     A token attends to keys of its own segment that have side 0 (the shared prompt) or its own side,
-    and if `causal` only to keys up to itself. No token attends to padding (segment 0) or side 3.
+    and if `causal` only to keys up to itself. No token attends to padding (segment 0) or side 3,
+    nor to keys as far behind it as `near.window` or farther.
     """
     query_segment, key_segment = segment_ids_RT[:, queries, None], segment_ids_RT[:, None, keys]
     query_side, key_side = sides_RT[:, queries, None], sides_RT[:, None, keys]
@@ -50,6 +70,8 @@ def visible(
     if causal:
         place = jnp.arange(segment_ids_RT.shape[1])
         mask &= place[queries, None] >= place[keys]
+    if near is not None and near.window is not None:
+        mask &= near.distance(queries, keys) < near.window
     return mask
 
 
@@ -62,24 +84,28 @@ def attention(
     compute: Compute,
     *,
     causal: bool = True,
+    scores: Scores = DOT_PRODUCT,
+    near: Near | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K.
 
     The output at padding is finite and meaningless. `compute.attention` selects the implementation.
-    XLA replaces it where it is unsupported: with dropout, without a causal mask (splash, pallas),
-    in 32 bits or with an odd length (cudnn).
+    XLA replaces it where it is unsupported: with dropout, other scores or a window, without a
+    causal mask (splash, pallas), in 32 bits or with an odd length (cudnn).
 
     With `compute.cached`, keys and values are cached. Rows of one new token then have the row's
     length in `segment_ids`, and the cache's clock in `sides`; see cache.py.
     """
     R, T, H, N = q_RTHN.shape
     if compute.cached and (kept := Cache()(k_RTKN, v_RTKN, sides_RT[0, 0])):
-        out = attend(q_RTHN, kept, segment_ids_RT[:, 0], sides_RT[0, 0])
+        window = None if near is None else near.window
+        out = attend(q_RTHN, kept, segment_ids_RT[:, 0], sides_RT[0, 0], scores, window)
         return by_features(out.reshape(R, T, H * N))
     heads = (constrain(x, BATCH_AXES, None, "tp", None) for x in (q_RTHN, k_RTKN, v_RTKN))
     rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None
-    how = "xla" if drop else compute.attention
+    plain = scores == DOT_PRODUCT and (near is None or near.window is None)
+    how = compute.attention if plain and not drop else "xla"
     sixteen_bits = q_RTHN.dtype.itemsize == 2
     if how == "splash" and causal:
         out = splash(*rows, shared=compute.shared_prompt)
@@ -92,11 +118,11 @@ def attention(
         mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
         out = jax.nn.dot_product_attention(*rows[:3], mask=mask[:, None], implementation="cudnn")
     else:
-        out = _by_blocks(*rows, causal=causal, drop=drop)
+        out = _by_blocks(*rows, causal=causal, drop=drop, scores=scores, near=near)
     return by_features(out.reshape(R, T, H * N))
 
 
-def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop):
+def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop, scores, near):
     R, T, H, N = q.shape
     K = k.shape[2]
     q = q.reshape(R, T, K, H // K, N)
@@ -107,8 +133,8 @@ def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop):
         kept = drop(jnp.ones((R, K, H // K, T, T))) if drop else None
 
         def attend(q, k, v):
-            mask = visible(segment_ids, sides, queries, keys, causal=causal)
-            return _attend(q[:, queries], k[:, keys], v[:, keys], mask, kept)
+            mask = visible(segment_ids, sides, queries, keys, causal=causal, near=near)
+            return _attend(q[:, queries], k[:, keys], v[:, keys], mask, kept, scores)
 
         return (attend if T <= size else jax.checkpoint(attend))(q, k, v)
 
@@ -119,28 +145,31 @@ def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop):
 # G query heads share a key/value head
 
 
-@jax.custom_vjp
-def _attend(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept):
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, scores):
     """Attention of Vaswani et al. (2017), eq. 1. `kept` [R, K, G, T, S] scales the weights
     (dropout); None: 1.
 
-    The backward pass stores the weights in the computing dtype, and nothing else of their size. The
-    softmax's gradient is that of Dao et al. (2022), FlashAttention, appendix B.2: the sum over keys
-    of weight x gradient equals output x gradient.
+    The backward pass stores the weights in the computing dtype, and nothing else of their size; it
+    computes scores with a soft cap again. The softmax's gradient is that of Dao et al. (2022),
+    FlashAttention, appendix B.2: the sum over keys of weight x gradient equals output x gradient.
     """
-    return _attend_forward(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept)[0]
+    return _attend_forward(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, scores)[0]
 
 
-def _attend_forward(q, k, v, mask, kept):
-    scores = einsum("rqkgn,rtkn->rkgqt", q, k, jnp.float32) / math.sqrt(q.shape[-1])
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+def _attend_forward(q, k, v, mask, kept, scores):
+    visible_scores = jnp.where(mask[:, None, None], _scores(q, k, scores), MASKED)
+    weights = jax.nn.softmax(visible_scores, axis=-1).astype(v.dtype)
     used = weights if kept is None else (weights * kept).astype(v.dtype)
     out = einsum("rkgqt,rtkn->rqkgn", used, v, v.dtype)
     return out, (q, k, v, kept, weights, out)
 
 
-def _attend_backward(saved, d_out):
+def _scores(q, k, scores):
+    return scores.of(einsum("rqkgn,rtkn->rkgqt", q, k, jnp.float32), q.shape[-1])
+
+
+def _attend_backward(scores, saved, d_out):
     q, k, v, kept, weights, out = saved
     used = weights if kept is None else (weights * kept).astype(v.dtype)
     d_v = einsum("rkgqt,rqkgn->rtkn", used, d_out, v.dtype)
@@ -148,9 +177,12 @@ def _attend_backward(saved, d_out):
     if kept is not None:
         d_weights *= kept
     delta = (d_out.astype(jnp.float32) * out).sum(-1).transpose(0, 2, 3, 1)[..., None]
-    d_scores = (weights * (d_weights - delta) / math.sqrt(q.shape[-1])).astype(q.dtype)
-    d_q = einsum("rkgqt,rtkn->rqkgn", d_scores, k, q.dtype)
-    d_k = einsum("rkgqt,rqkgn->rtkn", d_scores, q, k.dtype)
+    d_products = weights * (d_weights - delta) / (scores.divisor or math.sqrt(q.shape[-1]))
+    if scores.cap is not None:
+        d_products *= 1 - (_scores(q, k, scores) / scores.cap) ** 2  # tanh' = 1 - tanh^2
+    d_products = d_products.astype(q.dtype)
+    d_q = einsum("rkgqt,rtkn->rqkgn", d_products, k, q.dtype)
+    d_k = einsum("rkgqt,rqkgn->rtkn", d_products, q, k.dtype)
     return d_q, d_k, d_v, None, None
 
 

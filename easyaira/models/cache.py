@@ -8,14 +8,13 @@ the last n slots up to the clock, newest last. Keys are rotated before they are 
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
+from easyaira.models.layers import Scores
 from easyaira.models.product import einsum
 
 MASKED = jnp.finfo(jnp.float32).min
@@ -51,6 +50,8 @@ def attend(
     kept: tuple[jax.Array, jax.Array],
     lengths_R: jax.Array,
     clock: jax.Array,
+    scores: Scores,
+    window: jax.Array | int | None = None,
 ) -> jax.Array:
     """Attention of each row's newest token to all tokens of its row, [R, 1, H, N].
 
@@ -58,13 +59,16 @@ def attend(
         kept: keys and values of all slots, [R, K, W, N].
         lengths_R: tokens of each row, with the newest.
         clock: tokens written to the ring before the newest.
+        scores, window: see attention.py.
     """
     k_RKWN, v_RKWN = kept
     R, K, W, N = k_RKWN.shape
     q_RKGN = q_R1HN.reshape(R, K, -1, N)
-    scores = einsum("rkgn,rkwn->rkgw", q_RKGN, k_RKWN, jnp.float32) / math.sqrt(N)
+    products = einsum("rkgn,rkwn->rkgw", q_RKGN, k_RKWN, jnp.float32)
     age_W = (clock - jnp.arange(W)) % W  # 0: the newest; the key's position is lengths - 1 - age
     mask_RW = age_W < lengths_R[:, None]
-    scores = jnp.where(mask_RW[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_RKWN.dtype)
+    if window is not None:
+        mask_RW &= age_W < window
+    visible = jnp.where(mask_RW[:, None, None], scores.of(products, N), MASKED)
+    weights = jax.nn.softmax(visible, axis=-1).astype(v_RKWN.dtype)
     return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype).reshape(q_R1HN.shape)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face'
 }
 
 VOCAB_MULTIPLE = 128
+UNLIMITED = 2**30  # the window of a layer without one
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -58,6 +59,7 @@ class Compute:
     tf32: bool = False  # float32 products may round to 10-bit mantissas
     cached: bool = False  # attention stores keys and values, see cache.py
     unroll_up_to: int = 0  # models of at most so many layers have no loop over layers
+    max_length: int | None = None  # no text has more tokens; None: unknown
 
     @property
     def matmul_precision(self) -> str | None:
@@ -93,13 +95,15 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich (2019), eq. 4."""
+    """Zhang and Sennrich (2019), eq. 4. The stored scale is that of the equation less `offset`."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        init = nn.initializers.constant(1 - self.offset)
+        scale = self.offset + self.param("scale", init, (x.shape[-1],))
 
         @_recompute
         def norm(x, scale):
@@ -165,12 +169,47 @@ def rotate(x_RTHN: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x_RTHN.dtype)
 
 
-def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
+class Scores(NamedTuple):
+    """How products of queries and keys become attention scores.
+
+    Attributes:
+        divisor: of the products; None: the square root of the head width, as in Vaswani et al.
+            (2017), eq. 1.
+        cap: soft cap of the scores (`capped`); None: none.
+    """
+
+    divisor: float | None = None
+    cap: float | None = None
+
+    def of(self, products: jax.Array, width: int) -> jax.Array:
+        return capped(products / (self.divisor or math.sqrt(width)), self.cap)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(x / cap): Gemma 2, Riviere et al. (2024), section 2. None: x itself."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def hiding(windows: tuple[int, ...] | None, compute: Compute) -> tuple[int, ...] | None:
+    """These windows of the layers, or None where every text lies within each of them."""
+    longest = compute.max_length
+    if windows is None or (longest is not None and longest <= min(windows)):
+        return None
+    return windows
+
+
+def layers(
+    block: type[nn.Module], length: int, compute: Compute, in_axes: Any = nn.broadcast
+) -> Any:
     """`length` copies of `block`, scanned: one compiled body, parameters stacked on axis 0.
 
     A loop copies what each layer keeps for the backward pass into a stack and out of it. Unrolled,
     a program needs no copies and compiles longer. With a cache, layers are always unrolled, since a
-    loop would copy a layer's cache for each token."""
+    loop would copy a layer's cache for each token.
+
+    Args:
+        in_axes: for each input after the first, 0 if it is stacked over layers, else broadcast.
+    """
     if compute.gradient_checkpointing != "none":
         policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
@@ -178,7 +217,7 @@ def layers(block: type[nn.Module], length: int, compute: Compute) -> Any:
         block,
         variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=in_axes,
         length=length,
         unroll=length if compute.cached or length <= compute.unroll_up_to else 1,
     )

@@ -1,21 +1,23 @@
 """Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024): rotary positions, RMS norm, gated
-MLP, grouped-query attention. Mistral and Qwen differ in a few fields. Shapes: see layers.py."""
+MLP, grouped-query attention. Other families differ in a few fields. Shapes: see layers.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from easyaira.hf.table import TRANSPOSE, VOCAB, Row
 from easyaira.models import layers
-from easyaira.models.attention import attention
+from easyaira.models.attention import Near, attention
 from easyaira.models.embedding import Embedding
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, RMSNorm, RopeScaling
+from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, RMSNorm, RopeScaling, Scores
 from easyaira.models.linear import Linear
 
 
@@ -52,6 +54,23 @@ class LlamaConfig:
     # what differs between the families
     qkv_bias = output_bias = property(lambda self: self.attention_bias)
     qk_norm = property(lambda self: False)  # RMS norm of each head's queries and keys
+    # RMS norms before and after attention, before and after the MLP
+    norms = property(lambda self: ("input_layernorm", None, "post_attention_layernorm", None))
+    norm_offset = property(lambda self: 0.0)  # of the norms' scales
+    embedding_factor = property(lambda self: 1.0)
+    scores = property(lambda self: Scores())
+    # of each layer: the window of its attention, and which of the rotary tables it has; None if all
+    # see everything, or there is one table
+    windows = property(lambda self: None)
+    table_of_layer = property(lambda self: None)
+    rotary_tables = property(lambda self: ((self.rope_theta, self.rope_scaling),))
+
+
+class Kind(NamedTuple):
+    """What differs between the layers of a model: entries per layer, or None."""
+
+    window: jax.Array | None
+    table: jax.Array | None
 
 
 class Attention(nn.Module):
@@ -59,7 +78,7 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_RTD, angles, segment_ids, sides):
+    def __call__(self, x_RTD, angles, segment_ids, sides, near):
         c = self.config
         R, T, D = x_RTD.shape
         x_RTD = layers.whole(x_RTD)
@@ -72,10 +91,11 @@ class Attention(nn.Module):
         k_RTKN = heads("k_proj", c.kv_heads)
         v_RTKN = heads("v_proj", c.kv_heads)
         if c.qk_norm:
-            q_RTHN = RMSNorm(c.rms_norm_eps, name="q_norm")(q_RTHN)
-            k_RTKN = RMSNorm(c.rms_norm_eps, name="k_norm")(k_RTKN)
+            q_RTHN = RMSNorm(c.rms_norm_eps, c.norm_offset, name="q_norm")(q_RTHN)
+            k_RTKN = RMSNorm(c.rms_norm_eps, c.norm_offset, name="k_norm")(k_RTKN)
         q_RTHN, k_RTKN = (layers.rotate(x, angles) for x in (q_RTHN, k_RTKN))
-        out = attention(q_RTHN, k_RTKN, v_RTKN, segment_ids, sides, self.compute)
+        rows = (q_RTHN, k_RTKN, v_RTKN, segment_ids, sides)
+        out = attention(*rows, self.compute, scores=c.scores, near=near)
         return layers.between(Linear(D, c.initializer_range, c.output_bias, name="o_proj")(out))
 
 
@@ -89,7 +109,7 @@ class MLP(nn.Module):
         linear = partial(Linear, std=c.initializer_range, use_bias=c.mlp_bias)
         gate_RTF = layers.by_features(linear(c.intermediate_size, name="gate_proj")(x_RTD))
         up_RTF = layers.by_features(linear(c.intermediate_size, name="up_proj")(x_RTD))
-        h_RTF = ACTIVATIONS[c.hidden_act](gate_RTF) * up_RTF
+        h_RTF = ACTIVATIONS[c.activation](gate_RTF) * up_RTF
         return layers.between(linear(x_RTD.shape[-1], name="down_proj")(h_RTF))
 
 
@@ -98,15 +118,23 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_RTD, angles, segment_ids, sides):
+    def __call__(self, x_RTD, kind, angles, positions, segment_ids, sides):
         x_RTD = layers.between(x_RTD)
-        norm = partial(RMSNorm, self.config.rms_norm_eps)
+        c = self.config
         dropout = Dropout(self.compute.dropout)
-        attend = Attention(self.config, self.compute, name="self_attn")
-        normed = norm(name="input_layernorm")(x_RTD)
-        x_RTD += dropout(attend(normed, angles, segment_ids, sides))
-        normed = norm(name="post_attention_layernorm")(x_RTD)
-        x_RTD += dropout(MLP(self.config, name="mlp")(normed))
+        before_attention, after_attention, before_mlp, after_mlp = c.norms
+
+        def norm(name, x):
+            return x if name is None else RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)(x)
+
+        if kind.table is not None:
+            angles = jax.tree.map(lambda tables: tables[kind.table], angles)
+        near = Near(positions, kind.window)
+        attend = Attention(c, self.compute, name="self_attn")
+        attended = attend(norm(before_attention, x_RTD), angles, segment_ids, sides, near)
+        x_RTD += dropout(norm(after_attention, attended))
+        projected = MLP(c, name="mlp")(norm(before_mlp, x_RTD))
+        x_RTD += dropout(norm(after_mlp, projected))
         return x_RTD, None
 
 
@@ -124,11 +152,17 @@ class Llama(nn.Module):
             c.vocab_size, c.hidden_size, c.initializer_range, padded, name="embed_tokens"
         )
         x_RTD = layers.between(table(tokens, self.compute.dtype))
+        x_RTD *= jnp.asarray(c.embedding_factor, x_RTD.dtype)
         x_RTD = Dropout(self.compute.dropout)(x_RTD)
-        angles = layers.rotary(positions, c.head_width, c.rope_theta, c.rope_scaling)
-        blocks = layers.layers(Block, c.num_hidden_layers, self.compute)
-        x_RTD, _ = blocks(c, self.compute, name="layers")(x_RTD, angles, segment_ids, sides)
-        return RMSNorm(c.rms_norm_eps, name="norm")(x_RTD), table.embedding
+        windows, table_of_layer = layers.hiding(c.windows, self.compute), c.table_of_layer
+        kind = Kind(*(None if x is None else jnp.array(x) for x in (windows, table_of_layer)))
+        angles = [layers.rotary(positions, c.head_width, *given) for given in c.rotary_tables]
+        angles = angles[0] if kind.table is None else jax.tree.map(lambda *x: jnp.stack(x), *angles)
+        rows = (angles, positions, segment_ids, sides)
+        in_axes = (0, *(nn.broadcast,) * len(rows))
+        blocks = layers.layers(Block, c.num_hidden_layers, self.compute, in_axes)
+        x_RTD, _ = blocks(c, self.compute, name="layers")(x_RTD, kind, *rows)
+        return RMSNorm(c.rms_norm_eps, c.norm_offset, name="norm")(x_RTD), table.embedding
 
 
 PARTITION_RULES = (
@@ -143,10 +177,17 @@ PARTITION_RULES = (
 _qkv_bias, _output_bias = attrgetter("qkv_bias"), attrgetter("output_bias")
 _mlp_bias, _qk_norm = attrgetter("mlp_bias"), attrgetter("qk_norm")
 
+
+def _norm(name: str) -> Row:
+    """Weight-table row of a layer's norm, where the configuration has it."""
+    theirs = f"{_LAYER}{name}.weight"
+    return Row(f"model/layers/{name}/scale", theirs, when=lambda config: name in config.norms)
+
+
 _LAYER = "model.layers.{}."
 HF_ROWS = (
     Row("model/embed_tokens/embedding", "model.embed_tokens.weight", VOCAB),
-    Row("model/layers/input_layernorm/scale", _LAYER + "input_layernorm.weight"),
+    _norm("input_layernorm"),
     Row("model/layers/self_attn/q_proj/kernel", _LAYER + "self_attn.q_proj.weight", TRANSPOSE),
     Row("model/layers/self_attn/k_proj/kernel", _LAYER + "self_attn.k_proj.weight", TRANSPOSE),
     Row("model/layers/self_attn/v_proj/kernel", _LAYER + "self_attn.v_proj.weight", TRANSPOSE),
@@ -157,10 +198,9 @@ HF_ROWS = (
     Row("model/layers/self_attn/o_proj/bias", _LAYER + "self_attn.o_proj.bias", when=_output_bias),
     Row("model/layers/self_attn/q_norm/scale", _LAYER + "self_attn.q_norm.weight", when=_qk_norm),
     Row("model/layers/self_attn/k_norm/scale", _LAYER + "self_attn.k_norm.weight", when=_qk_norm),
-    Row(
-        "model/layers/post_attention_layernorm/scale",
-        _LAYER + "post_attention_layernorm.weight",
-    ),
+    _norm("post_attention_layernorm"),
+    _norm("pre_feedforward_layernorm"),
+    _norm("post_feedforward_layernorm"),
     Row("model/layers/mlp/gate_proj/kernel", _LAYER + "mlp.gate_proj.weight", TRANSPOSE),
     Row("model/layers/mlp/up_proj/kernel", _LAYER + "mlp.up_proj.weight", TRANSPOSE),
     Row("model/layers/mlp/down_proj/kernel", _LAYER + "mlp.down_proj.weight", TRANSPOSE),

@@ -1,8 +1,4 @@
-"""Mistral (Jiang et al., 2023): Llama with a sliding window. Shapes: see layers.py.
-
-A text no longer than the window sees all of itself, so with `max_positions` at most the window,
-attention is Llama's.
-"""
+"""Mistral (Jiang et al., 2023): Llama with a sliding window. Shapes: see layers.py."""
 
 from __future__ import annotations
 
@@ -20,9 +16,10 @@ class MistralConfig(LlamaConfig):
     max_position_embeddings: int = 131072
     sliding_window: int | None = 4096
 
-    max_positions = property(
-        lambda self: min(self.max_position_embeddings, self.sliding_window or 2**31)
-    )
+    @property
+    def windows(self) -> tuple[int, ...] | None:
+        window = self.sliding_window
+        return None if window is None else (window,) * self.num_hidden_layers
 
 
 class Mistral(Llama):

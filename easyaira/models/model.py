@@ -19,7 +19,7 @@ from easyaira.distributed.tree import by_path, path_of
 from easyaira.hf.table import Row
 from easyaira.models import cudnn
 from easyaira.models.heads import LM_HEAD_ROWS, LM_HEAD_RULES, CausalLM, ScoreHead, Scorer
-from easyaira.models.layers import Compute
+from easyaira.models.layers import Compute, capped
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,15 @@ class Model:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def logit_cap(self) -> float | None:
+        """Soft cap of the logits (`layers.capped`), or None."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
+        """Logits [..., V] of hidden states [..., D], for few tokens: nothing is chunked."""
+        return capped((hidden @ head)[..., : self.vocab_size], self.logit_cap)
+
     def init(self, key: jax.Array) -> Any:
         """Random weights, initialised as Hugging Face does."""
         ids = jnp.zeros((1, 1), jnp.int32)
@@ -167,8 +176,8 @@ class Model:
 
     def cached(self) -> Model:
         """The same model with a cache of keys and values, for generation."""
-        compute = replace(self.compute, cached=True, dropout=0.0, gradient_checkpointing="none")
-        return replace(self, compute=compute)
+        training = {"dropout": 0.0, "gradient_checkpointing": "none", "max_length": None}
+        return replace(self, compute=replace(self.compute, cached=True, **training))
 
     def with_dtype(self, dtype: Any) -> Model:
         """The same model with another computing dtype."""

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import flax.linen as nn
 
 from easyaira.errors import ConfigError, shortened
-from easyaira.models import bert, gpt2, llama, mistral, opt, qwen2, qwen3, roberta
+from easyaira.models import bert, gemma2, gemma3, gpt2, llama, mistral, opt, qwen2, qwen3, roberta
 from easyaira.models.heads import LAST_TOKEN
 from easyaira.models.layers import ACTIVATIONS, Compute, RopeScaling
 from easyaira.models.model import SCORER_CLASS, Architecture, Model
@@ -42,6 +42,8 @@ def _like_llama(module: Any, config: type, backbone: type[nn.Module]) -> Archite
 
 MODELS = {
     "bert": _architecture(bert, bert.BertConfig, bert.Bert),
+    "gemma2": _like_llama(gemma2, gemma2.Gemma2Config, gemma2.Gemma2),
+    "gemma3_text": _like_llama(gemma3, gemma3.Gemma3TextConfig, gemma3.Gemma3),
     "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
     "llama": LLAMA,
     "mistral": _like_llama(mistral, mistral.MistralConfig, mistral.Mistral),
@@ -66,11 +68,12 @@ HARMLESS = """
     output_scores activation_dropout dropout layerdrop prefix num_labels hidden_dropout_prob
     attention_probs_dropout_prob classifier_dropout directionality pooler_fc_size pooler_type
     pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head auto_map
-    attn_implementation use_sliding_window max_window_layers unsloth_version unsloth_fixed
-    is_llama_config max_sequence_length transformers.js_config
+    attn_implementation cache_implementation use_sliding_window max_window_layers unsloth_version
+    unsloth_fixed is_llama_config max_sequence_length transformers.js_config
 """.split()
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 IN_FLOAT32 = Compute()
 
 
@@ -98,12 +101,17 @@ def model_of(
             f"{where}: model_type {kind!r} is not supported; choose one of {', '.join(MODELS)}"
         )
     architecture = MODELS[kind]
-    values = dict(raw) | _rope(raw, where)
-    if values.get("use_sliding_window") is False:
-        values["sliding_window"] = None
-    if set(_listed(raw, "layer_types", where)) <= {"full_attention"}:
-        values["layer_types"] = None
     names = {field.name for field in fields(architecture.config)}
+    values = dict(raw) | _rope(raw, "rope_local_base_freq" in names, where)
+    # a switch of some families; others have windows whatever it says
+    switched = {"use_sliding_window", "sliding_window"} & architecture.neutral.keys()
+    if switched and values.get("use_sliding_window") is False:
+        values["sliding_window"] = None
+    kinds = _listed(raw, "layer_types", where)
+    if "layer_types" in names:
+        values["layer_types"] = tuple(kinds) or None
+    elif all(kind == "full_attention" for kind in kinds):
+        values["layer_types"] = None
     _check_types(values, architecture.config, where)
     for key, value in values.items():
         if key.startswith("_"):
@@ -159,11 +167,39 @@ def _check_types(values: Mapping[str, Any], config: type, where: str) -> None:
             raise ConfigError(f"{where}: {name} is {shortened(repr(value))}; expected {wanted}")
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a config.json, which may stand under `rope_parameters`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{where}: rope_parameters is {rope!r}; expected an object")
+def _rope(raw: Mapping[str, Any], by_kind: bool, where: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a config.json, which may stand under `rope_parameters`.
+
+    If `by_kind`, these hold one entry for layers with full attention, and one for layers with a
+    window, which becomes `rope_local_base_freq`."""
+    scaling, given = (_object(raw, key, where) for key in ("rope_scaling", "rope_parameters"))
+    if given and bool(given.keys() & set(LAYER_TYPES)) != by_kind:
+        raise ConfigError(
+            f"{where}: rope_parameters has {', '.join(map(str, given))}; expected "
+            f"{' and '.join(LAYER_TYPES) if by_kind else 'rope_theta and rope_type'}"
+        )
+    if not by_kind:
+        return _rope_of(given or scaling, where)
+    full, window = (_object(given, kind, where) for kind in LAYER_TYPES)
+    local = _rope_of(window, where)
+    if local.get("rope_scaling") is not None:
+        raise ConfigError(
+            f"{where}: rope_type {local['rope_scaling'].rope_type!r} is not supported in layers "
+            "with a window; choose default"
+        )
+    theta = {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+    return _rope_of({**full, **scaling}, where) | theta
+
+
+def _object(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key} is {value!r}; expected an object")
+    return value
+
+
+def _rope_of(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of one entry."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
@@ -191,6 +227,14 @@ def _check_sizes(config: Any, where: str) -> None:
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ConfigError(f"{where}: {field.name} is {value}; it must be at least 1")
+    kinds = getattr(config, "layer_types", None) or ()
+    if len(kinds) not in (0, getattr(config, "num_hidden_layers", 0)) or not all(
+        kind in LAYER_TYPES for kind in kinds
+    ):
+        raise ConfigError(
+            f"{where}: layer_types must name {' or '.join(LAYER_TYPES)} for each of "
+            f"{config.num_hidden_layers} layers; correct it"
+        )
     if config.activation not in ACTIVATIONS:
         raise ConfigError(
             f"{where}: activation {config.activation!r} is not supported; choose one of "

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from easyaira.config.run import RunConfig
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, TokenizerError
-from easyaira.models.layers import Compute
+from easyaira.models.layers import Compute, Scores, hiding
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
@@ -44,9 +44,16 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
     name, revision = config.model.name_or_path, config.model.revision
     origin = pretrained.find(name, revision, weights_wanted=not random)
     stored = model_of(origin.config, origin.where, scorer=scorer)
-    stored = replace(stored, compute=_compute(config, mesh, stored))
     if config.model.max_positions is not None:
         stored = _with_positions(stored, config.model.max_positions)
+    positions = stored.config.max_positions
+    max_length = config.data.max_length or positions
+    if max_length > positions:
+        raise ConfigError(
+            f"data.max_length: {max_length} is more than the model's {positions} positions; set it "
+            "to that or less"
+        )
+    stored = replace(stored, compute=_compute(config, mesh, stored, max_length))
     if not random:
         origin.check(stored)
     tokenizer = origin.tokenizer(config.model.tokenizer)
@@ -59,13 +66,6 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
         padded=stored.scorer and not encoder,
     )
     model = _resized(config, stored, template)
-    positions = model.config.max_positions
-    max_length = config.data.max_length or positions
-    if max_length > positions:
-        raise ConfigError(
-            f"data.max_length: {max_length} is more than the model's {positions} positions; set it "
-            "to that or less"
-        )
     return Resolved(origin, stored, model, tokenizer, template, max_length)
 
 
@@ -77,7 +77,7 @@ ROW_MULTIPLE = {"gpu": 128}
 UNROLL_UP_TO = {"gpu": 24}  # layers, see models/layers.py
 
 
-def _compute(config: RunConfig, mesh: Mesh, model: Model) -> Compute:
+def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Compute:
     device = mesh.devices.flat[0]
     platform, kernels = device.platform, KERNELS.get(device.platform, ())
     if device.device_kind in ("TPU v2", "TPU v3"):
@@ -92,6 +92,7 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model) -> Compute:
         config.model.gradient_checkpointing,
         config.model.dropout,
         tf32=tf32,
+        max_length=max_length,
     )
     if attention == "auto":
         measured = () if platform == "gpu" and compute.dtype.itemsize > 2 else kernels
@@ -113,6 +114,11 @@ def obstacle(kernel: str, model: Model, compute: Compute) -> str | None:
         return None
     if compute.dropout:
         return "has no dropout, and model.dropout is set"
+    scores = getattr(config, "scores", Scores())
+    if scores != Scores():
+        return "computes plain scores, and this model's are scaled or capped"
+    if windows := hiding(getattr(config, "windows", None), compute):
+        return f"has no windows, and texts may be longer than this model's of {min(windows)} tokens"
     if kernel != "cudnn":
         return "is causal, and encoders are not" if model.architecture.encoder else None
     if jnp.dtype(compute.dtype).itemsize != 2:

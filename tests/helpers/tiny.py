@@ -64,6 +64,14 @@ CONFIGS = {
         "pad_token_id": 1,
     },
 }
+_GEMMA = CONFIGS["llama"] | {
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 4,
+    "rms_norm_eps": 1e-2,
+    "tie_word_embeddings": True,
+}
 CASES = {  # variants of the architectures
     "gpt2": CONFIGS["gpt2"],
     "gpt2-untied-relu": CONFIGS["gpt2"]
@@ -89,7 +97,7 @@ CASES = {  # variants of the architectures
     | {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
-        "sliding_window": 12,
+        "sliding_window": 5,
         "rope_theta": 500.0,
     },
     "qwen2": CONFIGS["llama"]
@@ -107,10 +115,32 @@ CASES = {  # variants of the architectures
         "head_dim": 8,
         "rms_norm_eps": 1e-2,
     },
+    "gemma2": _GEMMA
+    | {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+        "rope_theta": 500.0,
+    },
+    "gemma3": _GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": False,
+    },
     "opt": CONFIGS["opt"],
     "opt-350m": CONFIGS["opt"]
     | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
 }
+
+FAMILIES = {kind: CASES[kind] for kind in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")}
 
 _ENCODER = {
     "vocab_size": VOCAB,
