@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["easyaira", "easyaira.*"]),
-    package_data={"easyaira.export": ["*.jinja"]},
+    package_data={"easyaira.export": ["*.jinja"], "easyaira.evaluation": ["tasks/*.yaml"]},
     entry_points={"console_scripts": ["easyaira = easyaira.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -43,10 +43,12 @@ setup(
         "gs": ["gcsfs>=2026.4"],
         "s3": ["s3fs>=2026.4"],
         "energy": ["codecarbon>=3.3"],
+        "eval": ["lm-eval>=0.4.13"],
         "dev": [
             "beartype~=0.23.1",
             "codecarbon>=3.3",
             "hypothesis>=6.130",
+            "lm-eval[hf]>=0.4.13",
             "mypy~=2.4.1",
             "peft>=0.19",
             "pre-commit>=4.0",

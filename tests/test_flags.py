@@ -10,6 +10,7 @@ from pathlib import Path
 
 from easyaira import (
     convert,
+    evaluate,
     generate,
     inspect,
     selftest,
@@ -26,6 +27,7 @@ COMMANDS = {
     "train_reward": train_reward.main,
     "inspect": inspect.main,
     "generate": generate.main,
+    "evaluate": evaluate.main,
     "selftest": selftest.main,
     "verify": verify.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),

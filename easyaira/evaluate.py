@@ -1,0 +1,220 @@
+"""Evaluate a model: benchmarks by lm-evaluation-harness, or a scorer on pairs or labelled texts.
+
+python -m easyaira.evaluate MODEL --tasks arc_challenge,arc_easy --num_fewshot 25
+python -m easyaira.evaluate MODEL --tasks truthfulqa_mc2 --data FOLDER_OF_FILES
+python -m easyaira.evaluate SCORER --rows pairs.jsonl
+python -m easyaira.evaluate --compare MODEL MODEL ...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from easyaira import cli
+from easyaira.errors import ConfigError
+
+MISSING = "tasks: need lm-evaluation-harness; pip install 'lm-eval>=0.4.13'"
+OF_TASKS = ("num_fewshot", "data")
+OF_ROWS = ("by", "split", "template", "positive_label")
+
+
+def parser():
+    from typing import Literal
+
+    from jsonargparse import ArgumentParser
+
+    from easyaira.config.ranges import Count, CountOrZero
+
+    parser = ArgumentParser(
+        description="Evaluate a model on benchmarks, or a scorer on pairs or labelled texts.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="Run folder, Hugging Face folder or hub id.")
+    add("--tasks", help="Tasks of lm-evaluation-harness, joined by commas.")
+    add(
+        "--num_fewshot",
+        type=CountOrZero,
+        help="Examples in each prompt; default: as the task says, or 0.",
+    )
+    add("--data", help="Folder of data files to use in the place of the hub's data.")
+    add("--rows", help="Pairs, or texts with labels, to score: file, folder or hub id.")
+    add("--split", help="Split of --rows; default: train.")
+    add("--by", help="Column of --rows whose values get a line each, such as target.")
+    add("--template", help="As data.template, for --rows; default: chat, the model's own.")
+    add(
+        "--positive_label",
+        type=Literal[0, 1],
+        help="Label that scores above 0, for --rows; default: 0, since 1 is toxic.",
+    )
+    add("--limit", type=Count, help="Use the first questions or rows only.")
+    add("--output", help="Folder of the results; default: MODEL/evaluation.")
+    add("--compare", nargs="+", help="Print a Markdown table of the results of these models.")
+    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
+    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
+    add("--batch_tokens", type=Count, default=4096, help="Tokens at a time, per data shard.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def check(args: Any) -> None:
+    """Check the options against each other.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    asked = [name for name in ("tasks", "rows", "compare") if getattr(args, name)]
+    if len(asked) != 1:
+        raise ConfigError(
+            f"--tasks, --rows, --compare: found {' and '.join(asked) or 'none'}; choose one"
+        )
+    if args.compare and args.model:
+        raise ConfigError("--compare: takes all models; put it before the first one")
+    if not args.compare and not args.model:
+        raise ConfigError("model: is missing; name a run folder, a Hugging Face folder or a hub id")
+    others = {"tasks": OF_ROWS, "rows": OF_TASKS, "compare": (*OF_ROWS, *OF_TASKS, "limit")}
+    for name in others[asked[0]]:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name}: has no effect on --{asked[0]}; leave it out")
+    if args.data and not Path(args.data).is_dir():
+        raise ConfigError(f"data: {args.data}: no such folder; name one with data files")
+
+
+def main(argv: list[str]) -> None:
+    args = cli.parse_args(parser(), argv)
+    check(args)
+    if args.compare:
+        compare(args.compare)
+        return
+
+    from easyaira.config.data import DataConfig
+    from easyaira.data.cache import keep_compiled
+    from easyaira.evaluation import results
+    from easyaira.storage import pretrained
+
+    origin = pretrained.find(args.model)
+    folder = Path(args.output) if args.output else folder_of(origin)
+    keep_compiled(DataConfig(train=""))
+    found = []
+    for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:
+        print(f"{results.write(folder, result)}: {result.label} {result.shown}", flush=True)
+        found.append(result)
+    print(results.table(found))
+    for result in found:
+        if result.groups:
+            print(results.groups_table(result))
+
+
+def folder_of(origin: Any) -> Path:
+    """Folder of a model's results.
+
+    Raises:
+        ConfigError: a model of the hub has none.
+    """
+    from easyaira.evaluation.results import FOLDER
+
+    if origin.commit is not None:
+        raise ConfigError("output: a model of the hub has no folder for results; set --output")
+    return origin.folder / FOLDER
+
+
+def compare(names: list[str]) -> None:
+    """Print the results of several models."""
+    from easyaira.evaluation import results
+
+    short = [Path(name).resolve().name for name in names]
+    models = {}
+    for name, last in zip(names, short, strict=True):
+        inside = Path(name) / results.FOLDER
+        found = results.read(inside if inside.is_dir() else Path(name))
+        if not found:
+            raise ConfigError(f"compare: {name} has no results; evaluate it first")
+        models[last if short.count(last) == 1 else name] = found
+    print(results.compare(models))
+
+
+def versions() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from easyaira import __version__
+
+    return {"easyaira": __version__, "lm_eval": version("lm_eval")}
+
+
+def of_tasks(args: Any, origin: Any):
+    """Evaluate one task after another."""
+    try:
+        from easyaira.evaluation import harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ConfigError(MISSING) from error
+
+    from easyaira import loaded
+    from easyaira.evaluation.likelihood import Likelihoods
+    from easyaira.generation.settings import end_ids, files_of
+
+    names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
+    data = Path(args.data) if args.data else None
+    tasks = harness.load(names, data)
+    model = loaded.load(args.model, mesh=args.mesh, dtype=args.dtype, template="plain")
+    likelihoods = Likelihoods(model.model, model.params, model.mesh, tokens=args.batch_tokens)
+    ends = end_ids(model.template, files_of(origin), model.model.vocab_size)
+    lm = harness.EasyAiraLM(likelihoods, model.tokenizer, ends)
+    for name, task in tasks.items():
+        yield harness.result(
+            lm,
+            name,
+            task,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            data=data,
+            dtype=args.dtype,
+            step=origin.step,
+            versions=versions(),
+        )
+
+
+def of_rows(args: Any, origin: Any):
+    """Score rows."""
+    from easyaira import __version__
+    from easyaira.config.data import Source
+    from easyaira.evaluation import judges
+    from easyaira.evaluation.results import Result
+
+    judged = judges.judge(
+        args.model,
+        Source(args.rows, args.split or "train"),
+        by=args.by,
+        limit=args.limit,
+        template=args.template or "chat",
+        positive_label=args.positive_label or 0,
+        dtype=args.dtype,
+        mesh=args.mesh,
+    )
+    left_out = dict(judged.account.dropped) | ({"tie": judged.ties} if judged.ties else {})
+    metrics = judged.metrics()
+    share, count = metrics["accuracy"], len(judged.margins)
+    return Result(
+        task=Path(args.rows).name,
+        metric="accuracy",
+        metrics=metrics,
+        better="higher",
+        examples=count,
+        data=Path(args.rows).name,
+        dtype=args.dtype,
+        stderr=(share * (1 - share) / (count - 1)) ** 0.5 if count > 1 else None,
+        limit=args.limit,
+        truncated=judged.truncated,
+        left_out=left_out,
+        groups=judged.by_group() if args.by else {},
+        step=origin.step,
+        versions={"easyaira": __version__},
+    )
+
+
+if __name__ == "__main__":
+    cli.run_command(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks by lm-evaluation-harness, pairs and labels by scorers, results."""

@@ -1,0 +1,200 @@
+"""Reward and toxicity models: how often a score agrees with rows of pairs or of labelled texts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from easyaira.config.data import DataConfig, Source
+from easyaira.config.model import ModelConfig
+from easyaira.config.run import TrainReward
+from easyaira.data import columns, examples, sources, tokenise
+from easyaira.data.batches import Batches
+from easyaira.data.examples import Account, Examples
+from easyaira.data.packing import attention_cost, shares_prompt
+from easyaira.data.recipe import recipe_of
+from easyaira.distributed import mesh as meshes
+from easyaira.errors import DataError, WeightsError
+from easyaira.losses.scores import roc_auc
+from easyaira.train import loader
+from easyaira.train.resolve import Resolved, find
+
+ROWS = 32  # examples at a time, per data shard
+COMPARED = {"question", "answer_0", "answer_1", "score_0", "score_1"}  # openai/webgpt_comparisons
+CUT = ("cut", "truncated")  # words of notes about examples that were shortened
+
+
+class Judged(NamedTuple):
+    """Scores of rows.
+
+    Attributes:
+        margins: [n] lead of the better text; or distance from 0 towards the right side.
+        scores, is_better: [n, answers].
+        groups: [n] value of the column to group by.
+        account: rows read, dropped and cut.
+        ties: comparisons without a better answer, which are left out.
+    """
+
+    margins: np.ndarray
+    scores: np.ndarray
+    is_better: np.ndarray
+    groups: list[str]
+    account: Account
+    ties: int
+
+    @property
+    def truncated(self) -> int:
+        noted = self.account.noted
+        return sum(count for why, count in noted.items() if any(word in why for word in CUT))
+
+    def metrics(self) -> dict[str, float]:
+        """Share of pairs or texts that are judged rightly (0 is wrong); area under the ROC curve of
+        labelled texts."""
+        found = {"accuracy": float((self.margins > 0).mean())}
+        auc = roc_auc(self.scores[self.is_better], self.scores[~self.is_better])
+        if self.scores.shape[1] == 1 and auc is not None:
+            found["auc"] = auc
+        return found
+
+    def by_group(self) -> dict[str, dict[str, float]]:
+        """Rows and accuracy of each group, largest group first."""
+        names, groups = np.unique(self.groups, return_inverse=True)
+        found = {
+            str(name): {
+                "examples": int((groups == g).sum()),
+                "accuracy": float((self.margins[groups == g] > 0).mean()),
+            }
+            for g, name in enumerate(names)
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1]["examples"]))
+
+
+def judge(
+    name: str,
+    source: Source,
+    *,
+    by: str | None = None,
+    limit: int | None = None,
+    template: str = "chat",
+    positive_label: int = 0,
+    dtype: str = "float32",
+    mesh: str = "fsdp=-1",
+) -> Judged:
+    """Score the rows of a source.
+
+    Args:
+        name: a scorer: run folder, Hugging Face folder or hub id.
+        source: pairs, labelled texts, or comparisons as openai/webgpt_comparisons.
+        by: column to group by.
+        limit: read at most this many rows.
+        template: as `data.template`; encoders have their own.
+        positive_label: label that scores above 0.
+        dtype, mesh: as for training.
+
+    Raises:
+        EasyAiraError: a model that is no scorer, rows that fit no form, or a missing column.
+    """
+    devices = meshes.make_mesh(mesh)
+    data = DataConfig(train=[source], template=template)
+    config = TrainReward(model=ModelConfig(name, dtype=dtype), data=data)
+    resolved = find(config, devices, scorer=True)
+    part, account, groups, ties = _read(source, data, resolved, by, limit)
+    model = resolved.model
+    shared = not model.architecture.encoder and shares_prompt("auto", part)
+    model = replace(model, compute=replace(model.compute, shared_prompt=shared))
+    shards = meshes.data_shards(devices)
+    batches = Batches(
+        part,
+        ROWS * shards,
+        shards=shards,
+        share_prompt=shared,
+        attention=attention_cost(model.config.width, model.config.heads),
+    )
+
+    @jax.jit
+    def score(params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        rows = {key: array[0] for key, array in rows.items()}  # the only micro-batch
+        return model.score(params, rows, examples=ROWS * shards, answers=part.answers)[0]
+
+    with model.on(devices):
+        params = resolved.origin.load(model, devices)
+        scores = [
+            np.asarray(score(params, ready.arrays))[ready.batch.slots[:, 1]]
+            for ready in loader.ahead(batches, 0, len(batches), devices, "of the evaluation")
+        ]
+    found = np.concatenate(scores)
+    if not np.isfinite(found).all():
+        raise WeightsError(f"{name}: scores are not finite; its weights hold NaN")
+    if part.answers == 2:
+        is_better = np.broadcast_to([True, False], found.shape)
+        margins = found[:, 0] - found[:, 1]
+    else:
+        is_better = (part.labels == positive_label)[:, None]
+        margins = np.where(is_better, found, -found)[:, 0]
+    kept = [groups[row] for row in part.rows]
+    return Judged(margins, found, is_better, kept, account, ties)
+
+
+def _read(
+    source: Source, data: DataConfig, resolved: Resolved, by: str | None, limit: int | None
+) -> tuple[Examples, Account, list[str], int]:
+    """Tokenised rows, their counts, the group of each row that was read, and the ties."""
+    located, groups, ties = [], [], 0
+    for place, row in sources.read(source):
+        if len(located) == limit:
+            break
+        if isinstance(row, sources.BadRow):
+            raise DataError(f"{place}: {row.reason}. Fix the row")
+        if by is not None and by not in row:
+            raise DataError(f"{place}: no column {by}, which --by names; found {', '.join(row)}")
+        group = str(row[by]) if by else ""
+        if row.keys() >= COMPARED:
+            if row["score_0"] == row["score_1"]:
+                ties += 1
+                continue
+            row = _compared(row)
+        # the group's column is used
+        row = {key: value for key, value in row.items() if key != by}
+        located.append(sources.Located(place, row))
+        groups.append(group)
+    if not located:
+        raise DataError(f"{source.path}: every comparison is a tie; there is nothing to judge")
+    task = _task(located[0])
+    recipe = recipe_of(task, data, resolved.max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        tokenise.build(iter(located), path, recipe=recipe, template=resolved.template, label="rows")
+        part, account = examples.open_folder(path)
+        part = replace(part, tokens=np.array(part.tokens), learned=np.array(part.learned))
+    account.check(1.0)
+    return part, account, groups, ties
+
+
+def _compared(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison of two answers as a pair."""
+    question = row["question"]
+    prompt = question["full_text"] if isinstance(question, Mapping) else question
+    better = int(row["score_1"] > row["score_0"])
+    chosen, rejected = row[f"answer_{better}"], row[f"answer_{1 - better}"]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _task(located: sources.Located) -> str:
+    """The kind of a row: pair or label."""
+    names = list(located.row)
+    fits = [
+        task for task in ("pair", "label") if any(form.fits(names) for form in columns.FORMS[task])
+    ]
+    if len(fits) != 1:
+        raise DataError(
+            f"{located.place}: found columns {', '.join(names)}, which are "
+            f"{'both a pair and a labelled text' if fits else 'neither a pair nor a labelled text'}"
+            "; rename them"
+        )
+    return fits[0]
