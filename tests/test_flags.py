@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from easyaira import (
+    best_of,
     convert,
     generate,
     inspect,
@@ -26,6 +27,7 @@ COMMANDS = {
     "train_reward": train_reward.main,
     "inspect": inspect.main,
     "generate": generate.main,
+    "best_of": best_of.main,
     "selftest": selftest.main,
     "verify": verify.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),

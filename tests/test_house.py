@@ -29,13 +29,14 @@ FLOORS = """
     generation/
     storage/
     train/
+    rewards/
     algorithms/
     export/
     plan/
     run/
     cli
     loaded train_sft train_dpo train_reward inspect convert generate verify
-    quickstart
+    best_of quickstart
     selftest
     __main__
 """
@@ -239,6 +240,7 @@ def cpu_seconds(code):
         "inspect",
         "convert",
         "generate",
+        "best_of",
         "verify",
         "quickstart",
     ],
