@@ -8,7 +8,7 @@ python -m easyaira.generate runs/aira-2-124m --chat
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,9 @@ NUMBERS = (*NUMBERS, "repetition_penalty")
 
 
 def parser():
-    from typing import Literal
-
     from jsonargparse import ArgumentParser
 
-    from easyaira.config.ranges import (
-        Count,
-        CountOrZero,
-        NonNegative,
-        Positive,
-        Seed,
-        Share,
-        TopP,
-    )
+    from easyaira.config.ranges import Count
 
     parser = ArgumentParser(
         description="Answer a prompt, a file of prompts, or in a conversation.",
@@ -59,6 +49,24 @@ def parser():
         default=1,
         help="Answers to each prompt; a column sample numbers them.",
     )
+    sampling_options(add)
+    return parser
+
+
+def sampling_options(add: Callable) -> None:
+    """Add the options of the model and the sampler by a parser's `add_argument`."""
+    from typing import Literal
+
+    from easyaira.config.ranges import (
+        Count,
+        CountOrZero,
+        NonNegative,
+        Positive,
+        Seed,
+        Share,
+        TopP,
+    )
+
     add("--template", default="chat", help="As data.template; chat: the model's own.")
     add("--max_new_tokens", type=Count, help=f"Longest answer; {AS_FOLDER} 200.")
     add("--min_new_tokens", type=CountOrZero, help=f"Shortest answer; {AS_FOLDER} 0.")
@@ -73,7 +81,6 @@ def parser():
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
     add("--mesh", default="fsdp=-1", help="Devices, as for training.")
     add("--debug", action="store_true", help="Show the traceback of an error.")
-    return parser
 
 
 def check(args: Any) -> None:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from easyaira import (
+    best_of,
     convert,
     evaluate,
     generate,
@@ -28,6 +29,7 @@ COMMANDS = {
     "inspect": inspect.main,
     "generate": generate.main,
     "evaluate": evaluate.main,
+    "best_of": best_of.main,
     "selftest": selftest.main,
     "verify": verify.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),

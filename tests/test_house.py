@@ -30,6 +30,7 @@ FLOORS = """
     storage/
     train/
     evaluation/
+    rewards/
     algorithms/
     export/
     plan/
@@ -37,6 +38,7 @@ FLOORS = """
     cli
     loaded train_sft train_dpo train_reward inspect convert generate verify
     evaluate quickstart
+    best_of quickstart
     selftest
     __main__
 """
@@ -241,6 +243,7 @@ def cpu_seconds(code):
         "convert",
         "generate",
         "evaluate",
+        "best_of",
         "verify",
         "quickstart",
     ],

@@ -87,6 +87,7 @@ class Batches:
             of a position.
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
+        length: length of the rows, unless an example is longer; None: chosen by cost.
     """
 
     examples: Examples
@@ -101,6 +102,7 @@ class Batches:
     attention: float = 1 / 2048
     multiple: int = 8
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
+    length: int | None = None
 
     def __len__(self) -> int:
         """Updates in an epoch."""
@@ -158,6 +160,8 @@ class Batches:
         compilation costs. Shapes do not depend on drop_last, so that a pass over all the data runs
         the same programs.
         """
+        if self.length:
+            return [Shape(1, bucket(self.length, self.multiple))]
         if self.drop_last:
             return replace(self, drop_last=False).shapes
         sample = [self.groups(update) for update in self._sampled()]

@@ -10,6 +10,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,6 +200,39 @@ class Files:
                 values = np.array(self._held[name], dtype)
                 values = values.reshape(-1, self._columns) if name == "bounds" else values
                 np.save(self.folder / f"{name}.npy", values)
+
+
+def of_tokens(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    rows: Sequence[int] | None = None,
+) -> Examples:
+    """Examples of tokens in memory; every token of an answer has loss.
+
+    Args:
+        prompts: tokens of each prompt.
+        answers: tokens of the answers to each prompt, the same number of answers for all.
+        rows: row of each example, for messages; default: its index.
+    """
+    parts = [(prompt, *own) for prompt, own in zip(prompts, answers, strict=True)]
+    lengths = np.array([[len(part) for part in own] for own in parts], np.int64)
+    ends = lengths.cumsum().reshape(lengths.shape)
+    starts = ends[:, :1] - lengths[:, :1]
+    count = len(parts)
+    is_answer = np.broadcast_to(np.arange(lengths.shape[1]) > 0, lengths.shape)
+    numbers = np.arange(count)
+    return Examples(
+        tokens=np.concatenate([np.asarray(part, np.int32) for own in parts for part in own]),
+        learned=np.repeat(is_answer.ravel(), lengths.ravel()),
+        bounds=np.concatenate([starts, ends], axis=1),
+        rows=numbers if rows is None else np.asarray(rows, np.int64),
+        sources=np.zeros(count, np.int16),
+        prompt_ids=numbers.astype(np.uint64),
+        ids=numbers.astype(np.uint64),
+        unseen=np.zeros(count, np.int32),
+        learned_counts=lengths[:, 1:].sum(1).astype(np.int32),
+        labels=np.full(count, np.nan, np.float32),
+    )
 
 
 def open_folder(folder: Path) -> tuple[Examples, Account]:

@@ -1,0 +1,108 @@
+"""Rejection sampling: sample answers, score them, keep the best for SFT and best and worst for DPO.
+
+python -m easyaira.best_of runs/aira-2-124m --prompts in.jsonl --reward runs/judge --output best
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from easyaira import cli, generate
+from easyaira.errors import ConfigError, DataError, StorageError, escaped
+
+AIRA = {"num_samples": 5, "temperature": 0.6, "top_k": 50, "top_p": 0.6}  # its rejection sampling
+
+
+def parser():
+    from jsonargparse import ArgumentParser
+
+    from easyaira.config.ranges import Count
+
+    parser = ArgumentParser(
+        description="Sample answers to a file of prompts, score them with a reward model, and keep "
+        "the best as an SFT set, best and worst as a DPO set.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", help="Run folder, Hugging Face folder or hub id.")
+    add(
+        "--prompts",
+        required=True,
+        help="Rows with a column prompt or messages: .jsonl, .json, .csv, .parquet or hub id.",
+    )
+    add("--reward", required=True, help="Reward model: run folder, Hugging Face folder or hub id.")
+    add("--toxicity", help="Toxicity model; an answer that scores below 0 is never the best.")
+    add("--output", required=True, help="Folder. The same command continues an interrupted one.")
+    add("--num_samples", type=Count, help="Answers to each prompt, at least 2.")
+    generate.sampling_options(add)
+    parser.set_defaults(AIRA)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = cli.parse_args(parser(), argv)
+    if args.num_samples < 2:
+        raise ConfigError("--num_samples: found 1; the best needs at least 2 to choose from")
+    if not args.temperature:
+        raise ConfigError("--temperature: found 0, which gives equal answers; set it above 0")
+
+    from easyaira.config.data import DataConfig
+    from easyaira.data.cache import keep_compiled
+    from easyaira.distributed import mesh as meshes
+    from easyaira.files import reason, write_file
+    from easyaira.rewards import best_of
+    from easyaira.rewards.model import RewardModel
+
+    folder = Path(args.output)
+    mesh = meshes.make_mesh(args.mesh)
+    keep_compiled(DataConfig(train=""))
+    reward = RewardModel(args.reward, mesh, args.dtype)
+    toxicity = args.toxicity and RewardModel(args.toxicity, mesh, args.dtype)
+    settings = {
+        "reward": reward.origin.location(),
+        "toxicity": toxicity and toxicity.origin.location(),
+    }
+    best_of.check_folder(folder, settings)
+    for place, messages in best_of.questions(args.prompts):
+        try:
+            reward.check(messages)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / best_of.SETTINGS, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
+    generate.main([args.model, f"--prompts={args.prompts}", *flags(args, folder / best_of.ANSWERS)])
+    if (folder / best_of.SCORED).exists():
+        print(f"{escaped(args.output)}: all answers are scored")
+        return
+    models = [model.load() for model in (reward, toxicity) if model]
+    try:
+        counts = best_of.write(folder, args.num_samples, models)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
+    rows = ", ".join(f"{name} {count:,}" for name, count in counts.items() if type(count) is int)
+    print(f"{escaped(args.output)}: {rows}")
+    print(
+        f"mean score {counts['mean score of all']:.4g} of all answers, "
+        f"{counts['mean score of the best']:.4g} of the best"
+    )
+
+
+def flags(args: Any, output: Path) -> Iterator[str]:
+    """The command line of `generate` for the answers."""
+    yield f"--output={output}"
+    yield from (f"--stop={text}" for text in args.stop or [])
+    for name in (*generate.NUMBERS, "num_samples", "template", "seed", "batch_size", "mesh"):
+        if getattr(args, name) is not None:
+            yield f"--{name}={getattr(args, name)}"
+    yield f"--dtype={args.dtype}"
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,153 @@
+"""Scores of reward and toxicity models, each with its own tokenizer and template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from easyaira.data.batches import Batches
+from easyaira.data.examples import Examples, of_tokens
+from easyaira.data.template import Template
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.sharding import constrain
+from easyaira.errors import ConfigError, DataError, WeightsError
+from easyaira.models.layers import Compute
+from easyaira.models.registry import model_of
+from easyaira.storage import pretrained
+from easyaira.train import loader
+
+TEXTS = 16  # texts per device and call
+SHORTEST_ROW = 64  # tokens
+
+Message = Mapping[str, str]
+
+
+class RewardModel:
+    """A model that scores texts. Its weights are read by `load`.
+
+    Args:
+        name: run folder of `train_reward`, Hugging Face folder or hub id.
+        mesh: devices to compute on.
+        dtype: float32 or bfloat16, to compute in.
+
+    Raises:
+        ConfigError: it is no reward model.
+        EasyAiraError: its files cannot be read.
+    """
+
+    def __init__(self, name: str, mesh: Mesh, dtype: Any = "float32"):
+        self.name, self.mesh = name, mesh
+        self.origin = pretrained.find(name)
+        compute = Compute(dtype=jnp.dtype(dtype))
+        self.model = model_of(self.origin.config, self.origin.where, compute, scorer=True)
+        if missing := self.origin.check(self.model):
+            raise ConfigError(
+                f"{name}: is no reward model, as it has no {missing[0]}; train one with "
+                "easyaira reward"
+            )
+        kind = "encoder" if self.model.architecture.encoder else "chat"
+        model_type = self.origin.config["model_type"]
+        self.template = Template(self.origin.tokenizer(), kind, model_type)
+        self.params: Any = None
+        self._score = jax.jit(self._scores_of)
+
+    def load(self) -> RewardModel:
+        """Read the weights; return self."""
+        with self.model.on(self.mesh):
+            self.params = self.origin.load(self.model, self.mesh)
+        return self
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Check that a prompt leaves room for an answer.
+
+        Raises:
+            DataError: it does not, or the template refuses its roles.
+        """
+        (prompt, _), *_ = self._encoded([[*messages, {"role": "assistant", "content": "x"}]])
+        self._room(len(prompt))
+
+    def _room(self, length: int) -> int:
+        """Tokens that an answer may have after a prompt of this length."""
+        positions = self.model.config.max_positions
+        if length + 1 >= positions:
+            raise DataError(
+                f"a prompt has {length} tokens for {self.name}, which has {positions} positions; "
+                "shorten it"
+            )
+        return positions - length
+
+    def of_answers(self, conversations: Sequence[Sequence[Message]]) -> np.ndarray:
+        """Scores [n] float32 of the last messages, each given those before it.
+
+        An answer that is too long for the model's positions is cut at its end, as in training.
+
+        Raises:
+            DataError: a prompt fills all of the model's positions.
+            WeightsError: a score is not finite.
+        """
+        prompts, answers = [], []
+        for prompt, answer in self._encoded(conversations):
+            room = self._room(len(prompt))
+            if len(answer) > room:  # encoders keep the closing token
+                closing = int(self.template.encoder)
+                answer = np.concatenate([answer[: room - closing], answer[len(answer) - closing :]])
+            prompts.append(prompt)
+            answers.append([answer])
+        return self._scores(of_tokens(prompts, answers)) if prompts else np.zeros(0, np.float32)
+
+    def of_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Scores [n] float32 of texts without a prompt; raises as `of_answers`."""
+        positions = self.model.config.max_positions
+        closing = int(self.template.encoder)
+        cut = [
+            tokens
+            if len(tokens) <= positions
+            else np.concatenate([tokens[: positions - closing], tokens[len(tokens) - closing :]])
+            for tokens in self.template.judged(texts)
+        ]
+        empty = np.zeros(0, np.int32)
+        if not cut:
+            return np.zeros(0, np.float32)
+        return self._scores(of_tokens([empty] * len(cut), [[tokens] for tokens in cut]))
+
+    def _encoded(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens of each prompt, and of its answer."""
+        for spans in self.template.encode(conversations):
+            *before, (answer, _) = spans
+            yield np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in before)]), answer
+
+    def _scores(self, examples: Examples) -> np.ndarray:
+        shards = meshes.data_shards(self.mesh)
+        longest = max(int(examples.lengths().max()), SHORTEST_ROW)
+        batches = Batches(
+            examples,
+            TEXTS * shards,
+            shards=shards,
+            local=meshes.local_shards(self.mesh),
+            length=1 << (longest - 1).bit_length(),  # few lengths, so few programs
+        )
+        scores = np.zeros(len(examples), np.float32)
+        with self.model.on(self.mesh):
+            for number in range(len(batches)):
+                batch = batches[number]
+                found = self._score(self.params, loader.to_device(batch, self.mesh))
+                scores[batch.examples] = np.asarray(found)[batch.slots[:, 1]]
+        if not np.isfinite(scores).all():
+            raise WeightsError(
+                f"{self.name}: gave a score that is not finite; its weights hold NaN, or overflow "
+                "in this dtype"
+            )
+        return scores
+
+    def _scores_of(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        rows = {name: array[0] for name, array in batch.items()}
+        size = TEXTS * meshes.data_shards(self.mesh)
+        scores, _ = self.model.score(params, rows, examples=size, answers=1)
+        return constrain(scores[:, 0], None)
