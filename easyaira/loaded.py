@@ -156,9 +156,8 @@ class LoadedModel:
 
     def _logps_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
         hidden, head = self.model.apply(params, rows)
-        sizes = {"vocab_size": self.model.vocab_size, "cap": self.model.logit_cap}
-        found = token_logps(hidden, head, rows["tokens"], rows["loss_mask"], **sizes)
-        return found.logps.sum(-1)
+        options = self.model.head_options
+        return token_logps(hidden, head, rows["tokens"], rows["loss_mask"], **options).logps.sum(-1)
 
 
 def _messages(prompt: Prompt) -> list[Message]:

@@ -175,7 +175,7 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
 
     def loss_fn(params):
         hidden, head = model.apply(adapter.on(base, params), rows)
-        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
+        sizes = model.head_options
         out = token_logps.token_logps(hidden, head, rows["tokens"], **sizes)
         return -out.logps.sum() / picked.numel()
 
@@ -357,9 +357,7 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, mo
     def loss_fn(params, base):
         hidden, head = model.apply(adapter.on(base, params), rows_of())
         tokens = rows_of()["tokens"]
-        return token_logps.token_logps(
-            hidden, head, tokens, vocab_size=model.vocab_size
-        ).logps.mean()
+        return token_logps.token_logps(hidden, head, tokens, **model.head_options).logps.mean()
 
     near(logits(model, held, rows_of()), logits(model, dequantised, rows_of()))
     grad = jax.jit(jax.grad(loss_fn))

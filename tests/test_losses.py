@@ -37,7 +37,7 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
 
     def ours(hidden, head):
         out = token_logps.token_logps(
-            hidden, head, *learned, vocab_size=VOCAB, chunk_logits=at_once * COLUMNS
+            hidden, head, *learned, vocab_size=VOCAB, cap=None, chunk_logits=at_once * COLUMNS
         )
         return (out.logps * weights).sum(), out
 
@@ -71,7 +71,7 @@ def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once,
     """With a factor in front, and beside another use of the hidden states."""
     hidden, head, tokens = map(jnp.asarray, head_and_hidden())
     wanted = jnp.asarray(np.random.default_rng(1).random((ROWS, LENGTH)) < share)
-    kwargs = {"vocab_size": VOCAB, "chunk_logits": at_once * COLUMNS}
+    kwargs = {"vocab_size": VOCAB, "cap": None, "chunk_logits": at_once * COLUMNS}
 
     def by_sum(hidden, head):
         nll, out = token_logps.token_nll(hidden, head, tokens, wanted, **kwargs)
@@ -99,7 +99,7 @@ def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once,
 @pytest.mark.parametrize("core", [token_logps.token_logps, token_logps.token_nll])
 def test_soft_caps_of_logits_equal_torch(core, at_once):
     hidden, head, tokens = head_and_hidden()
-    kwargs = {"vocab_size": VOCAB, "chunk_logits": at_once * COLUMNS, "cap": 2.0}
+    kwargs = {"vocab_size": VOCAB, "cap": 2.0, "chunk_logits": at_once * COLUMNS}
 
     def ours(hidden, head):
         out = core(hidden, head, jnp.asarray(tokens), **kwargs)
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_vocabulary(core):
         tokens = jax.ShapeDtypeStruct((8, 513), jnp.int32)
 
         def total(hidden, head, tokens):
-            out = core(hidden, head, tokens, vocab_size=columns, chunk_logits=2**22)
+            out = core(hidden, head, tokens, vocab_size=columns, cap=None, chunk_logits=2**22)
             return out.logps.sum() if core is token_logps.token_logps else out[0]
 
         step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
@@ -144,18 +144,20 @@ def test_padding_of_the_vocabulary_has_no_probability():
     hidden, head, tokens = head_and_hidden()
     head[:, VOCAB:] = 50 * np.sign(hidden[0, 0])[:, None]  # would win every softmax
     hidden, head, tokens = map(jnp.asarray, (hidden, head, tokens))
-    cut = token_logps.token_logps(hidden, head[:, :VOCAB], tokens, vocab_size=VOCAB)
-    padded = token_logps.token_logps(hidden, head, tokens, vocab_size=VOCAB)
+    cut = token_logps.token_logps(hidden, head[:, :VOCAB], tokens, vocab_size=VOCAB, cap=None)
+    padded = token_logps.token_logps(hidden, head, tokens, vocab_size=VOCAB, cap=None)
     for a, b in zip(cut, padded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_log_softmax_is_float32_for_bfloat16_states():
     hidden, head, tokens = map(jnp.asarray, head_and_hidden())
-    low = token_logps.token_logps(hidden.astype(jnp.bfloat16), head, tokens, vocab_size=VOCAB).logps
+    low = token_logps.token_logps(
+        hidden.astype(jnp.bfloat16), head, tokens, vocab_size=VOCAB, cap=None
+    ).logps
     rounded = hidden.astype(jnp.bfloat16).astype(jnp.float32)
     rounded_head = head.astype(jnp.bfloat16).astype(jnp.float32)
-    high = token_logps.token_logps(rounded, rounded_head, tokens, vocab_size=VOCAB).logps
+    high = token_logps.token_logps(rounded, rounded_head, tokens, vocab_size=VOCAB, cap=None).logps
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, high, rtol=1e-5, atol=1e-5)
 

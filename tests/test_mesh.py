@@ -268,7 +268,7 @@ def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
         if model.scorer:
             return model.score(params, batch, examples=8, answers=1)[0].sum()
         hidden, head = model.apply(params, batch)
-        return token_nll(hidden, head, batch["tokens"], vocab_size=model.vocab_size)[0]
+        return token_nll(hidden, head, batch["tokens"], **model.head_options)[0]
 
     def step(params):
         return jax.tree.map(jnp.subtract, params, jax.grad(loss)(params))
@@ -304,7 +304,7 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(case, devices):
 
     def loss(params, batch):
         hidden, head = model.apply(params, batch)
-        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
+        sizes = model.head_options
         return token_nll(hidden, head, batch["tokens"], batch["segment_ids"] > 0, **sizes)[0] / 112
 
     wanted, wanted_grads = jax.jit(jax.value_and_grad(loss))(params, batch)

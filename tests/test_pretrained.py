@@ -28,7 +28,7 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
     for case in reference:
         ids = np.array([case["input_ids"]])
         hidden, head = model.apply(params, tiny.layout(ids))
-        out = token_logps.token_logps(hidden, head, jnp.asarray(ids), vocab_size=model.vocab_size)
+        out = token_logps.token_logps(hidden, head, jnp.asarray(ids), **model.head_options)
         np.testing.assert_allclose(-out.logps[0, 1:], case["token_nll"], atol=1.1e-5)  # 5 decimals
         assert -out.logps[0, 1:].mean() == pytest.approx(case["mean_nll"], abs=1.1e-5)
         logits = np.asarray(hidden[0, -1] @ head)

@@ -83,7 +83,7 @@ def told(llama, prompt, answer):
     @jax.jit
     def forward(params, tokens):
         hidden, head = model.apply(params, tiny.layout(tokens))
-        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
+        sizes = model.head_options
         logps = token_logps(hidden, head, tokens, **sizes).logps
         return model.logits(hidden, head.astype(hidden.dtype))[0], logps[0]
 

@@ -27,4 +27,4 @@ def test_shapes_of_arguments_are_checked():
     """By the hook in conftest.py, which names the modules."""
     hidden, head, tokens = jnp.zeros((2, 3, 8)), jnp.zeros((7, 5)), jnp.zeros((2, 3), jnp.int32)
     with pytest.raises(TypeCheckError, match="head"):
-        token_logps.token_logps(hidden, head, tokens, vocab_size=5)
+        token_logps.token_logps(hidden, head, tokens, vocab_size=5, cap=None)

@@ -42,14 +42,8 @@ def pair_scores(
 ) -> PairScores:
     """Score both answers of each of `pairs` pairs with `params`."""
     hidden, head = model.apply(params, batch, key)
-    out = token_logps.token_logps(
-        hidden,
-        head,
-        batch["tokens"],
-        batch["loss_mask"],
-        vocab_size=model.vocab_size,
-        cap=model.logit_cap,
-    )
+    tokens, learned = batch["tokens"], batch["loss_mask"]
+    out = token_logps.token_logps(hidden, head, tokens, learned, **model.head_options)
 
     def sums(values: jax.Array) -> jax.Array:
         layout = (batch[name] for name in ("loss_mask", "segment_ids", "sides"))

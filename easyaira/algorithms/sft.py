@@ -22,8 +22,7 @@ def sft(model: Model) -> LossFn:
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         hidden, head = model.apply(params, batch, key)
         tokens, learned = batch["tokens"], batch["loss_mask"]
-        sizes = {"vocab_size": model.vocab_size, "cap": model.logit_cap}
-        nll, out = token_logps.token_nll(hidden, head, tokens, learned, **sizes)
+        nll, out = token_logps.token_nll(hidden, head, tokens, learned, **model.head_options)
         count = learned.sum().astype(jnp.float32)
         return {
             "loss": (nll, count),

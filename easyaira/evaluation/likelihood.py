@@ -134,9 +134,8 @@ class Likelihoods:
 
     def _logps(self, params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, head = self.model.apply(params, rows)
-        found = token_logps(
-            hidden, head, rows["targets"], rows["loss_mask"], vocab_size=self.model.vocab_size
-        )
+        targets, learned = rows["targets"], rows["loss_mask"]
+        found = token_logps(hidden, head, targets, learned, **self.model.head_options)
         return found.logps, found.is_top1
 
 

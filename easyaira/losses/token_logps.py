@@ -40,7 +40,7 @@ def token_logps(
     loss_mask: Bool[Array, "R T"] | None = None,
     *,
     vocab_size: int,
-    cap: float | None = None,
+    cap: float | None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> TokenLogps:
     """log p(token | the tokens before it in its row), without storing the logits of whole rows.
@@ -55,7 +55,7 @@ def token_logps(
         head: float32 weights; columns from `vocab_size` on are padding and have no probability.
         tokens: the token at each position.
         loss_mask: tokens to evaluate; default: all.
-        vocab_size: number of real columns.
+        vocab_size: number of real columns (`Model.head_options` has this and the next).
         cap: soft cap of the logits (`layers.capped`); None: none.
         chunk_logits: logits that a device may store at a time.
     """
@@ -70,7 +70,7 @@ def token_nll(
     loss_mask: Bool[Array, "R T"] | None = None,
     *,
     vocab_size: int,
-    cap: float | None = None,
+    cap: float | None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Float[Array, ""], TokenLogps]:
     """-sum of log p(token | the tokens before it) over `loss_mask`, and `token_logps`' result.

@@ -114,6 +114,11 @@ class Model:
         """Soft cap of the logits (`layers.capped`), or None."""
         return getattr(self.config, "final_logit_softcapping", None)
 
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """How `losses/token_logps.py` reads the head."""
+        return {"vocab_size": self.vocab_size, "cap": self.logit_cap}
+
     def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
         """Logits [..., V] of hidden states [..., D], for few tokens: nothing is chunked."""
         return capped((hidden @ head)[..., : self.vocab_size], self.logit_cap)

@@ -23,10 +23,12 @@ def core() -> list[dict[str, object]]:
         return (logps * wanted[:, 1:]).sum()
 
     def logps(hidden, head, tokens, wanted):
-        return token_logps.token_logps(hidden, head, tokens, wanted, vocab_size=50257).logps.sum()
+        return token_logps.token_logps(
+            hidden, head, tokens, wanted, vocab_size=50257, cap=None
+        ).logps.sum()
 
     def nll(hidden, head, tokens, wanted):
-        return token_logps.token_nll(hidden, head, tokens, wanted, vocab_size=50257)[0]
+        return token_logps.token_nll(hidden, head, tokens, wanted, vocab_size=50257, cap=None)[0]
 
     rows = []
     for width, dtype in ((256, "float32"), (768, "float32"), (768, "bfloat16")):
