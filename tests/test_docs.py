@@ -289,7 +289,10 @@ def run(command: Command, ground: Path) -> None:
 
 NEEDED = {  # what pages say was done before
     "docs/generate.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
-    "docs/python.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
+    "docs/python.md": [
+        "easyaira sft --config configs/aira-2-124m.yaml",
+        "easyaira reward --config configs/aira-reward.yaml",
+    ],
     "docs/release.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
 }
 PACKAGES = {"docs/lora.md": "peft", "docs/release.md": "codecarbon"}

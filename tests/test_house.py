@@ -34,7 +34,9 @@ FLOORS = """
     plan/
     run/
     cli
-    loaded train_sft train_dpo train_reward inspect convert generate verify
+    loaded
+    in_python
+    train_sft train_dpo train_reward inspect convert generate verify
     quickstart
     selftest
     __main__
