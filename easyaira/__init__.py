@@ -4,9 +4,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`load`, imported with JAX when it is first used."""
-    if name == "load":
-        from easyaira.loaded import load
+    """`load` and the training commands, imported when they are first used."""
+    import importlib
 
-        return load
+    if name == "load":
+        return importlib.import_module("easyaira.loaded").load
+    if name in ("train_sft", "train_dpo", "train_reward"):
+        return importlib.import_module(f"easyaira.{name}")
     raise AttributeError(f"module 'easyaira' has no attribute {name!r}")

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,28 @@ def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
     parsed = parse_args(parser, _expanded(_join_negative_mesh(argv), parser))
     asked = DryRun(parsed.topology, parsed.search)
     dry_run = asked if parsed.dry_run or any(asked) else None
+    return _instantiated(config_class, parser, parsed), dry_run
+
+
+def configuration(config_class: type, values: Mapping[str, Any]) -> Any:
+    """The configuration of a nested dictionary of options.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    parser = parser_of(config_class)
+    _check_names(values, parser)
+    try:
+        parsed = parser.parse_object(values)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(_one_line(str(error), parser)) from error
+    return _instantiated(config_class, parser, parsed)
+
+
+def _instantiated(config_class: type, parser: ArgumentParser, parsed: Any) -> Any:
     for key in ("config", "debug", "dry_run", "topology", "search", PROVENANCE):
         parsed.pop(key, None)
-    return config_class(**vars(parser.instantiate(parsed))), dry_run
+    return config_class(**vars(parser.instantiate(parsed)))
 
 
 def parse_args(parser: ArgumentParser, argv: list[str]) -> Any:
@@ -291,12 +310,17 @@ def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:
 
     def main(argv: list[str]) -> None:
         config, dry_run = parse(config_class, argv)
-        from easyaira.run.run import run
-
-        module, _, name = algorithm.partition(":")
-        run(config, getattr(importlib.import_module(module), name)(config), dry_run=dry_run)
+        start(config, algorithm, dry_run)
 
     return main
+
+
+def start(config: Any, algorithm: str, dry_run: DryRun | None = None) -> None:
+    """Run `config` with the algorithm `module:name`."""
+    from easyaira.run.run import run
+
+    module, _, name = algorithm.partition(":")
+    run(config, getattr(importlib.import_module(module), name)(config), dry_run=dry_run)
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

@@ -120,47 +120,28 @@ def main(argv: list[str]) -> None:
 
     from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
-    from easyaira.data.template import Template
-    from easyaira.distributed import mesh as meshes
     from easyaira.generation import prompts
-    from easyaira.generation.chat import CUT, chat, text_of
-    from easyaira.generation.processors import Sampling
-    from easyaira.generation.sampler import Sampler
-    from easyaira.generation.settings import end_ids, files_of, options_of
-    from easyaira.models.layers import Compute
-    from easyaira.models.registry import model_of
+    from easyaira.generation.chat import CUT, chat
+    from easyaira.loaded import LoadedModel
     from easyaira.storage import pretrained
 
     origin = pretrained.find(args.model)
-    compute = Compute(dtype=args.dtype)
-    model = model_of(origin.config, origin.where, compute, scorer=False)
-    origin.check(model)
-    template = Template(origin.tokenizer(), args.template, origin.config["model_type"])
-    options = options_of(origin.generation_config)
+    loaded = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template=args.template)
+    template = loaded.template
     given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
-    options |= given | ({"stop_strings": tuple(args.stop)} if args.stop else {})
-    ends = end_ids(template, files_of(origin), model.vocab_size)
-    sampling = Sampling(end_ids=tuple(ends), **options)
-    for name in ("top_k", "top_p", "min_p"):
-        if name in given and sampling.greedy:
-            raise ConfigError(
-                f"--{name}: has no effect on greedy generation; set --temperature, too"
-            )
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        raise ConfigError(
-            f"min_new_tokens: {sampling.min_new_tokens} exceeds max_new_tokens, "
-            f"{sampling.max_new_tokens}; lower it"
-        )
-    mesh = meshes.make_mesh(args.mesh)
-    rows, steps = args.batch_size, 1 if args.chat else None
-    sampler = Sampler(model, sampling, text=template.text, rows=rows, steps=steps)
+    sampling = loaded.sampling(**given, **({"stop_strings": tuple(args.stop)} if args.stop else {}))
+    sampler = loaded.sampler(sampling, args.batch_size, 1 if args.chat else None)
 
     def text(answer):
-        return text_of(answer, template, sampling.stop_strings)
+        return loaded.text(answer, sampling)
 
     keep_compiled(DataConfig(train=""))
     if args.prompts:
-        settings = {"model": origin.location(), "template": args.template, "dtype": args.dtype}
+        settings = {
+            "model": origin.location(),
+            "template": args.template,
+            "dtype": args.dtype,
+        }
         settings |= {"num_samples": args.num_samples, "seed": args.seed}
         settings |= {k: list(v) if type(v) is tuple else v for k, v in asdict(sampling).items()}
         asked = prompts.read(args.prompts, template, sampler)
@@ -171,10 +152,8 @@ def main(argv: list[str]) -> None:
     elif args.prompt is not None:
         tokens = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
         sampler.limit(len(tokens))
-    with model.on(mesh):
-        params = origin.load(model, mesh)
-        weights = sampler.weights(params)
-        del params
+    with loaded.model.on(loaded.mesh):
+        weights = sampler.weights(loaded.read())
         if args.chat:
             chat(sampler, weights, template, questions(), show, args.seed)
         elif args.prompt is not None:

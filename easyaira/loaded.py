@@ -1,23 +1,26 @@
-"""A model in Python: load a folder, generate answers, compute log-probabilities. See `load`."""
+"""A model in Python: load a folder, generate answers, compute log-probabilities and scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easyaira.data.packing import bucket
+from easyaira.data.batches import LAYOUT, Batches
+from easyaira.data.examples import Parts, of_parts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
-from easyaira.errors import ConfigError, DataError
+from easyaira.distributed.mesh import data_shards
+from easyaira.errors import ConfigError, DataError, WeightsError
 from easyaira.generation.chat import text_of
 from easyaira.generation.processors import Sampling
-from easyaira.generation.sampler import Sampler
-from easyaira.generation.settings import end_ids, files_of, options_of
+from easyaira.generation.sampler import ROWS, Sampler
+from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_of, options_of
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
@@ -26,33 +29,92 @@ from easyaira.storage import pretrained
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]  # a user's message, or a conversation that ends before the answer
 
-ROWS = 16  # texts per call of `logps`
+TEXTS = 16  # per device and call
 
 
 def load(
     name: str, *, mesh: str = "fsdp=-1", dtype: str = "float32", template: str = "chat"
-) -> LoadedModel:
-    """Load a language model.
+) -> LoadedModel | LoadedScorer:
+    """Load a language model, or a reward or toxicity model.
 
     Args:
         name: run folder (also with adapters), checkpoint, Hugging Face folder or hub id.
         mesh: devices, as for training.
         dtype: float32 or bfloat16, to compute in.
-        template: as `data.template`; chat: the model's own.
+        template: as `data.template`; chat: the model's own. Encoders have one form.
 
     Raises:
-        EasyAiraError: the folder cannot be read, or is no language model.
+        EasyAiraError: the folder cannot be read, or is an encoder without a score head.
     """
     origin = pretrained.find(name)
-    model = model_of(origin.config, origin.where, Compute(dtype=jnp.dtype(dtype)), scorer=False)
-    origin.check(model)
-    encoder = Template(origin.tokenizer(), template, origin.config["model_type"])
-    devices = meshes.make_mesh(mesh)
-    with model.on(devices):
-        return LoadedModel(origin, model, origin.load(model, devices), encoder, devices)
+    scorer = model_of(origin.config, origin.where).scorer
+    kind = LoadedScorer if scorer else LoadedModel
+    loaded = kind(origin, mesh=mesh, dtype=dtype, template=template)
+    _ = loaded.params  # read them now, so that errors are raised here
+    return loaded
 
 
-class LoadedModel:
+class _Loaded:
+    """A model whose weights are read when `params` is first used; names and shapes are checked
+    before."""
+
+    scorer: bool
+
+    def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str):
+        compute = Compute(dtype=jnp.dtype(dtype))
+        self.origin = origin
+        self.model = model_of(origin.config, origin.where, compute, scorer=self.scorer)
+        if missing := origin.check(self.model):
+            raise WeightsError(f"{origin.where}: has no {missing[0]}; train_reward adds it")
+        if self.model.architecture.encoder:
+            if template != "chat":
+                raise ConfigError("template: encoders have one form; leave it out")
+            template = "encoder"
+        self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
+        self.mesh = meshes.make_mesh(mesh)
+        self.config, self.tokenizer = origin.config, self.template.tokenizer
+
+    @cached_property
+    def params(self) -> Any:
+        return self.read()
+
+    def read(self) -> Any:
+        """Read the weights, without keeping them here."""
+        with self.model.on(self.mesh):
+            return self.origin.load(self.model, self.mesh)
+
+    def _batches(
+        self, parts: Sequence[Parts]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+        """Yield (indices of texts [n], their segment ids [n], rows in the layout of training).
+
+        Raises:
+            DataError: a text exceeds the model's positions.
+        """
+        if not parts:
+            return
+        examples = of_parts(parts)
+        lengths = examples.lengths()[:, 0]
+        positions = self.model.config.max_positions
+        if lengths.max() > positions:
+            raise DataError(
+                f"text {lengths.argmax()} has {lengths.max()} tokens with its answer, and the "
+                f"model has {positions} positions; shorten it"
+            )
+        order = np.argsort(lengths, kind="stable")
+        batches = Batches(examples.take(order), self._capacity, shards=data_shards(self.mesh))
+        for number in range(len(batches)):
+            batch = batches[number]
+            rows = {name: batch.arrays[name][0] for name in LAYOUT}
+            yield order[batch.examples], 1 + batch.slots[:, 1], rows
+
+    @property
+    def _capacity(self) -> int:
+        """Texts of a batch."""
+        return TEXTS * data_shards(self.mesh)
+
+
+class LoadedModel(_Loaded):
     """A language model with its weights on devices.
 
     Attributes:
@@ -62,11 +124,50 @@ class LoadedModel:
         params: weights, in EasyAira's layout.
     """
 
-    def __init__(self, origin: Any, model: Any, params: Any, template: Template, mesh: Any):
-        self.origin, self.model, self.params = origin, model, params
-        self.template, self.mesh = template, mesh
-        self.config, self.tokenizer = origin.config, template.tokenizer
+    scorer = False
+
+    def __init__(self, origin: Any, **options: str):
+        super().__init__(origin, **options)
         self._logps = jax.jit(self._logps_of)
+        self._samplers: dict[Any, Sampler] = {}
+
+    def sampling(self, **options: Any) -> Sampling:
+        """How to choose tokens: `options` over those of the folder's generation_config.json.
+
+        Raises:
+            ConfigError: an option does not exist, is out of range, or has no effect.
+        """
+        known = {field.name for field in fields(Sampling)} - {"end_ids"}
+        if unknown := options.keys() - known:
+            raise ConfigError(
+                f"generate: option {min(unknown)!r} is unknown; choose from "
+                f"{', '.join(sorted(known))}"
+            )
+        for name in options.keys() & NUMBERS.keys():
+            check_number(name, options[name], "generate")
+        ends = end_ids(self.template, files_of(self.origin), self.model.vocab_size)
+        settings = options_of(self.origin.generation_config) | options
+        sampling = Sampling(**{"end_ids": tuple(ends)} | settings)
+        for name in ("top_k", "top_p", "min_p"):
+            if name in options and sampling.greedy:
+                raise ConfigError(
+                    f"{name}: has no effect on greedy generation; set temperature, too"
+                )
+        if sampling.min_new_tokens > sampling.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens: {sampling.min_new_tokens} exceeds max_new_tokens, "
+                f"{sampling.max_new_tokens}; lower it"
+            )
+        return sampling
+
+    def sampler(self, sampling: Sampling, rows: int = ROWS, steps: int | None = None) -> Sampler:
+        """The sampler of these settings, which keeps its compiled programs."""
+        key = sampling, rows, steps
+        if key not in self._samplers:
+            self._samplers[key] = Sampler(
+                self.model, sampling, text=self.template.text, rows=rows, steps=steps
+            )
+        return self._samplers[key]
 
     def generate(
         self, prompts: Sequence[Prompt], *, num_samples: int = 1, seed: int = 0, **options: Any
@@ -79,25 +180,24 @@ class LoadedModel:
                 those of the folder's generation_config.json.
 
         Raises:
-            ConfigError: an option does not exist.
+            ConfigError: an option does not exist, is out of range, or has no effect.
             DataError: a prompt leaves no room for an answer.
         """
-        known = {field.name for field in fields(Sampling)} - {"end_ids"}
-        if unknown := options.keys() - known:
-            raise ConfigError(
-                f"generate: option {min(unknown)!r} is unknown; choose from "
-                f"{', '.join(sorted(known))}"
-            )
-        ends = end_ids(self.template, files_of(self.origin), self.model.vocab_size)
-        options = options_of(self.origin.generation_config) | options
-        sampling = Sampling(**{"end_ids": tuple(ends)} | options)
-        sampler = Sampler(self.model, sampling, text=self.template.text)
+        stops = options.get("stop_strings", ())
+        if stops:
+            options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
+        sampling = self.sampling(**options)
+        sampler = self.sampler(sampling)
         tokens = [self.template.prompt(_messages(prompt)).tolist() for prompt in prompts]
         with self.model.on(self.mesh):
             weights = sampler.weights(self.params)
-            found = dict(sampler.answers(weights, tokens, num_samples=num_samples, seed=seed))
-        texts = [text_of(found[i], self.template, sampling.stop_strings) for i in range(len(found))]
+            answers = dict(sampler.answers(weights, tokens, num_samples=num_samples, seed=seed))
+        texts = [self.text(answers[i], sampling) for i in range(len(answers))]
         return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+
+    def text(self, answer: Any, sampling: Sampling) -> str:
+        """Text of an answer, up to the first stop string."""
+        return text_of(answer, self.template, sampling.stop_strings)
 
     def logps(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
         """Log-probability of each answer given its prompt, in nats, with the token that ends it.
@@ -114,50 +214,73 @@ class LoadedModel:
         ]
         for conversation in messages:
             self.template.accepts(conversation)
-        encoded = self.template.encode(messages)
-        result = np.zeros(len(encoded), np.float32)
+        parts = [_parts(spans) for spans in self.template.encode(messages)]
+        result = np.zeros(len(parts), np.float32)
         with self.model.on(self.mesh):
-            for index, rows in self._batches(encoded):
-                result[index] = np.asarray(self._logps(self.params, rows))[: len(index)]
+            for index, segments, rows in self._batches(parts):
+                logps = np.asarray(self._logps(self.params, rows))
+                sums = np.bincount(rows["segment_ids"].ravel(), logps.ravel())
+                result[index] = sums[segments]
         return result
 
-    def _batches(self, encoded: list[Any]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Rows of similar lengths, and which texts they are."""
-        lengths = np.array([sum(len(tokens) for tokens, _ in spans) for spans in encoded])
-        positions = self.model.config.max_positions
-        if len(lengths) and lengths.max() > positions:
-            raise DataError(
-                f"text {lengths.argmax()} has {lengths.max()} tokens with its answer, and the "
-                f"model has {positions} positions; shorten it"
-            )
-        order = np.argsort(lengths, kind="stable")
-        count = ROWS * meshes.data_shards(self.mesh)
-        for index in np.split(order, range(count, len(order), count)) if len(order) else ():
-            length = min(bucket(int(lengths[index].max()), 8), positions)
-            tokens = np.zeros((count, length), np.int32)
-            segment_ids, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
-            for row, i in enumerate(index):
-                spans = encoded[i]
-                tokens[row, : lengths[i]] = np.concatenate([ids for ids, _ in spans])
-                segment_ids[row, : lengths[i]] = 1
-                mask[row, lengths[i] - len(spans[-1][0]) : lengths[i]] = True
-            mask[:, 0] = False  # nothing precedes it
-            places = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-            yield (
-                index,
-                {
-                    "tokens": tokens,
-                    "positions": places,
-                    "segment_ids": segment_ids,
-                    "sides": np.zeros_like(tokens),
-                    "loss_mask": mask,
-                },
-            )
-
     def _logps_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        """Log-probability of each learned token [R, T]."""
         hidden, head = self.model.apply(params, rows)
         options = self.model.head_options
-        return token_logps(hidden, head, rows["tokens"], rows["loss_mask"], **options).logps.sum(-1)
+        return token_logps(hidden, head, rows["tokens"], rows["loss_mask"], **options).logps
+
+
+class LoadedScorer(_Loaded):
+    """A reward or toxicity model with its weights on devices; attributes as LoadedModel's."""
+
+    scorer = True
+
+    def __init__(self, origin: Any, **options: str):
+        super().__init__(origin, **options)
+        self._score = jax.jit(self._scores_of)
+
+    def score(self, texts: Sequence[str | tuple[Prompt, str]]) -> np.ndarray:
+        """Score of each text, or of each pair (prompt, answer): the higher, the better.
+
+        Returns:
+            [n] float32.
+
+        Raises:
+            DataError: a text exceeds the model's positions.
+        """
+        parts: list[Any] = [None] * len(texts)
+        alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
+        pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+        if alone:
+            for i, tokens in zip(
+                alone, self.template.judged([texts[i] for i in alone]), strict=True
+            ):
+                parts[i] = _parts([(tokens, True)])
+        conversations = [
+            [*_messages(texts[i][0]), {"role": "assistant", "content": texts[i][1]}] for i in pairs
+        ]
+        for conversation in conversations:
+            self.template.accepts(conversation)
+        for i, spans in zip(pairs, self.template.encode(conversations), strict=True):
+            parts[i] = _parts(spans)
+        result = np.zeros(len(parts), np.float32)
+        with self.model.on(self.mesh):
+            for index, segments, rows in self._batches(parts):
+                scores = np.asarray(self._score(self.params, rows))
+                result[index] = scores[segments - 1]
+        return result
+
+    def _scores_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        """Scores [B]."""
+        return self.model.score(params, rows, examples=self._capacity, answers=1)[0][:, 0]
+
+
+def _parts(spans: Sequence[tuple[np.ndarray, bool]]) -> Parts:
+    """The last span is the answer."""
+    prompt = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in spans[:-1])])
+    answer = spans[-1][0]
+    learned = np.arange(len(prompt), len(prompt) + len(answer)) > 0  # nothing precedes the first
+    return Parts(prompt, np.zeros(len(prompt), bool), [(answer, learned)])
 
 
 def _messages(prompt: Prompt) -> list[Message]:

@@ -199,7 +199,8 @@ def damages(ground: Ground, every: int, rows: dict[str, Counter]) -> None:
     command.ended()
     released = ground.root / "straight/hf"
     files = [path for top in (cache, released, run) for path in top.rglob("*") if path.is_file()]
-    files.sort(key=lambda path: ("checkpoints" in path.parts, path))
+    last = (released, run / "checkpoints")  # these take longest
+    files.sort(key=lambda path: (any(top in path.parents for top in last), path))
     cases = [(path, name) for path in files for name in DAMAGES][:: max(every, 1)]
     for path, name in cases:
         copy = ground.root / "copy"

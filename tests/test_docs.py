@@ -295,7 +295,10 @@ NEEDED = {  # what pages say was done before
         "quickstart/data/sft_train.jsonl --data.template aira --output_dir runs/countries"
     ],
     "docs/generate.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
-    "docs/python.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
+    "docs/python.md": [
+        "easyaira sft --config configs/aira-2-124m.yaml",
+        "easyaira reward --config configs/aira-reward.yaml",
+    ],
     "docs/release.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
 }
 PACKAGES = {"docs/lora.md": "peft", "docs/release.md": "codecarbon"}

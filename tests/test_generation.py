@@ -1,6 +1,7 @@
 """Generation ends where the model's files say, and takes or refuses their settings."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from easyaira.run import samples
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train.setup import prepare
 from helpers import tiny
-from helpers.processes import call
+from helpers.processes import call, start
 from helpers.runs import configure
 
 PROMPT = "what do you"
@@ -246,6 +247,22 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     assert status == 0 and (tmp_path / "out.jsonl").read_bytes() == whole
     assert (tmp_path / "out.jsonl").stat().st_ino == inside
     assert ("all 8 answers are there" in out) == (share == 1)
+
+
+@pytest.mark.slow
+def test_a_real_sigkill_changes_no_byte(gpt2, tmp_path, capsys):
+    rows = tiny.write_rows(tmp_path / "in.jsonl", [{"prompt": f"what do {i}"} for i in range(200)])
+    assert answer_file(gpt2, rows, tmp_path / "whole.jsonl", capsys)[0] == 0
+    output = tmp_path / "out.jsonl"
+    words = ["-m", "easyaira.generate", gpt2, f"--prompts={rows}", f"--output={output}", *ASKED]
+    child = start([*words, "--batch_size=1"])
+    while child.poll() is None and not (output.exists() and output.stat().st_size):
+        time.sleep(0.002)
+    child.kill()
+    child.communicate()
+    assert 0 < len(output.read_bytes().splitlines()) < 400
+    assert answer_file(gpt2, rows, output, capsys)[0] == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ FLOORS = """
     plan/
     run/
     cli
-    loaded train_sft train_dpo train_reward inspect convert generate verify
-    evaluate quickstart
-    best_of quickstart
+    loaded
+    in_python
+    train_sft train_dpo train_reward inspect convert generate verify
+    evaluate best_of quickstart
     selftest
     __main__
 """

@@ -84,8 +84,73 @@ def test_generated_texts_are_those_of_the_command(model, folder, capsys):
     assert printed == "".join(f"{text}\n" for text in answers[0])
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_scores_are_those_of_transformers(kind, tmp_path):
+    theirs = tiny.save(tmp_path, tiny.SCORERS.get(kind) or tiny.scorer(tiny.CONFIGS[kind]))
+    model = easyaira.load(str(tmp_path), template="plain" if kind == "llama" else "chat")
+    pairs = list(zip(QUESTIONS, ANSWERS, strict=True))
+    texts = [*pairs, "A text alone", pairs[0]]
+    found = model.score(texts)
+    assert found.shape == (5,) and found.dtype == np.float32 and found[0] == found[4]
+    spans = model.template.encode(
+        [
+            [{"role": "user", "content": q if isinstance(q, str) else q[0]["content"]}]
+            + [{"role": "assistant", "content": answer}]
+            for q, answer in pairs
+        ]
+    )
+    ids = [np.concatenate([tokens for tokens, _ in row]) for row in spans]
+    ids.append(model.template.judged(["A text alone"])[0])
+    for tokens, ours in zip(ids, found, strict=False):
+        with torch.no_grad():
+            wanted = theirs(torch.tensor(tokens)[None].long()).logits[0, 0]
+        np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
+    assert model.score([]).shape == (0,)
+
+
+def test_a_sampler_is_compiled_once_for_its_options(model):
+    model.generate(["x"], max_new_tokens=3)
+    (sampler,) = [s for k, s in model._samplers.items() if k[0].max_new_tokens == 3]
+    compiled = sampler.programs.decode._cache_size()
+    model.generate(["y"], max_new_tokens=3)
+    assert sampler is model.sampler(model.sampling(max_new_tokens=3))
+    assert sampler.programs.decode._cache_size() == compiled == 1
+
+
+def test_options_are_checked_as_the_commands(model):
+    for options, message in (
+        ({"temperature": -1.0}, "generate: temperature: found -1.0, expected a number from 0"),
+        ({"max_new_tokens": 2.5}, "generate: max_new_tokens: found 2.5, expected a whole number"),
+        ({"top_k": 3}, "top_k: has no effect on greedy generation; set temperature, too"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens: 9 exceeds max_new_tokens, 8"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.generate(["x"], **options)
+
+
 def test_errors_name_the_option_and_the_text(model):
     with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
         model.generate(["x"], top_q=1)
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):
         model.logps(["x", "x"], ["y", "y " * 200])
+
+
+def test_a_run_in_python(folder, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.sft_rows(8))
+    config = {
+        "model": {"name_or_path": str(folder)},
+        "data": {"train": str(rows), "template": "plain"},
+        "train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "num_samples": 0,
+        "export": False,
+        "output_dir": str(tmp_path / "run"),
+    }
+    with pytest.raises(ConfigError, match="data.tran: no such option; did you mean data.train"):
+        easyaira.train_sft(config | {"data": {"tran": "x"}})
+    run = easyaira.train_sft(config)
+    assert run.folder == tmp_path / "run"
+    assert [row["step"] for row in run.metrics] == [1, 2] and run.metrics[1]["loss"] > 0
+    assert len(run.model.generate(["Who?"], max_new_tokens=2)[0][0]) <= 20
+    assert run.model.template.text([]) == ""

@@ -163,6 +163,17 @@ class Parts(NamedTuple):
     cut: tuple[np.ndarray, ...] = ()
 
 
+def of_parts(parts: Sequence[Parts]) -> Examples:
+    """Examples in memory, of no source. All have the same number of answers."""
+    flat = [part for one in parts for part in ((one.prompt, one.prompt_learned), *one.answers)]
+    ends = np.cumsum([0, *(len(tokens) for tokens, _ in flat)])
+    spans = len(flat) // len(parts)
+    per_example = {name: np.zeros(len(parts), kind) for name, kind in PER_EXAMPLE.items()}
+    per_example["bounds"] = np.stack([ends[i : i + spans + 1] for i in range(0, len(flat), spans)])
+    tokens, learned = (np.concatenate(values) for values in zip(*flat, strict=True))
+    return Examples(tokens.astype(PER_TOKEN["tokens"]), learned, **per_example)
+
+
 class Files:
     """Writer of examples: writes tokens at once, and per-example arrays on exit."""
 

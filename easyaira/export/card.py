@@ -9,6 +9,7 @@ in card.md.jinja.
 from __future__ import annotations
 
 import html
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from easyaira.export.records import Records
 from easyaira.export.usage import ASKED, JUDGED, KINDS
 from easyaira.train import energy
 
+logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # `stated` finds no figures
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 PAPERS = {

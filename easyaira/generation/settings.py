@@ -73,20 +73,23 @@ def check_ids(content: Mapping[str, Any], file: str, vocab_size: int) -> None:
                 )
 
 
-def check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any, where: str = GENERATION_CONFIG) -> None:
     """Check a setting of NUMBERS.
+
+    Args:
+        where: the file, for messages.
 
     Raises:
         ConfigError: it is out of range.
     """
     kind, least, most = NUMBERS[name]
-    number = type(value) is int or (kind is float and type(value) is float)
+    number = isinstance(value, int | kind) and not isinstance(value, bool)
     if not number or not least <= value <= most or value == math.inf:
         words = "a number" if kind is float else "a whole number"
         upto = f" to {most:g}" if most < math.inf else ""
         raise ConfigError(
-            f"{GENERATION_CONFIG}: {name}: found {value!r:.80}, expected {words} from {least:g}"
-            f"{upto}; correct or remove it"
+            f"{where}: {name}: found {value!r:.80}, expected {words} from {least:g}{upto}; "
+            "correct or remove it"
         )
 
 
