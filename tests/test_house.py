@@ -35,7 +35,7 @@ FLOORS = """
     plan/
     run/
     cli
-    loaded train_sft train_dpo train_reward inspect convert generate verify
+    loaded train_sft train_dpo train_reward train_rl inspect convert generate verify
     best_of quickstart
     selftest
     __main__
@@ -237,6 +237,7 @@ def cpu_seconds(code):
         "train_sft",
         "train_dpo",
         "train_reward",
+        "train_rl",
         "inspect",
         "convert",
         "generate",
