@@ -16,6 +16,7 @@ from easyaira.data.examples import of_tokens
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, Preempted, RewardError
 from easyaira.losses.completions import completion_places, take
+from easyaira.rewards.model import RewardModel
 from easyaira.rewards.reward import function_of
 from easyaira.run import report
 from easyaira.run.run import run
@@ -238,6 +239,7 @@ def through(ground, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CYCLES)
 def test_ratios_are_1_and_the_divergence_is_0_at_the_first_update(name, through):
     _, rows, _ = through[name]
@@ -251,6 +253,7 @@ def test_ratios_are_1_and_the_divergence_is_0_at_the_first_update(name, through)
     assert 0 <= first["completions/clipped_ratio"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CYCLES)
 def test_answers_and_rewards_are_kept_for_people(name, through):
     folder, rows, _ = through[name]
@@ -318,15 +321,24 @@ def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
 @pytest.mark.slow
 def test_reward_models_and_functions_add_up(ground, tmp_path):
     count = f"{ground / 'reward.py'}:count"
-    both = {"rl.reward": f"[{count}, {ground / 'bert'}]", "rl.reward_weights": "[2, 10]"}
-    options = {"max_steps": 1, "rl.missing_eos_penalty": 3.0}
-    rows, _ = trained(ground, tmp_path / "both", **options, **both)
-    parts = []
-    for name, reward in {"count": count, "bert": ground / "bert"}.items():
-        parts.append(trained(ground, tmp_path / name, max_steps=1, **{"rl.reward": reward})[0][0])
-    wanted = 2 * parts[0]["reward"] + 10 * parts[1]["reward"]
-    wanted -= 3 * parts[0]["completions/clipped_ratio"]
-    assert rows[0]["reward"] == pytest.approx(wanted, rel=1e-5)
+    options = {"rl.reward": f"[{count}, {ground / 'bert'}]", "rl.reward_weights": "[2, 10]"}
+    options |= {"train_batch_size": 4, "max_steps": 1, "rl.missing_eos_penalty": 3.0}
+    rows, _ = trained(ground, tmp_path / "run", **options)
+    shown = rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)
+    said = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        for row in shown
+    ]
+    scores = RewardModel(str(ground / "bert"), meshes.make_mesh("fsdp=-1")).load().of_answers(said)
+    for row, score in zip(shown, scores, strict=True):
+        wanted = 2 * row["completion"].count("e") + 10 * score
+        assert row["reward"] == pytest.approx(wanted, rel=1e-4)
+    mean = np.mean([row["reward"] for row in shown])
+    wanted = mean - 3 * rows[0]["completions/clipped_ratio"]
+    assert len(shown) == 4 and rows[0]["reward"] == pytest.approx(wanted, rel=1e-5)
 
 
 # Bad input
