@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from easyaira.algorithms import grpo, rloo, rollouts
-from easyaira.algorithms.on_policy import Completions
+from easyaira.algorithms.on_policy import VECTORS, Completions, loss_of
 from easyaira.config.rl import RLConfig
 from easyaira.config.run import DryRun
 from easyaira.data.batches import Batches
@@ -237,6 +237,28 @@ def through(ground, tmp_path_factory):
         for name, options in CYCLES.items():
             runs[name] = root / name, *trained(ground, root / name, **options)
     return runs
+
+
+def test_the_first_update_of_a_roll_out_has_the_bits_of_its_log_probabilities(ground):
+    """Whatever program computed them; here, they are far from the policy's."""
+    model, params = tiny.load(ground / "gpt2")
+    config = config_of(algorithm="grpo", beta=1.0, max_completion_length=C)
+    loss_fn = loss_of(model, config, rollouts.OBJECTIVES["grpo"])
+    examples = of_tokens([[5, 6, 7]] * B, [[list(range(9, 9 + int(n)))] for n in LENGTHS])
+    old = completions().old_logps * (np.arange(C) < LENGTHS[:, None])
+    known = {name: np.zeros(B, np.float32) for name in VECTORS}
+    known |= {"old_logps": old, "ref_logps": old, "lengths": LENGTHS}
+    known |= {"prompt_lengths": np.full(B, 3, np.float32), "advantages": completions().advantages}
+    known["mean_length"] = np.full(B, LENGTHS.mean(), np.float32)
+    for first in (1, 0):
+        known["first"] = np.full(B, first, np.float32)
+        batch = Batches(examples, B, known=known, length=16)[0]
+        rows = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
+        sums = jax.jit(loss_fn)(params, None, rows, None)
+        assert (sums["kl"][0] == 0) == first
+        total = -(completions().advantages * LENGTHS).sum()
+        assert (float(sums["loss"][0]) == pytest.approx(total, abs=1e-5)) == first
+        assert (sums["clip_ratio/region_mean"][0] == 0) == first
 
 
 @pytest.mark.slow
