@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module, purpose)
     "sft": ("train_sft", "fine-tune a language model on prompts with completions"),
     "dpo": ("train_dpo", "optimise a language model on pairs of answers"),
     "reward": ("train_reward", "train a reward or toxicity model"),
+    "rl": ("train_rl", "train a language model on rewards of its own answers"),
     "generate": ("generate", "answer a prompt, a file of prompts, or converse"),
     "evaluate": ("evaluate", "measure a model on benchmarks, or a scorer on pairs"),
     "best_of": ("best_of", "sample, score and keep the best answers, for SFT and DPO"),

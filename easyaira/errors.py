@@ -61,6 +61,10 @@ class DataError(EasyAiraError):
     exit_status = 2
 
 
+class RewardError(DataError):
+    """A reward function failed or gave nonsense. Every host raises it at the same update."""
+
+
 class TokenizerError(EasyAiraError):
     exit_status = 2
 

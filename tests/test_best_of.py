@@ -1,5 +1,5 @@
-"""Rejection sampling: scores are PyTorch's, the best and the worst are chosen and kept in files that
-an interrupted command continues."""
+"""Rejection sampling: scores are PyTorch's, the best and the worst are chosen and kept in files
+that an interrupted command continues."""
 
 import json
 from collections import Counter

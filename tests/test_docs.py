@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from easyaira import __main__, cli, quickstart
-from easyaira.config.run import TrainReward
+from easyaira.config.run import TrainReward, TrainRL
 from easyaira.distributed import chips
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
@@ -26,7 +26,7 @@ from helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINING = ("train_sft", "train_dpo", "train_reward", "inspect")
+TRAINING = ("train_sft", "train_dpo", "train_reward", "train_rl", "inspect")
 PARSED = ("convert", "generate", "best_of", *TRAINING)  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
 
@@ -258,6 +258,8 @@ def shrunk(module: str, arguments: list[str], ground: Path) -> list[str]:
     more = ["--max_steps=2", "--train_batch_size=4", "--optimizer.warmup_ratio=0"]
     more += ["--optimizer.warmup_steps=1", "--gradient_accumulation_steps=1", "--eval_steps=0"]
     more += ["--logging_steps=1", "--num_samples=0", "--mesh=fsdp=-1", "--data.max_length=64"]
+    if module == "train_rl":
+        more += ["--rl.num_generations=2", "--rl.max_completion_length=8"]
     if not Path(config.model.name_or_path).exists():
         more.append(f"--model.name_or_path={model_like(config.model.name_or_path, ground)}")
     if not Path(config.data.train).exists():
@@ -289,11 +291,13 @@ def run(command: Command, ground: Path) -> None:
     importlib.import_module(f"easyaira.{module}").main(arguments)
 
 
+COUNTRIES = (
+    "easyaira sft --model.name_or_path quickstart/base --model.init random --data.train "
+    "quickstart/data/sft_train.jsonl --data.template aira --output_dir runs/countries"
+)
 NEEDED = {  # what pages say was done before
-    "docs/best_of.md": [
-        "easyaira sft --model.name_or_path quickstart/base --model.init random --data.train "
-        "quickstart/data/sft_train.jsonl --data.template aira --output_dir runs/countries"
-    ],
+    "docs/best_of.md": [COUNTRIES],
+    "docs/rl.md": [COUNTRIES],
     "docs/generate.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
     "docs/python.md": [
         "easyaira sft --config configs/aira-2-124m.yaml",
@@ -360,7 +364,7 @@ def test_every_yaml_block_is_a_configuration(tmp_path):
 def options() -> set[str]:
     """Every option as a page writes it: dpo.beta, and seed."""
     known = set()
-    for command in (Inspect, TrainReward):
+    for command in (Inspect, TrainReward, TrainRL):
         for name, kind in get_type_hints(command).items():
             groups = [k for k in (kind, *getattr(kind, "__args__", ())) if is_dataclass(k)]
             known.add(name)

@@ -17,6 +17,7 @@ from easyaira import (
     selftest,
     train_dpo,
     train_reward,
+    train_rl,
     train_sft,
     verify,
 )
@@ -26,6 +27,7 @@ COMMANDS = {
     "train_sft": train_sft.main,
     "train_dpo": train_dpo.main,
     "train_reward": train_reward.main,
+    "train_rl": train_rl.main,
     "inspect": inspect.main,
     "generate": generate.main,
     "evaluate": evaluate.main,

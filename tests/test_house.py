@@ -38,7 +38,7 @@ FLOORS = """
     cli
     loaded
     in_python
-    train_sft train_dpo train_reward inspect convert generate verify
+    train_sft train_dpo train_reward train_rl inspect convert generate verify
     evaluate best_of quickstart
     selftest
     __main__
@@ -240,6 +240,7 @@ def cpu_seconds(code):
         "train_sft",
         "train_dpo",
         "train_reward",
+        "train_rl",
         "inspect",
         "convert",
         "generate",

@@ -15,6 +15,7 @@ from easyaira.config.algorithms import DPOConfig, OptimizerConfig, RewardConfig,
 from easyaira.config.data import DataConfig
 from easyaira.config.model import LoraConfig, ModelConfig, PolicyConfig
 from easyaira.config.ranges import Count, CountOrZero, MaxSteps, Positive, Seed, TopP
+from easyaira.config.rl import RLConfig
 from easyaira.errors import ConfigError
 
 PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored when read
@@ -222,12 +223,7 @@ class TrainDPO(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, group in (("model", self.model), ("lora", self.lora)):
-            if group is not None and group.dropout:
-                raise ConfigError(
-                    f"{name}.dropout: would make policy and reference differ before the first "
-                    "update; set it to 0 for DPO"
-                )
+        _refuse_dropout(self, "DPO")
 
 
 @dataclass(frozen=True)
@@ -244,6 +240,53 @@ class TrainReward(RunConfig):
             raise ConfigError("num_samples: a reward model generates no text; leave it out")
         if self.generation != GenerationConfig():
             raise ConfigError("generation: a reward model generates no text; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRL(RunConfig):
+    """On-policy training of a language model on prompts, with rewards of its own answers."""
+
+    model: PolicyConfig
+    rl: RLConfig
+    train_batch_size: Count = 64
+    """Answers per update, over all devices and accumulation steps."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_dropout(self, "on-policy training")
+        if self.data.eval is not None:
+            raise ConfigError(
+                "data.eval: on-policy training reports the rewards of its own answers; leave it out"
+            )
+        answers, size = self.answers, self.train_batch_size
+        for name, divisor in (
+            ("train_batch_size", size),
+            ("rl.num_generations", self.rl.num_generations),
+        ):
+            if answers % divisor:
+                raise ConfigError(
+                    f"rl.generation_batch_size: {answers} answers are no multiple of {name} "
+                    f"{divisor}; use one"
+                )
+
+    @property
+    def answers(self) -> int:
+        """Answers of a roll-out."""
+        return self.rl.generation_batch_size or self.train_batch_size
+
+    @property
+    def cycle(self) -> int:
+        """Updates of a roll-out."""
+        return self.answers // self.train_batch_size * self.rl.num_iterations
+
+
+def _refuse_dropout(config: RunConfig, where: str) -> None:
+    for name, group in (("model", config.model), ("lora", config.lora)):
+        if group is not None and group.dropout:
+            raise ConfigError(
+                f"{name}.dropout: would make policy and reference differ before the first update; "
+                f"set it to 0 for {where}"
+            )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

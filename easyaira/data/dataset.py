@@ -12,7 +12,7 @@ import numpy as np
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import sources
 from easyaira.data.cache import cached_source
-from easyaira.data.columns import FORMS
+from easyaira.data.columns import FORMS, Message, Record, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
@@ -106,6 +106,17 @@ def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
 def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Source]:
     """`config.train` or `config.eval` as a list."""
     return [Source(what, config.split, config.columns)] if isinstance(what, str) else what
+
+
+def questions_of(config: DataConfig, examples: Examples) -> list[list[Message]]:
+    """Messages of each prompt of `config.train`, read again: examples hold only tokens."""
+    wanted = list(zip(examples.sources.tolist(), examples.rows.tolist(), strict=True))
+    needed, found = set(wanted), {}
+    for number, source in enumerate(sources_of(config, config.train)):
+        for row, located in enumerate(sources.read(source)):
+            if (number, row) in needed:
+                found[number, row] = question(Record(located.row))
+    return [found[key] for key in wanted]
 
 
 def _read(

@@ -214,14 +214,14 @@ class Files:
 
 
 def of_tokens(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[Sequence[int]]],
+    prompts: Sequence[Any],
+    answers: Sequence[Sequence[Any]],
     rows: Sequence[int] | None = None,
 ) -> Examples:
     """Examples of tokens in memory; every token of an answer has loss.
 
     Args:
-        prompts: tokens of each prompt.
+        prompts: tokens of each prompt, as lists or arrays.
         answers: tokens of the answers to each prompt, the same number of answers for all.
         rows: row of each example, for messages; default: its index.
     """

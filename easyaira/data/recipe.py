@@ -15,8 +15,9 @@ class Recipe:
     """How to tokenise a row. Recipe, template and tokenizer together determine every token.
 
     Attributes:
-        task: kind of row: a conversation to train on, a pair of answers, or a text to score.
-        max_length: longest prompt with answer, in tokens.
+        task: kind of row: a conversation to train on, a pair of answers, a text to score, or a
+            prompt to answer.
+        max_length: longest prompt with answer, in tokens; of a prompt to answer, without one.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
         truncation: treatment of examples above max_length.
         reverse: swap prompt and answer.
@@ -26,7 +27,7 @@ class Recipe:
         on_bad_row: error or skip.
     """
 
-    task: Literal["conversation", "pair", "label"]
+    task: Literal["conversation", "pair", "label", "prompt"]
     max_length: int
     max_prompt_length: int | None = None
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"

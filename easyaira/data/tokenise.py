@@ -72,7 +72,8 @@ def _readable(
         try:
             if isinstance(row, BadRow):
                 raise columns.Unreadable(row.reason)
-            form = form or _form(row, recipe.task, place)
+            if recipe.task != "prompt":
+                form = form or _form(row, recipe.task, place)
             record = columns.Record(row)
             texts = _texts(record, form, recipe, template)
             unread = tuple(dict.fromkeys(record.unread()))
@@ -146,7 +147,16 @@ class Texts(NamedTuple):
         yield from (m["content"] for messages in self.conversations for m in messages)
 
 
-def _texts(row: columns.Record, form: columns.Form, recipe: Recipe, template: Template) -> Texts:
+def _texts(
+    row: columns.Record, form: columns.Form | None, recipe: Recipe, template: Template
+) -> Texts:
+    if recipe.task == "prompt":
+        asked = columns.question(row)
+        try:
+            template.accepts([*asked, {"role": "assistant", "content": "x"}])
+        except DataError as error:
+            raise Dropped(str(error)) from error
+        return Texts([asked], [])
     if recipe.task == "label":
         judged, label = columns.judged(row, form)
         if not all(text.strip() for text in judged):
@@ -249,6 +259,12 @@ def _parts(
             yield Parts(empty, empty.astype(bool), answers)
         return
     conversations = [messages for *_, texts in readable for messages in texts.conversations]
+    if recipe.task == "prompt":
+        nothing = np.zeros(0, np.int32), np.zeros(0, bool)
+        for messages in conversations:
+            tokens = template.prompt(messages)
+            yield Parts(tokens, np.zeros(len(tokens), bool), [nothing])
+        return
     encoded = iter(template.encode(conversations))
     for *_, texts in readable:
         sides = [_split(next(encoded), texts, recipe) for _ in texts.conversations]

@@ -45,6 +45,12 @@ def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[s
         notes.append("prompt cut to max_prompt_length")
     tails = [np.zeros(0, np.int32)] * len(answers)
     _, longest = lengths_of(parts)
+    if recipe.task == "prompt":
+        if not len(prompt):
+            raise Dropped("prompt without tokens")
+        if kept.sum() > recipe.max_length:
+            raise Dropped("prompt leaves no room for an answer")
+        return Parts(prompt[kept], prompt_learned[kept], answers, (prompt[~kept], *tails)), notes
     if kept.sum() + longest > recipe.max_length:
         if recipe.truncation == "drop":
             raise Dropped("longer than max_length")

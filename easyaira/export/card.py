@@ -30,6 +30,9 @@ PAPERS = {
     "dpo": "Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290",
     "reward": "Ouyang et al. (2022), Training language models to follow instructions with human "
     "feedback, arXiv:2203.02155 (the pairwise loss)",
+    "grpo": "Shao et al. (2024), DeepSeekMath, arXiv:2402.03300 (GRPO)",
+    "rloo": "Ahmadian et al. (2024), Back to Basics: Revisiting REINFORCE Style Optimization for "
+    "Learning from Human Feedback in LLMs, arXiv:2402.14740",
     "lora": "Hu et al. (2021), LoRA: Low-Rank Adaptation of Large Language Models, "
     "arXiv:2106.09685",
     "reverse": "Li et al. (2023), Self-Alignment with Instruction Backtranslation, "
@@ -171,7 +174,7 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
     algorithm, made, optimizer = records.algorithm, config[PROVENANCE], config["optimizer"]
     devices, data = made["devices"], records.data
     train = data["train"] if data else None
-    unit = "examples" if algorithm == "sft" else "pairs"
+    unit = {"sft": "examples", "rl": "answers"}.get(algorithm, "pairs")
     rows = {
         "Size": f"{made['parameters']:,} parameters",
         "Context": f"{made['positions']:,} tokens" if "positions" in made else None,
@@ -179,7 +182,7 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
         "Data": ", ".join(
             f"{escape(name)}, split {escape(split)}" for name, _, split in records.sources()
         ),
-        "Rows": _rows(data, unit) if data else None,
+        "Rows": _rows(data, "prompts" if algorithm == "rl" else unit) if data else None,
         "Epochs": _number(last["epoch"]) if "epoch" in last else None,
         "Updates": f"{records.step:,}",
         "Batch size": f"{config['train_batch_size']} {unit} per update"
@@ -302,6 +305,7 @@ def _licences(records: Records, settings: Mapping[str, Any]) -> list[tuple[str, 
 def _citation(config: Mapping[str, Any], algorithm: str) -> list[str]:
     used = [algorithm, *(["lora"] if config["lora"] else [])]
     used += ["reverse"] if config["data"]["reverse"] else []
+    used += [config["rl"]["algorithm"]] if algorithm == "rl" else []
     made = config[PROVENANCE]
     commit = f", commit {made['git_commit']}" if made["git_commit"] else ""
     lines = [f"EasyAira {escape(made['versions']['easyaira'])}{escape(commit)}", _start(config)]

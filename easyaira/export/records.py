@@ -14,6 +14,8 @@ from easyaira.errors import ConfigError, DataError
 from easyaira.files import read_json, read_yaml
 from easyaira.train import energy, log
 
+ALGORITHMS = ("dpo", "reward", "sft", "rl")  # groups of options, one of which a run has
+
 
 @dataclass(frozen=True)
 class Records:
@@ -50,7 +52,7 @@ class Records:
         """
         file = self.folder / "config.yaml"
         config = read_yaml(file)
-        if PROVENANCE not in config or not {"dpo", "reward", "sft"} & config.keys():
+        if PROVENANCE not in config or not {*ALGORITHMS} & config.keys():
             raise ConfigError(
                 f"{file}: is cut or not of a run; run the training command again, which writes it"
             )
@@ -58,7 +60,7 @@ class Records:
 
     @cached_property
     def algorithm(self) -> str:
-        return next(name for name in ("dpo", "reward", "sft") if name in self.config)
+        return next(name for name in ALGORITHMS if name in self.config)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:

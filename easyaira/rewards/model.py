@@ -40,7 +40,7 @@ class RewardModel:
         EasyAiraError: its files cannot be read.
     """
 
-    def __init__(self, name: str, mesh: Mesh, dtype: Any = "float32"):
+    def __init__(self, name: str, mesh: Mesh | None, dtype: Any = "float32"):
         self.name, self.mesh = name, mesh
         self.origin = pretrained.find(name)
         compute = Compute(dtype=jnp.dtype(dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,23 @@ PANELS = (  # title, and metrics that share an axis
     ("reward margin", ("rewards/margins", "eval_rewards/margins")),
     ("rewards", ("rewards/chosen", "rewards/rejected")),
     ("log-probabilities", ("logps/chosen", "logps/rejected")),
+    ("reward of answers", ("reward", "reward_std")),
+    ("divergence from the reference", ("objective/kl",)),
+    ("length of answers", ("completions/mean_length",)),
+    ("share of answers that were cut", ("completions/clipped_ratio",)),
+    ("entropy", ("entropy",)),
+    ("share of clipped ratios", ("clip_ratio/region_mean",)),
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
 )
+SHOWN_UPDATES = 6  # whose answers are shown
 BODY = """{{ table(["", ""], facts) }}
 <h2>Curves</h2>
 {{ curves }}
 {% if samples %}<h2>Answers to held-out prompts</h2>
 {{ table(columns, samples) }}
+{% endif %}{% if completions %}<h2>Answers in training and their rewards</h2>
+{{ table(["update", "prompt", "answer", "reward"], completions) }}
 {% endif %}<h2>Configuration</h2>
 <pre>{{ config }}</pre>"""
 
@@ -68,12 +77,14 @@ def write(
     title: str,
     facts: Mapping[str, Any],
     samples: Sequence[Mapping[str, str]],
+    completions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write report.html into a run folder, from its metrics.jsonl and config.yaml.
 
     Args:
         facts: name -> value, for the table at the top.
         samples: one dictionary per prompt; their keys are the columns of the table.
+        completions: rows of a completions.jsonl; those of a few updates are shown.
     """
     columns = list(dict.fromkeys(column for sample in samples for column in sample))
     content = pages.page(
@@ -83,6 +94,19 @@ def write(
         curves=pages.svg(figure(log.read(folder / "metrics.jsonl"))),
         columns=columns,
         samples=[[sample.get(column, "") for column in columns] for sample in samples],
+        completions=list(_spread(completions)),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     write_file(folder / "report.html", content)
+
+
+def _spread(completions: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """Those of at most SHOWN_UPDATES updates, evenly spread, as rows of a table."""
+    updates = sorted({row["update"] for row in completions})
+    last = len(updates) - 1
+    shown = {
+        updates[i * last // max(SHOWN_UPDATES - 1, 1)] for i in range(SHOWN_UPDATES) if updates
+    }
+    for row in completions:
+        if row["update"] in shown:
+            yield [row.get(name, "") for name in ("update", "prompt", "completion", "reward")]

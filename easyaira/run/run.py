@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import easyaira
+from easyaira.algorithms import rollouts
 from easyaira.config.run import DryRun, RunConfig
 from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
@@ -30,7 +31,7 @@ from easyaira.run import provenance
 from easyaira.run import report as run_report
 from easyaira.run.samples import Samples
 from easyaira.storage.checkpoints import Checkpoints
-from easyaira.train import energy, kernel_check, loop, metrics
+from easyaira.train import energy, kernel_check, loader, loop, metrics
 from easyaira.train import step as steps
 from easyaira.train.algorithm import Algorithm
 from easyaira.train.evaluation import Evaluate
@@ -155,17 +156,23 @@ def _updates(
     batches = replace(setup.batches, known=beginning.known)
     held_out = setup.held_out and replace(setup.held_out, known=beginning.known_held_out)
     peak = metrics.peak_flops(mesh.devices.flat[0].device_kind)
+    own, start = algorithm.on_policy, step or 0
+    cycle = own.cycle if own else 1
+    stop = Stop(signal, mesh, until, cycle)
+    if own:
+        source = own.source(setup, folder, start, stop.look_now)
+    else:
+        source = loader.Stored(batches, start, until, mesh)
     log = NoLog()
     if hosts.first():
-        log = Log(folder, step or 0, until, window.unmeasured, window.logged)
+        log = Log(folder, start, until, window.unmeasured, window.logged)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     train_step = steps.jit_train_step(loss_fn, setup.tx, state)
-    stop = Stop(signal, mesh, until)
     try:
         state = loop.fit(
             state,
             trainable.frozen(beginning.frozen),
-            batches,
+            source,
             step=lambda state, frozen, arrays: train_step(state, frozen, arrays, setup.dropout_key),
             until=until,
             evaluate=Evaluate(
@@ -180,8 +187,8 @@ def _updates(
             record=Record(
                 log,
                 window,
-                batches,
-                start=step or 0,
+                source,
+                start=start,
                 every=config.logging_steps,
                 until=until,
                 facts={**beginning.metrics, **checked},
@@ -192,12 +199,14 @@ def _updates(
             ),
             save=Save(
                 checkpoints,
+                start=start,
                 every=config.save_steps,
                 until=until,
                 meta=facts.to_meta()
                 | trainable.to_meta()
                 | {"easyaira": easyaira.__version__, "run": provenance.identity(setup)},
                 seed=config.seed,
+                cycle=cycle,
             ),
             stop=stop,
         )
@@ -250,4 +259,5 @@ def write_report(setup: Setup, samples: Samples) -> None:
             "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
         },
         samples=samples.rows,
+        completions=rollouts.read(Path(config.output_dir) / rollouts.COMPLETIONS),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from easyaira.data.examples import Examples
 from easyaira.data.recipe import Recipe
 from easyaira.models.model import Model
 from easyaira.train.step import LossFn, Summary
@@ -31,8 +32,24 @@ class Beginning(NamedTuple):
     metrics: Mapping[str, float] = {}
 
 
+class OnPolicy(NamedTuple):
+    """Batches that the current weights make, by answering the prompts of the data.
+
+    Attributes:
+        largest: prompts -> examples of the largest update, with answers as long as allowed.
+        epoch: prompts -> updates in an epoch.
+        cycle: updates per roll-out; only between roll-outs is there a state to resume from.
+        source: (Setup, run folder, first update, asks whether to stop) -> see loader.Stored.
+    """
+
+    largest: Callable[[Examples], Examples]
+    epoch: Callable[[Examples], int]
+    cycle: int
+    source: Callable[[Setup, Path, int, Callable[[], bool]], Any]
+
+
 class Algorithm(NamedTuple):
-    """Everything that distinguishes SFT, DPO and reward modelling.
+    """Everything that distinguishes SFT, DPO, reward modelling and on-policy training.
 
     Attributes:
         recipe: longest example in tokens -> how rows become examples.
@@ -42,6 +59,7 @@ class Algorithm(NamedTuple):
         scorer: the model scores texts and does not generate them.
         known: Setup -> name -> per-example shape of the arrays that `begin` returns as `known`.
         summary: metrics over all held-out examples together (see train.step.PER_EXAMPLE).
+        on_policy: where batches come from if not from stored examples.
     """
 
     recipe: Callable[[int], Recipe]
@@ -51,3 +69,4 @@ class Algorithm(NamedTuple):
     scorer: bool = False
     known: Callable[[Setup], Mapping[str, tuple[int, ...]]] = lambda setup: {}
     summary: Summary | None = None
+    on_policy: OnPolicy | None = None

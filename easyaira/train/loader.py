@@ -55,6 +55,30 @@ class Ready(NamedTuple):
     waited: float
 
 
+class Stored:
+    """Batches start..stop - 1 of stored examples, as `loop.fit` asks for them.
+
+    A source of batches has these methods. One that depends on the weights makes its batch when it
+    is asked, and returns None if a signal interrupted that.
+    """
+
+    def __init__(self, batches: Batches, start: int, stop: int, mesh: Mesh):
+        self.batches = batches
+        self._coming = ahead(batches, start, stop, mesh)
+
+    def __call__(self, update: int, params: Any) -> Ready | None:
+        """The batch of the next update."""
+        return next(self._coming)
+
+    def __len__(self) -> int:
+        """Updates in an epoch."""
+        return len(self.batches)
+
+    def rows(self, update: int) -> np.ndarray:
+        """Rows of the data that an update is made of."""
+        return self.batches.examples.rows[self.batches.members(update)]
+
+
 def ahead(
     batches: Batches, start: int, stop: int, mesh: Mesh, what: str = "of the training"
 ) -> Iterator[Ready]:

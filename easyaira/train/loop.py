@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from easyaira.data.batches import Batches
-from easyaira.train import loader
+from easyaira.errors import RewardError
 from easyaira.train.evaluation import Evaluate
+from easyaira.train.loader import Ready
 from easyaira.train.record import Record
 from easyaira.train.saving import Save, Stop
 from easyaira.train.step import State
@@ -16,7 +16,7 @@ from easyaira.train.step import State
 def fit(
     state: State,
     frozen: Any,
-    batches: Batches,
+    source: Callable[[int, Any], Ready | None],
     *,
     step: Callable,
     until: int,
@@ -30,6 +30,7 @@ def fit(
     Args:
         state: donated to the first step.
         frozen: frozen weights.
+        source: (update, parameters) -> its batch, see loader.Stored.
         step: (state, frozen, arrays of a batch) -> (state, sums).
         evaluate: computes held-out metrics when due.
         record: logs metrics to files and the terminal.
@@ -39,17 +40,27 @@ def fit(
     Raises:
         NonFiniteError: a loss or a gradient is not finite. The parameters are unchanged by it.
         Preempted: a signal was received; the state is saved.
+        RewardError: a reward is unusable; the state is saved.
         StorageError: a checkpoint could not be written.
     """
-    mesh = state.step.sharding.mesh
     number = start = int(state.step)
+    problem = None
     if record.wants_evaluation(start):
         record.before(start, evaluate(state.params, frozen))
-    for number, ready in enumerate(loader.ahead(batches, start, until, mesh), start + 1):
+    while number < until:
+        try:
+            ready = source(number, state.params)
+        except RewardError as error:
+            ready, problem = None, error
+        if ready is None:
+            if number > save.last:
+                save(number, state, record.to_save())
+            break
         state, sums = step(state, frozen, ready.arrays)
+        number += 1
         stop.defer()
         record.update(number, ready, sums)  # also fetches the previous update's sums
-        stop.look()
+        stop.look(number)
         if evaluate.due(number):
             record.pause()
             record.evaluation(number, evaluate(state.params, frozen))
@@ -59,5 +70,7 @@ def fit(
             break
         record.resume()
     save.wait()
+    if problem:
+        raise problem
     stop.raise_if_stopped(number)
     return state

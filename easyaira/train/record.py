@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from easyaira.data.batches import Batches
 from easyaira.errors import NonFiniteError
 from easyaira.train.evaluation import Evaluation
 from easyaira.train.loader import Ready
@@ -34,6 +33,7 @@ class Record:
 
     Args:
         window: sums since the last logged update.
+        source: where batches come from, see loader.Stored.
         facts: metrics logged before the first update.
         schedule: learning rate by update.
         flops: FLOPs of an update per real token.
@@ -45,7 +45,7 @@ class Record:
         self,
         log: Log | NoLog,
         window: Window,
-        batches: Batches,
+        source: Any,
         *,
         start: int,
         every: int,
@@ -56,7 +56,7 @@ class Record:
         peak: float | None,
         latest: Callable[[], int | None],
     ):
-        self.log, self.window, self.batches = log, window, batches
+        self.log, self.window, self.source = log, window, source
         self.start, self.every, self.until = start, every, until
         self.facts, self.schedule, self.flops, self.peak = facts, schedule, flops, peak
         self.latest = latest
@@ -134,7 +134,7 @@ class Record:
         row = self.window.take(ended)
         row |= {
             "learning_rate": float(self.schedule(number - 1)),
-            "epoch": number / len(self.batches),
+            "epoch": number / len(self.source),
         }
         rate = row["tokens_per_second"]
         row["mfu"] = rate and self.peak and rate * self.flops / self.peak
@@ -142,7 +142,7 @@ class Record:
         return row
 
     def _failure(self, failed: int) -> str:
-        rows = self.batches.examples.rows[self.batches.members(failed)]
+        rows = self.source.rows(failed)
         kept = self.latest()
         where = "there is no checkpoint yet" if kept is None else f"checkpoint {kept} precedes it"
         return (

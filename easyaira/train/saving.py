@@ -13,9 +13,11 @@ from easyaira.storage.checkpoints import Checkpoints
 from easyaira.train.step import State
 
 
-def due(number: int, every: int, until: int) -> bool:
-    """True every `every` updates (0: never), and after the last."""
-    return number == until or bool(every and number % every == 0)
+def due(number: int, every: int, until: int, cycle: int = 1) -> bool:
+    """True every `every` updates (0: never), put off to the end of a cycle, and after the last."""
+    if number == until:
+        return True
+    return bool(every) and number % cycle == 0 and number // every > (number - cycle) // every
 
 
 class Save:
@@ -24,21 +26,34 @@ class Save:
     Args:
         meta: stored with each checkpoint.
         seed: seed of the data order; stored with the position in the data.
+        cycle: updates between two states that a run can resume from.
+
+    Attributes:
+        last: the newest saved update, or that which the run started from.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, *, every: int, until: int, meta: dict[str, Any], seed: int
+        self,
+        checkpoints: Checkpoints,
+        *,
+        start: int,
+        every: int,
+        until: int,
+        meta: dict[str, Any],
+        seed: int,
+        cycle: int = 1,
     ):
         self.checkpoints, self.meta, self.seed = checkpoints, meta, seed
-        self.every, self.until = every, until
+        self.every, self.until, self.cycle, self.last = every, until, cycle, start
 
     def due(self, number: int) -> bool:
-        return due(number, self.every, self.until)
+        return due(number, self.every, self.until, self.cycle)
 
     def __call__(self, number: int, state: State, window: dict[str, Any]) -> None:
         """Start saving; the state may be donated as soon as this returns."""
         position = {"seed": self.seed, "update": number}
         meta = self.meta | {"window": window}
+        self.last = number
         self.checkpoints.save(number, state.params, state.opt_state, position, meta)
 
     def wait(self) -> None:
@@ -49,12 +64,15 @@ class Save:
 class Stop:
     """Makes all hosts agree to stop when any of them received a signal.
 
+    Args:
+        cycle: updates between two states that a run can resume from.
+
     Attributes:
         stopping: the loop ends after the current update.
     """
 
-    def __init__(self, signal: StopSignal, mesh: Mesh, until: int):
-        self.signal, self.mesh, self.until = signal, mesh, until
+    def __init__(self, signal: StopSignal, mesh: Mesh, until: int, cycle: int = 1):
+        self.signal, self.mesh, self.until, self.cycle = signal, mesh, until, cycle
         self.stopping = False
         self._asked: Any = False  # all-reduced flag of the previous update
 
@@ -62,11 +80,12 @@ class Stop:
         """Defer signals to the end of the update: from now on there is a state to save."""
         self.signal.deferred = True
 
-    def look(self) -> None:
-        """Check for signals, once an update. With several hosts the flag is all-reduced
-        asynchronously, so it takes effect one update late."""
+    def look(self, number: int) -> None:
+        """Check for signals, once an update; they take effect at the end of a cycle. With several
+        hosts the flag is all-reduced asynchronously, so it takes effect one update late."""
         previous, self._asked = self._asked, hosts.any_of(bool(self.signal.received), self.mesh)
-        self.stopping = bool(previous if hosts.several() else self._asked)
+        asked = bool(previous if hosts.several() else self._asked)
+        self.stopping = asked and number % self.cycle == 0
 
     def look_now(self) -> bool:
         """Check for signals between batches of an evaluation; waits for the other hosts."""

@@ -40,7 +40,7 @@ class Setup:
         origin: location of the model's files.
         stored: the model as stored.
         model: the trained model, whose vocabulary may have been resized.
-        batches, held_out: the data, in updates and in micro-batches.
+        batches, held_out: the data, in updates and in micro-batches; on-policy, the largest update.
         total_steps, schedule, tx: number of updates, learning rate and optimizer.
         adapter: trained in the place of the model's own weights.
     """
@@ -106,7 +106,7 @@ def prepare(
 
     Args:
         config: the run's.
-        algorithm: SFT, DPO or reward modelling.
+        algorithm: SFT, DPO, reward modelling or on-policy training.
         devices: devices of the run, which may be mere descriptions; default: all available ones.
 
     Raises:
@@ -145,8 +145,9 @@ def prepare(
     }
     compute = replace(model.compute, shared_prompt=layout["share_prompt"])
     model = replace(model, compute=compute)
+    own = algorithm.on_policy
     batches = Batches(
-        data.train,
+        own.largest(data.train) if own else data.train,
         config.train_batch_size,
         config.gradient_accumulation_steps,
         seed=config.seed,
@@ -161,7 +162,7 @@ def prepare(
     held_out = None
     if data.held_out is not None:
         held_out = Batches(data.held_out, micro_batch, **layout)
-    total_steps = updates(config, len(batches))
+    total_steps = updates(config, own.epoch(data.train) if own else len(batches))
     schedule = optimizer.make_schedule(config.optimizer, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
     return Setup(

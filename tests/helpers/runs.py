@@ -11,8 +11,9 @@ import numpy as np
 from easyaira import cli
 from easyaira.algorithms.dpo import dpo_algorithm
 from easyaira.algorithms.reward import reward_algorithm
+from easyaira.algorithms.rollouts import rl_algorithm
 from easyaira.algorithms.sft import sft_algorithm
-from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
+from easyaira.config.run import TrainDPO, TrainReward, TrainRL, TrainSFT
 from easyaira.distributed.tree import path_of
 from easyaira.run.run import run
 from easyaira.storage.checkpoints import Checkpoints
@@ -24,8 +25,9 @@ TASKS = {
     "sft": (TrainSFT, sft_algorithm),
     "dpo": (TrainDPO, dpo_algorithm),
     "reward": (TrainReward, reward_algorithm),
+    "rl": (TrainRL, rl_algorithm),
 }
-STEPS = {"sft": 20, "dpo": 20, "reward": 6}
+STEPS = {"sft": 20, "dpo": 20, "reward": 6, "rl": 6}
 LEARNING = {
     "optimizer.learning_rate": 1e-3,
     "optimizer.weight_decay": 0.1,

@@ -1,0 +1,110 @@
+"""Shared by on-policy algorithms: completions in a batch, and what is logged of them.
+
+Shapes: B completions of at most C tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easyaira.config.rl import RLConfig
+from easyaira.losses.completions import completion_mask, completion_places, take
+from easyaira.losses.token_logps import token_logps
+from easyaira.models.model import Model
+from easyaira.train.step import LossFn, Sums
+
+
+class Completions(NamedTuple):
+    """Completions under the policy that is trained.
+
+    Attributes:
+        logps, old_logps, ref_logps: [B, C] log-probabilities by the policy, by the policy that
+            sampled them, and by the reference (0 without one).
+        mask: [B, C] real tokens, the end token among them.
+        advantages: [B].
+        mean_length: [B] mean length of the completions of the roll-out.
+    """
+
+    logps: jax.Array
+    old_logps: jax.Array
+    ref_logps: jax.Array
+    mask: jax.Array
+    advantages: jax.Array
+    mean_length: jax.Array
+
+
+class Objective(NamedTuple):
+    """An on-policy algorithm.
+
+    Attributes:
+        advantages: (rewards [P, K], KL [P, K], config) -> [P, K].
+        loss: (Completions, config) -> sums.
+    """
+
+    advantages: Callable[[np.ndarray, np.ndarray, RLConfig], np.ndarray]
+    loss: Callable[[Completions, RLConfig], Sums]
+
+
+LOGGED = {  # name of a batch's array [B] -> metric: its mean over completions
+    "rewards": "reward",
+    "reward_std": "reward_std",
+    "zero_std": "frac_reward_zero_std",
+    "lengths": "completions/mean_length",
+    "cut": "completions/clipped_ratio",
+    "kl_sums": "objective/kl",
+}
+VECTORS = (*LOGGED, "advantages", "prompt_lengths", "mean_length", "first")  # arrays [B] of a batch
+MATRICES = ("old_logps", "ref_logps")  # arrays [B, C]
+
+
+def logps_of(
+    model: Model, params: Any, batch: Mapping[str, jax.Array], config: RLConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of completions and entropies of their distributions, [B, C]."""
+    hidden, head = model.apply(params, batch)
+    if config.temperature_in_loss:
+        hidden = hidden / config.temperature  # and so are the logits
+    tokens, mask = batch["tokens"], batch["loss_mask"]
+    out = token_logps(hidden, head, tokens, mask, vocab_size=model.vocab_size)
+    places = completion_places(batch, batch["prompt_lengths"], int(config.max_completion_length))
+    return take(out.logps, places), take(jax.lax.stop_gradient(out.entropy), places)
+
+
+def loss_of(model: Model, config: RLConfig, objective: Objective) -> LossFn:
+    """The loss of a batch of completions.
+
+    In the first update of a roll-out, the policy is the one that sampled it. Its log-probabilities
+    then have the bits of `old_logps`, so ratios are exactly 1, and the KL divergence from a
+    reference with the same weights is exactly 0.
+    """
+
+    def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
+        logps, entropy = logps_of(model, params, batch, config)
+        old = batch["old_logps"]
+        same = old + (logps - jax.lax.stop_gradient(logps))
+        logps = jnp.where(batch["first"][:, None] > 0, same, logps)
+        mask = completion_mask(batch["lengths"], logps.shape[1])
+        names = ("advantages", "mean_length")
+        rest = (batch[name] for name in names)
+        sums = objective.loss(Completions(logps, old, batch["ref_logps"], mask, *rest), config)
+        count = jnp.float32(len(logps))
+        logged = {metric: (batch[name].sum(), count) for name, metric in LOGGED.items()}
+        if not config.beta:
+            del logged["objective/kl"]
+        return sums | logged | {"entropy": ((entropy * mask).sum(), mask.sum())}
+
+    return loss_fn
+
+
+def clip_shares(ratio: jax.Array, advantages: jax.Array, mask: jax.Array, config: RLConfig) -> Sums:
+    """Shares of ratios whose gradient the clip removes, under TRL's names."""
+    low, high = config.clip
+    is_low, is_high = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+    shares = {"low": is_low, "high": is_high, "region": is_low | is_high}
+    total = mask.sum()
+    return {f"clip_ratio/{name}_mean": ((x * mask).sum(), total) for name, x in shares.items()}

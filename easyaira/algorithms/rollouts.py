@@ -1,0 +1,310 @@
+"""On-policy training: the current weights answer prompts, a reward scores the answers, and an
+objective learns from them.
+
+A roll-out is a function of the weights, the seed and its number. So nothing of it is saved: a run
+resumes only between roll-outs. Shapes: P prompts with K answers each, G = P x K answers of at most
+C tokens; A micro-batches of B answers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from easyaira.algorithms import grpo, rloo
+from easyaira.algorithms.on_policy import MATRICES, VECTORS, Objective, logps_of, loss_of
+from easyaira.algorithms.reference import reference_model, reference_weights
+from easyaira.config.run import TrainRL
+from easyaira.data.batches import LAYOUT, Batches
+from easyaira.data.dataset import questions_of
+from easyaira.data.examples import Examples, of_tokens
+from easyaira.data.recipe import recipe_of
+from easyaira.distributed import hosts, watchdog
+from easyaira.distributed import mesh as meshes
+from easyaira.distributed.sharding import constrain
+from easyaira.errors import ConfigError, StorageError
+from easyaira.files import parse_json, reason, write_file
+from easyaira.generation.processors import Sampling
+from easyaira.generation.sampler import ROWS, Answer, Sampler
+from easyaira.generation.settings import end_ids, files_of
+from easyaira.models.model import Model
+from easyaira.rewards.reward import Reward
+from easyaira.train import loader
+from easyaira.train.algorithm import Algorithm, Beginning, OnPolicy
+from easyaira.train.loader import Ready
+from easyaira.train.setup import Setup
+
+OBJECTIVES = {
+    "grpo": Objective(grpo.advantages, grpo.loss),
+    "rloo": Objective(rloo.advantages, rloo.loss),
+}
+SHOWN = 4  # answers of a roll-out in COMPLETIONS
+COMPLETIONS = "completions.jsonl"  # in the run folder
+
+
+def rl_algorithm(config: TrainRL) -> Algorithm:
+    """On-policy training, as `run` expects an algorithm."""
+    rl, longest = config.rl, int(config.rl.max_completion_length)
+
+    def room(max_length: int) -> int:
+        if longest >= max_length:
+            raise ConfigError(
+                f"rl.max_completion_length: {longest} leaves no room for a prompt in {max_length} "
+                "positions; lower it"
+            )
+        return max_length - longest
+
+    def epoch(prompts: Examples) -> int:
+        count = config.answers // rl.num_generations
+        if len(prompts) < count:
+            raise ConfigError(
+                f"data.train: {len(prompts)} prompts are fewer than the {count} of a roll-out; "
+                "lower train_batch_size or raise rl.num_generations"
+            )
+        Reward(rl.rewards, rl.reward_weights, None, "float32")  # raises if there is none
+        return len(prompts) // count * config.cycle
+
+    def known(setup: Setup) -> Mapping[str, tuple[int, ...]]:
+        return dict.fromkeys(VECTORS, ()) | dict.fromkeys(MATRICES, (longest,))
+
+    return Algorithm(
+        recipe=lambda max_length: recipe_of("prompt", config.data, room(max_length)),
+        loss_fn=lambda setup: loss_of(setup.model, rl, OBJECTIVES[rl.algorithm]),
+        frozen=lambda setup: None,
+        begin=lambda setup, params, folder, first: Beginning(),
+        known=known,
+        on_policy=OnPolicy(
+            largest=partial(largest_update, answers=int(config.train_batch_size), longest=longest),
+            epoch=epoch,
+            cycle=config.cycle,
+            source=Rollouts,
+        ),
+    )
+
+
+def largest_update(prompts: Examples, *, answers: int, longest: int) -> Examples:
+    """The longest prompts, with answers of `longest` tokens."""
+    starts, ends = prompts.bounds[:, 0], prompts.bounds[:, 1]
+    order = np.resize(np.argsort(starts - ends, kind="stable"), answers)
+    tokens = [prompts.tokens[starts[i] : ends[i]] for i in order]
+    return of_tokens(tokens, [[np.zeros(longest, np.int32)]] * answers, prompts.rows[order])
+
+
+class Rollouts:
+    """Makes the batches of an on-policy run; see train.loader.Stored for the interface.
+
+    Args:
+        folder: the run folder, which gets some answers of each roll-out.
+        start: first update of this process.
+        stopping: asks whether a signal requests a stop.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, start: int, stopping: Callable[[], bool]):
+        config: TrainRL = setup.config
+        self.setup, self.config, self.rl, self.stopping = setup, config, config.rl, stopping
+        count = config.answers // self.rl.num_generations
+        data = setup.data.train
+        self.prompts = Batches(data, count, seed=config.seed, drop_last=True)
+        self.questions = questions_of(config.data, data)
+        reward = Reward(
+            self.rl.rewards, self.rl.reward_weights, setup.mesh, setup.model.compute.dtype
+        )
+        reward.check(self.questions)
+        self.reward = reward.load()
+        files = {} if config.model.tokenizer else files_of(setup.origin)
+        sampling = Sampling(
+            max_new_tokens=int(self.rl.max_completion_length),
+            temperature=self.rl.temperature,
+            top_k=int(self.rl.top_k),
+            top_p=self.rl.top_p,
+            end_ids=tuple(end_ids(setup.template, files, setup.model.vocab_size)),
+        )
+        shards = meshes.data_shards(setup.mesh)
+        self.sampler = Sampler(setup.model, sampling, rows=ROWS * shards)
+        self.score = make_logps(setup.model, config)
+        self.reference: Any = None
+        if self.rl.beta:
+            self.score_ref = self.score
+            if config.model.ref_name_or_path is not None:
+                self.score_ref = make_logps(reference_model(setup), config)
+            self.reference = reference_weights(setup)
+        self.batches: Batches | None = None
+        self.log = Log(folder / COMPLETIONS, start) if hosts.first() else None
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.config.cycle
+
+    def rows(self, update: int) -> np.ndarray:
+        members = self.prompts.members(update // self.config.cycle)
+        return self.setup.data.train.rows[members]
+
+    def __call__(self, update: int, params: Any) -> Ready | None:
+        begun = time.perf_counter()
+        number, part = divmod(update, self.config.cycle)
+        if part == 0:
+            self.batches = self.roll_out(number, self.setup.trainable.weights(params))
+            if self.batches is None:
+                return None
+        watchdog.beat(f"computing batch {update + 1} of the training")
+        first = np.full(self.config.answers, part == 0, np.float32)
+        batches = replace(self.batches, known=self.batches.known | {"first": first})
+        batch = batches[part]
+        arrays = loader.to_device(batch, self.setup.mesh)
+        return Ready(batch._replace(arrays={}), arrays, time.perf_counter() - begun)
+
+    def roll_out(self, number: int, weights: Any) -> Batches | None:
+        """Batches of answers by these weights, with rewards; None if a signal interrupted it."""
+        K = int(self.rl.num_generations)
+        members = self.prompts.members(number)
+        data = self.setup.data.train
+        prompts = [data.tokens[start:end] for start, end in data.bounds[members, :2]]
+        seed = int(np.random.SeedSequence([self.config.seed, 4, number]).generate_state(1)[0])
+        answers = self.sample(weights, prompts, seed)
+        if answers is None:
+            return None
+        texts = [self.setup.template.text(answer.content) for answer in answers]
+        asked = [self.questions[i] for i in members for _ in range(K)]
+        rewards = self.reward(asked, texts)
+        cut = np.array([answer.reason == "length" for answer in answers], np.float32)
+        if self.log:
+            self.log.write(number * self.config.cycle, asked, texts, rewards)
+        rewards = rewards - np.float32(self.rl.missing_eos_penalty) * cut
+        own = [prompts[i // K] for i in range(len(answers))]
+        batches = self.layout(own, answers, np.repeat(data.rows[members], K), seed)
+        old = self.logps(weights, batches, self.score)
+        ref = np.zeros_like(old)
+        if self.rl.beta:
+            ref = self.logps(self.reference, batches, self.score_ref)
+        lengths = np.array([len(answer.tokens) for answer in answers], np.float32)
+        mask = np.arange(old.shape[1]) < lengths[:, None]
+        kl = ((old - ref) * mask).sum(1) if self.rl.beta else np.zeros(len(answers), np.float32)
+        groups = rewards.reshape(-1, K)
+        objective = OBJECTIVES[self.rl.algorithm]
+        advantages = objective.advantages(groups, kl.reshape(-1, K), self.rl)
+        of_all = {"reward_std": rewards.std(ddof=1), "mean_length": lengths.mean()}
+        known = {
+            "rewards": rewards,
+            "zero_std": np.repeat(groups.std(1) == 0, K),
+            "cut": cut,
+            "kl_sums": kl,
+            "advantages": advantages.ravel(),
+            **{name: np.full(len(answers), value) for name, value in of_all.items()},
+        }
+        known = {name: np.asarray(values, np.float32) for name, values in known.items()}
+        known |= {"old_logps": old, "ref_logps": ref}
+        return replace(batches, known=batches.known | known)
+
+    def sample(self, weights: Any, prompts: list[np.ndarray], seed: int) -> list[Answer] | None:
+        """K answers to each prompt, in order."""
+        found: dict[int, Answer] = {}
+        K = int(self.rl.num_generations)
+        for number, answer in self.sampler.answers(
+            self.sampler.weights(weights),
+            [prompt.tolist() for prompt in prompts],
+            num_samples=K,
+            seed=seed,
+        ):
+            watchdog.beat(f"sampling answer {len(found) + 1} of {len(prompts) * K}")
+            if self.stopping():
+                return None
+            found[number] = answer
+        return [found[number] for number in range(len(found))]
+
+    def layout(
+        self, prompts: list[np.ndarray], answers: list[Answer], rows: np.ndarray, seed: int
+    ) -> Batches:
+        """The answers in updates; every pass over them has an order of its own."""
+        plan = self.setup.batches
+        lengths = {
+            "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.float32),
+            "lengths": np.array([len(answer.tokens) for answer in answers], np.float32),
+        }
+        return replace(
+            plan,
+            examples=of_tokens(prompts, [[answer.tokens] for answer in answers], rows),
+            seed=seed,
+            known=lengths,
+            length=plan.shapes[-1].length,
+        )
+
+    def logps(self, weights: Any, batches: Batches, score: Callable) -> np.ndarray:
+        """Log-probabilities [G, C] of the answers."""
+        found = np.zeros((self.config.answers, int(self.rl.max_completion_length)), np.float32)
+        for part in range(len(batches)):
+            watchdog.beat(f"log-probabilities of answers, part {part + 1} of {len(batches)}")
+            batch = batches[part]
+            values = score(weights, loader.to_device(batch, self.setup.mesh))
+            found[batch.examples] = np.asarray(values)[tuple(batch.slots.T)]
+        return found
+
+
+def make_logps(model: Model, config: TrainRL) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
+    """(weights, batch) -> log-probabilities [A, B, C]; policy and reference use the same program,
+    so that equal weights give equal bits."""
+
+    def score(params, batch):
+        def of_part(part):
+            return logps_of(model, params, part, config.rl)[0]
+
+        names = (*LAYOUT, "prompt_lengths")
+        found = jax.lax.map(of_part, {name: batch[name] for name in names})
+        return constrain(found, None, None, None)
+
+    return jax.jit(score)
+
+
+class Log:
+    """Appends some answers of each roll-out to a file.
+
+    Args:
+        start: rows of this update and later ones are removed.
+
+    Raises:
+        StorageError: the file cannot be written, here or later.
+    """
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        try:
+            kept = [row for row in read(path) if row["update"] < start]
+            write_file(path, "".join(map(_line, kept)))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.path}: cannot be written: {reason(error)}")
+
+    def write(self, update: int, asked: list[Any], texts: list[str], rewards: np.ndarray) -> None:
+        """Append the first answers of the roll-out before this update."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                for messages, text, score in list(zip(asked, texts, rewards, strict=True))[:SHOWN]:
+                    row = {"update": update, "prompt": messages[-1]["content"]}
+                    file.write(_line(row | {"completion": text, "reward": float(score)}))
+        except OSError as error:
+            raise self._failed(error) from error
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a completions.jsonl, without damaged ones."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and type(row.get("update")) is int:
+            rows.append(row)
+    return rows

@@ -1,0 +1,85 @@
+"""Options of on-policy training. Names are those of TRL where the thing is the same.
+
+The string below an option is its `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from easyaira.config.ranges import Count, CountOrZero, NonNegative, Positive, Share, TopP
+from easyaira.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """On-policy training: the model answers prompts, and rewards of its answers train it."""
+
+    reward: str | list[str]
+    """Reward of an answer: a reward model (run folder, Hugging Face folder or hub id), or
+    file.py:function or module:function, whose code is run; several are added up. A function takes
+    prompts and completions (lists of texts) and returns a list of numbers."""
+    reward_weights: list[float] | None = None
+    """Weight of each reward; default: 1."""
+    algorithm: Literal["grpo", "rloo"] = "grpo"
+    """grpo: advantages relative to the answers of the same prompt, clipped ratios per token; rloo:
+    leave-one-out baseline, clipped ratios per answer, KL in the reward."""
+    num_generations: Count = 8
+    """Answers to each prompt, at least 2."""
+    max_completion_length: Count = 256
+    """Longest answer in tokens."""
+    generation_batch_size: Count | None = None
+    """Answers per roll-out, used in updates of train_batch_size answers each; default:
+    train_batch_size, which makes every update on-policy."""
+    num_iterations: Count = 1
+    """Passes over the answers of a roll-out."""
+    temperature: Positive = 1.0
+    """Divisor of the logits when answers are sampled."""
+    top_k: CountOrZero = 0
+    """Sample from the k likeliest tokens; 0: from all."""
+    top_p: TopP = 1.0
+    """Sample from the likeliest tokens whose probabilities add up to this."""
+    temperature_in_loss: bool = False
+    """Compute ratios and KL at the sampling temperature, as TRL does; false: at temperature 1."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the reward of an answer that was cut at max_completion_length."""
+    beta: NonNegative = 0.05
+    """Weight of the KL divergence from the reference; 0: no reference is held."""
+    epsilon: Share = 0.2
+    """Ratios of probabilities are clipped at 1 - epsilon and 1 + epsilon."""
+    epsilon_high: Positive | None = None
+    """Upper clip instead of epsilon."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] | None = None
+    """grpo only: denominator of the loss. dapo (default): tokens; grpo: the tokens of each answer,
+    then answers; dr_grpo: answers times max_completion_length."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """grpo only: divide advantages by the standard deviation of the rewards of the prompt (group,
+    default), of the roll-out (batch), or not at all."""
+    normalize_advantages: bool = False
+    """rloo only: scale the advantages of a roll-out to mean 0 and standard deviation 1."""
+
+    def __post_init__(self):
+        if self.num_generations < 2:
+            raise ConfigError(
+                "rl.num_generations: 1 answer has none to be compared with; use at least 2"
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ConfigError(
+                f"rl.reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} "
+                "rewards; give each reward one"
+            )
+        for name in ("loss_type", "scale_rewards"):
+            if self.algorithm != "grpo" and getattr(self, name) is not None:
+                raise ConfigError(f"rl.{name}: applies to grpo only; leave it out")
+        if self.algorithm != "rloo" and self.normalize_advantages:
+            raise ConfigError("rl.normalize_advantages: applies to rloo only; leave it out")
+
+    @property
+    def rewards(self) -> list[str]:
+        return [self.reward] if isinstance(self.reward, str) else self.reward
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """Bounds of the ratio."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return 1 - self.epsilon, 1 + high

@@ -1,0 +1,464 @@
+"""On-policy training: formulas, a run's first update, its rewards, and stopping at any point."""
+
+import html
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyaira.algorithms import grpo, rloo, rollouts
+from easyaira.algorithms.on_policy import VECTORS, Completions, loss_of
+from easyaira.config.rl import RLConfig
+from easyaira.config.run import DryRun
+from easyaira.data.batches import Batches
+from easyaira.data.examples import of_tokens
+from easyaira.distributed import mesh as meshes
+from easyaira.errors import ConfigError, Preempted, RewardError
+from easyaira.losses.completions import completion_places, take
+from easyaira.rewards.model import RewardModel
+from easyaira.rewards.reward import function_of
+from easyaira.run import report
+from easyaira.run.run import run
+from easyaira.train.saving import due
+from easyaira.train.setup import prepare
+from helpers import tiny
+from helpers.runs import close, configure, losses_of, same_bits, stop_after, train
+
+B, C, K = 6, 5, 3
+LENGTHS = np.array([5, 1, 3, 2, 5, 4], np.float32)
+
+
+def completions(seed=0, **changed):
+    """Completions whose ratios are clipped on both sides, with leftovers behind their ends."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        name: rng.normal(-2, 0.5, (B, C)).astype(np.float32)
+        for name in ("logps", "old_logps", "ref_logps")
+    }
+    mask = np.arange(C) < LENGTHS[:, None]
+    advantages = rng.normal(0, 1, B).astype(np.float32)
+    mean_length = np.full(B, LENGTHS.mean(), np.float32)
+    return Completions(**arrays, mask=mask, advantages=advantages, mean_length=mean_length)
+
+
+def config_of(**options):
+    return RLConfig(reward="x:y", **options)
+
+
+def loop(c, config):
+    """The loss by the formulas of TRL 1.16's _compute_loss, token by token, in float64."""
+    low, high = config.clip
+    per_token, per_sequence = [], []
+    for b in range(B):
+        n = int(LENGTHS[b])
+        logps, old, ref = (np.float64(x[b, :n]) for x in (c.logps, c.old_logps, c.ref_logps))
+        A = float(c.advantages[b])
+        ratio = np.exp(logps - old)
+        own = [-min(r * A, min(max(r, low), high) * A) for r in ratio]
+        kl = np.exp(ref - logps) - (ref - logps) - 1
+        per_token.append(np.array(own) + config.beta * kl)
+        whole = np.exp((logps - old).sum())
+        per_sequence.append(-min(whole * A, min(max(whole, low), high) * A))
+    if config.algorithm == "rloo":
+        return np.mean(per_sequence)
+    if config.loss_type == "grpo":
+        return np.mean([tokens.mean() for tokens in per_token])
+    total = sum(tokens.sum() for tokens in per_token)
+    return total / (B * C if config.loss_type == "dr_grpo" else LENGTHS.sum())
+
+
+CONFIGS = [
+    config_of(algorithm="grpo", beta=0.3, epsilon_high=0.28),
+    config_of(algorithm="grpo", beta=0.0),
+    config_of(algorithm="grpo", beta=0.3, loss_type="grpo"),
+    config_of(algorithm="grpo", beta=0.3, loss_type="dr_grpo"),
+    config_of(algorithm="rloo", beta=0.3),
+]
+
+
+TRL = {  # 1.16's losses, by scripts/parity_rl.py
+    "grpo-None-0.3": -0.01037585735321045,
+    "grpo-None-0.0": -0.08795656263828278,
+    "grpo-grpo-0.3": -0.12813033163547516,
+    "grpo-dr_grpo-0.3": -0.0028345186728984118,
+    "rloo-None-0.3": -0.13769371807575226,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.algorithm}-{c.loss_type}-{c.beta}")
+def test_losses_are_those_of_a_loop_and_of_trl(config):
+    objective = rollouts.OBJECTIVES[config.algorithm]
+    c = completions()
+    sums = objective.loss(jax.tree.map(jnp.asarray, c), config)
+    total, count = sums["loss"]
+    found = float(total) / float(count)
+    assert found == pytest.approx(loop(c, config), abs=1e-6)
+    wanted = TRL[f"{config.algorithm}-{config.loss_type}-{config.beta}"]
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert float(sums["clip_ratio/low_mean"][0]) > 0 and float(sums["clip_ratio/high_mean"][0]) > 0
+
+
+def test_the_gradient_of_rloo_at_ratio_1_is_that_of_its_paper():
+    """-advantage x the gradient of the answer's log-probability."""
+    c = jax.tree.map(jnp.asarray, completions())
+    c = c._replace(old_logps=c.logps)
+    config = config_of(algorithm="rloo")
+
+    def total(logps):
+        return rloo.loss(c._replace(logps=logps), config)["loss"][0]
+
+    wanted = -c.advantages[:, None] * c.mask
+    np.testing.assert_allclose(jax.grad(total)(c.logps), wanted, atol=1e-6)
+
+
+def test_advantages_are_those_of_a_loop():
+    rng = np.random.default_rng(1)
+    rewards, kl = rng.normal(size=(4, K)), rng.normal(size=(4, K))
+    for scale in ("group", "batch", "none", None):
+        found = grpo.advantages(rewards, kl, config_of(scale_rewards=scale))
+        for p in range(4):
+            own = rewards[p]
+            spread = {"batch": np.std(rewards, ddof=1) + 1e-4, "none": 1.0}
+            spread = spread.get(scale, np.std(own, ddof=1) + 1e-4)
+            for k in range(K):
+                assert found[p, k] == pytest.approx((own[k] - own.mean()) / spread)
+    plain = rloo.advantages(rewards, kl, config_of(algorithm="rloo", beta=0.2))
+    shaped = rewards - 0.2 * kl
+    for p in range(4):
+        for k in range(K):
+            others = [shaped[p, i] for i in range(K) if i != k]
+            assert plain[p, k] == pytest.approx(shaped[p, k] - np.mean(others))
+    config = config_of(algorithm="rloo", beta=0.2, normalize_advantages=True)
+    scaled = rloo.advantages(rewards, kl, config)
+    assert scaled.mean() == pytest.approx(0, abs=1e-9)
+    assert scaled.std(ddof=1) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_values_by_completion_are_those_of_their_tokens(packing):
+    """In packed rows and with their gradients, for completions of uneven lengths."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 99, n).tolist() for n in (3, 1, 6, 2, 4, 3)]
+    answers = [rng.integers(100, 199, int(n)).tolist() for n in LENGTHS]
+    examples = of_tokens(prompts, [[answer] for answer in answers])
+    batch = Batches(examples, B, packing=packing, length=24)[0]
+    rows = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
+    order = np.argsort(batch.slots[:, 1])
+    prompt_lengths = jnp.float32([len(prompts[i]) for i in batch.examples[order]])
+    tokens = jnp.float32(rows["tokens"])
+    weights = jnp.asarray(rng.normal(size=(B, C)).astype(np.float32))
+
+    def total(values):
+        return (take(values, completion_places(rows, prompt_lengths, C)) * weights).sum()
+
+    found = take(tokens, completion_places(rows, prompt_lengths, C))
+    gradient = jax.grad(total)(tokens)
+    for b, i in enumerate(batch.examples[order]):
+        assert found[b].tolist() == answers[i] + [0] * (C - len(answers[i]))
+        own = np.asarray(gradient)[np.asarray((rows["segment_ids"] == b + 1) & rows["loss_mask"])]
+        np.testing.assert_array_equal(own, weights[b, : len(answers[i])])
+    assert not np.asarray(gradient)[~np.asarray(rows["loss_mask"])].any()
+
+
+def test_a_save_is_put_off_to_the_end_of_a_cycle():
+    assert [n for n in range(1, 13) if due(n, 4, 13, 3)] == [6, 9, 12]
+    assert [n for n in range(1, 13) if due(n, 4, 13)] == [4, 8, 12]
+
+
+# Runs
+
+FUNCTIONS = """
+def count(prompts, completions):
+    return [float(text.count("e")) for text in completions]
+
+def length(prompts, completions):
+    return [0.0 for _ in completions][1:]
+
+def nan(prompts, completions):
+    return [float("nan") for _ in completions]
+
+def words(prompts, completions):
+    return ["good" for _ in completions]
+
+def fails(prompts, completions):
+    raise KeyError("score")
+
+calls = []
+
+def late(prompts, completions):
+    calls.append(1)
+    return nan(prompts, completions) if len(calls) == 3 else count(prompts, completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ground")
+    prompts = [{"prompt": f"what do you like {i}?"} for i in range(10)]
+    models = {"gpt2": tiny.CONFIGS["gpt2"], "bert": tiny.SCORERS["bert"]}
+    tiny.ground(root, models, rl=prompts)
+    (root / "reward.py").write_text(FUNCTIONS)
+    return root
+
+
+def options_of(ground, **options):
+    return {
+        "rl.reward": f"{ground / 'reward.py'}:count",
+        "rl.max_completion_length": 10,
+        "rl.num_generations": 4,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 0,
+        **options,
+    }
+
+
+def told(rows):
+    timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "compilations")
+    return [{name: value for name, value in row.items() if name not in timing} for row in rows]
+
+
+def trained(ground, folder, **options):
+    return train("rl", ground / "gpt2", ground, folder, **options_of(ground, **options))
+
+
+CYCLES = {  # two roll-outs and a half, of two updates each
+    "grpo": {"rl.generation_batch_size": 16, "max_steps": 5},
+    "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2, "max_steps": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def through(ground, tmp_path_factory):
+    """Uninterrupted runs: name -> (folder, rows, parameters)."""
+    root, runs = tmp_path_factory.mktemp("through"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
+        for name, options in CYCLES.items():
+            runs[name] = root / name, *trained(ground, root / name, **options)
+    return runs
+
+
+def test_the_first_update_of_a_roll_out_has_the_bits_of_its_log_probabilities(ground):
+    """Whatever program computed them; here, they are far from the policy's."""
+    model, params = tiny.load(ground / "gpt2")
+    config = config_of(algorithm="grpo", beta=1.0, max_completion_length=C)
+    loss_fn = loss_of(model, config, rollouts.OBJECTIVES["grpo"])
+    examples = of_tokens([[5, 6, 7]] * B, [[list(range(9, 9 + int(n)))] for n in LENGTHS])
+    old = completions().old_logps * (np.arange(C) < LENGTHS[:, None])
+    known = {name: np.zeros(B, np.float32) for name in VECTORS}
+    known |= {"old_logps": old, "ref_logps": old, "lengths": LENGTHS}
+    known |= {"prompt_lengths": np.full(B, 3, np.float32), "advantages": completions().advantages}
+    known["mean_length"] = np.full(B, LENGTHS.mean(), np.float32)
+    for first in (1, 0):
+        known["first"] = np.full(B, first, np.float32)
+        batch = Batches(examples, B, known=known, length=16)[0]
+        rows = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
+        sums = jax.jit(loss_fn)(params, None, rows, None)
+        assert (sums["kl"][0] == 0) == first
+        total = -(completions().advantages * LENGTHS).sum()
+        assert (float(sums["loss"][0]) == pytest.approx(total, abs=1e-5)) == first
+        assert (sums["clip_ratio/region_mean"][0] == 0) == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CYCLES)
+def test_ratios_are_1_and_the_divergence_is_0_at_the_first_update(name, through):
+    _, rows, _ = through[name]
+    first, second = rows[0], rows[1]
+    assert first["kl"] == first["objective/kl"] == 0
+    assert first["clip_ratio/region_mean"] == 0
+    # the second update is of the same roll-out, whose divergence RLOO has subtracted
+    assert (second["kl"] == 0) == (name == "rloo")
+    assert rows[2]["objective/kl"] != 0 and rows[2]["entropy"] > 0
+    assert 0 < first["completions/mean_length"] <= 10
+    assert 0 <= first["completions/clipped_ratio"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CYCLES)
+def test_answers_and_rewards_are_kept_for_people(name, through):
+    folder, rows, _ = through[name]
+    shown = rollouts.read(folder / rollouts.COMPLETIONS)
+    assert sorted({row["update"] for row in shown}) == [0, 2, 4]
+    for row in shown:
+        assert row["reward"] == row["completion"].count("e")
+    page = (folder / "report.html").read_text()
+    assert "Answers in training and their rewards" in page
+    assert html.escape(shown[-1]["prompt"]) in page
+    drawn = {name for _, names in report.PANELS for name in names}
+    assert {"reward", "objective/kl", "entropy", "clip_ratio/region_mean"} <= drawn & set(rows[0])
+    assert {"completions/mean_length", "completions/clipped_ratio"} <= drawn & set(rows[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stop", [("grpo", 1), ("rloo", 4)])
+def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
+    name, stop, ground, through, tmp_path, monkeypatch
+):
+    """It ends after the roll-out's last update, since only there is nothing of it needed."""
+    _, rows, params = through[name]
+    ends = stop + stop % 2
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(Preempted, match=f"SIGTERM after update {ends} of"):
+            trained(ground, tmp_path / "run", **CYCLES[name])
+    again_rows, again = trained(ground, tmp_path / "run", **CYCLES[name])
+    same_bits(again, params)
+    assert told(again_rows) == told(rows)
+    folder = through[name][0]
+    same = [(f / rollouts.COMPLETIONS).read_text() for f in (folder, tmp_path / "run")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_a_roll_out_is_the_same_run(ground, through, tmp_path, monkeypatch):
+    _, rows, params = through["grpo"]
+    # two roll-outs of four prompts with four answers are 32 answers; the next one is interrupted
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, rollouts.Rollouts, "roll_out")
+        with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
+            trained(ground, tmp_path / "run", **CYCLES["grpo"])
+    again_rows, again = trained(ground, tmp_path / "run", **CYCLES["grpo"])
+    same_bits(again, params)
+    assert told(again_rows) == told(rows)
+
+
+@pytest.mark.slow
+def test_packed_and_accumulated_runs_are_the_plain_run(ground, tmp_path):
+    plain_rows, plain = trained(ground, tmp_path / "plain", max_steps=2, **{"data.packing": False})
+    for name, options in {"packed": {}, "parts": {"gradient_accumulation_steps": 2}}.items():
+        rows, params = trained(ground, tmp_path / name, max_steps=2, **options)
+        np.testing.assert_allclose(losses_of(rows), losses_of(plain_rows), atol=1e-5)
+        close(params, plain, 1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
+    lora = {"lora.r": 4, "lora.alpha": 8, "lora.target_modules": "[c_attn, c_proj, c_fc]"}
+    rows, _ = trained(ground, tmp_path / "run", max_steps=3, **lora)
+    assert rows[0]["objective/kl"] == rows[0]["kl"] == 0 and rows[2]["objective/kl"] != 0
+
+
+@pytest.mark.slow
+def test_reward_models_and_functions_add_up(ground, tmp_path):
+    count = f"{ground / 'reward.py'}:count"
+    options = {"rl.reward": f"[{count}, {ground / 'bert'}]", "rl.reward_weights": "[2, 10]"}
+    options |= {"train_batch_size": 4, "max_steps": 1, "rl.missing_eos_penalty": 3.0}
+    rows, _ = trained(ground, tmp_path / "run", **options)
+    shown = rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)
+    said = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        for row in shown
+    ]
+    scores = RewardModel(str(ground / "bert"), meshes.make_mesh("fsdp=-1")).load().of_answers(said)
+    for row, score in zip(shown, scores, strict=True):
+        wanted = 2 * row["completion"].count("e") + 10 * score
+        assert row["reward"] == pytest.approx(wanted, rel=1e-4)
+    mean = np.mean([row["reward"] for row in shown])
+    wanted = mean - 3 * rows[0]["completions/clipped_ratio"]
+    assert len(shown) == 4 and rows[0]["reward"] == pytest.approx(wanted, rel=1e-5)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "function, problem",
+    [
+        ("length", "length gave 7 numbers for 8 answers; the state is saved"),
+        ("nan", "nan gave nan for the answer"),
+        ("words", "words gave ['good', "),
+        ("fails", "fails raised KeyError: 'score'"),
+    ],
+)
+def test_a_bad_reward_is_one_line(function, problem, ground, tmp_path):
+    reward = {"rl.reward": f"{ground / 'reward.py'}:{function}"}
+    with pytest.raises(RewardError) as error:
+        trained(ground, tmp_path / "run", max_steps=2, **reward)
+    assert problem in str(error.value) and error.value.exit_status == 2
+
+
+@pytest.mark.slow
+def test_a_bad_reward_loses_no_update(ground, tmp_path):
+    late = {"rl.reward": f"{ground / 'reward.py'}:late", "max_steps": 4}
+    with pytest.raises(RewardError):
+        trained(ground, tmp_path / "run", **late)
+    rows, params = trained(ground, tmp_path / "run", **late)  # the module is read again
+    whole_rows, whole = trained(ground, tmp_path / "whole", max_steps=4)
+    same_bits(params, whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["reward"] for row in rows] == [row["reward"] for row in whole_rows]
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"rl.num_generations": 1}, "rl.num_generations: 1 answer has none"),
+        ({"rl.num_generations": 3}, "8 answers are no multiple of rl.num_generations 3"),
+        ({"rl.generation_batch_size": 12}, "12 answers are no multiple of train_batch_size 8"),
+        ({"rl.reward_weights": "[1, 2]"}, "2 weights for 1 rewards"),
+        ({"rl.algorithm": "rloo", "rl.loss_type": "dapo"}, "rl.loss_type: applies to grpo only"),
+        ({"rl.normalize_advantages": True}, "applies to rloo only"),
+        ({"data.eval": 0.1}, "data.eval: on-policy training reports"),
+        ({"model.dropout": 0.1}, "set it to 0 for on-policy training"),
+        ({"rl.max_completion_length": 64}, "64 leaves no room for a prompt in 64 positions"),
+        ({"train_batch_size": 64}, "10 prompts are fewer than the 16 of a roll-out"),
+        ({"rl.reward": "none.py:f"}, "none.py cannot be imported: FileNotFoundError"),
+        ({"rl.reward": "GROUND/gpt2"}, "gpt2: is no reward model, as it has no score/linear"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, problem, ground, tmp_path):
+    options = {name: str(value).replace("GROUND", str(ground)) for name, value in options.items()}
+    with pytest.raises(ConfigError) as error:
+        config = configure(
+            "rl", ground / "gpt2", ground, tmp_path / "run", **options_of(ground, **options)
+        )
+        prepare(*config)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("nothing.py:f", "nothing.py cannot be imported: FileNotFoundError"),
+        ("no.such.module:f", "no.such.module cannot be imported: ModuleNotFoundError"),
+        ("easyaira.rewards.rules:f", "easyaira.rewards.rules has no function 'f'"),
+    ],
+)
+def test_a_missing_reward_function_is_one_line(name, problem):
+    with pytest.raises(ConfigError, match="rl.reward: ") as error:
+        function_of(name)
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_example_rewards():
+    concise = function_of("easyaira.rewards.rules:concise")
+    assert concise(["a"] * 3, ["yes", "w " * 45, "w " * 90]) == [1.0, 0.5, -1.0]
+    sentence = function_of("easyaira.rewards.rules:one_sentence")
+    assert sentence(["a"] * 4, ["Lima. ", "", "A. B.", "No"]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_prompts_are_counted(ground, tmp_path):
+    """Those without room for an answer are dropped with a reason; answers are not used."""
+    rows = [{"prompt": f"what {i}?", "completion": "yes"} for i in range(8)]
+    rows.append({"prompt": "no " * 60, "completion": "no"})
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    options = options_of(ground, **{"data.max_dropped": 0.5})
+    setup = prepare(
+        *configure("rl", ground / "gpt2", tmp_path / "rows.jsonl", tmp_path / "run", **options)
+    )
+    report = setup.data.report["train"]
+    assert report["kept"] == 8 and report["not used"] == {"column completion": 8}
+    assert report["dropped"] == {"prompt leaves no room for an answer": 1}
+
+
+def test_a_dry_run_plans_the_largest_update(ground, tmp_path, capsys):
+    options = options_of(ground, max_steps=2)
+    config, algorithm = configure("rl", ground / "gpt2", ground, tmp_path / "run", **options)
+    run(config, algorithm, dry_run=DryRun())
+    assert "memory per device" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
