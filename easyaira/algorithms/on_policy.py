@@ -67,10 +67,11 @@ def logps_of(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of completions and entropies of their distributions, [B, C]."""
     hidden, head = model.apply(params, batch)
+    options = model.head_options
     if config.temperature_in_loss:
-        hidden = hidden / config.temperature  # and so are the logits
-    tokens, mask = batch["tokens"], batch["loss_mask"]
-    out = token_logps(hidden, head, tokens, mask, vocab_size=model.vocab_size)
+        hidden = hidden / config.temperature  # and so are the logits, with a cap of as much less
+        options["cap"] = options["cap"] and options["cap"] / config.temperature
+    out = token_logps(hidden, head, batch["tokens"], batch["loss_mask"], **options)
     places = completion_places(batch, batch["prompt_lengths"], int(config.max_completion_length))
     return take(out.logps, places), take(jax.lax.stop_gradient(out.entropy), places)
 
