@@ -95,8 +95,9 @@ class LoadedModel:
         tokens = [self.template.prompt(_messages(prompt)).tolist() for prompt in prompts]
         with self.model.on(self.mesh):
             weights = sampler.weights(self.params)
-            found = dict(sampler.answers(weights, tokens, num_samples=num_samples, seed=seed))
-        texts = [text_of(found[i], self.template, sampling.stop_strings) for i in range(len(found))]
+            answers = dict(sampler.answers(weights, tokens, num_samples=num_samples, seed=seed))
+        stops = sampling.stop_strings
+        texts = [text_of(answers[i], self.template, stops) for i in range(len(answers))]
         return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
     def logps(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
@@ -157,8 +158,8 @@ class LoadedModel:
     def _logps_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
         hidden, head = self.model.apply(params, rows)
         vocab_size = self.model.vocab_size
-        found = token_logps(hidden, head, rows["tokens"], rows["loss_mask"], vocab_size=vocab_size)
-        return found.logps.sum(-1)
+        stats = token_logps(hidden, head, rows["tokens"], rows["loss_mask"], vocab_size=vocab_size)
+        return stats.logps.sum(-1)
 
 
 def _messages(prompt: Prompt) -> list[Message]:

@@ -95,8 +95,8 @@ def outcome(status: int, out: str, err: str, run: Path, wanted: dict[str, str]) 
     if status == 0:
         if weights(run) != wanted:
             return "OTHER WEIGHTS"
-        told = any(word in out for word in ("damaged", "lost or unreadable", "left out"))
-        return "said, and the same weights" if told else "the same weights"
+        warned = any(word in out for word in ("damaged", "lost or unreadable", "left out"))
+        return "said, and the same weights" if warned else "the same weights"
     if status in (2, 4) and len(lines) == 1 and lines[0].startswith("error: "):
         return f"status {status}, one line"
     return f"STATUS {status}, {len(lines)} LINES: {lines[-1][:200] if lines else ''}"
@@ -113,9 +113,9 @@ def kills(root: Path, count: int, wanted: dict[str, str], seconds: float) -> Cou
         time.sleep(random.uniform(0, seconds))
         child.send_signal(signal.SIGKILL)
         child.wait()
-        found = outcome(*call(words, cache), run, wanted)
-        ends[found] += 1
-        report(f"kill {number}", found)
+        result = outcome(*call(words, cache), run, wanted)
+        ends[result] += 1
+        report(f"kill {number}", result)
         shutil.rmtree(run), shutil.rmtree(cache)
     return ends
 
@@ -126,21 +126,21 @@ def disks(root: Path, count: int, wanted: dict[str, str]) -> Counter:
     for _ in range(count):
         disk, cache = root / "disk", root / "disk-cache"
         disk.mkdir(exist_ok=True)
-        words, again = command(root, disk / "run"), root / "again"
+        words, copy = command(root, disk / "run"), root / "again"
         size = int(2 ** random.uniform(5, 13))  # KiB
         script = (  # what lies on the disk is kept, as the mount ends with its namespace
             f'mount -t tmpfs -o size={size}k none "$0" || exit 99; kept=$1; shift; "$@"; '
             'status=$?; rm -rf "$kept"; cp -a "$0" "$kept"; exit $status'
         )
-        inside = ["unshare", "-Urm", "sh", "-c", script, str(disk), str(again), *words]
+        inside = ["unshare", "-Urm", "sh", "-c", script, str(disk), str(copy), *words]
         status, out, err = call(inside, cache)
         if status == 99:
             print("disks: no tmpfs can be mounted here; left out")
             return ends
-        first = outcome(status, out, err, again / "run", wanted)
+        first = outcome(status, out, err, copy / "run", wanted)
         ends[f"full: {first}"] += 1
-        words = command(root, again / "run")
-        second = outcome(*call(words, cache), again / "run", wanted)
+        words = command(root, copy / "run")
+        second = outcome(*call(words, cache), copy / "run", wanted)
         ends[f"with more room: {second}"] += 1
         report(f"disk of {size} KiB", first), report("  with more room", second)
         shutil.rmtree(cache, ignore_errors=True)
@@ -167,18 +167,19 @@ def damages(root: Path, every: int, wanted: dict[str, str]) -> dict[str, Counter
         for top in (run, cache):
             shutil.copytree(top, copy / top.name)
         DAMAGES[name](copy / path)
-        again = copy / run.name
-        found = outcome(*call(command(root, again, export=False), copy / cache.name), again, wanted)
+        resumed = copy / run.name
+        words = command(root, resumed, export=False)
+        result = outcome(*call(words, copy / cache.name), resumed, wanted)
         parts = path.parts
         kind = "checkpoints" if "checkpoints" in parts else " ".join(parts[:1])
         kind = f"caches: {parts[1]}" if parts[0] == cache.name else kind.replace(run.name, "run")
-        ends.setdefault(f"{kind}, {name}", Counter())[found] += 1
-        report(f"{path} {name}", found)
+        ends.setdefault(f"{kind}, {name}", Counter())[result] += 1
+        report(f"{path} {name}", result)
     return ends
 
 
-def report(case: str, found: str) -> None:
-    print(f"{case}: {found}", file=sys.stderr, flush=True)
+def report(case: str, result: str) -> None:
+    print(f"{case}: {result}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -204,8 +205,8 @@ def main() -> None:
     print(f"{date.today()}: python scripts/faults.py {' '.join(sys.argv[1:])}\n")
     print("| what | cases | outcome |\n|---|---|---|")
     for what, ends in rows.items():
-        told = "; ".join(f"{n} {end}" for end, n in sorted(ends.items()))
-        print(f"| {what} | {sum(ends.values())} | {told} |")
+        summary = "; ".join(f"{n} {end}" for end, n in sorted(ends.items()))
+        print(f"| {what} | {sum(ends.values())} | {summary} |")
 
 
 if __name__ == "__main__":
