@@ -56,8 +56,8 @@ def check_links(folder: Path, suffixes: Iterable[str]) -> None:
         UnsafeInputError: names the link.
     """
     root = folder.resolve()
-    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    for path in (p for p in found if p.suffix in suffixes and p.is_symlink()):
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    for path in (p for p in paths if p.suffix in suffixes and p.is_symlink()):
         target = path.resolve()
         cached = re.search(r"/models--[^/]+/blobs/[^/]+$", target.as_posix())
         if not target.is_relative_to(root) and not cached:
@@ -175,10 +175,10 @@ def yaml_line(path: Path, keys: Sequence[str]) -> int | None:
             line = node.start_mark.line + 1
             continue
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        found = [pair for pair in pairs if pair[0].value == key]
-        if not found:
+        matches = [pair for pair in pairs if pair[0].value == key]
+        if not matches:
             break
-        name, node = found[0]
+        name, node = matches[0]
         line = name.start_mark.line + 1
     return line
 

@@ -157,12 +157,12 @@ def main(argv: list[str]) -> None:
         if args.chat:
             chat(sampler, weights, template, questions(), show, args.seed)
         elif args.prompt is not None:
-            found = dict(
+            answers = dict(
                 sampler.answers(weights, [tokens], num_samples=args.num_samples, seed=args.seed)
             )
-            for number in sorted(found):
-                print(text(found[number]))
-            if any(answer.reason == "length" for answer in found.values()):
+            for number in sorted(answers):
+                print(text(answers[number]))
+            if any(answer.reason == "length" for answer in answers.values()):
                 print(f"note: {CUT}", file=sys.stderr)
         else:
             write(output, sampler, weights, args, text)
@@ -199,7 +199,7 @@ def write(output: Any, sampler: Any, weights: Any, args: Any, text: Any) -> None
             bar.set_postfix_str(f"{count / (time.perf_counter() - start):,.0f} tokens/s", False)
 
         def counted():
-            for found in sampler.answers(
+            for answer in sampler.answers(
                 weights,
                 [prompt.tokens.tolist() for prompt in output.prompts],
                 num_samples=args.num_samples,
@@ -208,7 +208,7 @@ def write(output: Any, sampler: Any, weights: Any, args: Any, text: Any) -> None
                 progress=progress,
             ):
                 bar.update()
-                yield found
+                yield answer
 
         output.write(counted(), text)
     print(f"{escaped(args.output)}: {output.total:,} answers, {count:,} new tokens")

@@ -227,8 +227,8 @@ def answers(
         params = origin.load(model, mesh) if trained else model.init(jax.random.key(42))
         prompts = [template.prompt([{"role": "user", "content": q["prompt"]}]) for q in questions]
         sampling = Sampling(max_new_tokens=24, end_ids=tuple(template.end_ids))
-        found = generate(model, params, prompts, sampling)
-    return [template.text(answer.content).strip() for answer in found]
+        answers = generate(model, params, prompts, sampling)
+    return [template.text(answer.content).strip() for answer in answers]
 
 
 def main(argv: list[str]) -> None:

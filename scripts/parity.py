@@ -62,29 +62,29 @@ def compare(
     theirs, reference = (torch_model_of(setup, kind, params) for _ in range(2))
     examples = [texts_of(setup, i) for i in setup.batches.members(0)]
 
-    found = {"logits": logits_difference(setup, params, theirs, examples)}
+    differences = {"logits": logits_difference(setup, params, theirs, examples)}
     loss, grads = our_gradients(setup, algorithm, params)
     their_loss = torch_loss(objective, theirs, reference, examples)
     their_loss.backward()
-    found["loss"] = abs(loss - their_loss.item()) / max(abs(their_loss.item()), 1)
-    found["gradients"] = 0.0
+    differences["loss"] = abs(loss - their_loss.item()) / max(abs(their_loss.item()), 1)
+    differences["gradients"] = 0.0
     for name, parameter in theirs.named_parameters():
         wanted = np.zeros(1) if parameter.grad is None else parameter.grad.numpy()
         difference = np.abs(grads[name] - wanted).max() / max(np.abs(wanted).max(), 1)
-        found["gradients"] = max(found["gradients"], float(difference))
+        differences["gradients"] = max(differences["gradients"], float(difference))
     theirs.zero_grad()
     log, _ = train(*job, root / "run", **options)
     ours = losses_of(log)
     if trl:
         save_for_trl(setup, theirs, root / "theirs")
         curve = trl_curve(trl, objective, root / "theirs", examples, updates)
-        found["TRL's curve"] = farthest(ours, curve)
+        differences["TRL's curve"] = farthest(ours, curve)
     adamw, curve = torch_adamw(theirs), []
     for step in range(updates):
         value = torch_loss(objective, theirs, reference, examples)
         torch_step(theirs, adamw, value, torch_rate(step, updates))
         curve.append(value.item())
-    return found | {"curve": farthest(ours, curve)}
+    return differences | {"curve": farthest(ours, curve)}
 
 
 def farthest(ours: list[float], theirs: list[float]) -> float:
@@ -123,10 +123,10 @@ def logits_difference(setup, params, theirs, examples) -> float:
         hidden, head = jax.jit(model.apply)(params, rows)
         ours = np.asarray((hidden @ head)[:, :, : model.vocab_size])
     differences = []
-    for ids, found in zip(texts, ours, strict=True):
+    for ids, logits in zip(texts, ours, strict=True):
         with torch.no_grad():
             wanted = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
-        difference = np.abs(found[: len(wanted)] - wanted).max()
+        difference = np.abs(logits[: len(wanted)] - wanted).max()
         differences.append(float(difference / max(np.abs(wanted).max(), 1)))
     return max(differences)
 
@@ -169,8 +169,8 @@ def torch_loss(objective: str, model, reference, examples) -> torch.Tensor:
 def logps(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """Log-probabilities of the tokens of an answer."""
     ids = torch.tensor([prompt + answer])
-    found = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return found[torch.arange(len(ids[0]) - 1), ids[0, 1:]][len(prompt) - 1 :]
+    logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logps[torch.arange(len(ids[0]) - 1), ids[0, 1:]][len(prompt) - 1 :]
 
 
 def save_for_trl(setup, model, folder: Path) -> None:

@@ -178,18 +178,18 @@ COLUMNS = (
 ).split(", ")
 
 
-def line(row: Row, found: dict[str, Any]) -> str:
+def line(row: Row, result: dict[str, Any]) -> str:
     """Format a row of the table."""
     held, used, needed, available, moved = (
-        found[name] / 2**30 for name in ("held", "used", "needed", "there", "moved")
+        result[name] / 2**30 for name in ("held", "used", "needed", "there", "moved")
     )
     memory = f"{held:.1f} | {used:.1f} | {available:.1f}"
-    if not found["fits"]:
+    if not result["fits"]:
         memory = f" | {needed:.1f} in all, does not fit | {available:.1f}"
-    remat = {"none": "kept", "dots": "products kept", "full": "recomputed"}[found["remat"]]
+    remat = {"none": "kept", "dots": "products kept", "full": "recomputed"}[result["remat"]]
     return (
-        f"| {row.recipe} | {row.topology} | {row.mesh} | {found['parts']} | {found['shape']} "
-        f"| {remat} | {memory} | {moved:.1f} | {found['seconds']:.2g} | {found['compiled']:.0f} |"
+        f"| {row.recipe} | {row.topology} | {row.mesh} | {result['parts']} | {result['shape']} "
+        f"| {remat} | {memory} | {moved:.1f} | {result['seconds']:.2g} | {result['compiled']:.0f} |"
     )
 
 

@@ -238,12 +238,12 @@ def main() -> None:
         for number, (name, case) in enumerate(chosen.items()):
             root = Path(folder) / str(number)
             shutil.copytree(Path(folder) / "ground", root)
-            status, told, seconds, wall, peak = measured(case(root), root / "cache")
-            told = told.replace(f"{root}/", "").strip()
-            right = status in (2, 4) and told.count("\n") == 0 and told.startswith("error: ")
+            status, text, seconds, wall, peak = measured(case(root), root / "cache")
+            text = text.replace(f"{root}/", "").strip()
+            right = status in (2, 4) and text.count("\n") == 0 and text.startswith("error: ")
             right &= peak < MAX_MB and seconds < MAX_SECONDS and not (root / "run").exists()
             wrong += not right
-            print(f"{'' if right else 'WRONG '}{name}: {told[:300]}", file=sys.stderr, flush=True)
+            print(f"{'' if right else 'WRONG '}{name}: {text[:300]}", file=sys.stderr, flush=True)
             rows.append(f"| {name} | {status} | {seconds:.1f} | {wall:.1f} | {peak:.0f} |")
     print(f"{date.today()}: python scripts/refusals.py {' '.join(sys.argv[1:])}\n")
     print("| refused | status | processor seconds | wall seconds | MB |\n|---|---|---|---|---|")

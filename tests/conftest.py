@@ -4,17 +4,21 @@ Fixtures import their own dependencies, so that test files without a model start
 """
 
 import os
+import resource
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# tests share a compilation cache
+os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would spin beside those of other workers
+# tests and their child processes share a compilation cache of every program, however small
 cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# XLA compiles the same operations in half the time; 0 tests its optimized machine code
+QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 
 import jax
 import pytest
@@ -52,6 +56,24 @@ def no_pictures():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def children_in_process():
+    """Leave out child processes, which import for seconds; the tests of each start it."""
+    from helpers import in_process
+
+    with pytest.MonkeyPatch.context() as patch:
+        in_process.use(patch.setattr)
+        yield
+
+
+@pytest.fixture
+def optimized():
+    """Compile as users do, where different programs must give the same bits."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", QUICK)
+
+
 @pytest.fixture
 def pictures(monkeypatch):
     """Draw the figures in this test."""
@@ -74,9 +96,10 @@ def one_device(devices):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Free compiled programs after each test file."""
+    """Free compiled programs after each test file, once this process has held 2.5 GB."""
     yield
-    jax.clear_caches()
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2.5e6:  # kilobytes on Linux
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from easyaira.algorithms.dpo import pair_scores
 from easyaira.algorithms.sft import sft
-from easyaira.data.batches import LAYOUT, UNSEEN, Batches
+from easyaira.data.batches import LAYOUT, UNATTENDED, Batches
 from easyaira.data.packing import bucket, pack
 from helpers import tiny
 from helpers.examples import batches, load
@@ -15,7 +15,7 @@ from helpers.examples import batches, load
 
 def sequences(batch):
     """{(micro-batch, segment, side): tokens, positions, learned} of a batch."""
-    found = {}
+    result = {}
     arrays = batch.arrays
     for a, r in np.ndindex(arrays["tokens"].shape[:2]):
         of = {name: arrays[name][a, r] for name in LAYOUT}
@@ -23,11 +23,11 @@ def sequences(batch):
             if key[0] == 0:
                 continue
             inside = (of["segment_ids"] == key[0]) & (of["sides"] == key[1])
-            assert (a, *key) not in found
-            found[(a, *key)] = tuple(
+            assert (a, *key) not in result
+            result[(a, *key)] = tuple(
                 tuple(of[name][inside].tolist()) for name in ("tokens", "positions", "loss_mask")
             )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -89,12 +89,12 @@ def test_buckets():
 
 def shared_as_two(batch):
     """The sequences of a batch with shared prompts, as if each answer had its own prompt."""
-    found = {}
+    result = {}
     for (a, segment, side), of in sequences(batch).items():
         if side:
             before = sequences(batch).get((a, segment, 0), ((), (), ()))
-            found[(a, segment, side)] = tuple(x + y for x, y in zip(before, of, strict=True))
-    return found
+            result[(a, segment, side)] = tuple(x + y for x, y in zip(before, of, strict=True))
+    return result
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -147,6 +147,7 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", tiny.CONFIGS)
 def test_a_changed_token_leaves_the_other_answer_and_all_other_pairs_as_they_were(case, tmp_path):
     tiny.save(tmp_path / "model", tiny.CASES[case])
@@ -176,15 +177,15 @@ def test_padding_that_is_learned_is_seen_by_no_token(tmp_path):
     data = load(rows, compat="aira", template="aira", max_length=40, vocab_size=400).train
     batch = Batches(data, 8)[0]
     sides, learned = batch.arrays["sides"], batch.arrays["loss_mask"]
-    assert (sides == UNSEEN).sum() == data.unseen.sum() and learned[sides == UNSEEN].all()
+    assert (sides == UNATTENDED).sum() == data.unseen.sum() and learned[sides == UNATTENDED].all()
     assert batch.num_tokens == (40 - data.unseen).sum() == batch.filled
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"] | {"vocab_size": 400})
     model, params = tiny.load(tmp_path / "model")
     lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
     before = np.asarray(model.apply(params, lines)[0])
-    other = jnp.where(sides[0] == UNSEEN, 7, lines["tokens"])
+    other = jnp.where(sides[0] == UNATTENDED, 7, lines["tokens"])
     after = np.asarray(model.apply(params, lines | {"tokens": other})[0])
-    seen = sides[0] != UNSEEN
+    seen = sides[0] != UNATTENDED
     assert np.array_equal(before[seen], after[seen]) and not np.array_equal(before, after)
 
 

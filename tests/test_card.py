@@ -105,12 +105,13 @@ def test_no_name_or_text_breaks_the_card(runs):
 @pytest.mark.slow
 def test_the_card_has_the_runs_facts(runs):
     _, text = of(runs[0] / "hf")
-    told = {name: cells[0] for name, cells in table_rows(text, "Details").items()}
-    assert told["Size"] == "12,480 parameters"  # 12,416 and 4 tokens of width 16
-    assert told["Rows"] == "36 examples trained on, of 40 rows read; 4 held out"
-    assert told["Updates"] == "3" and told["Seed"] == "42" and told["Energy"] == "not tracked"
-    assert told["Learning rate"] == "5e-05, cosine, after 0 warm-up updates"
-    assert "betas 0.9 and 0.999, epsilon 1e-08" in told["Optimizer"]
+    details = {name: cells[0] for name, cells in table_rows(text, "Details").items()}
+    assert details["Size"] == "12,480 parameters"  # 12,416 and 4 tokens of width 16
+    assert details["Rows"] == "36 examples trained on, of 40 rows read; 4 held out"
+    assert details["Updates"] == "3" and details["Seed"] == "42"
+    assert details["Energy"] == "not tracked"
+    assert details["Learning rate"] == "5e-05, cosine, after 0 warm-up updates"
+    assert "betas 0.9 and 0.999, epsilon 1e-08" in details["Optimizer"]
     rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     before, after = (f"{row['eval_loss']:.4g}" for row in (rows[0], rows[-1]))
     assert before != after and table_rows(text, "Evaluation")["loss"] == [before, after]
@@ -171,10 +172,10 @@ def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
         card={"data_licenses": {"owner/data": "apache-2.0"}, "base_license": "mit"},
     )
     assert front["base_model"] == "openai-community/gpt2" and front["datasets"] == ["owner/data"]
-    told = front["co2_eq_emissions"]
-    assert told["emissions"] == 200 and told["geographical_location"] == "Brazil"
-    assert told["source"] == "CodeCarbon: GPU measured (by its driver)"
-    assert told["training_type"] == "fine-tuning" and told["hardware_used"] == "1 x cpu"
+    emissions = front["co2_eq_emissions"]
+    assert emissions["emissions"] == 200 and emissions["geographical_location"] == "Brazil"
+    assert emissions["source"] == "CodeCarbon: GPU measured (by its driver)"
+    assert emissions["training_type"] == "fine-tuning" and emissions["hardware_used"] == "1 x cpu"
     details = table_rows(text, "Details")
     assert (
         "0.5 kWh and 0.2 kg" in details["Energy"][0] and "1 sessions were" in details["Energy"][0]
@@ -298,8 +299,8 @@ def test_a_file_with_other_ids_is_put_right(runs, data, tmp_path):
     config, _ = cli.parse(TrainSFT, arguments)
     facts = released(prepare(config, sft_algorithm(config)))
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
-    for told in (facts.config, facts.generation_config):
-        assert [told[name] for name in names] == [300, 301, 303, 302, 0]
+    for settings in (facts.config, facts.generation_config):
+        assert [settings[name] for name in names] == [300, 301, 303, 302, 0]
     # the file said to draw with a temperature
     assert facts.generation_config["do_sample"] is False
     assert "temperature" not in facts.generation_config

@@ -64,10 +64,10 @@ def restore_latest(folder, mesh):
         return checkpoints.restore_latest(*map(abstract, state(mesh)))
 
 
-def same(found, mesh):
+def same(saved, mesh):
     """Whether a checkpoint holds, bit for bit, what was saved as that step."""
-    wanted = [*state(mesh, found.step), {"update": found.step}, {"loss": [found.step, 0.1]}]
-    equal = jax.tree.map(lambda x, y: np.array_equal(x, y), list(found[1:]), wanted)
+    wanted = [*state(mesh, saved.step), {"update": saved.step}, {"loss": [saved.step, 0.1]}]
+    equal = jax.tree.map(lambda x, y: np.array_equal(x, y), list(saved[1:]), wanted)
     return all(jax.tree.leaves(equal))
 
 
@@ -105,7 +105,7 @@ def test_every_damage_is_found_or_harmless(saved, eight, tmp_path):
     }
     few = ("delete", "flip at 0.5")
     cases = [(path, name) for path in sizes for name in damages if path in arrays or name in few]
-    found = set()
+    detected = set()
     for path, name in cases:
         raw = path.read_bytes()
         bad = damages[name](raw)
@@ -117,9 +117,9 @@ def test_every_damage_is_found_or_harmless(saved, eight, tmp_path):
                 message = str(error)
                 assert message.startswith(f"{folder}/4: cannot be restored: ")
                 assert len(message) < 500 and "\n" not in message
-                found.add(path)
+                detected.add(path)
         path.write_bytes(raw)
-    assert found >= {*arrays, *(folder / "4").glob("*/metadata"), *folder.glob("4/*/manifest.*")}
+    assert detected >= {*arrays, *(folder / "4").glob("*/metadata"), *folder.glob("4/*/manifest.*")}
     x, y = (path.read_bytes() for path in arrays[:2])
     arrays[0].write_bytes(y), arrays[1].write_bytes(x)
     with closing(Checkpoints(folder)) as checkpoints, pytest.raises(StorageError):
@@ -141,9 +141,9 @@ def test_an_array_that_changed_is_named_also_where_weights_alone_are_read(saved,
 @pytest.mark.parametrize("text, count", [("fsdp=1", 1), ("dp=2,fsdp=2,tp=2", 8), ("tp=2", 2)])
 def test_any_mesh_reads_it_and_finds_the_same_sums(text, count, saved, eight):
     mesh = meshes.make_mesh(text, jax.devices()[:count])
-    found = restore_latest(saved, mesh)
-    assert found.step == 4 and same(found, eight)
-    assert found.params["kernel"].sharding == NamedSharding(mesh, SPECS["kernel"])
+    restored = restore_latest(saved, mesh)
+    assert restored.step == 4 and same(restored, eight)
+    assert restored.params["kernel"].sharding == NamedSharding(mesh, SPECS["kernel"])
 
 
 def test_sums_know_every_bit_of_every_type():
@@ -179,14 +179,14 @@ def test_a_damaged_newest_is_moved_aside_and_its_step_saved_again(saved, eight, 
     assert {p.name for p in folder.iterdir()} == {"2", "4", "5.orbax-checkpoint-tmp", "mine"}
     for name in ("4.damaged", "4.damaged-1"):
         capsys.readouterr()
-        found = restore_latest(folder, eight)
-        assert found.step == 2 and same(found, eight)
-        said = capsys.readouterr().out
-        assert said.count("\n") == 1 and f"kept as {name}; resuming from 2" in said
-        assert f"{folder}/4: cannot be restored: opt_state/0/" in said
+        restored = restore_latest(folder, eight)
+        assert restored.step == 2 and same(restored, eight)
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1 and f"kept as {name}; resuming from 2" in out
+        assert f"{folder}/4: cannot be restored: opt_state/0/" in out
         save(folder, [4], eight)
-        found = restore_latest(folder, eight)
-        assert found.step == 4 and same(found, eight)
+        restored = restore_latest(folder, eight)
+        assert restored.step == 4 and same(restored, eight)
         (folder / "4/sums/metadata").write_text("{}") if name == "4.damaged" else None
         (folder / "4/opt_state/manifest.ocdbt").unlink() if name == "4.damaged" else None
     assert {p.name for p in folder.iterdir()} == {"2", "4", "4.damaged", "4.damaged-1", "mine"}
@@ -243,12 +243,12 @@ def test_the_cause_comes_before_the_paths():
 
 def test_a_record_that_is_missing_is_named(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "checkpoints")
-    found = pretrained.find(str(tmp_path))
+    origin = pretrained.find(str(tmp_path))
     for name in ("config", "generation_config"):
         with pytest.raises(StorageError, match=f"checkpoints/4: its meta record has no {name}"):
-            getattr(found, name)
+            getattr(origin, name)
     with pytest.raises(StorageError, match="its meta record has no stored_dtypes"):
-        found.stored_dtypes()
+        origin.stored_dtypes()
 
 
 @pytest.mark.slow
@@ -307,11 +307,11 @@ def test_a_run_goes_on_from_the_newest_good_one_to_the_same_weights(models, data
     assert {p.name for p in place.iterdir()} == {"2", "4", "6", "4.damaged"}
     assert weights_of(place, 6) == whole
     assert pretrained.find(str(run)).step == 6
-    found = pretrained.find(str(run / "checkpoints/4"))  # where nothing lies
-    model = model_of(found.config, "")
-    params = found.load(model, meshes.make_mesh("fsdp=1"))
+    origin = pretrained.find(str(run / "checkpoints/4"))  # where nothing lies
+    model = model_of(origin.config, "")
+    params = origin.load(model, meshes.make_mesh("fsdp=1"))
     assert by_path(params).keys() == by_path(model.shapes).keys()
-    assert pretrained.find(found.location()["name"]).step == 4
+    assert pretrained.find(origin.location()["name"]).step == 4
 
     # another machine, with nothing but the checkpoints; then another run, then another place
     fresh = [*arguments, f"--output_dir={tmp_path / 'fresh'}"]
@@ -379,13 +379,13 @@ def test_an_object_store_does_all_that_a_folder_does(bucket, eight, capsys):
     names = {path.name for path in object_store.epath.Path(folder).iterdir()}
     assert names == {"2", "3", "mine"}
     mesh = meshes.make_mesh("dp=2,fsdp=2,tp=2", jax.devices())
-    found = restore_latest(folder, mesh)
-    assert found.step == 3 and same(found, eight)
+    restored = restore_latest(folder, mesh)
+    assert restored.step == 3 and same(restored, eight)
     files = store.find(f"{folder}/3/params", detail=True)
     large = max(files, key=lambda name: files[name]["size"])
     store.pipe_file(large, flip(store.cat_file(large), 0.5))
-    found = restore_latest(folder, mesh)
-    assert found.step == 2 and same(found, eight)
+    restored = restore_latest(folder, mesh)
+    assert restored.step == 2 and same(restored, eight)
     assert f"{folder}/3: cannot be restored: params/" in capsys.readouterr().out
     save(folder, [3], eight)
     with closing(Checkpoints(folder)) as checkpoints:

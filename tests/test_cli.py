@@ -175,9 +175,9 @@ def test_a_file_of_options_is_refused_in_one_short_line(text, message, tmp_path)
     file.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError) as error:
         parse(f"--config={file}")
-    said = str(error.value)
-    assert message.replace("PLACE", str(file)) in said
-    assert "\n" not in said and len(said) < 450 + len(str(file))
+    refusal = str(error.value)
+    assert message.replace("PLACE", str(file)) in refusal
+    assert "\n" not in refusal and len(refusal) < 450 + len(str(file))
 
 
 @pytest.mark.parametrize(
@@ -337,8 +337,8 @@ def test_a_runs_own_record_can_be_given_as_its_configuration(tmp_path):
     config = parse("--optimizer.learning_rate", "3e-4", "--data.eval", "0.1")
     record = to_dict(config) | {"provenance": {"versions": {"jax": "0"}}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
-    again, _ = cli.parse(TrainDPO, [f"--config={tmp_path / 'config.yaml'}"])
-    assert to_dict(again) == to_dict(config)
+    reread, _ = cli.parse(TrainDPO, [f"--config={tmp_path / 'config.yaml'}"])
+    assert to_dict(reread) == to_dict(config)
 
 
 def test_print_config_prints_the_resolved_configuration(capsys):
@@ -378,10 +378,10 @@ def test_every_command_has_its_module():
 def test_an_unknown_command_is_one_line_with_the_nearest(name, mend, capsys):
     with pytest.raises(SystemExit) as end:
         __main__.main([name, "--max_steps", "1"])
-    said = capsys.readouterr()
-    assert end.value.code == 2 and not said.out
-    assert said.err.startswith(f"error: {name}: no such command; ") and said.err.count("\n") == 1
-    assert mend in said.err
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out
+    assert err.startswith(f"error: {name}: no such command; ") and err.count("\n") == 1
+    assert mend in err
 
 
 def test_a_command_gets_its_arguments_and_its_exit_status(monkeypatch, capsys):

@@ -264,8 +264,8 @@ def test_other_filled_columns_and_keys_are_counted_by_name(tmp_path, capsys):
     expected = {"column topic": 1, "column turns": 2, "column messages: key name": 1}
     for _ in ("built", "cached"):
         assert load(file).report["train"]["not used"] == expected
-        told = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
-        assert told == [
+        lines = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+        assert lines == [
             "data    train: filled and not used: column topic (1 rows), column turns (2 rows), "
             "column messages: key name (1 rows)"
         ]

@@ -39,11 +39,11 @@ def gpt2(width, layers, heads):
     return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, **sizes}
 
 
-def opt(width, layers, heads, **more):
+def opt(width, layers, heads, **settings):
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     return {
         "model_type": "opt", "vocab_size": 50272, "ffn_dim": 4 * width,
-        "max_position_embeddings": 2048, "word_embed_proj_dim": width, **sizes, **more,
+        "max_position_embeddings": 2048, "word_embed_proj_dim": width, **sizes, **settings,
     }  # fmt: skip
 
 
@@ -116,11 +116,11 @@ CASES = {
 }
 
 
-def encoder(kind, vocabulary, **more):
+def encoder(kind, vocabulary, **settings):
     return {
         "model_type": kind, "vocab_size": vocabulary, "hidden_size": 768, "num_hidden_layers": 12,
         "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512,
-        "pad_token_id": 0, **more,
+        "pad_token_id": 0, **settings,
     }  # fmt: skip
 
 
@@ -203,10 +203,10 @@ def folder_of(case, name, folder, shrunk=False):
     return folder
 
 
-def argv_of(name, folder, *more):
+def argv_of(name, folder, *flags):
     return [
         f"--config={CONFIGS / name}.yaml", f"--model.name_or_path={folder}",
-        "--model.init=random", *more,
+        "--model.init=random", *flags,
     ]  # fmt: skip
 
 
@@ -230,12 +230,12 @@ def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
     argv = argv_of(name, folder_of(case, name, tmp_path / "base"), "--mesh=fsdp=-1")
     config, _ = cli.parse(kind, argv)
     assert config.output_dir == f"runs/{name}" and config.data.eval is None
-    found = find(config, make_mesh(config.mesh))
-    assert found.model.parameter_count() == case.parameters
-    t = found.tokenizer
+    resolved = find(config, make_mesh(config.mesh))
+    assert resolved.model.parameter_count() == case.parameters
+    t = resolved.tokenizer
     ids = [t.bos_token_id, t.eos_token_id, t.unk_token_id, t.sep_token_id, t.pad_token_id]
     assert ids == case.ids
-    prompt = found.template.prompt([{"role": "user", "content": "Hi"}]).tolist()
+    prompt = resolved.template.prompt([{"role": "user", "content": "Hi"}]).tolist()
     assert prompt.count(case.ids[0]) == 1 and prompt[0] == case.ids[0]
     epoch = len(
         Batches(examples(case.rows), config.train_batch_size, drop_last=config.data.drop_last)
@@ -246,7 +246,7 @@ def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
     rates = [float(schedule(step)) for step in (0, case.warmup, total)]
     np.testing.assert_allclose(rates, [0, case.peak, 0], atol=1e-12, rtol=1e-6)
     assert max(float(schedule(step)) for step in range(0, total, 97)) <= case.peak * (1 + 1e-6)
-    assert found.max_length == config.data.max_length
+    assert resolved.max_length == config.data.max_length
 
 
 def test_the_schedule_of_aira_2_124m_at_its_published_points(tmp_path):
@@ -315,8 +315,8 @@ def test_a_shrunken_copy_trains_and_is_read_by_transformers(name, tmp_path, monk
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = [getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad", "sep", "unk")]
-    for told in (model.config, model.generation_config):
-        assert [told.bos_token_id, told.eos_token_id, told.pad_token_id] == ids[:3]
+    for hf_config in (model.config, model.generation_config):
+        assert [hf_config.bos_token_id, hf_config.eos_token_id, hf_config.pad_token_id] == ids[:3]
     assert model.config.vocab_size == len(tokenizer)
     ours, params = tiny.load(out)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
@@ -326,10 +326,10 @@ def test_a_shrunken_copy_trains_and_is_read_by_transformers(name, tmp_path, monk
         theirs = model(tokens).logits.numpy()
     np.testing.assert_allclose((hidden @ head)[..., : ours.vocab_size], theirs, atol=1e-5)
     if name.startswith("aira"):
-        told = model.generation_config
-        assert (told.do_sample, told.temperature, told.top_k, told.top_p) == (True, 0.3, 30, 0.3)
-        assert (told.repetition_penalty, told.max_new_tokens) == (1.2, 512)
-        assert told.renormalize_logits is True
+        g = model.generation_config
+        assert (g.do_sample, g.temperature, g.top_k, g.top_p) == (True, 0.3, 30, 0.3)
+        assert (g.repetition_penalty, g.max_new_tokens) == (1.2, 512)
+        assert g.renormalize_logits is True
     if name.startswith("tulu-2-sft"):
         assert model.config.max_position_embeddings == 8192
 
@@ -357,9 +357,9 @@ def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkey
     case = REWARD[name]
     argv = argv_of(name, folder_of(case, name, tmp_path / "base"), "--mesh=fsdp=-1")
     config, _ = cli.parse(TrainReward, argv)
-    found = find(config, make_mesh(config.mesh), scorer=True)
-    assert found.model.parameter_count() == case.parameters
-    assert found.max_length == (config.data.max_length or 512)
+    resolved = find(config, make_mesh(config.mesh), scorer=True)
+    assert resolved.model.parameter_count() == case.parameters
+    assert resolved.max_length == (config.data.max_length or 512)
     assert (updates(config, 1), config.output_dir) == (case.updates, f"runs/{name}")
     schedule = optimizer.make_schedule(config.optimizer, case.updates)
     rates = [float(schedule(step)) for step in (0, case.updates // 2, case.updates)]

@@ -102,8 +102,8 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert not set(data.train.prompt_ids) & set(data.held_out.prompt_ids)
     assert len(set(data.held_out.prompt_ids)) == 2
     assert len(data.train) + len(data.held_out) == data.report["train"]["kept"]
-    again = load(tmp_path / "a.jsonl", task="pair", eval=0.2)
-    np.testing.assert_array_equal(again.held_out.rows, data.held_out.rows)
+    reloaded = load(tmp_path / "a.jsonl", task="pair", eval=0.2)
+    np.testing.assert_array_equal(reloaded.held_out.rows, data.held_out.rows)
 
 
 def test_an_id_without_an_embedding_is_an_error(tmp_path):
@@ -121,8 +121,8 @@ def test_weights_say_how_often_an_epoch_shows_a_source(tmp_path):
     assert np.bincount(mixed.sources).tolist() == [25, 5]
     counts = np.bincount(mixed.rows[mixed.sources == 0])
     assert sorted(set(counts)) == [2, 3] and len(counts) == 10
-    again = load([Source(str(a), weight=2.5), Source(str(b), weight=0.25)]).train
-    np.testing.assert_array_equal(mixed.ids, again.ids)
+    reloaded = load([Source(str(a), weight=2.5), Source(str(b), weight=0.25)]).train
+    np.testing.assert_array_equal(mixed.ids, reloaded.ids)
     with pytest.raises(ConfigError, match="weight 0.01 leaves no row of source 2"):
         load([Source(str(a)), Source(str(b), weight=0.01)])
 
@@ -228,9 +228,9 @@ def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypat
     assert isinstance(first.train.tokens.base, np.memmap)
     with monkeypatch.context() as nothing_can_be_built:
         nothing_can_be_built.setattr(tokenise, "build", None)
-        again = load(file, seed=5)
-    np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
-    assert first.report == again.report
+        reloaded = load(file, seed=5)
+    np.testing.assert_array_equal(first.train.tokens, reloaded.train.tokens)
+    assert first.report == reloaded.report
     made = 1
     for change in (
         {"max_length": 32},
@@ -272,9 +272,9 @@ def test_processes_that_build_the_same_cache_at_once_all_get_it(tmp_path):
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    told = {process.communicate()[0] for process in started}
+    outputs = {process.communicate()[0] for process in started}
     assert all(process.returncode == 0 for process in started)
-    assert len(told) == 1 and told != {""}
+    assert len(outputs) == 1 and outputs != {""}
     assert len(list((cache.cache_root(DataConfig(train="x")) / "tokens").iterdir())) == 1
 
 

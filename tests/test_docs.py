@@ -51,13 +51,13 @@ def name_of(page: Path) -> str:
 def blocks_of(page: Path) -> list[Block]:
     """The fenced blocks of a page."""
     text = page.read_text()
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(name_of(page), text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in found]
+    matches = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(name_of(page), text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in matches]
 
 
 def commands_of(block: Block) -> list[Command]:
     """The commands of a block: continued lines joined, comments and NAME=value left out."""
-    found = []
+    commands = []
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words:
@@ -65,8 +65,8 @@ def commands_of(block: Block) -> list[Command]:
             one, words = words[:end], words[end + 1 :]
             while one and re.fullmatch(r"[A-Z_]+=.*", one[0]):
                 one = one[1:]
-            found.append(Command(block.page, block.line, tuple(one)))
-    return found
+            commands.append(Command(block.page, block.line, tuple(one)))
+    return commands
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -114,8 +114,8 @@ def why_parsed(command: Command) -> str | None:
 
 def how(command: Command) -> str:
     ours = split(command.words)
-    told = (why_parsed(command) or "run") if ours else "looked up"
-    return f"{command.page}:{command.line}: {' '.join(command.words)[:40]} [{told}]"
+    outcome = (why_parsed(command) or "run") if ours else "looked up"
+    return f"{command.page}:{command.line}: {' '.join(command.words)[:40]} [{outcome}]"
 
 
 class Parsed(Exception):
@@ -255,17 +255,17 @@ def data_like(name: str, module: str, ground: Path) -> Path:
 def shrunk(module: str, arguments: list[str], ground: Path) -> list[str]:
     """The same arguments with a tiny model and data in the place of those that are not here."""
     config, _ = parsed(module, arguments)
-    more = ["--max_steps=2", "--train_batch_size=4", "--optimizer.warmup_ratio=0"]
-    more += ["--optimizer.warmup_steps=1", "--gradient_accumulation_steps=1", "--eval_steps=0"]
-    more += ["--logging_steps=1", "--num_samples=0", "--mesh=fsdp=-1", "--data.max_length=64"]
+    overrides = ["--max_steps=2", "--train_batch_size=4", "--optimizer.warmup_ratio=0"]
+    overrides += ["--optimizer.warmup_steps=1", "--gradient_accumulation_steps=1", "--eval_steps=0"]
+    overrides += ["--logging_steps=1", "--num_samples=0", "--mesh=fsdp=-1", "--data.max_length=64"]
     if module == "train_rl":
-        more += ["--rl.num_generations=2", "--rl.max_completion_length=8"]
+        overrides += ["--rl.num_generations=2", "--rl.max_completion_length=8"]
     if not Path(config.model.name_or_path).exists():
-        more.append(f"--model.name_or_path={model_like(config.model.name_or_path, ground)}")
+        overrides.append(f"--model.name_or_path={model_like(config.model.name_or_path, ground)}")
     if not Path(config.data.train).exists():
-        more.append(f"--data.train={data_like(config.data.train, module, ground)}")
-        more.append("--data.split=train")
-    return arguments + more
+        overrides.append(f"--data.train={data_like(config.data.train, module, ground)}")
+        overrides.append("--data.split=train")
+    return arguments + overrides
 
 
 def newest(source: str) -> str:
@@ -406,10 +406,10 @@ def test_the_readme_stays_short_and_names_every_page():
 
 
 def test_tests_that_pages_name_exist():
-    found = set()
+    named = set()
     for page in PAGES:
-        found |= set(re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text()))
-    assert len(found) > 50
-    for file, name in sorted(found):
+        named |= set(re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text()))
+    assert len(named) > 50
+    for file, name in sorted(named):
         text = (ROOT / "tests" / file).read_text()
         assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file} has no {name}"

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -30,6 +31,37 @@ CASES = {
 }
 ENCODERS = [case for case, config in CASES.items() if MODELS[config["model_type"]].encoder]
 LENGTHS = (12, 9, 5)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Transformers' model of a case, ours, and its parameters, loaded once."""
+
+    @cache
+    def load(case):
+        folder = tmp_path_factory.mktemp("model")
+        theirs = tiny.save(folder, CASES[case])
+        return theirs, *tiny.load(folder)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def value_and_grad(loaded):
+    """Gradient of the weighted sum of three texts' scores, and the scores; compiled once a case."""
+
+    @cache
+    def compiled(case):
+        _, model, _ = loaded(case)
+
+        def total(params, batch, weights):
+            scores, exists = model.score(params, batch, examples=3, answers=1)
+            assert scores.shape == exists.shape == (3, 1)
+            return (scores[:, 0] * weights).sum(), (scores, exists)
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    return compiled
 
 
 def texts(lengths=LENGTHS, seed=1):
@@ -67,28 +99,21 @@ def test_every_architecture_is_covered():
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", CASES)
-def test_scores_and_gradients(case, side, tmp_path):
-    config = CASES[case]
-    theirs = tiny.save(tmp_path, config)
-    model, params = tiny.load(tmp_path)
-    rows = texts((9, 9, 9) if side == "none" else LENGTHS)
-    tokens, real, positions = padded(rows, side, config["pad_token_id"])
+def test_scores_and_gradients(case, side, loaded, value_and_grad):
+    theirs, model, params = loaded(case)
+    rows = texts((12, 12, 12) if side == "none" else (10, 9, 5))
+    tokens, real, positions = padded(rows, side, CASES[case]["pad_token_id"])
     weights = np.array([0.3, -1.2, 0.7], np.float32)
 
     wanted = their_scores(theirs, tokens, real, positions)
+    theirs.zero_grad()
     (wanted * torch.tensor(weights)).sum().backward()
 
     segments = real * np.arange(1, 4)[:, None]
     batch = tiny.layout(tokens, segment_ids=segments, positions=positions)
-
-    def total(params):
-        scores, there = model.score(params, batch, examples=3, answers=1)
-        assert scores.shape == there.shape == (3, 1)
-        return (scores[:, 0] * weights).sum(), (scores, there)
-
-    grads, (scores, there) = jax.grad(total, has_aux=True)(params)
+    (_, (scores, exists)), grads = value_and_grad(case)(params, batch, weights)
     wanted = wanted.detach().numpy()
-    assert there.all()
+    assert exists.all()
     assert np.abs(scores[:, 0] - wanted).max() <= 1e-5 * max(np.abs(wanted).max(), 1)
     grads = tiny.as_theirs(model, grads)
     for name, parameter in theirs.named_parameters():
@@ -98,17 +123,13 @@ def test_scores_and_gradients(case, side, tmp_path):
     assert not grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_packed_side_by_side_each_scores_as_alone(case, tmp_path):
+def test_packed_side_by_side_each_scores_as_alone(case, loaded):
     """Two pairs and a single side of a third: in two rows, between padding."""
-    tiny.save(tmp_path, CASES[case])
-    model, params = tiny.load(tmp_path)
+    _, model, params = loaded(case)
     rows = texts((7, 4, 3, 8, 5))
     of = [(1, 1), (1, 2), (2, 2), (2, 1), (3, 1)]  # example, side
-
-    def alone(row):
-        batch = tiny.layout(row[None])
-        return float(model.score(params, batch, examples=1, answers=1)[0][0, 0])
 
     tokens, segments, sides, positions = np.zeros((4, 2, 14), int)
     corners = [(0, 0), (0, 7), (0, 11), (1, 1), (1, 9)]
@@ -117,42 +138,48 @@ def test_packed_side_by_side_each_scores_as_alone(case, tmp_path):
         tokens[place], segments[place], sides[place] = text, segment, side
         positions[place] = np.arange(len(text))
     batch = tiny.layout(tokens, segment_ids=segments, sides=sides, positions=positions)
-    scores, there = model.score(params, batch, examples=4, answers=2)
+    scores, exists = jax.jit(partial(model.score, examples=4, answers=2))(params, batch)
+    score = jax.jit(partial(model.score, examples=1, answers=1))
+
+    def alone(text):
+        row = np.pad(text, (0, 8 - len(text)))[None]
+        real = np.arange(8)[None] < len(text)
+        return float(score(params, tiny.layout(row, segment_ids=real.astype(int)))[0][0, 0])
+
     wanted = [alone(rows[i]) for i in (0, 1, 3, 2, 4)]
     np.testing.assert_allclose(scores.ravel()[:5], wanted, atol=1e-5, rtol=1e-5)
-    assert there.ravel().tolist() == [True] * 5 + [False] * 3
+    assert exists.ravel().tolist() == [True] * 5 + [False] * 3
 
 
 @pytest.mark.parametrize("case", ["bert", "gpt2"])
 def test_scores_of_rows_divided_over_devices(case, tmp_path, devices):
-    """Examples lie in the rows of their own device; there, the last example is missing."""
+    """Examples lie in the rows of their own device; the last example does not exist."""
     tiny.save(tmp_path, CASES[case])
     model, params = tiny.load(tmp_path)
     tokens, real, positions = padded(texts((5, 7, 3, 6, 4, 8, 7)), "right", 0)
     tokens, real, positions = (np.pad(x, ((0, 1), (0, 0))) for x in (tokens, real, positions))
     segments = real * np.arange(1, 9)[:, None]
     batch = tiny.layout(tokens, segment_ids=segments, positions=positions)
-    one, there = model.score(params, batch, examples=8, answers=1)
-    assert there.ravel().tolist() == [True] * 7 + [False]
+    one, exists = jax.jit(partial(model.score, examples=8, answers=1))(params, batch)
+    assert exists.ravel().tolist() == [True] * 7 + [False]
     devices(8)
     model, params = tiny.load(tmp_path, "dp=2,fsdp=2,tp=2")
     with jax.set_mesh(make_mesh("dp=2,fsdp=2,tp=2")):
-        score = jax.jit(lambda p, b: model.score(p, b, examples=8, answers=1))
-        four, still_there = score(params, batch)
-    np.testing.assert_allclose(four[:7], one[:7], atol=1e-5, rtol=1e-5)
-    assert np.array_equal(there, still_there)
+        many, exists_on_many = jax.jit(partial(model.score, examples=8, answers=1))(params, batch)
+    np.testing.assert_allclose(many[:7], one[:7], atol=1e-5, rtol=1e-5)
+    assert np.array_equal(exists, exists_on_many)
 
 
 @pytest.mark.parametrize("case", ENCODERS)
-def test_a_token_of_an_encoder_sees_its_whole_text_and_no_other(case, tmp_path):
-    tiny.save(tmp_path, CASES[case])
-    model, params = tiny.load(tmp_path)
+def test_a_token_of_an_encoder_sees_its_whole_text_and_no_other(case, loaded):
+    _, model, params = loaded(case)
+    score = jax.jit(partial(model.score, examples=2, answers=1))
     tokens = texts((10,))[0][None]
     segments, positions = np.array([[1] * 5 + [2] * 5]), np.array([[*range(5), *range(5)]])
 
     def scores(tokens):
         batch = tiny.layout(tokens, segment_ids=segments, positions=positions)
-        return np.asarray(model.score(params, batch, examples=2, answers=1)[0][:, 0])
+        return np.asarray(score(params, batch)[0][:, 0])
 
     before = scores(tokens)
     for place in range(10):
@@ -216,12 +243,12 @@ def masked_lm(folder, config):
     return model.state_dict()
 
 
-def found(folder):
+def origin_of(folder):
     return Pretrained(str(folder), folder)
 
 
 def drawn(folder, seed=0):
-    origin = found(folder)
+    origin = origin_of(folder)
     model = model_of(origin.config, str(folder), scorer=True)
     params = origin.load(model, make_mesh("fsdp=-1"), head_key=jax.random.key(seed))
     return origin.check(model), tiny.as_theirs(model, params)
@@ -241,12 +268,12 @@ def test_a_masked_language_model_is_given_a_head(case, tmp_path):
             assert not tensors[name].any()
         elif "out_proj" not in name and name != "classifier.weight":
             assert tensors[name].std() == pytest.approx(0.02, rel=0.2)
-    again, other = drawn(tmp_path)[1], drawn(tmp_path, seed=1)[1]
+    repeated, other = drawn(tmp_path)[1], drawn(tmp_path, seed=1)[1]
     for name in new:
-        assert np.array_equal(again[name], tensors[name])
+        assert np.array_equal(repeated[name], tensors[name])
         assert np.array_equal(other[name], tensors[name]) == name.endswith("bias")
     with pytest.raises(WeightsError, match="train_reward adds a score head"):
-        origin = found(tmp_path)
+        origin = origin_of(tmp_path)
         origin.load(model_of(origin.config, "x", scorer=True), make_mesh("fsdp=-1"))
 
 
@@ -277,7 +304,7 @@ def test_a_causal_language_model_is_given_a_head(case, tmp_path):
 def test_other_tensors_are_never_ignored_and_none_is_drawn_by_halves(tmp_path):
     tiny.save(tmp_path, CASES["bert"])
     tensors = load_file(tmp_path / "model.safetensors")
-    for change, told in (
+    for change, message in (
         ({"extra.weight": torch.ones(2)}, "unknown to this architecture extra.weight"),
         ({"classifier.bias": None}, "missing classifier.bias"),
         ({"bert.pooler.dense.weight": None}, "missing bert.pooler.dense.weight"),
@@ -286,18 +313,18 @@ def test_other_tensors_are_never_ignored_and_none_is_drawn_by_halves(tmp_path):
     ):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
         save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(WeightsError, match=told):
+        with pytest.raises(WeightsError, match=message):
             drawn(tmp_path)
 
 
 def test_what_cannot_be_built_is_refused(tmp_path):
     labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
-    for config, options, told in (
+    for config, options, message in (
         (CASES["bert"] | labels, {}, "has 3 labels"),
         (CASES["gpt2"] | {"id2label": None}, {}, "has 2 labels"),
         (CASES["bert"] | {"position_embedding_type": "relative_key"}, {}, "only absolute"),
         (CASES["roberta"] | {"is_decoder": True}, {}, "is_decoder: True is not supported"),
         (CASES["bert"], {"scorer": False}, "is an encoder and generates no text"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             model_of(config, "config.json", **options)

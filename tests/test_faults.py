@@ -73,8 +73,8 @@ def test_damaged_tokens_are_made_again(name, damage, tokens, written, tmp_path, 
     after = tokens(tmp_path / "cache")
     same_examples(after[0], before[0])
     assert after[1] == before[1]
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and " is damaged (" in said and "made again" in said
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and " is damaged (" in out and "made again" in out
 
 
 def test_the_tokens_of_another_key_are_not_read(tokens, written, tmp_path, capsys):
@@ -136,8 +136,8 @@ def test_a_damaged_line_of_metrics_is_named_and_takes_no_other_with_it(bad, tmp_
     path.write_bytes(b"\n".join([*LINES[:2], bad, *LINES[3:], b""]))
     before = path.read_bytes()
     assert started(path) == [row for row in ROWS if row["step"] != 2]
-    said = capsys.readouterr().out
-    assert f"warning: {path}: lost or unreadable: line 3; the file is kept as" in said
+    out = capsys.readouterr().out
+    assert f"warning: {path}: lost or unreadable: line 3; the file is kept as" in out
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
 
 

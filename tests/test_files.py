@@ -155,5 +155,5 @@ def test_the_place_of_checkpoints_that_lie_elsewhere_is_told(tmp_path, capsys):
     (run / "config.yaml").write_text(f"provenance: {{}}\ncheckpoint_dir: {place}\n")
     for _ in range(2):
         assert pretrained.find(f"{run}/checkpoints/4").step == 4
-    told = f"{run}/checkpoints/4: checkpoints are read from {place}\n"
-    assert capsys.readouterr() == ("", told)
+    message = f"{run}/checkpoints/4: checkpoints are read from {place}\n"
+    assert capsys.readouterr() == ("", message)

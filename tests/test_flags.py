@@ -41,20 +41,20 @@ COMMANDS = {
 
 def flags_of(main, asked="--help") -> set[str]:
     """Those that a command's help shows, with those of groups that have a help of their own."""
-    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         main([asked])
-    flags = set(re.findall(r"(?:^ +|)(--[\w.]+)", told.getvalue(), re.M)) - {"--help"}
+    flags = set(re.findall(r"(?:^ +|)(--[\w.]+)", printed.getvalue(), re.M)) - {"--help"}
     groups = {flag for flag in flags if flag.endswith(".help")} - {asked}
     return (flags - groups).union(*(flags_of(main, group) for group in groups)) - {asked}
 
 
 def lines() -> str:
     """A flag and its commands in each."""
-    found: dict[str, list[str]] = {}
+    commands: dict[str, list[str]] = {}
     for name, main in COMMANDS.items():
         for flag in flags_of(main):
-            found.setdefault(flag, []).append(name)
-    return "".join(f"{flag}: {', '.join(names)}\n" for flag, names in sorted(found.items()))
+            commands.setdefault(flag, []).append(name)
+    return "".join(f"{flag}: {', '.join(names)}\n" for flag, names in sorted(commands.items()))
 
 
 def test_flags_are_those_that_scripts_of_users_hold():

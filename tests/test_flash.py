@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.data.batches import UNSEEN, Batches
+from easyaira.data.batches import UNATTENDED, Batches
 from easyaira.models import flash as kernels
 from easyaira.models.attention import visible
 from easyaira.models.flash import Tiles, ends, flash
@@ -31,7 +31,7 @@ def layout(kind: str, rows: int, length: int, seed: int = 0):
     for number in range(1, (rows - 1) * pairs + 1):
         most = max(length // pairs // 3, 1)
         prompt, chosen, rejected, unseen = rng.integers(0, most + 1, 4)
-        tail = [UNSEEN] * int(unseen * rng.integers(0, 2))
+        tail = [UNATTENDED] * int(unseen * rng.integers(0, 2))
         if kind == "shared":
             parts.append((number, [0] * prompt + [1] * chosen + [2] * rejected + tail))
         elif kind == "separate":
@@ -84,10 +84,10 @@ def wanted(q, k, v, grad, mask):
 def check(q, k, v, grad, segments, sides, tiles=None, scale=1):
     """Outputs and gradients equal those by hand, and are 0 where nothing is seen."""
     mask = visible(jnp.asarray(segments), jnp.asarray(sides))
-    found, right = ours(q, k, v, grad, segments, sides, tiles), wanted(q, k, v, grad, mask)
+    actual, right = ours(q, k, v, grad, segments, sides, tiles), wanted(q, k, v, grad, mask)
     blind, unseen = (~np.asarray(mask).any(axis) for axis in (2, 1))
     for name, x, y, nothing in zip(
-        ("out", "dq", "dk", "dv"), found, right, (blind, blind, unseen, unseen), strict=True
+        ("out", "dq", "dk", "dv"), actual, right, (blind, blind, unseen, unseen), strict=True
     ):
         assert x.dtype == q.dtype and x.shape == y.shape
         x, y = np.asarray(x, np.float32), np.asarray(y)
@@ -136,6 +136,7 @@ NAN_LAYOUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_layout_for_which_another_kernel_gave_nan(dtype):
     """cuDNN's backward pass on Hopper did (pytorch/pytorch#196678), since the log-sum-exp of a
@@ -182,13 +183,13 @@ def test_ends_equal_the_contract_in_batches(pairs, share, packing, tmp_path):
 def test_ends_equal_the_contract_in_batches_with_padding_that_is_learned(tmp_path):
     rows = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(8))
     data = load(rows, compat="aira", template="aira", max_length=40, vocab_size=400).train
-    found = Batches(data, 8)[0].arrays
-    assert (found["sides"] == UNSEEN).any()
-    of_batch(found)
+    arrays = Batches(data, 8)[0].arrays
+    assert (arrays["sides"] == UNATTENDED).any()
+    of_batch(arrays)
 
 
-def of_batch(found):
-    for segments, sides in zip(found["segment_ids"], found["sides"], strict=True):
+def of_batch(arrays):
+    for segments, sides in zip(arrays["segment_ids"], arrays["sides"], strict=True):
         wanted = visible(jnp.asarray(segments), jnp.asarray(sides))
         assert np.array_equal(seen_by_ends(segments, sides), wanted)
 
@@ -251,15 +252,15 @@ def test_the_loop_over_keys_visits_each_tile_that_is_seen_once():
         last = np.zeros(16, np.int32)
         last[:10] = rng.integers(0, length + 1, 10)
         for first in range(0, length, 32):
-            found = np.asarray(visited(jnp.asarray(last), first))
+            visits = np.asarray(visited(jnp.asarray(last), first))
             stop = -(-min(first + 32, length) // 16)
             needed = [j for j in range(stop) if last[j] > first]
-            assert (found[needed] == 1).all() and found.max(initial=0) <= 1
-            assert not found[stop:].any() and not found[: min(needed, default=16)].any()
+            assert (visits[needed] == 1).all() and visits.max(initial=0) <= 1
+            assert not visits[stop:].any() and not visits[: min(needed, default=16)].any()
             idle = [j for j in range(min(needed, default=16), stop) if j not in needed]
             if idle:
                 run = next(j for j in range(idle[0], 17) if j not in idle)
-                assert not found[idle[0] : run].any()
+                assert not visits[idle[0] : run].any()
 
 
 def test_what_the_kernel_does_not_take_is_refused():

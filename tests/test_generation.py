@@ -39,8 +39,8 @@ def answer_of_transformers(folder, **options):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer(PROMPT).input_ids])
-    found = model.generate(ids, do_sample=False, pad_token_id=0, **options)[0, ids.shape[1] :]
-    return found.tolist(), tokenizer
+    answer = model.generate(ids, do_sample=False, pad_token_id=0, **options)[0, ids.shape[1] :]
+    return answer.tolist(), tokenizer
 
 
 def with_settings(folder, target, config=None, **generation):
@@ -67,19 +67,19 @@ def test_an_answer_ends_at_every_end_token_of_the_models_files(file, gpt2, tmp_p
     ends = {"eos_token_id": [0, end]}
     options = {"config": ends} if file == "config.json" else ends
     folder = with_settings(gpt2, tmp_path / "model", **options)
-    found, _ = answer_of_transformers(gpt2, max_new_tokens=12, **ends)
-    assert len(found) < 12 and found[-1] == end
+    answer, _ = answer_of_transformers(gpt2, max_new_tokens=12, **ends)
+    assert len(answer) < 12 and answer[-1] == end
     status, out, _ = ask(folder, capsys, "--max_new_tokens=12")
-    assert status == 0 and out == tokenizer.decode(found[:-1]) + "\n"
+    assert status == 0 and out == tokenizer.decode(answer[:-1]) + "\n"
 
 
 def test_the_settings_of_generation_config_are_those_of_transformers(gpt2, tmp_path, capsys):
     chosen = {"repetition_penalty": 1.7, "max_new_tokens": 9, "temperature": 0.3, "top_k": 5}
     folder = with_settings(gpt2, tmp_path / "model", do_sample=False, **chosen)
-    found, tokenizer = answer_of_transformers(folder)
+    answer, tokenizer = answer_of_transformers(folder)
     plain, _ = answer_of_transformers(gpt2, max_new_tokens=9)
     status, out, _ = ask(folder, capsys)
-    assert status == 0 and out == tokenizer.decode(found) + "\n" != tokenizer.decode(plain) + "\n"
+    assert status == 0 and out == tokenizer.decode(answer) + "\n" != tokenizer.decode(plain) + "\n"
 
 
 def test_sampling_settings_count_where_sampling_is_on_and_flags_override_them(
@@ -136,11 +136,11 @@ def test_an_option_without_sense_is_refused_in_one_line(flag, problem, gpt2, cap
 
 
 def test_a_huge_limit_is_that_of_the_models_positions(gpt2, capsys):
-    found, tokenizer = answer_of_transformers(
+    answer, tokenizer = answer_of_transformers(
         gpt2, max_new_tokens=64 - len(tiny.tokenizer()(PROMPT).input_ids)
     )
     status, out, _ = ask(gpt2, capsys, f"--max_new_tokens={10**9}")
-    assert status == 0 and out == tokenizer.decode(found, skip_special_tokens=True) + "\n"
+    assert status == 0 and out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(gpt2, answered):
     tokenizer = AutoTokenizer.from_pretrained(gpt2)
     model, params = tiny.load(gpt2)
     prompts = [tokenizer(text).input_ids for text in ("what do you", "the capital")]
-    found = answers_of(model, params, prompts, SAMPLED, num_samples=2)
-    texts = [tokenizer.decode(answer.content, skip_special_tokens=True) for answer in found]
+    answers = answers_of(model, params, prompts, SAMPLED, num_samples=2)
+    texts = [tokenizer.decode(answer.content, skip_special_tokens=True) for answer in answers]
     assert [row["generated"] for row in lines[:4]] == texts
 
 
@@ -358,9 +358,9 @@ def setup_of(gpt2, tmp_path):
 def asked(monkeypatch):
     """The end tokens that samples ask for."""
     asked = []
-    found = [Answer([], [], "length")] * 2
+    answers = [Answer([], [], "length")] * 2
     monkeypatch.setattr(
-        samples, "generate", lambda *given: asked.append(list(given[-1].end_ids)) or found
+        samples, "generate", lambda *given: asked.append(list(given[-1].end_ids)) or answers
     )
     return asked
 

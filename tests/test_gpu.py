@@ -44,14 +44,14 @@ def configured(task, model, data, out, **options):
 
 def unordered_scatters(text):
     """Scatters of a lowered program whose updates are added at places that may be the same."""
-    found = []
+    scatters = []
     for scatter in re.finditer(
         r'"stablehlo\.scatter"\(.*?\) <\{(.*?)\}> \(\{(.*?)\}\)', text, re.S
     ):
         attributes, body = scatter.groups()
         if "stablehlo.add" in body and "unique_indices = true" not in attributes:
-            found.append(scatter[0])
-    return found
+            scatters.append(scatter[0])
+    return scatters
 
 
 def lowered(setup, algorithm, platform):
@@ -120,8 +120,8 @@ def test_sums_by_id_are_a_scatter_add(count):
     wanted = np.zeros((3, 13, 4))
     for shard in range(3):
         np.add.at(wanted[shard], ids[shard], values[shard].astype(np.float64))
-    found = jax.jit(partial(sum_by_id, size=13))(values, ids)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    actual = jax.jit(partial(sum_by_id, size=13))(values, ids)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_sums_by_id_are_more_exact_than_one_after_another():
@@ -144,8 +144,8 @@ def test_a_gpus_gradient_of_a_look_up_on_any_mesh(axes, devices):
     with jax.set_mesh(meshes.make_mesh(axes)):
         compiled = jax.jit(partial(_sum_by_id, shape=(256, 8), rows="tp")).lower(d_rows, ids)
         compiled = compiled.compile()
-        found = compiled(d_rows, ids)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+        actual = compiled(d_rows, ids)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
     assert "all-gather" not in compiled.as_text()  # nobody sorts the tokens of others
 
 
@@ -162,9 +162,9 @@ def test_sums_of_pairs_are_selected_by_the_device_that_holds_them(axes, devices)
     wanted = [[values[b][mask[b] & (sides[b] == s)].sum() for s in (1, 2)] for b in range(pairs)]
     with jax.set_mesh(meshes.make_mesh(axes)):
         sums = jax.jit(partial(preference.pair_sums, pairs=pairs))
-        found = sums(values, mask, segment_ids, sides)
+        actual = sums(values, mask, segment_ids, sides)
         text = sums.lower(values, mask, segment_ids, sides).compile().as_text()
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
     assert "all-gather" not in text.replace("all-gather-done", "") or axes == "dp=1"
 
 
@@ -380,8 +380,8 @@ def test_what_a_kernel_cannot_compute(kernel, options, reason):
     width = options.pop("width", 64)
     config = {"model_type": "llama", "hidden_size": 4 * width, "num_attention_heads": 4}
     compute = Compute(**{"dtype": jnp.bfloat16} | options)
-    found = resolve.obstacle(kernel, model_of(config, "a test"), compute)
-    assert (found is None) if reason is None else reason in found
+    obstacle = resolve.obstacle(kernel, model_of(config, "a test"), compute)
+    assert (obstacle is None) if reason is None else reason in obstacle
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "pallas", "splash"])
@@ -610,8 +610,8 @@ def test_precision_of_products(dtype, wanted, models, data, tmp_path):
     setup = prepare(config, algorithm)
     with setup.model.on(setup.mesh):
         text = lowered(setup, algorithm, "cuda")
-    found = set(re.findall(r"dot_general.*?precision = \[(\w+), \w+\]", text))
-    assert (found or {"DEFAULT"}) == {wanted}
+    precisions = set(re.findall(r"dot_general.*?precision = \[(\w+), \w+\]", text))
+    assert (precisions or {"DEFAULT"}) == {wanted}
 
 
 def test_scores_are_float32_in_bfloat16_models(data, tmp_path):

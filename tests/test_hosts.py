@@ -245,8 +245,8 @@ def test_hosts_that_differ_say_in_what_and_write_nothing(ground, tmp_path):
 
 
 def test_what_hosts_compare_changes_with_all_that_decides_a_run(monkeypatch, tmp_path):
-    def made_with(**more):
-        return provenance.made_with(TrainSFT(ModelConfig("m"), DataConfig("d"), **more))
+    def made_with(**options):
+        return provenance.made_with(TrainSFT(ModelConfig("m"), DataConfig("d"), **options))
 
     plain = made_with()
     assert made_with(distributed=DistributedConfig(timeout=7)) == plain
@@ -326,20 +326,21 @@ def test_a_signal_at_any_time_ends_with_75_and_the_same_command_goes_on(ground, 
 
     jobs = [job("", "straight")] + [job(point, point) for point in POINTS if point != "import"]
     ended = Ended([start(["-m", "helpers.train_child", json.dumps(jobs)])])
-    told = [json.loads(line) for line in ended.out[0].splitlines()]
-    assert told[0]["status"] == 0, (tmp_path / "straight.txt").read_text()
+    results = [json.loads(line) for line in ended.out[0].splitlines()]
+    assert results[0]["status"] == 0, (tmp_path / "straight.txt").read_text()
     imported = Ended([start(["-m", "helpers.train_child", json.dumps([job("import", "import")])])])
     assert imported.statuses == [75] and not (tmp_path / "import").exists(), imported
     (tmp_path / "import.txt").write_text(imported.err[0])
-    for (point, says), how in zip(POINTS.items(), [{"status": 75}, *told[1:]], strict=True):
+    for (point, message), how in zip(POINTS.items(), [{"status": 75}, *results[1:]], strict=True):
         out = (tmp_path / f"{point}.txt").read_text()
         assert how["status"] == 75, f"{point}: {how} {out}"
-        assert says in out.strip().splitlines()[-1], f"{point}: {out}"
+        assert message in out.strip().splitlines()[-1], f"{point}: {out}"
         if point == "compile":
             assert how["seconds"] < 30
-    again = [job("", point) for point in POINTS]
-    again[list(POINTS).index("compile")]["devices"] = 2  # before the first update, any mesh will do
-    ended = Ended([start(["-m", "helpers.train_child", json.dumps(again)])])
+    resumed = [job("", point) for point in POINTS]
+    # before the first update, any mesh will do
+    resumed[list(POINTS).index("compile")]["devices"] = 2
+    ended = Ended([start(["-m", "helpers.train_child", json.dumps(resumed)])])
     for point, line in zip(POINTS, ended.out[0].splitlines(), strict=True):
         out = (tmp_path / f"{point}.txt").read_text()
         assert json.loads(line)["status"] == 0, f"{point}: {out}"

@@ -62,6 +62,8 @@ PRIVATE = {  # file -> private parts of a library that it uses; no other file ma
         "orbax.checkpoint._src.path.gcs_utils.get_kvstore_for_gcs",
     ),
 }
+# words that say nothing of what a name holds
+VAGUE = set("again befalls found more said says some there told UNSEEN".split())
 NOT_IN_MODELS = {"cli", "distributed.watchdog", "distributed.hosts"}
 LONGEST = 400
 DISTRIBUTIONS = {"jax": "jax", "orbax": "orbax-checkpoint"}
@@ -100,37 +102,37 @@ def ours(tree, known):
 def problems(package):
     """All that is wrong with who imports whom, a line each."""
     trees = dict(modules(package))
-    found = []
+    lines = []
     for name, tree in trees.items():
         place = place_of(name)
         if place not in LEVEL:
-            found.append(f"{name} has no floor")
+            lines.append(f"{name} has no floor")
             continue
         for imported in ours(tree, trees.keys()):
-            there = place_of(imported)
-            if there == place or (name, imported) in LATE:
+            other = place_of(imported)
+            if other == place or (name, imported) in LATE:
                 continue
-            if LEVEL.get(there, len(LEVEL)) >= LEVEL[place]:
-                found.append(f"{name} imports {imported}, which stands no lower")
+            if LEVEL.get(other, len(LEVEL)) >= LEVEL[place]:
+                lines.append(f"{name} imports {imported}, which stands no lower")
             if place == "models/" and imported in NOT_IN_MODELS:
-                found.append(f"{name} imports {imported}, which is no business of a model")
+                lines.append(f"{name} imports {imported}, which is no business of a model")
         roots = {imported.split(".")[0] for imported in imports(tree)}
         if roots & {"torch", "pickle"}:
-            found.append(f"{name} imports torch or pickle")
+            lines.append(f"{name} imports torch or pickle")
         if "flax" in roots and place not in FLAX:
-            found.append(f"{name} imports flax")
+            lines.append(f"{name} imports flax")
         if "orbax" in roots and name not in ORBAX:
-            found.append(f"{name} imports orbax")
+            lines.append(f"{name} imports orbax")
         if name not in PRIVATE and any("._src" in imported for imported in imports(tree)):
-            found.append(f"{name} imports private parts of a library")
+            lines.append(f"{name} imports private parts of a library")
         if place in NO_JAX and roots & HEAVY:
-            found.append(f"{name} imports {sorted(roots & HEAVY)[0]}")
-    return found
+            lines.append(f"{name} imports {sorted(roots & HEAVY)[0]}")
+    return lines
 
 
 def test_every_place_of_the_list_is_there():
-    there = {place_of(name) for name, _ in modules(PACKAGE)}
-    assert LEVEL.keys() - there <= MAY_BE_ABSENT
+    places = {place_of(name) for name, _ in modules(PACKAGE)}
+    assert LEVEL.keys() - places <= MAY_BE_ABSENT
     assert all((PACKAGE / p / "__init__.py").exists() for p in LEVEL if p.endswith("/"))
 
 
@@ -196,8 +198,8 @@ def test_an_import_of_a_higher_floor_is_found(file, line, problem, tmp_path):
     target = package / file
     target.parent.mkdir(exist_ok=True)
     target.write_text((target.read_text() if target.exists() else "") + f"\n\n{line}\n")
-    found = problems(package)
-    assert len(found) == 1 and problem in found[0], found
+    lines = problems(package)
+    assert len(lines) == 1 and problem in lines[0], lines
 
 
 @pytest.mark.parametrize("file, name", [(f, n) for f, names in PRIVATE.items() for n in names])
@@ -208,6 +210,50 @@ def test_private_parts_of_libraries_are_where_they_are_looked_for(file, name):
         f"{library} {importlib.metadata.version(DISTRIBUTIONS[library])} has no {name}: mend "
         f"easyaira/{file.replace('.', '/')}.py, or bound the version in setup.py"
     )
+
+
+def vague_names(path):
+    """Names that a file gives to something, of those that are forbidden; a line each."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name | ast.Attribute):
+            name = getattr(node, "id", None) or node.attr
+            name = name if isinstance(node.ctx, ast.Store) else ""
+        elif isinstance(node, ast.alias):
+            name = node.asname
+        else:  # functions and classes; arguments
+            name = getattr(node, "name", None) or getattr(node, "arg", None)
+        if str(name).lstrip("_") in VAGUE:
+            yield f"{path.name}:{node.lineno}: {name}"
+
+
+def test_names_say_what_they_hold():
+    root = PACKAGE.parent
+    files = [
+        file for name in ("easyaira", "scripts", "tests") for file in (root / name).rglob("*.py")
+    ]
+    assert [line for file in files for line in vague_names(file)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "found = 1",
+        "told, y = 1, 2",
+        "for again in (): pass",
+        "def said(): pass",
+        "def f(more): pass",
+        "f = lambda some: 1",
+        "import os as there",
+        "self._told = 1",
+        "f(more=1)",
+        "with f() as found: pass",
+        "try: pass\nexcept OSError as told: pass",
+    ],
+)
+def test_a_vague_name_is_reported(code, tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text(code)
+    assert len(list(vague_names(file))) == 1
 
 
 def test_no_file_is_long():
@@ -259,8 +305,8 @@ def test_help_answers_at_once_and_without_jax(module):
         "heavy = {'jax', 'numpy', 'transformers', 'datasets', 'torch'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    spent, said = cpu_seconds(code)
-    assert len(said) > 200
+    spent, printed = cpu_seconds(code)
+    assert len(printed) > 200
     # the quickest of a few: other work on the machine makes any of them slower
     assert min([spent, *(cpu_seconds(code)[0] for _ in range(3) if spent >= 0.5)]) < 0.5
 

@@ -35,19 +35,19 @@ def test_what_rows_are_is_seen_from_their_columns(name, task, kept, ground, caps
     report = look(ground, name)
     assert report["recipe"]["task"] == task
     assert report["train"]["kept"] == kept
-    told = capsys.readouterr().out
-    assert f"train: {kept} of {report['train']['read']} rows" in told
-    assert f"{name}.jsonl:1: trained on" in told
-    assert "data_report.html" in told
+    out = capsys.readouterr().out
+    assert f"train: {kept} of {report['train']['read']} rows" in out
+    assert f"{name}.jsonl:1: trained on" in out
+    assert "data_report.html" in out
 
 
 def test_learned_tokens_stand_in_brackets_where_there_is_no_colour(ground, capsys):
     look(ground, "sft")
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     first = tiny.sft_rows(1)[0]
-    assert f"{first['prompt']}[{first['completion']}<|endoftext|>]" in told
-    assert "1 a text spells a control token, which stays text" in told
-    assert "dropped 1 empty answer (first: " in told
+    assert f"{first['prompt']}[{first['completion']}<|endoftext|>]" in out
+    assert "1 a text spells a control token, which stays text" in out
+    assert "dropped 1 empty answer (first: " in out
 
 
 def test_it_takes_the_options_of_any_command_and_refuses_what_does_not_fit(ground, capsys):

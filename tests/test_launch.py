@@ -11,7 +11,7 @@ LAUNCH = Path(__file__).parents[1] / "scripts" / "launch"
 ARGUMENTS = ["train_dpo", "--config", "a b.yaml", "--mesh", "dp=1,fsdp=-1"]
 
 
-def call(script, tmp_path, statuses, **more):
+def call(script, tmp_path, statuses, **variables):
     """The script with programs in the place of the cluster's that note how they are called."""
     for name in ("gcloud", "srun", "scontrol"):
         program = tmp_path / name
@@ -23,7 +23,7 @@ def call(script, tmp_path, statuses, **more):
     (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [LAUNCH / script, *ARGUMENTS], cwd=tmp_path, env=os.environ | {"PATH": path} | more
+        [LAUNCH / script, *ARGUMENTS], cwd=tmp_path, env=os.environ | {"PATH": path} | variables
     )
     calls = (tmp_path / "calls").read_text().removesuffix("END\n").split("END\n")
     return done.returncode, [call.splitlines() for call in calls]

@@ -39,9 +39,9 @@ def test_logps_are_those_of_transformers(model, folder):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    found = model.logps(QUESTIONS, ANSWERS)
-    assert found.shape == (3,) and found.dtype == np.float32
-    for question, answer, ours in zip(QUESTIONS, ANSWERS, found, strict=True):
+    actual = model.logps(QUESTIONS, ANSWERS)
+    assert actual.shape == (3,) and actual.dtype == np.float32
+    for question, answer, ours in zip(QUESTIONS, ANSWERS, actual, strict=True):
         text = question if isinstance(question, str) else question[0]["content"]
         messages = [{"role": "user", "content": text}]
         start = len(model.template.prompt(messages))
@@ -56,9 +56,9 @@ def test_logps_are_those_of_transformers(model, folder):
 
 def test_logps_of_more_texts_than_a_batch_are_in_order(model):
     answers = [("a" * (1 + i % 7)) for i in range(20)]
-    found = model.logps(["Say it"] * 20, answers)
-    np.testing.assert_allclose(found, np.resize(found[:7], 20), rtol=1e-5)
-    assert len(set(found[:7].round(3))) == 7
+    logps = model.logps(["Say it"] * 20, answers)
+    np.testing.assert_allclose(logps, np.resize(logps[:7], 20), rtol=1e-5)
+    assert len(set(logps[:7].round(3))) == 7
     assert model.logps([], []).shape == (0,)
 
 

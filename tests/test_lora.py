@@ -109,6 +109,8 @@ def peft_model(folder, kind, **options):
 # the adapter as a function
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_a_new_adapter_changes_no_bit(kind, models):
     model, base = tiny.load(models / kind)
@@ -201,8 +203,8 @@ def test_dropout_of_adapters_is_active_with_a_key_and_only_then(models):
     wanted = logits(model, plain.on(base, params), rows)
     tuned = dropping.on(base, params)
     np.testing.assert_array_equal(logits(model, tuned, rows), wanted)
-    first, again, other = (logits(model, tuned, rows, jax.random.key(k)) for k in (0, 0, 1))
-    assert np.array_equal(first, again) and not np.allclose(first, other)
+    first, same, other = (logits(model, tuned, rows, jax.random.key(k)) for k in (0, 0, 1))
+    assert np.array_equal(first, same) and not np.allclose(first, other)
     zeros = jax.tree.map(jnp.zeros_like, params)
     dropped = logits(model, dropping.on(base, zeros), rows, jax.random.key(0))
     np.testing.assert_array_equal(dropped, logits(model, base, rows))  # the base drops nothing
@@ -242,15 +244,15 @@ def test_targets_that_are_not_there_are_named(targets, message):
 def test_targets_are_matched_as_peft_matches_them():
     model = model_of(tiny.CONFIGS["gpt2"], "here")
 
-    def found(targets):
+    def modules(targets):
         return [module_of(row) for row in adapter_of(LoraConfig(targets), model).targets]
 
     blocks = "transformer.h.{}."
-    assert found(["c_proj"]) == [blocks + "attn.c_proj", blocks + "mlp.c_proj"]
-    assert found(["attn.c_proj"]) == [blocks + "attn.c_proj"]
-    assert found(r".*\.attn\.c_\w+") == [blocks + "attn.c_attn", blocks + "attn.c_proj"]
+    assert modules(["c_proj"]) == [blocks + "attn.c_proj", blocks + "mlp.c_proj"]
+    assert modules(["attn.c_proj"]) == [blocks + "attn.c_proj"]
+    assert modules(r".*\.attn\.c_\w+") == [blocks + "attn.c_attn", blocks + "attn.c_proj"]
     with pytest.raises(ConfigError):
-        found(["proj"])  # a part of a name's last part is not it
+        modules(["proj"])  # a part of a name's last part is not it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,6 +337,7 @@ def test_memory_of_a_held_base(how, bytes_per_weight):
     assert 0.5 < linear / kernels <= bytes_per_weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, how", [("gpt2", "nf4"), ("llama", "int8"), ("opt", "nf4")])
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, models):
     """Logits and the adapter's gradients."""
@@ -388,6 +391,7 @@ def test_the_backward_pass_keeps_codes_and_not_kernels():
     assert step.memory_analysis().temp_size_in_bytes < kernels / 2
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_computes_what_one_in_float32_does(models):
     """In bfloat16, to which kernels and embeddings are cast where they are used."""
     model, base = tiny.load(models / "llama")
@@ -493,11 +497,11 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
     in_step, other = train(
         *args, tmp_path / "in-step", **options, **{"dpo.precompute_ref_log_probs": False}
     )
-    for found in (rows, in_step):
-        assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    for metrics in (rows, in_step):
+        assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
         for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
-            assert found[0][name] == 0
-        assert found[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+            assert metrics[0][name] == 0
+        assert metrics[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert rows[-1]["rewards/margins"] > 0.05
     for a, b in zip(rows, in_step, strict=True):
         for name in ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins"):
@@ -535,15 +539,15 @@ def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
 def test_another_reference_stands_alone(models, data, tmp_path):
     tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"])
     options = {"model.ref_name_or_path": tmp_path / "other", "max_steps": 4}
-    found = []
+    losses = []
     for precompute in (True, False):
         options["dpo.precompute_ref_log_probs"] = precompute
         rows, _ = train(
             "dpo", models / "llama", data, tmp_path / str(precompute), **adapted("llama", **options)
         )
         assert rows[0]["rewards/margins"] != 0
-        found.append(losses_of(rows))
-    np.testing.assert_allclose(*found, atol=1e-5)
+        losses.append(losses_of(rows))
+    np.testing.assert_allclose(*losses, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -557,10 +561,10 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
     tiny.save(tmp_path / "gpt2", tiny.CONFIGS["gpt2"], std=0.19)
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
         train(*args, **adapted("gpt2"))
-    found = find(str(tmp_path / "run"))
-    model = model_of(found.config, "run")
+    origin = find(str(tmp_path / "run"))
+    model = model_of(origin.config, "run")
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
-        found.load(model, meshes.make_mesh("fsdp=-1"))
+        origin.load(model, meshes.make_mesh("fsdp=-1"))
     shutil.rmtree(tmp_path / "gpt2")
     with pytest.raises(ConfigError, match="gpt2: no such folder"):
         find(str(tmp_path / "run")).check(model)
@@ -582,16 +586,16 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
     assert capsys.readouterr().out.count("PyTorch logits within") == 3
     stored = json.loads((tmp_path / "merged/export_report.json").read_text())["tensors"]
     assert {tensor["dtype"] for tensor in stored.values()} == {"float32"}
-    found = find(str(out))
-    model = model_of(found.config, "run")
+    origin = find(str(out))
+    model = model_of(origin.config, "run")
     ids = rows_of()["tokens"]
-    ours = logits(model, found.load(model, meshes.make_mesh("fsdp=-1")), rows_of())
-    base, again = (AutoModelForCausalLM.from_pretrained(models / "gpt2") for _ in range(2))
+    ours = logits(model, origin.load(model, meshes.make_mesh("fsdp=-1")), rows_of())
+    base, plain = (AutoModelForCausalLM.from_pretrained(models / "gpt2") for _ in range(2))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         untuned, *wanted = (
             theirs(input_ids=torch.tensor(np.array(ids))).logits.numpy()
-            for theirs in (again, merged, PeftModel.from_pretrained(base, tmp_path / "adapter"))
+            for theirs in (plain, merged, PeftModel.from_pretrained(base, tmp_path / "adapter"))
         )
     for theirs in wanted:
         near(ours, theirs)
@@ -612,13 +616,13 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     wanted = logits(setup.model, adapter.merge(tiny.load(models / "llama")[1], params), rows_of())
     near(logits(setup.model, setup.start_weights(), rows_of()), wanted)
     run(config, algorithm, dry_run=False)
-    found = find(str(tmp_path / "second"))
-    assert found.adapter["base"]["name"] == str(first / "checkpoints/10")
-    near(logits(setup.model, found.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
+    origin = find(str(tmp_path / "second"))
+    assert origin.adapter["base"]["name"] == str(first / "checkpoints/10")
+    near(logits(setup.model, origin.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
 
     args, options = ("dpo", models / "llama", data), {"lora.adapter": first / "hf", "max_steps": 4}
-    again, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
-    assert again[0]["rewards/margins"] == 0  # the reference is what the policy starts from
+    resumed, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
+    assert resumed[0]["rewards/margins"] == 0  # the reference is what the policy starts from
     setup = prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
     same_bits(jax.device_get(setup.trainable.start()), params)
     for change, message in (
@@ -729,18 +733,19 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
 
 @pytest.mark.slow
 def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
-    said = {}
+    reports = {}
     for how in (None, "nf4"):
         options = {"lora.quantize": how} if how else {}
         config, algorithm = configure(
             "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
         )
         setup = prepare(config, algorithm)
-        said[how] = plan_report.describe(setup)
+        reports[how] = plan_report.describe(setup)
         count = f"{setup.adapter.parameter_count():,} trainable parameters"
-        assert count in said[how]
-        assert "on self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.down_proj" in said[how]
+        assert count in reports[how]
+        targets = "self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.down_proj"
+        assert f"on {targets}" in reports[how]
         table = plan_report.plan(setup, algorithm)
         assert ("q_proj/kernel/nf4" in table) == (how == "nf4")
         assert "q_proj/lora_a" in table
-    assert "held in nf4" in said["nf4"] and "held in float32" in said[None]
+    assert "held in nf4" in reports["nf4"] and "held in float32" in reports[None]

@@ -52,15 +52,15 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     hits = logits.argmax(-1) == torch.tensor(tokens)[:, 1:]
     shown = wanted[:, 1:]
-    for found, expected in (
+    for actual, expected in (
         (out.logps, logps),
         (out.mean_logits, logits.mean(-1)),
         (out.entropy, entropy),
         (out.is_top1, hits.float()),
     ):
-        assert not np.asarray(found[:, 0]).any() and not np.asarray(found[:, 1:])[~shown].any()
+        assert not np.asarray(actual[:, 0]).any() and not np.asarray(actual[:, 1:])[~shown].any()
         expected = expected.detach().numpy()
-        np.testing.assert_allclose(found[:, 1:][shown], expected[shown], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual[:, 1:][shown], expected[shown], rtol=1e-5, atol=1e-5)
     for ours_grad, parameter in zip(grads, (h, w), strict=True):
         np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-5)
 
@@ -228,7 +228,7 @@ def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
 def test_the_values_of_the_lineage():
     """EasyLM's losses at zero margin and at one worked example; a margin of 2, beta 0.1."""
     none = jnp.array([[0.0, 0.0]])
-    some = jnp.array([[-10.0 - -11.0, -12.0 - -11.0]])
+    margins = jnp.array([[-10.0 - -11.0, -12.0 - -11.0]])
     ones = jnp.ones((1, 2))
 
     def of(loss, logratios, e=0.0):
@@ -238,9 +238,9 @@ def test_the_values_of_the_lineage():
 
     assert of("sigmoid", none) == pytest.approx(math.log(2), abs=1e-7)
     assert of("ipo_sum", none) == pytest.approx(25.0, abs=1e-5)
-    assert of("sigmoid", some) == pytest.approx(0.598139, abs=1e-6)
-    assert of("sigmoid", some, 0.1) == pytest.approx(0.618139, abs=1e-6)
-    assert of("ipo_sum", some) == pytest.approx(9.0, abs=1e-5)
+    assert of("sigmoid", margins) == pytest.approx(0.598139, abs=1e-6)
+    assert of("sigmoid", margins, 0.1) == pytest.approx(0.618139, abs=1e-6)
+    assert of("ipo_sum", margins) == pytest.approx(9.0, abs=1e-5)
 
 
 def test_ipo_does_not_change_when_answers_are_doubled_token_by_token():

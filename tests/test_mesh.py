@@ -52,27 +52,27 @@ class Device(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def fake(place: int, each: int, platform: str, **more) -> Device:
+def fake(place: int, each: int, platform: str, **fields) -> Device:
     """One of several hosts' devices; `more` says what is known of its place."""
-    known = {name: value(place // each) for name, value in more.items()}
+    known = {name: value(place // each) for name, value in fields.items()}
     known = {"process_index": place // each} | known
     return Device(id=place, platform=platform, device_kind=platform, **known)
 
 
-def hosts(count: int, each: int, platform: str = "gpu", **more) -> list[Device]:
+def hosts(count: int, each: int, platform: str = "gpu", **fields) -> list[Device]:
     """Their devices, in no order."""
     order = np.random.default_rng(0).permutation(count * each)
-    return [fake(int(place), each, platform, **more) for place in order]
+    return [fake(int(place), each, platform, **fields) for place in order]
 
 
 def slices(count: int) -> list[Device]:
     """The devices of TPU slices of 2 x 4 chips, in which a process has 4."""
-    found = []
+    devices = []
     for place in range(8 * count):
         chip = fake(place, 4, "tpu", slice_index=lambda host: host // 2)
         chip.coords, chip.core_on_chip = (place // 4 % 2, place % 4, 0), 0
-        found.append(chip)
-    return found
+        devices.append(chip)
+    return devices
 
 
 def arranged(of: str, *args, **kwargs) -> list:
@@ -86,12 +86,12 @@ def per_slice(host: int) -> int:
     return host
 
 
-@pytest.mark.parametrize("more", [{}, {"slice_index": per_slice}, {"slice_index": lambda _: 0}])
+@pytest.mark.parametrize("fields", [{}, {"slice_index": per_slice}, {"slice_index": lambda _: 0}])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_neighbours_along_tp_share_a_host(platform, more):
+def test_neighbours_along_tp_share_a_host(platform, fields):
     """Where each host is a slice, as GPUs of several hosts are; where nothing says so; and where
     all are one."""
-    two = hosts(2, 4, platform, **more)
+    two = hosts(2, 4, platform, **fields)
     one, other = [[0, 0], [0, 0]], [[1, 1], [1, 1]]
     assert arranged("process_index", "fsdp=-1,tp=2", two) == [one + other]
     assert arranged("process_index", "dp=2,fsdp=-1,tp=2", two) == [one, other]
@@ -102,13 +102,13 @@ def test_neighbours_along_tp_share_a_host(platform, more):
 
 
 def test_tp_over_hosts_is_refused_where_their_network_is_slow():
-    for more in ({}, {"slice_index": per_slice}):
+    for fields in ({}, {"slice_index": per_slice}):
         with pytest.raises(ConfigError, match="tp=8 .* each host has 4 .* tp=1, tp=2, tp=4$"):
-            meshes.make_mesh("tp=8", hosts(2, 4, **more))
+            meshes.make_mesh("tp=8", hosts(2, 4, **fields))
         with pytest.raises(ConfigError, match="tp=4 .* each host has 6 .* tp=1, tp=2, tp=3, tp=6$"):
-            meshes.make_mesh("tp=4,fsdp=-1", hosts(2, 6, **more))
+            meshes.make_mesh("tp=4,fsdp=-1", hosts(2, 6, **fields))
         with pytest.raises(ConfigError, match="tp=8 .* each host has 4"):
-            meshes.make_mesh("tp=8,dp=2", hosts(4, 4, **more))
+            meshes.make_mesh("tp=8,dp=2", hosts(4, 4, **fields))
     meshes.make_mesh("tp=8", hosts(8, 1, slice_index=lambda _: 0))  # a process for each GPU
     meshes.make_mesh("tp=8", slices(1))
     meshes.make_mesh("1,-1,8", slices(2), "fsdp=2")
@@ -118,12 +118,12 @@ def test_a_mesh_over_tpu_slices():
     with pytest.raises(ConfigError, match="dcn: .* 2 TPU slices.* dp=2$"):
         meshes.make_mesh("fsdp=-1", slices(2))
     for text, dcn in (("dp=2,fsdp=-1", "dp=2"), ("2,4,2", "dp=2"), ("4,2,2", "2,1,1")):
-        found = arranged("slice_index", text, slices(2), dcn)
-        half = len(found) // 2
-        assert {*np.ravel(found[:half])} == {0} and {*np.ravel(found[half:])} == {1}
-    found = np.array(arranged("slice_index", "dp=4,fsdp=8", slices(4), "dp=2,fsdp=2"))[:, :, 0]
-    assert [found[i, j] for i in (0, 2) for j in (0, 4)] == [0, 1, 2, 3]
-    assert all(len({*np.ravel(found[i : i + 2, j : j + 4])}) == 1 for i in (0, 2) for j in (0, 4))
+        ids = arranged("slice_index", text, slices(2), dcn)
+        half = len(ids) // 2
+        assert {*np.ravel(ids[:half])} == {0} and {*np.ravel(ids[half:])} == {1}
+    ids = np.array(arranged("slice_index", "dp=4,fsdp=8", slices(4), "dp=2,fsdp=2"))[:, :, 0]
+    assert [ids[i, j] for i in (0, 2) for j in (0, 4)] == [0, 1, 2, 3]
+    assert all(len({*np.ravel(ids[i : i + 2, j : j + 4])}) == 1 for i in (0, 2) for j in (0, 4))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,7 @@ def test_any_vocabulary_divides_over_any_mesh(vocab_size, devices):
             shardings(model.shapes, model.rules, meshes.make_mesh(mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_fsdp_divides_the_bytes_of_weights_and_optimizer(kind, devices):
     from easyaira.config.algorithms import OptimizerConfig
@@ -329,6 +330,7 @@ def test_constrain_leaves_alone_what_does_not_divide(devices):
     assert eight.sharding.shard_shape((8, 2)) == (1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mean", "normal"])
 @pytest.mark.parametrize("size", [301, 290, 385])
 def test_a_vocabulary_of_another_size_is_the_same_on_every_mesh(size, how, devices):
@@ -344,6 +346,6 @@ def test_a_vocabulary_of_another_size_is_the_same_on_every_mesh(size, how, devic
         divided = jax.device_put(params, shardings(model.shapes, model.rules, mesh))
         change = jax.jit(lambda p: resize(model, p, size, how, key)[1], out_shardings=places)
         with jax.set_mesh(mesh):
-            found = change(divided)
-        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+            changed = change(divided)
+        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(changed), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)

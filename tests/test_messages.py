@@ -35,15 +35,15 @@ def text_of(node: ast.expr) -> str:
 
 def messages() -> list[str]:
     """File, kind and text of each message, in the order of the source."""
-    found = []
+    lines = []
     for path in sorted(ROOT.rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         kinds = KINDS | ({"ValueError"} if name in WITH_REASONS else set())
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", None) in kinds and node.args:
                 line = f"{name}: {node.func.id}: {text_of(node.args[0])}"
-                found.append((name, node.lineno, errors.escaped(line)))
-    return [line for *_, line in sorted(found)]
+                lines.append((name, node.lineno, errors.escaped(line)))
+    return [line for *_, line in sorted(lines)]
 
 
 def test_messages_are_those_that_were_read():

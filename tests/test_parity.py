@@ -4,6 +4,8 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -30,6 +32,26 @@ def test_every_architecture_is_covered():
     assert {case["model_type"] for case in tiny.CASES.values()} == writers
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Transformers' model of a case, ours, its parameters, and what is compared, compiled once."""
+
+    @cache
+    def load(case):
+        folder = tmp_path_factory.mktemp("model")
+        theirs = tiny.save(folder, tiny.CASES[case])
+        model, params = tiny.load(folder)
+
+        def loss_fn(params, rows, learned):
+            hidden, head = model.apply(params, rows)
+            out = token_logps.token_logps(hidden, head, rows["tokens"], **model.head_options)
+            return -(out.logps * learned).sum() / learned.sum(), model.logits(hidden, head)
+
+        return theirs, model, params, jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+
+    return load
+
+
 def batch(side: str):
     """Tokens, and which of them are real, with padding on one side or none."""
     rng = np.random.default_rng(1)
@@ -45,9 +67,8 @@ def batch(side: str):
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", tiny.CASES)
-def test_logits_loss_and_gradients(case, side, tmp_path):
-    theirs = tiny.save(tmp_path, tiny.CASES[case])
-    model, params = tiny.load(tmp_path)
+def test_logits_loss_and_gradients(case, side, loaded):
+    theirs, model, params, value_and_grad = loaded(case)
     tokens, real = batch(side)
     positions = np.maximum(real.cumsum(1) - 1, 0)
     learned = real.copy()
@@ -62,21 +83,13 @@ def test_logits_loss_and_gradients(case, side, tmp_path):
     )
     logps = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     their_loss = -(logps * torch.tensor(learned[:, 1:])).sum() / learned.sum()
+    theirs.zero_grad()
     their_loss.backward()
     rows = tiny.layout(tokens, segment_ids=real.astype(int), positions=positions)
-
-    def loss_fn(params):
-        hidden, head = model.apply(params, rows)
-        sizes = model.head_options
-        out = token_logps.token_logps(hidden, head, rows["tokens"], **sizes)
-        return -(out.logps * learned).sum() / learned.sum()
-
-    hidden, head = model.apply(params, rows)
-    logits = np.asarray(model.logits(hidden, head))
+    (loss, logits), grads = value_and_grad(params, rows, learned)
     their_logits = out.logits.detach().numpy()
     scale = np.abs(their_logits[real]).max()
     assert np.abs(logits - their_logits)[real].max() <= 1e-5 * max(scale, 1)
-    loss, grads = jax.value_and_grad(loss_fn)(params)
     np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
     grads = tiny.as_theirs(model, grads)
     for name, parameter in theirs.named_parameters():
@@ -122,10 +135,10 @@ def test_tied_weights_follow_each_other_after_export(tmp_path):
     assert torch.equal(back.lm_head.weight, back.transformer.wte.weight)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", tiny.CASES)
-def test_no_token_sees_its_future_or_another_segment(case, tmp_path):
-    tiny.save(tmp_path, tiny.CASES[case])
-    model, params = tiny.load(tmp_path)
+def test_no_token_sees_its_future_or_another_segment(case, loaded):
+    _, model, params, _ = loaded(case)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, tiny.VOCAB, (1, 12))
     segments = np.repeat([[1, 2, 0]], [5, 5, 2], axis=1)
@@ -146,11 +159,11 @@ def test_no_token_sees_its_future_or_another_segment(case, tmp_path):
         assert (np.abs(before[place:end] - after[place:end]).max(-1) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*tiny.CONFIGS, "gemma3"])
-def test_prompt_shared_by_two_answers_equals_two_sequences(case, tmp_path):
+def test_prompt_shared_by_two_answers_equals_two_sequences(case, loaded):
     """One row of prompt, [its last token, chosen], [the same, rejected] says what two rows say."""
-    tiny.save(tmp_path, tiny.CASES[case])
-    model, params = tiny.load(tmp_path)
+    _, model, params, _ = loaded(case)
     rng = np.random.default_rng(0)
     prompt, chosen, rejected = (rng.integers(0, tiny.VOCAB, n) for n in (5, 4, 6))
     apart = [np.concatenate([prompt, answer]) for answer in (chosen, rejected)]
@@ -164,20 +177,20 @@ def test_prompt_shared_by_two_answers_equals_two_sequences(case, tmp_path):
     np.testing.assert_allclose(hidden[9:16], wanted[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["dots", "full"])
-def test_gradient_checkpointing_changes_no_number(policy, tmp_path):
-    from dataclasses import replace
-
-    tiny.save(tmp_path, tiny.CASES["llama"])
-    model, params = tiny.load(tmp_path)
+def test_gradient_checkpointing_changes_no_number(policy, loaded):
+    _, model, params, _ = loaded("llama")
     rows = tiny.layout(batch("none")[0])
-    plain = jax.grad(lambda p: (model.apply(p, rows)[0] ** 2).sum())(params)
-    compute = replace(model.compute, gradient_checkpointing=policy)
-    saving = replace(model, compute=compute)
-    saved = jax.grad(lambda p: (saving.apply(p, rows)[0] ** 2).sum())(params)
+    saving = replace(model, compute=replace(model.compute, gradient_checkpointing=policy))
+    plain, saved = (
+        jax.jit(jax.grad(lambda p, m=m: (m.apply(p, rows)[0] ** 2).sum()))(params)
+        for m in (model, saving)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, saved)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_gives_float32_gradients(tmp_path):
     tiny.save(tmp_path, tiny.CASES["llama"], std=0.05)
     model, params = tiny.load(tmp_path)
@@ -190,8 +203,9 @@ def test_bfloat16_computes_near_float32_and_gives_float32_gradients(tmp_path):
             hidden, head, rows["tokens"], vocab_size=300, cap=None
         ).logps.mean()
 
-    high_loss, high_grads = jax.value_and_grad(loss_fn)(params, model)
-    low_loss, low_grads = jax.value_and_grad(loss_fn)(params, low)
+    (high_loss, high_grads), (low_loss, low_grads) = (
+        jax.jit(jax.value_and_grad(partial(loss_fn, model=m)))(params) for m in (model, low)
+    )
     assert low_loss.dtype == jnp.float32
     np.testing.assert_allclose(low_loss, high_loss, rtol=5e-3)
     for a, b in zip(jax.tree.leaves(low_grads), jax.tree.leaves(high_grads), strict=True):
@@ -199,20 +213,17 @@ def test_bfloat16_computes_near_float32_and_gives_float32_gradients(tmp_path):
         assert jnp.linalg.norm(a - b) <= 0.05 * max(float(jnp.linalg.norm(b)), 1e-3)
 
 
-def test_dropout_is_active_with_a_key_and_only_then(tmp_path):
-    from dataclasses import replace
-
-    for case in ("gpt2", "llama"):
-        tiny.save(tmp_path / case, tiny.CASES[case])
-        model, params = tiny.load(tmp_path / case)
-        dropping = replace(model, compute=replace(model.compute, dropout=0.5))
-        rows = tiny.layout(batch("none")[0])
-        plain = model.apply(params, rows)[0]
-        first, again, other = (
-            dropping.apply(params, rows, jax.random.key(k))[0] for k in (0, 0, 1)
-        )
-        np.testing.assert_allclose(dropping.apply(params, rows)[0], plain, rtol=1e-4, atol=1e-4)
-        assert jnp.array_equal(first, again) and not jnp.allclose(first, other)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_dropout_is_active_with_a_key_and_only_then(case, loaded):
+    _, model, params, _ = loaded(case)
+    dropping = replace(model, compute=replace(model.compute, dropout=0.5))
+    rows = tiny.layout(batch("none")[0])
+    plain = jax.jit(model.apply)(params, rows)[0]
+    apply = jax.jit(dropping.apply)
+    first, same, other = (apply(params, rows, jax.random.key(k))[0] for k in (0, 0, 1))
+    np.testing.assert_allclose(apply(params, rows)[0], plain, rtol=1e-4, atol=1e-4)
+    assert jnp.array_equal(first, same) and not jnp.allclose(first, other)
 
 
 def test_a_token_that_occurs_often_has_its_gradient_summed_in_float32():
@@ -232,19 +243,20 @@ def test_a_token_that_occurs_often_has_its_gradient_summed_in_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, objective", [("gpt2", "sft"), ("llama", "dpo"), ("bert", "reward")])
 def test_the_script_behind_the_page_finds_no_difference(kind, objective, tmp_path):
-    found = parity.compare(kind, objective, tmp_path, None, updates=5)
-    assert found.keys() == {"logits", "loss", "gradients", "curve"}
-    assert {name: x for name, x in found.items() if not x <= parity.TOLERANCES[name]} == {}
+    differences = parity.compare(kind, objective, tmp_path, None, updates=5)
+    assert differences.keys() == {"logits", "loss", "gradients", "curve"}
+    assert {name: x for name, x in differences.items() if not x <= parity.TOLERANCES[name]} == {}
 
 
+@pytest.mark.slow
 def test_the_script_finds_a_difference(tmp_path, monkeypatch):
     def other(objective, *args):
         return 1.001 * theirs(objective, *args)
 
     theirs = parity.torch_loss
     monkeypatch.setattr(parity, "torch_loss", other)
-    found = parity.compare("gpt2", "sft", tmp_path, None, updates=4)
-    assert {name for name, x in found.items() if not x <= parity.TOLERANCES[name]} >= {
+    differences = parity.compare("gpt2", "sft", tmp_path, None, updates=5)
+    assert {name for name, x in differences.items() if not x <= parity.TOLERANCES[name]} >= {
         "loss",
         "curve",
     }

@@ -131,10 +131,10 @@ ENTRY %main (w: bf16[2,16], g: f32[8,16], x: f32[4,4], y: f32[4]) -> f32[4] {
 
 
 def test_collectives_are_counted_where_they_happen():
-    found = {}
+    totals = {}
     for c in hlo.collectives_of(HLO, loops=10):
-        found.setdefault(c.kind, []).append((c.times, c.bytes))
-    assert found == {
+        totals.setdefault(c.kind, []).append((c.times, c.bytes))
+    assert totals == {
         # one in two pieces; a device has 64 bytes and sends what the three others miss
         "all-gather": [(1, 2 * 8 * 16 * 3 / 4)],
         "reduce-scatter": [(1, 4 * 8 * 16 * 3 / 4)],
@@ -161,13 +161,13 @@ def test_collectives_of_a_program_on_eight_devices():
     w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=divided)
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=rows)
     step = jax.jit(jax.grad(loss), out_shardings=divided)
-    found = hlo.compiled(lambda: step.lower(w, x), loops=1)
-    kinds = {c.kind: (c.times, c.shapes, c.bytes) for c in found.collectives}
+    program = hlo.compiled(lambda: step.lower(w, x), loops=1)
+    kinds = {c.kind: (c.times, c.shapes, c.bytes) for c in program.collectives}
     assert kinds == {
         "all-gather": (5, (("f32", (1, 32, 32)),), 4096 * 3 / 4),
         "all-reduce": (5, (("f32", (32, 32)),), 2 * 4096 * 7 / 8),
     }
-    assert found.arguments == (5 * 32 * 32 / 4 + 16 * 32 / 8) * 4 and not found.rematerialized
+    assert program.arguments == (5 * 32 * 32 / 4 + 16 * 32 / 8) * 4 and not program.rematerialized
 
 
 def look_up(mesh):
@@ -183,7 +183,7 @@ def look_up(mesh):
 
 
 def test_an_array_that_is_gathered_to_be_moved_is_noticed():
-    said = (
+    warning = (
         "W0101 spmd_partitioner.cc:635] [SPMD] Involuntary full rematerialization. The compiler "
         "cannot go from sharding {devices=[4]} to {devices=[2]} efficiently for HLO operation "
         "%gather = f32[8,16]{1,0} gather(%x), and so on.\n"
@@ -192,28 +192,29 @@ def test_an_array_that_is_gathered_to_be_moved_is_noticed():
 
     class Warned:
         def compile(self):
-            os.write(2, said.encode())  # as XLA does, whatever Python's standard error is
+            os.write(2, warning.encode())  # as XLA does, whatever Python's standard error is
             return lowered.compile()
 
-    found = hlo.compiled(Warned, loops=1)
-    assert len(found.rematerialized) == 1 and found.rematerialized[0].startswith("%gather = f32[8,")
+    program = hlo.compiled(Warned, loops=1)
+    assert len(program.rematerialized) == 1
+    assert program.rematerialized[0].startswith("%gather = f32[8,")
 
 
 @pytest.mark.parametrize(
-    "said, needed",
+    "message, needed",
     [
         ("Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm. Too much.", 25.5),
         ("Ran out of memory on HBM, the total (96.00G) exceeds available HBM (15.75G).", 96),
     ],
 )
-def test_a_program_that_the_compiler_refuses_is_no_error(said, needed):
+def test_a_program_that_the_compiler_refuses_is_no_error(message, needed):
     class Lowered:
         def compile(self):
-            raise jax.errors.JaxRuntimeError(f"{status}: {said}\nmore")
+            raise jax.errors.JaxRuntimeError(f"{status}: {message}\nmore")
 
     status = "RESOURCE_EXHAUSTED"
-    found = hlo.compiled(Lowered, loops=1)
-    assert found.memory == needed * 2**30 and found.refused == said
+    program = hlo.compiled(Lowered, loops=1)
+    assert program.memory == needed * 2**30 and program.refused == message
     status = "INTERNAL"
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         hlo.compiled(Lowered, loops=1)
@@ -230,17 +231,17 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     options = {"mesh": "dp=2,fsdp=2,tp=2", "gradient_accumulation_steps": 2}
     config, algorithm = planned(ground, "dpo", **options)
     setup = prepare(config, algorithm)
-    found = cost.measure(setup, algorithm)
-    rows = {name: size for name, (size, _) in plan_report.split(found).items()}
-    assert sum(rows.values()) == found.program.memory and min(rows.values()) >= 0
+    plan = cost.measure(setup, algorithm)
+    rows = {name: size for name, (size, _) in plan_report.split(plan).items()}
+    assert sum(rows.values()) == plan.program.memory and min(rows.values()) >= 0
     held = setup.model.parameter_count() * 4 / 4  # float32, over fsdp x tp
     assert rows["weights"] == pytest.approx(held, rel=0.05)
     assert rows["optimizer"] == pytest.approx(2 * rows["weights"], rel=1e-3)
     assert rows["gradients"] == 2 * rows["weights"]  # of a micro-batch, and of those before it
-    assert not found.failures
-    told = plan_report.show(setup, found)
-    assert "fits" not in told and "(this device's memory is unknown)" in told
-    assert "2 micro-batches x 4 data shards x" in told
+    assert not plan.failures
+    text = plan_report.show(setup, plan)
+    assert "fits" not in text and "(this device's memory is unknown)" in text
+    assert "2 micro-batches x 4 data shards x" in text
 
 
 @pytest.mark.slow
@@ -370,7 +371,7 @@ def test_two_layers_of_llama_compile_for_a_pod(mesh, ground, capsys):
         run(replace(config, mesh="dp=3"), algorithm, dry_run=asked)
     with jax.default_matmul_precision("default"):  # tests ask for the highest; bfloat16 has none
         run(config, algorithm, dry_run=asked)
-    told = capsys.readouterr().out
-    assert "attention by splash, on 8 x TPU v5 lite" in told and "\nfits: " in told
-    assert "all-gather" in told or "collective-permute" in told
-    assert "\nfailure" not in told, told
+    out = capsys.readouterr().out
+    assert "attention by splash, on 8 x TPU v5 lite" in out and "\nfits: " in out
+    assert "all-gather" in out or "collective-permute" in out
+    assert "\nfailure" not in out, out

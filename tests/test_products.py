@@ -108,10 +108,10 @@ def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dty
     wanted, formula_pull = jax.vjp(
         lambda *x: attended(*x, *rows), *(x.astype(F32) for x in (q, k, v))
     )
-    for found, exact in zip(
+    for actual, exact in zip(
         (out, *pull(grad)), (wanted, *formula_pull(grad.astype(F32))), strict=True
     ):
-        assert found.dtype == dtype and relative(found, exact) < bound
+        assert actual.dtype == dtype and relative(actual, exact) < bound
 
 
 def test_a_norm_keeps_its_input_and_nothing_as_large():

@@ -46,8 +46,8 @@ def test_later_runs_read_what_the_first_has_computed(models, data, tmp_path, sco
     rows, _ = train("dpo", models / "gpt2", data, tmp_path / "2", **FEW, **other)
     assert len(scored) == 2
     assert rows[0]["rewards/margins"] == 0
-    again, _ = train("dpo", models / "gpt2", data, tmp_path / "3", **FEW)
-    assert [row["loss"] for row in again[1:]] == [row["loss"] for row in first[1:]]
+    third, _ = train("dpo", models / "gpt2", data, tmp_path / "3", **FEW)
+    assert [row["loss"] for row in third[1:]] == [row["loss"] for row in first[1:]]
 
 
 @pytest.mark.slow
@@ -102,10 +102,10 @@ def test_an_interrupted_computation_is_gone_on_with(
     through = [np.load(entry / "logps.npy") for entry in kept(config)]
     for entry in kept(config):
         shutil.rmtree(entry)
-    again, _ = train("dpo", models / "gpt2", data, tmp_path / "2", **FEW)
+    uninterrupted, _ = train("dpo", models / "gpt2", data, tmp_path / "2", **FEW)
     for one, entry in zip(through, kept(config), strict=True):
         np.testing.assert_array_equal(one, np.load(entry / "logps.npy"))
-    assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in again[1:]]
+    assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in uninterrupted[1:]]
 
 
 @pytest.fixture
@@ -137,9 +137,9 @@ def test_damaged_log_probabilities_are_computed_again(
             DAMAGES[damage](root / key / name)
         capsys.readouterr()
         scored.clear()
-        rows, again = train("dpo", models / "gpt2", data, tmp_path / str(number), **FEW)
+        rows, recomputed = train("dpo", models / "gpt2", data, tmp_path / str(number), **FEW)
         assert len(scored) == 2 and capsys.readouterr().out.count(" is damaged (") == 2
-        same_bits(again, params)
+        same_bits(recomputed, params)
         assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in straight[1:]]
     DAMAGES["flip"](root / keys["train"] / "logps.npy")  # of a run that is continued
     same_bits(go_on()[1], params)
@@ -207,8 +207,8 @@ def test_a_key_is_hexadecimal_digits_or_computed_again(content, tmp_path, capsys
     record = tmp_path / "reference.json"
     record.write_text(content)
     assert reference_cache._recorded(record) == {}
-    said = capsys.readouterr().out
-    assert str(record) in said and said.count("\n") == 1
+    out = capsys.readouterr().out
+    assert str(record) in out and out.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -232,8 +232,8 @@ def test_the_results_of_another_run_are_not_taken_and_those_of_another_mesh_are_
     scored.clear()
     capsys.readouterr()
     go_on()
-    said = capsys.readouterr().out
-    assert not scored and f"reference {keys['train']}, as before; this command would" in said
+    out = capsys.readouterr().out
+    assert not scored and f"reference {keys['train']}, as before; this command would" in out
 
 
 def test_a_fingerprint_sees_every_bit_and_no_mesh(tmp_path, devices):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from easyaira.config.data import DataConfig
 from easyaira.data import rendering
+from easyaira.data import template as template_module
 from easyaira.data.chat_templates import TEMPLATES
 from easyaira.data.template import Template
 from easyaira.errors import DataError, TokenizerError
@@ -21,6 +22,11 @@ TURNS = [*TURN, {"role": "user", "content": "why?"}, {"role": "assistant", "cont
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
 ASKS = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 CHAT = PLAIN + ASKS
+
+
+@pytest.fixture(autouse=True)
+def in_a_child(monkeypatch):
+    monkeypatch.setattr(template_module, "Child", rendering.Child)
 
 
 def chat(*contents):
@@ -252,12 +258,12 @@ def test_a_templates_own_fault_is_told_before_rows_are_read_with_its_file(jinja,
     tiny.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(jinja)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(TokenizerError, match=problem) as told:
+    with pytest.raises(TokenizerError, match=problem) as raised:
         Template(tokenizer, "chat", "gpt2")
-    assert str(told.value).startswith(f"{tmp_path}/chat_template.jinja: cannot be rendered: ")
-    with pytest.raises(TokenizerError, match=problem) as told:
+    assert str(raised.value).startswith(f"{tmp_path}/chat_template.jinja: cannot be rendered: ")
+    with pytest.raises(TokenizerError, match=problem) as raised:
         Template(tiny.tokenizer(), str(tmp_path / "chat_template.jinja"), "gpt2")
-    assert str(told.value).startswith(f"{tmp_path}/chat_template.jinja: ")
+    assert str(raised.value).startswith(f"{tmp_path}/chat_template.jinja: ")
 
 
 def test_a_template_from_the_hub_is_named_by_its_repository(tmp_path):

@@ -123,8 +123,8 @@ def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
     adamw = torch_adamw(model)
 
     def scores(update, answer):
-        some = sequences_of(examples.take(setup.batches.members(update)), answer)
-        return torch.cat([model(input_ids=torch.tensor([s])).logits[0] for s in some])
+        sequences = sequences_of(examples.take(setup.batches.members(update)), answer)
+        return torch.cat([model(input_ids=torch.tensor([s])).logits[0] for s in sequences])
 
     for step, row in enumerate(rows):
         if data == "label":
@@ -229,8 +229,8 @@ def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys)
         if data == "label":
             tokens = template.judged(["You are welcome."])[0]
         else:
-            said = [("user", "How are you?"), ("assistant", "Fine, thank you.")]
-            messages = [{"role": role, "content": content} for role, content in said]
+            turns = [("user", "How are you?"), ("assistant", "Fine, thank you.")]
+            messages = [{"role": role, "content": content} for role, content in turns]
             tokens = np.concatenate([part for part, _ in template.encode([messages])[0]])
         model, params = tiny.load(folder / "hf")
         score = model.score(params, tiny.layout(tokens[None]), examples=1, answers=1)[0]
@@ -240,10 +240,10 @@ def test_the_code_on_the_card_runs_and_gives_our_score(released, ground, capsys)
 @pytest.mark.slow
 def test_transformers_pipeline_gives_the_raw_score_under_its_label(released):
     folder = released["roberta", "label"] / "hf"
-    said = pipeline("text-classification", str(folder))("I like Paris")
+    answer = pipeline("text-classification", str(folder))("I like Paris")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     score = their_scores(folder, [tokenizer("I like Paris").input_ids])[0]
-    assert said == [{"label": "GOOD", "score": pytest.approx(float(score), abs=1e-5)}]
+    assert answer == [{"label": "GOOD", "score": pytest.approx(float(score), abs=1e-5)}]
 
 
 @pytest.mark.slow
@@ -267,9 +267,9 @@ def test_a_language_model_that_was_fine_tuned_becomes_a_reward_model(ground, tmp
     capsys.readouterr()
     options = {"model.name_or_path": tmp_path / "sft", "optimizer.learning_rate": 0.0}
     _, params = train(*reward(ground, "llama", "pair"), tmp_path / "reward", **options)
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert (
-        "head    score/linear/kernel initialised with standard deviation 0.02 from seed 42" in told
+        "head    score/linear/kernel initialised with standard deviation 0.02 from seed 42" in out
     )
     checkpoints = Checkpoints(tmp_path / "sft/checkpoints")
     model = pretrained.find(str(tmp_path / "sft"))._saved
@@ -286,9 +286,9 @@ def test_a_dry_run_says_what_would_happen(ground, tmp_path, capsys):
     for kind, data in (("gpt2", "pair"), ("bert", "label")):
         config, algorithm = configure(*reward(ground, kind, data), tmp_path / "run")
         run(config, algorithm, dry_run=DryRun())
-        told = capsys.readouterr().out
-        assert "memory per device" in told and "score/" in told
-        assert ("head    " in told) == (kind == "gpt2")
+        out = capsys.readouterr().out
+        assert "memory per device" in out and "score/" in out
+        assert ("head    " in out) == (kind == "gpt2")
     assert not (tmp_path / "run").exists()
 
 
@@ -346,6 +346,7 @@ def peft_base(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, tmp_path, devices):
@@ -368,9 +369,9 @@ def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, 
     of_layers = sum(leaf.size for leaf in jax.tree.leaves(start["model"]))
     assert adapter.parameter_count() == count + of_layers
     share = (count + of_layers) / (model.parameter_count() + of_layers)
-    told = plan_report.describe(setup)
-    assert f"{count + of_layers:,} trainable parameters ({share:.4%})" in told
-    assert f", and all of {', '.join(HEADS[kind])};" in told
+    text = plan_report.describe(setup)
+    assert f"{count + of_layers:,} trainable parameters ({share:.4%})" in text
+    assert f", and all of {', '.join(HEADS[kind])};" in text
     jax.tree.map(lambda leaf: leaf.delete(), start)  # as the first update does
     wanted = jax.device_get(setup.trainable.start())
     devices(8)
@@ -464,9 +465,9 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
     convert.to_hf(str(out), str(tmp_path / "merged"), merge=True)
     assert "PyTorch logits within" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in (lora_ground / "llama").iterdir()}
-    found = pretrained.find(str(out))
-    model = registry.model_of(found.config, "run")
-    [ours] = scores_of(model, found.load(model, meshes.make_mesh("fsdp=-1")))
+    origin = pretrained.find(str(out))
+    model = registry.model_of(origin.config, "run")
+    [ours] = scores_of(model, origin.load(model, meshes.make_mesh("fsdp=-1")))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     adapted = PeftModel.from_pretrained(peft_base(lora_ground / "llama"), out / "hf")
     for theirs in (merged, adapted):
@@ -478,8 +479,8 @@ def test_a_scorers_adapter_is_released_merged_and_gone_on_with(lora_ground, tmp_
     exec(code.replace("path/to/this/folder", str(out / "hf")), {})  # noqa: S102
     printed = float(capsys.readouterr().out.strip().splitlines()[-1])
     tokenizer = AutoTokenizer.from_pretrained(out / "hf")
-    said = [("user", "How are you?"), ("assistant", "Fine, thank you.")]
-    messages = [{"role": role, "content": content} for role, content in said]
+    turns = [("user", "How are you?"), ("assistant", "Fine, thank you.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     ids = tokenizer.apply_chat_template(messages, return_dict=True).input_ids
     assert printed == pytest.approx(their_scores(tmp_path / "merged", [ids])[0], abs=1e-5)
 
@@ -518,10 +519,10 @@ def test_an_encoder_cuts_as_its_tokenizer_does(data, limit, ground, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(ground / "roberta")
     rows = tiny.dpo_rows(40) if data == "pair" else tiny.label_rows(40)
     longest = 0
-    for row, found in zip(np.array(rows)[examples.rows], sequences_of(examples, 0), strict=True):
+    for row, tokens in zip(np.array(rows)[examples.rows], sequences_of(examples, 0), strict=True):
         text = row["text"] if data == "label" else f"{row['prompt']}</s>{row['chosen']}"
         longest = max(longest, len(tokenizer(text).input_ids))
-        assert found == tokenizer(text, truncation=True, max_length=limit).input_ids
+        assert tokens == tokenizer(text, truncation=True, max_length=limit).input_ids
     assert longest > limit
 
 
@@ -548,7 +549,7 @@ def test_flops_are_those_of_products_with_every_token():
 
 
 @pytest.mark.parametrize(
-    "kind, data, options, error, told",
+    "kind, data, options, error, message",
     [
         ("bert", "pair", {"data.share_prompt": "always"}, ConfigError, "cannot share a prompt"),
         ("bert", "pair", {"data.template": "tulu"}, ConfigError, "data.template: tulu is for"),
@@ -561,23 +562,23 @@ def test_flops_are_those_of_products_with_every_token():
         ("bert", "pair", {"model.tokenizer": "gpt2"}, TokenizerError, "pads with None"),
     ],
 )
-def test_what_does_not_fit_is_refused(kind, data, options, error, told, ground, tmp_path):
+def test_what_does_not_fit_is_refused(kind, data, options, error, message, ground, tmp_path):
     if "model.tokenizer" in options:
         options = {"model.tokenizer": ground / options["model.tokenizer"]}
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
 
 
 @pytest.mark.slow
 def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released, tmp_path):
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
-    for task, folder, data, told in (
+    for task, folder, data, message in (
         ("sft", ground / "bert", tmp_path, "generates no text"),
         ("dpo", released["llama", "pair"], ground / "pair.jsonl", "a scorer"),
         ("dpo", released["llama", "pair"] / "hf", ground / "pair.jsonl", "score"),
     ):
         options = {"data.template": "plain"}
-        with pytest.raises((ConfigError, WeightsError), match=told):
+        with pytest.raises((ConfigError, WeightsError), match=message):
             prepare(*configure(task, folder, data, tmp_path / "x", **options))
     with pytest.raises(EasyAiraError, match="generates no text"):
         generate.main([str(ground / "bert"), "--prompt=Hi"])

@@ -207,8 +207,8 @@ def test_changed_data_are_refused_and_changed_logging_is_not(ground, tmp_path, c
     data = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(20))
     arguments = command(ground, "sft", tmp_path / "run", f"--data.train={data}", "--export=false")
     assert call(train_sft.main, arguments, capsys)[0] == 0
-    more = ["--logging_steps=1", "--model.gradient_checkpointing=dots"]
-    assert call(train_sft.main, [*arguments, *more], capsys)[0] == 0
+    flags = ["--logging_steps=1", "--model.gradient_checkpointing=dots"]
+    assert call(train_sft.main, [*arguments, *flags], capsys)[0] == 0
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(21))
     status, _, err = call(train_sft.main, arguments, capsys)
     assert status == 2 and "was trained on other rows" in err
@@ -227,10 +227,10 @@ def test_a_run_that_was_killed_in_its_export_exports_when_called_again(ground, t
 def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     ground, tmp_path, capsys, monkeypatch
 ):
-    more = ["--save_steps=2", "--logging_steps=1", "--data.eval=null", "--export=false"]
-    more += ["--num_samples=0", "--train_batch_size=8"]
+    flags = ["--save_steps=2", "--logging_steps=1", "--data.eval=null", "--export=false"]
+    flags += ["--num_samples=0", "--train_batch_size=8"]
     straight, stuck = tmp_path / "straight", tmp_path / "stuck"
-    assert call(train_dpo.main, command(ground, "dpo", straight, *more), capsys)[0] == 0
+    assert call(train_dpo.main, command(ground, "dpo", straight, *flags), capsys)[0] == 0
     with monkeypatch.context() as patch:
         calls, jit = [], steps.jit_train_step
 
@@ -244,13 +244,13 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
             return update
 
         patch.setattr(steps, "jit_train_step", full_in_the_third_update)
-        status, _, err = call(train_dpo.main, command(ground, "dpo", stuck, *more), capsys)
+        status, _, err = call(train_dpo.main, command(ground, "dpo", stuck, *flags), capsys)
     assert status == 2
-    said = "error: computing batch 3 of the training: Out of memory allocating 1125899906842624"
-    assert err.splitlines()[-1].startswith(said), err
+    message = "error: computing batch 3 of the training: Out of memory allocating 1125899906842624"
+    assert err.splitlines()[-1].startswith(message), err
     assert "a larger gradient_accumulation_steps (is 1), model.gradient_checkpointing: full" in err
     helped = ["--gradient_accumulation_steps=4", "--model.gradient_checkpointing=full"]
-    status, out, _ = call(train_dpo.main, command(ground, "dpo", stuck, *more, *helped), capsys)
+    status, out, _ = call(train_dpo.main, command(ground, "dpo", stuck, *flags, *helped), capsys)
     assert status == 0 and "after update 2" in out
     losses = [[row["loss"] for row in logs.read(f / "metrics.jsonl")] for f in (straight, stuck)]
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-6)
@@ -312,8 +312,8 @@ def test_a_full_disk_in_the_export_is_an_error_of_storage(
 
     monkeypatch.setattr(safetensors, "save_folder", full)
     status, _, err = call(convert.main, ["to_hf", tmp_path / "ours", tmp_path / "x"], capsys)
-    said = f"error: {tmp_path}/x: cannot be written: No space left on device"
-    assert status == 4 and err.splitlines()[-1] == said
+    message = f"error: {tmp_path}/x: cannot be written: No space left on device"
+    assert status == 4 and err.splitlines()[-1] == message
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
@@ -374,8 +374,8 @@ def test_samples_follow_the_seed_and_stay_within_top_p(ground):
 
     def sample(seed, top_p=1.0, temperature=3.0):
         sampling = Sampling(6, temperature=temperature, top_p=top_p, end_ids=(0,))
-        found = sampler.generate(model, params, [[5, 6, 7], [8]], sampling, seed=seed)
-        return [answer.tokens for answer in found]
+        answers = sampler.generate(model, params, [[5, 6, 7], [8]], sampling, seed=seed)
+        return [answer.tokens for answer in answers]
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(1, top_p=1e-6) == sample(2, temperature=0.0)

@@ -9,6 +9,8 @@ from easyaira.train import metrics
 from helpers import tiny
 from helpers.runs import close, losses_of, same_bits, stop_after, train
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LORA = {"lora.r": 4, "lora.alpha": 8, "lora.dropout": 0.3, "optimizer.learning_rate": 2e-2}
 GPT2 = LORA | {"lora.target_modules": "[c_attn, c_proj, c_fc]"}
 BERT = LORA | {"lora.target_modules": "[query, dense]"}
@@ -30,7 +32,7 @@ def ground(tmp_path_factory):
     return tiny.ground(tmp_path_factory.mktemp("ground"), models, **rows)
 
 
-def told(rows):
+def untimed(rows):
     """What rows of metrics say, but for the time it took."""
     timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "cpu_time", "compilations")
     return [{name: value for name, value in row.items() if name not in timing} for row in rows]
@@ -52,9 +54,9 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, m
             stop_after(patch, *where)
             with pytest.raises(Preempted, match=f"SIGTERM after update {stop} of"):
                 train(*args, folder, **options)
-        again_rows, again = train(*args, folder, **options)
-        same_bits(again, params)
-        assert told(again_rows) == told(rows)
+        resumed_rows, resumed = train(*args, folder, **options)
+        same_bits(resumed, params)
+        assert untimed(resumed_rows) == untimed(rows)
 
 
 @pytest.mark.slow
@@ -66,9 +68,9 @@ def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, m
         stop_after(patch, 2)
         with pytest.raises(Preempted):
             train(*args, tmp_path / "stopped", **options)
-    again_rows, again = train(*args, tmp_path / "stopped", **options)
-    same_bits(again, params)
-    assert told(again_rows) == told(rows) and [r["step"] for r in rows] == [0, 1, 2, 3, 4]
+    resumed_rows, resumed = train(*args, tmp_path / "stopped", **options)
+    same_bits(resumed, params)
+    assert untimed(resumed_rows) == untimed(rows) and [r["step"] for r in rows] == [0, 1, 2, 3, 4]
 
 
 NAMES = ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_auc")
@@ -96,7 +98,7 @@ def test_meshes_agree_with_one_device(task, model, data, own, meshes, ground, tm
         devices(np.prod([int(size) for size in mesh.split(",")]))
         other_rows, other = train(*args, tmp_path / mesh, mesh=mesh, **options)
         for name in NAMES:
-            ours, theirs = ([r[name] for r in some if name in r] for some in (rows, other_rows))
+            ours, theirs = ([r[name] for r in logged if name in r] for logged in (rows, other_rows))
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
         if not own:  # of adapters, at their rate, rounding becomes steps
             close(other, params, 1e-4)

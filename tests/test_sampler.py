@@ -24,6 +24,8 @@ from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.runs import configure
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DRAWN = Sampling(max_new_tokens=20, temperature=1.0, end_ids=tuple(range(12)))
 
 
@@ -44,8 +46,8 @@ def test_greedy_answers_are_those_of_transformers(name, tmp_path):
     model, params = tiny.load(tmp_path)
     prompts = prompts_of(3, 17, 1, 30, 62, 9)
     limit, end = 30, 5
-    found = generate(model, params, prompts, Sampling(max_new_tokens=limit, end_ids=(0, end)))
-    for prompt, answer in zip(prompts, found, strict=True):
+    answers = generate(model, params, prompts, Sampling(max_new_tokens=limit, end_ids=(0, end)))
+    for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
         wanted = reference.generate(
             ids,
@@ -57,9 +59,9 @@ def test_greedy_answers_are_those_of_transformers(name, tmp_path):
         )
         assert answer.tokens == wanted[0, len(prompt) :].tolist()
         assert answer.reason == ("end" if answer.tokens[-1] in (0, end) else "length")
-    longest = max(range(len(prompts)), key=lambda i: len(found[i].tokens))
-    _, logps = told((model, params), prompts[longest], found[longest])
-    np.testing.assert_allclose(found[longest].logps, logps, atol=1e-5)
+    longest = max(range(len(prompts)), key=lambda i: len(answers[i].tokens))
+    _, logps = teacher_forced((model, params), prompts[longest], answers[longest])
+    np.testing.assert_allclose(answers[longest].logps, logps, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def llama(folder):
     return tiny.load(folder)
 
 
-def told(llama, prompt, answer):
+def teacher_forced(llama, prompt, answer):
     """Logits [n, V] and log-probabilities [n] of an answer by the forward pass of training."""
     model, params = llama
     start, end = len(prompt), len(prompt) + len(answer.tokens)
@@ -103,12 +105,12 @@ def test_the_cache_changes_nothing_at_any_of_its_sizes(llama, monkeypatch):
         return decode(weights, state, *given)
 
     greedy.programs.decode = noted
-    found = dict(greedy.answers(greedy.weights(llama[1]), prompts))
+    answers = dict(greedy.answers(greedy.weights(llama[1]), prompts))
     assert sizes == sorted(sizes) and len(set(sizes)) >= 4
     for number, prompt in enumerate(prompts):
-        answer = found[number]
+        answer = answers[number]
         assert len(prompt + answer.tokens) == 64 and answer.reason == "length"
-        logits, logps = told(llama, prompt, answer)
+        logits, logps = teacher_forced(llama, prompt, answer)
         assert answer.tokens == logits.argmax(-1).tolist()
         np.testing.assert_allclose(answer.logps, logps, atol=1e-5)
 
@@ -121,46 +123,46 @@ def drawn(llama):
     return prompts, dict(sampler.answers(sampler.weights(llama[1]), prompts, num_samples=2, seed=3))
 
 
-def tokens_of(found):
-    return {number: answer.tokens for number, answer in found.items()}
+def tokens_of(answers):
+    return {number: answer.tokens for number, answer in answers.items()}
 
 
 def test_answers_have_uneven_lengths_and_the_log_probabilities_of_training(llama, drawn):
-    prompts, found = drawn
-    assert len({len(answer.tokens) for answer in found.values()}) > 4
-    assert {answer.reason for answer in found.values()} == {"end", "length"}
-    for number, answer in found.items():
-        _, logps = told(llama, prompts[number // 2], answer)
+    prompts, answers = drawn
+    assert len({len(answer.tokens) for answer in answers.values()}) > 4
+    assert {answer.reason for answer in answers.values()} == {"end", "length"}
+    for number, answer in answers.items():
+        _, logps = teacher_forced(llama, prompts[number // 2], answer)
         np.testing.assert_allclose(answer.logps, logps, atol=1e-5)
         assert (answer.content == answer.tokens) == (answer.reason == "length")
 
 
 def test_no_batch_changes_an_answer(llama, drawn):
     """Neither its size, nor refills of it, nor other prompts in it, nor where it begins."""
-    prompts, found = drawn
+    prompts, answers = drawn
     narrow = Sampler(llama[0], DRAWN, rows=4, steps=3)
     weights = narrow.weights(llama[1])
-    again = dict(narrow.answers(weights, prompts, num_samples=2, seed=3))
-    assert tokens_of(again) == tokens_of(found)
+    narrower = dict(narrow.answers(weights, prompts, num_samples=2, seed=3))
+    assert tokens_of(narrower) == tokens_of(answers)
     later = dict(narrow.answers(weights, prompts, num_samples=2, seed=3, first=7))
-    assert tokens_of(later) == tokens_of({n: a for n, a in found.items() if n >= 7})
+    assert tokens_of(later) == tokens_of({n: a for n, a in answers.items() if n >= 7})
     mates = [*prompts_of(40, 2, seed=1), *prompts[2:]]
     others = dict(narrow.answers(weights, mates, num_samples=2, seed=3))
     assert {n: a.tokens for n, a in others.items() if n >= 4} == tokens_of(
-        {n: a for n, a in found.items() if n >= 4}
+        {n: a for n, a in answers.items() if n >= 4}
     )
     other_seed = dict(narrow.answers(weights, prompts[:1], num_samples=2, seed=4))
-    assert all(other_seed[n].tokens != found[n].tokens for n in other_seed)
+    assert all(other_seed[n].tokens != answers[n].tokens for n in other_seed)
 
 
 @pytest.mark.parametrize("mesh", ["dp=2,fsdp=2,tp=2", "fsdp=8"])
 def test_no_mesh_changes_an_answer(mesh, folder, drawn, devices):
     devices(8)
     model, params = tiny.load(folder, mesh)
-    prompts, found = drawn
+    prompts, answers = drawn
     with model.on(make_mesh(mesh)):
-        again = generate(model, params, prompts, DRAWN, num_samples=2, seed=3)
-    assert tokens_of(dict(enumerate(again))) == tokens_of(found)
+        divided = generate(model, params, prompts, DRAWN, num_samples=2, seed=3)
+    assert tokens_of(dict(enumerate(divided))) == tokens_of(answers)
 
 
 def test_samples_of_a_prompt_share_its_prefill(llama, monkeypatch):
@@ -168,9 +170,9 @@ def test_samples_of_a_prompt_share_its_prefill(llama, monkeypatch):
     computed = []
     prefill = narrow.programs.prefill
     narrow.programs.prefill = lambda *given: computed.append(given[1].shape[0]) or prefill(*given)
-    found = dict(narrow.answers(narrow.weights(llama[1]), prompts_of(5, 9), num_samples=5))
-    assert sorted(found) == list(range(10)) and sum(computed) == 2
-    assert len({tuple(answer.tokens) for answer in found.values()}) == 10
+    answers = dict(narrow.answers(narrow.weights(llama[1]), prompts_of(5, 9), num_samples=5))
+    assert sorted(answers) == list(range(10)) and sum(computed) == 2
+    assert len({tuple(answer.tokens) for answer in answers.values()}) == 10
 
 
 def test_a_penalty_knows_prompt_and_answer_and_an_answer_may_have_to_be_long(folder, llama):
@@ -180,12 +182,12 @@ def test_a_penalty_knows_prompt_and_answer_and_an_answer_may_have_to_be_long(fol
     options = {"repetition_penalty": 1.4, "max_new_tokens": 16, "min_new_tokens": 6}
     ends = tuple(range(40))
     narrow = Sampler(llama[0], Sampling(**options, end_ids=ends), rows=2)
-    found = dict(narrow.answers(narrow.weights(llama[1]), prompts))
+    answers = dict(narrow.answers(narrow.weights(llama[1]), prompts))
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
         given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "do_sample": False}
         wanted = reference.generate(ids, **options, **given, eos_token_id=list(ends))
-        assert found[number].tokens == wanted[0, len(prompt) :].tolist()
+        assert answers[number].tokens == wanted[0, len(prompt) :].tolist()
 
 
 def test_a_stop_string_ends_an_answer_where_transformers_ends_it(folder, llama):
@@ -219,7 +221,7 @@ def test_bfloat16_answers_have_the_log_probabilities_of_its_own_training_forward
     model, params = llama[0].with_dtype("bfloat16"), llama[1]
     (prompt,) = prompts_of(7)
     (answer,) = generate(model, params, [prompt], Sampling(max_new_tokens=12))
-    _, logps = told((model, params), prompt, answer)
+    _, logps = teacher_forced((model, params), prompt, answer)
     np.testing.assert_allclose(answer.logps, logps, atol=0.1)  # 8 bits of mantissa
 
 
@@ -232,7 +234,7 @@ def test_adapters_on_a_quantised_base_generate_what_their_training_forward_says(
         adapters = jax.tree.map(lambda leaf: leaf + 0.1, setup.trainable.start())
         params = setup.trainable.weights(adapters)
         (answer,) = generate(setup.model, params, [prompt], Sampling(max_new_tokens=12))
-        logits, logps = told((setup.model, params), prompt, answer)
+        logits, logps = teacher_forced((setup.model, params), prompt, answer)
     assert answer.tokens == logits.argmax(-1).tolist()
     np.testing.assert_allclose(answer.logps, logps, atol=1e-5)
 
@@ -312,8 +314,8 @@ def test_draws_have_the_exact_distribution(name):
     pooled = [np.append(each[often], each[~often].sum()) for each in (counts, exact * 20_000)]
     kept = pooled[1] > 0
     if kept.sum() > 1:
-        found, expected = (each[kept] for each in pooled)
-        assert stats.chisquare(found, expected * found.sum() / expected.sum()).pvalue > 1e-4
+        observed, expected = (each[kept] for each in pooled)
+        assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
 
 
 def test_a_draw_never_takes_a_token_without_probability():
@@ -331,9 +333,9 @@ def test_the_random_numbers_are_those_of_seed_row_and_place(llama):
     """The formula in the test: two folds of the seed's key, inverted cumulative distribution."""
     model, params = llama
     (prompt,) = prompts_of(6)
-    found = generate(model, params, [prompt], DRAWN, num_samples=3, seed=9)
-    for number, answer in enumerate(found):
-        logits, _ = told(llama, prompt, answer)
+    answers = generate(model, params, [prompt], DRAWN, num_samples=3, seed=9)
+    for number, answer in enumerate(answers):
+        logits, _ = teacher_forced(llama, prompt, answer)
         probs = np.exp(logits.astype(np.float64))
         sums = (probs / probs.sum(-1, keepdims=True)).cumsum(-1)
         fold = partial(jax.random.fold_in, jax.random.fold_in(jax.random.key(9), number))

@@ -80,11 +80,11 @@ def test_sums_pass_here_and_noise_is_found(monkeypatch):
 
 
 def test_layouts_hold_what_kernels_stumble_over():
-    found = device_checks.layouts()
-    lengths = {segments.shape[1] for segments, _ in found.values()}
+    layouts = device_checks.layouts()
+    lengths = {segments.shape[1] for segments, _ in layouts.values()}
     assert {64, 192} <= lengths  # a remainder of 64 by 128
     assert any(length % 128 == 0 for length in lengths) and 24 in lengths
-    for name, (segments, sides) in found.items():
+    for name, (segments, sides) in layouts.items():
         if "full" not in name:
             assert not segments[-1].any()  # a row of padding
             assert ("shared" in name) == bool((sides == 2).any())

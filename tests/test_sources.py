@@ -254,9 +254,9 @@ def test_a_bad_line_is_an_error_or_a_counted_drop(line, reason, tmp_path):
     pytest.raises(DataError, load, file).match(rf"^{file}:2: .*({reason})")
     assert "data.on_bad_row" in error_of(file)
     data = load(file, on_bad_row="skip", max_dropped=0.5)
-    told = data.report["train"]
-    assert (told["read"], told["kept"], told["dropped"]) == (4, 2, {"unreadable": 2})
-    assert told["first_dropped"] == {"unreadable": f"{file}:2"}
+    report = data.report["train"]
+    assert (report["read"], report["kept"], report["dropped"]) == (4, 2, {"unreadable": 2})
+    assert report["first_dropped"] == {"unreadable": f"{file}:2"}
     assert data.train.rows.tolist() == [0, 2]
     np.testing.assert_array_equal(data.train.tokens, load(fine).train.tokens)
 
@@ -319,10 +319,10 @@ def test_a_bad_row_of_any_file_is_an_error_or_a_counted_drop(
     if name != "a.arrow":
         pytest.raises(DataError, load, file).match(rf"^{file}:{place}: .*{reason}")
         error_of(file)
-    told = load(file, on_bad_row="skip", max_dropped=0.5).report["train"]
-    assert told["read"] == told["kept"] + told["dropped"]["unreadable"]
-    assert told["dropped"] == {"unreadable": 1} and told["kept"] > 0
-    assert told["first_dropped"] == {"unreadable": f"{file}:{place}"}
+    report = load(file, on_bad_row="skip", max_dropped=0.5).report["train"]
+    assert report["read"] == report["kept"] + report["dropped"]["unreadable"]
+    assert report["dropped"] == {"unreadable": 1} and report["kept"] > 0
+    assert report["first_dropped"] == {"unreadable": f"{file}:{place}"}
 
 
 def test_the_place_is_the_line_that_an_editor_shows(tmp_path):
@@ -525,8 +525,8 @@ def test_bad_rows_of_a_stream_are_counted(hub):
     hub.rows = [*tiny.sft_rows(2), {"prompt": "a", "completion": None}, *tiny.sft_rows(2)]
     source = Source("owner/data", streaming=True)
     assert error_of([source]).startswith("owner/data:3: column completion")
-    told = load([source], on_bad_row="skip", max_dropped=0.2).report["train"]
-    assert (told["read"], told["kept"], told["dropped"]) == (5, 4, {"unreadable": 1})
+    report = load([source], on_bad_row="skip", max_dropped=0.2).report["train"]
+    assert (report["read"], report["kept"], report["dropped"]) == (5, 4, {"unreadable": 1})
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
@@ -713,8 +713,8 @@ def test_a_pair_that_is_none_is_an_error_or_a_counted_drop(row, reason, tmp_path
     rows = [row, *([PAIRS[0]] * 3 if "prompt" in row else [PAIRS[4]] * 3)]
     file = tiny.write_rows(tmp_path / "a.jsonl", rows)
     pytest.raises(DataError, load, file, task="pair").match(f"^{file}:1: .*{reason}")
-    told = load(file, task="pair", on_bad_row="skip", max_dropped=0.5).report["train"]
-    assert (told["read"], told["kept"], told["dropped"]) == (4, 3, {"unreadable": 1})
+    report = load(file, task="pair", on_bad_row="skip", max_dropped=0.5).report["train"]
+    assert (report["read"], report["kept"], report["dropped"]) == (4, 3, {"unreadable": 1})
 
 
 def test_a_system_message_before_an_answer_does_not_replace_the_prompt(tmp_path):
@@ -746,8 +746,8 @@ def test_any_other_label_is_an_error_or_a_counted_drop(label, tmp_path):
     assert error_of(file, task="label").startswith(
         f"{file}:2: column label: wanted 0 or 1, found {label!r}"
     )
-    told = load(file, task="label", on_bad_row="skip", max_dropped=0.5).report["train"]
-    assert (told["read"], told["kept"], told["dropped"]) == (2, 1, {"unreadable": 1})
+    report = load(file, task="label", on_bad_row="skip", max_dropped=0.5).report["train"]
+    assert (report["read"], report["kept"], report["dropped"]) == (2, 1, {"unreadable": 1})
 
 
 @pytest.mark.parametrize("better, worse", [("harmless", "harmful"), ("non_toxic", "toxic")])
@@ -788,10 +788,10 @@ def test_kept_and_dropped_rows_add_up_to_the_file(pairs, kinds):
         file.write_text("".join(line_of(k, i, pairs) + "\n" for i, k in enumerate(kinds)))
         task = "pair" if pairs else "conversation"
         data = load(file, task=task, on_bad_row="skip", max_dropped=0.99)
-    told = data.report["train"]
-    assert told["read"] == len(kinds) == told["kept"] + sum(told["dropped"].values())
-    assert told["dropped"] == Counter(FATE[kind] for kind in kinds if kind != "good")
-    assert told["first_dropped"] == {
+    report = data.report["train"]
+    assert report["read"] == len(kinds) == report["kept"] + sum(report["dropped"].values())
+    assert report["dropped"] == Counter(FATE[kind] for kind in kinds if kind != "good")
+    assert report["first_dropped"] == {
         FATE[kind]: f"{file}:{kinds.index(kind) + 1}" for kind in set(kinds) - {"good"}
     }
     assert data.train.rows.tolist() == [i for i, kind in enumerate(kinds) if kind == "good"]

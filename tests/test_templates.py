@@ -313,13 +313,13 @@ def test_a_prompt_is_a_prefix_whatever_is_typed(name, template_name, asked, befo
 @given(prompt=TYPED, answer=TYPED)
 def test_no_control_token_stems_from_what_is_typed(name, template_name, prompt, answer):
     template = template_of(name, template_name)
-    found, wanted = (
+    actual, wanted = (
         [i for i in ids(template, messages) if i in template.controls.values()]
         for messages in (turn(prompt, answer), TURN)
     )
-    assert found == wanted
+    assert actual == wanted
     if template_name == "plain":
-        assert found == [*template.first, template.end]
+        assert actual == [*template.first, template.end]
 
 
 @pytest.mark.parametrize("template_name", ["plain", "zephyr", "chatml"])
@@ -376,8 +376,8 @@ def test_an_allowed_control_token_becomes_its_id_and_others_stay_text(name):
     template = Template(tokenizer, "aira", kind, allowed=[allowed])
     messages = turn(f"a{allowed}b{other}c", f"d{allowed}{other}")
     of = template.controls
-    found = [i for i in ids(template, messages) if i in of.values()]
-    assert found == [of[other], of[allowed], of[allowed], of[allowed], template.end]
+    controls = [i for i in ids(template, messages) if i in of.values()]
+    assert controls == [of[other], of[allowed], of[allowed], of[allowed], template.end]
     assert template.text(ids(template, messages)).count(other) == 2
     assert template.types_control(f"a {other}")
     assert not template.types_control(f"a {allowed} <|user|>")
@@ -436,9 +436,9 @@ def test_the_longest_allowed_token_wins():
 def test_a_text_to_be_judged_is_framed_as_by_its_tokenizer(name, text):
     template = template_of(name, "plain")
     tokenizer = template.tokenizer
-    found = [tokens.tolist() for tokens in template.judged(["Hi there", text])]
-    assert found[0] == tokenizer("Hi there").input_ids
-    assert found[1] == tokenizer(text, split_special_tokens=True).input_ids
+    framed = [tokens.tolist() for tokens in template.judged(["Hi there", text])]
+    assert framed[0] == tokenizer("Hi there").input_ids
+    assert framed[1] == tokenizer(text, split_special_tokens=True).input_ids
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=shared) for name in ENCODERS])
@@ -448,12 +448,12 @@ def test_a_text_to_be_judged_is_framed_as_by_its_tokenizer(name, text):
 def test_an_encoder_takes_a_prompt_with_its_answer_as_one_string(name, prompt, answer):
     """As Aira's reward models were trained: tokenizer(instruction + sep_token + response)."""
     template = template_of(name, "encoder")
-    found = ids(template, turn(prompt, answer))
+    actual = ids(template, turn(prompt, answer))
     tokenizer = template.tokenizer
     separator = tokenizer.sep_token_id
-    assert found.count(separator) == 2 and found[0] == tokenizer.cls_token_id
+    assert actual.count(separator) == 2 and actual[0] == tokenizer.cls_token_id
     if not template.types_control(prompt + answer):
-        assert found == tokenizer(prompt + tokenizer.sep_token + answer).input_ids
+        assert actual == tokenizer(prompt + tokenizer.sep_token + answer).input_ids
 
 
 @with_tiny(*BYTE_LEVEL)

@@ -28,7 +28,6 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        in_process.use(patch)
         patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
         yield
 
@@ -323,13 +322,13 @@ def releases(ground):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found_and_named(fault, ground, releases, tmp_path, capsys):
-    name, damage, check, says = FAULTS[fault]
+    name, damage, check, message = FAULTS[fault]
     folder = copied(releases / name, tmp_path / "release")
     if "another base" in fault:
         tiny.save(tmp_path / "base", tiny.CONFIGS["llama"], std=0.1)
     damage(folder)
     lines, ok = lines_of(folder, capsys)
-    assert not ok and lines[check].startswith("WRONG") and says in lines[check], lines
+    assert not ok and lines[check].startswith("WRONG") and message in lines[check], lines
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +342,7 @@ def others(ground):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names, check, says",
+    "names, check, message",
     [
         (["proof.json"], "proof", "proof.json and export_report.json are of different releases"),
         (["proof.json", "export_report.json"], "tensors", "no tensor is as in proof.json"),
@@ -354,12 +353,12 @@ def others(ground):
         ),
     ],
 )  # fmt: skip
-def test_files_of_another_run_are_found(names, check, says, others, tmp_path, capsys):
+def test_files_of_another_run_are_found(names, check, message, others, tmp_path, capsys):
     run = copied(others / "sft", tmp_path / "run")
     for name in names:
         shutil.copy(others / "other/hf" / name, run / "hf" / name)
     lines, ok = lines_of(run / "hf", capsys)
-    assert not ok and lines[check].startswith("WRONG") and says in lines[check], lines
+    assert not ok and lines[check].startswith("WRONG") and message in lines[check], lines
 
 
 @pytest.mark.slow
@@ -379,8 +378,19 @@ def test_metrics_that_were_changed_are_found(ground, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_child_process_gives_the_logits_of_this_process(ground):
+    """Of an adapter of a scorer, which has a base and is padded."""
+    prompts = [[5, 6, 7], [8, 9]]
+    arguments = (ground / "scoring adapter/hf", prompts, ground / "bert")
+    for ours, theirs in zip(
+        in_process.logits(*arguments), in_process.logits_in_child(*arguments), strict=True
+    ):
+        np.testing.assert_array_equal(theirs, ours)
+
+
+@pytest.mark.slow
 def test_the_command_exits_with_0_or_2_and_prints_json(ground, tmp_path):
-    """The only test with a process of its own, for PyTorch, too."""
+    """In a process of its own, which starts another one for PyTorch."""
     folder = copied(ground / "sft/hf", tmp_path / "release")
     command = [sys.executable, "-m", "easyaira", "verify", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -427,11 +437,11 @@ def test_a_proof_of_another_form_fails_each_check_in_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_proof_names_what_the_weights_were_made_from(ground):
-    told = json.loads((ground / "sft/hf/proof.json").read_text())
+    release = json.loads((ground / "sft/hf/proof.json").read_text())
     report = json.loads((ground / "sft/hf/export_report.json").read_text())
-    assert told["tensors"] == report["tensors"] and "prompts" not in report["logits"]
-    assert report["logits"].items() <= told["logits"].items()
-    run = told["run"]
+    assert release["tensors"] == report["tensors"] and "prompts" not in report["logits"]
+    assert report["logits"].items() <= release["logits"].items()
+    run = release["run"]
     assert run["configuration"]["data"]["train"] == "sft.jsonl"
     assert run["configuration"]["optimizer"]["learning_rate"] == 1e-3
     assert run["start"]["name"] == "gpt2" and len(run["start"]["sampled_sha256"]) == 64
@@ -439,7 +449,7 @@ def test_a_proof_names_what_the_weights_were_made_from(ground):
     assert run["metrics"]["after"]["eval_loss"] < run["metrics"]["before"]["eval_loss"]
     adapter = json.loads((ground / "adapter/hf/proof.json").read_text())
     assert adapter["base"]["name"] == "llama" and len(adapter["base"]["sha256"]) == 64
-    for content in (told, adapter["run"], adapter["base"]):
+    for content in (release, adapter["run"], adapter["base"]):
         assert str(ground) not in json.dumps(content)
 
 
@@ -519,10 +529,10 @@ def converted_run(folder):
 
 
 OTHER_RELEASES = {
-    "of another update": ("updates", lambda told: told["run"] | {"updates": 2}),
-    "rounded": ("tensors", lambda told: {"x": {"dtype": "bfloat16"}}),
-    "an adapter": ("base", lambda told: {"name": "x"}),
-    "of no run": ("run", lambda told: None),
+    "of another update": ("updates", lambda record: record["run"] | {"updates": 2}),
+    "rounded": ("tensors", lambda record: {"x": {"dtype": "bfloat16"}}),
+    "an adapter": ("base", lambda record: {"name": "x"}),
+    "of no run": ("run", lambda record: None),
 }
 
 
@@ -532,10 +542,10 @@ def test_a_release_of_other_weights_is_no_base(how, ground, tmp_path):
     copied(ground / "sft", tmp_path / "sft")
     key, value = OTHER_RELEASES[how]
     file = tmp_path / "sft/hf/proof.json"
-    told = json.loads(file.read_text())
-    told["run" if key == "updates" else key] = value(told)
+    record = json.loads(file.read_text())
+    record["run" if key == "updates" else key] = value(record)
     assert adapter_base.loadable(find(str(tmp_path / "sft"))) is not None
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(record))
     assert adapter_base.loadable(find(str(tmp_path / "sft"))) is None
 
 

@@ -31,10 +31,10 @@ def folder(tmp_path):
 
 
 def check(folder):
-    found = Pretrained(str(folder), folder)
-    model = model_of(found.config, str(folder))
-    found.check(model)
-    return model, found
+    origin = Pretrained(str(folder), folder)
+    model = model_of(origin.config, str(folder))
+    origin.check(model)
+    return model, origin
 
 
 def change(folder, **tensors):
@@ -76,10 +76,10 @@ def test_all_problems_come_in_one_message(folder):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_tensor_that_is_not_finite_is_named(folder, bad):
     change(folder, **{NORM: np.full(16, bad, np.float32)})
-    model, found = check(folder)
+    model, origin = check(folder)
     place = re.escape(f"{folder}/model.safetensors: {NORM}: contains NaN or infinity")
     with pytest.raises(WeightsError, match=f"^{place}"):
-        found.load(model, make_mesh("fsdp=1"))
+        origin.load(model, make_mesh("fsdp=1"))
 
 
 @pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
@@ -373,23 +373,23 @@ def test_a_hub_model_in_another_format_says_how_to_get_safetensors(folder, file,
 def test_a_hub_model_is_named_as_it_was_asked_for_and_not_by_its_place(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
 
-    def said():
-        found = find("ex/model")
+    def location():
+        origin = find("ex/model")
         with pytest.raises((ConfigError, WeightsError, TokenizerError)) as error:
-            found.tokenizer()
-            found.check(model_of(found.config, found.where))
+            origin.tokenizer()
+            origin.check(model_of(origin.config, origin.where))
         assert str(folder) not in str(error.value)
         return str(error.value)
 
     set_config(folder, strange=3)
-    assert said().startswith("ex/model: strange is unknown")
+    assert location().startswith("ex/model: strange is unknown")
     set_config(folder, strange=None)
     change(folder, **{NORM: None})
-    assert said().startswith("ex/model: missing model.norm.weight")
+    assert location().startswith("ex/model: missing model.norm.weight")
     (folder / "model.safetensors").write_bytes(b"")
-    assert said().startswith("ex/model/model.safetensors: cannot be read")
+    assert location().startswith("ex/model/model.safetensors: cannot be read")
     (folder / "tokenizer.json").write_text("{")
-    assert said().startswith("ex/model: no tokenizer could be loaded")
+    assert location().startswith("ex/model: no tokenizer could be loaded")
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="^ex/model/config.json: cannot be read: not JSON"):
         _ = find("ex/model").config

@@ -96,21 +96,21 @@ def logps_of(
     logps = np.full((len(batches.examples), 2), np.nan, np.float32)
     rows = None
     if hosts.first():
-        then, found = keys.get(part), None
+        then, kept = keys.get(part), None
         # before the first update, policy and reference are compared bit by bit, which needs the
         # same mesh; a resumed run may keep the results of an earlier mesh
         if then and then != key and not first:
-            found = _kept(root, then, decides, logps.shape)
-            if found is not None:
+            kept = _kept(root, then, decides, logps.shape)
+            if kept is not None:
                 print(f"reference {then}, as before; this command would compute {key}", flush=True)
-        if found is None:
-            found = _kept(root, key, decides, logps.shape)
+        if kept is None:
+            kept = _kept(root, key, decides, logps.shape)
             if then != key:
                 keys[part] = key
                 _write(partial.unlink, partial, missing_ok=True)
                 _write(write_file, record, record, json.dumps(keys, indent=2) + "\n")
-        if found is not None:
-            logps = found
+        if kept is not None:
+            logps = kept
         else:
             rows = _write(_open_partial, partial, partial, len(logps))
             intact = rows["sum"] == _sums(np.arange(len(rows)), rows["logps"])

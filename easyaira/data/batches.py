@@ -31,7 +31,7 @@ from easyaira.data.examples import Examples
 from easyaira.data.packing import Shape, bucket, choose_shapes, pack
 
 LAYOUT = ("tokens", "positions", "segment_ids", "sides", "loss_mask")
-UNSEEN = 3  # side of tokens that no token attends to
+UNATTENDED = 3  # side of tokens that no token attends to
 
 
 class Batch(NamedTuple):
@@ -244,7 +244,7 @@ class Batches:
                     self._write(flat, at, bounds[member], block, first + member + 1)
                     if unseen[member]:
                         end = at + group[i]
-                        flat[3][end - unseen[member] : end] = UNSEEN
+                        flat[3][end - unseen[member] : end] = UNATTENDED
                     at += group[i]
         row_layout = (self.accumulation, len(local) * shape.rows, shape.length)
         arrays = {name: array.reshape(row_layout) for name, array in arrays.items()}

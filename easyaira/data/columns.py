@@ -23,20 +23,20 @@ class Form(NamedTuple):
         columns: required columns: the answers, or the whole content.
         prompt: column of the prompt, if the form has one.
         bare: the prompt column is optional.
-        more: column of text that follows the prompt, if it is filled.
+        detail: column of text that follows the prompt, if it is filled.
     """
 
     columns: tuple[str, ...]
     prompt: str | None = None
     bare: bool = False
-    more: str | None = None
+    detail: str | None = None
 
     def fits(self, columns: Sequence[str]) -> bool:
         needed = {*self.columns} | ({self.prompt} if self.prompt and not self.bare else set())
         return needed <= set(columns)
 
     def __str__(self) -> str:
-        return ", ".join(name for name in (self.prompt, self.more, *self.columns) if name)
+        return ", ".join(name for name in (self.prompt, self.detail, *self.columns) if name)
 
 
 FORMS = {
@@ -45,8 +45,8 @@ FORMS = {
         Form(("messages",)),
         Form(("conversations",)),
         Form(("transcript",)),
-        Form(("output",), "instruction", more="input"),
-        Form(("response",), "instruction", more="context"),
+        Form(("output",), "instruction", detail="input"),
+        Form(("response",), "instruction", detail="context"),
     ),
     "pair": (
         Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
@@ -259,8 +259,8 @@ def _prompt(row: Record, form: Form) -> list[Message]:
     if row.filled(HISTORY):
         turns += _history(row)
     prompt = _messages(row, name, role="user")
-    if form.more and row.filled(form.more):
-        prompt[-1]["content"] += "\n" + _text(row, form.more)
+    if form.detail and row.filled(form.detail):
+        prompt[-1]["content"] += "\n" + _text(row, form.detail)
     return _joined(turns, prompt, name)[0]
 
 
@@ -309,10 +309,10 @@ def _joined(prompt: list[Message], turns: list[Message], name: str) -> tuple[lis
     return [*systems, *prompt, *turns], len(systems) + count
 
 
-def _same(some: Sequence[Message], others: Sequence[Message]) -> bool:
+def _same(messages: Sequence[Message], others: Sequence[Message]) -> bool:
     return all(
         one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
-        for one, other in zip(some, others, strict=True)
+        for one, other in zip(messages, others, strict=True)
     )
 
 

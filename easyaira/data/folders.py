@@ -34,8 +34,8 @@ def files_matching(pattern: Path, split: str, endings: Sequence[str]) -> list[Pa
     Raises:
         DataError: no file matches, or none is of the split.
     """
-    found = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
-    files = _data_files(found, endings)
+    paths = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
+    files = _data_files(paths, endings)
     if not files:
         raise DataError(f"{pattern}: no data file matches; wanted {', '.join(endings)}")
     splits = {_split_of(file.name) for file in files}
@@ -86,16 +86,16 @@ def _split_of(name: str) -> str | None:
 
 def _of_split(place: Path, files: Sequence[Path], split: str) -> list[Path]:
     """The files of a split; those whose names tell none are trained on."""
-    told = {
+    named = {
         file: _split_of(file.relative_to(place).as_posix() if place.is_dir() else file.name)
         for file in files
     }
-    if not any(told.values()) and split != "train":
+    if not any(named.values()) and split != "train":
         raise DataError(f"{place}: has no splits; leave out split {split!r}")
     wanted = SPLITS.get(split, split)
-    kept = [file for file in files if (told[file] or "train") == wanted]
+    kept = [file for file in files if (named[file] or "train") == wanted]
     if not kept:
-        raise _no_split(place, split, sorted({name or "train" for name in told.values()}))
+        raise _no_split(place, split, sorted({name or "train" for name in named.values()}))
     return kept
 
 
@@ -110,10 +110,10 @@ def _configured(folder: Path) -> dict[str, list[str]]:
         return {}
     try:
         head = re.match(r"\ufeff?---\n(.*?)\n---", decoded(read_file(readme)), re.DOTALL)
-        told = parse_yaml(head[1]) if head else None
+        header = parse_yaml(head[1]) if head else None
     except (OSError, ValueError) as error:
         raise DataError(f"{readme}: cannot be read: {reason(error)}") from error
-    configs = told.get("configs") if isinstance(told, Mapping) else None
+    configs = header.get("configs") if isinstance(header, Mapping) else None
     if not configs:
         return {}
     try:
@@ -131,10 +131,10 @@ def _patterns(readme: Path, configs: Any) -> dict[str, list[str]]:
             f"{readme.parent}/NAME/*"
         )
     chosen = chosen or configs[0]
-    told = chosen.get("data_files")
-    if told is None:
+    data_files = chosen.get("data_files")
+    if data_files is None:
         return {}
-    parts = told if isinstance(told, list) else [told]
+    parts = data_files if isinstance(data_files, list) else [data_files]
     patterns: dict[str, list[str]] = {}
     for part in parts:
         split, names = (part["split"], part["path"]) if isinstance(part, dict) else ("train", part)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from easyaira.data.batches import UNSEEN
+from easyaira.data.batches import UNATTENDED
 from easyaira.data.packing import Shape, attention_cost, bucket, choose_shapes, pack
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import WeightsError
@@ -182,7 +182,7 @@ def layout(
                 tokens[r, at] = context[-1]
                 tokens[r, at + 1 : end] = continuation[:-1]
                 positions[r, at:end] = before + np.arange(end - at)
-                sides[r, at:end] = k + 1 + (k + 1 >= UNSEEN)
+                sides[r, at:end] = k + 1 + (k + 1 >= UNATTENDED)
                 targets[r, at + 1 : end + 1] = continuation
                 loss_mask[r, at + 1 : end + 1] = True
                 places.append((member, r, at + 1, end + 1))

@@ -20,26 +20,26 @@ def loadable(base: Pretrained) -> Pretrained | None:
         return base
     folder = base.folder / "hf"
     try:
-        told = proof.read(folder)
+        record = proof.read(folder)
     except ConfigError:
         return None
-    run, tensors = told.get("run") or {}, told.get("tensors") or {}
+    run, tensors = record.get("run") or {}, record.get("tensors") or {}
     unrounded = {entry["dtype"] for entry in tensors.values()} == {"float32"}
-    if told.get("base") is not None or run.get("updates") != base.step or not unrounded:
+    if record.get("base") is not None or run.get("updates") != base.step or not unrounded:
         return None
     return Pretrained(str(folder), folder)
 
 
 def compared(base: Pretrained, model: Model, mesh: Any) -> Pretrained | None:
     """`loadable`, after comparing all weights of the release with those of the checkpoint."""
-    found = loadable(base)
-    if found in (None, base):
-        return found
+    release = loadable(base)
+    if release in (None, base):
+        return release
 
     def bits(origin: Pretrained) -> str:
         return fingerprint(origin.load(model, mesh, head_key=jax.random.key(0)))
 
-    return found if bits(found) == bits(base) else None
+    return release if bits(release) == bits(base) else None
 
 
 def to_convert(base: Pretrained, place: str) -> str:

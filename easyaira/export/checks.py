@@ -165,13 +165,13 @@ class Release:
         now = card.stated(read_file(self.folder / proof.CARD).decode("utf-8"))
         problems = _differences(released["front"], now["front"])
         for heading, lines in released["sections"].items():
-            there = now["sections"].get(heading, [])
-            added = [line for line in there if line not in lines]
+            current = now["sections"].get(heading, [])
+            added = [line for line in current if line not in lines]
             for line in lines:
-                if line not in there:
+                if line not in current:
                     near = difflib.get_close_matches(line, added, 1)
-                    says = f", says {_shown(near[0])}" if near else ""
-                    problems.append(f"{heading}: released with {_shown(line)}{says}")
+                    actual = f", says {_shown(near[0])}" if near else ""
+                    problems.append(f"{heading}: released with {_shown(line)}{actual}")
                     added = [other for other in added if other not in near]
             problems += [f"{heading}: {_shown(line)} was added" for line in added if "|" in line]
         return [f"{proof.CARD}: {line}" for line in problems], "the card's figures are as released"
@@ -180,15 +180,15 @@ class Release:
         """Compare with the run folder around this one."""
         run = self.proof["run"]
         records = Records(self.folder.resolve().parent, run["updates"])
-        there = proof.of_run(records)
+        current = proof.of_run(records)
         problems = []
-        if there["configuration_sha256"] != run["configuration_sha256"]:
-            lines = _differences(run["configuration"], there["configuration"])
+        if current["configuration_sha256"] != run["configuration_sha256"]:
+            lines = _differences(run["configuration"], current["configuration"])
             problems += [f"config.yaml: {line}" for line in lines or ["another configuration"]]
-        if there["data"] != run["data"]:
+        if current["data"] != run["data"]:
             problems.append("config.yaml: its data_fingerprint is of other data")
         for when, figures in run["metrics"].items():
-            lines = _differences(figures, there["metrics"][when])
+            lines = _differences(figures, current["metrics"][when])
             problems += [f"metrics.jsonl: {line}" for line in lines]
         name = records.config[PROVENANCE]["data_fingerprint"][:12]
         return (

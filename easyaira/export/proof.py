@@ -140,11 +140,11 @@ def base_hash(base: Pretrained) -> str:
 
 def files(folder: Path) -> list[str]:
     """Files that programs read beside the weights and the card, which have entries of their own."""
-    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     own = {FILE, REPORT}
     return sorted(
         path.relative_to(folder).as_posix()
-        for path in found
+        for path in paths
         if path.suffix in READ and path.name not in own and not _weights(path) and path.is_file()
     )
 

@@ -130,8 +130,8 @@ def export_adapter(
     tensors = peft.to_peft(adapter, jax.tree.map(hosts.fetch, params))
     if not hosts.first():
         return {}
-    found = adapter_base.compared(base, adapter.model, mesh)
-    base, at = found or base, (found or base).location()
+    release = adapter_base.compared(base, adapter.model, mesh)
+    base, at = release or base, (release or base).location()
     with _replacing(folder, replace) as new:
         written = {name: proof.described(tensor) for name, tensor in tensors.items()}
         watchdog.beat("verifying the export", bounded=False)
@@ -155,7 +155,7 @@ def export_adapter(
             return adapter.merge(params, peft.read_peft(adapter, new))
 
         first = ""
-        if found is not None:
+        if release is not None:
             report["logits"] = torch_check.compare_logits(
                 new, adapter.model, tokenizer, load, mesh, base.folder
             )

@@ -250,12 +250,12 @@ class Programs:
             )
             return i + 1, state, tokens_RC, logps_RC
 
-        def more(carry):
+        def unfinished(carry):
             i, state, *_ = carry
             return (i < steps) & (state.running.sum() > enough)
 
         tokens_RC, logps_RC = jnp.zeros((R, STEPS), jnp.int32), jnp.zeros((R, STEPS))
-        carry = jax.lax.while_loop(more, step, (0, state, tokens_RC, logps_RC))
+        carry = jax.lax.while_loop(unfinished, step, (0, state, tokens_RC, logps_RC))
         _, state, tokens_RC, logps_RC = carry
         return state, _read(tokens_RC, logps_RC, state.counts - before)
 

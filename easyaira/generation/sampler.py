@@ -303,10 +303,10 @@ def generate(
 ) -> list[Answer]:
     """All answers in order, see `Sampler.answers`."""
     sampler = Sampler(model, sampling)
-    found = dict(
+    answers = dict(
         sampler.answers(sampler.weights(params), prompts, num_samples=num_samples, seed=seed)
     )
-    return [found[number] for number in sorted(found)]
+    return [answers[number] for number in sorted(answers)]
 
 
 def _power(size: int) -> int:

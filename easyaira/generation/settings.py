@@ -99,18 +99,18 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a setting that `generate` does not have, or an impossible value.
     """
-    found = {}
+    options = {}
     for name, value in generation_config.items():
         if value is None or name in (*WITHOUT_EFFECT, "do_sample"):
             continue
         if name in NUMBERS:
             check_number(name, value)
-            found[name] = value
+            options[name] = value
         elif name == "stop_strings":
             stops = [value] if isinstance(value, str) else value
             if not isinstance(stops, list) or not all(type(s) is str and s for s in stops):
                 raise ConfigError(f"{GENERATION_CONFIG}: {name}: found {value!r}, expected texts")
-            found[name] = tuple(stops)
+            options[name] = tuple(stops)
         elif value and not (value == 1 and name in ONE_CHANGES_NOTHING):
             raise ConfigError(
                 f"{GENERATION_CONFIG}: {name} {value!r} is not supported here; remove it, or "
@@ -120,6 +120,6 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(sample, bool):
         raise ConfigError(f"{GENERATION_CONFIG}: do_sample: found {sample!r}, expected a boolean")
     if sample:
-        return {"temperature": 1.0} | found
+        return {"temperature": 1.0} | options
     sampling = ("temperature", "top_k", "top_p", "min_p")
-    return {name: value for name, value in found.items() if name not in sampling}
+    return {name: value for name, value in options.items() if name not in sampling}

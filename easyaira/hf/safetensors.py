@@ -49,10 +49,10 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
             else "; to start from config.json alone, set model.init to random"
         )
         raise WeightsError(f"{folder}: no model.safetensors{hint}")
-    again = "; download it again"
-    weight_map = read_json(index_file, error=WeightsError, hint=again).get("weight_map")
+    retry = "; download it again"
+    weight_map = read_json(index_file, error=WeightsError, hint=retry).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise WeightsError(f"{index_file}: weight_map must map tensors to files{again}")
+        raise WeightsError(f"{index_file}: weight_map must map tensors to files{retry}")
     files = set(weight_map.values())
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(files):
@@ -61,11 +61,11 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
         shard = open_file(folder / name)
         if wrong := [t for t in shard if weight_map.get(t) != name]:
             raise WeightsError(
-                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{again}"
+                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{retry}"
             )
         tensors |= shard
     if missing := sorted(set(weight_map) - set(tensors)):
-        raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{again}")
+        raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{retry}")
     return tensors
 
 

@@ -167,7 +167,7 @@ def speed(dtype: str) -> str:
     with model.on(mesh):
         tx = optax.adamw(1e-5)
         init = jax.jit(model.init)
-        state, again = (init_state(init(jax.random.key(0)), tx, mesh) for _ in range(2))
+        state, repeated = (init_state(init(jax.random.key(0)), tx, mesh) for _ in range(2))
         step = steps.jit_train_step(sft.sft(model), tx, state)
         times = []
         for update in range(2 + updates):
@@ -176,10 +176,10 @@ def speed(dtype: str) -> str:
             jax.block_until_ready(state)
             times.append(time.perf_counter() - start)
             if update == 0:
-                again, _ = step(again, None, batch, None)
-                if not jax.tree.all(jax.tree.map(jnp.array_equal, state, again)):
+                repeated, _ = step(repeated, None, batch, None)
+                if not jax.tree.all(jax.tree.map(jnp.array_equal, state, repeated)):
                     raise CheckFailed("the same update has other bits the second time")
-                del again
+                del repeated
     loss = float(sums["loss"][0]) / float(sums["loss"][1])
     if not np.isfinite(loss):
         raise CheckFailed("the loss is not finite")

@@ -243,12 +243,12 @@ class Checkpoints:
             StorageError: that record cannot be read.
         """
         sums = self._restore(step, {}, ())["sums"]
-        found = {name: re.match(r"(\w+)\[([\d, ]*)\] ", line) for name, line in sums.items()}
+        matches = {name: re.match(r"(\w+)\[([\d, ]*)\] ", line) for name, line in sums.items()}
         return {
             name: jax.ShapeDtypeStruct(
                 tuple(map(int, match[2].split(",") if match[2] else ())), match[1]
             )
-            for name, match in found.items()
+            for name, match in matches.items()
             if match
         }
 

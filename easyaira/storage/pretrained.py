@@ -277,8 +277,8 @@ class Pretrained:
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
         where = str(folder) if self.commit is None else self.name
         if name is not None:
-            found = find(name)
-            folder, where = found.folder, found.where
+            other = find(name)
+            folder, where = other.folder, other.where
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises many types; all mean the same here

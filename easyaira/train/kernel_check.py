@@ -120,8 +120,8 @@ def compare(
         segment_ids, sides: [R, T] of a micro-batch, on the devices.
     """
     layer = partial(_layers, segment_ids, sides, heads, causal, of_kernel.dtype)
-    actual, again, expected = layer(of_kernel), layer(of_kernel), layer(Compute())
-    same = jax.tree.map(partial(jnp.array_equal, equal_nan=True), actual, again)
+    actual, repeated, expected = layer(of_kernel), layer(of_kernel), layer(Compute())
+    same = jax.tree.map(partial(jnp.array_equal, equal_nan=True), actual, repeated)
     return _errors(segment_ids, sides, actual, expected), jnp.stack(jax.tree.leaves(same)).all()
 
 

@@ -1,20 +1,34 @@
-"""PyTorch's logits without a child process, which takes seconds to import everything."""
+"""PyTorch's logits and chat templates without child processes, whose imports take seconds."""
 
 import warnings
 
 import numpy as np
 
+from easyaira.data import rendering, template
 from easyaira.export import torch_check, torch_logits
 
+logits_in_child = torch_check.torch_logits
 
-def use(patch):
-    """Replace the child process by a call in this process."""
 
-    def logits(folder, prompts, base=None):
-        with warnings.catch_warnings():
-            for outdated in (DeprecationWarning, FutureWarning):  # raised by peft
-                warnings.simplefilter("ignore", outdated)
-            found = torch_logits.logits_of(str(folder), prompts, base and str(base))
-        return [np.asarray(array) for array in found]
+def logits(folder, prompts, base=None):
+    with warnings.catch_warnings():
+        for outdated in (DeprecationWarning, FutureWarning):  # raised by peft
+            warnings.simplefilter("ignore", outdated)
+        arrays = torch_logits.logits_of(str(folder), prompts, base and str(base))
+    return [np.asarray(array) for array in arrays]
 
-    patch.setattr(torch_check, "torch_logits", logits)
+
+class Renderer:
+    """In place of `rendering.Child`."""
+
+    def __init__(self, template, tokens):
+        self.arguments = template, dict(tokens)
+
+    def render(self, messages, add_generation_prompt=False):
+        return rendering.render(*self.arguments, messages, add_generation_prompt)
+
+
+def use(setattr_of=setattr):
+    """Replace the child processes by calls in this process."""
+    setattr_of(torch_check, "torch_logits", logits)
+    setattr_of(template, "Child", Renderer)

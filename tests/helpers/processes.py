@@ -32,10 +32,7 @@ def free_port() -> int:
 def environment(devices: int, **variables: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    cached = {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"
-    }  # otherwise each process compiles again
-    return os.environ | cached | {"XLA_FLAGS": flags, "PYTHONPATH": path, **variables}
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path, **variables}
 
 
 def start(arguments: list, devices: int = 1, **variables: str) -> subprocess.Popen:
