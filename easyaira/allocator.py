@@ -21,3 +21,12 @@ def keep_memory() -> None:
     mallopt(M_ARENA_MAX, 1)  # other arenas cannot hold blocks above 64 MiB
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def give_back_memory() -> None:
+    """Return to the system what `keep_memory` kept, before other processes need memory."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)

@@ -67,7 +67,7 @@ def to_hf(
             report = release.export(
                 Path(out),
                 model=model,
-                params=origin.load(model, mesh),
+                params=origin.lazy(model, mesh),
                 facts=Facts(origin.config, origin.generation_config, origin.stored_dtypes()),
                 dtype=dtype,
                 **common,
@@ -101,7 +101,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     origin.check(model)
     tokenizer = origin.tokenizer()
     mesh = meshes.make_mesh("fsdp=-1")
-    params = origin.load(model, mesh)
+    params = origin.lazy(model, mesh)
     checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
     facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
     meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}

@@ -50,7 +50,7 @@ LATE = {("cli", "run.run")}
 NO_JAX = {"allocator", "errors", "files", "pages", "config/", "cli"}
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
 FLAX = {"models/", "lora/"}
-ORBAX = {"storage.checkpoints", "storage.object_store"}
+ORBAX = {"storage.checkpoints", "storage.object_store", "storage.one_by_one"}
 PRIVATE = {  # file -> private parts of a library that it uses; no other file may use any
     "models.cudnn": (
         "jax._src.cudnn.fused_attention_stablehlo.create_dot_product_attention_backend_config_base",

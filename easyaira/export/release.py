@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError, WeightsError, shown_as
@@ -66,24 +65,25 @@ def export(
         WeightsError: verification failed.
     """
     stored = {"": dtype} if dtype else facts.stored_dtypes
-    tensors = transfer.to_hf(
+    tensors = transfer.lazy_to_hf(
         params,
         model.rows,
         vocab_size=model.vocab_size,
         dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
     )
     if not hosts.first():
-        deque(tensors, maxlen=0)  # every process takes part in each gather
+        for _, tensor in tensors:
+            tensor.read()  # every process takes part in each gather
         return {}
     with _replacing(folder, replace) as new:
         written: dict[str, dict[str, Any]] = {}
 
-        def recorded() -> Iterator[tuple[str, np.ndarray]]:
-            for name, tensor in tensors:
-                written[name] = proof.described(tensor)
-                yield name, tensor
+        def recorded(name: str, tensor: np.ndarray) -> np.ndarray:
+            written[name] = proof.described(tensor)
+            return tensor
 
-        safetensors.save_folder(recorded(), new)
+        lazy = ((name, tensor.then(partial(recorded, name))) for name, tensor in tensors)
+        safetensors.save_folder(lazy, new)
         watchdog.beat("verifying the export", bounded=False)
         _write_json(new / "config.json", with_dtype(facts.config, dtype))
         if facts.generation_config:
@@ -136,8 +136,7 @@ def export_adapter(
         written = {name: proof.described(tensor) for name, tensor in tensors.items()}
         watchdog.beat("verifying the export", bounded=False)
         file = new / peft.ADAPTER_WEIGHTS
-        save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes it readable by its owner only
+        safetensors.save_file(tensors, file)
         _write_json(new / peft.ADAPTER_CONFIG, peft.peft_config(adapter, at["name"], at["commit"]))
         save_tokenizer(tokenizer, new)
         report = {

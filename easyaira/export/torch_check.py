@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easyaira.allocator import give_back_memory
 from easyaira.distributed.chips import memory_of
 from easyaira.errors import WeightsError, shortened
 from easyaira.models.model import Model
@@ -58,6 +59,8 @@ def compare_logits(
         return {"compared": False, "why": why}
     prompts = [tokenizer(t, add_special_tokens=model.scorer).input_ids[:64] for t in PROMPTS]
     prompts = [ids[: model.config.max_positions] for ids in prompts]
+    give_back_memory()
+    theirs = torch_logits(folder, prompts, base)  # before this process loads its own copy
     ours = []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         loaded = load()
@@ -67,7 +70,6 @@ def compare_logits(
             layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
             ours.append(np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout)))
         del loaded
-    theirs = torch_logits(folder, prompts, base)
     largest = max(float(np.abs(logits).max()) for logits in ours)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
     tolerance = TOLERANCE * (max(largest, 1) if model.scorer else largest)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import mmap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from easyaira.errors import UnsafeInputError, WeightsError
 from easyaira.files import read_json
+from easyaira.hf.lazy import loaded
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -21,6 +23,7 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
+ORDER = ["F64", "F32", "BF16", "F16"]  # of the tensors in a file, as the library writes them
 SHARD_BYTES = 5 * 10**9
 REPORT = "export_report.json"
 
@@ -110,9 +113,19 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def release(tensor: np.ndarray) -> None:
+    """Unload the file of a memory-mapped tensor. What has been read of it counts as this process's
+    memory; a later access reads it again."""
+    mapped = getattr(tensor, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def tensor_hash(tensor: np.ndarray) -> str:
     """SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
+    release(tensor)
+    return digest
 
 
 def check_exported(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -138,32 +151,51 @@ def check_exported(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def save_folder(
-    tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int = SHARD_BYTES
+    tensors: Iterable[tuple[str, Any]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write tensors to model.safetensors, or above `shard_bytes` to several files and an index."""
-    parts: list[dict[str, int]] = []  # names and bytes of the tensors in each file
-    part: dict[str, np.ndarray] = {}
+    """Write tensors to model.safetensors, or above `shard_bytes` to several files and an index.
 
-    def write_part() -> None:
-        file = folder / f"part-{len(parts)}"
-        save_file(part, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # the library makes it readable only by its owner
-        parts.append({name: tensor.nbytes for name, tensor in part.items()})
-        part.clear()
-
+    Args:
+        tensors: names with arrays, or with `Lazy` ones, which are read one at a time.
+    """
+    parts: list[dict[str, Any]] = [{}]
     for name, tensor in tensors:
-        if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > shard_bytes:
-            write_part()
-        part[name] = tensor
-    write_part()
+        if parts[-1] and _bytes(parts[-1]) + tensor.nbytes > shard_bytes:
+            parts.append({})
+        parts[-1][name] = tensor
     if len(parts) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
+        save_file(parts[0], folder / "model.safetensors")
         return
     weight_map = {}
-    for i, names in enumerate(parts):
+    for i, part in enumerate(parts):
         file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        (folder / f"part-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(size for names in parts for size in names.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(map(_bytes, parts))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _bytes(tensors: Mapping[str, Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def save_file(tensors: Mapping[str, Any], file: Path) -> None:
+    """Write the same bytes as safetensors' function of this name, which holds all tensors at once.
+
+    Args:
+        tensors: arrays, or `Lazy` ones, which are read one at a time.
+    """
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (ORDER.index(kinds[tensors[name].dtype]), name)):
+        start, end = end, end + tensors[name].nbytes
+        kind, shape = kinds[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+            stream.write(np.ascontiguousarray(loaded(tensor)).reshape(-1).view(np.uint8).data)

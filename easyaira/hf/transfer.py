@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed.tree import path_of
 from easyaira.errors import WeightsError
+from easyaira.hf.lazy import Lazy, aligned, loaded, slices
+from easyaira.hf.safetensors import release
 from easyaira.hf.table import VOCAB, Row, pair_rows
 
 Each = Callable[[tuple, jax.Array], Any]  # (path in the tree, parameter) -> leaf to keep
@@ -127,16 +130,8 @@ def from_hf(
         watchdog.beat(f"reading {row.ours}")
         if row.ours in drawn:
             return each(path, drawn[row.ours]) if each else drawn[row.ours]
-        stored = [(name, tensors[name]) for name in row.names(leaf)]
-        layers = [(_place(where, name, tensor), row.op.to_ours(tensor)) for name, tensor in stored]
-
-        def read(index):
-            spans = [slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
-            if not row.stacked:
-                return _read(*layers[0], spans)
-            return np.stack([_read(place, view, spans[1:]) for place, view in layers[spans[0]]])
-
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        read = partial(_read, row, leaf, tensors, where)
         array = jax.make_array_from_callback(leaf.shape, sharding, read)
         return array if each is None else each(path, array)
 
@@ -149,14 +144,49 @@ def _place(where: str, name: str, tensor: np.ndarray) -> str:
     return f"{where}/{Path(file).name}: {name}" if file else f"{where}: {name}"
 
 
-def _read(place: str, view: np.ndarray, spans: list[slice]) -> np.ndarray:
-    part = np.asarray(view[tuple(spans)], np.float32)
-    if not np.isfinite(part).all():
+def lazy_from_hf(
+    tensors: dict[str, np.ndarray], tree: Any, rows: Sequence[Row], *, where: str
+) -> Any:
+    """The parameters of `from_hf` as `Lazy` arrays, on the host."""
+    rows_by_path = {row.ours: row for row, _ in pair_rows(tree, rows)}
+
+    def lazy(path: tuple, leaf: Any) -> Lazy:
+        rest = [slice(None)] * (leaf.ndim - 1)
+        read = partial(_read, rows_by_path[path_of(path)], leaf, tensors, where)
+        pieces = [(piece, *rest) for piece in slices(leaf.shape, 4)]
+        return Lazy(leaf.shape, np.dtype(np.float32), lambda: map(read, pieces))
+
+    return jax.tree_util.tree_map_with_path(lazy, tree)
+
+
+def _read(
+    row: Row,
+    leaf: Any,
+    tensors: dict[str, np.ndarray],
+    where: str,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part of a parameter at `index`."""
+    spans = [slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+    array = aligned(tuple(span.stop - span.start for span in spans))
+    layers = array if row.stacked else array[None]
+    names = row.names(leaf)[spans[0]] if row.stacked else [row.theirs]
+    for i, name in enumerate(names):
+        view = row.op.to_ours(tensors[name])[tuple(spans[1:] if row.stacked else spans)]
+        _fill(layers[i, ...], view, _place(where, name, tensors[name]))
+    return array
+
+
+def _fill(array: np.ndarray, view: np.ndarray, place: str) -> None:
+    """Copy a stored tensor into a part of a parameter, whose vocabulary may be padded."""
+    if view.shape != array.shape:
+        array[...] = 0
+    array[tuple(map(slice, view.shape))] = view
+    release(view)
+    if not np.isfinite(array).all():
         raise WeightsError(
             f"{place}: contains NaN or infinity; the file is damaged or the model diverged"
         )
-    shape = [span.stop - span.start for span in spans]
-    return np.pad(part, [(0, want - have) for want, have in zip(shape, part.shape, strict=True)])
 
 
 def to_hf(
@@ -168,16 +198,37 @@ def to_hf(
     Raises:
         WeightsError: a value is not finite, or overflows the dtype.
     """
+    for name, tensor in lazy_to_hf(params, rows, vocab_size=vocab_size, dtypes=dtypes):
+        yield name, tensor.read()
+
+
+def lazy_to_hf(
+    params: Any, rows: Sequence[Row], *, vocab_size: int, dtypes: Callable[[str], np.dtype]
+) -> Iterator[tuple[str, Lazy]]:
+    """Yield the tensors of `to_hf` as `Lazy` arrays. Read in this order, each parameter of a `Lazy`
+    tree is read once."""
+    last: dict[str, Any] = {}  # the parameter that was read last, by path
+
+    def read(row: Row, leaf: Any, layer: int, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        watchdog.beat(f"collecting {name}")
+        if row.ours not in last:
+            last.clear()  # before the next one is read
+            last[row.ours] = loaded(leaf)
+        array = last[row.ours]
+        array = hosts.fetch(array[layer] if row.stacked else array)
+        with np.errstate(over="ignore"):  # rounds before it transposes, which then moves less
+            tensor = np.ascontiguousarray(row.cut(array.astype(dtype), vocab_size))
+        if not np.isfinite(tensor.astype(np.float32)).all():
+            raise WeightsError(
+                f"{name}: values overflow {dtype.name}; choose --dtype float32"
+                if np.isfinite(array).all()
+                else f"{name}: contains NaN or infinity; it is not exported"
+            )
+        yield tensor
+
     for row, leaf in pair_rows(params, rows):
+        layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
+        shape = row.cut(layer, vocab_size).shape
         for i, name in enumerate(row.names(leaf)):
-            watchdog.beat(f"collecting {name}")
-            layer = hosts.fetch(leaf[i] if row.stacked else leaf)
-            with np.errstate(over="ignore"):
-                tensor = np.ascontiguousarray(row.cut(layer, vocab_size)).astype(dtypes(name))
-            if not np.isfinite(tensor.astype(np.float32)).all():
-                raise WeightsError(
-                    f"{name}: values overflow {dtypes(name).name}; choose --dtype float32"
-                    if np.isfinite(layer).all()
-                    else f"{name}: contains NaN or infinity; it is not exported"
-                )
-            yield name, tensor
+            dtype = np.dtype(dtypes(name))
+            yield name, Lazy(shape, dtype, partial(read, row, leaf, i, name, dtype))

@@ -129,6 +129,16 @@ class Model:
         counts = {"examples": 1, "answers": 1} if self.scorer else {}
         return self.module.init(key, ids, ids, ids, ids, **counts)["params"]
 
+    def init_some(self, paths: Sequence[str], target: Any, key: jax.Array) -> dict[str, jax.Array]:
+        """Initialise the parameters at `paths` only; XLA drops the computation of all others."""
+
+        def draw(key: jax.Array) -> dict[str, jax.Array]:
+            leaves = by_path(self.init(key))
+            return {path: leaves[path] for path in paths}
+
+        targets = by_path(target)
+        return jax.jit(draw, out_shardings={path: targets[path].sharding for path in paths})(key)
+
     @cached_property
     def shapes(self) -> Any:
         return jax.eval_shape(self.init, jax.random.key(0))

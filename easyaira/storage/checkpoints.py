@@ -1,4 +1,4 @@
-"""Checkpoints: everything needed to resume a run on any mesh. The only module that uses Orbax.
+"""Checkpoints: everything needed to resume a run on any mesh. No other folder uses Orbax.
 
 A checkpoint has the items `params`, `opt_state`, `data` (position in the data), `meta` (kind of
 model, and metrics not yet logged) and `sums` (checksums over all bits of the other items). Orbax
@@ -32,11 +32,12 @@ from etils.epath.backend import fsspec_backend
 from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError
 from easyaira.files import parse_json
+from easyaira.storage import one_by_one
 from easyaira.storage.integrity import hash_of, sums_of
 from easyaira.storage.object_store import finished_steps, in_store, inside, is_finished, locate
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file at INFO
-
+one_by_one.register()
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -155,13 +156,13 @@ class Checkpoints:
         self._save(step, {"params": params, "opt_state": opt_state}, {"data": data, "meta": meta})
 
     def save_params(self, step: int, params: Any, meta: dict) -> None:
-        """Save only weights and meta, for a converted model; raises like `save`."""
+        """Save only weights (also `Lazy`) and meta, for a converted model; raises like `save`."""
         self._save(step, {"params": params}, {"meta": meta})
 
     def _save(self, step: int, trees: dict[str, Any], records: dict[str, Any]) -> None:
         sums = sums_of(trees, records)
         records = records | {"sums": sums | {"sums": hash_of(sums)}}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: one_by_one.save_args(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
         self.wait()
         self.saving = step
@@ -232,9 +233,9 @@ class Checkpoints:
         items = self._restore(step, {"params": params, "opt_state": opt_state}, ("data", "meta"))
         return Restored(step, *(items[name] for name in Restored._fields[1:]))
 
-    def restore_params(self, step: int, params: Any) -> Any:
-        """Restore only the weights; raises like `restore`."""
-        return self._restore(step, {"params": params}, ())["params"]
+    def restore_params(self, step: int, params: Any, *, part: bool = False) -> Any:
+        """Restore only the weights, or only a part of their tree; raises like `restore`."""
+        return self._restore(step, {"params": params}, (), part=part)["params"]
 
     def shapes(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of all arrays, by path, as the record of checksums lists them.
@@ -256,8 +257,9 @@ class Checkpoints:
         """Restore only the meta record; raises like `restore`."""
         return self._restore(step, {}, ("meta",))["meta"]
 
-    def _restore(self, step: int, trees: dict[str, Any], records: tuple[str, ...]) -> dict:
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+    def _restore(self, step: int, trees: dict, records: tuple[str, ...], *, part=False) -> dict:
+        restore = one_by_one.restore_args if part else ocp.args.StandardRestore
+        items = {name: restore(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonRestore() for name in (*records, "sums")}
         watchdog.beat(f"restoring checkpoint {step}")
         failure = None
@@ -278,7 +280,8 @@ class Checkpoints:
             raise failure or StorageError(problem)
         now = sums_of({k: restored[k] for k in trees}, {k: restored[k] for k in records})
         wrong = [name for name in now if now[name] != sums.get(name)]
-        missing = [n for n in sums if n.split("/")[0] in (*trees, *records) and n not in now]
+        saved = [] if part else [n for n in sums if n.split("/")[0] in (*trees, *records)]
+        missing = [name for name in saved if name not in now]
         if not intact or wrong or missing:
             name = (wrong + missing)[0] if intact else "sums"
             raise self._failed("restored", step, f"{name} differs from what was saved")

@@ -9,18 +9,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyaira.distributed.tree import by_path, path_of
+from easyaira.hf.lazy import Lazy
 
 
 def sums_of(trees: dict[str, Any], records: dict[str, Any]) -> dict[str, str]:
-    """Checksums of the arrays, by path, and of the records, by name."""
+    """Checksums of the arrays, by path, and of the records, by name. `Lazy` arrays are read, one at
+    a time."""
     leaves = by_path(trees)
-    shardings = [leaf.sharding for leaf in leaves.values()]
+    lazy = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Lazy)}
+    arrays = {name: leaf for name, leaf in leaves.items() if name not in lazy}
+    shardings = [leaf.sharding for leaf in arrays.values()]
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
-    words = by_path(jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(trees)))
+    words = jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(arrays))
+    words |= {name: _sums_of_pieces(leaf) for name, leaf in lazy.items()}
     sums = {
         name: f"{leaf.dtype}{list(leaf.shape)} {words[name][0]:08x}{words[name][1]:08x}"
         for name, leaf in leaves.items()
@@ -55,9 +61,18 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
+def _sums_of_pieces(lazy: Lazy) -> np.ndarray:
+    total, start = np.zeros(2, np.uint32), 0
+    for piece in lazy.pieces():
+        total += np.asarray(_sums(piece, np.uint32(start & 0xFFFFFFFF)))
+        start += piece.size
+    return total
+
+
 @jax.jit
-def _sums(leaf: jax.Array) -> jax.Array:
-    """Two uint32 checksums [2]: sums of an array's words times odd factors, one per position."""
+def _sums(leaf: jax.Array, start: Any = 0) -> jax.Array:
+    """Two uint32 checksums [2]: sums of an array's words times odd factors, one per position.
+    `start` is the position of the first word."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     else:
@@ -65,6 +80,7 @@ def _sums(leaf: jax.Array) -> jax.Array:
     place = jnp.zeros_like(bits)
     for axis, size in enumerate(bits.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    place = place + jnp.uint32(start)
     odd = (place * jnp.uint32(0x9E3779B1)) | jnp.uint32(1)
     mixed = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
     zero = jnp.uint32(0)

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,7 +32,8 @@ from easyaira.errors import (
 )
 from easyaira.files import check_links, read_json, read_yaml, reason
 from easyaira.hf import safetensors, transfer
-from easyaira.lora.adapter import Adapter, of_record
+from easyaira.hf.lazy import Lazy
+from easyaira.lora.adapter import Adapter, nested, of_record
 from easyaira.lora.base import check_base
 from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.models.model import Model
@@ -63,11 +65,8 @@ class Pretrained:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """Meta record of the checkpoint in a run folder."""
-        checkpoints = Checkpoints(checkpoint_dir(self.folder))
-        try:
+        with closing(Checkpoints(checkpoint_dir(self.folder))) as checkpoints:
             return checkpoints.meta(self.step)
-        finally:
-            checkpoints.close()
 
     def _recorded(self, name: str) -> dict[str, Any]:
         if not isinstance(self.meta.get(name), dict):
@@ -213,11 +212,9 @@ class Pretrained:
         missing = self.check(model) if stored is None else _missing(model, stored)
         if missing and head_key is None:
             raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward adds a score head")
-        drawn = _initialise(model, target, missing, head_key) if missing else {}
+        drawn = model.init_some(missing, target, head_key) if missing else {}
         if stored is not None:
-            if hosts.first():
-                with shown_as(self.folder, self.where):
-                    safetensors.check_exported(self.folder, self._tensors)
+            self._check_exported()
             return transfer.from_hf(stored, target, model.rows, drawn, each, where=self.where)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
@@ -231,6 +228,32 @@ class Pretrained:
         # one at a time, so that each original is freed as soon as it is converted
         leaves = [each(*leaves.pop(0)) for _ in range(len(leaves))]
         return jax.tree.unflatten(tree, leaves)
+
+    def lazy(self, model: Model, mesh: Any) -> Any:
+        """The parameters of `load` as `Lazy` arrays; merged adapters need all at once. Raises like
+        `load`, also when they are read."""
+        if self.adapter is not None or self.check(model):
+            return self.load(model, mesh)
+        target, leaves = model.target(mesh), jax.tree.leaves
+        if self.step is None:
+            self._check_exported()
+            return transfer.lazy_from_hf(self._matched(model), target, model.rows, where=self.where)
+        with closing(Checkpoints(checkpoint_dir(self.folder))) as checkpoints:
+            shapes = checkpoints.shapes(self.step)
+        saved = {name.removeprefix("params/") for name in shapes if name.startswith("params/")}
+        if odd := saved ^ by_path(target).keys():
+            raise StorageError(f"{self.where}: {min(odd)} is missing, or not of this model")
+
+        def lazy(key_path: tuple, leaf: Any) -> Lazy:
+            one = nested({path_of(key_path): leaf})
+            return Lazy(leaf.shape, leaf.dtype, lambda: leaves(self._restore(one, part=True)))
+
+        return jax.tree_util.tree_map_with_path(lazy, target)
+
+    def _check_exported(self) -> None:
+        if hosts.first():
+            with shown_as(self.folder, self.where):
+                safetensors.check_exported(self.folder, self._tensors)
 
     def _stored(self, model: Model, mesh: Any) -> Any:
         """Parameters of the checkpoint, with adapters merged."""
@@ -255,12 +278,9 @@ class Pretrained:
         """Load only the parameters of the adapters."""
         return self._restore(adapter.target(mesh))
 
-    def _restore(self, target: Any) -> Any:
-        checkpoints = Checkpoints(checkpoint_dir(self.folder))
-        try:
-            return checkpoints.restore_params(self.step, target)
-        finally:
-            checkpoints.close()
+    def _restore(self, target: Any, *, part: bool = False) -> Any:
+        with closing(Checkpoints(checkpoint_dir(self.folder))) as checkpoints:
+            return checkpoints.restore_params(self.step, target, part=part)
 
     def tokenizer(self, name: str | None = None) -> Any:
         """Load the model's tokenizer, or that of `name`.
@@ -315,19 +335,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def _missing(model: Model, stored: Mapping[str, Any]) -> list[str]:
     """Paths of the model's parameters that are not among the stored tensors."""
     return [row.ours for row in model.rows if row.theirs.format(0) not in stored]
-
-
-def _initialise(
-    model: Model, target: Any, paths: list[str], key: jax.Array
-) -> dict[str, jax.Array]:
-    """Initialise the parameters at `paths` only; XLA drops the computation of all others."""
-
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        leaves = by_path(model.init(key))
-        return {path: leaves[path] for path in paths}
-
-    targets = by_path(target)
-    return jax.jit(draw, out_shardings={path: targets[path].sharding for path in paths})(key)
 
 
 def checkpoint_dir(run: Path) -> Path | str:

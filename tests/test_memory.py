@@ -1,0 +1,86 @@
+"""Conversion holds a few tensors at a time."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from easyaira.hf import lazy, safetensors
+from easyaira.storage.integrity import sums_of
+from helpers import tiny
+
+MEASURE = """
+import sys
+from pathlib import Path
+from easyaira import allocator, convert
+from easyaira.export import torch_check
+from easyaira.hf import lazy
+from easyaira.storage import pretrained
+
+allocator.keep_memory()
+lazy.PIECE_BYTES = 2**24  # a few layers, as for a real model
+torch_check.obstacle = lambda *_, **__: "its own process holds a whole model"
+pretrained.find(sys.argv[1]).tokenizer()
+
+def peak(reset=False):
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
+
+for command, place, to in (("from_hf", 1, 2), ("to_hf", 2, 3)):
+    before = peak(reset=True)
+    convert.main([command, sys.argv[place], sys.argv[to]])
+    print("peak", peak() - before)
+"""
+LAYERS, WIDTH, INNER = 16, 512, 2048
+
+
+def large(folder):
+    """A Llama of 67M parameters in bfloat16. Returns its bytes in float32."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
+    config = tiny.CONFIGS["llama"] | sizes | {"num_key_value_heads": 4, "num_attention_heads": 4}
+    tiny.save(folder, config | {"num_hidden_layers": 1})
+    stored = {n: np.array(t) for n, t in safetensors.open_folder(folder).items()}
+    tensors = {}
+    for name, tensor in stored.items():
+        names = [name.replace(".0.", f".{i}.") for i in range(LAYERS)] if ".0." in name else [name]
+        tensors |= {n: (tensor + i / 64).astype(jnp.bfloat16) for i, n in enumerate(names)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": LAYERS}
+    (folder / "config.json").write_text(json.dumps(changed))
+    return 4 * sum(tensor.size for tensor in tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_both_conversions_hold_less_than_the_model(tmp_path):
+    size = large(tmp_path / "hf")
+    folders = [str(tmp_path / name) for name in ("hf", "ours", "back")]
+    command = [sys.executable, "-c", MEASURE, *folders]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peaks = [int(line.split()[1]) for line in out.splitlines() if line.startswith("peak ")]
+    assert len(peaks) == 2 and max(peaks) < size, (peaks, size)
+    file = "model.safetensors"
+    assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
+
+
+def test_a_file_is_written_as_by_the_library(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = safetensors.DTYPES.values()
+    tensors = {f"{i}.{k}": rng.normal(size=(3, i)).astype(k) for i in range(4) for k in kinds}
+    safetensors.save_folder(iter(tensors.items()), tmp_path)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_sums_of_pieces_are_those_of_the_array():
+    array = np.random.default_rng(0).normal(size=(7, 5, 3)).astype(np.float32)
+    pieces = lazy.Lazy(array.shape, array.dtype, lambda: (array[i : i + 3] for i in (0, 3, 6)))
+    whole = sums_of({"params": jnp.asarray(array)}, {})
+    assert sums_of({"params": pieces}, {}) == whole
+    assert sums_of({"params": jnp.asarray(array[::-1])}, {}) != whole
