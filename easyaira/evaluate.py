@@ -98,12 +98,12 @@ def main(argv: list[str]) -> None:
     origin = pretrained.find(args.model)
     folder = Path(args.output) if args.output else folder_of(origin)
     keep_compiled(DataConfig(train=""))
-    found = []
+    finished = []
     for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:
         print(f"{results.write(folder, result)}: {result.label} {result.shown}", flush=True)
-        found.append(result)
-    print(results.table(found))
-    for result in found:
+        finished.append(result)
+    print(results.table(finished))
+    for result in finished:
         if result.groups:
             print(results.groups_table(result))
 
@@ -129,10 +129,10 @@ def compare(names: list[str]) -> None:
     models = {}
     for name, last in zip(names, short, strict=True):
         inside = Path(name) / results.FOLDER
-        found = results.read(inside if inside.is_dir() else Path(name))
-        if not found:
+        own = results.read(inside if inside.is_dir() else Path(name))
+        if not own:
             raise ConfigError(f"compare: {name} has no results; evaluate it first")
-        models[last if short.count(last) == 1 else name] = found
+        models[last if short.count(last) == 1 else name] = own
     print(results.compare(models))
 
 

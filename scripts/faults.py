@@ -126,8 +126,8 @@ def outcome(status: int, out: str, err: str, run: Path, wanted: dict[str, str]) 
     if status == 0:
         if weights(run) != wanted:
             return "OTHER WEIGHTS"
-        told = any(word in out for word in ("damaged", "lost or unreadable", "left out"))
-        return "said, and the same weights" if told else "the same weights"
+        warned = any(word in out for word in ("damaged", "lost or unreadable", "left out"))
+        return "said, and the same weights" if warned else "the same weights"
     if status in (2, 4) and len(lines) == 1 and lines[0].startswith("error: "):
         return f"status {status}, one line"
     return f"STATUS {status}, {len(lines)} LINES: {lines[-1][:200] if lines else ''}"
@@ -162,9 +162,9 @@ def kills(ground: Ground, count: int, ends: Counter) -> None:
         time.sleep(3 * seconds if new else seconds)
         command.process.kill()
         command.ended()
-        found = ground.outcome(words, cache, run)
-        ends[found] += 1
-        report(f"kill {number}", found)
+        end = ground.outcome(words, cache, run)
+        ends[end] += 1
+        report(f"kill {number}", end)
         shutil.rmtree(run), shutil.rmtree(cache)
 
 
@@ -210,16 +210,16 @@ def damages(ground: Ground, every: int, rows: dict[str, Counter]) -> None:
         top = released.parent if released in path.parents else ground.root
         DAMAGES[name](copy / path.relative_to(top))
         if top == released.parent:
-            kind, found = "released folder", verified(call([str(copy / "hf")], cache, VERIFY))
+            kind, end = "released folder", verified(call([str(copy / "hf")], cache, VERIFY))
         else:
-            again = copy / run.name
-            words = options(ground.root, again, num_samples=0, export=False)
-            found = ground.outcome(words, copy / cache.name, again)
+            other = copy / run.name
+            words = options(ground.root, other, num_samples=0, export=False)
+            end = ground.outcome(words, copy / cache.name, other)
             kind = "checkpoints" if "checkpoints" in path.parts else "run folder"
             if cache in path.parents:
                 kind = f"caches: {path.relative_to(cache).parts[0]}"
-        rows.setdefault(f"{kind}, {name}", Counter())[found] += 1
-        report(f"{path.relative_to(top)} {name}", found)
+        rows.setdefault(f"{kind}, {name}", Counter())[end] += 1
+        report(f"{path.relative_to(top)} {name}", end)
 
 
 def verified(ended: tuple[int, str, str]) -> str:
@@ -233,8 +233,8 @@ def verified(ended: tuple[int, str, str]) -> str:
     return f"STATUS {status}, {len(lines)} LINES: {lines[-1][:200] if lines else ''}"
 
 
-def report(case: str, found: str) -> None:
-    print(f"{case}: {found}", file=sys.stderr, flush=True)
+def report(case: str, end: str) -> None:
+    print(f"{case}: {end}", file=sys.stderr, flush=True)
 
 
 def inside() -> None:
@@ -260,11 +260,11 @@ def main() -> None:
         programs = Path(folder) / "programs"
         os.environ |= dict(zip(PROGRAMS, (str(programs), "0"), strict=True))
         try:
-            found = Ground(Path(folder))
-            kills(found, asked.kills, rows["kill -9, then the same command"])
-            disks(found, asked.disks, rows["full disk"])
+            ground_run = Ground(Path(folder))
+            kills(ground_run, asked.kills, rows["kill -9, then the same command"])
+            disks(ground_run, asked.disks, rows["full disk"])
             if asked.every:
-                damages(found, asked.every, rows)
+                damages(ground_run, asked.every, rows)
         finally:
             table(rows)
 
@@ -273,8 +273,8 @@ def table(rows: dict[str, Counter]) -> None:
     print(f"{date.today()}: python scripts/faults.py {' '.join(sys.argv[1:])}\n")
     print("| what | cases | outcome |\n|---|---|---|")
     for what, ends in rows.items():
-        told = "; ".join(f"{n} {end}" for end, n in sorted(ends.items()))
-        print(f"| {what} | {sum(ends.values())} | {told} |")
+        listed = "; ".join(f"{n} {end}" for end, n in sorted(ends.items()))
+        print(f"| {what} | {sum(ends.values())} | {listed} |")
 
 
 if __name__ == "__main__":

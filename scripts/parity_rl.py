@@ -33,8 +33,8 @@ class Metrics(dict):
 def arrays():
     """Those of the test."""
     rng = np.random.default_rng(0)
-    found = [rng.normal(-2, 0.5, (B, C)).astype(np.float32) for _ in range(3)]
-    return [torch.tensor(x) for x in (*found, rng.normal(0, 1, B).astype(np.float32))]
+    arrays = [rng.normal(-2, 0.5, (B, C)).astype(np.float32) for _ in range(3)]
+    return [torch.tensor(x) for x in (*arrays, rng.normal(0, 1, B).astype(np.float32))]
 
 
 def loss_of(loss_type, beta, epsilon_high):
@@ -78,5 +78,5 @@ def loss_of(loss_type, beta, epsilon_high):
 
 
 if __name__ == "__main__":
-    found = {name: loss_of(*options) for name, options in RUNS.items()}
-    print(json.dumps({"trl": trl.__version__} | found, indent=2))
+    losses = {name: loss_of(*options) for name, options in RUNS.items()}
+    print(json.dumps({"trl": trl.__version__} | losses, indent=2))

@@ -83,20 +83,22 @@ def test_scores_of_answers_are_those_of_torch(kind, ground):
         for prompt, answer in asked
     ]
     model = RewardModel(str(folder), make_mesh("fsdp=-1")).load()
-    found = model.of_answers(messages)
+    scores = model.of_answers(messages)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     positions = model.model.config.max_positions
-    for said, score in zip(messages, found, strict=True):
+    for conversation, score in zip(messages, scores, strict=True):
         if kind == "bert":
-            text = tokenizer.sep_token.join(turn["content"] for turn in said)
+            text = tokenizer.sep_token.join(turn["content"] for turn in conversation)
             ids = tokenizer(text).input_ids
             ids = ids if len(ids) <= positions else [*ids[: positions - 1], ids[-1]]
         else:
-            ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)[:positions]
+            ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)[
+                :positions
+            ]
         with torch.no_grad():
             wanted = theirs(input_ids=torch.tensor([ids])).logits[0, 0].item()
-        assert score == pytest.approx(wanted, abs=1e-5), said
+        assert score == pytest.approx(wanted, abs=1e-5), conversation
 
 
 def test_scores_of_texts_are_those_of_torch(ground):
@@ -141,8 +143,8 @@ CUT, EMPTY, TOXIC = ("d", "length", 9.0, 1.0), (" ", "end", 8.0, 1.0), ("t", "en
 )
 def test_the_best_is_usable_and_the_worst_has_an_end(candidates, best, worst, counted):
     counts = Counter()
-    found = select(of(*candidates), counts)
-    assert [c and c.text for c in found] == [best, worst]
+    selected = select(of(*candidates), counts)
+    assert [c and c.text for c in selected] == [best, worst]
     assert dict(counts) == counted
 
 
@@ -171,9 +173,9 @@ def test_every_answer_is_scored_and_counted(made, ground):
     guard = RewardModel(str(ground / "toxicity"), make_mesh("fsdp=-1")).load()
     for row in scored:
         asked = row["prompt"] if "prompt" in row else row["messages"][0]["content"]
-        said = [{"role": "user", "content": asked}]
-        said += [{"role": "assistant", "content": row["generated"]}]
-        assert row["score"] == pytest.approx(judge.of_answers([said])[0], abs=1e-5)
+        conversation = [{"role": "user", "content": asked}]
+        conversation += [{"role": "assistant", "content": row["generated"]}]
+        assert row["score"] == pytest.approx(judge.of_answers([conversation])[0], abs=1e-5)
         alone = guard.of_texts([row["generated"]])[0]
         assert row["toxicity_score"] == pytest.approx(alone, abs=1e-5)
     faults = Counter(

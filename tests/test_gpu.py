@@ -386,18 +386,18 @@ def test_what_a_kernel_cannot_compute(kernel, options, reason):
 
 @pytest.mark.parametrize("kernel", ["cudnn", "pallas", "splash"])
 def test_windows_and_soft_caps_need_xla(kernel):
-    def found(max_length, kind, **config):
+    def obstacle(max_length, kind, **config):
         sizes = {"model_type": kind, "hidden_size": 256, "head_dim": 64, "sliding_window": 32}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2} | config
         compute = Compute(jnp.bfloat16, max_length=max_length)
         return resolve.obstacle(kernel, model_of(sizes, "a test"), compute)
 
     plain = {"query_pre_attn_scalar": 64}
-    assert "scaled or capped" in found(32, "gemma2", **plain)
-    assert "scaled or capped" in found(32, "gemma3_text", query_pre_attn_scalar=32)
+    assert "scaled or capped" in obstacle(32, "gemma2", **plain)
+    assert "scaled or capped" in obstacle(32, "gemma3_text", query_pre_attn_scalar=32)
     for kind, config in {"gemma3_text": plain, "mistral": {}}.items():
-        assert "longer than this model's of 32" in found(33, kind, **config)
-        assert found(32, kind, **config) is None
+        assert "longer than this model's of 32" in obstacle(33, kind, **config)
+        assert obstacle(32, kind, **config) is None
 
 
 def test_encoders_need_attention_that_is_not_causal():

@@ -90,8 +90,8 @@ def test_scores_are_those_of_transformers(kind, tmp_path):
     model = easyaira.load(str(tmp_path), template="plain" if kind == "llama" else "chat")
     pairs = list(zip(QUESTIONS, ANSWERS, strict=True))
     texts = [*pairs, "A text alone", pairs[0]]
-    found = model.score(texts)
-    assert found.shape == (5,) and found.dtype == np.float32 and found[0] == found[4]
+    scores = model.score(texts)
+    assert scores.shape == (5,) and scores.dtype == np.float32 and scores[0] == scores[4]
     spans = model.template.encode(
         [
             [{"role": "user", "content": q if isinstance(q, str) else q[0]["content"]}]
@@ -101,7 +101,7 @@ def test_scores_are_those_of_transformers(kind, tmp_path):
     )
     ids = [np.concatenate([tokens for tokens, _ in row]) for row in spans]
     ids.append(model.template.judged(["A text alone"])[0])
-    for tokens, ours in zip(ids, found, strict=False):
+    for tokens, ours in zip(ids, scores, strict=False):
         with torch.no_grad():
             wanted = theirs(torch.tensor(tokens)[None].long()).logits[0, 0]
         np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)

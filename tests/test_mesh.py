@@ -313,8 +313,8 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(case, devices):
     rows = jax.NamedSharding(mesh, P(meshes.BATCH_AXES, None))
     divided = jax.device_put(params, shardings(model.shapes, model.rules, mesh))
     with jax.set_mesh(mesh):
-        found, grads = jax.jit(jax.value_and_grad(loss))(divided, jax.device_put(batch, rows))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        value, grads = jax.jit(jax.value_and_grad(loss))(divided, jax.device_put(batch, rows))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted_grads))
     for one, other in zip(*map(jax.tree.leaves, (wanted_grads, grads)), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * largest)

@@ -92,10 +92,10 @@ def test_losses_are_those_of_a_loop_and_of_trl(config):
     c = completions()
     sums = objective.loss(jax.tree.map(jnp.asarray, c), config)
     total, count = sums["loss"]
-    found = float(total) / float(count)
-    assert found == pytest.approx(loop(c, config), abs=1e-6)
+    loss = float(total) / float(count)
+    assert loss == pytest.approx(loop(c, config), abs=1e-6)
     wanted = TRL[f"{config.algorithm}-{config.loss_type}-{config.beta}"]
-    assert found == pytest.approx(wanted, abs=1e-5)
+    assert loss == pytest.approx(wanted, abs=1e-5)
     assert float(sums["clip_ratio/low_mean"][0]) > 0 and float(sums["clip_ratio/high_mean"][0]) > 0
 
 
@@ -116,13 +116,13 @@ def test_advantages_are_those_of_a_loop():
     rng = np.random.default_rng(1)
     rewards, kl = rng.normal(size=(4, K)), rng.normal(size=(4, K))
     for scale in ("group", "batch", "none", None):
-        found = grpo.advantages(rewards, kl, config_of(scale_rewards=scale))
+        advantages = grpo.advantages(rewards, kl, config_of(scale_rewards=scale))
         for p in range(4):
             own = rewards[p]
             spread = {"batch": np.std(rewards, ddof=1) + 1e-4, "none": 1.0}
             spread = spread.get(scale, np.std(own, ddof=1) + 1e-4)
             for k in range(K):
-                assert found[p, k] == pytest.approx((own[k] - own.mean()) / spread)
+                assert advantages[p, k] == pytest.approx((own[k] - own.mean()) / spread)
     plain = rloo.advantages(rewards, kl, config_of(algorithm="rloo", beta=0.2))
     shaped = rewards - 0.2 * kl
     for p in range(4):
@@ -152,10 +152,10 @@ def test_values_by_completion_are_those_of_their_tokens(packing):
     def total(values):
         return (take(values, completion_places(rows, prompt_lengths, C)) * weights).sum()
 
-    found = take(tokens, completion_places(rows, prompt_lengths, C))
+    taken = take(tokens, completion_places(rows, prompt_lengths, C))
     gradient = jax.grad(total)(tokens)
     for b, i in enumerate(batch.examples[order]):
-        assert found[b].tolist() == answers[i] + [0] * (C - len(answers[i]))
+        assert taken[b].tolist() == answers[i] + [0] * (C - len(answers[i]))
         own = np.asarray(gradient)[np.asarray((rows["segment_ids"] == b + 1) & rows["loss_mask"])]
         np.testing.assert_array_equal(own, weights[b, : len(answers[i])])
     assert not np.asarray(gradient)[~np.asarray(rows["loss_mask"])].any()
@@ -213,7 +213,7 @@ def options_of(ground, **options):
     }
 
 
-def told(rows):
+def logged(rows):
     timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "compilations")
     return [{name: value for name, value in row.items() if name not in timing} for row in rows]
 
@@ -303,9 +303,9 @@ def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
         stop_after(patch, stop)
         with pytest.raises(Preempted, match=f"SIGTERM after update {ends} of"):
             trained(ground, tmp_path / "run", **CYCLES[name])
-    again_rows, again = trained(ground, tmp_path / "run", **CYCLES[name])
-    same_bits(again, params)
-    assert told(again_rows) == told(rows)
+    resumed_rows, resumed = trained(ground, tmp_path / "run", **CYCLES[name])
+    same_bits(resumed, params)
+    assert logged(resumed_rows) == logged(rows)
     folder = through[name][0]
     same = [(f / rollouts.COMPLETIONS).read_text() for f in (folder, tmp_path / "run")]
     assert same[0] == same[1]
@@ -319,9 +319,9 @@ def test_a_run_stopped_in_a_roll_out_is_the_same_run(ground, through, tmp_path, 
         stop_after(patch, 2, rollouts.Rollouts, "roll_out")
         with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
             trained(ground, tmp_path / "run", **CYCLES["grpo"])
-    again_rows, again = trained(ground, tmp_path / "run", **CYCLES["grpo"])
-    same_bits(again, params)
-    assert told(again_rows) == told(rows)
+    resumed_rows, resumed = trained(ground, tmp_path / "run", **CYCLES["grpo"])
+    same_bits(resumed, params)
+    assert logged(resumed_rows) == logged(rows)
 
 
 @pytest.mark.slow
@@ -347,14 +347,18 @@ def test_reward_models_and_functions_add_up(ground, tmp_path):
     options |= {"train_batch_size": 4, "max_steps": 1, "rl.missing_eos_penalty": 3.0}
     rows, _ = trained(ground, tmp_path / "run", **options)
     shown = rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)
-    said = [
+    conversations = [
         [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["completion"]},
         ]
         for row in shown
     ]
-    scores = RewardModel(str(ground / "bert"), meshes.make_mesh("fsdp=-1")).load().of_answers(said)
+    scores = (
+        RewardModel(str(ground / "bert"), meshes.make_mesh("fsdp=-1"))
+        .load()
+        .of_answers(conversations)
+    )
     for row, score in zip(shown, scores, strict=True):
         wanted = 2 * row["completion"].count("e") + 10 * score
         assert row["reward"] == pytest.approx(wanted, rel=1e-4)

@@ -22,10 +22,10 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, config: RLConfig) -> np.ndar
     """
     shaped = rewards - config.beta * kl
     K = shaped.shape[1]
-    found = shaped - (shaped.sum(1, keepdims=True) - shaped) / (K - 1)
+    advantages_PK = shaped - (shaped.sum(1, keepdims=True) - shaped) / (K - 1)
     if config.normalize_advantages:
-        found = (found - found.mean()) / (found.std(ddof=1) + 1e-4)
-    return found
+        advantages_PK = (advantages_PK - advantages_PK.mean()) / (advantages_PK.std(ddof=1) + 1e-4)
+    return advantages_PK
 
 
 def loss(policy: Completions, config: RLConfig) -> Sums:

@@ -204,7 +204,7 @@ class Rollouts:
 
     def sample(self, weights: Any, prompts: list[np.ndarray], seed: int) -> list[Answer] | None:
         """K answers to each prompt, in order."""
-        found: dict[int, Answer] = {}
+        answers: dict[int, Answer] = {}
         K = int(self.rl.num_generations)
         for number, answer in self.sampler.answers(
             self.sampler.weights(weights),
@@ -212,11 +212,11 @@ class Rollouts:
             num_samples=K,
             seed=seed,
         ):
-            watchdog.beat(f"sampling answer {len(found) + 1} of {len(prompts) * K}")
+            watchdog.beat(f"sampling answer {len(answers) + 1} of {len(prompts) * K}")
             if self.stopping():
                 return None
-            found[number] = answer
-        return [found[number] for number in range(len(found))]
+            answers[number] = answer
+        return [answers[number] for number in range(len(answers))]
 
     def layout(
         self, prompts: list[np.ndarray], answers: list[Answer], rows: np.ndarray, seed: int
@@ -237,13 +237,13 @@ class Rollouts:
 
     def logps(self, weights: Any, batches: Batches, score: Callable) -> np.ndarray:
         """Log-probabilities [G, C] of the answers."""
-        found = np.zeros((self.config.answers, int(self.rl.max_completion_length)), np.float32)
+        logps = np.zeros((self.config.answers, int(self.rl.max_completion_length)), np.float32)
         for part in range(len(batches)):
             watchdog.beat(f"log-probabilities of answers, part {part + 1} of {len(batches)}")
             batch = batches[part]
             values = score(weights, loader.to_device(batch, self.setup.mesh))
-            found[batch.examples] = np.asarray(values)[tuple(batch.slots.T)]
-        return found
+            logps[batch.examples] = np.asarray(values)[tuple(batch.slots.T)]
+        return logps
 
 
 def make_logps(model: Model, config: TrainRL) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
@@ -255,8 +255,8 @@ def make_logps(model: Model, config: TrainRL) -> Callable[[Any, Mapping[str, jax
             return logps_of(model, params, part, config.rl)[0]
 
         names = (*LAYOUT, "prompt_lengths")
-        found = jax.lax.map(of_part, {name: batch[name] for name in names})
-        return constrain(found, None, None, None)
+        logps = jax.lax.map(of_part, {name: batch[name] for name in names})
+        return constrain(logps, None, None, None)
 
     return jax.jit(score)
 

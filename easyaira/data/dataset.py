@@ -111,12 +111,12 @@ def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Sou
 def questions_of(config: DataConfig, examples: Examples) -> list[list[Message]]:
     """Messages of each prompt of `config.train`, read again: examples hold only tokens."""
     wanted = list(zip(examples.sources.tolist(), examples.rows.tolist(), strict=True))
-    needed, found = set(wanted), {}
+    needed, questions = set(wanted), {}
     for number, source in enumerate(sources_of(config, config.train)):
         for row, located in enumerate(sources.read(source)):
             if (number, row) in needed:
-                found[number, row] = question(Record(located.row))
-    return [found[key] for key in wanted]
+                questions[number, row] = question(Record(located.row))
+    return [questions[key] for key in wanted]
 
 
 def _read(

@@ -122,8 +122,8 @@ class EasyAiraLM(TemplateLM):
             own = [(("", ""), *utils.make_disjoint_window(window)) for window in rolling]
             windows += own
             counts.append(len(own))
-        found = iter(self._loglikelihood_tokens(windows))
-        return [sum(next(found)[0] for _ in range(count)) for count in counts]
+        likelihoods = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(likelihoods)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests, disable_tqdm=False):
         answers: list[Any] = [None] * len(requests)
@@ -245,33 +245,33 @@ def result(
         dtype, step, versions: see `Result`.
     """
     lm.truncated = 0
-    found = run(lm, {name: task}, num_fewshot=num_fewshot, limit=limit)
+    outcome = run(lm, {name: task}, num_fewshot=num_fewshot, limit=limit)
     metrics = {
         key.removesuffix(",none"): float(value)
-        for key, value in found["results"][name].items()
+        for key, value in outcome["results"][name].items()
         if "," in key and "_stderr" not in key and isinstance(value, float | int)
     }
     metric = next((known for known in METRICS if known in metrics), next(iter(metrics)))
-    values = [sample[metric] for sample in found["samples"][name] if metric in sample]
+    values = [sample[metric] for sample in outcome["samples"][name] if metric in sample]
     is_mean = values and all(isinstance(value, float | int) for value in values)
     is_mean = is_mean and abs(float(np.mean(values)) - metrics[metric]) < 1e-9
-    higher = found["higher_is_better"][name].get(metric.partition(",")[0], True)
+    higher = outcome["higher_is_better"][name].get(metric.partition(",")[0], True)
     return Result(
         task=name,
         metric=metric,
         metrics=metrics,
         better="higher" if higher else "lower",
-        examples=len({sample["doc_id"] for sample in found["samples"][name]}),
+        examples=len({sample["doc_id"] for sample in outcome["samples"][name]}),
         data=local.LOCAL[name].file if data else str(task.config.dataset_path),
         dtype=dtype,
         stderr=float(np.std(values, ddof=1) / len(values) ** 0.5)
         if is_mean and len(values) > 1
         else None,
-        num_fewshot=found["n-shot"][name],
+        num_fewshot=outcome["n-shot"][name],
         limit=limit,
         truncated=lm.truncated,
         step=step,
-        versions=versions | {"task": found["versions"][name]},
+        versions=versions | {"task": outcome["versions"][name]},
     )
 
 

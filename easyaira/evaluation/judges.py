@@ -56,23 +56,23 @@ class Judged(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """Share of pairs or texts that are judged rightly (0 is wrong); area under the ROC curve of
         labelled texts."""
-        found = {"accuracy": float((self.margins > 0).mean())}
+        metrics = {"accuracy": float((self.margins > 0).mean())}
         auc = roc_auc(self.scores[self.is_better], self.scores[~self.is_better])
         if self.scores.shape[1] == 1 and auc is not None:
-            found["auc"] = auc
-        return found
+            metrics["auc"] = auc
+        return metrics
 
     def by_group(self) -> dict[str, dict[str, float]]:
         """Rows and accuracy of each group, largest group first."""
         names, groups = np.unique(self.groups, return_inverse=True)
-        found = {
+        by_name = {
             str(name): {
                 "examples": int((groups == g).sum()),
                 "accuracy": float((self.margins[groups == g] > 0).mean()),
             }
             for g, name in enumerate(names)
         }
-        return dict(sorted(found.items(), key=lambda item: -item[1]["examples"]))
+        return dict(sorted(by_name.items(), key=lambda item: -item[1]["examples"]))
 
 
 def judge(
@@ -124,21 +124,21 @@ def judge(
 
     with model.on(devices):
         params = resolved.origin.load(model, devices)
-        scores = [
+        parts = [
             np.asarray(score(params, ready.arrays))[ready.batch.slots[:, 1]]
             for ready in loader.ahead(batches, 0, len(batches), devices, "of the evaluation")
         ]
-    found = np.concatenate(scores)
-    if not np.isfinite(found).all():
+    scores = np.concatenate(parts)
+    if not np.isfinite(scores).all():
         raise WeightsError(f"{name}: scores are not finite; its weights hold NaN")
     if part.answers == 2:
-        is_better = np.broadcast_to([True, False], found.shape)
-        margins = found[:, 0] - found[:, 1]
+        is_better = np.broadcast_to([True, False], scores.shape)
+        margins = scores[:, 0] - scores[:, 1]
     else:
         is_better = (part.labels == positive_label)[:, None]
-        margins = np.where(is_better, found, -found)[:, 0]
+        margins = np.where(is_better, scores, -scores)[:, 0]
     kept = [groups[row] for row in part.rows]
-    return Judged(margins, found, is_better, kept, account, ties)
+    return Judged(margins, scores, is_better, kept, account, ties)
 
 
 def _read(

@@ -76,7 +76,7 @@ class Likelihoods:
         Raises:
             WeightsError: one of them is not finite.
         """
-        found: list[Any] = [None] * len(requests)
+        likelihoods: list[Any] = [None] * len(requests)
         sequences = list(sequenced(requests, self.share))
         with self.model.on(self.mesh):
             for shape, rows in self.batches([sequence.length for sequence in sequences]):
@@ -85,7 +85,7 @@ class Likelihoods:
                 logps, is_top1 = jax.device_get(self._program(self.params, arrays))
                 for member, row, start, end in places:
                     logp = float(logps[row, start:end].sum(dtype=np.float64))
-                    found[member] = Likelihood(logp, bool(is_top1[row, start:end].all()))
+                    likelihoods[member] = Likelihood(logp, bool(is_top1[row, start:end].all()))
                 if not np.isfinite(logps).all():
                     raise WeightsError(
                         "the model's log-probabilities are not finite; its weights hold NaN, or "
@@ -93,7 +93,7 @@ class Likelihoods:
                     )
                 if progress:
                     progress(len(places))
-        return found
+        return likelihoods
 
     def batches(self, lengths: Sequence[int]) -> Iterator[tuple[Shape, list[list[int]]]]:
         """Shapes of all rows, and the sequences in each row; sequences of similar lengths are
@@ -135,8 +135,8 @@ class Likelihoods:
     def _logps(self, params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, head = self.model.apply(params, rows)
         targets, learned = rows["targets"], rows["loss_mask"]
-        found = token_logps(hidden, head, targets, learned, **self.model.head_options)
-        return found.logps, found.is_top1
+        out = token_logps(hidden, head, targets, learned, **self.model.head_options)
+        return out.logps, out.is_top1
 
 
 def sequenced(requests: Sequence[Request], share: bool = True) -> Iterator[Sequenced]:

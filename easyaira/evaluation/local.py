@@ -96,8 +96,8 @@ def find(folder: Path, file: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = [folder / file, *sorted(folder.glob(f"*/{file}"))]
-    path = next((path for path in found if path.is_file()), None)
+    candidates = [folder / file, *sorted(folder.glob(f"*/{file}"))]
+    path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise ConfigError(f"data: {folder} has no {file}; name the folder that holds it")
     return path

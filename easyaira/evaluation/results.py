@@ -100,7 +100,7 @@ def read(folder: Path) -> list[Result]:
         ConfigError: a file is damaged, or no result.
     """
     known = {f.name for f in fields(Result)}
-    found = []
+    results = []
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         try:
@@ -108,8 +108,8 @@ def read(folder: Path) -> list[Result]:
             _ = result.shown
         except (TypeError, KeyError) as error:
             raise ConfigError(f"{path}: is no result of easyaira evaluate; remove it") from error
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 def average(results: Iterable[Result]) -> float | None:
@@ -190,8 +190,8 @@ def compare(models: Mapping[str, Sequence[Result]]) -> str:
     for name in models:
         cells = []
         for i, text in enumerate(texts[name]):
-            there = [of[i] for of in values.values() if of[i] is not None]
-            best = there and values[name][i] == (min if lower[i] else max)(there)
+            present = [of[i] for of in values.values() if of[i] is not None]
+            best = present and values[name][i] == (min if lower[i] else max)(present)
             cells.append(f"**{text}**" if best and len(models) > 1 else text)
         lines.append([name, *cells])
     return "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)

@@ -191,13 +191,13 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     recompute = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
     # fused kernels recompute the scores for each gradient; long rows are recomputed in blocks
     kernel = model.compute.attention != "xla" and not model.compute.dropout
-    again = 0.5 if getattr(model.config, "scores", Scores()).cap is not None else 0
+    capped = 0.5 if getattr(model.config, "scores", Scores()).cap is not None else 0
     work = {
         "forward": forward + 2 * added * positions,
         "backward": 2 * setup.trainable.backward * inner * positions
         + 4 * learned
         + 4 * added * positions
-        + scores * (3.5 if kernel else 2.5 + again if update.length > BLOCK else 2 + again),
+        + scores * (3.5 if kernel else 2.5 + capped if update.length > BLOCK else 2 + capped),
         "recompute": recompute[model.compute.gradient_checkpointing],
         "reference": forward if reference_in_step else 0.0,
     }

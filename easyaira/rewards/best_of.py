@@ -139,11 +139,11 @@ def write(folder: Path, num_samples: int, models: Sequence[RewardModel]) -> Mapp
                 put(DPO, prompt | pair | _scores(best, "chosen_") | _scores(worst, "rejected_"))
     of = {"all": counts[SCORED], "the best": counts[SFT]}
     means = {f"mean score of {name}": total / max(of[name], 1) for name, total in sums.items()}
-    found = {name: counts[name] for name in ("prompts", *names)} | dict(counts) | means
-    write_file(folder / COUNTS, json.dumps(found, indent=2) + "\n")
+    numbers = {name: counts[name] for name in ("prompts", *names)} | dict(counts) | means
+    write_file(folder / COUNTS, json.dumps(numbers, indent=2) + "\n")
     for name in names:
         (folder / f"{name}.new").rename(folder / name)
-    return found
+    return numbers
 
 
 def _scores(candidate: Candidate, prefix: str = "") -> dict[str, float]:
@@ -169,11 +169,11 @@ def scored(
             scores = reward.of_answers(conversations)
             toxicity = rest[0].of_texts(texts) if rest else [None] * len(texts)
             bar.update(len(chunk))
-            found = [
+            candidates = [
                 Candidate(text, row["finish_reason"], float(s), None if t is None else float(t))
                 for text, row, s, t in zip(texts, chunk, scores, toxicity, strict=True)
             ]
             for start in range(0, len(chunk), num_samples):
                 part = slice(start, start + num_samples)
-                yield asked[start], chunk[part], found[part]
+                yield asked[start], chunk[part], candidates[part]
         bar.close()

@@ -137,8 +137,8 @@ class RewardModel:
         with self.model.on(self.mesh):
             for number in range(len(batches)):
                 batch = batches[number]
-                found = self._score(self.params, loader.to_device(batch, self.mesh))
-                scores[batch.examples] = np.asarray(found)[batch.slots[:, 1]]
+                values = self._score(self.params, loader.to_device(batch, self.mesh))
+                scores[batch.examples] = np.asarray(values)[batch.slots[:, 1]]
         if not np.isfinite(scores).all():
             raise WeightsError(
                 f"{self.name}: gave a score that is not finite; its weights hold NaN, or overflow "

@@ -39,9 +39,9 @@ def function_of(name: str) -> Callable[..., Any]:
             f"rl.reward: {place} cannot be imported: {type(error).__name__}: "
             f"{shortened(str(error), 200)}"
         ) from error
-    if not callable(found := getattr(module, attribute, None)):
+    if not callable(function := getattr(module, attribute, None)):
         raise ConfigError(f"rl.reward: {place} has no function {attribute!r}")
-    return found
+    return function
 
 
 class Reward:
@@ -91,25 +91,25 @@ class Reward:
         total = np.zeros(len(answers), np.float32)
         for weight, name, scorer in zip(self.weights, self.names, self.scorers, strict=True):
             if isinstance(scorer, RewardModel):
-                said = [
+                conversations = [
                     [*messages, {"role": "assistant", "content": answer}]
                     for messages, answer in zip(questions, answers, strict=True)
                 ]
                 try:
-                    found = scorer.of_answers(said)
+                    rewards = scorer.of_answers(conversations)
                 except (DataError, WeightsError) as error:
                     raise RewardError(str(error)) from error
             else:
-                found = self._of_function(name, scorer, questions, answers)
-            total += np.float32(weight) * found
+                rewards = self._of_function(name, scorer, questions, answers)
+            total += np.float32(weight) * rewards
         return total
 
     def _of_function(self, name, function, questions, answers) -> np.ndarray:
         """Call a function on the first host; all hosts get its numbers, or its fault."""
-        found, problem = np.zeros(len(answers), np.float32), None
+        rewards, problem = np.zeros(len(answers), np.float32), None
         if hosts.first():
             try:
-                found[:] = _numbers(name, function(prompts_of(questions), list(answers)), answers)
+                rewards[:] = _numbers(name, function(prompts_of(questions), list(answers)), answers)
             except RewardError as error:
                 problem = str(error)
             except Exception as error:  # of any kind: it is the user's code
@@ -118,7 +118,7 @@ class Reward:
                 )
         if (problem := hosts.problem_of_any(problem)) is not None:
             raise RewardError(f"{problem}; the state is saved, mend it and run the command again")
-        return hosts.from_first(found, self.mesh)
+        return hosts.from_first(rewards, self.mesh)
 
 
 def prompts_of(questions: Sequence[Messages]) -> list[Any]:
@@ -131,17 +131,19 @@ def prompts_of(questions: Sequence[Messages]) -> list[Any]:
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:
     try:
-        found = [float(number) for number in given]
+        rewards = [float(number) for number in given]
     except (TypeError, ValueError) as error:
         raise RewardError(
             f"rl.reward: {name} gave {shortened(repr(given))}, expected a list of numbers"
         ) from error
-    if len(found) != len(answers):
-        raise RewardError(f"rl.reward: {name} gave {len(found)} numbers for {len(answers)} answers")
-    for number, answer in zip(found, answers, strict=True):
+    if len(rewards) != len(answers):
+        raise RewardError(
+            f"rl.reward: {name} gave {len(rewards)} numbers for {len(answers)} answers"
+        )
+    for number, answer in zip(rewards, answers, strict=True):
         if not math.isfinite(number) or abs(number) > 1e30:
             raise RewardError(
                 f"rl.reward: {name} gave {number} for the answer {shortened(answer)!r}, expected a "
                 "finite number"
             )
-    return found
+    return rewards
