@@ -15,6 +15,7 @@ from easyaira.algorithms.sft import sft_algorithm
 from easyaira.config.run import TrainSFT
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
+from easyaira.evaluation import results
 from easyaira.export import card, torch_check
 from easyaira.export.hf_config import generation_config, released
 from easyaira.export.records import Records
@@ -217,6 +218,43 @@ def test_the_card_of_an_earlier_checkpoint_quotes_no_later_metrics(runs, tmp_pat
     text = card.text(Records(folder, 1), proof())
     assert table_rows(text, "Details")["Updates"] == ["1"]
     assert "| metric | before training | at update 0 |" in text
+
+
+def test_the_card_quotes_complete_evaluations_of_these_weights(runs, tmp_path, capsys):
+    folder = copied(runs[1], tmp_path)
+    figures = {"examples": 1000, "data": "allenai/ai2_arc", "dtype": "float32", "step": 2}
+    arc = {"metric": "acc_norm", "metrics": {"acc_norm": 0.24661}, "better": "higher"}
+    lower = {"metric": "perplexity", "metrics": {"perplexity": 31.5}, "better": "lower"}
+    for changed in (
+        arc | {"task": "arc|x", "num_fewshot": 25},
+        lower | {"task": "wikitext"},
+        arc | {"task": "b", "metric": "acc", "metrics": {"acc": 0.5}},
+        arc | {"task": "of_another_step", "step": 1},
+        arc | {"task": "of_some_questions", "limit": 10},
+    ):
+        results.write(folder / "evaluation", results.Result(**figures | changed))
+    text = card.text(Records(folder, 2), proof())
+    assert "shares are in percent, 37.33 on average:" in text
+    evaluated = table_rows("## E\n" + text.split("evaluated afterwards")[1], "E")
+    assert evaluated == {
+        r"arc\|x, 25-shot": [r"acc\_norm", "24.66", "1,000"],
+        "b": ["acc", "50.00", "1,000"],
+        "wikitext": ["perplexity", "31.5", "1,000"],
+    }
+    (index,) = card.stated(text)["front"]["model-index"]  # as `verify` compares it
+    assert index["name"] == folder.name
+    assert [one["metrics"] for one in index["results"]] == [
+        [{"type": "acc_norm", "value": 24.661}],
+        [{"type": "acc", "value": 50.0}],
+        [{"type": "perplexity", "value": 31.5}],
+    ]
+    assert index["results"][0]["task"] == {"type": "text-generation"}
+    label = "arc|x, 25-shot"
+    named = {"name": label, "type": "allenai/ai2_arc", "config": label}
+    assert index["results"][0]["dataset"] == named
+    (folder / "evaluation/b.json").write_text("{")
+    assert "model-index" not in card.text(Records(folder, 2), proof())
+    assert "results of evaluations are left out" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -22,12 +22,12 @@ from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.export import torch_check
 from easyaira.inspect import Inspect
-from helpers import tiny
+from helpers import tasks, tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING = ("train_sft", "train_dpo", "train_reward", "train_rl", "inspect")
-PARSED = ("convert", "generate", "best_of", *TRAINING)  # whose parser is asked
+PARSED = ("convert", "generate", "evaluate", "best_of", *TRAINING)  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
 
 
@@ -284,6 +284,8 @@ def run(command: Command, ground: Path) -> None:
         arguments += ["--max_new_tokens=20", "--temperature=3", "--stop=e", "--stop=a"]
     if module == "generate":
         arguments += ["--max_new_tokens=4"]
+    if module == "evaluate" and "--data" in arguments:
+        tasks.write_data(Path(arguments[arguments.index("--data") + 1]))
     if module == "convert":
         arguments[1] = newest(arguments[1])
     if module == "quickstart":
@@ -297,6 +299,7 @@ COUNTRIES = (
 )
 NEEDED = {  # what pages say was done before
     "docs/best_of.md": [COUNTRIES],
+    "docs/evaluate.md": [COUNTRIES],
     "docs/rl.md": [COUNTRIES],
     "docs/generate.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
     "docs/python.md": [
@@ -305,7 +308,7 @@ NEEDED = {  # what pages say was done before
     ],
     "docs/release.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
 }
-PACKAGES = {"docs/lora.md": "peft", "docs/release.md": "codecarbon"}
+PACKAGES = {"docs/evaluate.md": "lm_eval", "docs/lora.md": "peft", "docs/release.md": "codecarbon"}
 RUN = [page for page in PAGES if page.name not in (*RECORDS, "CONTRIBUTING.md")]
 
 

@@ -118,6 +118,24 @@ PUBLISHED = {  # name: config.json, parameters
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
         999_885_952,
     ),
+    "OLMo 2 1B": (
+        {"model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192}
+        | {"num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16}
+        | {"vocab_size": 100352, "rope_theta": 500000, "rope_scaling": None},
+        1_484_916_736,
+    ),
+    "OLMo 2 7B": (
+        {"model_type": "olmo2", "vocab_size": 100352, "rms_norm_eps": 1e-6, "rope_theta": 500000},
+        7_298_617_344,
+    ),
+    "SmolLM3 3B": (
+        {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008}
+        | {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4}
+        | {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "vocab_size": 128256}
+        | {"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "rope_theta": 5e6}
+        | {"use_sliding_window": False, "sliding_window": None, "mlp_bias": False},
+        3_075_098_624,
+    ),
 }
 
 
@@ -125,6 +143,15 @@ PUBLISHED = {  # name: config.json, parameters
 def test_published_configurations_have_the_published_number_of_parameters(name):
     config, parameters = PUBLISHED[name]
     assert model_of(config, name).parameter_count() == parameters
+
+
+def test_smollm3_has_rotary_positions_where_transformers_has_them():
+    for values in ({}, {"no_rope_layer_interval": 3}, {"no_rope_layers": [0, 1] * 18}):
+        config = PUBLISHED["SmolLM3 3B"][0] | {"no_rope_layers": None} | values
+        theirs = AutoConfig.for_model(**config)
+        ours = model_of(config, "a test").config
+        assert [1 - table for table in ours.table_of_layer] == theirs.no_rope_layers
+        assert ours.rotary_tables[0][0] == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize("name", ["Gemma 2 2B", "Gemma 3 1B"])
@@ -147,7 +174,10 @@ def test_the_layers_of_a_published_configuration_are_of_the_kinds_of_transformer
     [
         ("gemma2", {"sliding_window_pattern": 3}, "sliding_window_pattern is unknown"),
         ("gemma2", {"layer_types": ["full_attention"]}, "for each of 26 layers"),
-        ("gemma3_text", {"layer_types": [["full_attention"]] * 26}, "layer_types must name"),
+        ("gemma3_text", {"layer_types": [["full_attention"]] * 26}, "layer_types must hold"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must hold 0 or 1 for each of 36"),
+        ("smollm3", {"no_rope_layers": [2] * 36}, "no_rope_layers must hold 0 or 1"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window: True is not supported"),
         ("gemma2", {"hidden_act": "relu"}, "hidden_act: relu is not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention: True is not supported"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5}}, "expected full_attention and slid"),

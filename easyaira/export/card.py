@@ -1,6 +1,6 @@
 """Model card: the README.md of a released folder, written from the run's records.
 
-Every claim comes from config.yaml, metrics.jsonl, data_report.json, emissions.csv or
+Every claim comes from config.yaml, metrics.jsonl, data_report.json, evaluation/, emissions.csv or
 export_report.json. Unset facts, such as a licence, are reported as unknown. User-supplied names and
 texts are escaped, so that they cannot end the front matter, a table or a code block. The words are
 in card.md.jinja.
@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from easyaira.config.run import PROVENANCE
+from easyaira.evaluation.results import Result, average
 from easyaira.export.records import Records
 from easyaira.export.usage import ASKED, JUDGED, KINDS
 from easyaira.train import energy
@@ -43,7 +44,7 @@ UNKNOWN = "not stated"
 
 # What `stated` reads back: sections with figures, and entries of the front matter
 FIGURES = ("Details", "Evaluation", "Limitations", "How the weights were verified")
-FRONT = ("base_model", "co2_eq_emissions", "datasets", "metrics")
+FRONT = ("base_model", "co2_eq_emissions", "datasets", "metrics", "model-index")
 
 
 def text(records: Records, report: Mapping[str, Any], first: str = "") -> str:
@@ -124,6 +125,9 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
         "inference": {"parameters": settings["inference"]} if settings.get("inference") else None,
         "co2_eq_emissions": used and _emissions(used, config),
     }
+    if records.evaluations:
+        front["model_name"] = records.folder.resolve().name
+        front["eval_results"] = [_for_hub(result, task) for result in records.evaluations]
     return front, {
         "title": escape(records.folder.resolve().name),
         "start": _start(config),
@@ -136,6 +140,11 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
         "updates": f"{records.step:,}",
         "results": [(escape(name), *values) for name, values in results.items()],
         "after": "after" if final.get("step") == records.step else f"at update {final.get('step')}",
+        "evaluations": [
+            (escape(one.label), escape(one.metric), one.shown, f"{one.examples:,}")
+            for one in records.evaluations
+        ],
+        "average": average(records.evaluations),
         "held_out": f"{data['held out']['examples']:,}" if data and results else "the",
         "usage": usage.replace("{inputs}", JUDGED[judged]).replace(
             *ASKED[config["data"]["reverse"]]
@@ -148,6 +157,19 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
         "licences": _licences(records, settings),
         "citation": _citation(config, algorithm),
     }
+
+
+def _for_hub(result: Result, task: str) -> EvalResult:
+    """A result as the hub's `model-index` has it; shares in percent."""
+    value = 100 * result.value if result.is_share else result.value
+    return EvalResult(
+        task_type=task,
+        dataset_type=result.data,
+        dataset_name=result.label,
+        dataset_config=result.label,  # the hub merges results of one type and configuration
+        metric_type=result.metric,
+        metric_value=float(f"{value:.6g}"),
+    )
 
 
 def escape(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from easyaira.config.run import PROVENANCE
 from easyaira.data import report as data_report
 from easyaira.errors import ConfigError, DataError
+from easyaira.evaluation import results
 from easyaira.files import read_json, read_yaml
 from easyaira.train import energy, log
 
@@ -98,6 +99,16 @@ class Records:
         except DataError as error:
             print(f"card    {error}; facts of the data are left out", flush=True)
             return None
+
+    @cached_property
+    def evaluations(self) -> list[results.Result]:
+        """Complete results of these weights; none, and a line that says so, if one is damaged."""
+        try:
+            evaluations = results.read(self.folder / results.FOLDER)
+        except ConfigError as error:
+            print(f"card    {error}; results of evaluations are left out", flush=True)
+            return []
+        return [one for one in evaluations if one.step == self.step and one.limit is None]
 
     @cached_property
     def energy(self) -> energy.Used | None:

@@ -23,7 +23,7 @@ class Gemma3TextConfig(Gemma2Config):
     final_logit_softcapping: float | None = None
     sliding_window_pattern: int = 6  # one layer of so many has no window
 
-    qk_norm = property(lambda self: True)
+    qk_norm = property(lambda self: "each head")
     rotary_tables = property(
         lambda self: ((self.rope_theta, self.rope_scaling), (self.rope_local_base_freq, None))
     )

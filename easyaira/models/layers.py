@@ -150,10 +150,13 @@ class RopeScaling:
 
 
 def rotary(
-    positions_RT: jax.Array, width: int, theta: float, scaling: RopeScaling | None = None
+    positions_RT: jax.Array, width: int, theta: float | None, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of rotary position embeddings, [R, T, 1, width / 2] each, in float32."""
-    frequencies = theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    """Cosines and sines of rotary position embeddings, [R, T, 1, width / 2] each, in float32.
+
+    Without `theta`, those of no rotation: 1 and 0."""
+    exponents = -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    frequencies = jnp.zeros(width // 2) if theta is None else theta**exponents
     if scaling is not None:
         frequencies = scaling.scaled(frequencies)
     angles = positions_RT[..., None, None].astype(jnp.float32) * frequencies

@@ -53,7 +53,7 @@ class LlamaConfig:
 
     # what differs between the families
     qkv_bias = output_bias = property(lambda self: self.attention_bias)
-    qk_norm = property(lambda self: False)  # RMS norm of each head's queries and keys
+    qk_norm = property(lambda self: None)  # RMS norm of queries and keys: each head, or all heads
     # RMS norms before and after attention, before and after the MLP
     norms = property(lambda self: ("input_layernorm", None, "post_attention_layernorm", None))
     norm_offset = property(lambda self: 0.0)  # of the norms' scales
@@ -87,12 +87,16 @@ class Attention(nn.Module):
             linear = Linear(count * c.head_width, c.initializer_range, c.qkv_bias, name=name)
             return linear(x_RTD).reshape(R, T, count, c.head_width)
 
+        def norm(name, x):
+            shape = x.shape if c.qk_norm == "each head" else (R, T, -1)
+            normed = RMSNorm(c.rms_norm_eps, c.norm_offset, name=name)(x.reshape(shape))
+            return normed.reshape(x.shape)
+
         q_RTHN = heads("q_proj", c.num_attention_heads)
         k_RTKN = heads("k_proj", c.kv_heads)
         v_RTKN = heads("v_proj", c.kv_heads)
         if c.qk_norm:
-            q_RTHN = RMSNorm(c.rms_norm_eps, c.norm_offset, name="q_norm")(q_RTHN)
-            k_RTKN = RMSNorm(c.rms_norm_eps, c.norm_offset, name="k_norm")(k_RTKN)
+            q_RTHN, k_RTKN = norm("q_norm", q_RTHN), norm("k_norm", k_RTKN)
         q_RTHN, k_RTKN = (layers.rotate(x, angles) for x in (q_RTHN, k_RTKN))
         rows = (q_RTHN, k_RTKN, v_RTKN, segment_ids, sides)
         out = attention(*rows, self.compute, scores=c.scores, near=near)

@@ -19,7 +19,7 @@ class Qwen3Config(LlamaConfig):
     max_position_embeddings: int = 32768
     sliding_window: int | None = None  # without effect, since use_sliding_window is false
 
-    qk_norm = property(lambda self: True)
+    qk_norm = property(lambda self: "each head")
 
 
 class Qwen3(Llama):

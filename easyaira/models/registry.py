@@ -12,7 +12,20 @@ from typing import Any, get_type_hints
 import flax.linen as nn
 
 from easyaira.errors import ConfigError, shortened
-from easyaira.models import bert, gemma2, gemma3, gpt2, llama, mistral, opt, qwen2, qwen3, roberta
+from easyaira.models import (
+    bert,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    qwen2,
+    qwen3,
+    roberta,
+    smollm3,
+)
 from easyaira.models.heads import LAST_TOKEN
 from easyaira.models.layers import ACTIVATIONS, Compute, RopeScaling
 from easyaira.models.model import SCORER_CLASS, Architecture, Model
@@ -47,10 +60,12 @@ MODELS = {
     "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
     "llama": LLAMA,
     "mistral": _like_llama(mistral, mistral.MistralConfig, mistral.Mistral),
+    "olmo2": _like_llama(olmo2, olmo2.Olmo2Config, olmo2.Olmo2),
     "opt": _architecture(opt, opt.OPTConfig, opt.OPT),
     "qwen2": _like_llama(qwen2, qwen2.Qwen2Config, qwen2.Qwen2),
     "qwen3": _like_llama(qwen3, qwen3.Qwen3Config, qwen3.Qwen3),
     "roberta": _architecture(roberta, roberta.RobertaConfig, roberta.Roberta),
+    "smollm3": _like_llama(smollm3, smollm3.SmolLM3Config, smollm3.SmolLM3),
 }
 
 # config.json keys without effect on a forward pass
@@ -74,6 +89,7 @@ HARMLESS = """
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+BY_LAYER = {"layer_types": LAYER_TYPES, "no_rope_layers": (0, 1)}  # lists of config.json
 IN_FLOAT32 = Compute()
 
 
@@ -108,10 +124,10 @@ def model_of(
     if switched and values.get("use_sliding_window") is False:
         values["sliding_window"] = None
     kinds = _listed(raw, "layer_types", where)
-    if "layer_types" in names:
-        values["layer_types"] = tuple(kinds) or None
-    elif all(kind == "full_attention" for kind in kinds):
+    if "layer_types" not in names and all(kind == "full_attention" for kind in kinds):
         values["layer_types"] = None
+    for name in BY_LAYER.keys() & names:
+        values[name] = tuple(_listed(raw, name, where)) or None
     _check_types(values, architecture.config, where)
     for key, value in values.items():
         if key.startswith("_"):
@@ -227,14 +243,15 @@ def _check_sizes(config: Any, where: str) -> None:
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ConfigError(f"{where}: {field.name} is {value}; it must be at least 1")
-    kinds = getattr(config, "layer_types", None) or ()
-    if len(kinds) not in (0, getattr(config, "num_hidden_layers", 0)) or not all(
-        kind in LAYER_TYPES for kind in kinds
-    ):
-        raise ConfigError(
-            f"{where}: layer_types must name {' or '.join(LAYER_TYPES)} for each of "
-            f"{config.num_hidden_layers} layers; correct it"
-        )
+    for name, known in BY_LAYER.items():
+        kinds = getattr(config, name, None)
+        if kinds and (
+            len(kinds) != config.num_hidden_layers or any(kind not in known for kind in kinds)
+        ):
+            raise ConfigError(
+                f"{where}: {name} must hold {' or '.join(map(str, known))} for each of "
+                f"{config.num_hidden_layers} layers; correct it"
+            )
     if config.activation not in ACTIVATIONS:
         raise ConfigError(
             f"{where}: activation {config.activation!r} is not supported; choose one of "

@@ -135,12 +135,32 @@ CASES = {  # variants of the architectures
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": False,
     },
+    "olmo2": CONFIGS["llama"]
+    | {
+        "model_type": "olmo2",
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": True,
+        "rms_norm_eps": 1e-2,
+        "rope_theta": 500.0,
+    },
+    "smollm3": CONFIGS["llama"]
+    | {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "num_hidden_layers": 3,
+        "no_rope_layers": [1, 0, 1],
+        "attention_bias": True,
+        "rope_theta": 500.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 1,
+    },
     "opt": CONFIGS["opt"],
     "opt-350m": CONFIGS["opt"]
     | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
 }
 
-FAMILIES = {kind: CASES[kind] for kind in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")}
+_KINDS = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "smollm3")
+FAMILIES = {kind: CASES[kind] for kind in _KINDS}
 
 _ENCODER = {
     "vocab_size": VOCAB,

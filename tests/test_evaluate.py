@@ -1,0 +1,425 @@
+"""Evaluation: log-likelihoods, tasks of the harness, scorers, tables."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from easyaira import evaluate, loaded
+from easyaira.config.data import Source
+from easyaira.data.packing import Shape
+from easyaira.errors import ConfigError, DataError, WeightsError
+from easyaira.evaluation import judges, likelihood, local, results
+from easyaira.evaluation.likelihood import Likelihoods, Request
+from easyaira.evaluation.results import Result
+from helpers import tiny
+from helpers.tasks import text, write_data
+
+pytest.importorskip("lm_eval")
+pytestmark = [  # of the harness and what it imports
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+ARC = ("arc_challenge", "arc_easy")
+
+
+LLAMA = tiny.CONFIGS["llama"] | {"max_position_embeddings": 256}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(folder, LLAMA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("files") / "eval")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return loaded.load(str(folder), template="plain")
+
+
+# Log-likelihoods
+
+
+def requests_of(rng, positions):
+    """Contexts with several continuations, some of one token, some that fill all positions."""
+    requests = []
+    for i in range(9):
+        context = rng.integers(0, tiny.VOCAB, rng.integers(1, positions // 2)).tolist()
+        for n in (1, 3, 3, 7, 1)[: i % 5 + 1]:
+            requests.append(Request(context, rng.integers(0, tiny.VOCAB, n).tolist()))
+    full = rng.integers(0, tiny.VOCAB, positions - 2).tolist()
+    return [*requests, *(Request(full, full[i : i + 3]) for i in range(3))]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+def test_likelihoods_are_those_of_transformers(kind, models, devices):
+    devices(2)  # rows over both
+    model = loaded.load(str(models / kind), template="plain")
+    positions = model.model.config.max_positions
+    requests = requests_of(np.random.default_rng(0), positions)
+    scorer = Likelihoods(model.model, model.params, model.mesh, tokens=256)
+    done = []
+    likelihoods = scorer(requests, done.append)
+    theirs = tiny.torch_model(tiny.CONFIGS[kind])
+    for (context, continuation), ours in zip(requests, likelihoods, strict=True):
+        ids = torch.tensor([[*context, *continuation[:-1]]])
+        with torch.no_grad():
+            logps = theirs(ids).logits[0, -len(continuation) :].log_softmax(-1)
+        wanted = logps.gather(-1, torch.tensor(continuation)[:, None]).sum().item()
+        assert abs(ours.logp - wanted) < 1e-4
+        assert ours.greedy == (logps.argmax(-1).tolist() == continuation)
+    assert sum(done) == len(requests)
+
+
+def test_a_shared_context_is_computed_once():
+    context = list(range(2, 42))
+    requests = [Request(context, [7] * n) for n in (3, 1, 5)]
+    (only,) = likelihood.sequenced(requests)
+    assert only.members == [0, 1, 2] and only.length == 39 + 3 + 1 + 5
+    assert sum(s.length for s in likelihood.sequenced(requests, share=False)) == 3 * 39 + 9
+    arrays, places = likelihood.layout(requests, [[only.members]], Shape(1, 56))
+    row = {name: array[0] for name, array in arrays.items()}
+    assert row["tokens"][:40].tolist() == context
+    assert row["positions"][39:48].tolist() == [39, 40, 41, 39, 39, 40, 41, 42, 43]
+    assert row["sides"][36:50].tolist() == [0] * 3 + [1] * 3 + [2] + [4] * 5 + [0] * 2
+    assert [row["targets"][start:end].tolist() for _, _, start, end in places] == [
+        [7] * n for n in (3, 1, 5)
+    ]
+    assert row["loss_mask"].sum() == 9 and row["segment_ids"].sum() == 48
+
+
+def test_a_long_list_of_continuations_does_not_make_an_endless_row():
+    requests = [Request([5], [6] * 100) for _ in range(20)]
+    lengths = [sequence.length for sequence in likelihood.sequenced(requests)]
+    assert len(lengths) == 4 and max(lengths) <= likelihood.ROOM
+
+
+# Tasks
+
+
+@pytest.fixture(scope="module")
+def harness():
+    from easyaira.evaluation import harness
+
+    return harness
+
+
+@pytest.fixture(scope="module")
+def ours(harness, model):
+    return harness.EasyAiraLM(
+        Likelihoods(model.model, model.params, model.mesh),
+        model.tokenizer,
+        [model.tokenizer.eos_token_id],
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(folder), device="cpu", dtype="float32", batch_size=8)
+
+
+def both(harness, ours, theirs, names, data, **options):
+    """The results of both for each task."""
+    results = [harness.run(lm, harness.load(names, data), **options) for lm in (ours, theirs)]
+    for name in names:
+        yield name, *(one["samples"][name] for one in results)
+
+
+def compared(name, ours, theirs):
+    """Equal prompts, log-likelihoods within 1e-4, the same choices."""
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["arguments"] == other["arguments"]
+        for got, wanted in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+            assert abs(got[0] - wanted[0]) < 1e-4, name
+            assert got[1] == wanted[1], name
+        for metric in one["metrics"]:
+            np.testing.assert_allclose(one[metric], other[metric], atol=1e-4)
+
+
+def test_every_local_task_gives_what_the_hf_backend_gives(harness, ours, theirs, data):
+    for samples in both(harness, ours, theirs, list(local.LOCAL), data, num_fewshot=3):
+        compared(*samples)
+    assert ours.truncated > 0  # of LAMBADA
+
+
+def test_on_the_small_pretrained_llama(harness):
+    place = tiny.SHARED / "models/stories260k"
+    if not place.exists():
+        pytest.skip("the shared data is not here")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    model = loaded.load(str(place), template="plain")
+    ours = harness.EasyAiraLM(
+        Likelihoods(model.model, model.params, model.mesh), model.tokenizer, [2]
+    )
+    theirs = HFLM(str(place), device="cpu", dtype="float32", batch_size=8)
+    names = ["arc_challenge", "lambada_openai"]
+    for samples in both(harness, ours, theirs, names, tiny.SHARED, limit=8):
+        compared(*samples)
+
+
+class Asked:
+    """A request of the harness."""
+
+    def __init__(self, *args):
+        self.args = args
+
+
+def test_rolling_likelihoods_are_those_of_the_hf_backend(ours, theirs):
+    rng = np.random.default_rng(2)
+    asked = [Asked(text(rng, n)) for n in (1, 40, 400)]  # the last fills the positions twice
+    samples = ours.loglikelihood_rolling(asked)
+    np.testing.assert_allclose(samples, theirs.loglikelihood_rolling(asked), rtol=1e-6)
+
+
+def test_generated_answers_are_those_of_the_hf_backend(ours, theirs):
+    rng = np.random.default_rng(3)
+    options = {"max_gen_toks": 12, "until": ["e", "\n"], "do_sample": False}
+    asked = [Asked(text(rng, n), dict(options)) for n in (3, 8, 400)]
+    before = ours.truncated
+    assert ours.generate_until(asked) == [theirs.generate_until([one])[0] for one in asked]
+    assert ours.truncated == before + 1
+    with pytest.raises(ConfigError, match="the task sets num_beams"):
+        ours.generate_until([Asked("x", {"num_beams": 2, "until": []})])
+
+
+def test_requests_that_no_model_can_answer_are_refused(ours):
+    with pytest.raises(DataError, match="a choice of the task has no tokens: ''"):
+        ours.loglikelihood([Asked("a", "")])
+    with pytest.raises(DataError, match="a choice of the task has .* 256 positions"):
+        ours.loglikelihood([Asked("a", "red " * 300)])
+
+
+# The command
+
+
+def command(*argv):
+    evaluate.main([str(word) for word in argv])
+
+
+def test_the_command_writes_results_and_prints_their_average(folder, data, tmp_path, capsys):
+    tasks = "arc_challenge,truthfulqa_mc2"
+    options = ("--num_fewshot", 2, "--limit", 4, "--output", tmp_path)
+    command(folder, "--tasks", tasks, "--data", data.parent, *options)
+    samples = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert sorted(samples) == ["arc_challenge-2.json", "truthfulqa_mc2-0.json"]  # fixed at 0 shots
+    arc = Result(**samples["arc_challenge-2.json"])
+    assert (arc.metric, arc.examples, arc.limit, arc.step) == ("acc_norm", 4, 4, None)
+    assert arc.data == "arc_challenge.jsonl.gz" and arc.versions["lm_eval"]
+    share = arc.metrics["acc_norm"]
+    assert arc.stderr == pytest.approx((share * (1 - share) / 3) ** 0.5)
+    mean = 50 * (share + samples["truthfulqa_mc2-0.json"]["metrics"]["acc"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["average", f"{mean:.2f}"]
+    assert lines[-3].split()[:4] == ["arc_challenge,", "2-shot", "acc_norm", f"{100 * share:.2f}"]
+
+
+def test_an_encoder_has_no_tasks(tmp_path):
+    (tmp_path / "bert").mkdir()
+    tiny.save(tmp_path / "bert", tiny.SCORERS["bert"])
+    with pytest.raises(ConfigError, match="encoder"):
+        command(tmp_path / "bert", "--tasks", "arc_easy", "--data", write_data(tmp_path / "eval"))
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["M"], "--tasks, --rows, --compare: found none; choose one"),
+        (["--tasks", "arc_easy"], "model: is missing"),
+        (["M", "--tasks", "a", "--rows", "b"], "found tasks and rows; choose one"),
+        (["M", "--tasks", "a", "--by", "target"], "--by: has no effect on --tasks"),
+        (["M", "--rows", "a", "--num_fewshot", "2"], "--num_fewshot: has no effect on --rows"),
+        (["M", "--tasks", "a", "--data", "nowhere"], "data: nowhere: no such folder"),
+        (["--compare", "nowhere"], "compare: nowhere has no results; evaluate it first"),
+    ],
+)
+def test_options_that_contradict_each_other(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        command(*argv)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("arc_challange", "no such task; did you mean arc_challenge?"),
+        ("zzz", "with --data, choose from arc_challenge, arc_easy"),
+        ("toxigen", "has no toxigen_en.jsonl.gz; name the folder that holds it"),
+        ("arc_easy", r"arc_easy.jsonl:1: is no row of this task: KeyError 'choices'"),
+    ],
+)
+def test_tasks_and_files_that_are_not_there(names, message, folder, tmp_path, monkeypatch):
+    task = local.LOCAL["arc_easy"]._replace(file="arc_easy.jsonl")
+    monkeypatch.setitem(local.LOCAL, "arc_easy", task)
+    tiny.write_rows(tmp_path / "arc_easy.jsonl", [{"query": "Who?", "gold": 1}])
+    with pytest.raises((ConfigError, DataError), match=message):
+        command(folder, "--tasks", names, "--data", tmp_path)
+    assert not (folder / "evaluation").exists()
+
+
+def test_without_the_harness_the_command_says_what_to_install(folder, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "easyaira.evaluation.harness", raising=False)
+    import easyaira.evaluation as package
+
+    monkeypatch.delattr(package, "harness", raising=False)
+    with pytest.raises(ConfigError, match="pip install 'lm-eval>="):
+        command(folder, "--tasks", "arc_easy")
+
+
+# Scorers
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scorers")
+    for kind in ("bert", "gpt2"):
+        tiny.save(root / kind, tiny.SCORERS[kind])
+    padded = tiny.tokenizer(pad="<|pad|>")
+    padded.save_pretrained(root / "gpt2")
+    return root
+
+
+WEBGPT = [
+    {
+        "question": {"full_text": f"what do you like {i}?"},
+        "answer_0": "yes, I like red" if i % 2 else "no",
+        "answer_1": "the capital of France",
+        "score_0": (-0.5, 0.0, 0.5)[i % 3],
+        "score_1": (0.5, 0.0, -0.5)[i % 3],
+    }
+    for i in range(12)
+]
+
+
+def test_comparisons_are_judged_as_pairs_without_ties(scorers, tmp_path):
+    file = tiny.write_rows(tmp_path / "webgpt.jsonl", WEBGPT)
+    judged = judges.judge(str(scorers / "bert"), Source(str(file)))
+    assert judged.ties == 4 and len(judged.margins) == 8
+    pairs = [row for row in WEBGPT if row["score_0"] != row["score_1"]]
+    theirs = tiny.torch_model(tiny.SCORERS["bert"])
+    tokenizer = tiny.tokenizer_of(tiny.SCORERS["bert"])
+    for row, (chosen, rejected) in zip(pairs, judged.scores, strict=True):
+        better = int(row["score_1"] > row["score_0"])
+        for number, score in ((better, chosen), (1 - better, rejected)):
+            parts = [row["question"]["full_text"], row[f"answer_{number}"]]
+            ids = [tokenizer.cls_token_id]
+            for part in parts:
+                ids += [*tokenizer.encode(part, add_special_tokens=False), tokenizer.sep_token_id]
+            with torch.no_grad():
+                wanted = theirs(torch.tensor([ids])).logits.item()
+            assert abs(wanted - score) < 1e-5
+    accuracy = judged.metrics()["accuracy"]
+    assert judged.metrics() == {"accuracy": (judged.scores[:, 0] > judged.scores[:, 1]).mean()}
+    assert 0 <= accuracy <= 1
+
+
+def test_labelled_texts_by_target(scorers, tmp_path, capsys):
+    rows = tiny.label_rows(30)
+    for i, row in enumerate(rows):
+        row["target"] = ["women", "all"][i % 3 > 0]
+    file = tiny.write_rows(tmp_path / "hatecheck.jsonl", rows)
+    command(scorers / "bert", "--rows", file, "--by", "target", "--output", tmp_path / "out")
+    (result,) = results.read(tmp_path / "out")
+    judged = judges.judge(str(scorers / "bert"), Source(str(file)), by="target")
+    right = np.array([row["label"] for row in rows]) == (judged.scores[:, 0] < 0)
+    assert result.metrics["accuracy"] == right.mean()
+    first = [i for i, row in enumerate(rows) if row["target"] == "women"]
+    assert result.groups["women"] == {"examples": 10, "accuracy": right[first].mean()}
+    assert list(result.groups) == ["all", "women"]
+    toxic = np.array([bool(row["label"]) for row in rows])
+    harmless, harmful = judged.scores[~toxic, 0], judged.scores[toxic, 0]
+    auc = (harmless[:, None] > harmful).mean() + (harmless[:, None] == harmful).mean() / 2
+    assert result.metrics["auc"] == pytest.approx(auc)
+    assert "women" in capsys.readouterr().out
+    inverted = judges.judge(str(scorers / "bert"), Source(str(file)), positive_label=1)
+    assert inverted.metrics()["auc"] == pytest.approx(1 - auc)
+
+
+def test_a_decoder_scores_pairs_with_a_shared_prompt(scorers, tmp_path):
+    file = tiny.write_rows(tmp_path / "pairs.jsonl", tiny.dpo_rows(10))
+    judged = judges.judge(str(scorers / "gpt2"), Source(str(file)), template="plain", limit=7)
+    assert judged.scores.shape == (7, 2) and judged.account.read == 7
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([{"a": 1}], (), "neither a pair nor a labelled text"),
+        ([WEBGPT[1]], (), "every comparison is a tie"),
+        (tiny.label_rows(3), ("--by", "topic"), "no column topic, which --by names"),
+    ],
+)
+def test_rows_that_cannot_be_judged(rows, options, message, scorers, tmp_path):
+    file = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        command(scorers / "bert", "--rows", file, *options)
+
+
+def test_a_language_model_has_no_scores(folder, tmp_path):
+    file = tiny.write_rows(tmp_path / "pairs.jsonl", tiny.dpo_rows(4))
+    with pytest.raises((WeightsError, ConfigError)):
+        command(folder, "--rows", file, "--template", "plain")
+
+
+# Tables
+
+
+def result(task, value, **kwargs):
+    given = {"metric": "acc", "metrics": {"acc": value}, "better": "higher", "examples": 100}
+    return Result(**{"task": task, "data": "d", "dtype": "float32"} | given | kwargs)
+
+
+def test_a_comparison_marks_the_best_and_recomputes_averages(tmp_path, capsys):
+    """The figures of the published tables: their averages are truncated, two are wrong."""
+    published = {
+        "Aira-2-124M-DPO": (24.66, 42.61, 54.79),
+        "Aira-2-355M": (27.56, 38.53, 53.19),
+        "Aira-2-portuguese-124M": (24.87, 40.60, None),
+    }
+    for name, values in published.items():
+        for task, value in zip(("arc", "truthfulqa", "toxigen"), values, strict=True):
+            if value is not None:
+                results.write(tmp_path / name / "evaluation", result(task, value / 100))
+    command("--compare", *(tmp_path / name for name in published))
+    assert capsys.readouterr().out.splitlines() == [
+        "| model | average | arc | toxigen | truthfulqa |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| Aira-2-124M-DPO | **40.69** | 24.66 | **54.79** | **42.61** |",
+        "| Aira-2-355M | 39.76 | **27.56** | 53.19 | 38.53 |",
+        "| Aira-2-portuguese-124M | 32.73 | 24.87 | - | 40.60 |",
+    ]
+
+
+def test_results_of_other_questions_stand_in_another_column():
+    lower = {"metric": "perplexity", "metrics": {"perplexity": 12.5}, "better": "lower"}
+    table = results.compare(
+        {
+            "a": [result("arc", 0.5), result("wikitext", 0, **lower)],
+            "b": [result("arc", 0.5, examples=50), result("wikitext", 0, **lower | {
+                "metrics": {"perplexity": 11.0}})],
+        }
+    )  # fmt: skip
+    assert table.splitlines()[0] == "| model | average | arc, n=100 | wikitext | arc, n=50 |"
+    assert table.splitlines()[2] == "| a | **50.00** | **50.00** | 12.5 | - |"
+    assert table.splitlines()[3] == "| b | **50.00** | - | **11** | **50.00** |"
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "arc.json").write_text('{"task": "arc"}')
+    with pytest.raises(ConfigError, match=r"arc\.json: is no result of easyaira evaluate"):
+        command("--compare", tmp_path)
