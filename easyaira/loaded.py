@@ -16,7 +16,7 @@ from easyaira.data.examples import Parts, of_parts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.mesh import data_shards
-from easyaira.errors import ConfigError, DataError, WeightsError
+from easyaira.errors import ConfigError, DataError
 from easyaira.generation.chat import text_of
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import ROWS, Sampler
@@ -24,6 +24,7 @@ from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_o
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
+from easyaira.rewards.model import RewardModel
 from easyaira.storage import pretrained
 
 Message = Mapping[str, str]
@@ -34,7 +35,7 @@ TEXTS = 16  # per device and call
 
 def load(
     name: str, *, mesh: str = "fsdp=-1", dtype: str = "float32", template: str = "chat"
-) -> LoadedModel | LoadedScorer:
+) -> LoadedModel | RewardModel:
     """Load a language model, or a reward or toxicity model.
 
     Args:
@@ -47,32 +48,33 @@ def load(
         EasyAiraError: the folder cannot be read, or is an encoder without a score head.
     """
     origin = pretrained.find(name)
-    scorer = model_of(origin.config, origin.where).scorer
-    kind = LoadedScorer if scorer else LoadedModel
-    loaded = kind(origin, mesh=mesh, dtype=dtype, template=template)
+    if model_of(origin.config, origin.where).scorer:
+        return RewardModel(origin, meshes.make_mesh(mesh), dtype, template).load()
+    loaded = LoadedModel(origin, mesh=mesh, dtype=dtype, template=template)
     _ = loaded.params  # read them now, so that errors are raised here
     return loaded
 
 
-class _Loaded:
-    """A model whose weights are read when `params` is first used; names and shapes are checked
-    before."""
+class LoadedModel:
+    """A language model, whose weights are read when `params` is first used.
 
-    scorer: bool
+    Attributes:
+        config: content of config.json.
+        tokenizer: that of transformers.
+        template: encodes messages.
+        params: weights, in EasyAira's layout.
+    """
 
     def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str):
         compute = Compute(dtype=jnp.dtype(dtype))
         self.origin = origin
-        self.model = model_of(origin.config, origin.where, compute, scorer=self.scorer)
-        if missing := origin.check(self.model):
-            raise WeightsError(f"{origin.where}: has no {missing[0]}; train_reward adds it")
-        if self.model.architecture.encoder:
-            if template != "chat":
-                raise ConfigError("template: encoders have one form; leave it out")
-            template = "encoder"
+        self.model = model_of(origin.config, origin.where, compute, scorer=False)
+        origin.check(self.model)
         self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
         self.mesh = meshes.make_mesh(mesh)
         self.config, self.tokenizer = origin.config, self.template.tokenizer
+        self._logps = jax.jit(self._logps_of)
+        self._samplers: dict[Any, Sampler] = {}
 
     @cached_property
     def params(self) -> Any:
@@ -82,54 +84,6 @@ class _Loaded:
         """Read the weights, without keeping them here."""
         with self.model.on(self.mesh):
             return self.origin.load(self.model, self.mesh)
-
-    def _batches(
-        self, parts: Sequence[Parts]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-        """Yield (indices of texts [n], their segment ids [n], rows in the layout of training).
-
-        Raises:
-            DataError: a text exceeds the model's positions.
-        """
-        if not parts:
-            return
-        examples = of_parts(parts)
-        lengths = examples.lengths()[:, 0]
-        positions = self.model.config.max_positions
-        if lengths.max() > positions:
-            raise DataError(
-                f"text {lengths.argmax()} has {lengths.max()} tokens with its answer, and the "
-                f"model has {positions} positions; shorten it"
-            )
-        order = np.argsort(lengths, kind="stable")
-        batches = Batches(examples.take(order), self._capacity, shards=data_shards(self.mesh))
-        for number in range(len(batches)):
-            batch = batches[number]
-            rows = {name: batch.arrays[name][0] for name in LAYOUT}
-            yield order[batch.examples], 1 + batch.slots[:, 1], rows
-
-    @property
-    def _capacity(self) -> int:
-        """Texts of a batch."""
-        return TEXTS * data_shards(self.mesh)
-
-
-class LoadedModel(_Loaded):
-    """A language model with its weights on devices.
-
-    Attributes:
-        config: content of config.json.
-        tokenizer: that of transformers.
-        template: encodes messages.
-        params: weights, in EasyAira's layout.
-    """
-
-    scorer = False
-
-    def __init__(self, origin: Any, **options: str):
-        super().__init__(origin, **options)
-        self._logps = jax.jit(self._logps_of)
-        self._samplers: dict[Any, Sampler] = {}
 
     def sampling(self, **options: Any) -> Sampling:
         """How to choose tokens: `options` over those of the folder's generation_config.json.
@@ -223,56 +177,37 @@ class LoadedModel(_Loaded):
                 result[index] = sums[segments]
         return result
 
+    def _batches(
+        self, parts: Sequence[Parts]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+        """Yield (indices of texts [n], their segment ids [n], rows in the layout of training).
+
+        Raises:
+            DataError: a text exceeds the model's positions.
+        """
+        if not parts:
+            return
+        examples = of_parts(parts)
+        lengths = examples.lengths()[:, 0]
+        positions = self.model.config.max_positions
+        if lengths.max() > positions:
+            raise DataError(
+                f"text {lengths.argmax()} has {lengths.max()} tokens with its answer, and the "
+                f"model has {positions} positions; shorten it"
+            )
+        shards = data_shards(self.mesh)
+        order = np.argsort(lengths, kind="stable")
+        batches = Batches(examples.take(order), TEXTS * shards, shards=shards)
+        for number in range(len(batches)):
+            batch = batches[number]
+            rows = {name: batch.arrays[name][0] for name in LAYOUT}
+            yield order[batch.examples], 1 + batch.slots[:, 1], rows
+
     def _logps_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
         """Log-probability of each learned token [R, T]."""
         hidden, head = self.model.apply(params, rows)
         options = self.model.head_options
         return token_logps(hidden, head, rows["tokens"], rows["loss_mask"], **options).logps
-
-
-class LoadedScorer(_Loaded):
-    """A reward or toxicity model with its weights on devices; attributes as LoadedModel's."""
-
-    scorer = True
-
-    def __init__(self, origin: Any, **options: str):
-        super().__init__(origin, **options)
-        self._score = jax.jit(self._scores_of)
-
-    def score(self, texts: Sequence[str | tuple[Prompt, str]]) -> np.ndarray:
-        """Score of each text, or of each pair (prompt, answer): the higher, the better.
-
-        Returns:
-            [n] float32.
-
-        Raises:
-            DataError: a text exceeds the model's positions.
-        """
-        parts: list[Any] = [None] * len(texts)
-        alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
-        pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-        if alone:
-            for i, tokens in zip(
-                alone, self.template.judged([texts[i] for i in alone]), strict=True
-            ):
-                parts[i] = _parts([(tokens, True)])
-        conversations = [
-            [*_messages(texts[i][0]), {"role": "assistant", "content": texts[i][1]}] for i in pairs
-        ]
-        for conversation in conversations:
-            self.template.accepts(conversation)
-        for i, spans in zip(pairs, self.template.encode(conversations), strict=True):
-            parts[i] = _parts(spans)
-        result = np.zeros(len(parts), np.float32)
-        with self.model.on(self.mesh):
-            for index, segments, rows in self._batches(parts):
-                scores = np.asarray(self._score(self.params, rows))
-                result[index] = scores[segments - 1]
-        return result
-
-    def _scores_of(self, params: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
-        """Scores [B]."""
-        return self.model.score(params, rows, examples=self._capacity, answers=1)[0][:, 0]
 
 
 def _parts(spans: Sequence[tuple[np.ndarray, bool]]) -> Parts:

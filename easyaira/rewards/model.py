@@ -19,6 +19,7 @@ from easyaira.errors import ConfigError, DataError, WeightsError
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
+from easyaira.storage.pretrained import Pretrained
 from easyaira.train import loader
 
 TEXTS = 16  # texts per device and call
@@ -31,28 +32,46 @@ class RewardModel:
     """A model that scores texts. Its weights are read by `load`.
 
     Args:
-        name: run folder of `train_reward`, Hugging Face folder or hub id.
+        origin: run folder of `train_reward`, Hugging Face folder or hub id; or what
+            `pretrained.find` gives for it.
         mesh: devices to compute on.
         dtype: float32 or bfloat16, to compute in.
+        template: as `data.template`; encoders have one form.
+
+    Attributes:
+        config: content of config.json.
+        tokenizer: that of transformers.
+        template: encodes messages.
+        params: weights, in EasyAira's layout.
 
     Raises:
         ConfigError: it is no reward model.
         EasyAiraError: its files cannot be read.
     """
 
-    def __init__(self, name: str, mesh: Mesh | None, dtype: Any = "float32"):
-        self.name, self.mesh = name, mesh
-        self.origin = pretrained.find(name)
+    def __init__(
+        self,
+        origin: str | Pretrained,
+        mesh: Mesh | None,
+        dtype: Any = "float32",
+        template: str = "chat",
+    ):
+        self.name, self.mesh = origin if isinstance(origin, str) else origin.where, mesh
+        self.origin = pretrained.find(origin) if isinstance(origin, str) else origin
         compute = Compute(dtype=jnp.dtype(dtype))
         self.model = model_of(self.origin.config, self.origin.where, compute, scorer=True)
         if missing := self.origin.check(self.model):
             raise ConfigError(
-                f"{name}: is no reward model, as it has no {missing[0]}; train one with "
+                f"{self.name}: is no reward model, as it has no {missing[0]}; train one with "
                 "easyaira reward"
             )
-        kind = "encoder" if self.model.architecture.encoder else "chat"
-        model_type = self.origin.config["model_type"]
-        self.template = Template(self.origin.tokenizer(), kind, model_type)
+        if self.model.architecture.encoder:
+            if template != "chat":
+                raise ConfigError("template: encoders have one form; leave it out")
+            template = "encoder"
+        self.config, model_type = self.origin.config, self.origin.config["model_type"]
+        self.template = Template(self.origin.tokenizer(), template, model_type)
+        self.tokenizer = self.template.tokenizer
         self.params: Any = None
         self._score = jax.jit(self._scores_of)
 
@@ -80,6 +99,22 @@ class RewardModel:
                 "shorten it"
             )
         return positions - length
+
+    def score(self, texts: Sequence[str | tuple[str | Sequence[Message], str]]) -> np.ndarray:
+        """Score of each text, or of each pair of a prompt and its answer: the higher, the better.
+
+        Args:
+            texts: a prompt is a user's message, or the messages before the answer.
+
+        Returns:
+            [n] float32. Raises and cuts as `of_answers`.
+        """
+        scores = np.zeros(len(texts), np.float32)
+        alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
+        pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+        scores[alone] = self.of_texts([str(texts[i]) for i in alone])
+        scores[pairs] = self.of_answers([_conversation(*texts[i]) for i in pairs])
+        return scores
 
     def of_answers(self, conversations: Sequence[Sequence[Message]]) -> np.ndarray:
         """Scores [n] float32 of the last messages, each given those before it.
@@ -151,3 +186,8 @@ class RewardModel:
         size = TEXTS * meshes.data_shards(self.mesh)
         scores, _ = self.model.score(params, rows, examples=size, answers=1)
         return constrain(scores[:, 0], None)
+
+
+def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]:
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*asked, {"role": "assistant", "content": answer}]
