@@ -214,7 +214,7 @@ def options_of(ground, **options):
 
 
 def logged(rows):
-    timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "compilations")
+    timing = ("tokens_per_second", "step_time", "mfu", "data_wait", "cpu_time", "compilations")
     return [{name: value for name, value in row.items() if name not in timing} for row in rows]
 
 
