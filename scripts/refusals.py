@@ -23,7 +23,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from faults import environment, ground
+from faults import ground
 
 MAX_MB, MAX_SECONDS = 1024, 10
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -34,6 +34,11 @@ EACH = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 
 Case = Callable[[Path], list[str]]  # makes files in a folder with base/ and data/; returns words
 CASES: dict[str, Case] = {}
+
+
+def environment(cache: Path) -> dict[str, str]:
+    offline = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    return os.environ | offline | {"EASYAIRA_CACHE": str(cache)}
 
 
 def sft(root: Path, **options: object) -> list[str]:

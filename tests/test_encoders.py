@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from copy import deepcopy
 from functools import cache, partial
 
 import jax
@@ -101,6 +102,8 @@ def test_every_architecture_is_covered():
 @pytest.mark.parametrize("case", CASES)
 def test_scores_and_gradients(case, side, loaded, value_and_grad):
     theirs, model, params = loaded(case)
+    if side == "none":  # in float32 theirs is off by more than ours; with padding float64 gives NaN
+        theirs = deepcopy(theirs).double()
     rows = texts((12, 12, 12) if side == "none" else (10, 9, 5))
     tokens, real, positions = padded(rows, side, CASES[case]["pad_token_id"])
     weights = np.array([0.3, -1.2, 0.7], np.float32)
