@@ -100,7 +100,7 @@ def test_every_architecture_is_covered():
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", CASES)
-def test_scores_and_gradients(case, side, loaded, value_and_grad):
+def test_scores_and_gradients(case, side, loaded, value_and_grad, optimized):
     theirs, model, params = loaded(case)
     if side == "none":  # in float32 theirs is off by more than ours; with padding float64 gives NaN
         theirs = deepcopy(theirs).double()
