@@ -225,24 +225,22 @@ def of_tokens(
         answers: tokens of the answers to each prompt, the same number of answers for all.
         rows: row of each example, for messages; default: its index.
     """
-    parts = [(prompt, *own) for prompt, own in zip(prompts, answers, strict=True)]
-    lengths = np.array([[len(part) for part in own] for own in parts], np.int64)
-    ends = lengths.cumsum().reshape(lengths.shape)
-    starts = ends[:, :1] - lengths[:, :1]
-    count = len(parts)
-    is_answer = np.broadcast_to(np.arange(lengths.shape[1]) > 0, lengths.shape)
-    numbers = np.arange(count)
-    return Examples(
-        tokens=np.concatenate([np.asarray(part, np.int32) for own in parts for part in own]),
-        learned=np.repeat(is_answer.ravel(), lengths.ravel()),
-        bounds=np.concatenate([starts, ends], axis=1),
+
+    def tokens_of(given: Any, learned: bool) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(given, np.int32), np.full(len(given), learned)
+
+    parts = [
+        Parts(*tokens_of(prompt, False), [tokens_of(answer, True) for answer in own])
+        for prompt, own in zip(prompts, answers, strict=True)
+    ]
+    numbers = np.arange(len(parts))
+    return replace(
+        of_parts(parts),
         rows=numbers if rows is None else np.asarray(rows, np.int64),
-        sources=np.zeros(count, np.int16),
         prompt_ids=numbers.astype(np.uint64),
         ids=numbers.astype(np.uint64),
-        unseen=np.zeros(count, np.int32),
-        learned_counts=lengths[:, 1:].sum(1).astype(np.int32),
-        labels=np.full(count, np.nan, np.float32),
+        learned_counts=np.array([sum(map(len, own)) for own in answers], np.int32),
+        labels=np.full(len(parts), np.nan, np.float32),
     )
 
 

@@ -127,28 +127,25 @@ class RewardModel:
         """
         prompts, answers = [], []
         for prompt, answer in self._encoded(conversations):
-            room = self._room(len(prompt))
-            if len(answer) > room:  # encoders keep the closing token
-                closing = int(self.template.encoder)
-                answer = np.concatenate([answer[: room - closing], answer[len(answer) - closing :]])
             prompts.append(prompt)
-            answers.append([answer])
+            answers.append([self._cut(answer, self._room(len(prompt)))])
         return self._scores(of_tokens(prompts, answers)) if prompts else np.zeros(0, np.float32)
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Scores [n] float32 of texts without a prompt; raises as `of_answers`."""
         positions = self.model.config.max_positions
-        closing = int(self.template.encoder)
-        cut = [
-            tokens
-            if len(tokens) <= positions
-            else np.concatenate([tokens[: positions - closing], tokens[len(tokens) - closing :]])
-            for tokens in self.template.judged(texts)
-        ]
+        cut = [self._cut(tokens, positions) for tokens in self.template.judged(texts)]
         empty = np.zeros(0, np.int32)
         if not cut:
             return np.zeros(0, np.float32)
         return self._scores(of_tokens([empty] * len(cut), [[tokens] for tokens in cut]))
+
+    def _cut(self, tokens: np.ndarray, room: int) -> np.ndarray:
+        """At most `room` tokens; encoders keep the closing one."""
+        if len(tokens) <= room:
+            return tokens
+        closing = int(self.template.encoder)
+        return np.concatenate([tokens[: room - closing], tokens[len(tokens) - closing :]])
 
     def _encoded(
         self, conversations: Sequence[Sequence[Message]]
