@@ -96,9 +96,11 @@ def main(argv: list[str]) -> None:
 
 def flags(args: Any, output: Path) -> Iterator[str]:
     """The command line of `generate` for the answers."""
+    from easyaira.generation.settings import NUMBERS
+
     yield f"--output={output}"
     yield from (f"--stop={text}" for text in args.stop or [])
-    for name in (*generate.NUMBERS, "num_samples", "template", "seed", "batch_size", "mesh"):
+    for name in (*NUMBERS, "num_samples", "template", "seed", "batch_size", "mesh"):
         if getattr(args, name) is not None:
             yield f"--{name}={getattr(args, name)}"
     yield f"--dtype={args.dtype}"

@@ -16,8 +16,6 @@ from easyaira import cli
 from easyaira.errors import ConfigError, escaped
 
 AS_FOLDER = "default: as generation_config.json, or"
-NUMBERS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
-NUMBERS = (*NUMBERS, "repetition_penalty")
 
 
 def parser():
@@ -122,6 +120,7 @@ def main(argv: list[str]) -> None:
     from easyaira.data.cache import keep_compiled
     from easyaira.generation import prompts
     from easyaira.generation.chat import CUT, chat
+    from easyaira.generation.settings import NUMBERS
     from easyaira.loaded import LoadedModel
     from easyaira.storage import pretrained
 
