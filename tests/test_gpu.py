@@ -32,6 +32,7 @@ from easyaira.train.metrics import Window
 from easyaira.train.record import Record
 from easyaira.train.resolve import ROW_MULTIPLE
 from easyaira.train.setup import prepare
+from easyaira.train.trainable import Adapters, FullWeights
 from helpers import runs, tiny
 
 
@@ -537,15 +538,21 @@ def test_cudnns_backward_pass_has_a_fixed_order_in_every_layer(reproducible, mon
 
 
 def test_a_training_step_on_a_gpu_is_compiled_for_reproducible_bits(monkeypatch):
+    reproducible = {"xla_gpu_exclude_nondeterministic_ops": True}
+    of_adapters = reproducible | {"xla_gpu_enable_triton_gemm": False}
+    for platform, full, adapters in [("gpu", reproducible, of_adapters), ("cpu", None, None)]:
+        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+        whole = FullWeights(None, mesh, None, None, None)
+        assert whole.compiler_options == full
+        assert Adapters(None, mesh, None, None, None).compiler_options == adapters
     seen = []
     monkeypatch.setattr(jax, "jit", lambda f, **options: seen.append(options["compiler_options"]))
-    for platform in ("gpu", "cpu"):
-        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-        leaf = SimpleNamespace(sharding=SimpleNamespace(mesh=mesh))
-        step.jit_train_step(None, None, step.State(leaf, {}, {}, leaf))
-    assert seen == [{"xla_gpu_exclude_nondeterministic_ops": True}, None]
+    leaf = SimpleNamespace(sharding=None)
+    step.jit_train_step(None, None, step.State(leaf, {}, {}, leaf), reproducible)
+    step.jit_eval_step(None, of_adapters)
+    assert seen == [reproducible, of_adapters]
     monkeypatch.undo()
-    for options in (compiler.REPRODUCIBLE["gpu"], compiler.UNTIMED["gpu"]):
+    for options in (compiler.ADAPTERS["gpu"], compiler.UNTIMED["gpu"]):
         jax.jit(lambda x: x, compiler_options=options)(1)  # an unknown option is an error
     with pytest.raises(Exception, match="no_such"):
         jax.jit(lambda x: x, compiler_options={"xla_gpu_no_such": True})(1)

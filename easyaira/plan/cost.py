@@ -113,7 +113,8 @@ def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarr
     key = setup.dropout_key
     if key is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-    step = steps.jit_train_step(setup.trainable.loss_fn(algorithm.loss_fn(setup)), setup.tx, state)
+    loss_fn, options = algorithm.loss_fn(setup), setup.trainable.compiler_options
+    step = steps.jit_train_step(setup.trainable.loss_fn(loss_fn), setup.tx, state, options)
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not exist
         return step.trace(state, frozen, batch, key)
 

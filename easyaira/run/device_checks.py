@@ -20,6 +20,7 @@ from easyaira import __version__
 from easyaira.algorithms import sft
 from easyaira.data.packing import Shape
 from easyaira.distributed import mesh as meshes
+from easyaira.distributed.compiler import REPRODUCIBLE
 from easyaira.errors import CheckFailed
 from easyaira.losses import preference
 from easyaira.models.embedding import sum_by_id
@@ -165,10 +166,10 @@ def speed(dtype: str) -> str:
         "loss_mask": np.ones(ids.shape, bool),
     }
     with model.on(mesh):
-        tx = optax.adamw(1e-5)
+        tx, options = optax.adamw(1e-5), REPRODUCIBLE.get(jax.default_backend())
         init = jax.jit(model.init)
         state, repeated = (init_state(init(jax.random.key(0)), tx, mesh) for _ in range(2))
-        step = steps.jit_train_step(sft.sft(model), tx, state)
+        step = steps.jit_train_step(sft.sft(model), tx, state, options)
         times = []
         for update in range(2 + updates):
             start = time.perf_counter()

@@ -167,7 +167,8 @@ def _updates(
     if hosts.first():
         log = Log(folder, start, until, window.unmeasured, window.logged)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
-    train_step = steps.jit_train_step(loss_fn, setup.tx, state)
+    options = trainable.compiler_options
+    train_step = steps.jit_train_step(loss_fn, setup.tx, state, options)
     try:
         state = loop.fit(
             state,
@@ -176,7 +177,7 @@ def _updates(
             step=lambda state, frozen, arrays: train_step(state, frozen, arrays, setup.dropout_key),
             until=until,
             evaluate=Evaluate(
-                steps.make_eval_step(loss_fn),
+                steps.jit_eval_step(loss_fn, options),
                 held_out,
                 mesh,
                 every=config.eval_steps,

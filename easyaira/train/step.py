@@ -20,7 +20,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira.distributed.compiler import REPRODUCIBLE
 from easyaira.distributed.sharding import constrain, like
 from easyaira.distributed.tree import abstract
 
@@ -130,18 +129,23 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     return train_step
 
 
-def jit_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, state: State) -> Any:
+def jit_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    state: State,
+    compiler_options: Mapping[str, Any] | None,
+) -> Any:
     """Compile the training step; the state is donated and keeps its shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
         make_train_step(loss_fn, tx),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=REPRODUCIBLE.get(state.step.sharding.mesh.devices.flat[0].platform),
+        compiler_options=compiler_options,
     )
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable:
+def jit_eval_step(loss_fn: LossFn, compiler_options: Mapping[str, Any] | None) -> Callable:
     """(params, frozen, batch) -> (sums, per-example values), without gradients."""
 
     def eval_step(params, frozen, batch):
@@ -149,4 +153,4 @@ def make_eval_step(loss_fn: LossFn) -> Callable:
         examples = sums.pop(PER_EXAMPLE, {})
         return sums, jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), examples)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options)

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from easyaira.config.run import RunConfig
-from easyaira.distributed import sharding
+from easyaira.distributed import compiler, sharding
 from easyaira.distributed.tree import path_of
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter, joined, module_of, to_record
@@ -45,6 +45,11 @@ class FullWeights:
 
     added = 0  # parameters that adapters add to the model
     backward = 2  # products in the backward pass, per weight of the model
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """Options of XLA for the steps on this mesh."""
+        return compiler.REPRODUCIBLE.get(self.mesh.devices.flat[0].platform)
 
     @property
     def target(self) -> Any:
@@ -125,6 +130,10 @@ class Adapters:
     @property
     def added(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.adapter.shapes["model"]))
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        return compiler.ADAPTERS.get(self.mesh.devices.flat[0].platform)
 
     @property
     def target(self) -> Any:
