@@ -148,9 +148,6 @@ def _updates(
         state = resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
     beginning = algorithm.begin(setup, trainable.weights(params), folder, step is None)
-    samples = Samples(setup, folder / "samples.json")
-    if step is None:
-        samples.answer("before", trainable.weights(params))
     del params  # donated by the first update
     until, mesh = setup.total_steps, setup.mesh
     batches = replace(setup.batches, known=beginning.known)
@@ -166,6 +163,7 @@ def _updates(
     log = NoLog()
     if hosts.first():
         log = Log(folder, start, until, window.unmeasured, window.logged)
+    samples = Samples(setup, folder / "samples.json", start, log.texts)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     train_step = steps.jit_train_step(loss_fn, setup.tx, state)
     try:
@@ -182,6 +180,7 @@ def _updates(
                 every=config.eval_steps,
                 until=until,
                 summary=algorithm.summary,
+                answer=samples,
                 stop=stop,
             ),
             record=Record(
@@ -217,9 +216,8 @@ def _updates(
 
 
 def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
-    """Sample answers, write the report and export the model."""
+    """Write the report and export the model."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    samples.answer("after", setup.trainable.weights(params))
     if hosts.first():
         write_report(setup, samples)
     setup.trainable.free()
@@ -258,6 +256,6 @@ def write_report(setup: Setup, samples: Samples) -> None:
             "updates": f"{setup.total_steps} of {config.train_batch_size} examples",
             "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
         },
-        samples=samples.rows,
+        samples=samples.table(),
         completions=rollouts.read(Path(config.output_dir) / rollouts.COMPLETIONS),
     )
