@@ -22,7 +22,7 @@ from easyaira.errors import ConfigError
 from easyaira.export import adapter_base, release
 from easyaira.export.hf_config import Facts, released
 from easyaira.export.records import Records
-from easyaira.plan import cost
+from easyaira.plan import cost, decoding
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
 from easyaira.plan.search import search
@@ -95,6 +95,10 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     print("plan    compiling the largest update; takes minutes for a large model", flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         print(plan_report.plan(setup, algorithm), flush=True)
+        if algorithm.on_policy:
+            rows, slots = rollouts.largest_cache(setup)
+            sampler = rollouts.make_sampler(setup)
+            print(decoding.cache_line(sampler, setup.mesh, rows, slots), flush=True)
         for line in search(setup, algorithm) if dry_run.search else ():
             print(line, flush=True)
 
