@@ -38,7 +38,7 @@ def parser():
     add("--toxicity", help="Toxicity model; an answer that scores below 0 is never the best.")
     add("--output", required=True, help="Folder. The same command continues an interrupted one.")
     add("--num_samples", type=Count, help="Answers to each prompt, at least 2.")
-    generate.sampling_options(add)
+    generate.sampling_options(parser)
     parser.set_defaults(AIRA)
     return parser
 

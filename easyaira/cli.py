@@ -12,7 +12,7 @@ from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -43,18 +43,8 @@ def parser_of(config_class: type) -> ArgumentParser:
     parser.add_argument(
         "--config", action=ConfigFile, help="YAML file of options; may be repeated."
     )
-    parser.add_argument("--debug", action="store_true", help="Show an error's traceback.")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="Print the plan and the memory, communication and time of a step; train nothing.",
-    )
-    parser.add_argument(
-        "--topology",
-        metavar="v5p:4x4x2",
-        help="Dry run for a TPU pod that you do not have (yet): v3, v4, v5e, v5p or v6e and the "
-        "chips on each side; needs libtpu.",
-    )
+    debug_option(parser)
+    dry_run_options(parser, "Print the plan and the cost of a step; train nothing.")
     parser.add_argument(
         "--search",
         action="store_true",
@@ -64,6 +54,29 @@ def parser_of(config_class: type) -> ArgumentParser:
     parser.add_argument(f"--{PROVENANCE}", type=dict, help=SUPPRESS)
     parser.add_class_arguments(config_class, None)
     return parser
+
+
+def debug_option(parser: ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="Show an error's traceback.")
+
+
+def dry_run_options(parser: ArgumentParser, what: str) -> None:
+    """Add --dry_run, which does `what`, and --topology."""
+    parser.add_argument("--dry_run", action="store_true", help=what)
+    parser.add_argument(
+        "--topology",
+        metavar="v5p:4x4x2",
+        help="Dry run for a TPU pod that you do not have (yet): v3, v4, v5e, v5p or v6e and the "
+        "chips on each side; needs libtpu.",
+    )
+
+
+def computing_options(parser: ArgumentParser) -> None:
+    """Add the options of commands that use a model without training it."""
+    add = parser.add_argument
+    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
+    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
+    debug_option(parser)
 
 
 class ConfigFile(ActionConfigFile):

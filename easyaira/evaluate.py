@@ -53,10 +53,8 @@ def parser():
     add("--limit", type=Count, help="Use the first questions or rows only.")
     add("--output", help="Folder of the results; default: MODEL/evaluation.")
     add("--compare", nargs="+", help="Print a Markdown table of the results of these models.")
-    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
-    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
     add("--batch_tokens", type=Count, default=4096, help="Tokens at a time, per data shard.")
-    add("--debug", action="store_true", help="Show the traceback of an error.")
+    cli.computing_options(parser)
     return parser
 
 

@@ -3,12 +3,13 @@
 python -m easyaira.generate runs/aira-2-124m --prompt "What is alignment?"
 python -m easyaira.generate runs/aira-2-124m --prompts in.jsonl --output out.jsonl
 python -m easyaira.generate runs/aira-2-124m --chat
+python -m easyaira.generate runs/aira-2-124m --chat --dry_run
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,13 @@ def parser():
         default=1,
         help="Answers to each prompt; a column sample numbers them.",
     )
-    sampling_options(add)
+    sampling_options(parser)
+    cli.dry_run_options(parser, "Print the memory and time of generation; generate nothing.")
     return parser
 
 
-def sampling_options(add: Callable) -> None:
-    """Add the options of the model and the sampler by a parser's `add_argument`."""
-    from typing import Literal
-
+def sampling_options(parser: Any) -> None:
+    """Add the options of the model and the sampler."""
     from easyaira.config.ranges import (
         Count,
         CountOrZero,
@@ -65,6 +65,7 @@ def sampling_options(add: Callable) -> None:
         TopP,
     )
 
+    add = parser.add_argument
     add("--template", default="chat", help="As data.template; chat: the model's own.")
     add("--max_new_tokens", type=Count, help=f"Longest answer; {AS_FOLDER} 200.")
     add("--min_new_tokens", type=CountOrZero, help=f"Shortest answer; {AS_FOLDER} 0.")
@@ -76,9 +77,7 @@ def sampling_options(add: Callable) -> None:
     add("--stop", action="append", help="Text that ends an answer and is cut off; may be repeated.")
     add("--seed", type=Seed, default=0, help="Seed of the sampling.")
     add("--batch_size", type=Count, default=64, help="Answers at a time, as memory allows.")
-    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
-    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
-    add("--debug", action="store_true", help="Show the traceback of an error.")
+    cli.computing_options(parser)
 
 
 def check(args: Any) -> None:
@@ -96,6 +95,8 @@ def check(args: Any) -> None:
         )
     if (args.prompts is None) != (args.output is None):
         raise ConfigError("--prompts and --output: need each other; give both")
+    if args.topology and not args.dry_run:
+        raise ConfigError("--topology: needs --dry_run; give both")
     if args.chat and args.num_samples > 1:
         raise ConfigError("--num_samples: a conversation has one answer; leave it out")
     for name in ("prompt", "stop"):
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> None:
 
     from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
+    from easyaira.distributed.chips import pod
     from easyaira.generation import prompts
     from easyaira.generation.chat import CUT, chat
     from easyaira.generation.settings import NUMBERS
@@ -125,7 +127,13 @@ def main(argv: list[str]) -> None:
     from easyaira.storage import pretrained
 
     origin = pretrained.find(args.model)
-    loaded = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template=args.template)
+    loaded = LoadedModel(
+        origin,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        template=args.template,
+        devices=args.topology and pod(args.topology),
+    )
     template = loaded.template
     given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     sampling = loaded.sampling(**given, **({"stop_strings": tuple(args.stop)} if args.stop else {}))
@@ -144,13 +152,21 @@ def main(argv: list[str]) -> None:
         settings |= {"num_samples": args.num_samples, "seed": args.seed}
         settings |= {k: list(v) if type(v) is tuple else v for k, v in asdict(sampling).items()}
         asked = prompts.read(args.prompts, template, sampler)
+        lengths = [len(prompt.tokens) for prompt in asked]
+    elif args.prompt is not None:
+        tokens = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
+        sampler.limit(len(tokens))
+        lengths = [len(tokens)]
+    else:  # a conversation may fill the context
+        lengths = [loaded.model.config.max_positions - 1]
+    if args.dry_run:
+        print(plan(loaded, sampler, lengths, args.num_samples))
+        return
+    if args.prompts:
         output = prompts.Output(Path(args.output), asked, args.num_samples, settings)
         if output.written == output.total:
             print(f"{args.output}: all {output.total:,} answers are there")
             return
-    elif args.prompt is not None:
-        tokens = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
-        sampler.limit(len(tokens))
     with loaded.model.on(loaded.mesh):
         weights = sampler.weights(loaded.read())
         if args.chat:
@@ -165,6 +181,15 @@ def main(argv: list[str]) -> None:
                 print(f"note: {CUT}", file=sys.stderr)
         else:
             write(output, sampler, weights, args, text)
+
+
+def plan(loaded: Any, sampler: Any, lengths: list[int], num_samples: int) -> str:
+    """The memory and time of answering prompts of these lengths, in words."""
+    from easyaira.plan import decoding
+
+    rows, slots = sampler.largest_cache(lengths, num_samples)
+    cost = decoding.measure(sampler, loaded.mesh, rows, slots)
+    return decoding.show(cost, loaded.mesh)
 
 
 def questions() -> Iterator[str]:

@@ -65,13 +65,13 @@ class LoadedModel:
         params: weights, in EasyAira's layout.
     """
 
-    def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str):
+    def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str, devices: Any = None):
         compute = Compute(dtype=jnp.dtype(dtype))
         self.origin = origin
         self.model = model_of(origin.config, origin.where, compute, scorer=False)
         origin.check(self.model)
         self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
-        self.mesh = meshes.make_mesh(mesh)
+        self.mesh = meshes.make_mesh(mesh, devices)
         self.config, self.tokenizer = origin.config, self.template.tokenizer
         self._logps = jax.jit(self._logps_of)
         self._samplers: dict[Any, Sampler] = {}

@@ -21,6 +21,8 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; }
 th, td { border-bottom: 1px solid #ddd; }
 th { font-weight: 600; white-space: nowrap; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } .wide td { min-width: 12rem; }
+.wide td:first-child { position: sticky; left: 0; background: #fff; }
 svg { max-width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .85rem; }
 </style>

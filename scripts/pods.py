@@ -1,4 +1,5 @@
-"""Write the table of docs/pods.md: memory and estimated step time of each recipe on TPU pods.
+"""Write the tables of docs/pods.md: memory and estimated time of each recipe, and of generation,
+on TPU pods.
 
     python scripts/pods.py --figures figures.json               # needs libtpu; minutes a row
     python scripts/pods.py --figures figures.json --only v5e    # some rows; keeps the others
@@ -13,9 +14,11 @@ import argparse
 import json
 import struct
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,10 +27,14 @@ from easyaira import cli
 from easyaira.algorithms.dpo import dpo_algorithm
 from easyaira.algorithms.sft import sft_algorithm
 from easyaira.config.run import TrainDPO, TrainSFT
+from easyaira.distributed import mesh as meshes
 from easyaira.distributed.chips import memory_of, pod
+from easyaira.generation.processors import Sampling
+from easyaira.generation.sampler import Sampler
 from easyaira.hf.table import pair_rows
+from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
-from easyaira.plan import cost
+from easyaira.plan import cost, decoding
 from easyaira.plan import report as plan_report
 from easyaira.train.setup import prepare
 
@@ -78,6 +85,28 @@ ROWS = [
     Row("aira-2-1b1", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
     Row("aira-2-1b5", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
 ]
+
+
+class Generation(NamedTuple):
+    """A row of the table of generation, in bfloat16."""
+
+    model: str
+    topology: str
+    mesh: str
+    rows: int
+    slots: int
+
+
+GENERATIONS = [
+    Generation("TinyLlama 1.1B", "v5e:1x1", "dp=1,fsdp=1,tp=1", 64, 2048),
+    Generation("TinyLlama 1.1B", "v5e:2x2", "dp=4,fsdp=1,tp=1", 256, 2048),
+    Generation("TinyLlama 1.1B", "v5e:2x2", "dp=1,fsdp=4,tp=1", 256, 2048),
+    Generation("TinyLlama 1.1B", "v5e:2x2", "dp=1,fsdp=1,tp=4", 256, 2048),
+    Generation("Llama 2 7B", "v5e:2x4", "dp=1,fsdp=1,tp=8", 64, 1024),
+    Generation("Llama 2 7B", "v5p:2x2x1", "dp=1,fsdp=1,tp=4", 64, 2048),
+    Generation("Llama 2 7B", "v5p:2x2x1", "dp=4,fsdp=1,tp=1", 64, 2048),
+]
+GENERATING = {"TinyLlama 1.1B": TINY_LLAMA, "Llama 2 7B": LLAMA_7B}
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
@@ -162,7 +191,7 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
         "used": measured.program.temporaries,
         "needed": measured.program.memory,
         "there": memory_of(setup.mesh.devices.flat[0]),
-        "fits": plan_report.fits(setup, measured.program)[0],
+        "fits": plan_report.fits(setup.mesh.devices.flat[0], measured.program)[0],
         "moved": moved,
         "communication": measured.moved(),
         "sizes": measured.sizes,
@@ -170,6 +199,45 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
         "compiled": measured.program.seconds,
         "failures": measured.failures,
     }
+
+
+def generation_figures(row: Generation) -> dict[str, Any]:
+    """Figures of a row of the table of generation."""
+    mesh = meshes.make_mesh(row.mesh, pod(row.topology))
+    compute = Compute(dtype=jnp.dtype("bfloat16"))
+    model = model_of(GENERATING[row.model], "config.json", compute, scorer=False)
+    cost = decoding.measure(Sampler(model, Sampling(end_ids=(2,))), mesh, row.rows, row.slots)
+    print(row, decoding.show(cost, mesh), sep="\n", flush=True)
+    device = mesh.devices.flat[0]
+    return {
+        "weights": cost.weights,
+        "cache": cost.cache,
+        "used": cost.program.temporaries,
+        "needed": cost.program.memory,
+        "there": memory_of(device),
+        "fits": plan_report.fits(device, cost.program)[0],
+        "moved": cost.moved,
+        "seconds": cost.seconds(mesh),
+        "compiled": cost.program.seconds,
+    }
+
+
+GENERATION_COLUMNS = (
+    "model, pod, mesh, rows x slots, weights (GiB), keys and values (GiB), in a step (GiB), of "
+    "(GiB), sent by a device per token (MiB), estimated ms per token of all rows, compiled in (s)"
+).split(", ")
+
+
+def generation_line(row: Generation, result: dict[str, Any]) -> str:
+    """Format a row of the table of generation."""
+    sizes = [f"{result[name] / 2**30:.1f}" for name in ("weights", "cache", "used")]
+    if not result["fits"]:
+        sizes[2] = f"{result['needed'] / 2**30:.1f} in all, does not fit"
+    return (
+        f"| {row.model} | {row.topology} | {row.mesh} | {row.rows} x {row.slots:,} "
+        f"| {' | '.join(sizes)} | {result['there'] / 2**30:.1f} | {result['moved'] / 2**20:,.0f} "
+        f"| {result['seconds'] * 1e3:.2g} | {result['compiled']:.0f} |"
+    )
 
 
 COLUMNS = (
@@ -210,13 +278,34 @@ def main() -> None:
             if key not in known and given.only in key:
                 known[key] = figures(row, Path(work))
                 given.figures.write_text(json.dumps(known, indent=1))
-    lines = [line(row, known[key]) for row in ROWS if (key := " ".join(map(str, row))) in known]
+    for row in GENERATIONS:
+        key = " ".join(map(str, row))
+        if key not in known and given.only in key:
+            known[key] = generation_figures(row)
+            given.figures.write_text(json.dumps(known, indent=1))
     page = given.page.read_text()
-    before, _, after = page.partition("<!-- table -->\n")
-    after = after.partition("<!-- end of table -->")[2]
-    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    page = filled(page, "table", COLUMNS, ROWS, line, known)
+    page = filled(page, "generation", GENERATION_COLUMNS, GENERATIONS, generation_line, known)
+    given.page.write_text(page)
+
+
+def filled(
+    page: str,
+    name: str,
+    columns: list[str],
+    rows: Sequence[Any],
+    line: Callable[[Any, dict[str, Any]], str],
+    known: dict[str, dict[str, Any]],
+) -> str:
+    """A page with its table of this name filled, unless none of its rows is known."""
+    lines = [line(row, known[key]) for row in rows if (key := " ".join(map(str, row))) in known]
+    if not lines:
+        return page
+    before, _, after = page.partition(f"<!-- {name} -->\n")
+    after = after.partition(f"<!-- end of {name} -->")[2]
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     table = "\n".join([*head, *lines])
-    given.page.write_text(f"{before}<!-- table -->\n{table}\n<!-- end of table -->{after}")
+    return f"{before}<!-- {name} -->\n{table}\n<!-- end of {name} -->{after}"
 
 
 if __name__ == "__main__":

@@ -235,25 +235,34 @@ def test_checkpoints_of_another_command_do_not_replace_a_damaged_configuration(
     assert f"error: {run}/config.yaml: " in err and "no checkpoint in" in err
 
 
-@pytest.mark.parametrize(
-    "text", ["", "null", "{}", "[1]", '[{"prompt": 1}]', '[{"rows": "x"}]', "[[]]", "\x00" * 20]
-)
-def test_damaged_answers_are_left_out(text, tmp_path, capsys):
-    samples = Samples.__new__(Samples)
-    samples.file, samples.rows = tmp_path / "samples.json", [{"prompt": "p", "wanted": "w"}]
-    samples.file.write_text(text)
-    samples._recall()
-    assert samples.rows == [{"prompt": "p", "wanted": "w"}]
-    assert str(samples.file) in capsys.readouterr().out
-
-
-def test_the_answers_to_other_prompts_are_left_out(tmp_path):
+def recalled(tmp_path, text, *prompts):
+    """Rows of a run that goes on after update 4."""
     samples = Samples.__new__(Samples)
     samples.file = tmp_path / "samples.json"
-    samples.rows = [{"prompt": p, "wanted": "w"} for p in ("a", "b")]
-    samples.file.write_text(json.dumps([{"prompt": "b", "wanted": "w", "before": "x"}]))
-    samples._recall()
-    assert samples.rows == [{"prompt": "a", "wanted": "w"}] + json.loads(samples.file.read_text())
+    samples.rows = [{"prompt": p, "wanted": "w", "answers": {}} for p in prompts]
+    samples.file.write_text(text)
+    samples._recall(4)
+    return samples.rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "null", "{}", "[1]", '[{"prompt": 1}]', '[{"rows": "x"}]', "[[]]", "\x00" * 20),
+        '[{"prompt": "p", "wanted": "w", "answers": {"x": "y"}}]',
+        '[{"prompt": "p", "wanted": "w", "answers": {"0": 1}}]',
+        '[{"prompt": "p", "wanted": "w", "answers": {"' + "9" * 5000 + '": "y"}}]',
+    ],
+)
+def test_damaged_answers_are_left_out(text, tmp_path, capsys):
+    assert recalled(tmp_path, text, "p") == [{"prompt": "p", "wanted": "w", "answers": {}}]
+    assert str(tmp_path / "samples.json") in capsys.readouterr().out
+
+
+def test_answers_to_other_prompts_and_of_lost_updates_are_left_out(tmp_path):
+    saved = [{"prompt": "b", "wanted": "w", "answers": {"0": "x", "4": "y", "6": "z"}}]
+    rows = recalled(tmp_path, json.dumps(saved), "a", "b")
+    assert [row["answers"] for row in rows] == [{}, {"0": "x", "4": "y"}]
 
 
 # ---------------------------------------------------------------------------------------------

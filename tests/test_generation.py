@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyaira import generate
 from easyaira.data.template import Template
-from easyaira.errors import ConfigError, DataError
+from easyaira.errors import ConfigError, DataError, Preempted
 from easyaira.export import hf_config
 from easyaira.generation import settings
 from easyaira.generation.chat import CUT
 from easyaira.generation.processors import Sampling
-from easyaira.generation.sampler import Answer
 from easyaira.generation.sampler import generate as answers_of
 from easyaira.run import samples
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.processes import call, start
-from helpers.runs import configure
+from helpers.runs import configure, same_bits, stop_after, train
 
 PROMPT = "what do you"
 
@@ -354,28 +354,20 @@ def setup_of(gpt2, tmp_path):
     return setup_of
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The end tokens that samples ask for."""
-    asked = []
-    answers = [Answer([], [], "length")] * 2
-    monkeypatch.setattr(
-        samples, "generate", lambda *given: asked.append(list(given[-1].end_ids)) or answers
-    )
-    return asked
+def end_ids_of_samples(setup, folder):
+    return samples.Samples(setup, folder / "samples.json").make_sampler().sampling.end_ids
 
 
-def test_samples_and_release_end_where_the_models_files_say(setup_of, tmp_path, asked):
+def test_samples_and_release_end_where_the_models_files_say(setup_of, tmp_path):
     setup = setup_of(tiny.sft_rows(8), eos_token_id=[7, 0])
-    samples.Samples(setup, tmp_path / "samples.json").answer("before", None)
-    assert asked == [[0, 7]] == [hf_config.released(setup).config["eos_token_id"]]
+    assert end_ids_of_samples(setup, tmp_path) == (0, 7)
+    assert hf_config.released(setup).config["eos_token_id"] == [0, 7]
 
 
-def test_samples_end_where_config_json_says_too(setup_of, tmp_path, asked):
+def test_samples_end_where_config_json_says_too(setup_of, tmp_path):
     setup = setup_of(tiny.sft_rows(8), eos_token_id=0)
     setup.origin.config["eos_token_id"] = [0, 9]
-    samples.Samples(setup, tmp_path / "samples.json").answer("before", None)
-    assert asked == [[0, 9]]
+    assert end_ids_of_samples(setup, tmp_path) == (0, 9)
 
 
 def test_a_release_with_new_tokens_ends_at_its_own(setup_of):
@@ -383,6 +375,40 @@ def test_a_release_with_new_tokens_ends_at_its_own(setup_of):
         tiny.sft_rows(8), "--data.template=aira", "--model.resize=mean", eos_token_id=7
     )
     assert hf_config.released(setup).config["eos_token_id"] == 301
+
+
+def test_samples_at_every_evaluation_change_no_bit_and_survive_a_stop(gpt2, tmp_path, monkeypatch):
+    rows = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(40))
+    options = {"data.eval": 0.1, "max_steps": 4, "eval_steps": 2}
+
+    def weights(name, count):
+        trained = train("sft", gpt2, rows, tmp_path / name, num_samples=count, **options)
+        return trained[1]
+
+    def sampled(name):
+        return json.loads((tmp_path / name / "samples.json").read_text())
+
+    plain = weights("plain", 0)
+    assert not (tmp_path / "plain/samples.json").exists()
+    same_bits(weights("whole", 2), plain)
+    whole = sampled("whole")
+    assert [list(row["answers"]) for row in whole] == [["0", "2", "4"]] * 2
+    assert whole[0]["answers"]["0"] != whole[0]["answers"]["4"]
+    board = EventAccumulator(str(tmp_path / "whole/tensorboard")).Reload()
+    shown = [
+        (text.step, text.tensor_proto.string_val[0].decode()) for text in board.Tensors("answers/1")
+    ]
+    wanted = [f"{whole[0]['prompt']}\n\n{text}" for text in whole[0]["answers"].values()]
+    literal = ["".join(f"    {line}\n" for line in text.splitlines()) for text in wanted]
+    assert shown == list(zip((0, 2, 4), literal, strict=True))
+
+    with monkeypatch.context() as patch:  # a signal while the answers after update 2 are sampled
+        stop_after(patch, 2, samples.Sampler, "weights")
+        with pytest.raises(Preempted):
+            weights("stopped", 2)
+    assert [list(row["answers"]) for row in sampled("stopped")] == [["0"]] * 2
+    same_bits(weights("stopped", 2), plain)
+    assert sampled("stopped") == whole
 
 
 def test_samples_leave_out_examples_without_a_prompt(setup_of, tmp_path):

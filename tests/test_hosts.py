@@ -216,7 +216,7 @@ def test_two_hosts_are_one_run_that_continues_on_any_others(ground, tmp_path, de
     last = [*few[:1], "--mesh=fsdp=2,tp=2", "--num_samples=1"]
     ended = hosts(2, 2, two, command(ground, two, steps, *last))
     assert ended.statuses == [0, 0], ended
-    assert json.loads((two / "samples.json").read_text())[0]["after"]
+    assert json.loads((two / "samples.json").read_text())[0]["answers"]["8"]
     assert "bit for bit" in ended.out[0] and "PyTorch logits within" in ended.out[0]
     for folder in (two, *copies.values()):
         assert losses(folder).keys() == losses(alone).keys()

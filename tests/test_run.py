@@ -71,9 +71,9 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, pic
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing is fetched from elsewhere
     report = json.loads((sft / "data_report.json").read_text())
     assert report["train"]["read"] == 40 == report["train"]["kept"]
-    assert {"prompt", "wanted", "before", "after"} == json.loads(
-        (sft / "samples.json").read_text()
-    )[0].keys()
+    sampled = json.loads((sft / "samples.json").read_text())
+    assert [list(row["answers"]) for row in sampled] == [["0", "4"]] * 2
+    assert "<th>wanted</th><th>before</th><th>update 4</th>" in page
 
     hf = {path.name for path in (sft / "hf").iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "README.md",

@@ -98,6 +98,28 @@ def largest_update(prompts: Examples, *, answers: int, longest: int) -> Examples
     return of_tokens(tokens, [[np.zeros(longest, np.int32)]] * answers, prompts.rows[order])
 
 
+def make_sampler(setup: Setup) -> Sampler:
+    """Sampler of the roll-outs."""
+    config: TrainRL = setup.config
+    files = {} if config.model.tokenizer else files_of(setup.origin)
+    sampling = Sampling(
+        max_new_tokens=int(config.rl.max_completion_length),
+        temperature=config.rl.temperature,
+        top_k=int(config.rl.top_k),
+        top_p=config.rl.top_p,
+        end_ids=tuple(end_ids(setup.template, files, setup.model.vocab_size)),
+    )
+    return Sampler(setup.model, sampling, rows=ROWS * meshes.data_shards(setup.mesh))
+
+
+def largest_cache(setup: Setup) -> tuple[int, int]:
+    """Rows and slots that the cache of a roll-out has at most."""
+    config: TrainRL = setup.config
+    lengths = np.sort(np.diff(setup.data.train.bounds[:, :2])[:, 0])
+    longest = lengths[-(config.answers // config.rl.num_generations) :].tolist()
+    return make_sampler(setup).largest_cache(longest, int(config.rl.num_generations))
+
+
 class Rollouts:
     """Makes the batches of an on-policy run; see train.loader.Stored for the interface.
 
@@ -119,16 +141,7 @@ class Rollouts:
         )
         reward.check(self.questions)
         self.reward = reward.load()
-        files = {} if config.model.tokenizer else files_of(setup.origin)
-        sampling = Sampling(
-            max_new_tokens=int(self.rl.max_completion_length),
-            temperature=self.rl.temperature,
-            top_k=int(self.rl.top_k),
-            top_p=self.rl.top_p,
-            end_ids=tuple(end_ids(setup.template, files, setup.model.vocab_size)),
-        )
-        shards = meshes.data_shards(setup.mesh)
-        self.sampler = Sampler(setup.model, sampling, rows=ROWS * shards)
+        self.sampler = make_sampler(setup)
         self.score = make_logps(setup.model, config)
         self.reference: Any = None
         if self.rl.beta:

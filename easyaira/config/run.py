@@ -162,7 +162,7 @@ class RunConfig:
     logging_steps: Count = 10
     """Log metrics every N updates, averaged over them."""
     num_samples: CountOrZero = 4
-    """Number of held-out prompts to answer before and after training, for report.html."""
+    """Number of held-out prompts to answer at every evaluation, for report.html and TensorBoard."""
     seed: Seed = 42
     """Random seed of the data order, the held-out split, random weights and dropout."""
     mesh: str = "dp=1,fsdp=-1,tp=1"

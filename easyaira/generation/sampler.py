@@ -105,6 +105,18 @@ class Sampler:
             )
         return min(self.sampling.max_new_tokens, positions - length)
 
+    def largest_cache(self, lengths: Sequence[int], num_samples: int = 1) -> tuple[int, int]:
+        """Rows and slots that the cache has at most, for prompts of these lengths.
+
+        Raises:
+            DataError: a prompt leaves no room for an answer.
+        """
+        rows = _power(min(len(lengths) * num_samples, self.rows))
+        # the newest token is not in the cache, and no row that has its last one is decoded
+        longest = max(length + max(self.limit(length) - 2, 0) for length in set(lengths))
+        slots = max(longest + 1, max(lengths) + self.steps)  # it grows when it is full, see `fit`
+        return rows, _rounded(slots, FEWEST_SLOTS)
+
     def answers(
         self,
         weights: Weights,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.tree import by_path
 from easyaira.plan import cost
@@ -108,12 +110,11 @@ def show(setup: Setup, plan: Plan) -> str:
             f"memory per device: {held:,.0f} MiB held (weights, optimizer, batch), {used:,.0f} MiB "
             "in a step"
         ]
-    return "\n".join([*lines, fits(setup, program)[1]])
+    return "\n".join([*lines, fits(device, program)[1]])
 
 
-def fits(setup: Setup, program: Program) -> tuple[bool, str]:
-    """Whether a step fits in a device's memory, and a sentence that says so."""
-    device = setup.mesh.devices.flat[0]
+def fits(device: Any, program: Program) -> tuple[bool, str]:
+    """Whether a program fits in a device's memory, and a sentence that says so."""
     needed, room = f"{program.memory / 2**30:,.2f} GiB", memory_of(device)
     if program.refused:
         return False, f"does not fit: {program.refused}"

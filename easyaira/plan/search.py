@@ -64,7 +64,9 @@ def search(setup: Setup, algorithm: Algorithm) -> Iterator[str]:
         if any(_needs_more(candidate.setup, other) for other in refused):
             continue
         tried = prepare(candidate.setup.config, algorithm, devices)
-        fits, words = plan_report.fits(tried, cost.measure(tried, algorithm).program)
+        fits, words = plan_report.fits(
+            tried.mesh.devices.flat[0], cost.measure(tried, algorithm).program
+        )
         yield f"search  {candidate.flags()}: about {candidate.seconds:,.3g} s; {words}"
         if fits:
             yield f"propose {candidate.flags()}"

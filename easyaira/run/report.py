@@ -1,4 +1,4 @@
-"""report.html of a run: curves, answers before and after training, configuration."""
+"""report.html of a run: curves, answers at every evaluation, configuration."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SHOWN_UPDATES = 6  # whose answers are shown
 BODY = """{{ table(["", ""], facts) }}
 <h2>Curves</h2>
 {{ curves }}
-{% if samples %}<h2>Answers to held-out prompts</h2>
-{{ table(columns, samples) }}
+{% if samples[1] %}<h2>Answers to held-out prompts</h2>
+<div class="wide">{{ table(*samples) }}</div>
 {% endif %}{% if completions %}<h2>Answers in training and their rewards</h2>
 {{ table(["update", "prompt", "answer", "reward"], completions) }}
 {% endif %}<h2>Configuration</h2>
@@ -76,24 +76,22 @@ def write(
     *,
     title: str,
     facts: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
+    samples: tuple[Sequence[str], Sequence[Sequence[str]]],
     completions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write report.html into a run folder, from its metrics.jsonl and config.yaml.
 
     Args:
         facts: name -> value, for the table at the top.
-        samples: one dictionary per prompt; their keys are the columns of the table.
+        samples: head and rows of the table of answers.
         completions: rows of a completions.jsonl; those of a few updates are shown.
     """
-    columns = list(dict.fromkeys(column for sample in samples for column in sample))
     content = pages.page(
         title,
         BODY,
         facts=facts.items(),
         curves=pages.svg(figure(log.read(folder / "metrics.jsonl"))),
-        columns=columns,
-        samples=[[sample.get(column, "") for column in columns] for sample in samples],
+        samples=samples,
         completions=list(_spread(completions)),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )

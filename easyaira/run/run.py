@@ -22,7 +22,7 @@ from easyaira.errors import ConfigError
 from easyaira.export import adapter_base, release
 from easyaira.export.hf_config import Facts, released
 from easyaira.export.records import Records
-from easyaira.plan import cost
+from easyaira.plan import cost, decoding
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
 from easyaira.plan.search import search
@@ -95,6 +95,10 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     print("plan    compiling the largest update; takes minutes for a large model", flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         print(plan_report.plan(setup, algorithm), flush=True)
+        if algorithm.on_policy:
+            rows, slots = rollouts.largest_cache(setup)
+            sampler = rollouts.make_sampler(setup)
+            print(decoding.cache_line(sampler, setup.mesh, rows, slots), flush=True)
         for line in search(setup, algorithm) if dry_run.search else ():
             print(line, flush=True)
 
@@ -148,9 +152,6 @@ def _updates(
         state = resume_state(step, params, opt_state, setup.mesh)
         window = metrics.Window(saved["window"])
     beginning = algorithm.begin(setup, trainable.weights(params), folder, step is None)
-    samples = Samples(setup, folder / "samples.json")
-    if step is None:
-        samples.answer("before", trainable.weights(params))
     del params  # donated by the first update
     until, mesh = setup.total_steps, setup.mesh
     batches = replace(setup.batches, known=beginning.known)
@@ -166,6 +167,7 @@ def _updates(
     log = NoLog()
     if hosts.first():
         log = Log(folder, start, until, window.unmeasured, window.logged)
+    samples = Samples(setup, folder / "samples.json", start, log.texts)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     options = trainable.compiler_options
     train_step = steps.jit_train_step(loss_fn, setup.tx, state, options)
@@ -183,6 +185,7 @@ def _updates(
                 every=config.eval_steps,
                 until=until,
                 summary=algorithm.summary,
+                answer=samples,
                 stop=stop,
             ),
             record=Record(
@@ -218,9 +221,8 @@ def _updates(
 
 
 def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
-    """Sample answers, write the report and export the model."""
+    """Write the report and export the model."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    samples.answer("after", setup.trainable.weights(params))
     if hosts.first():
         write_report(setup, samples)
     setup.trainable.free()
@@ -259,6 +261,6 @@ def write_report(setup: Setup, samples: Samples) -> None:
             "updates": f"{setup.total_steps} of {config.train_batch_size} examples",
             "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
         },
-        samples=samples.rows,
+        samples=samples.table(),
         completions=rollouts.read(Path(config.output_dir) / rollouts.COMPLETIONS),
     )

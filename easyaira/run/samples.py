@@ -1,16 +1,17 @@
-"""Answers to a few held-out prompts, before and after training."""
+"""Answers to a few held-out prompts, before training and at every evaluation."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from easyaira.distributed import hosts
+from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError
 from easyaira.files import read_json, write_file
 from easyaira.generation.processors import Sampling
-from easyaira.generation.sampler import generate
+from easyaira.generation.sampler import Answer, Sampler
 from easyaira.generation.settings import end_ids, files_of
 from easyaira.train.setup import Setup
 
@@ -21,54 +22,97 @@ class Samples:
     """The first held-out prompts (training prompts if nothing is held out) and their answers.
 
     Args:
-        file: samples.json of the run folder; answers of an interrupted run are kept.
+        file: samples.json of the run folder; its answers up to `start` are kept.
+        start: update that the run starts from.
+        show: gets the number of an update, and prompts with answers by name.
+
+    Attributes:
+        rows: for each prompt `prompt`, `wanted` and `answers`: text by number of updates.
     """
 
-    def __init__(self, setup: Setup, file: Path):
-        self.setup, self.file = setup, file
+    def __init__(
+        self,
+        setup: Setup,
+        file: Path,
+        start: int = 0,
+        show: Callable[[int, Mapping[str, str]], None] = lambda *_: None,
+    ):
+        self.setup, self.file, self.show = setup, file, show
         shown = setup.data.held_out or setup.data.train
         self.prompts, self.rows = [], []
         bounds = shown.bounds[shown.bounds[:, 1] > shown.bounds[:, 0]]  # not without a prompt
         for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
-            self.prompts.append(shown.tokens[prompt:answer])
+            self.prompts.append(shown.tokens[prompt:answer].tolist())
             text = setup.template.text
-            self.rows.append(
-                {
-                    "prompt": text(shown.tokens[prompt:answer]),
-                    "wanted": text(shown.tokens[answer:end]),
-                }
-            )
-        if hosts.first() and file.exists():
-            self._recall()
+            row = {
+                "prompt": text(shown.tokens[prompt:answer]),
+                "wanted": text(shown.tokens[answer:end]),
+            }
+            self.rows.append(row | {"answers": {}})
+        if hosts.first() and file.exists() and start:
+            self._recall(start)
+        self.sampler: Sampler | None = None  # compiled once
 
-    def _recall(self) -> None:
+    def _recall(self, start: int) -> None:
         """Take over the answers of an interrupted run to the same prompts."""
         try:
             saved = read_json(self.file, list, error=StorageError)
-            if not all(isinstance(row, dict) and _texts(row) for row in saved):
+            if not all(isinstance(row, dict) and _fits(row) for row in saved):
                 raise StorageError(f"{self.file}: expected prompts and answers")
         except StorageError as error:
-            print(f"warning: {error}; answers before training are left out", flush=True)
+            print(f"warning: {error}; its answers are left out", flush=True)
             return
         for row in self.rows:
-            row |= next((old for old in saved if row.items() <= old.items()), {})
+            for old in saved:
+                if (old["prompt"], old["wanted"]) == (row["prompt"], row["wanted"]):
+                    answers = old["answers"].items()
+                    row["answers"] = {n: text for n, text in answers if int(n) <= start}
 
-    def answer(self, when: str, params: Any) -> None:
-        """Answer all prompts greedily with these weights, and save the answers."""
+    def __call__(self, number: int, params: Any, stopping: Callable[[], bool]) -> bool:
+        """Answer all prompts greedily with the weights after `number` updates, and save the
+        answers; False if `stopping` has interrupted it."""
         if not self.prompts:
-            return
+            return True
+        if self.sampler is None:
+            self.sampler = self.make_sampler()
+        watchdog.beat("sampling answers")
+        answers: dict[int, Answer] = {}
+        weights = self.sampler.weights(self.setup.trainable.weights(params))
+        for i, answer in self.sampler.answers(weights, self.prompts):
+            watchdog.beat(f"sampling answer {len(answers) + 1} of {len(self.prompts)}")
+            if stopping():
+                return False
+            answers[i] = answer
+        for i, row in enumerate(self.rows):
+            row["answers"][str(number)] = self.setup.template.text(answers[i].content)
+        if hosts.first():
+            write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
+            texts = [f"{row['prompt']}\n\n{row['answers'][str(number)]}" for row in self.rows]
+            self.show(number, {f"answers/{i}": text for i, text in enumerate(texts, 1)})
+        return True
+
+    def make_sampler(self) -> Sampler:
         setup = self.setup
         foreign = setup.config.model.tokenizer is not None  # the files have ids of another one
         files = {} if foreign else files_of(setup.origin)
         ends = end_ids(setup.template, files, setup.model.vocab_size)
-        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, end_ids=tuple(ends))
-        answers = generate(setup.model, params, self.prompts, sampling)
-        for row, answer in zip(self.rows, answers, strict=True):
-            row[when] = self.setup.template.text(answer.content)
-        if hosts.first():
-            write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
+        return Sampler(setup.model, Sampling(max_new_tokens=SAMPLE_TOKENS, end_ids=tuple(ends)))
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of a table: a row for each prompt, a column for each evaluation."""
+        numbers = sorted({int(n) for row in self.rows for n in row["answers"]})
+        head = ["prompt", "wanted", *(f"update {n}" if n else "before" for n in numbers)]
+        rows = [
+            [row["prompt"], row["wanted"], *(row["answers"].get(str(n), "") for n in numbers)]
+            for row in self.rows
+        ]
+        return head, rows
 
 
-def _texts(row: dict[str, Any]) -> bool:
-    known = {"prompt", "wanted", "before", "after"}
-    return row.keys() <= known and all(isinstance(text, str) for text in row.values())
+def _fits(row: dict[str, Any]) -> bool:
+    answers = row.get("answers")
+    if row.keys() != {"prompt", "wanted", "answers"} or not isinstance(answers, dict):
+        return False
+    texts = [row["prompt"], row["wanted"], *answers.values()]
+    numbers = all(n.isdecimal() and len(n) < 10 for n in answers)
+    return numbers and all(isinstance(text, str) for text in texts)

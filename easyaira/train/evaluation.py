@@ -1,4 +1,4 @@
-"""Metrics of the held-out examples."""
+"""Metrics of the held-out examples, and answers to a few of them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Evaluate:
         step: (params, frozen, arrays) -> (sums, per-example values).
         held_out: examples in micro-batches; None: no evaluation.
         summary: further metrics, over all examples together.
+        answer: (number of updates, params, whether to stop) -> False if interrupted; answers
+            prompts, before the first update and after the last even if nothing is held out.
         stop: checked after each batch; interrupts the evaluation.
     """
 
@@ -41,18 +43,20 @@ class Evaluate:
         every: int,
         until: int,
         summary: Summary | None = None,
+        answer: Callable[[int, Any, Callable[[], bool]], bool],
         stop: Stop,
     ):
         self.step, self.held_out, self.mesh = step, held_out, mesh
         self.every, self.until = every, until
-        self.summary, self.stop = summary, stop
+        self.summary, self.answer, self.stop = summary, answer, stop
 
     def due(self, number: int) -> bool:
-        return self.held_out is not None and due(number, self.every, self.until)
+        every = self.every if self.held_out is not None else 0
+        return due(number, every, self.until)
 
-    def __call__(self, params: Any, frozen: Any) -> Evaluation:
+    def __call__(self, number: int, params: Any, frozen: Any) -> Evaluation:
         """Average over all held-out examples; skipped if the run is about to stop."""
-        if self.stop.stopping:
+        if self.stop.stopping or not self.answer(number, params, self.stop.look_now):
             return Evaluation({}, complete=False)
         if self.held_out is None:
             return Evaluation({})

@@ -37,10 +37,12 @@ class Log:
         self, folder: Path, step: int, total: int, unmeasured: bool, logged: int | None = None
     ):
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
+        self._metadata, self._tensor = SummaryMetadata, TensorProto
         self.path = folder / "metrics.jsonl"
         rows, damaged = parse(self.path)
         kept = [row for row in rows if row["step"] <= step] if step else []
@@ -110,8 +112,7 @@ class Log:
             for name, value in values.items()
             if value is not None
         ]
-        event = self._event(step=step, wall_time=time.time(), summary=self._summary(value=scalars))
-        self._board.add_event(event)
+        self._add(step, scalars)
         shown = (
             "loss",
             "tokens_per_second",
@@ -127,6 +128,21 @@ class Log:
                 f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None
             )
         )
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Give texts to TensorBoard, which shows Markdown: here as literal text."""
+        plugin = self._metadata.PluginData(plugin_name="text")
+        values = []
+        for name, text in texts.items():
+            literal = "".join(f"    {line}\n" for line in text.splitlines())
+            tensor = self._tensor(dtype="DT_STRING", string_val=[literal.encode()])
+            metadata = self._metadata(plugin_data=plugin)
+            values.append(self._summary.Value(tag=name, metadata=metadata, tensor=tensor))
+        self._add(step, values)
+
+    def _add(self, step: int, values: list[Any]) -> None:
+        summary = self._summary(value=values)
+        self._board.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
 
     def advance(self, steps: int) -> None:
         self._bar.update(steps)
@@ -150,6 +166,9 @@ class NoLog:
     """Log of the processes that do not write."""
 
     def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
+        pass
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
         pass
 
     def advance(self, steps: int) -> None:

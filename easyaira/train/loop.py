@@ -46,7 +46,7 @@ def fit(
     number = start = int(state.step)
     problem = None
     if record.wants_evaluation(start):
-        record.before(start, evaluate(state.params, frozen))
+        record.before(start, evaluate(start, state.params, frozen))
     while number < until:
         try:
             ready = source(number, state.params)
@@ -63,7 +63,7 @@ def fit(
         stop.look(number)
         if evaluate.due(number):
             record.pause()
-            record.evaluation(number, evaluate(state.params, frozen))
+            record.evaluation(number, evaluate(number, state.params, frozen))
         if save.due(number) or stop.stopping:
             save(number, state, record.to_save())
         if stop.stopping:
