@@ -44,6 +44,7 @@ setup(
         "s3": ["s3fs>=2026.4"],
         "energy": ["codecarbon>=3.3"],
         "eval": ["lm-eval>=0.4.13"],
+        "backtranslation": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],
         "dev": [
             "beartype~=0.23.1",
             "codecarbon>=3.3",
@@ -54,7 +55,9 @@ setup(
             "pre-commit>=4.0",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
+            "rouge-score>=0.1.2",
             "ruff~=0.17.6",
+            "sacrebleu>=2.6",
             "torch>=2.9,<3",
         ],
     },

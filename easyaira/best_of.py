@@ -5,13 +5,10 @@ python -m easyaira.best_of runs/aira-2-124m --prompts in.jsonl --reward runs/jud
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from easyaira import cli, generate
-from easyaira.errors import ConfigError, DataError, StorageError, escaped
+from easyaira.errors import ConfigError, DataError, escaped
 
 AIRA = {"num_samples": 5, "temperature": 0.6, "top_k": 50, "top_p": 0.6}  # its rejection sampling
 
@@ -53,7 +50,7 @@ def main(argv: list[str]) -> None:
     from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
     from easyaira.distributed import mesh as meshes
-    from easyaira.files import reason, write_file
+    from easyaira.generation import sets
     from easyaira.rewards import best_of
     from easyaira.rewards.model import RewardModel
 
@@ -63,47 +60,29 @@ def main(argv: list[str]) -> None:
     reward = RewardModel(args.reward, mesh, args.dtype)
     toxicity = args.toxicity and RewardModel(args.toxicity, mesh, args.dtype)
     settings = {
-        "reward": reward.origin.location(),
-        "toxicity": toxicity and toxicity.origin.location(),
+        "reward model": reward.origin.location(),
+        "toxicity model": toxicity and toxicity.origin.location(),
     }
-    best_of.check_folder(folder, settings)
+    sets.check_folder(folder, settings)
     for place, messages in best_of.questions(args.prompts):
         try:
             reward.check(messages)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / best_of.SETTINGS, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
-    generate.main([args.model, f"--prompts={args.prompts}", *flags(args, folder / best_of.ANSWERS)])
+    sets.begin(folder, settings)
+    generate.main(generate.file_flags(args, args.prompts, folder / best_of.ANSWERS))
     if (folder / best_of.SCORED).exists():
         print(f"{escaped(args.output)}: all answers are scored")
         return
     models = [model.load() for model in (reward, toxicity) if model]
-    try:
+    with sets.writing(folder):
         counts = best_of.write(folder, args.num_samples, models)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
     rows = ", ".join(f"{name} {count:,}" for name, count in counts.items() if type(count) is int)
     print(f"{escaped(args.output)}: {rows}")
     print(
         f"mean score {counts['mean score of all']:.4g} of all answers, "
         f"{counts['mean score of the best']:.4g} of the best"
     )
-
-
-def flags(args: Any, output: Path) -> Iterator[str]:
-    """The command line of `generate` for the answers."""
-    from easyaira.generation.settings import NUMBERS
-
-    yield f"--output={output}"
-    yield from (f"--stop={text}" for text in args.stop or [])
-    for name in (*NUMBERS, "num_samples", "template", "seed", "batch_size", "mesh"):
-        if getattr(args, name) is not None:
-            yield f"--{name}={getattr(args, name)}"
-    yield f"--dtype={args.dtype}"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,17 @@ def sampling_options(parser: Any) -> None:
     cli.computing_options(parser)
 
 
+def file_flags(args: Any, prompts: Any, output: Any) -> list[str]:
+    """The command line that answers a file, for commands with the options of this one."""
+    from easyaira.generation.settings import NUMBERS
+
+    flags = [args.model, f"--prompts={prompts}", f"--output={output}", f"--dtype={args.dtype}"]
+    flags += [f"--stop={text}" for text in args.stop or []]
+    names = (*NUMBERS, "num_samples", "template", "seed", "batch_size", "mesh")
+    given = {name: getattr(args, name, None) for name in names}
+    return flags + [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
 def check(args: Any) -> None:
     """Check the options against each other.
 
@@ -111,6 +122,21 @@ def check(args: Any) -> None:
         raise ConfigError("--stop: found an empty text, expected one")
 
 
+def load(args: Any, devices: Any = None) -> tuple[Any, Any]:
+    """The model on `devices` (default: all), its weights unread, and the options of sampling."""
+    from easyaira.generation.settings import NUMBERS
+    from easyaira.loaded import LoadedModel
+    from easyaira.storage import pretrained
+
+    origin = pretrained.find(args.model)
+    loaded = LoadedModel(
+        origin, mesh=args.mesh, dtype=args.dtype, template=args.template, devices=devices
+    )
+    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    stops = {"stop_strings": tuple(args.stop)} if args.stop else {}
+    return loaded, loaded.sampling(**given, **stops)
+
+
 def main(argv: list[str]) -> None:
     args = cli.parse_args(parser(), argv)
     check(args)
@@ -122,21 +148,9 @@ def main(argv: list[str]) -> None:
     from easyaira.distributed.chips import pod
     from easyaira.generation import prompts
     from easyaira.generation.chat import CUT, chat
-    from easyaira.generation.settings import NUMBERS
-    from easyaira.loaded import LoadedModel
-    from easyaira.storage import pretrained
 
-    origin = pretrained.find(args.model)
-    loaded = LoadedModel(
-        origin,
-        mesh=args.mesh,
-        dtype=args.dtype,
-        template=args.template,
-        devices=args.topology and pod(args.topology),
-    )
+    loaded, sampling = load(args, args.topology and pod(args.topology))
     template = loaded.template
-    given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
-    sampling = loaded.sampling(**given, **({"stop_strings": tuple(args.stop)} if args.stop else {}))
     sampler = loaded.sampler(sampling, args.batch_size, 1 if args.chat else None)
 
     def text(answer):
@@ -145,7 +159,7 @@ def main(argv: list[str]) -> None:
     keep_compiled(DataConfig(train=""))
     if args.prompts:
         settings = {
-            "model": origin.location(),
+            "model": loaded.origin.location(),
             "template": args.template,
             "dtype": args.dtype,
         }

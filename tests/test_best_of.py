@@ -14,6 +14,7 @@ from easyaira import best_of
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import WeightsError
+from easyaira.generation.sets import COUNTS, SETTINGS
 from easyaira.rewards import best_of as sets
 from easyaira.rewards.best_of import Candidate, select
 from easyaira.rewards.model import RewardModel
@@ -162,7 +163,7 @@ def made(ground, tmp_path_factory):
 
 def test_every_answer_is_scored_and_counted(made, ground):
     scored, sft, dpo = (lines(made / name) for name in (sets.SCORED, sets.SFT, sets.DPO))
-    counts = json.loads((made / sets.COUNTS).read_text())
+    counts = json.loads((made / COUNTS).read_text())
     assert [row["sample"] for row in scored] == [0, 1, 2, 3] * 3
     assert [row.get("id") for row in scored] == [7] * 4 + [None] * 8
     assert counts["prompts"] == 3 and counts["scored.jsonl"] == 12
@@ -211,7 +212,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(
     folder, calls = tmp_path / "best", []
     if stage == "answers":
         folder.mkdir()
-        for name in (sets.SETTINGS, f"{sets.ANSWERS}.settings.json", sets.ANSWERS):
+        for name in (SETTINGS, f"{sets.ANSWERS}.settings.json", sets.ANSWERS):
             content = (made / name).read_bytes()
             content = content[: len(content) // 2] if name == sets.ANSWERS else content
             (folder / name).write_bytes(content)

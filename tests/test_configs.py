@@ -220,6 +220,7 @@ def test_every_configuration_has_its_case():
         *CASES,
         *REWARD,
         "backward-llama-2-7b",
+        "humpback-llama-2-7b",
     }
 
 
@@ -384,6 +385,18 @@ def test_reward_models_have_the_published_sizes_and_train(name, tmp_path, monkey
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/hf")
     assert model.num_labels == 1 and model.config.id2label == {0: "REWARD"}
     run_usage(tmp_path / "run/hf")
+
+
+def test_humpback_has_the_published_schedule(tmp_path):
+    name, case = "humpback-llama-2-7b", BACKWARD
+    argv = argv_of(name, folder_of(case, name, tmp_path / "base"), "--mesh=fsdp=-1")
+    config, _ = cli.parse(TrainSFT, argv)
+    resolved = find(config, make_mesh(config.mesh))
+    assert resolved.model.parameter_count() == case.parameters
+    total = updates(config, len(Batches(examples(3200), config.train_batch_size)))
+    schedule = optimizer.make_schedule(config.optimizer, total)
+    assert total == 500 and {float(schedule(n)) for n in (0, 250, 500)} == {1e-5}
+    assert config.optimizer.weight_decay == config.model.dropout == 0.1
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from easyaira import __main__, cli, quickstart
+from easyaira.backtranslation import curate
 from easyaira.config.run import TrainReward, TrainRL
 from easyaira.distributed import chips
 from easyaira.distributed import mesh as meshes
@@ -27,7 +28,14 @@ from helpers import tasks, tiny
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING = ("train_sft", "train_dpo", "train_reward", "train_rl", "inspect")
-PARSED = ("convert", "generate", "evaluate", "best_of", *TRAINING)  # whose parser is asked
+PARSED = (
+    "convert",
+    "generate",
+    "evaluate",
+    "best_of",
+    "backtranslate",
+    *TRAINING,
+)  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
 
 
@@ -221,8 +229,9 @@ def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
 def ground(tmp_path_factory):
     """A tiny model of each kind, and rows for each command."""
     root = tmp_path_factory.mktemp("ground")
-    for kind in ("gpt2", "llama"):
-        tiny.save(root / kind, tiny.CONFIGS[kind])
+    roomy = {"max_position_embeddings": 1024}  # for the rubric of a judge
+    for kind, config in {"gpt2": {}, "llama": roomy}.items():
+        tiny.save(root / kind, tiny.CONFIGS[kind] | config)
     chat = tiny.tokenizer()
     chat.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}{{ eos_token }}"
     chat.save_pretrained(root / "llama")
@@ -232,10 +241,10 @@ def ground(tmp_path_factory):
     texts = [
         {"harmless": r["chosen"] + str(i), "harmful": r["rejected"]} for i, r in enumerate(pairs)
     ]
-    guanaco = [{"text": f"### Human: what {i}?### Assistant: yes"} for i in range(24)]
+    guanaco = [{"text": f"### Human: what {i}?### Assistant: yes {i}"} for i in range(24)]
     for name, rows in {
         "train_sft": tiny.sft_rows(24), "train_dpo": pairs, "train_reward": pairs,
-        "harmful": texts, "guanaco": guanaco,
+        "harmful": texts, "guanaco": guanaco, "web": [{"text": "yes"}, {"text": "the capital"}],
     }.items():  # fmt: skip
         tiny.write_rows(root / f"{name}.jsonl", rows)
     return root
@@ -268,6 +277,28 @@ def shrunk(module: str, arguments: list[str], ground: Path) -> list[str]:
     return arguments + overrides
 
 
+def like_backtranslation(arguments: list[str], ground: Path) -> list[str]:
+    """The same arguments with tiny data, a file of a shrunken configuration, and short answers."""
+    arguments = list(arguments)
+    for option, name in {"--data": "guanaco", "--texts": "web"}.items():
+        at = arguments.index(option) + 1 if option in arguments else 0
+        if at and not Path(arguments[at]).exists():
+            arguments[at] = str(ground / f"{name}.jsonl")
+    if "--held_out" in arguments:
+        arguments[arguments.index("--held_out") + 1] = "4"
+    if "--config" in arguments:
+        at = arguments.index("--config") + 1
+        content = yaml.safe_load(Path(arguments[at]).read_text())
+        content["model"] |= {"name_or_path": str(ground / "llama"), "dropout": 0}
+        content["data"]["max_length"] = 512
+        content |= {"max_steps": 2, "train_batch_size": 4, "gradient_accumulation_steps": 1}
+        arguments[at] = "shrunk.yaml"
+        Path("shrunk.yaml").write_text(yaml.safe_dump(content | {"num_samples": 0}))
+    if arguments[0] == "reverse":
+        return arguments
+    return [*arguments, "--max_new_tokens=20", "--temperature=3", "--stop=e", "--stop=a"]
+
+
 def newest(source: str) -> str:
     """RUN/checkpoints/STEP with the step that a shortened run has reached."""
     path = Path(source)
@@ -282,6 +313,8 @@ def run(command: Command, ground: Path) -> None:
         arguments = shrunk(module, arguments, ground)
     if module == "best_of":  # an untrained model ends no answer by itself
         arguments += ["--max_new_tokens=20", "--temperature=3", "--stop=e", "--stop=a"]
+    if module == "backtranslate":
+        arguments = like_backtranslation(arguments, ground)
     if module == "generate":
         arguments += ["--max_new_tokens=4"]
     if module == "evaluate" and "--data" in arguments:
@@ -308,7 +341,12 @@ NEEDED = {  # what pages say was done before
     ],
     "docs/release.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
 }
-PACKAGES = {"docs/evaluate.md": "lm_eval", "docs/lora.md": "peft", "docs/release.md": "codecarbon"}
+PACKAGES = {
+    "docs/backtranslate.md": "sacrebleu",
+    "docs/evaluate.md": "lm_eval",
+    "docs/lora.md": "peft",
+    "docs/release.md": "codecarbon",
+}
 RUN = [page for page in PAGES if page.name not in (*RECORDS, "CONTRIBUTING.md")]
 
 
@@ -321,6 +359,7 @@ def test_the_commands_of_a_page_run_one_after_another(page, ground, tmp_path, mo
     monkeypatch.setattr(
         torch_check, "compare_logits", lambda *_, **__: {"compared": False, "why": ""}
     )
+    monkeypatch.setattr(curate, "score_of", lambda reply: 5)  # an untrained judge gives none
     monkeypatch.setitem(quickstart.MODEL, "n_layer", 1)
     monkeypatch.setitem(quickstart.MODEL, "n_embd", 16)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from easyaira import (
+    backtranslate,
     best_of,
     convert,
     evaluate,
@@ -35,6 +36,10 @@ COMMANDS = {
     "selftest": selftest.main,
     "verify": verify.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),
+    **{
+        f"backtranslate {step}": lambda argv, step=step: backtranslate.main([step, *argv])
+        for step in backtranslate.STEPS
+    },
     "convert to_hf": lambda argv: convert.main(["to_hf", *argv]),
 }
 

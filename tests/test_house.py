@@ -39,7 +39,8 @@ FLOORS = """
     loaded
     in_python
     train_sft train_dpo train_reward train_rl inspect convert generate verify
-    evaluate best_of quickstart
+    backtranslation/
+    evaluate best_of backtranslate quickstart
     selftest
     __main__
 """
@@ -292,6 +293,7 @@ def cpu_seconds(code):
         "generate",
         "evaluate",
         "best_of",
+        "backtranslate",
         "verify",
         "quickstart",
     ],

@@ -225,13 +225,22 @@ def _context(
     return [(starts[n], starts[n + 1]) for n, turn in enumerate(answered) if turn in unlearned]
 
 
-def _reversed(messages: list[columns.Message]) -> list[columns.Message]:
-    """Swap the first question and its answer: p(x|y) of Li et al. (2023), Self-Alignment with
-    Instruction Backtranslation."""
+def first_exchange(messages: Sequence[columns.Message]) -> tuple[str, str]:
+    """The first question of a conversation, and its answer.
+
+    Raises:
+        Dropped: it begins with something else.
+    """
     turns = [message for message in messages if message["role"] in ("user", "assistant")]
     if [message["role"] for message in turns[:2]] != ["user", "assistant"]:
         raise Dropped("does not begin with a question and its answer")
-    asked, answered = (message["content"] for message in turns[:2])
+    return turns[0]["content"], turns[1]["content"]
+
+
+def _reversed(messages: Sequence[columns.Message]) -> list[columns.Message]:
+    """Swap the first question and its answer: p(x|y) of Li et al. (2023), Self-Alignment with
+    Instruction Backtranslation."""
+    asked, answered = first_exchange(messages)
     return [{"role": "user", "content": answered}, {"role": "assistant", "content": asked}]
 
 

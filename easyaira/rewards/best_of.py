@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +12,11 @@ from tqdm import tqdm
 
 from easyaira.config.data import Source
 from easyaira.data import columns, sources
-from easyaira.errors import ConfigError, DataError
-from easyaira.files import read_json, write_file
+from easyaira.errors import DataError
+from easyaira.generation.sets import new_sets, rows_of, write_counts
 from easyaira.rewards.model import RewardModel
 
 ANSWERS, SCORED, SFT, DPO = "answers.jsonl", "scored.jsonl", "sft.jsonl", "dpo.jsonl"
-COUNTS, SETTINGS = "counts.json", "settings.json"
 PROMPTS = 64  # scored at a time
 
 
@@ -70,25 +67,6 @@ def select(
     return best, worst
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder of another command.
-
-    Raises:
-        ConfigError: it was made with other scorers, or holds other files.
-    """
-    record = folder / SETTINGS
-    if not record.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"output: {folder} is not empty; name another folder")
-        return
-    before = read_json(record)
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ConfigError(
-                f"output: {folder} was made with another {name} model; name another folder"
-            )
-
-
 def questions(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Place and messages of each prompt of a file.
 
@@ -113,14 +91,10 @@ def write(folder: Path, num_samples: int, models: Sequence[RewardModel]) -> Mapp
     counts: Counter = Counter()
     sums = {"all": 0.0, "the best": 0.0}
     names = (DPO, SFT, SCORED)  # the last one to be renamed says that all are there
-    with ExitStack() as opened:
-        files = {
-            name: opened.enter_context(open(folder / f"{name}.new", "w", encoding="utf-8"))
-            for name in names
-        }
+    with new_sets(folder, names) as write_row:
 
         def put(name: str, row: Mapping[str, Any]) -> None:
-            files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            write_row(name, row)
             counts[name] += 1
 
         for messages, rows, candidates in scored(folder / ANSWERS, num_samples, models):
@@ -137,12 +111,10 @@ def write(folder: Path, num_samples: int, models: Sequence[RewardModel]) -> Mapp
             if best and worst:
                 pair = {"chosen": best.text, "rejected": worst.text}
                 put(DPO, prompt | pair | _scores(best, "chosen_") | _scores(worst, "rejected_"))
-    of = {"all": counts[SCORED], "the best": counts[SFT]}
-    means = {f"mean score of {name}": total / max(of[name], 1) for name, total in sums.items()}
-    numbers = {name: counts[name] for name in ("prompts", *names)} | dict(counts) | means
-    write_file(folder / COUNTS, json.dumps(numbers, indent=2) + "\n")
-    for name in names:
-        (folder / f"{name}.new").rename(folder / name)
+        of = {"all": counts[SCORED], "the best": counts[SFT]}
+        means = {f"mean score of {name}": total / max(of[name], 1) for name, total in sums.items()}
+        numbers = {name: counts[name] for name in ("prompts", *names)} | dict(counts) | means
+        write_counts(folder, numbers)
     return numbers
 
 
@@ -156,24 +128,23 @@ def scored(
 ) -> Iterator[tuple[list[columns.Message], list[dict[str, Any]], list[Candidate]]]:
     """Messages of each prompt, the rows of its answers, and these as Candidates."""
     reward, *rest = models
-    with open(path, encoding="utf-8") as lines:
-        rows = map(json.loads, lines)
-        bar = tqdm(desc="scoring", unit=" answers", disable=None)
-        while chunk := list(islice(rows, num_samples * PROMPTS)):
-            asked = [columns.question(columns.Record(row)) for row in chunk]
-            texts = [row["generated"] for row in chunk]
-            conversations = [
-                [*messages, {"role": "assistant", "content": text}]
-                for messages, text in zip(asked, texts, strict=True)
-            ]
-            scores = reward.of_answers(conversations)
-            toxicity = rest[0].of_texts(texts) if rest else [None] * len(texts)
-            bar.update(len(chunk))
-            candidates = [
-                Candidate(text, row["finish_reason"], float(s), None if t is None else float(t))
-                for text, row, s, t in zip(texts, chunk, scores, toxicity, strict=True)
-            ]
-            for start in range(0, len(chunk), num_samples):
-                part = slice(start, start + num_samples)
-                yield asked[start], chunk[part], candidates[part]
-        bar.close()
+    rows = rows_of(path)
+    bar = tqdm(desc="scoring", unit=" answers", disable=None)
+    while chunk := list(islice(rows, num_samples * PROMPTS)):
+        asked = [columns.question(columns.Record(row)) for row in chunk]
+        texts = [row["generated"] for row in chunk]
+        conversations = [
+            [*messages, {"role": "assistant", "content": text}]
+            for messages, text in zip(asked, texts, strict=True)
+        ]
+        scores = reward.of_answers(conversations)
+        toxicity = rest[0].of_texts(texts) if rest else [None] * len(texts)
+        bar.update(len(chunk))
+        candidates = [
+            Candidate(text, row["finish_reason"], float(s), None if t is None else float(t))
+            for text, row, s, t in zip(texts, chunk, scores, toxicity, strict=True)
+        ]
+        for start in range(0, len(chunk), num_samples):
+            part = slice(start, start + num_samples)
+            yield asked[start], chunk[part], candidates[part]
+    bar.close()

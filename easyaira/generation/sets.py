@@ -1,0 +1,82 @@
+"""Folders of sets: files of rows that an interrupted command goes on to write.
+
+A set appears under its name when it is whole, so a set that is there need not be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from easyaira.errors import ConfigError, StorageError
+from easyaira.files import read_json, reason, write_file
+
+SETTINGS, COUNTS = "settings.json", "counts.json"
+Put = Callable[[str, Mapping[str, Any]], None]
+
+
+def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder of another command.
+
+    Args:
+        settings: name, as in the message, and value of everything that decides the sets.
+
+    Raises:
+        ConfigError: it was made with other settings, or holds other files.
+    """
+    record = folder / SETTINGS
+    if not record.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"output: {folder} is not empty; name another folder")
+        return
+    before = read_json(record)
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ConfigError(f"output: {folder} was made with another {name}; name another folder")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Errors of the disk inside name the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Create a folder that `check_folder` lets pass, with its settings."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+
+@contextmanager
+def new_sets(folder: Path, names: Sequence[str]) -> Iterator[Put]:
+    """Yield `put(name, row)`; the sets appear, in this order, when all rows are written."""
+    with ExitStack() as opened:
+        files = {
+            name: opened.enter_context(open(folder / f"{name}.new", "w", encoding="utf-8"))
+            for name in names
+        }
+
+        def put(name: str, row: Mapping[str, Any]) -> None:
+            files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        yield put
+    for name in names:
+        (folder / f"{name}.new").rename(folder / name)
+
+
+def write_counts(folder: Path, counts: Mapping[str, Any]) -> None:
+    """Write counts.json."""
+    write_file(folder / COUNTS, json.dumps(counts, indent=2) + "\n")
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a set."""
+    with open(path, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
