@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from easyaira import cli
-from easyaira.config.algorithms import DPOConfig, RewardConfig, SFTConfig
+from easyaira.config.algorithms import RewardConfig, SFTConfig
+from easyaira.config.dpo import DPOConfig
 from easyaira.config.model import PolicyConfig
 from easyaira.config.run import RunConfig
 from easyaira.errors import StorageError, escaped

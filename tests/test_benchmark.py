@@ -17,7 +17,7 @@ from benchmarks.lengths import Kind
 
 from easyaira.algorithms import sft
 from easyaira.algorithms.dpo import dpo
-from easyaira.config.algorithms import DPOConfig
+from easyaira.config.dpo import DPOConfig
 from easyaira.data.batches import Batches
 from easyaira.distributed import mesh as meshes
 from easyaira.models.registry import model_of

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyaira.config.algorithms import SMOOTHED_LOSSES
+from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.config.dpo import LOSSES, SMOOTHED_LOSSES, DPOConfig
+from easyaira.errors import ConfigError
 from easyaira.losses import preference, token_logps
 
 ROWS, LENGTH, WIDTH, VOCAB, COLUMNS = 3, 17, 8, 100, 128
@@ -186,7 +189,7 @@ def formula(loss, h_w, h_l, beta, e, n_w, n_l):
         return torch.clamp(1 - m, min=0)
     if loss == "robust":
         return (-(1 - e) * s(m) + e * s(-m)) / (1 - 2 * e)
-    if loss == "sigmoid_norm":
+    if loss in ("sigmoid_norm", "dpo_norm"):
         return -s(beta * (h_w / n_w - h_l / n_l))
     if loss == "apo_zero":
         return (1 - torch.sigmoid(beta * h_w)) + torch.sigmoid(beta * h_l)
@@ -198,7 +201,26 @@ def formula(loss, h_w, h_l, beta, e, n_w, n_l):
         return (p * (p.log() - q.log())).sum(0)
     if loss == "nca_pair":
         return -s(beta * h_w) - 0.5 * s(-beta * h_w) - 0.5 * s(-beta * h_l)
+    if loss == "bco_pair":
+        return -torch.log(torch.sigmoid(beta * h_w)) - torch.log(1 - torch.sigmoid(beta * h_l))
+    if loss == "sppo_hard":
+        return (h_w - 0.5 / beta) ** 2 + (h_l + 0.5 / beta) ** 2
+    if loss == "dpop":
+        return -s(m - beta * 2.0 * torch.clamp(-h_w, min=0))
+    if loss == "discopop":
+        mixed = torch.sigmoid(m / 0.05)
+        return (1 - mixed) * -s(m) + mixed * torch.exp(-m)
+    if loss == "simpo":
+        return -s(beta * h_w / n_w - beta * h_l / n_l - 0.7)
+    if loss == "orpo":
+        p_w, p_l = torch.exp(h_w / n_w), torch.exp(h_l / n_l)
+        odds = (p_w / (1 - p_w)) / (p_l / (1 - p_l))
+        return -beta * torch.log(odds / (1 + odds))
     raise KeyError(loss)
+
+
+OPTIONS = {"dpop": {"dpop_lambda": 2.0}, "simpo": {"simpo_gamma": 0.7}}
+OPTIONS |= {loss: {"label_smoothing": 0.1} for loss in SMOOTHED_LOSSES}
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.8])
@@ -206,9 +228,11 @@ def formula(loss, h_w, h_l, beta, e, n_w, n_l):
 def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
     rng = np.random.default_rng(0)
     logratios = rng.normal(0, 3, (50, 2))
+    if LOSSES[loss].reference == "none":  # log-probabilities
+        logratios = -np.abs(logratios)
     lengths = rng.integers(1, 9, (50, 2)).astype(float)
-    e = 0.1 if loss in SMOOTHED_LOSSES else 0.0
-    kwargs = {"label_smoothing": e} if e else {}
+    kwargs = OPTIONS.get(loss, {})
+    e = kwargs.get("label_smoothing", 0.0)
 
     def ours(logratios):
         return preference.preference_loss(
@@ -251,22 +275,103 @@ def test_ipo_does_not_change_when_answers_are_doubled_token_by_token():
     np.testing.assert_allclose(once, twice, rtol=1e-6)
 
 
-def test_a_loss_takes_label_smoothing_if_and_only_if_the_configuration_says_so():
-    takes = {
-        name
-        for name, loss in preference.PREFERENCE_LOSSES.items()
-        if loss.smoothed and "label_smoothing" in inspect.signature(loss.function).parameters
+def test_the_configuration_and_the_losses_have_the_same_names_and_options():
+    assert LOSSES.keys() - {"sft"} == preference.PREFERENCE_LOSSES.keys()
+    for name, loss in preference.PREFERENCE_LOSSES.items():
+        taken = inspect.signature(loss.function).parameters
+        assert set(loss.options) <= taken.keys()
+        assert ("label_smoothing" in loss.options) == LOSSES[name].smoothed
+    assert {name for loss in preference.PREFERENCE_LOSSES.values() for name in loss.options} <= {
+        field.name for field in fields(DPOConfig)
     }
-    assert takes == set(SMOOTHED_LOSSES)
 
 
 @pytest.mark.parametrize("loss", preference.PREFERENCE_LOSSES)
 def test_losses_are_finite_far_out(loss):
     logratios = jnp.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]])
-    kwargs = {"label_smoothing": 0.1} if loss in SMOOTHED_LOSSES else {}
 
     def total(x):
-        return preference.preference_loss(loss, x, jnp.ones((3, 2)), beta=0.1, **kwargs).sum()
+        ones = jnp.ones((3, 2))
+        return preference.preference_loss(loss, x, ones, beta=0.1, **OPTIONS.get(loss, {})).sum()
 
     value, grads = jax.value_and_grad(total)(logratios)
     assert jnp.isfinite(value) and jnp.isfinite(grads).all()
+
+
+@pytest.mark.parametrize(
+    "kind, alpha",
+    [("reverse_kl", 0.5), ("forward_kl", 0.5), ("js_divergence", 0.5)]
+    + [("alpha_divergence", alpha) for alpha in (0.5, 1.0, 1.5)],
+)
+def test_divergences_are_the_derivatives_of_their_functions(kind, alpha):
+    """Of f with D = E_ref[f(pi / pi_ref)], up to a constant; and their gradients."""
+
+    def f(u):
+        if kind == "reverse_kl" or alpha == 1.0:
+            return u * torch.log(u)
+        if kind == "forward_kl":
+            return -torch.log(u)
+        if kind == "js_divergence":
+            return u * torch.log(u) - (u + 1) * torch.log((u + 1) / 2)
+        return (u**alpha - alpha * u) / (alpha * (alpha - 1))
+
+    h = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
+    u = torch.exp(h)
+    (slope,) = torch.autograd.grad(f(u).sum(), u, create_graph=True)
+    (wanted_grad,) = torch.autograd.grad(slope.sum(), h)
+    slope = slope.detach().numpy()
+
+    def ours(h):
+        return preference.divergence_score(kind, h, alpha=alpha)
+
+    inputs = jnp.asarray(h.detach().numpy(), jnp.float32)
+    score = ours(inputs)
+    np.testing.assert_allclose(score - score[6], slope - slope[6], rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda x: ours(x).sum())(inputs)
+    np.testing.assert_allclose(grads, wanted_grad, rtol=1e-5, atol=1e-5)
+    far = ours(jnp.array([-1e4, 1e4]))
+    assert jnp.isfinite(far).all()
+
+
+def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
+    """MPO: 0.8 sigmoid + 0.2 bco_pair + 1.0 sft, Wang et al. (2024), eq. 2."""
+    rng = np.random.default_rng(0)
+    logps, ref = -np.abs(rng.normal(0, 9, (6, 2))), -np.abs(rng.normal(0, 9, (6, 2)))
+    lengths = rng.integers(1, 9, (6, 2)).astype(float)
+    config = DPOConfig(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], label_smoothing=0.1)
+    ones = jnp.ones((6, 2))
+    scores = PairScores(*(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones)))
+    total, count = dpo_sums(scores, jnp.asarray(ref, jnp.float32), config)["loss"]
+    h_w, h_l = (logps - ref).T
+    m = 0.1 * (h_w - h_l)
+    log_s = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
+    wanted = 0.8 * (-0.9 * log_s(m) - 0.1 * log_s(-m))
+    wanted += 0.2 * (-log_s(0.1 * h_w) - log_s(-0.1 * h_l)) - logps[:, 0] / lengths[:, 0]
+    assert float(total / count) == pytest.approx(wanted.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "aot"}, "aot sorts the margins of the whole batch"),
+        ({"loss_type": "aot_pair"}, "aot_pair sorts"),
+        ({"loss_type": ["sigmoid", "aot_unpaired"]}, "aot_unpaired sorts"),
+        ({"loss_type": "tr_dpo"}, "tr_dpo moves the reference"),
+        ({"loss_type": "sigmod"}, "'sigmod' is unknown; choose from sigmoid"),
+        ({"loss_type": "sft"}, "sft alone compares no answers"),
+        ({"loss_type": []}, "sft alone compares no answers"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
+        ({"loss_type": "simpo"}, "simpo has no reference; set dpo.reference none"),
+        ({"loss_type": "dpop", "reference": "none"}, "dpop needs a reference"),
+        ({"loss_type": "orpo", "reference": "none"}, "set dpo.sft_weight to 1"),
+        ({"loss_type": "apo_zero", "f_divergence_type": "forward_kl"}, "apo_zero has reverse_kl"),
+        (
+            {"reference": "none", "f_divergence_type": "js_divergence"},
+            "sigmoid without a reference has reverse_kl only",
+        ),
+        ({"loss_type": "dpop", "label_smoothing": 0.1}, "dpop has no smoothing"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DPOConfig(**options)

@@ -111,6 +111,36 @@ def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
             assert row["rewards/accuracies"] == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_losses_without_a_reference_follow_a_torch_loop_and_compute_none(models, data, tmp_path):
+    """SimPO with the likelihood of the chosen answers, packed and accumulated."""
+    options = {"dpo.loss_type": "[simpo, sft]", "dpo.loss_weights": "[1.0, 0.5]"}
+    options |= {"dpo.reference": "none", "dpo.beta": 2.0, "max_steps": 4}
+    args = ("dpo", models / "llama", data)
+    rows, params = train(*args, tmp_path / "run", gradient_accumulation_steps=4, **options)
+    plain, plain_params = train(*args, tmp_path / "plain", **{"data.packing": False}, **options)
+    np.testing.assert_allclose(losses_of(rows), losses_of(plain), atol=1e-5)
+    close(params, plain_params, 1e-4)
+    assert not (tmp_path / "run" / "reference.json").exists() and rows[0]["step"] == 1
+    model = tiny.torch_model(tiny.CONFIGS["llama"])
+    adamw = torch_adamw(model)
+    batches = torch_batches("dpo", models / "llama", data, tmp_path / "x", **options)
+    for step, (pairs, row) in enumerate(zip(batches, rows, strict=False)):
+        means = torch.stack(
+            [
+                torch.stack([torch_logps(model, prompt, a).mean() for a in answers])
+                for prompt, answers in pairs
+            ]
+        )
+        rewards = 2.0 * means
+        margins = rewards[:, 0] - rewards[:, 1]
+        loss = (-F.logsigmoid(margins - 0.5) - 0.5 * means[:, 0]).mean()
+        torch_step(model, adamw, loss, torch_rate(step, 4))
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert row["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
+        assert row["nll_loss"] == pytest.approx(-means[:, 0].mean().item(), abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------
 # the same run in other ways
 

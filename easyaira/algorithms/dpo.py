@@ -15,7 +15,7 @@ from easyaira.algorithms import reference as references
 from easyaira.algorithms import reference_cache
 from easyaira.algorithms.reference import reference_model
 from easyaira.algorithms.reference_cache import check_equal
-from easyaira.config.algorithms import DPOConfig
+from easyaira.config.dpo import DPOConfig
 from easyaira.config.run import TrainDPO
 from easyaira.data.batches import LAYOUT
 from easyaira.data.recipe import recipe_of
@@ -58,11 +58,13 @@ def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None 
     """Preference loss over the `pairs` pairs of a micro-batch.
 
     The reference's log-probabilities are the batch's `ref_logps`. If `reference` is given, the step
-    computes them from the frozen weights instead."""
+    computes them from the frozen weights instead. Losses without a reference take none."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         policy = pair_scores(model, params, batch, pairs=pairs, key=key)
-        if reference is None:
+        if config.reference == "none":
+            ref_logps = jnp.zeros_like(policy.logps)
+        elif reference is None:
             ref_logps = batch["ref_logps"]
         else:
             ref_logps = pair_scores(reference, frozen, batch, pairs=pairs).logps
@@ -76,14 +78,23 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
     """Sums and counts of the loss and metrics over pairs."""
     real = (policy.lengths[:, 0] > 0).astype(jnp.float32)  # the last update may have fewer pairs
     logratios = policy.logps - ref_logps
-    loss = preference.preference_loss(
-        config.loss_type,
-        logratios,
-        policy.lengths,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
+    scores = preference.divergence_score(
+        config.f_divergence_type, logratios, alpha=config.f_alpha_divergence_coef
     )
+    loss = jnp.zeros_like(real)
+    for name, weight in config.losses.items():
+        loss += weight * preference.preference_loss(
+            name,
+            scores,
+            policy.lengths,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            simpo_gamma=config.simpo_gamma,
+            dpop_lambda=config.dpop_lambda,
+        )
     rewards = config.beta * jax.lax.stop_gradient(logratios)
+    if config.reference == "none":
+        rewards /= preference.divisor(config.losses, policy.lengths)
     margins = rewards[:, 0] - rewards[:, 1]
     tokens = policy.lengths.sum(0)
 
@@ -101,17 +112,19 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
         "logits/rejected": (policy.logits[:, 1].sum(), tokens[1]),
         "mean_token_accuracy": (policy.top1[:, 0].sum(), tokens[0]),
     }
-    if config.sft_weight:
+    if config.nll_weight:
         # Pang et al. (2024), Iterative Reasoning Preference Optimization, eq. 2: per chosen token
         nll = -policy.logps[:, 0] / jnp.maximum(policy.lengths[:, 0], 1)
-        loss = loss + config.sft_weight * nll
+        loss = loss + config.nll_weight * nll
         sums["nll_loss"] = over_pairs(nll)
     return {"loss": over_pairs(loss)} | sums
 
 
 def dpo_algorithm(config: TrainDPO) -> Algorithm:
     """DPO, as `run` expects an algorithm."""
-    in_step = not config.dpo.precompute_ref_log_probs
+    compared = config.dpo.reference == "model"
+    in_step = compared and not config.dpo.precompute_ref_log_probs
+    stored = compared and config.dpo.precompute_ref_log_probs
     return Algorithm(
         recipe=lambda max_length: recipe_of("pair", config.data, max_length),
         loss_fn=lambda setup: dpo(
@@ -122,7 +135,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         ),
         frozen=lambda setup: reference_model(setup) if in_step else None,
         begin=begin,
-        known=lambda setup: {} if in_step else {"ref_logps": (2,)},
+        known=lambda setup: {"ref_logps": (2,)} if stored else {},
     )
 
 
@@ -133,6 +146,8 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         ConfigError: policy and reference have the same weights but differ in log-probabilities.
     """
     config: TrainDPO = setup.config
+    if config.dpo.reference == "none":
+        return Beginning()
     own = config.model.ref_name_or_path is None
     score = make_score(setup.model, setup.micro_batch)
     score_ref = score if own else make_score(reference_model(setup), setup.micro_batch)

@@ -10,14 +10,11 @@ from typing import Literal
 from easyaira.config.ranges import (
     CountOrZero,
     Decay,
-    HalfShare,
     NonNegative,
     Positive,
     Share,
 )
 from easyaira.errors import ConfigError
-
-SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
 
 
 @dataclass(frozen=True)
@@ -31,45 +28,6 @@ class SFTConfig:
     """After the prompt, put loss only on the assistant's turns; false: on every turn."""
     last_turn_only: bool = False
     """Put loss only on the last answer of a conversation; everything before it is the prompt."""
-
-
-@dataclass(frozen=True)
-class DPOConfig:
-    """Direct preference optimisation."""
-
-    loss_type: Literal[
-        "sigmoid",
-        "ipo",
-        "ipo_sum",
-        "hinge",
-        "robust",
-        "sigmoid_norm",
-        "apo_zero",
-        "apo_down",
-        "exo_pair",
-        "nca_pair",
-    ] = "sigmoid"
-    """Preference loss; easyaira/losses/preference.py gives the formula and paper of each."""
-    beta: Positive = 0.1
-    """Strength of the penalty that keeps the policy close to the reference."""
-    label_smoothing: HalfShare = 0.0
-    """Assumed share of pairs with a wrong label (sigmoid, robust, exo_pair)."""
-    sft_weight: NonNegative = 0.0
-    """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
-    precompute_ref_log_probs: bool = True
-    """Compute the reference's log-probabilities once before training; false: in every step."""
-
-    def __post_init__(self):
-        if self.label_smoothing and self.loss_type not in SMOOTHED_LOSSES:
-            raise ConfigError(
-                f"dpo.label_smoothing: {self.loss_type} has no smoothing; set it to 0, or use "
-                f"one of {', '.join(SMOOTHED_LOSSES)}"
-            )
-        if self.loss_type == "exo_pair" and not self.label_smoothing:
-            raise ConfigError(
-                "dpo.label_smoothing: exo_pair needs a value above 0, such as 0.001, because it "
-                "takes its logarithm"
-            )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def _number(name: str, kind: type, words: str, *bounds: tuple[str, float]) -> An
 
 
 NonNegative = _number("NonNegative", float, "a number from 0 to 3e38", (">=", 0.0), ("<=", LARGEST))
+Number = _number("Number", float, "a number from -3e38 to 3e38", (">=", -LARGEST), ("<=", LARGEST))
 Positive = _number(
     "Positive", float, "a number above 0 (1e-37 to 3e38)", (">=", SMALLEST), ("<=", LARGEST)
 )

@@ -11,8 +11,9 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from easyaira.config.algorithms import DPOConfig, OptimizerConfig, RewardConfig, SFTConfig
+from easyaira.config.algorithms import OptimizerConfig, RewardConfig, SFTConfig
 from easyaira.config.data import DataConfig
+from easyaira.config.dpo import DPOConfig
 from easyaira.config.model import LoraConfig, ModelConfig, PolicyConfig
 from easyaira.config.ranges import Count, CountOrZero, MaxSteps, Positive, Seed, TopP
 from easyaira.config.rl import RLConfig
@@ -223,7 +224,12 @@ class TrainDPO(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _refuse_dropout(self, "DPO")
+        if self.dpo.reference == "none" and self.model.ref_name_or_path is not None:
+            raise ConfigError(
+                "model.ref_name_or_path: unused with dpo.reference none; leave it out"
+            )
+        if self.dpo.reference == "model":
+            _refuse_dropout(self, "DPO")
 
 
 @dataclass(frozen=True)

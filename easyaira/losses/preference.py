@@ -5,7 +5,7 @@ a loss, write a function and add a line to PREFERENCE_LOSSES."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -52,6 +52,9 @@ def pair_sums(
 
 # Preference losses. `chosen` and `rejected` are log-ratios log pi(y|x) - log pi_ref(y|x), written
 # h_w and h_l below; s is the sigmoid, e is label_smoothing, |y| is the number of learned tokens.
+# Without a reference they are log pi(y|x): `sigmoid` is then the preference term of CPO, Xu et al.
+# (2024), Contrastive Preference Optimization, eq. 3, and `hinge` that of SLiC on likelihoods, Zhao
+# et al. (2023), SLiC-HF, eq. 1, with 1 / beta as the margin.
 
 
 def sigmoid(
@@ -123,24 +126,99 @@ def nca_pair(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
     return -jax.nn.log_sigmoid(good) - repelled / 2
 
 
+def bco_pair(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
+    """-log s(beta h_w) - log s(-beta h_l): Jung et al. (2024), Binary Classifier Optimization,
+    theorem 2, without the running mean of rewards, as TRL 1.16 has it: the mean would make a loss
+    depend on other micro-batches."""
+    return -jax.nn.log_sigmoid(beta * chosen) - jax.nn.log_sigmoid(-beta * rejected)
+
+
+def sppo_hard(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
+    """(h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2: Wu et al. (2024), Self-Play Preference
+    Optimization, eq. 4.7, where the chosen answer wins with probability 1."""
+    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+
+
+def dpop(chosen: PerPair, rejected: PerPair, *, beta: float, dpop_lambda: float) -> PerPair:
+    """-log s(beta (h_w - h_l - lambda max(0, -h_w))): Pal et al. (2024), Smaug, eq. 3."""
+    fallen = jax.nn.relu(-chosen)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected - dpop_lambda * fallen))
+
+
+def discopop(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
+    """(1 - s(m / t)) (-log s(m)) + s(m / t) exp(-m) with m = beta (h_w - h_l) and t = 0.05: Lu et
+    al. (2024), Discovering Preference Optimization Algorithms with LLMs, eq. 5."""
+    margin = beta * (chosen - rejected)
+    scaled = margin / 0.05
+    exponential = jnp.exp(jax.nn.log_sigmoid(scaled) - margin)  # exp(-m) alone may overflow
+    return exponential - jax.nn.sigmoid(-scaled) * jax.nn.log_sigmoid(margin)
+
+
+def simpo(chosen: PerPair, rejected: PerPair, *, beta: float, simpo_gamma: float) -> PerPair:
+    """-log s(beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|) - gamma): Meng et al. (2024),
+    SimPO, eq. 6."""
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - simpo_gamma)
+
+
+def orpo(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
+    """-beta log s(log odds(y_w) - log odds(y_l)) with odds(y) = p / (1 - p) and log p = log
+    pi(y|x) / |y|: the term L_OR of Hong et al. (2024), ORPO, eq. 7, with its weight."""
+
+    def log_odds(logps: jax.Array) -> jax.Array:
+        logps = jnp.minimum(logps, -1e-6)  # a probability of 1 has no odds
+        return logps - jnp.log(-jnp.expm1(logps))
+
+    return -beta * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+# Divergences: f'(pi / pi_ref) takes the place of h = log(pi / pi_ref), up to a constant that
+# cancels between two answers: Wang et al. (2023), Beyond Reverse KL, theorem 1. Exponents stop at
+# 80, before float32 overflows.
+
+
+def divergence_score(kind: str, logratios: jax.Array, *, alpha: float = 0.5) -> jax.Array:
+    """f' of the divergence, from h.
+
+    Args:
+        kind: `reverse_kl`: h; `forward_kl`: 1 - exp(-h); `js_divergence`: log 2 + log s(h);
+            `alpha_divergence`: (exp((alpha - 1) h) - 1) / (alpha - 1), which is h at alpha 1.
+    """
+    if kind == "forward_kl":
+        return 1 - jnp.exp(jnp.minimum(-logratios, 80))
+    if kind == "js_divergence":
+        return jnp.log(2) + jax.nn.log_sigmoid(logratios)
+    if kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
+        return jnp.expm1(jnp.minimum((alpha - 1) * logratios, 80)) / (alpha - 1)
+    return logratios
+
+
 class PreferenceLoss(NamedTuple):
     function: Callable[..., PerPair]
     per_token: bool = False  # each log-ratio is divided by the number of its answer's tokens
-    smoothed: bool = False  # takes label_smoothing
+    options: tuple[str, ...] = ()  # further options that the function takes
 
 
+_SMOOTHED = ("label_smoothing",)
+# length-normalised DPO: Lambert et al. (2024), Tulu 3
+_LENGTH_NORMALISED = PreferenceLoss(sigmoid, per_token=True)
 PREFERENCE_LOSSES = {
-    "sigmoid": PreferenceLoss(sigmoid, smoothed=True),
+    "sigmoid": PreferenceLoss(sigmoid, options=_SMOOTHED),
     "ipo": PreferenceLoss(ipo, per_token=True),
     "ipo_sum": PreferenceLoss(ipo),
     "hinge": PreferenceLoss(hinge),
-    "robust": PreferenceLoss(robust, smoothed=True),
-    # length-normalised DPO: Lambert et al. (2024), Tulu 3
-    "sigmoid_norm": PreferenceLoss(sigmoid, per_token=True),
+    "robust": PreferenceLoss(robust, options=_SMOOTHED),
+    "sigmoid_norm": _LENGTH_NORMALISED,
+    "dpo_norm": _LENGTH_NORMALISED,  # its name in open-instruct
     "apo_zero": PreferenceLoss(apo_zero),
     "apo_down": PreferenceLoss(apo_down),
-    "exo_pair": PreferenceLoss(exo_pair, smoothed=True),
+    "exo_pair": PreferenceLoss(exo_pair, options=_SMOOTHED),
     "nca_pair": PreferenceLoss(nca_pair),
+    "bco_pair": PreferenceLoss(bco_pair),
+    "sppo_hard": PreferenceLoss(sppo_hard),
+    "dpop": PreferenceLoss(dpop, options=("dpop_lambda",)),
+    "discopop": PreferenceLoss(discopop),
+    "simpo": PreferenceLoss(simpo, per_token=True, options=("simpo_gamma",)),
+    "orpo": PreferenceLoss(orpo, per_token=True),
 }
 
 
@@ -150,19 +228,26 @@ def preference_loss(
     lengths: Float[Array, "B 2"],
     *,
     beta: float,
-    label_smoothing: float = 0.0,
+    **options: float,
 ) -> PerPair:
     """Per-pair loss of the given type.
 
     Args:
         loss_type: a key of PREFERENCE_LOSSES.
-        logratios: log pi(y|x) - log pi_ref(y|x), summed over learned tokens; chosen, rejected.
+        logratios: log pi(y|x) - log pi_ref(y|x), summed over learned tokens, or `divergence_score`
+            of them, or log pi(y|x) alone without a reference; chosen, rejected.
         lengths: learned tokens of each answer.
         beta: strength of the regularisation towards the reference (tau in the IPO paper).
-        label_smoothing: assumed share of wrong labels, for the losses that take it.
+        options: of all losses; each takes its own.
     """
     loss = PREFERENCE_LOSSES[loss_type]
     if loss.per_token:
         logratios = logratios / jnp.maximum(lengths, 1)
-    smoothing = {"label_smoothing": label_smoothing} if loss.smoothed else {}
-    return loss.function(logratios[:, 0], logratios[:, 1], beta=beta, **smoothing)
+    own = {name: options[name] for name in loss.options if name in options}
+    return loss.function(logratios[:, 0], logratios[:, 1], beta=beta, **own)
+
+
+def divisor(loss_types: Iterable[str], lengths: Float[Array, "B 2"]) -> Float[Array, "B 2"]:
+    """What rewards are divided by where they are no sums: tokens, if the first loss does so."""
+    per_token = PREFERENCE_LOSSES[next(iter(loss_types))].per_token
+    return jnp.maximum(lengths, 1) if per_token else jnp.ones_like(lengths)

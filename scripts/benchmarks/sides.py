@@ -104,7 +104,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
 
     from easyaira.algorithms import sft
     from easyaira.algorithms.dpo import dpo, make_score
-    from easyaira.config.algorithms import DPOConfig
+    from easyaira.config.dpo import DPOConfig
     from easyaira.data.packing import attention_cost, shares_prompt
     from easyaira.distributed import mesh as meshes
     from easyaira.distributed import sharding

@@ -1,0 +1,165 @@
+"""Options of preference optimisation. Names are those of TRL where the thing is the same.
+
+The string below an option is its `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from easyaira.config.ranges import HalfShare, NonNegative, Number, Positive, Weight
+from easyaira.errors import ConfigError
+
+
+class LossUse(NamedTuple):
+    """What a preference loss takes of the options.
+
+    Attributes:
+        smoothed: takes `label_smoothing`.
+        divergences: takes other `f_divergence_type`s than reverse_kl, because it depends on the
+            difference of the two log-ratios alone.
+        reference: `needed`; `either`, if it has a meaning on plain log-probabilities; or `none`.
+    """
+
+    smoothed: bool = False
+    divergences: bool = False
+    reference: Literal["needed", "either", "none"] = "needed"
+
+
+LOSSES = {
+    "sigmoid": LossUse(smoothed=True, divergences=True, reference="either"),
+    "ipo": LossUse(divergences=True, reference="either"),
+    "ipo_sum": LossUse(divergences=True),
+    "hinge": LossUse(divergences=True, reference="either"),
+    "robust": LossUse(smoothed=True, divergences=True),
+    "sigmoid_norm": LossUse(divergences=True, reference="either"),
+    "dpo_norm": LossUse(divergences=True, reference="either"),
+    "apo_zero": LossUse(),
+    "apo_down": LossUse(),
+    "exo_pair": LossUse(smoothed=True, divergences=True),
+    "nca_pair": LossUse(),
+    "bco_pair": LossUse(),
+    "sppo_hard": LossUse(),
+    "dpop": LossUse(),
+    "discopop": LossUse(divergences=True),
+    "simpo": LossUse(reference="none"),
+    "orpo": LossUse(reference="none"),
+    "sft": LossUse(divergences=True, reference="either"),
+}
+SMOOTHED_LOSSES = tuple(name for name, use in LOSSES.items() if use.smoothed)
+_SORTS = (
+    "sorts the margins of the whole batch, so micro-batches and packing would change the loss; "
+    "use sigmoid or apo_zero"
+)
+REFUSED = {
+    "aot": _SORTS,
+    "aot_pair": _SORTS,
+    "aot_unpaired": _SORTS,
+    "tr_dpo": "moves the reference during the run, so its log-probabilities cannot be computed "
+    "once; use sigmoid, and train again from the result",
+}
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Preference optimisation."""
+
+    loss_type: list[str] | str = "sigmoid"
+    """Preference loss, or a list of losses that are added up: sigmoid, ipo, ipo_sum, hinge, robust,
+    sigmoid_norm (also dpo_norm), apo_zero, apo_down, exo_pair, nca_pair, bco_pair, sppo_hard, dpop,
+    discopop; without a reference simpo and orpo; sft beside others. docs/dpo.md gives the paper of
+    each."""
+    loss_weights: list[Weight] | None = None
+    """Weight of each loss; default: 1."""
+    reference: Literal["model", "none"] = "model"
+    """model: losses compare the policy with the reference; none: they take the policy's own
+    log-probabilities (SimPO, ORPO, CPO, SLiC), and no reference is computed."""
+    beta: Positive = 0.1
+    """Strength of the penalty that keeps the policy close to the reference; without a reference,
+    scale of the log-probabilities."""
+    label_smoothing: HalfShare = 0.0
+    """Assumed share of pairs with a wrong label (sigmoid, robust, exo_pair)."""
+    simpo_gamma: NonNegative = 0.5
+    """simpo: target margin of the rewards."""
+    dpop_lambda: NonNegative = 50.0
+    """dpop: weight of the penalty on chosen answers that become less likely than before."""
+    f_divergence_type: Divergence = "reverse_kl"
+    """Divergence from the reference that the loss penalises."""
+    f_alpha_divergence_coef: Number = 0.5
+    """Coefficient of alpha_divergence; at 1 it is reverse_kl."""
+    sft_weight: NonNegative = 0.0
+    """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
+    precompute_ref_log_probs: bool = True
+    """Compute the reference's log-probabilities once before training; false: in every step."""
+
+    def __post_init__(self):
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        for name in names:
+            if name in REFUSED:
+                raise ConfigError(f"dpo.loss_type: {name} {REFUSED[name]}")
+            if name not in LOSSES:
+                raise ConfigError(
+                    f"dpo.loss_type: {name!r} is unknown; choose from {', '.join(LOSSES)}"
+                )
+        if self.loss_weights is not None and len(self.loss_weights) != len(names):
+            raise ConfigError(
+                f"dpo.loss_weights: {len(self.loss_weights)} weights for {len(names)} losses; give "
+                "each loss one"
+            )
+        if not self.losses:
+            raise ConfigError(
+                "dpo.loss_type: sft alone compares no answers; add a preference loss, or use "
+                "easyaira sft"
+            )
+        uses = {name: LOSSES[name] for name in self.losses}
+        if self.label_smoothing and not any(use.smoothed for use in uses.values()):
+            raise ConfigError(
+                f"dpo.label_smoothing: {' and '.join(uses)} has no smoothing; set it to 0, or use "
+                f"one of {', '.join(SMOOTHED_LOSSES)}"
+            )
+        if "exo_pair" in uses and not self.label_smoothing:
+            raise ConfigError(
+                "dpo.label_smoothing: exo_pair needs a value above 0, such as 0.001, because it "
+                "takes its logarithm"
+            )
+        self._check_reference(uses)
+
+    def _check_reference(self, uses: dict[str, LossUse]) -> None:
+        for name, use in uses.items():
+            if use.reference == "none" and self.reference == "model":
+                raise ConfigError(f"dpo.loss_type: {name} has no reference; set dpo.reference none")
+            if use.reference == "needed" and self.reference == "none":
+                free = [other for other, use in LOSSES.items() if use.reference != "needed"]
+                raise ConfigError(
+                    f"dpo.reference: {name} needs a reference; set it to model, or choose from "
+                    f"{', '.join(free)}"
+                )
+            if self.f_divergence_type == "reverse_kl":
+                continue
+            if not use.divergences or self.reference == "none":
+                raise ConfigError(
+                    f"dpo.f_divergence_type: {name} {'without a reference ' * use.divergences}has "
+                    "reverse_kl only; leave it out"
+                )
+        if "orpo" in uses and not self.nll_weight:
+            raise ConfigError(
+                "dpo.loss_type: orpo is added to the log-likelihood of the chosen answers; set "
+                "dpo.sft_weight to 1"
+            )
+
+    @property
+    def _weights(self) -> list[tuple[str, float]]:
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        return list(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Weight of each preference loss."""
+        names = dict.fromkeys(name for name, _ in self._weights if name != "sft")
+        return {name: sum(w for other, w in self._weights if other == name) for name in names}
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the negative log-likelihood of the chosen answers, per token."""
+        return self.sft_weight + sum(weight for name, weight in self._weights if name == "sft")
