@@ -9,6 +9,7 @@
     python scripts/benchmark.py train --task dpo --lengths hh --profile trace
     python scripts/benchmark.py core                                   # the log-probabilities
     python scripts/benchmark.py generate --model gpt2-small            # beside transformers
+    python scripts/benchmark.py evaluate --folder MODEL --data DATA    # beside lm-eval's hf
 
 Prints a table; --json FILE also writes its figures. The measurements are in benchmarks/.
 """
@@ -20,7 +21,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import core, data, generation, show, training
+from benchmarks import core, data, evaluation, generation, show, training
 from benchmarks.lengths import KINDS
 from benchmarks.sides import MODELS
 
@@ -70,7 +71,14 @@ def parser() -> argparse.ArgumentParser:
     of_generation.add_argument(
         "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
     )
-    for command in (of_data, of_training, of_core, of_generation):
+    of_evaluation = commands.add_parser("evaluate", help="log-likelihoods, against lm-eval's hf")
+    of_evaluation.add_argument("--folder", type=Path, required=True, help="language model")
+    of_evaluation.add_argument("--data", type=Path, required=True, help="files of the tasks")
+    of_evaluation.add_argument("--task", default="arc_challenge")
+    of_evaluation.add_argument("--num_fewshot", type=int, default=25)
+    of_evaluation.add_argument("--limit", type=int, help="first questions only")
+    of_evaluation.add_argument("--rounds", type=int, default=2)
+    for command in (of_data, of_training, of_core, of_generation, of_evaluation):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
     return top
 
@@ -84,6 +92,9 @@ def main() -> None:
         figures = data.data(args)
     elif args.what == "generate":
         figures = generation.generation(args)
+        show.table(figures)
+    elif args.what == "evaluate":
+        figures = evaluation.evaluation(args)
         show.table(figures)
     elif args.what == "core":
         figures = core.core()
