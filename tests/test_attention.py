@@ -16,6 +16,7 @@ from easyaira.models.layers import Compute, Scores
 EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
 LENGTHS = sorted({*range(1, 301, 52), *EDGES, 300})
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
+SLOPES = (0.5, 0.25, 0.125, 1.0)
 
 
 def rows(length: int, *, shared: bool, seed: int = 0):
@@ -42,14 +43,14 @@ def rows(length: int, *, shared: bool, seed: int = 0):
     return (q, k, v), jnp.asarray(segments), jnp.asarray(sides)
 
 
-def by_hand(q, k, v, mask, divisor=WIDTH**0.5, cap=None):
-    """softmax(q k / sqrt(N)) v with a mask, in full."""
+def by_hand(q, k, v, mask, divisor=WIDTH**0.5, cap=None, biases=0):
+    """softmax(q k / sqrt(N) + biases) v with a mask, in full."""
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     scores = jnp.einsum("rqhn,rthn->rhqt", q, k) / divisor
     if cap:
         scores = cap * jnp.tanh(scores / cap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30))
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores + biases, -1e30))
     out = jnp.einsum("rhqt,rthn->rqhn", weights, v)
     return out.reshape(*q.shape[:2], -1)
 
@@ -85,6 +86,9 @@ def check(compute, arrays, segments, sides, causal=True, scores=DOT_PRODUCT, nea
     ours = partial(attention, compute=compute, causal=causal, scores=scores, near=near)
     (_, out), grads = total(lambda *x: ours(*x, segments, sides))
     given = {"divisor": scores.divisor or WIDTH**0.5, "cap": scores.cap}
+    if scores.slopes:  # of the keys' positions, as BLOOM has them: a softmax ignores the rest
+        slopes = np.reshape(scores.slopes, (1, HEADS, 1, 1))
+        given["biases"] = slopes * near.positions[:, None, None]
     (_, wanted), wanted_grads = total(lambda *x: by_hand(*x, mask, **given))
     np.testing.assert_allclose(out[real], wanted[real], rtol=2e-5, atol=2e-5)
     for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
@@ -128,9 +132,10 @@ def test_a_window_counts_tokens_of_the_text_and_not_places_in_the_row():
 @pytest.mark.parametrize("how", ["xla", "splash", "pallas", "cudnn"])
 @pytest.mark.parametrize(
     "scores, window",
-    [(Scores(), 5), (Scores(cap=0.7), None), (Scores(divisor=1.5), None), (Scores(1.5, 0.7), 5)],
+    [(Scores(), 5), (Scores(cap=0.7), None), (Scores(divisor=1.5), None), (Scores(1.5, 0.7), 5)]
+    + [(Scores(slopes=SLOPES), None), (Scores(1.5, 0.7, SLOPES), 5)],
 )
-def test_windows_and_soft_caps_whatever_was_asked_for(how, scores, window, monkeypatch):
+def test_windows_soft_caps_and_biases_whatever_was_asked_for(how, scores, window, monkeypatch):
     """No kernel has them, so XLA computes them."""
     monkeypatch.setattr(attentions, "BLOCK", 16)
     arrays, segments, sides = rows(40, shared=True)

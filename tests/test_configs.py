@@ -47,6 +47,11 @@ def opt(width, layers, heads, **settings):
     }  # fmt: skip
 
 
+def bloom(width):
+    sizes = {"hidden_size": width, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}
+    return {"model_type": "bloom", "seq_length": 2048, **sizes}
+
+
 def llama(width, inner, layers, heads, kv_heads, positions):
     return {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": width,
@@ -63,6 +68,19 @@ OPT_350M = opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False
 TINYLLAMA = llama(2048, 5632, 22, 32, 4, 2048)
 LLAMA_7B = llama(4096, 11008, 32, 32, 32, 4096)
 LLAMA_13B = llama(5120, 13824, 40, 40, 40, 4096)
+MISTRAL_7B = llama(4096, 14336, 32, 32, 8, 32768) | {
+    "model_type": "mistral", "sliding_window": 4096, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA_3_8B = llama(4096, 14336, 32, 32, 8, 131_072) | {
+    "vocab_size": 128_256, "rope_theta": 5e5, "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+SMOLLM2 = llama(2048, 8192, 24, 32, 32, 8192) | {
+    "vocab_size": 49_152, "tie_word_embeddings": True, "rope_theta": 130_000,
+}  # fmt: skip
 TULU_13B = LLAMA_13B | {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6}
 
 
@@ -75,6 +93,9 @@ class Case:
         rows: of the published data set.
         parameters, updates, warmup, peak: of the run.
         ids: of bos, eos, unk, sep, pad.
+        starts: bos tokens in a prompt of one turn.
+        controls: control tokens of the tokenizer and their ids, and `length`, its length; default:
+            by the kind of the model.
     """
 
     base: dict
@@ -83,11 +104,29 @@ class Case:
     updates: int
     warmup: int
     peak: float
-    ids: list[int] = field(default_factory=list)
+    ids: list[int | None] = field(default_factory=list)
     dpo: bool = False
+    starts: int = 1
+    controls: dict[str, tuple[str, int]] | None = None
+    length: int | None = None
 
 
 GPT2_IDS = [50257, 50258, 50256, 50259, 50260]
+BLOOM_CONTROLS = {
+    "unk": ("<unk>", 0), "bos": ("<s>", 1), "eos": ("</s>", 2), "pad": ("<pad>", 3),
+}  # fmt: skip
+OF_BLOOM = {"controls": BLOOM_CONTROLS, "length": 250_680}
+BLOOM_IDS = [250680, 250681, 0, 250682, 250683]
+LLAMA_3_CONTROLS = {"bos": ("<|begin_of_text|>", 128000), "eos": ("<|end_of_text|>", 128001)}
+OF_LLAMA_3 = {"controls": LLAMA_3_CONTROLS, "length": 128_256}
+TULU_3_CONTROLS = LLAMA_3_CONTROLS | {"pad": ("<pad>", 128256)}
+OF_SMOLLM2 = {
+    "controls": {
+        "unk": ("<|endoftext|>", 0), "bos": ("<|im_start|>", 1), "eos": ("<|im_end|>", 2),
+    },
+    "length": 49_152,
+    "starts": 2,
+}  # fmt: skip
 OPT_IDS = [50265, 50266, 50267, 50268, 50269]
 TULU = [1, 2, 0, None, None]
 CASES = {
@@ -97,6 +136,12 @@ CASES = {
     "aira-2-1b5": Case(gpt2(1600, 48, 25), 41762, 1_557_617_600, 31323, 100, 5e-4, GPT2_IDS),
     "aira-2-portuguese-124m": Case(
         GPT2, 40945, 124_442_880, 8535, 100, 5e-4, [50257, 50258, 0, 50259, 50260]
+    ),
+    "aira-2-portuguese-560m": Case(
+        bloom(1024), 40945, 559_013_888, 15357, 100, 5e-4, BLOOM_IDS, **OF_BLOOM
+    ),
+    "aira-2-portuguese-1b7": Case(
+        bloom(2048), 40945, 1_722_007_552, 30711, 100, 5e-4, BLOOM_IDS, **OF_BLOOM
     ),
     "aira-opt-125m": Case(opt(768, 12, 12), 41762, 125_237_760, 6530, 100, 5e-4, OPT_IDS),
     "aira-opt-350m": Case(OPT_350M, 41762, 331_195_392, 7833, 100, 1e-4, OPT_IDS),
@@ -112,6 +157,41 @@ CASES = {
     "tulu-2-sft-13b": Case(LLAMA_13B, 326_154, 13_015_864_320, 5096, 153, 2e-5, TULU),
     "tulu-2.5-dpo-13b-uf-overall": Case(
         TULU_13B, 58_933, 13_015_864_320, 5523, 553, 5e-7, TULU, dpo=True
+    ),
+    "zephyr-7b-sft": Case(MISTRAL_7B, 207_865, 7_241_732_096, 1624, 163, 2e-5, TULU),
+    "zephyr-7b-dpo": Case(MISTRAL_7B, 61_135, 7_241_732_096, 478, 48, 5e-7, TULU, dpo=True),
+    "tulu-3-8b-sft": Case(
+        LLAMA_3_8B,
+        939_343,
+        8_030_261_248,
+        14_678,
+        441,
+        5e-6,
+        [128000, 128001, None, None, None],
+        **OF_LLAMA_3,
+    ),
+    "tulu-3-8b-dpo": Case(
+        LLAMA_3_8B | {"vocab_size": 128_264},
+        271_409,
+        8_030_326_784,
+        2121,
+        213,
+        5e-7,
+        [128000, 128001, None, None, 128256],
+        dpo=True,
+        controls=TULU_3_CONTROLS,
+        length=128_257,
+    ),
+    "smollm2-1.7b-dpo": Case(
+        SMOLLM2,
+        61_135,
+        1_711_376_384,
+        1434,
+        144,
+        1e-6,
+        [1, 2, 0, None, None],
+        dpo=True,
+        **OF_SMOLLM2,
     ),
 }
 
@@ -144,12 +224,17 @@ def tokenizer_of(case, name, length=None):
     if kind in ("bert", "roberta"):
         controls, length = {"cls": "[CLS]", "pad": "[PAD]", "sep": "[SEP]"}, length or 1000
         places = [2, case.base["pad_token_id"], 3]
-    elif kind == "llama":
+    elif case.controls and length is None:
+        controls = {key: token for key, (token, _) in case.controls.items()}
+        places, length = [place for _, place in case.controls.values()], case.length
+    elif kind in ("llama", "mistral"):
         controls, length = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}, length or 32000
         places = [0, 1, 2]
     elif kind == "opt":
         controls, length = {"pad": "<pad>", "bos": "</s>"}, length or 50265
         places = [1, 2]
+    elif kind == "bloom":
+        controls, places = {key: token for key, (token, _) in case.controls.items()}, range(4)
     else:
         controls, length = {"bos": "<|endoftext|>"}, length or 50257
         places = [0 if "portuguese" in name else length - 1]
@@ -165,7 +250,7 @@ def tokenizer_of(case, name, length=None):
         fast.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in names]
         )
-    elif kind != "gpt2":  # they put a start token in front of a text
+    elif kind not in ("gpt2", "bloom"):  # they put a start token in front of a text
         bos = controls["bos"]
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
@@ -180,9 +265,8 @@ def folder_of(case, name, folder, shrunk=False):
     """The starting model as a folder without weights."""
     base, length = dict(case.base), None
     if shrunk:
-        layers, width = ("n_layer", "n_embd") if "n_layer" in base else (
-            "num_hidden_layers", "hidden_size"
-        )  # fmt: skip
+        layers = "n_layer" if "n_layer" in base else "num_hidden_layers"
+        width = "n_embd" if "n_embd" in base else "hidden_size"
         ratio = base.get("num_attention_heads", 4) // base.get("num_key_value_heads", 4) or 1
         heads = "n_head" if "n_head" in base else "num_attention_heads"
         base |= {layers: 2, width: 16, heads: 4}
@@ -237,7 +321,8 @@ def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
     ids = [t.bos_token_id, t.eos_token_id, t.unk_token_id, t.sep_token_id, t.pad_token_id]
     assert ids == case.ids
     prompt = resolved.template.prompt([{"role": "user", "content": "Hi"}]).tolist()
-    assert prompt.count(case.ids[0]) == 1 and prompt[0] == case.ids[0]
+    assert prompt.count(case.ids[0]) == case.starts
+    assert prompt[0] == case.ids[0]
     epoch = len(
         Batches(examples(case.rows), config.train_batch_size, drop_last=config.data.drop_last)
     )
@@ -291,7 +376,7 @@ def rows_of(name, case):
 # one of each kind; the others are the same when they are shrunk, but for figures of the optimizer
 SHRUNK = """
     aira-2-124m aira-opt-350m aira-2-1b1 aira-2-124m-dpo aira-2-portuguese-124m-dpo tulu-2-sft-7b
-    tulu-2.5-dpo-13b-uf-overall
+    tulu-2.5-dpo-13b-uf-overall aira-2-portuguese-560m
 """.split()
 
 
@@ -339,7 +424,7 @@ def test_only_rotary_positions_can_be_other_than_stored(tmp_path):
     case = CASES["aira-2-124m"]
     folder = folder_of(case, "aira-2-124m", tmp_path / "base", shrunk=True)
     argv = argv_of("aira-2-124m", folder, "--model.max_positions=2048")
-    with pytest.raises(ConfigError, match="has 1024 learned ones"):
+    with pytest.raises(ConfigError, match="has no others than its 1024"):
         find(cli.parse(TrainSFT, argv)[0], make_mesh("fsdp=-1"))
 
 

@@ -38,6 +38,7 @@ TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1", "out_proj"],
 }
 TARGETS |= dict.fromkeys(tiny.FAMILIES, TARGETS["llama"])
+TARGETS |= dict.fromkeys(("gpt_neox", "bloom"), ["query_key_value", "dense", "dense_4h_to_h"])
 LLAMA_2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,

@@ -1,9 +1,13 @@
 """Folders that people have: config.json as published, and the number of parameters it makes."""
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from easyaira.errors import ConfigError
+from easyaira.models.bloom import alibi_slopes
 from easyaira.models.registry import model_of
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rope_scaling": None, "use_cache": True}
@@ -35,6 +39,20 @@ MISTRAL = {
 }
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 256}
 QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False}
+PYTHIA = {"model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": 0.25, "vocab_size": 50304}
+PYTHIA |= {"rotary_emb_base": 10000, "use_parallel_residual": True, "layer_norm_eps": 1e-05}
+BLOOM = {
+    "model_type": "bloom",
+    "num_attention_heads": 16,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "masked_softmax_fusion": True,
+    "offset_alibi": 100,
+    "skip_bias_add": True,
+    "skip_bias_add_qkv": False,
+    "unk_token_id": 0,
+    "vocab_size": 250880,
+}
 PUBLISHED = {  # name: config.json, parameters
     "TinyLlama 1.1B": (
         LLAMA
@@ -128,6 +146,23 @@ PUBLISHED = {  # name: config.json, parameters
         {"model_type": "olmo2", "vocab_size": 100352, "rms_norm_eps": 1e-6, "rope_theta": 500000},
         7_298_617_344,
     ),
+    "Pythia 160M": (
+        PYTHIA
+        | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+        | {"num_attention_heads": 12},
+        162_322_944,
+    ),
+    "Pythia 1B": (
+        PYTHIA
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 8},
+        1_011_781_632,
+    ),
+    "BLOOM 560M": (BLOOM | {"n_embed": 1024, "n_layer": 24, "seq_length": 2048}, 559_214_592),
+    "BLOOM 1B7": (
+        BLOOM | {"n_embed": 2048, "n_layer": 24, "pretraining_tp": 2, "n_inner": None},
+        1_722_408_960,
+    ),
     "SmolLM3 3B": (
         {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008}
         | {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -178,6 +213,9 @@ def test_the_layers_of_a_published_configuration_are_of_the_kinds_of_transformer
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must hold 0 or 1 for each of 36"),
         ("smollm3", {"no_rope_layers": [2] * 36}, "no_rope_layers must hold 0 or 1"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window: True is not supported"),
+        ("gpt_neox", {"rotary_pct": 0.0}, "0 features of a head are rotated; it must be an even"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "True is not supported"),
+        ("bloom", {"offset_alibi": 50}, "offset_alibi: 50 is not supported; only 100"),
         ("gemma2", {"hidden_act": "relu"}, "hidden_act: relu is not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention: True is not supported"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5}}, "expected full_attention and slid"),
@@ -191,6 +229,25 @@ def test_the_layers_of_a_published_configuration_are_of_the_kinds_of_transformer
 def test_what_a_family_does_not_have_is_refused(kind, values, message):
     with pytest.raises(ConfigError, match=message):
         model_of({"model_type": kind} | values, "a test")
+
+
+@pytest.mark.parametrize("heads", [1, 6, 8, 12, 16, 20])
+def test_the_slopes_of_bloom_are_those_of_transformers(heads):
+    theirs = build_alibi_tensor(torch.ones(1, 3), heads, torch.float32)[:, 0, 1]
+    np.testing.assert_allclose(alibi_slopes(heads), theirs, rtol=1e-6)
+
+
+def test_other_names_of_an_option_are_understood_as_transformers_does():
+    neox = model_of(PUBLISHED["Pythia 1B"][0] | {"rotary_pct": 0.5}, "a test").config
+    assert neox.rotated == 128 and neox.rope_theta == 10000
+    saved = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
+    neox = model_of({"model_type": "gpt_neox", "rope_parameters": saved}, "a test").config
+    assert neox.rotated == 96 and neox.rope_theta == 500
+    bloom = model_of(PUBLISHED["BLOOM 1B7"][0], "a test").config
+    assert (bloom.hidden_size, bloom.n_head, bloom.max_positions) == (2048, 16, 2048)
+    rope = {"rope_theta": 5.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+    with pytest.raises(ConfigError, match="partial_rotary_factor is unknown"):
+        model_of({"model_type": "llama", "rope_parameters": rope}, "a test")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -43,6 +43,46 @@ def test_schedules_equal_those_of_transformers(kind, warmup):
         scheduler.step()
 
 
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["cosine_with_min_lr", "warmup_stable_decay"])
+def test_schedules_with_a_floor_equal_those_of_transformers(name, floor, warmup):
+    from transformers import get_scheduler
+
+    stable = name == "warmup_stable_decay"
+    given = {"num_decay_steps": 10, "min_lr_ratio": floor} if stable else {"min_lr_rate": floor}
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(
+        name,
+        theirs,
+        num_warmup_steps=warmup,
+        num_training_steps=40,
+        scheduler_specific_kwargs=given,
+    )
+    config = OptimizerConfig(
+        learning_rate=3e-4,
+        warmup_steps=warmup,
+        lr_scheduler_type=name,
+        min_lr_rate=floor,
+        decay_ratio=0.25,
+    )
+    ours = optimizer.make_schedule(config, 40)
+    for step in range(40):
+        assert float(ours(step)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=3e-11)
+        theirs.step()
+        scheduler.step()
+
+
+def test_a_floor_and_a_decay_that_do_not_fit_are_errors():
+    with pytest.raises(ConfigError, match="min_lr_rate: cosine has none"):
+        OptimizerConfig(min_lr_rate=0.1)
+    config = OptimizerConfig(
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=6, decay_ratio=0.5
+    )
+    with pytest.raises(ConfigError, match="6 updates of warm-up and 5 of decay"):
+        optimizer.make_schedule(config, 10)
+
+
 def test_a_warm_up_as_long_as_the_run_is_an_error():
     with pytest.raises(ConfigError, match="warmup_steps"):
         optimizer.make_schedule(OptimizerConfig(warmup_steps=10), 10)

@@ -16,6 +16,8 @@ from easyaira.config.ranges import (
 )
 from easyaira.errors import ConfigError
 
+WITH_FLOOR = ("cosine_with_min_lr", "warmup_stable_decay")
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -52,9 +54,21 @@ class OptimizerConfig:
 
     learning_rate: NonNegative = 5e-5
     """Peak of the learning-rate schedule."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """Decay of the learning rate after its peak; linear and cosine end at 0. constant has no
-    warm-up, as in transformers."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "constant",
+        "constant_with_warmup",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """Decay of the learning rate after its peak, as in transformers; linear and cosine end at 0,
+    cosine_with_min_lr and warmup_stable_decay at min_lr_rate. constant has no warm-up."""
+    min_lr_rate: Share = 0.0
+    """Last learning rate as a share of the peak (cosine_with_min_lr, warmup_stable_decay)."""
+    decay_ratio: Share = 0.1
+    """warmup_stable_decay: share of all updates in which the rate falls, at the end, rounded up;
+    between the warm-up and these it is constant."""
     warmup_steps: CountOrZero = 0
     """Updates of linear warmup from 0 (the first update has rate 0)."""
     warmup_ratio: Share = 0.0
@@ -73,6 +87,11 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError("optimizer.warmup_steps and optimizer.warmup_ratio: set one of them")
+        if self.min_lr_rate and self.lr_scheduler_type not in WITH_FLOOR:
+            raise ConfigError(
+                f"optimizer.min_lr_rate: {self.lr_scheduler_type} has none; leave it out, or use "
+                f"{' or '.join(WITH_FLOOR)}"
+            )
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
             raise ConfigError(
                 "optimizer.lr_scheduler_type: constant has no warm-up; use constant_with_warmup, "

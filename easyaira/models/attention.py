@@ -134,7 +134,8 @@ def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop, scores, near):
 
         def attend(q, k, v):
             mask = visible(segment_ids, sides, queries, keys, causal=causal, near=near)
-            return _attend(q[:, queries], k[:, keys], v[:, keys], mask, kept, scores)
+            distance = near.distance(queries, keys) if scores.slopes else None
+            return _attend(q[:, queries], k[:, keys], v[:, keys], mask, kept, distance, scores)
 
         return (attend if T <= size else jax.checkpoint(attend))(q, k, v)
 
@@ -145,8 +146,8 @@ def _by_blocks(q, k, v, segment_ids, sides, *, causal, drop, scores, near):
 # G query heads share a key/value head
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, scores):
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, distance_RTS, scores):
     """Attention of Vaswani et al. (2017), eq. 1. `kept` [R, K, G, T, S] scales the weights
     (dropout); None: 1.
 
@@ -154,19 +155,20 @@ def _attend(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, scores):
     computes scores with a soft cap again. The softmax's gradient is that of Dao et al. (2022),
     FlashAttention, appendix B.2: the sum over keys of weight x gradient equals output x gradient.
     """
-    return _attend_forward(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, scores)[0]
+    return _attend_forward(q_RTKGN, k_RSKN, v_RSKN, mask_RTS, kept, distance_RTS, scores)[0]
 
 
-def _attend_forward(q, k, v, mask, kept, scores):
-    visible_scores = jnp.where(mask[:, None, None], _scores(q, k, scores), MASKED)
+def _attend_forward(q, k, v, mask, kept, distance, scores):
+    visible_scores = jnp.where(mask[:, None, None], _scores(q, k, scores, distance), MASKED)
     weights = jax.nn.softmax(visible_scores, axis=-1).astype(v.dtype)
     used = weights if kept is None else (weights * kept).astype(v.dtype)
     out = einsum("rkgqt,rtkn->rqkgn", used, v, v.dtype)
     return out, (q, k, v, kept, weights, out)
 
 
-def _scores(q, k, scores):
-    return scores.of(einsum("rqkgn,rtkn->rkgqt", q, k, jnp.float32), q.shape[-1])
+def _scores(q, k, scores, distance=None):
+    distance = None if distance is None else distance[:, None, None]
+    return scores.of(einsum("rqkgn,rtkn->rkgqt", q, k, jnp.float32), q.shape[-1], distance)
 
 
 def _attend_backward(scores, saved, d_out):
@@ -179,11 +181,12 @@ def _attend_backward(scores, saved, d_out):
     delta = (d_out.astype(jnp.float32) * out).sum(-1).transpose(0, 2, 3, 1)[..., None]
     d_products = weights * (d_weights - delta) / (scores.divisor or math.sqrt(q.shape[-1]))
     if scores.cap is not None:
-        d_products *= 1 - (_scores(q, k, scores) / scores.cap) ** 2  # tanh' = 1 - tanh^2
+        capped = _scores(q, k, scores._replace(slopes=None))
+        d_products *= 1 - (capped / scores.cap) ** 2  # tanh' = 1 - tanh^2
     d_products = d_products.astype(q.dtype)
     d_q = einsum("rkgqt,rtkn->rqkgn", d_products, k, q.dtype)
     d_k = einsum("rkgqt,rqkgn->rtkn", d_products, q, k.dtype)
-    return d_q, d_k, d_v, None, None
+    return d_q, d_k, d_v, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

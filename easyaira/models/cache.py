@@ -69,6 +69,6 @@ def attend(
     mask_RW = age_W < lengths_R[:, None]
     if window is not None:
         mask_RW &= age_W < window
-    visible = jnp.where(mask_RW[:, None, None], scores.of(products, N), MASKED)
+    visible = jnp.where(mask_RW[:, None, None], scores.of(products, N, age_W), MASKED)
     weights = jax.nn.softmax(visible, axis=-1).astype(v_RKWN.dtype)
     return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype).reshape(q_R1HN.shape)

@@ -179,13 +179,25 @@ class Scores(NamedTuple):
         divisor: of the products; None: the square root of the head width, as in Vaswani et al.
             (2017), eq. 1.
         cap: soft cap of the scores (`capped`); None: none.
+        slopes: of each query head, subtracted from its scores times the distance of the tokens:
+            Press et al. (2022), ALiBi, section 3; None: none.
     """
 
     divisor: float | None = None
     cap: float | None = None
+    slopes: tuple[float, ...] | None = None
 
-    def of(self, products: jax.Array, width: int) -> jax.Array:
-        return capped(products / (self.divisor or math.sqrt(width)), self.cap)
+    def of(self, products: jax.Array, width: int, distance: jax.Array | None) -> jax.Array:
+        """Scores from products [R, K, G, ...], with G query heads for each key head.
+
+        Args:
+            distance: tokens between query and key, broadcast to the products; needed for `slopes`.
+        """
+        scores = capped(products / (self.divisor or math.sqrt(width)), self.cap)
+        if self.slopes is None:
+            return scores
+        heads = (products.shape[1], products.shape[2], *(1,) * (products.ndim - 3))
+        return scores - jnp.array(self.slopes).reshape(heads) * distance
 
 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:

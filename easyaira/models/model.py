@@ -33,6 +33,7 @@ class Architecture:
     neutral: Mapping[str, Any]  # unsupported config keys, with their only accepted value
     score_head: ScoreHead
     renamed: Mapping[str, str]  # endings of tensor names in old files -> today's
+    aliases: Mapping[str, str]  # further names of config.json keys -> those of the config
 
     @property
     def encoder(self) -> bool:

@@ -14,9 +14,11 @@ import flax.linen as nn
 from easyaira.errors import ConfigError, shortened
 from easyaira.models import (
     bert,
+    bloom,
     gemma2,
     gemma3,
     gpt2,
+    gpt_neox,
     llama,
     mistral,
     olmo2,
@@ -42,6 +44,7 @@ def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Archi
         module.HF_NEUTRAL,
         getattr(module, "SCORE_HEAD", LAST_TOKEN),
         getattr(module, "HF_RENAMED", {}),
+        getattr(module, "HF_ALIASES", {}),
     )
 
 
@@ -55,9 +58,11 @@ def _like_llama(module: Any, config: type, backbone: type[nn.Module]) -> Archite
 
 MODELS = {
     "bert": _architecture(bert, bert.BertConfig, bert.Bert),
+    "bloom": _architecture(bloom, bloom.BloomConfig, bloom.Bloom),
     "gemma2": _like_llama(gemma2, gemma2.Gemma2Config, gemma2.Gemma2),
     "gemma3_text": _like_llama(gemma3, gemma3.Gemma3TextConfig, gemma3.Gemma3),
     "gpt2": _architecture(gpt2, gpt2.GPT2Config, gpt2.GPT2),
+    "gpt_neox": _architecture(gpt_neox, gpt_neox.GPTNeoXConfig, gpt_neox.GPTNeoX),
     "llama": LLAMA,
     "mistral": _like_llama(mistral, mistral.MistralConfig, mistral.Mistral),
     "olmo2": _like_llama(olmo2, olmo2.Olmo2Config, olmo2.Olmo2),
@@ -118,7 +123,12 @@ def model_of(
         )
     architecture = MODELS[kind]
     names = {field.name for field in fields(architecture.config)}
-    values = dict(raw) | _rope(raw, "rope_local_base_freq" in names, where)
+    aliases = architecture.aliases
+    values = {key: value for key, value in raw.items() if key not in aliases}
+    values |= {name: raw[key] for key, name in aliases.items() if raw.get(key) is not None}
+    values |= _rope(raw, "rope_local_base_freq" in names, where)
+    if "partial_rotary_factor" not in names and values.get("partial_rotary_factor") == 1:
+        del values["partial_rotary_factor"]
     # a switch of some families; others have windows whatever it says
     switched = {"use_sliding_window", "sliding_window"} & architecture.neutral.keys()
     if switched and values.get("use_sliding_window") is False:
@@ -217,7 +227,7 @@ def _object(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
 def _rope_of(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of one entry."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    theta = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return theta | ({"rope_scaling": None} if rope else {})
     needed = {"linear": ("factor",), "llama3": tuple(f.name for f in fields(RopeScaling)[1:])}
@@ -260,6 +270,11 @@ def _check_sizes(config: Any, where: str) -> None:
     if config.width % config.heads and not getattr(config, "head_dim", None):
         raise ConfigError(
             f"{where}: width {config.width} is not a multiple of {config.heads} heads"
+        )
+    if getattr(config, "rotated", 2) % 2 or not getattr(config, "rotated", 2):
+        raise ConfigError(
+            f"{where}: {config.rotated} features of a head are rotated; it must be an even number "
+            "above 0"
         )
     if config.heads % config.kv_heads:
         raise ConfigError(

@@ -22,7 +22,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of update n, counted from 0; equals transformers' schedule of the same name.
 
     Raises:
-        ConfigError: the warm-up is as long as the run.
+        ConfigError: the warm-up, or warm-up and decay, are as long as the run.
     """
     warmup = warmup_steps(config, total_steps)
     if warmup and warmup >= total_steps:
@@ -30,16 +30,33 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
             f"optimizer.warmup_steps: {warmup} of {total_steps} updates; make it shorter than "
             "the run"
         )
-    peak, decay_steps = config.learning_rate, total_steps - warmup
+    peak, floor, decay_steps = config.learning_rate, config.min_lr_rate, total_steps - warmup
+    falling = math.ceil(config.decay_ratio * total_steps)
+    stable = decay_steps - falling
+    if config.lr_scheduler_type == "warmup_stable_decay" and stable < 0:
+        raise ConfigError(
+            f"optimizer.decay_ratio: {warmup} updates of warm-up and {falling} of decay are more "
+            f"than the run's {total_steps}; make one shorter"
+        )
     decay = {
         "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
+        "cosine_with_min_lr": lambda: optax.cosine_decay_schedule(peak, decay_steps, floor),
+        "warmup_stable_decay": lambda: optax.join_schedules(
+            [
+                optax.constant_schedule(peak),
+                optax.cosine_decay_schedule(peak, max(falling, 1), floor),
+            ],
+            [stable],
+        ),
         "constant": lambda: optax.constant_schedule(peak),
         "constant_with_warmup": lambda: optax.constant_schedule(peak),
     }[config.lr_scheduler_type]()
     if not warmup:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    # transformers' warm-up begins at the floor where the schedule has a stable part
+    first = floor * peak if config.lr_scheduler_type == "warmup_stable_decay" else 0.0
+    return optax.join_schedules([optax.linear_schedule(first, peak, warmup), decay], [warmup])
 
 
 def decays(params: Any) -> Any:

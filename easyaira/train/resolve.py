@@ -116,7 +116,7 @@ def obstacle(kernel: str, model: Model, compute: Compute) -> str | None:
         return "has no dropout, and model.dropout is set"
     scores = getattr(config, "scores", Scores())
     if scores != Scores():
-        return "computes plain scores, and this model's are scaled or capped"
+        return "computes plain scores, and this model's are scaled, capped or biased"
     if windows := hiding(getattr(config, "windows", None), compute):
         return f"has no windows, and texts may be longer than this model's of {min(windows)} tokens"
     if kernel != "cudnn":
@@ -158,8 +158,8 @@ def _with_positions(model: Model, count: int) -> Model:
     """The model with another max_position_embeddings; no weight depends on it."""
     if not hasattr(model.config, "rope_theta"):
         raise ConfigError(
-            "model.max_positions: applies to rotary positions; this model has "
-            f"{model.config.max_positions} learned ones, so leave it out"
+            "model.max_positions: applies to rotary positions; this model has no others than its "
+            f"{model.config.max_positions}, so leave it out"
         )
     return replace(model, config=replace(model.config, max_position_embeddings=int(count)))
 

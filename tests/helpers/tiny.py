@@ -72,6 +72,18 @@ _GEMMA = CONFIGS["llama"] | {
     "rms_norm_eps": 1e-2,
     "tie_word_embeddings": True,
 }
+_NEOX = {
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 CASES = {  # variants of the architectures
     "gpt2": CONFIGS["gpt2"],
     "gpt2-untied-relu": CONFIGS["gpt2"]
@@ -154,12 +166,39 @@ CASES = {  # variants of the architectures
         "tie_word_embeddings": True,
         "pad_token_id": 1,
     },
+    "gpt_neox": _NEOX
+    | {
+        "num_attention_heads": 2,
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 500,
+        "layer_norm_eps": 1e-2,
+    },
+    "gpt_neox-in-turn": _NEOX
+    | {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "rotary_pct": 1.0,
+        "hidden_act": "gelu_new",
+    },
+    "bloom": {
+        "model_type": "bloom",
+        "architectures": ["BloomForCausalLM"],
+        "vocab_size": VOCAB,
+        "n_embed": 24,
+        "n_layer": 2,
+        "num_attention_heads": 6,
+        "seq_length": 64,
+        "layer_norm_epsilon": 1e-2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "opt": CONFIGS["opt"],
     "opt-350m": CONFIGS["opt"]
     | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
 }
 
-_KINDS = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "smollm3")
+_KINDS = "mistral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 gpt_neox bloom".split()
 FAMILIES = {kind: CASES[kind] for kind in _KINDS}
 
 _ENCODER = {
