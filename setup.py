@@ -44,6 +44,7 @@ setup(
         "s3": ["s3fs>=2026.4"],
         "energy": ["codecarbon>=3.3"],
         "eval": ["lm-eval>=0.4.13"],
+        "demo": ["gradio>=6.31", "scikit-learn>=1.9"],
         "dev": [
             "beartype~=0.23.1",
             "codecarbon>=3.3",

@@ -11,6 +11,7 @@ from pathlib import Path
 from easyaira import (
     best_of,
     convert,
+    demo,
     evaluate,
     generate,
     inspect,
@@ -32,6 +33,7 @@ COMMANDS = {
     "generate": generate.main,
     "evaluate": evaluate.main,
     "best_of": best_of.main,
+    "demo": demo.main,
     "selftest": selftest.main,
     "verify": verify.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),

@@ -37,9 +37,10 @@ FLOORS = """
     run/
     cli
     loaded
+    chat/
     in_python
     train_sft train_dpo train_reward train_rl inspect convert generate verify
-    evaluate best_of quickstart
+    evaluate best_of demo quickstart
     selftest
     __main__
 """
