@@ -45,6 +45,7 @@ setup(
         "energy": ["codecarbon>=3.3"],
         "eval": ["lm-eval>=0.4.13"],
         "backtranslation": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],
+        "demo": ["gradio>=6.31", "scikit-learn>=1.9"],
         "dev": [
             "beartype~=0.23.1",
             "codecarbon>=3.3",

@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module, purpose)
     "evaluate": ("evaluate", "measure a model on benchmarks, or a scorer on pairs"),
     "best_of": ("best_of", "sample, score and keep the best answers, for SFT and DPO"),
     "backtranslate": ("backtranslate", "find instructions for texts, rate and learn them"),
+    "demo": ("demo", "ask a model in the browser, with scored candidates"),
     "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
     "verify": ("verify", "check a released folder against its proof"),
     "inspect": ("inspect", "show what a configuration would train on"),

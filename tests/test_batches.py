@@ -121,7 +121,7 @@ def test_pairs_without_a_prompt_can_be_shared_too(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", tiny.ATTENTION)
 def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(case, tmp_path):
     tiny.save(tmp_path / "model", tiny.CASES[case])
     model, params = tiny.load(tmp_path / "model")

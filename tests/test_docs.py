@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from easyaira import __main__, cli, quickstart
+from easyaira import __main__, cli, demo, quickstart
 from easyaira.backtranslation import curate
 from easyaira.config.run import TrainReward, TrainRL
 from easyaira.distributed import chips
@@ -34,6 +34,7 @@ PARSED = (
     "evaluate",
     "best_of",
     "backtranslate",
+    "demo",
     *TRAINING,
 )  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
@@ -323,6 +324,9 @@ def run(command: Command, ground: Path) -> None:
         arguments[1] = newest(arguments[1])
     if module == "quickstart":
         pytest.fail("it runs from its own script; name that, or write a rule")
+    if module == "demo":  # served in test_demo.py
+        demo.build(cli.parse_args(demo.parser(), arguments))
+        return
     importlib.import_module(f"easyaira.{module}").main(arguments)
 
 
@@ -330,8 +334,13 @@ COUNTRIES = (
     "easyaira sft --model.name_or_path quickstart/base --model.init random --data.train "
     "quickstart/data/sft_train.jsonl --data.template aira --output_dir runs/countries"
 )
+JUDGE = (
+    "easyaira reward --model.name_or_path runs/countries --data.train "
+    "quickstart/data/dpo_train.jsonl --data.template aira --output_dir runs/judge"
+)
 NEEDED = {  # what pages say was done before
     "docs/best_of.md": [COUNTRIES],
+    "docs/demo.md": [COUNTRIES, JUDGE],
     "docs/evaluate.md": [COUNTRIES],
     "docs/rl.md": [COUNTRIES],
     "docs/generate.md": ["easyaira sft --config configs/aira-2-124m.yaml"],
@@ -343,6 +352,7 @@ NEEDED = {  # what pages say was done before
 }
 PACKAGES = {
     "docs/backtranslate.md": "sacrebleu",
+    "docs/demo.md": "gradio",
     "docs/evaluate.md": "lm_eval",
     "docs/lora.md": "peft",
     "docs/release.md": "codecarbon",

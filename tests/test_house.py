@@ -37,10 +37,11 @@ FLOORS = """
     run/
     cli
     loaded
+    chat/
     in_python
     train_sft train_dpo train_reward train_rl inspect convert generate verify
     backtranslation/
-    evaluate best_of backtranslate quickstart
+    evaluate best_of backtranslate demo quickstart
     selftest
     __main__
 """

@@ -200,6 +200,9 @@ CASES = {  # variants of the architectures
 
 _KINDS = "mistral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 gpt_neox bloom".split()
 FAMILIES = {kind: CASES[kind] for kind in _KINDS}
+# One case of each way to place and mask tokens: learned, rotary, rotary in part, in some layers or
+# none, biased by distance, within windows. The attention of the other cases is that of llama.
+ATTENTION = "gpt2 opt llama mistral gemma3 smollm3 gpt_neox bloom".split()
 
 _ENCODER = {
     "vocab_size": VOCAB,

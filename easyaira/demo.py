@@ -1,0 +1,86 @@
+"""Ask a model in the browser: candidates, their scores, and the choice by a reward model and guard.
+
+python -m easyaira.demo runs/aira-2-124m --reward runs/aira-reward --guard runs/toxicity
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from easyaira import cli
+from easyaira.errors import ConfigError, Preempted
+
+DEFAULTS = {"temperature": 0.1, "top_k": 50, "repetition_penalty": 1.1}  # Aira's demo
+
+
+def parser():
+    from typing import Literal
+
+    from jsonargparse import ArgumentParser
+
+    from easyaira.config.ranges import Count
+
+    parser = ArgumentParser(
+        description="Ask a model in the browser.", exit_on_error=False, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", help="Run folder, Hugging Face folder or hub id.")
+    add("--reward", help="Reward model: the candidate that it scores highest is the answer.")
+    add("--guard", help="Toxicity model; candidates that score below 5 are no answers.")
+    add("--search", help="Data to search: .jsonl, .json, .csv, .parquet, folder or hub id.")
+    add("--language", type=Literal["en", "pt"], default="en", help="Of the page.")
+    add("--host", default="127.0.0.1", help="0.0.0.0: let other machines reach the page.")
+    add("--port", type=Count, default=7860, help="Port of the page.")
+    add("--template", default="chat", help="As data.template; chat: the model's own.")
+    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
+    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def build(args: Any) -> Any:
+    """Load the models, and make the page."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from easyaira.chat import page
+    from easyaira.chat.answers import Answers
+    from easyaira.chat.search import Search
+    from easyaira.chat.words import WORDS
+    from easyaira.config.data import DataConfig
+    from easyaira.data.cache import keep_compiled
+    from easyaira.loaded import LoadedModel, load
+    from easyaira.rewards.model import RewardModel
+
+    keep_compiled(DataConfig(train=""))
+    search = Search(args.search) if args.search else None
+    model = load(args.model, mesh=args.mesh, dtype=args.dtype, template=args.template)
+    if not isinstance(model, LoadedModel):
+        raise ConfigError(f"{args.model}: scores texts and writes none; name it as --reward")
+    reward, guard = (
+        name and RewardModel(name, model.mesh, args.dtype).load()
+        for name in (args.reward, args.guard)
+    )
+    answers = Answers(model, reward, guard, WORDS[args.language]["apology"])
+    own = model.sampling()
+    default = model.sampling(**DEFAULTS) if own.greedy else own
+    return page.build(answers, search, args.model, args.language, default)
+
+
+def main(argv: list[str]) -> None:
+    args = cli.parse_args(parser(), argv)
+    made = build(args)
+
+    from easyaira.chat.page import serve
+
+    print(f"{serve(made, args.host, args.port)}  (Ctrl-C ends it)", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except Preempted:  # Ctrl-C is how it ends
+        made.close(verbose=False)
+
+
+if __name__ == "__main__":
+    cli.run_command(main, sys.argv[1:])
