@@ -5,11 +5,11 @@ easyaira COMMAND --help
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from easyaira import __version__
+from easyaira.errors import did_you_mean
 
 COMMANDS = {  # name: (module, purpose)
     "sft": ("train_sft", "fine-tune a language model on prompts with completions"),
@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"easyaira {__version__}")
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"error: {name}: no such command; {hint}", file=sys.stderr)
+        near = did_you_mean(name, COMMANDS)
+        hint = near or f"; choose one of {', '.join(COMMANDS)}"
+        print(f"error: {name}: no such command{hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv[0] = f"easyaira {name}"  # shown by the command's own --help
     module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
@@ -23,7 +22,7 @@ from easyaira.config.model import LoraConfig
 from easyaira.config.ranges import WORDS
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, EasyAiraError, one_line, shortened
+from easyaira.errors import ConfigError, EasyAiraError, did_you_mean, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
 
 SOURCES = ("data.train", "data.eval")  # options that name data
@@ -261,7 +260,7 @@ def _options(parser: ArgumentParser) -> list[str]:
 def _no_such_option(name: str, options: list[str]) -> str:
     same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
     return f"{name}: no such option" + (
-        _did_you_mean(name, same_leaf or options) or "; --help lists them"
+        did_you_mean(name, same_leaf or options) or "; --help lists them"
     )
 
 
@@ -279,7 +278,7 @@ def _value_error(name: str, problem: str) -> str:
         return f"{name}: expected {wanted}, got {shortened(union[2])}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
         choices = re.findall(r"'([^']*)'", plain[1])
-        return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + _did_you_mean(
+        return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + did_you_mean(
             plain[2], choices
         )
     if number := re.match(r"Not of type (\w+): (.*)$", problem):
@@ -298,18 +297,13 @@ def _group_error(name: str, class_path: str, problem: str) -> str:
         return _value_error(name, f"Expected a group of options. Got value: {class_path}")
     options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
-        return f"{name}.{unknown[1]}: no such option" + _did_you_mean(unknown[1], options)
+        return f"{name}.{unknown[1]}: no such option" + did_you_mean(unknown[1], options)
     if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
         needs = "each entry needs it" if name in SOURCES else f"required where {name} is not null"
         return f"{name}.{missing[1]}: {needs}"
     if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
         return _value_error(f"{name}.{inner[1]}", inner[2])
     return f"{name}: {problem}"
-
-
-def _did_you_mean(name: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:

@@ -5,7 +5,8 @@ Every message is one line: place, value found, value expected, and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +28,16 @@ def one_line(error: BaseException) -> tuple[str, int]:
 def shortened(text: str, limit: int = 80) -> str:
     """Text for a message, which a file may make as long as it likes."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """The nearest option for a message, or nothing; `lr` is learning_rate."""
+    options = list(options)
+    last = name.rpartition(".")[2]
+    words = {option: option.rpartition(".")[2].split("_") for option in options}
+    near = [option for option in options if last == "".join(word[:1] for word in words[option])]
+    near += difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class EasyAiraError(Exception):

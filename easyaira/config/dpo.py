@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from easyaira.config.ranges import HalfShare, NonNegative, Number, Positive, Weight
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, did_you_mean, shortened
 
 
 class LossUse(NamedTuple):
@@ -100,7 +100,8 @@ class DPOConfig:
                 raise ConfigError(f"dpo.loss_type: {name} {REFUSED[name]}")
             if name not in LOSSES:
                 raise ConfigError(
-                    f"dpo.loss_type: {name!r} is unknown; choose from {', '.join(LOSSES)}"
+                    f"dpo.loss_type: expected one or more of {', '.join(LOSSES)}, got "
+                    f"{shortened(name)}{did_you_mean(name, LOSSES)}"
                 )
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise ConfigError(
