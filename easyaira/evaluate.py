@@ -151,14 +151,14 @@ def of_tasks(args: Any, origin: Any):
             raise
         raise ConfigError(MISSING) from error
 
-    from easyaira import loaded
     from easyaira.evaluation.likelihood import Likelihoods
     from easyaira.generation.settings import end_ids, files_of
+    from easyaira.loaded import LoadedModel
 
     names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
     data = Path(args.data) if args.data else None
+    model = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template="plain")
     tasks = harness.load(names, data)
-    model = loaded.load(args.model, mesh=args.mesh, dtype=args.dtype, template="plain")
     likelihoods = Likelihoods(model.model, model.params, model.mesh, tokens=args.batch_tokens)
     ends = end_ids(model.template, files_of(origin), model.model.vocab_size)
     lm = harness.EasyAiraLM(likelihoods, model.tokenizer, ends)

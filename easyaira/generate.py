@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
         lengths = [len(prompt.tokens) for prompt in asked]
     elif args.prompt is not None:
         tokens = template.prompt([{"role": "user", "content": args.prompt}]).tolist()
-        sampler.limit(len(tokens))
+        sampler.limit(tokens)
         lengths = [len(tokens)]
     else:  # a conversation may fill the context
         lengths = [loaded.model.config.max_positions - 1]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyaira.data.batches import LAYOUT, Batches
-from easyaira.data.examples import Parts, of_parts
+from easyaira.data.examples import Parts, check_embedded, of_parts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.mesh import data_shards
@@ -188,6 +188,7 @@ class LoadedModel:
         if not parts:
             return
         examples = of_parts(parts)
+        check_embedded(examples.tokens, self.model.vocab_size)
         lengths = examples.lengths()[:, 0]
         positions = self.model.config.max_positions
         if lengths.max() > positions:

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -29,7 +28,7 @@ from easyaira.generation.sampler import generate
 from helpers import tiny
 
 POSITIONS, NEW, PROMPTS = 256, 40, 200
-COLUMNS = ("model", "tokenizer", "prompts", "equal", "tokens", "gap", "CPU s: ours", "transformers")
+COLUMNS = ("model", "tokenizer", "prompts", "equal", "tokens", "gap")
 
 
 def compare(name: str, data: Path, texts: list[str]) -> list[str]:
@@ -46,12 +45,8 @@ def compare(name: str, data: Path, texts: list[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model, params = tiny.load(Path(folder))
-    begun = time.process_time()
     answers = generate(model, params, prompts, Sampling(max_new_tokens=NEW, end_ids=(end,)))
-    ours = time.process_time() - begun
-    begun = time.process_time()
     wanted = answers_of(theirs, prompts, end)
-    seconds = f"{ours:.0f}", f"{time.process_time() - begun:.0f}"
     equal, gaps = 0, [0.0]
     for prompt, answer, other in zip(prompts, answers, wanted, strict=True):
         equal += answer.tokens == other
@@ -63,7 +58,7 @@ def compare(name: str, data: Path, texts: list[str]) -> list[str]:
             gaps.append(float(logits[other[at]] - logits[answer.tokens[at]]))
     count = f"{sum(len(answer.tokens) for answer in answers):,}"
     gap = f"{max(gaps):.1g}" if len(gaps) > 1 else ""
-    return [name, kind, str(len(prompts)), str(equal), count, gap, *seconds]
+    return [name, kind, str(len(prompts)), str(equal), count, gap]
 
 
 def answers_of(model: torch.nn.Module, prompts: list[list[int]], end: int) -> list[list[int]]:

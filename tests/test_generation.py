@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from easyaira import generate
+from easyaira import evaluate, generate
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, Preempted
 from easyaira.export import hf_config
@@ -187,6 +187,39 @@ def test_an_end_token_outside_the_vocabulary_is_refused(file, wrong, gpt2, tmp_p
     options = {"config": ends} if file == "config.json" else ends
     status, _, err = ask(with_settings(gpt2, tmp_path / "model", **options), capsys)
     assert status == 2 and f"error: {file}: eos_token_id: found" in err
+
+
+@pytest.fixture(scope="module")
+def unusable(tmp_path_factory):
+    """Folders that generate nothing: a scorer, an encoder, and one with too few embeddings."""
+    root = tmp_path_factory.mktemp("unusable")
+    for name, config in (("scorer", "gpt2"), ("encoder", "bert")):
+        tiny.save(root / name, tiny.SCORERS[config])
+    tiny.save(root / "few", tiny.CONFIGS["gpt2"] | {"vocab_size": 260})
+    tiny.tokenizer().save_pretrained(root / "few")
+    return root
+
+
+UNUSABLE = {
+    "scorer": "scorer: is a reward or toxicity model and generates no text; name a language",
+    "encoder": "bert is an encoder and generates no text",
+    "few": " and the embedding has 260 rows; use the model's own tokenizer",
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_models_that_cannot_generate_are_refused_in_one_line(name, unusable, tmp_path, capsys):
+    for flags in ([], ["--dry_run"]):
+        status, out, err = ask(unusable / name, capsys, *flags)
+        assert (status, out) == (2, "") and UNUSABLE[name] in err and len(err.splitlines()) == 1
+    rows = tiny.write_rows(tmp_path / "in.jsonl", [{"prompt": PROMPT}])
+    assert answer_file(unusable / name, rows, tmp_path / "out.jsonl", capsys)[0] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    if name != "few":
+        data = tiny.SHARED / "eval" if tiny.SHARED.exists() else tmp_path
+        arguments = [unusable / name, "--tasks=arc_easy", f"--data={data}"]
+        status, _, err = call(evaluate.main, arguments, capsys)
+        assert status == 2 and UNUSABLE[name] in err and len(err.splitlines()) == 1
 
 
 # Files of prompts

@@ -13,11 +13,12 @@ from easyaira.config.data import DataConfig, Source
 from easyaira.data import sources
 from easyaira.data.cache import cached_source
 from easyaira.data.columns import FORMS, Message, Record, question
-from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples
+from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError, escaped
 
+RESIZE = ", or set model.resize"
 OVERLAP = 0.01  # warn above this share of held-out examples whose prompt is also trained on
 
 
@@ -51,14 +52,14 @@ def load(
             "tokenizer: data.compat needs a pad_token; set one in its tokenizer_config.json"
         )
     train, account = _read(config, config.train, recipe, template, "train", config.max_examples)
-    _check_ids(train, vocab_size)
+    check_embedded(train.tokens, vocab_size, RESIZE)
     accounts = {"train": account}
     held_out = None
     if isinstance(config.eval, float):
         train, held_out = hold_out(train, config.eval, seed)
     elif config.eval is not None:
         held_out, accounts["held out"] = _read(config, config.eval, recipe, template, "held-out")
-        _check_ids(held_out, vocab_size)
+        check_embedded(held_out.tokens, vocab_size, RESIZE)
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
     report = {name: _account_report(account) for name, account in accounts.items()}
@@ -200,15 +201,6 @@ def weighted(examples: Examples, weights: Sequence[float], seed: int) -> Example
         if len(rows) and not len(index[-1]):
             raise ConfigError(f"data.train: weight {weight} leaves no row of source {source + 1}")
     return examples.take(np.concatenate(index))
-
-
-def _check_ids(part: Examples, vocab_size: int) -> None:
-    for extreme in (int(part.tokens.max(initial=0)), int(part.tokens.min(initial=0))):
-        if not 0 <= extreme < vocab_size:
-            raise TokenizerError(
-                f"tokenizer: gives id {extreme} and the embedding has {vocab_size} rows; use the "
-                "model's own tokenizer, or set model.resize"
-            )
 
 
 def _account_report(account: Account) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from easyaira.errors import DataError
+from easyaira.errors import DataError, TokenizerError
 
 
 @dataclass(frozen=True)
@@ -263,3 +263,18 @@ def digest(*arrays: np.ndarray) -> int:
         hasher.update(len(values).to_bytes(8, "little"))
         hasher.update(values.tobytes())
     return int.from_bytes(hasher.digest(), "little")
+
+
+def check_embedded(tokens: Any, vocab_size: int, mend: str = "") -> None:
+    """Check that the model has an embedding of every token.
+
+    Raises:
+        TokenizerError: it has not.
+    """
+    tokens = np.asarray(tokens)
+    for extreme in (int(tokens.max(initial=0)), int(tokens.min(initial=0))):
+        if not 0 <= extreme < vocab_size:
+            raise TokenizerError(
+                f"tokenizer: gives id {extreme} and the embedding has {vocab_size} rows; use the "
+                f"model's own tokenizer{mend}"
+            )

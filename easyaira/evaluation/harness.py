@@ -23,7 +23,8 @@ from lm_eval.models.utils import (
 )
 from tqdm import tqdm
 
-from easyaira.errors import ConfigError, DataError, TokenizerError, shortened
+from easyaira.data.examples import check_embedded
+from easyaira.errors import ConfigError, DataError, shortened
 from easyaira.evaluation import local
 from easyaira.evaluation.likelihood import Likelihoods, Request
 from easyaira.evaluation.results import METRICS, Result
@@ -100,12 +101,7 @@ class EasyAiraLM(TemplateLM):
                 f"a choice of the task has {len(continuation)} tokens, and the model has "
                 f"{self.max_length} positions: {shortened(repr(texts[1]))}"
             )
-        largest = max(*context, *continuation)
-        if largest >= self.model.vocab_size:
-            raise TokenizerError(
-                f"tokenizer: gives id {largest} and the embedding has {self.model.vocab_size} rows;"
-                " use the model's own tokenizer"
-            )
+        check_embedded([*context, *continuation], self.model.vocab_size)
         kept = self.max_length + 1 - len(continuation)
         self.truncated += len(context) > kept
         return Request(context[-kept:], continuation)

@@ -52,7 +52,7 @@ def chat(
     for question in questions:
         messages.append({"role": "user", "content": question})
         tokens = template.prompt(messages).tolist()
-        sampler.limit(len(tokens), "the conversation")
+        sampler.limit(tokens, "the conversation")
         own = (seed + len(messages) // 2) % 2**32  # each answer has its own random numbers
         live = Live(template, write)
         ((_, answer),) = sampler.answers(weights, [tokens], seed=own, progress=live)

@@ -53,7 +53,7 @@ def _prompt(located: sources.Located, template: Template, sampler: Sampler) -> P
             raise columns.Unreadable(f"column {taken[0]}: the output has it; rename yours")
         messages = columns.question(columns.Record(row))
         tokens = template.prompt(messages)
-        sampler.limit(len(tokens))
+        sampler.limit(tokens)
     except (columns.Unreadable, DataError) as error:
         raise DataError(f"{place}: {error}") from error
     return Prompt(place, row, tokens)

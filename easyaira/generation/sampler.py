@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from easyaira.data.examples import check_embedded
 from easyaira.errors import DataError, WeightsError
 from easyaira.generation.processors import Sampling
 from easyaira.generation.programs import STEPS, Prefilled, Programs, State, Weights
@@ -86,13 +87,15 @@ class Sampler:
         """Prepare weights once for any number of calls of `answers`."""
         return self.programs.weights(params)
 
-    def limit(self, length: int, name: str = "the prompt") -> int:
-        """Maximal length of the answer to a prompt of this length.
+    def limit(self, prompt: Sequence[int], name: str = "the prompt") -> int:
+        """Maximal length of the answer to a prompt.
 
         Raises:
             DataError: there is no room for one.
+            TokenizerError: a token has no embedding.
         """
-        positions = self.model.config.max_positions
+        check_embedded(prompt, self.model.vocab_size)
+        length, positions = len(prompt), self.model.config.max_positions
         if not length:
             raise DataError(
                 f"{name} is a prompt without tokens, and this tokenizer has no start token; give a "
@@ -106,15 +109,13 @@ class Sampler:
         return min(self.sampling.max_new_tokens, positions - length)
 
     def largest_cache(self, lengths: Sequence[int], num_samples: int = 1) -> tuple[int, int]:
-        """Rows and slots that the cache has at most, for prompts of these lengths.
-
-        Raises:
-            DataError: a prompt leaves no room for an answer.
-        """
+        """Rows and slots that the cache has at most, for prompts of these lengths."""
+        positions = self.model.config.max_positions
+        limits = [min(self.sampling.max_new_tokens, positions - length) for length in lengths]
         rows = _power(min(len(lengths) * num_samples, self.rows))
         # the newest token is not in the cache, and no row that has its last one is decoded
-        longest = max(length + max(self.limit(length) - 2, 0) for length in set(lengths))
-        slots = max(longest + 1, max(lengths) + self.steps)  # it grows when it is full, see `fit`
+        ends = [length + max(limit - 2, 0) for length, limit in zip(lengths, limits, strict=True)]
+        slots = max(max(ends) + 1, max(lengths) + self.steps)  # it grows when it is full, see `fit`
         return rows, _rounded(slots, FEWEST_SLOTS)
 
     def answers(
@@ -142,7 +143,7 @@ class Sampler:
             DataError: a prompt is empty, or fills all of the model's positions.
             WeightsError: the logits are not finite.
         """
-        limits = [self.limit(len(prompt), f"prompt {i}") for i, prompt in enumerate(prompts)]
+        limits = [self.limit(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         numbers = deque(range(first, len(prompts) * num_samples))
         waiting = deque(_Row(n, n // num_samples, 0, limits[n // num_samples]) for n in numbers)
         if waiting:

@@ -164,6 +164,10 @@ def model_of(
         raise ConfigError(
             f"{where}: {kind} is an encoder and generates no text; train_reward makes it a scorer"
         )
+    if stored_scorer and scorer is False:
+        raise ConfigError(
+            f"{where}: is a reward or toxicity model and generates no text; name a language model"
+        )
     if scorer is None:
         scorer = stored_scorer or architecture.encoder
     return Model(architecture, config, compute, scorer)

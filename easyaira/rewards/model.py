@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyaira.data.batches import Batches
-from easyaira.data.examples import Examples, of_tokens
+from easyaira.data.examples import Examples, check_embedded, of_tokens
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.sharding import constrain
@@ -156,6 +156,7 @@ class RewardModel:
             yield np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in before)]), answer
 
     def _scores(self, examples: Examples) -> np.ndarray:
+        check_embedded(examples.tokens, self.model.vocab_size)
         shards = meshes.data_shards(self.mesh)
         longest = max(int(examples.lengths().max()), SHORTEST_ROW)
         batches = Batches(
