@@ -166,6 +166,12 @@ def test_a_model_that_never_ends_gives_no_pairs_and_loses_no_text(ground, tmp_pa
         ("curate", ["--pairs=GROUND/texts.jsonl"], "texts.jsonl:1: found columns text, source"),
         ("reverse", ["--data=GROUND/seed.jsonl", "--held_out=9"], "none is left to train on"),
         ("iterate", ["--threshold=3"], "threshold"),
+        (
+            "iterate",
+            ["--config=GROUND/wrong.yaml", "--seed_data=GROUND/seed.jsonl"]
+            + ["--pairs=GROUND/seed.jsonl"],
+            "wrong.yaml:1: steps: no such option; did you mean",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -174,6 +180,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     tiny.write_rows(ground / "bad.jsonl", [{"text": "yes"}, {"body": "no"}])
     tiny.write_rows(ground / "number.jsonl", [{"text": 1}])
     tiny.write_rows(ground / "empty.jsonl", [{"text": ""}])
+    (ground / "wrong.yaml").write_text("steps: 1")
     flags = [flag.replace("GROUND", str(ground)) for flag in flags]
     model = [ground / "llama", "--template=plain"] if step in ("augment", "curate") else []
     status, _, err = run(capsys, step, *model, *flags, f"--output={tmp_path / 'out'}")

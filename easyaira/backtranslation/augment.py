@@ -32,10 +32,13 @@ def augment(source: Source, folder: Path, args: Any) -> dict[str, Any]:
 
 def _questions(source: Source) -> Iterator[ask.Question]:
     seen: set[tuple[str, str | None]] = set()
+    checked = False
     for number, (place, text, instruction) in enumerate(texts(source)):
         columns = {"text_id": number}
         if instruction is not None:
-            measure.check()
+            if not checked:
+                measure.check()
+                checked = True
             columns["instruction"] = instruction
         fault = None if text.strip() else "empty text"
         fault = fault or ("repeated text" if (text, instruction) in seen else None)

@@ -6,7 +6,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from easyaira import train_sft
+from easyaira import cli, train_sft
 from easyaira.backtranslation.curate import KEPT, curate
 from easyaira.backtranslation.rows import exchanges
 from easyaira.config.data import Source
@@ -53,6 +53,7 @@ def iterate(args: Any) -> list[dict[str, Any]]:
     settings = {"step": "iterate", "seed_data": sources.content_key(seed)}
     settings |= {"pairs": sources.content_key(pairs), "threshold": args.threshold}
     sets.check_folder(output, settings)
+    cli.parse(train_sft.CONFIG, _training(args.config, output / "0"))  # refuses it now, not later
     sets.begin(output, settings)
     rounds: list[dict[str, Any]] = []
     for number in range(args.rounds + 1):
@@ -73,16 +74,19 @@ def iterate(args: Any) -> list[dict[str, Any]]:
                 )
             kept, row = Source(str(folder / CURATED / name)), row | counts
         rounds.append(row | mix(seed, kept, folder))
-        train_sft.main(
-            [
-                f"--config={args.config}",
-                f"--data.train={folder / TRAIN}",
-                "--data.split=train",
-                "--data.columns={}",
-                "--data.reverse=false",
-                f"--output_dir={folder / RUN}",
-            ]
-        )
+        train_sft.main(_training(args.config, folder))
         with sets.writing(output):
             sets.write_counts(output, {"rounds": rounds})
     return rounds
+
+
+def _training(config: str, folder: Path) -> list[str]:
+    """The command line of train_sft for a round's rows."""
+    return [
+        f"--config={config}",
+        f"--data.train={folder / TRAIN}",
+        "--data.split=train",
+        "--data.columns={}",
+        "--data.reverse=false",
+        f"--output_dir={folder / RUN}",
+    ]
