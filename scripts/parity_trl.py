@@ -2,16 +2,20 @@
 
     PYTHON_WITH_TRL scripts/parity_trl.py JOB.json     prints {"trl": version, "losses": [...]}
 
-The trainers' own preparation of text is left out: both sides get the same ids.
+The trainers' own preparation of text is left out: both sides get the same ids. Jobs of
+parity_losses.py hold log-probabilities instead, and ask for each loss with its gradient.
 """
 
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
 import trl
 from datasets import Dataset
 from transformers import (
@@ -72,6 +76,66 @@ def main(job):
     return {"trl": trl.__version__, "losses": losses}
 
 
+def preference_losses(job):
+    """Loss of DPOTrainer (CPOTrainer, ORPOTrainer) and its gradient, for each of job["options"]."""
+    arrays = {name: torch.tensor(job[name]) for name in ("logps", "ref", "mask")}
+    return [preference_loss(options, **arrays) for options in job["options"]]
+
+
+def preference_loss(options, logps, ref, mask):
+    logps = logps.clone().requires_grad_()
+    accelerator = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
+    trainer = SimpleNamespace(accelerator=accelerator, **options)
+    if options["trainer"] == "dpo":
+        loss = _of_dpo_trainer(trainer, logps, ref, mask)
+    else:
+        sums, lengths = (logps * mask).sum(1), mask.sum(1)
+        per_answer = sums if options["loss_type"] != "simpo" else sums / lengths
+        if options["trainer"] == "orpo":
+            from trl.experimental.orpo import ORPOTrainer
+
+            loss = -ORPOTrainer.odds_ratio_loss(trainer, *(sums / lengths).chunk(2))[0]
+        else:
+            from trl.experimental.cpo import CPOTrainer
+
+            loss = CPOTrainer.cpo_loss(trainer, *per_answer.chunk(2))[0]
+        loss = loss.mean()
+    loss.backward()
+    return {"loss": loss.item(), "gradient": logps.grad.tolist()}
+
+
+def same(x):
+    return x
+
+
+def _of_dpo_trainer(trainer, logps, ref, mask):
+    rows, length = mask.shape
+    whole = torch.cat([torch.zeros_like(mask[:, :1]), mask], 1)  # the prompt is one token
+    inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    inputs["completion_mask"] = whole
+    sums = (ref * mask).sum(1)
+    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = sums.chunk(2)
+    zeros = torch.zeros(rows, length)
+
+    class Fake(torch.nn.Module):
+        def forward(self, **_):
+            return SimpleNamespace(
+                log_probs=logps * mask,
+                entropy=zeros,
+                mean_logits=zeros,
+                is_top1=zeros.bool(),
+                log_sum_sq_probs=zeros,
+            )
+
+    trainer.model = SimpleNamespace(training=True)
+    trainer.args = SimpleNamespace(discopop_tau=0.05)  # TRL's default
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer._total_train_tokens, trainer._tp_size = 0, 1
+    return trl.DPOTrainer._compute_loss(trainer, Fake(), inputs, False)
+
+
 if __name__ == "__main__":
     sys.stdout, out = sys.stderr, sys.stdout
-    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))), file=out)
+    job = json.loads(Path(sys.argv[1]).read_text())
+    answer = preference_losses(job) if "logps" in job else main(job)
+    print(json.dumps(answer), file=out)
