@@ -54,6 +54,20 @@ def test_learned_tokens_are_those_of_the_completion_and_its_end(tmp_path):
     assert (~everything.learned).sum() == 5  # all but the first token of each
 
 
+def test_many_cuts_are_a_warning_with_the_lengths_that_keep_the_rows(tmp_path, capsys):
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(30))
+    lengths = np.sort(load(file).train.lengths().max(1))
+    load(file, max_length=int(lengths[14]), max_dropped=0.9)
+    cut = int((lengths > lengths[14]).sum())
+    most = next(n for n in np.unique(lengths) if (lengths <= n).mean() >= 0.95)
+    assert (
+        f"warning: train: {cut} of 30 rows ({cut / 30:.0%}) exceed data.max_length {lengths[14]} "
+        f"and lose their end, and teach no end token; {most} keeps 95 % whole, {lengths[-1]} all"
+    ) in capsys.readouterr().out
+    load(file, max_length=int(lengths[-2]), max_dropped=0.9)
+    assert "warning: train" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_truncation(pairs, tmp_path):
     rows = tiny.dpo_rows(30) if pairs else tiny.sft_rows(30)

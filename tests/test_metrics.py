@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from easyaira.run import closing
+from easyaira.train import log
+from easyaira.train.energy import Used
 from easyaira.train.metrics import Window
 
 
@@ -21,3 +24,30 @@ def test_positions_are_totals_and_cpu_time_is_of_the_window():
         assert (row["positions"], row["num_tokens"]) == (128 * wanted, 90 * wanted)
         assert row["cpu_time"] == pytest.approx(time.process_time() - start, abs=0.01)
     assert Window(json.loads(json.dumps(window.to_save()))).positions == 256  # a resumed run
+
+
+ROW = {"loss": 0.69314, "learning_rate": 1.8e-5, "grad_norm": 4.43, "tokens_per_second": 1023.4}
+ROW |= {"step_time": 2.0, "mfu": None, "kernel": "xla", "rewards/margins": 0.1}
+
+
+def test_a_line_of_the_log_fits_80_columns_and_says_what_is_left():
+    held_out = {f"eval_{name}": 0.123456 for name in ("loss", *log.MORE)}
+    first, *rest = log.lines(9000, 9930, ROW | held_out)
+    assert first == (
+        "step 9000: loss 0.6931, lr 1.8e-05, grad norm 4.43, 1,023 tokens/s, 0:31:00 left"
+    )
+    assert rest[0] == "      margin 0.1"
+    assert rest[1].startswith("      held out: loss 0.1235, reward accuracy 0.1235")
+    assert len(rest) > 2 and max(map(len, (first, *rest))) <= 80
+    assert list(log.lines(0, 9, {"eval_loss": 2.0})) == ["step 0: held out: loss 2"]
+    assert list(log.lines(9, 9, {"loss": 1.0, "step_time": 1.0})) == ["step 9: loss 1"]
+
+
+def test_a_run_ends_with_what_it_changed():
+    rows = [{"eval_loss": 4.14}, {"loss": 3.9}, {"loss": 3.5, "eval_loss": 3.431}]
+    used = Used(kwh=0.00071, co2_kg=0, seconds=1, place="", sources=(), lost=0)
+    assert list(closing.lines(rows, 104.2, used, "runs/x", scorer=False)) == [
+        "after   held-out loss 4.14 -> 3.431, loss 3.9 -> 3.5, 0:01:44, 0.00071 kWh",
+        "next    easyaira generate runs/x --chat",
+    ]
+    assert list(closing.lines([], 1, None, "runs/x", scorer=True)) == ["after   0:00:01"]

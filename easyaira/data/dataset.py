@@ -18,6 +18,7 @@ from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError, escaped
 
+CUT_SHARE = 0.05  # warn above this share of rows that are cut
 RESIZE = ", or set model.resize"
 OVERLAP = 0.01  # warn above this share of held-out examples whose prompt is also trained on
 
@@ -141,10 +142,25 @@ def _read(
         parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
         account += source_account
     account.check(config.max_dropped)
+    _warn_of_cuts(account, config.truncation, recipe.max_length, label)
     if account.unread:
         unread = ", ".join(f"{name} ({count} rows)" for name, count in account.unread.items())
         print(f"data    {label}: filled and not used: {escaped(unread)}", flush=True)
     return _joined(parts), account
+
+
+def _warn_of_cuts(account: Account, truncation: str, max_length: int, label: str) -> None:
+    """Warn if more than CUT_SHARE of the rows are cut, with the lengths that would keep them."""
+    cut = account.cut.total()
+    if cut <= CUT_SHARE * account.kept:
+        return
+    loss = "lose their end, and teach no end token" if truncation == "keep_start" else "are cut"
+    print(
+        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
+        f"data.max_length {max_length:,} and {loss}; {account.length_for(0.95):,} keeps 95 % "
+        f"whole, {max(account.cut):,} all",
+        flush=True,
+    )
 
 
 def _joined(parts: list[Examples]) -> Examples:

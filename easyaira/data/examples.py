@@ -94,6 +94,7 @@ class Account:
         first_dropped: reason -> place of the first such row.
         noted: change made to kept rows, such as a cut -> number of rows.
         unread: filled column or key that was not used -> number of kept rows.
+        cut: length in tokens of a row before its cut to max_length -> number of such rows.
         shown: the first rows for a report, as [place, outcome, [[text, state], ...]].
     """
 
@@ -103,11 +104,13 @@ class Account:
     first_dropped: dict[str, str] = field(default_factory=dict)
     noted: Counter = field(default_factory=Counter)
     unread: Counter = field(default_factory=Counter)
+    cut: Counter = field(default_factory=Counter)
     shown: list[list[Any]] = field(default_factory=list)
 
     def __post_init__(self):  # JSON knows no Counter
         for name in ("dropped", "noted", "unread"):
             setattr(self, name, Counter(getattr(self, name)))
+        self.cut = Counter({int(length): count for length, count in self.cut.items()})
 
     def drop(self, reason: str, place: str) -> None:
         self.dropped[reason] += 1
@@ -121,8 +124,18 @@ class Account:
             other.first_dropped | self.first_dropped,
             self.noted + other.noted,
             self.unread + other.unread,
+            self.cut + other.cut,
             self.shown + other.shown,
         )
+
+    def length_for(self, share: float) -> int | None:
+        """Shortest max_length that leaves this share of the kept rows whole; None: today's does."""
+        whole, wanted = self.kept - self.cut.total(), None
+        for length, count in sorted(self.cut.items()):
+            if whole >= share * self.kept:
+                break
+            whole, wanted = whole + count, length
+        return wanted
 
     def summary(self) -> str:
         reasons = [

@@ -16,7 +16,7 @@ from easyaira.data.examples import Account, Files, Parts, digest
 from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.sources import BadRow, Located
 from easyaira.data.template import Template
-from easyaira.data.truncate import fit, lengths_of, pad_parts
+from easyaira.data.truncate import CUT, fit, lengths_of, pad_parts
 from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
@@ -48,6 +48,8 @@ def build(
             if any(template.types_control(text) for text in texts.spelled):
                 notes.append("a text spells a control token, which stays text")
             account.noted.update([*notes, *texts.notes])
+            if any(note.startswith(CUT) for note in notes):
+                account.cut[sum(lengths_of(parts))] += 1
             account.unread.update(texts.unread)
             _show(account, place, fitted, template, "; ".join([KEPT, *notes, *texts.notes]))
             unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0

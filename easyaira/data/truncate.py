@@ -8,6 +8,8 @@ from easyaira.data.examples import Parts
 from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.template import Template
 
+CUT = "cut to max_length"  # how the note of a cut begins
+
 
 def pad_parts(parts: Parts, count: int, pad: int) -> Parts:
     """Append `count` padding tokens with loss to the answer."""
@@ -68,7 +70,7 @@ def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[s
 
             tails = [tokens[~keeps(tokens)] for tokens, _ in answers]
             answers = [(tokens[keeps(tokens)], mask[keeps(tokens)]) for tokens, mask in answers]
-        notes.append(f"cut to max_length ({recipe.truncation})")
+        notes.append(f"{CUT} ({recipe.truncation})")
     lost, prompt, prompt_learned = prompt[~kept], prompt[kept], prompt_learned[kept]
     # no token predicts the first one, which in a packed row follows another example
     prompt_learned = prompt_learned & (np.arange(len(prompt)) > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,12 +27,13 @@ from easyaira.plan import cost, decoding
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
 from easyaira.plan.search import search
+from easyaira.run import closing, provenance
 from easyaira.run import folder as run_folder
-from easyaira.run import provenance
 from easyaira.run import report as run_report
 from easyaira.run.samples import Samples
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.train import energy, kernel_check, loader, loop, metrics
+from easyaira.train import log as logs
 from easyaira.train import step as steps
 from easyaira.train.algorithm import Algorithm
 from easyaira.train.evaluation import Evaluate
@@ -110,7 +112,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         checked: results of the kernel check, for the first row of metrics.jsonl.
     """
     config, folder = setup.config, Path(setup.config.output_dir)
-    facts = released(setup)
+    facts, began = released(setup), time.perf_counter()
     with run_folder.claimed(setup) as checkpoints:
         step = checkpoints.latest()
         released_before = hosts.share((folder / "hf").exists())
@@ -120,6 +122,10 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         with energy.track(config.energy if step != setup.total_steps else None, folder):
             params, samples = _updates(setup, algorithm, stop, checkpoints, facts, checked)
         _finish(setup, params, samples, facts)
+        rows, used = logs.read(folder / "metrics.jsonl"), energy.used(folder)
+        seconds = time.perf_counter() - began
+        for line in closing.lines(rows, seconds, used, str(folder), setup.model.scorer):
+            print(line, flush=True)
 
 
 def _updates(

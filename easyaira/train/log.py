@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,22 @@ from tqdm import tqdm
 from easyaira.errors import StorageError
 from easyaira.files import parse_json, read_file, reason, write_file
 
+COLUMNS = 80
+MAIN = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm"}  # metric: word
+DIGITS = {"loss": 4, "lr": 2, "grad norm": 3}
+LOSS = {"": {}, "eval_": {"loss": "loss"}}
+MORE = {
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "chosen",
+    "rewards/rejected": "rejected",
+    "accuracy": "accuracy",
+    "auc": "auc",
+    "margin": "margin",
+    "reward": "reward",
+    "objective/kl": "kl",
+    "mean_token_accuracy": "token accuracy",
+}
 MAX_BYTES = 2**29  # of metrics.jsonl: about a million rows
 
 
@@ -113,21 +131,8 @@ class Log:
             if value is not None
         ]
         self._add(step, scalars)
-        shown = (
-            "loss",
-            "tokens_per_second",
-            "eval_loss",
-            "eval_rewards/accuracies",
-            "rewards/margins",
-            "eval_accuracy",
-            "eval_auc",
-        )
-        self.say(
-            f"step {step}: "
-            + ", ".join(
-                f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None
-            )
-        )
+        for line in lines(step, self._bar.total, values):
+            self.say(line)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Give texts to TensorBoard, which shows Markdown: here as literal text."""
@@ -148,11 +153,9 @@ class Log:
         self._bar.update(steps)
 
     def say(self, line: str) -> None:
-        """Show a line beside the progress bar in a terminal, or print it elsewhere."""
-        if self._bar.disable:
+        """Print a line, above the progress bar in a terminal."""
+        with tqdm.external_write_mode():
             print(line, flush=True)
-        else:
-            self._bar.set_postfix_str(line.partition(": ")[2])
 
     def close(self) -> None:
         self._bar.close()
@@ -176,6 +179,34 @@ class NoLog:
 
     def close(self) -> None:
         pass
+
+
+def lines(step: int, total: int, values: Mapping[str, float | str | None]) -> Iterator[str]:
+    """A row of metrics for people: in lines of at most 80 columns, as far as names allow."""
+    numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+    main = [
+        f"{word} {numbers[name]:.{DIGITS[word]}g}" for name, word in MAIN.items() if name in numbers
+    ]
+    if "tokens_per_second" in numbers:
+        main.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
+    if "step_time" in numbers and step < total:
+        left = round((total - step) * numbers["step_time"])
+        main.append(f"{timedelta(seconds=left)} left")
+    if main:
+        yield f"step {step}: {', '.join(main)}"
+    for title, prefix in (("", ""), ("held out: ", "eval_")):
+        words = LOSS[prefix] | MORE
+        parts = [
+            f"{w} {numbers[prefix + n]:.4g}" for n, w in words.items() if prefix + n in numbers
+        ]
+        if parts:
+            text = title + ", ".join(parts)
+            yield from textwrap.wrap(
+                text,
+                COLUMNS,
+                initial_indent=" " * 6 if main else f"step {step}: ",
+                subsequent_indent=" " * 6,
+            )
 
 
 def read(path: Path) -> list[dict[str, Any]]:

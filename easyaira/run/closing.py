@@ -1,0 +1,42 @@
+"""The lines that end a run: what it changed, how long it took, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from easyaira.train.energy import Used
+
+MEASURES = {  # metric: words
+    "eval_loss": "held-out loss",
+    "eval_rewards/accuracies": "held-out reward accuracy",
+    "eval_accuracy": "held-out accuracy",
+    "eval_mean_token_accuracy": "held-out token accuracy",
+    "loss": "loss",
+}
+SHOWN = 2
+
+
+def lines(
+    rows: Sequence[Mapping[str, Any]], seconds: float, used: Used | None, folder: str, scorer: bool
+) -> Iterator[str]:
+    """Closing lines of a run.
+
+    Args:
+        rows: of metrics.jsonl.
+        seconds: duration of this command.
+        used: energy of all commands of the run; None: not tracked.
+        scorer: the model scores texts, and so cannot generate.
+    """
+    parts = []
+    for name, words in MEASURES.items():  # the first ones that were measured twice
+        values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
+        if len(values) > 1 and len(parts) < SHOWN:
+            parts.append(f"{words} {values[0]:.4g} -> {values[-1]:.4g}")
+    parts.append(str(timedelta(seconds=round(seconds))))
+    if used is not None:
+        parts.append(f"{used.kwh:.2g} kWh")
+    yield f"after   {', '.join(parts)}"
+    if not scorer:
+        yield f"next    easyaira generate {folder} --chat"
