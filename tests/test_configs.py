@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 
-from easyaira import cli, train_dpo, train_sft
-from easyaira.config.run import TrainDPO, TrainSFT
+from easyaira import cli, train_dpo, train_rl, train_sft
+from easyaira.config.run import TrainDPO, TrainRL, TrainSFT
 from easyaira.data.batches import Batches
 from easyaira.data.examples import Examples
 from easyaira.data.template import Template
@@ -215,6 +216,10 @@ REWARD = {
     "aira-toxicity": Case(ROBERTA, 41843, 124_646_401, 1000, 0, 5e-5),
     "aira-toxicity-pt": Case(BERTIMBAU, 28103, 108_923_905, 1000, 0, 5e-5),
 }
+RL = {
+    "tulu-2.5-ppo-13b": Case(TULU_13B, 60_908, 13_015_864_320, 944, 95, 1e-6, TULU),
+    "aira-2-124m-rl": Case(AIRA, 41762, 124_442_880, 652, 66, 5e-6, GPT2_IDS),
+}
 BACKWARD = Case(LLAMA_7B, 9846, 6_738_415_616, 616, 19, 1e-4)
 
 
@@ -303,6 +308,7 @@ def test_every_configuration_has_its_case():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
         *CASES,
         *REWARD,
+        *RL,
         "backward-llama-2-7b",
         "humpback-llama-2-7b",
     }
@@ -482,6 +488,38 @@ def test_humpback_has_the_published_schedule(tmp_path):
     schedule = optimizer.make_schedule(config.optimizer, total)
     assert total == 500 and {float(schedule(n)) for n in (0, 250, 500)} == {1e-5}
     assert config.optimizer.weight_decay == config.model.dropout == 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RL)
+def test_on_policy_runs_have_their_sizes_and_train(name, tmp_path, monkeypatch):
+    case = RL[name]
+    argv = argv_of(name, folder_of(case, name, tmp_path / "base"), "--mesh=fsdp=-1")
+    config, _ = cli.parse(TrainRL, argv)
+    assert config.output_dir == f"runs/{name}"
+    resolved = find(config, make_mesh(config.mesh))
+    assert resolved.model.parameter_count() == case.parameters
+    prompts = config.answers // config.rl.answers_per_prompt
+    total = updates(config, case.rows // prompts * config.cycle)
+    assert (total, optimizer.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
+    schedule = optimizer.make_schedule(config.optimizer, total)
+    rates = [float(schedule(step)) for step in (0, case.warmup, total)]
+    np.testing.assert_allclose(rates, [0, case.peak, case.peak], atol=1e-12, rtol=1e-6)
+
+    skipped = {"compared": False, "why": "this test compares"}
+    monkeypatch.setattr(torch_check, "compare_logits", lambda *_: skipped)
+    data = tiny.write_rows(tmp_path / "data.jsonl", [{"prompt": f"what {i}?"} for i in range(24)])
+    argv = argv_of(
+        name, folder_of(case, name, tmp_path / "small", shrunk=True), f"--data.train={data}",
+        "--data.split=train", "--max_steps=3", "--train_batch_size=8", "--num_samples=0",
+        "--rl.generation_batch_size=16", "--rl.max_completion_length=8", "--rl.value_model=null",
+        "--rl.reward=easyaira.rewards.rules:concise", "--logging_steps=1", "--mesh=fsdp=-1",
+        f"--output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    cli.run_command(train_rl.main, argv)
+    value = AutoModelForTokenClassification.from_pretrained(tmp_path / "run/value")
+    assert value.num_labels == 1 and value.config.id2label == {0: "value"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
 
 
 @pytest.mark.slow

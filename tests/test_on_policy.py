@@ -1,14 +1,17 @@
 """On-policy training: formulas, a run's first update, its rewards, and stopping at any point."""
 
 import html
+import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.algorithms import grpo, rloo, rollouts
-from easyaira.algorithms.on_policy import VECTORS, Completions, loss_of
+from easyaira.algorithms import grpo, online_dpo, ppo, rloo, rollouts
+from easyaira.algorithms.on_policy import VECTORS, Completions, loss_of, values_of
+from easyaira.config.algorithms import OptimizerConfig
 from easyaira.config.rl import RLConfig
 from easyaira.config.run import DryRun
 from easyaira.data.batches import Batches
@@ -20,6 +23,8 @@ from easyaira.rewards.model import RewardModel
 from easyaira.rewards.reward import function_of
 from easyaira.run import report
 from easyaira.run.run import run
+from easyaira.train import critic
+from easyaira.train.optimizer import make_optimizer, make_schedule
 from easyaira.train.saving import due
 from easyaira.train.setup import prepare
 from helpers import tiny
@@ -97,6 +102,88 @@ def test_losses_are_those_of_a_loop_and_of_trl(config):
     wanted = TRL[f"{config.algorithm}-{config.loss_type}-{config.beta}"]
     assert loss == pytest.approx(wanted, abs=1e-5)
     assert float(sums["clip_ratio/low_mean"][0]) > 0 and float(sums["clip_ratio/high_mean"][0]) > 0
+
+
+def test_online_dpo_is_the_dpo_loss_of_the_better_answer():
+    """Guo et al. (2024), eq. 1, by a loop in float64; of equal rewards, the first is chosen."""
+    rewards = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+    config = config_of(algorithm="online_dpo", beta=0.3)
+    signs = online_dpo.advantages(rewards, 0 * rewards, config)
+    assert signs.tolist() == [[-1, 1], [1, -1], [1, -1]]
+    c = completions()._replace(advantages=signs.ravel())
+    wanted = []
+    for pair, better in enumerate((1, 0, 0)):
+        h = [
+            np.sum(np.float64(c.logps[b, : int(LENGTHS[b])] - c.ref_logps[b, : int(LENGTHS[b])]))
+            for b in (2 * pair, 2 * pair + 1)
+        ]
+        wanted.append(np.log1p(np.exp(-0.3 * (h[better] - h[1 - better]))))
+    sums = online_dpo.loss(jax.tree.map(jnp.asarray, c), config)
+    assert float(sums["loss"][0] / sums["loss"][1]) == pytest.approx(np.mean(wanted), abs=1e-6)
+    own = sums["rewards/margins"][0] - sums["rewards/chosen"][0] + sums["rewards/rejected"][0]
+    assert float(own) == pytest.approx(0, abs=1e-5)
+
+
+def test_ppo_is_a_loop_over_its_formulas():
+    """Rewards per token, advantages (Schulman et al., 2016, eq. 16), whitening over uneven lengths,
+    and the clipped losses, token by token in float64."""
+    rng = np.random.default_rng(3)
+    config = config_of(algorithm="ppo", beta=0.2, gamma=0.9, lam=0.8, vf_coef=0.3)
+    mask = np.arange(C) < LENGTHS[:, None]
+    scores = rng.normal(size=B)
+    kl, values = rng.normal(size=(2, B, C)) * mask
+    learned = ppo.targets(scores, kl, values, mask, config)
+    raw, returns = [], []
+    for b in range(B):
+        n = int(LENGTHS[b])
+        rewards = [-0.2 * kl[b, t] + (scores[b] if t == n - 1 else 0) for t in range(n)]
+        deltas = [
+            rewards[t] + 0.9 * (values[b, t + 1] if t + 1 < n else 0) - values[b, t]
+            for t in range(n)
+        ]
+        own = [sum((0.9 * 0.8) ** (u - t) * deltas[u] for u in range(t, n)) for t in range(n)]
+        raw.append(own)
+        returns.append([a + v for a, v in zip(own, values[b], strict=False)])
+    everything = np.concatenate(raw)
+    spread = np.sqrt(((everything - everything.mean()) ** 2).sum() / (len(everything) - 1) + 1e-6)
+    for b in range(B):
+        n = int(LENGTHS[b])
+        wanted = (np.array(raw[b]) - everything.mean()) / spread
+        np.testing.assert_allclose(learned["advantages"][b, :n], wanted, atol=1e-9)
+        np.testing.assert_allclose(learned["returns"][b, :n], returns[b], atol=1e-9)
+        assert not learned["advantages"][b, n:].any() and not learned["returns"][b, n:].any()
+    of_all = np.concatenate(returns)
+    assert learned["explained_variance"][0] == pytest.approx(1 - everything.var() / of_all.var())
+
+    c = completions()
+    new = values + rng.normal(0, 0.3, (B, C))
+    arrays = {"advantages": learned["advantages"], "returns": learned["returns"]}
+    arrays |= {"values": new, "old_values": values}
+    c = c._replace(**{name: x.astype(np.float32) for name, x in arrays.items()})
+    policy, value = [], []
+    for b in range(B):
+        for t in range(int(LENGTHS[b])):
+            A, R, old = learned["advantages"][b, t], learned["returns"][b, t], values[b, t]
+            ratio = np.exp(np.float64(c.logps[b, t]) - c.old_logps[b, t])
+            policy.append(max(-A * ratio, -A * min(max(ratio, 0.8), 1.2)))
+            near = old + min(max(new[b, t] - old, -0.2), 0.2)
+            value.append(0.5 * max((new[b, t] - R) ** 2, (near - R) ** 2))
+    sums = ppo.loss(jax.tree.map(jnp.asarray, c), config)
+    means = {name: float(sums[name][0] / sums[name][1]) for name in sums}
+    assert means["policy_loss"] == pytest.approx(np.mean(policy), abs=1e-5)
+    assert means["value_loss"] == pytest.approx(np.mean(value), abs=1e-5)
+    assert means["loss"] == pytest.approx(np.mean(policy) + 0.3 * np.mean(value), abs=1e-5)
+
+
+def test_answers_of_a_prompt_stay_together():
+    examples = of_tokens([[1, 2]] * 12, [[[i]] for i in range(3, 15)])
+    batches = Batches(examples, 4, 2, seed=1, together=2)
+    order = np.concatenate([batches.members(n) for n in range(3)])
+    assert order.tolist() != list(range(12)) and sorted(order) == list(range(12))
+    assert (order[::2] % 2 == 0).all() and (order[1::2] == order[::2] + 1).all()
+    for n in range(3):
+        micro, place = batches[n].slots.T
+        assert (place[::2] + 1 == place[1::2]).all() and (micro[::2] == micro[1::2]).all()
 
 
 def test_the_gradient_of_rloo_at_ratio_1_is_that_of_its_paper():
@@ -197,6 +284,7 @@ def ground(tmp_path_factory):
     root = tmp_path_factory.mktemp("ground")
     prompts = [{"prompt": f"what do you like {i}?"} for i in range(10)]
     models = {"gpt2": tiny.CONFIGS["gpt2"], "bert": tiny.SCORERS["bert"]}
+    models["judge"] = tiny.scorer(tiny.CONFIGS["gpt2"])
     tiny.ground(root, models, rl=prompts)
     (root / "reward.py").write_text(FUNCTIONS)
     return root
@@ -206,9 +294,13 @@ def options_of(ground, **options):
     return {
         "rl.reward": f"{ground / 'reward.py'}:count",
         "rl.max_completion_length": 10,
-        "rl.num_generations": 4,
         "optimizer.learning_rate": 1e-2,
         "optimizer.warmup_steps": 0,
+        **(
+            {}
+            if options.get("rl.algorithm") in ("online_dpo", "ppo")
+            else {"rl.num_generations": 4}
+        ),
         **options,
     }
 
@@ -225,6 +317,14 @@ def trained(ground, folder, **options):
 CYCLES = {  # two roll-outs and a half, of two updates each
     "grpo": {"rl.generation_batch_size": 16, "max_steps": 5},
     "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2, "max_steps": 5},
+    "ppo": {
+        "rl.algorithm": "ppo",
+        "rl.num_generations": 2,
+        "rl.generation_batch_size": 16,
+        "max_steps": 5,
+        "export": True,
+    },
+    "online_dpo": {"rl.algorithm": "online_dpo", "rl.generation_batch_size": 16, "max_steps": 5},
 }
 
 
@@ -267,9 +367,12 @@ def test_ratios_are_1_and_the_divergence_is_0_at_the_first_update(name, through)
     _, rows, _ = through[name]
     first, second = rows[0], rows[1]
     assert first["kl"] == first["objective/kl"] == 0
-    assert first["clip_ratio/region_mean"] == 0
-    # the second update is of the same roll-out, whose divergence RLOO has subtracted
-    assert (second["kl"] == 0) == (name == "rloo")
+    if name == "online_dpo":
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    else:
+        assert first["clip_ratio/region_mean"] == 0
+    # the second update is of the same roll-out, whose divergence was taken when it was sampled
+    assert (second["kl"] == 0) == (name != "grpo")
     assert rows[2]["objective/kl"] != 0 and rows[2]["entropy"] > 0
     assert 0 < first["completions/mean_length"] <= 10
     assert 0 <= first["completions/clipped_ratio"] <= 1
@@ -287,12 +390,13 @@ def test_answers_and_rewards_are_kept_for_people(name, through):
     assert "Answers in training and their rewards" in page
     assert html.escape(shown[-1]["prompt"]) in page
     drawn = {name for _, names in report.PANELS for name in names}
-    assert {"reward", "objective/kl", "entropy", "clip_ratio/region_mean"} <= drawn & set(rows[0])
+    assert {"reward", "objective/kl", "entropy"} <= drawn & set(rows[0])
+    assert ("clip_ratio/region_mean" in rows[0]) == (name != "online_dpo")
     assert {"completions/mean_length", "completions/clipped_ratio"} <= drawn & set(rows[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, stop", [("grpo", 1), ("rloo", 4)])
+@pytest.mark.parametrize("name, stop", [("grpo", 1), ("rloo", 4), ("online_dpo", 3), ("ppo", 3)])
 def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
     name, stop, ground, through, tmp_path, monkeypatch
 ):
@@ -338,6 +442,70 @@ def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
     lora = {"lora.r": 4, "lora.alpha": 8, "lora.target_modules": "[c_attn, c_proj, c_fc]"}
     rows, _ = trained(ground, tmp_path / "run", max_steps=3, **lora)
     assert rows[0]["objective/kl"] == rows[0]["kl"] == 0 and rows[2]["objective/kl"] != 0
+
+
+@pytest.mark.slow
+def test_the_value_model_is_released_as_a_token_classifier(through):
+    folder = through["ppo"][0] / "value"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["GPT2ForTokenClassification"]
+    assert config["id2label"] == {"0": "value"}
+    logits = json.loads((folder / "export_report.json").read_text())["logits"]
+    assert logits["compared"] and logits["max_difference"] <= logits["tolerance"]
+    assert (through["ppo"][0] / "hf" / "proof.json").exists()
+
+
+def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
+    """At the last token of a text, its value is the text's score."""
+    options = {"rl.algorithm": "ppo", "rl.num_generations": 1, "rl.value_model": ground / "judge"}
+    args = ("rl", ground / "gpt2", ground, tmp_path / "run")
+    setup = prepare(*configure(*args, **options_of(ground, **options)))
+    with setup.model.on(setup.mesh):
+        params = setup.trainable.start()
+    tokens = jnp.array([[5, 6, 7, 8]])
+    rows = {"tokens": tokens, "positions": jnp.arange(4)[None], "sides": 0 * tokens}
+    rows["segment_ids"] = jnp.ones_like(tokens)
+    values, _ = setup.trainable.value.score(params["value"], rows, examples=1, answers=1)
+    judge = setup.critic.scorer
+    key = jax.random.fold_in(jax.random.key(setup.config.seed), 1)  # draws a head that is missing
+    weights = setup.critic.origin.load(judge, setup.mesh, head_key=key)
+    score, _ = judge.score(weights, rows, examples=1, answers=1)
+    assert float(values[0, -1]) == pytest.approx(float(score[0, 0]), abs=1e-5)
+    config = config_of(algorithm="ppo", max_completion_length=C)
+    rows |= {"loss_mask": jnp.array([[False, False, True, True]])}
+    rows |= {"prompt_lengths": jnp.array([2.0])}
+    before = values_of(setup.trainable.value, params["value"], rows, config)
+    np.testing.assert_allclose(before[0], [values[0, 1], values[0, 2], 0, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_policy_and_value_model_have_optimizers_of_their_own(clip):
+    options = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=clip)
+    schedule = make_schedule(options, 10)
+    both = critic.make_optimizer(options, schedule, 3e-2)
+    alone = {"policy": options, "value": replace(options, learning_rate=3e-2)}
+    rng = np.random.default_rng(0)
+    params = {name: {"kernel": rng.normal(size=(2, 3)).astype(np.float32)} for name in alone}
+    grads = jax.tree.map(lambda x: x * 5 + 1, params)
+    state = both.init(params)
+    states, own = {}, {}
+    for name, config in alone.items():
+        own[name] = make_optimizer(config, make_schedule(config, 10))
+        states[name] = own[name].init(params[name])
+    for _ in range(3):
+        updates, state = both.update(grads, state, params)
+        for name in alone:
+            wanted, states[name] = own[name].update(grads[name], states[name], params[name])
+            np.testing.assert_allclose(updates[name]["kernel"], wanted["kernel"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_learn_beside_a_value_model(ground, tmp_path):
+    lora = {"lora.r": 4, "lora.alpha": 8, "lora.target_modules": "[c_attn, c_proj, c_fc]"}
+    options = CYCLES["ppo"] | lora | {"max_steps": 3, "export": False}
+    rows, _ = trained(ground, tmp_path / "run", **options)
+    assert rows[0]["objective/kl"] == rows[0]["kl"] == 0 and rows[2]["objective/kl"] != 0
+    assert rows[0]["clip_ratio/region_mean"] == 0 < rows[0]["value_loss"]
 
 
 @pytest.mark.slow
@@ -407,6 +575,14 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
         ({"rl.reward_weights": "[1, 2]"}, "2 weights for 1 rewards"),
         ({"rl.algorithm": "rloo", "rl.loss_type": "dapo"}, "rl.loss_type: applies to grpo only"),
         ({"rl.normalize_advantages": True}, "applies to rloo only"),
+        ({"rl.algorithm": "online_dpo", "rl.num_generations": 4}, "online_dpo compares 2 answers"),
+        ({"rl.value_model": "x"}, "rl.value_model: applies to ppo only"),
+        ({"rl.algorithm": "ppo", "rl.value_model": "GROUND/bert"}, "bert is an encoder"),
+        ({"rl.algorithm": "online_dpo", "rl.beta": 0.0}, "rl.beta: without it online_dpo"),
+        (
+            {"rl.algorithm": "online_dpo", "train_batch_size": 2, "gradient_accumulation_steps": 2},
+            "online_dpo needs pairs",
+        ),
         ({"data.eval": 0.1}, "data.eval: on-policy training reports"),
         ({"model.dropout": 0.1}, "set it to 0 for on-policy training"),
         ({"rl.max_completion_length": 64}, "64 leaves no room for a prompt in 64 positions"),

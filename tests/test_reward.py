@@ -574,7 +574,7 @@ def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
     for task, folder, data, message in (
         ("sft", ground / "bert", tmp_path, "generates no text"),
-        ("dpo", released["llama", "pair"], ground / "pair.jsonl", "a scorer"),
+        ("dpo", released["llama", "pair"], ground / "pair.jsonl", "reward or toxicity model"),
         ("dpo", released["llama", "pair"] / "hf", ground / "pair.jsonl", "score"),
     ):
         options = {"data.template": "plain"}

@@ -26,8 +26,10 @@ class Completions(NamedTuple):
         logps, old_logps, ref_logps: [B, C] log-probabilities by the policy, by the policy that
             sampled them, and by the reference (0 without one).
         mask: [B, C] real tokens, the end token among them.
-        advantages: [B].
+        advantages: [B], or [B, C] with a value model.
         mean_length: [B] mean length of the completions of the roll-out.
+        values, old_values, returns: [B, C] values of the text before each token by the value model,
+            by the one of the roll-out, and their targets.
     """
 
     logps: jax.Array
@@ -36,18 +38,25 @@ class Completions(NamedTuple):
     mask: jax.Array
     advantages: jax.Array
     mean_length: jax.Array
+    values: Any = None
+    old_values: Any = None
+    returns: Any = None
 
 
 class Objective(NamedTuple):
     """An on-policy algorithm.
 
     Attributes:
-        advantages: (rewards [P, K], KL [P, K], config) -> [P, K].
+        advantages: (rewards [P, K], KL [P, K], config) -> [P, K]; None with a value model.
         loss: (Completions, config) -> sums.
+        together: completions of a prompt that the loss needs side by side.
+        targets: with a value model: see ppo.targets.
     """
 
-    advantages: Callable[[np.ndarray, np.ndarray, RLConfig], np.ndarray]
+    advantages: Callable[[np.ndarray, np.ndarray, RLConfig], np.ndarray] | None
     loss: Callable[[Completions, RLConfig], Sums]
+    together: int = 1
+    targets: Callable[..., dict[str, np.ndarray]] | None = None
 
 
 LOGGED = {  # name of a batch's array [B] -> metric: its mean over completions
@@ -58,8 +67,18 @@ LOGGED = {  # name of a batch's array [B] -> metric: its mean over completions
     "cut": "completions/clipped_ratio",
     "kl_sums": "objective/kl",
 }
-VECTORS = (*LOGGED, "advantages", "prompt_lengths", "mean_length", "first")  # arrays [B] of a batch
+OF_VALUES = {"explained_variance": "value_explained_variance"}  # with a value model
+VECTORS = (*LOGGED, "prompt_lengths", "mean_length", "first")  # arrays [B] of a batch
 MATRICES = ("old_logps", "ref_logps")  # arrays [B, C]
+VALUES = ("old_values", "returns")  # [B, C], with a value model
+
+
+def known_of(objective: Objective, longest: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a batch, per completion of at most `longest` tokens."""
+    known = dict.fromkeys(VECTORS, ()) | dict.fromkeys(MATRICES, (longest,))
+    if objective.targets is None:
+        return known | {"advantages": ()}
+    return known | dict.fromkeys(OF_VALUES, ()) | dict.fromkeys((*VALUES, "advantages"), (longest,))
 
 
 def logps_of(
@@ -76,8 +95,21 @@ def logps_of(
     return take(out.logps, places), take(jax.lax.stop_gradient(out.entropy), places)
 
 
-def loss_of(model: Model, config: RLConfig, objective: Objective) -> LossFn:
-    """The loss of a batch of completions.
+def values_of(
+    model: Model, params: Any, batch: Mapping[str, jax.Array], config: RLConfig
+) -> jax.Array:
+    """Values of the text before each token of the completions, [B, C]."""
+    values, _ = model.score(params, batch, examples=1, answers=1)
+    before = jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    places = completion_places(batch, batch["prompt_lengths"], int(config.max_completion_length))
+    return take(before, places)
+
+
+def loss_of(
+    model: Model, config: RLConfig, objective: Objective, value: Model | None = None
+) -> LossFn:
+    """The loss of a batch of completions, of the policy's weights or, with a value model, of
+    `{"policy": weights, "value": weights}`.
 
     In the first update of a roll-out, the policy is the one that sampled it. Its log-probabilities
     then have the bits of `old_logps`, so ratios are exactly 1, and the KL divergence from a
@@ -85,18 +117,24 @@ def loss_of(model: Model, config: RLConfig, objective: Objective) -> LossFn:
     """
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
-        logps, entropy = logps_of(model, params, batch, config)
+        policy = params if value is None else params["policy"]
+        logps, entropy = logps_of(model, policy, batch, config)
         old = batch["old_logps"]
         same = old + (logps - jax.lax.stop_gradient(logps))
         logps = jnp.where(batch["first"][:, None] > 0, same, logps)
         mask = completion_mask(batch["lengths"], logps.shape[1])
-        names = ("advantages", "mean_length")
-        rest = (batch[name] for name in names)
+        rest = [batch[name] for name in ("advantages", "mean_length")]
+        if value is not None:
+            rest += [values_of(value, params["value"], batch, config)]
+            rest += [batch[name] for name in VALUES]
         sums = objective.loss(Completions(logps, old, batch["ref_logps"], mask, *rest), config)
         count = jnp.float32(len(logps))
-        logged = {metric: (batch[name].sum(), count) for name, metric in LOGGED.items()}
+        names = LOGGED | OF_VALUES if value is not None else LOGGED
+        logged = {metric: (batch[name].sum(), count) for name, metric in names.items()}
         if not config.beta:
             del logged["objective/kl"]
+        if config.answers_per_prompt == 1:
+            del logged["frac_reward_zero_std"]
         return sums | logged | {"entropy": ((entropy * mask).sum(), mask.sum())}
 
     return loss_fn

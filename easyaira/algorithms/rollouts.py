@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from easyaira.algorithms import grpo, rloo
-from easyaira.algorithms.on_policy import MATRICES, VECTORS, Objective, logps_of, loss_of
+from easyaira.algorithms import grpo, online_dpo, ppo, rloo
+from easyaira.algorithms.on_policy import Objective, known_of, logps_of, loss_of, values_of
 from easyaira.algorithms.reference import reference_model, reference_weights
 from easyaira.config.run import TrainRL
 from easyaira.data.batches import LAYOUT, Batches
@@ -39,12 +39,16 @@ from easyaira.models.model import Model
 from easyaira.rewards.reward import Reward
 from easyaira.train import loader
 from easyaira.train.algorithm import Algorithm, Beginning, OnPolicy
+from easyaira.train.critic import critic_of
 from easyaira.train.loader import Ready
 from easyaira.train.setup import Setup
+from easyaira.train.step import LossFn
 
 OBJECTIVES = {
     "grpo": Objective(grpo.advantages, grpo.loss),
     "rloo": Objective(rloo.advantages, rloo.loss),
+    "online_dpo": Objective(online_dpo.advantages, online_dpo.loss, together=2),
+    "ppo": Objective(None, ppo.loss, targets=ppo.targets),
 }
 SHOWN = 4  # answers of a roll-out in COMPLETIONS
 COMPLETIONS = "completions.jsonl"  # in the run folder
@@ -53,6 +57,7 @@ COMPLETIONS = "completions.jsonl"  # in the run folder
 def rl_algorithm(config: TrainRL) -> Algorithm:
     """On-policy training, as `run` expects an algorithm."""
     rl, longest = config.rl, int(config.rl.max_completion_length)
+    objective = OBJECTIVES[rl.algorithm]
 
     def room(max_length: int) -> int:
         if longest >= max_length:
@@ -63,7 +68,7 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         return max_length - longest
 
     def epoch(prompts: Examples) -> int:
-        count = config.answers // rl.num_generations
+        count = config.answers // rl.answers_per_prompt
         if len(prompts) < count:
             raise ConfigError(
                 f"data.train: {len(prompts)} prompts are fewer than the {count} of a roll-out; "
@@ -72,15 +77,17 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         Reward(rl.rewards, rl.reward_weights, None, "float32")  # raises if there is none
         return len(prompts) // count * config.cycle
 
-    def known(setup: Setup) -> Mapping[str, tuple[int, ...]]:
-        return dict.fromkeys(VECTORS, ()) | dict.fromkeys(MATRICES, (longest,))
+    def loss_fn(setup: Setup) -> LossFn:
+        value = setup.critic and setup.trainable.value
+        return loss_of(setup.model, rl, objective, value)
 
     return Algorithm(
         recipe=lambda max_length: recipe_of("prompt", config.data, room(max_length)),
-        loss_fn=lambda setup: loss_of(setup.model, rl, OBJECTIVES[rl.algorithm]),
+        loss_fn=loss_fn,
         frozen=lambda setup: None,
         begin=lambda setup, params, folder, first: Beginning(),
-        known=known,
+        known=lambda setup: known_of(objective, longest),
+        critic=partial(critic_of, rl.value_model, config.model.init) if objective.targets else None,
         on_policy=OnPolicy(
             largest=partial(largest_update, answers=int(config.train_batch_size), longest=longest),
             epoch=epoch,
@@ -132,7 +139,7 @@ class Rollouts:
     def __init__(self, setup: Setup, folder: Path, start: int, stopping: Callable[[], bool]):
         config: TrainRL = setup.config
         self.setup, self.config, self.rl, self.stopping = setup, config, config.rl, stopping
-        count = config.answers // self.rl.num_generations
+        count = config.answers // self.rl.answers_per_prompt
         data = setup.data.train
         self.prompts = Batches(data, count, seed=config.seed, drop_last=True)
         self.questions = questions_of(config.data, data)
@@ -142,12 +149,14 @@ class Rollouts:
         reward.check(self.questions)
         self.reward = reward.load()
         self.sampler = make_sampler(setup)
-        self.score = make_logps(setup.model, config)
+        self.score = make_score(partial(of_policy, setup.model, config))
+        if setup.critic:
+            self.score_values = make_score(partial(of_critic, setup.trainable.value, config))
         self.reference: Any = None
         if self.rl.beta:
             self.score_ref = self.score
             if config.model.ref_name_or_path is not None:
-                self.score_ref = make_logps(reference_model(setup), config)
+                self.score_ref = make_score(partial(of_policy, reference_model(setup), config))
             self.reference = reference_weights(setup)
         self.batches: Batches | None = None
         self.log = Log(folder / COMPLETIONS, start) if hosts.first() else None
@@ -163,7 +172,7 @@ class Rollouts:
         begun = time.perf_counter()
         number, part = divmod(update, self.config.cycle)
         if part == 0:
-            self.batches = self.roll_out(number, self.setup.trainable.weights(params))
+            self.batches = self.roll_out(number, params)
             if self.batches is None:
                 return None
         watchdog.beat(f"computing batch {update + 1} of the training")
@@ -173,9 +182,10 @@ class Rollouts:
         arrays = loader.to_device(batch, self.setup.mesh)
         return Ready(batch._replace(arrays={}), arrays, time.perf_counter() - begun)
 
-    def roll_out(self, number: int, weights: Any) -> Batches | None:
-        """Batches of answers by these weights, with rewards; None if a signal interrupted it."""
-        K = int(self.rl.num_generations)
+    def roll_out(self, number: int, params: Any) -> Batches | None:
+        """Batches of answers by the policy, with rewards; None if a signal interrupted it."""
+        weights = self.setup.trainable.weights(params)
+        K = int(self.rl.answers_per_prompt)
         members = self.prompts.members(number)
         data = self.setup.data.train
         prompts = [data.tokens[start:end] for start, end in data.bounds[members, :2]]
@@ -192,23 +202,30 @@ class Rollouts:
         rewards = rewards - np.float32(self.rl.missing_eos_penalty) * cut
         own = [prompts[i // K] for i in range(len(answers))]
         batches = self.layout(own, answers, np.repeat(data.rows[members], K), seed)
-        old = self.logps(weights, batches, self.score)
+        old = self.by_token(weights, batches, self.score)
         ref = np.zeros_like(old)
         if self.rl.beta:
-            ref = self.logps(self.reference, batches, self.score_ref)
+            ref = self.by_token(self.reference, batches, self.score_ref)
         lengths = np.array([len(answer.tokens) for answer in answers], np.float32)
         mask = np.arange(old.shape[1]) < lengths[:, None]
-        kl = ((old - ref) * mask).sum(1) if self.rl.beta else np.zeros(len(answers), np.float32)
+        per_token = (old - ref) * mask if self.rl.beta else np.zeros_like(old)
+        kl = per_token.sum(1)
         groups = rewards.reshape(-1, K)
         objective = OBJECTIVES[self.rl.algorithm]
-        advantages = objective.advantages(groups, kl.reshape(-1, K), self.rl)
+        if objective.targets:
+            values = self.by_token(params["value"], batches, self.score_values)
+            learned = objective.targets(rewards, per_token, values, mask, self.rl)
+            learned["old_values"] = values
+        else:
+            advantages = objective.advantages(groups, kl.reshape(-1, K), self.rl)
+            learned = {"advantages": advantages.ravel()}
         of_all = {"reward_std": rewards.std(ddof=1), "mean_length": lengths.mean()}
         known = {
             "rewards": rewards,
             "zero_std": np.repeat(groups.std(1) == 0, K),
             "cut": cut,
             "kl_sums": kl,
-            "advantages": advantages.ravel(),
+            **learned,
             **{name: np.full(len(answers), value) for name, value in of_all.items()},
         }
         known = {name: np.asarray(values, np.float32) for name, values in known.items()}
@@ -218,7 +235,7 @@ class Rollouts:
     def sample(self, weights: Any, prompts: list[np.ndarray], seed: int) -> list[Answer] | None:
         """K answers to each prompt, in order."""
         answers: dict[int, Answer] = {}
-        K = int(self.rl.num_generations)
+        K = int(self.rl.answers_per_prompt)
         for number, answer in self.sampler.answers(
             self.sampler.weights(weights),
             [prompt.tolist() for prompt in prompts],
@@ -244,32 +261,41 @@ class Rollouts:
             plan,
             examples=of_tokens(prompts, [[answer.tokens] for answer in answers], rows),
             seed=seed,
+            together=OBJECTIVES[self.rl.algorithm].together,
             known=lengths,
             length=plan.shapes[-1].length,
         )
 
-    def logps(self, weights: Any, batches: Batches, score: Callable) -> np.ndarray:
-        """Log-probabilities [G, C] of the answers."""
-        logps = np.zeros((self.config.answers, int(self.rl.max_completion_length)), np.float32)
+    def by_token(self, weights: Any, batches: Batches, score: Callable) -> np.ndarray:
+        """Log-probabilities or values [G, C] of the answers."""
+        by_answer = np.zeros((self.config.answers, int(self.rl.max_completion_length)), np.float32)
         for part in range(len(batches)):
-            watchdog.beat(f"log-probabilities of answers, part {part + 1} of {len(batches)}")
+            watchdog.beat(f"scoring tokens of answers, part {part + 1} of {len(batches)}")
             batch = batches[part]
             values = score(weights, loader.to_device(batch, self.setup.mesh))
-            logps[batch.examples] = np.asarray(values)[tuple(batch.slots.T)]
-        return logps
+            by_answer[batch.examples] = np.asarray(values)[tuple(batch.slots.T)]
+        return by_answer
 
 
-def make_logps(model: Model, config: TrainRL) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
-    """(weights, batch) -> log-probabilities [A, B, C]; policy and reference use the same program,
-    so that equal weights give equal bits."""
+def of_policy(model: Model, config: TrainRL, weights: Any, part: Mapping[str, jax.Array]) -> Any:
+    """Log-probabilities [B, C]."""
+    return logps_of(model, weights, part, config.rl)[0]
 
-    def score(params, batch):
-        def of_part(part):
-            return logps_of(model, params, part, config.rl)[0]
 
+def of_critic(model: Model, config: TrainRL, weights: Any, part: Mapping[str, jax.Array]) -> Any:
+    """Values [B, C]."""
+    return values_of(model, weights, part, config.rl)
+
+
+def make_score(of_part: Callable) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
+    """(weights, batch) -> values of tokens [A, B, C]; policy and reference use the same program, so
+    that equal weights give equal bits."""
+
+    def score(weights, batch):
         names = (*LAYOUT, "prompt_lengths")
-        logps = jax.lax.map(of_part, {name: batch[name] for name in names})
-        return constrain(logps, None, None, None)
+        parts = {name: batch[name] for name in names}
+        values = jax.lax.map(lambda part: of_part(weights, part), parts)
+        return constrain(values, None, None, None)
 
     return jax.jit(score)
 

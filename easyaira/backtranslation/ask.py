@@ -69,7 +69,7 @@ def _checked(
             except DataError as error:
                 raise DataError(f"{place}: {error}") from error
             try:
-                sampler.limit(len(tokens))
+                sampler.limit(tokens)
             except DataError:
                 fault = "no room for an answer"
         if fault is None:

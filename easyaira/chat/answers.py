@@ -111,7 +111,7 @@ class Answers:
         sampler = model.sampler(sampling, controls.samples, STEPS)
         messages = [{"role": "user", "content": question}]
         tokens = model.template.prompt(messages).tolist()
-        sampler.limit(len(tokens), "the question")
+        sampler.limit(tokens, "the question")
         if self.reward is not None:
             self.reward.check(messages)
         grown: queue.Queue[Any] = queue.Queue()

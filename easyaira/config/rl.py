@@ -21,11 +21,12 @@ class RLConfig:
     prompts and completions (lists of texts) and returns a list of numbers."""
     reward_weights: list[float] | None = None
     """Weight of each reward; default: 1."""
-    algorithm: Literal["grpo", "rloo"] = "grpo"
+    algorithm: Literal["grpo", "rloo", "online_dpo", "ppo"] = "grpo"
     """grpo: advantages relative to the answers of the same prompt, clipped ratios per token; rloo:
-    leave-one-out baseline, clipped ratios per answer, KL in the reward."""
-    num_generations: Count = 8
-    """Answers to each prompt, at least 2."""
+    leave-one-out baseline, clipped ratios per answer, KL in the reward; online_dpo: the DPO loss of
+    a prompt's two answers; ppo: value model, clipped ratios per token, KL in the reward."""
+    num_generations: Count | None = None
+    """Answers to each prompt, at least 2; for ppo 1; default: 8, online_dpo 2, ppo 1."""
     max_completion_length: Count = 256
     """Longest answer in tokens."""
     generation_batch_size: Count | None = None
@@ -58,11 +59,35 @@ class RLConfig:
     normalize_advantages: bool = False
     """rloo only: scale the advantages of a roll-out to mean 0 and standard deviation 1."""
 
+    value_model: str | None = None
+    """ppo only: model that the value model starts from, with the policy's tokenizer: usually the
+    reward model. Default: the policy's weights, with a new head."""
+    value_learning_rate: Positive | None = None
+    """ppo only: peak learning rate of the value model; default: optimizer.learning_rate."""
+    gamma: TopP = 1.0
+    """ppo only: discount of rewards per token."""
+    lam: TopP = 0.95
+    """ppo only: lambda of the generalised advantage estimates."""
+    cliprange_value: Positive = 0.2
+    """ppo only: values are clipped at this distance from those of the roll-out."""
+    vf_coef: Positive = 0.1
+    """ppo only: weight of the value model's loss."""
+
     def __post_init__(self):
-        if self.num_generations < 2:
+        if self.answers_per_prompt < 2 and self.algorithm != "ppo":
             raise ConfigError(
                 "rl.num_generations: 1 answer has none to be compared with; use at least 2"
             )
+        if self.algorithm == "online_dpo":
+            if self.answers_per_prompt != 2:
+                raise ConfigError(
+                    f"rl.num_generations: online_dpo compares 2 answers, not "
+                    f"{self.answers_per_prompt}; leave it out"
+                )
+            if not self.beta:
+                raise ConfigError(
+                    "rl.beta: without it online_dpo has no gradient; raise it above 0"
+                )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ConfigError(
                 f"rl.reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} "
@@ -71,8 +96,15 @@ class RLConfig:
         for name in ("loss_type", "scale_rewards"):
             if self.algorithm != "grpo" and getattr(self, name) is not None:
                 raise ConfigError(f"rl.{name}: applies to grpo only; leave it out")
+        for name in ("value_model", "value_learning_rate"):
+            if self.algorithm != "ppo" and getattr(self, name) is not None:
+                raise ConfigError(f"rl.{name}: applies to ppo only; leave it out")
         if self.algorithm != "rloo" and self.normalize_advantages:
             raise ConfigError("rl.normalize_advantages: applies to rloo only; leave it out")
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_generations or {"online_dpo": 2, "ppo": 1}.get(self.algorithm, 8)
 
     @property
     def rewards(self) -> list[str]:

@@ -267,13 +267,20 @@ class TrainRL(RunConfig):
         answers, size = self.answers, self.train_batch_size
         for name, divisor in (
             ("train_batch_size", size),
-            ("rl.num_generations", self.rl.num_generations),
+            ("rl.num_generations", self.rl.answers_per_prompt),
         ):
             if answers % divisor:
                 raise ConfigError(
                     f"rl.generation_batch_size: {answers} answers are no multiple of {name} "
                     f"{divisor}; use one"
                 )
+        micro_batch = size // self.gradient_accumulation_steps
+        if self.rl.algorithm == "online_dpo" and micro_batch % 2:
+            raise ConfigError(
+                f"train_batch_size: online_dpo needs pairs, and {size} answers in "
+                f"{self.gradient_accumulation_steps} accumulation steps are {micro_batch} at a "
+                "time; use an even number"
+            )
 
     @property
     def answers(self) -> int:

@@ -63,10 +63,11 @@ MAX_PACKED_LENGTH = 4096  # longer only where an example is longer
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int | None, epoch: int, count: int) -> np.ndarray:
+def _order(seed: int | None, epoch: int, count: int, together: int) -> np.ndarray:
     if seed is None:
         return np.arange(count)
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    order = np.random.default_rng([seed, epoch]).permutation(count // together)
+    return (order[:, None] * together + np.arange(together)).ravel()
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Batches:
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
         length: length of the rows, unless an example is longer; None: chosen by cost.
+        together: consecutive examples that stay together, in their order; divides `size` and their
+            number.
     """
 
     examples: Examples
@@ -103,6 +106,7 @@ class Batches:
     multiple: int = 8
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
     length: int | None = None
+    together: int = 1
 
     def __len__(self) -> int:
         """Updates in an epoch."""
@@ -110,7 +114,7 @@ class Batches:
         return whole + bool(rest and not self.drop_last)
 
     def order(self, epoch: int) -> np.ndarray:
-        return _order(self.seed, epoch, len(self.examples))
+        return _order(self.seed, epoch, len(self.examples), self.together)
 
     def members(self, update: int) -> np.ndarray:
         """Indices of an update's examples; updates count from 0 over all epochs."""

@@ -34,6 +34,9 @@ PAPERS = {
     "grpo": "Shao et al. (2024), DeepSeekMath, arXiv:2402.03300 (GRPO)",
     "rloo": "Ahmadian et al. (2024), Back to Basics: Revisiting REINFORCE Style Optimization for "
     "Learning from Human Feedback in LLMs, arXiv:2402.14740",
+    "online_dpo": "Guo et al. (2024), Direct Language Model Alignment from Online AI Feedback, "
+    "arXiv:2402.04792",
+    "ppo": "Schulman et al. (2017), Proximal Policy Optimization Algorithms, arXiv:1707.06347",
     "lora": "Hu et al. (2021), LoRA: Low-Rank Adaptation of Large Language Models, "
     "arXiv:2106.09685",
     "reverse": "Li et al. (2023), Self-Alignment with Instruction Backtranslation, "

@@ -108,6 +108,26 @@ def released(setup: Setup) -> Facts:
     return Facts(config, generation, dtypes)
 
 
+def value_released(setup: Setup) -> Facts | None:
+    """config.json of a value model, as transformers' token classifier with one label; None if
+    transformers has none of its architecture."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+    critic = setup.critic
+    config = dict(critic.origin.config)  # type: ignore[union-attr]
+    if config["model_type"] not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        return None
+    config.pop("problem_type", None)
+    name = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]
+    config |= {"architectures": [name], "id2label": {"0": "value"}, "label2id": {"value": 0}}
+    config["pad_token_id"] = setup.tokenizer.pad_token_id
+    dtypes = {"": "float32"}
+    if not critic.random:  # type: ignore[union-attr]
+        dtypes = critic.origin.stored_dtypes()  # type: ignore[union-attr]
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
+    return Facts(config, {}, dtypes)
+
+
 def language_model(config: Mapping[str, Any]) -> str:
     """Name of the transformers class of a language model, by which other programs choose."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

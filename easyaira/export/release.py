@@ -42,7 +42,7 @@ def export(
     facts: Facts,
     tokenizer: Any,
     mesh: Any,
-    records: Records,
+    records: Records | None,
     replace: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -56,7 +56,8 @@ def export(
         facts: content of the configs, and stored dtypes.
         tokenizer: saved with its chat template.
         mesh: devices of this process only, onto which the folder is loaded to compare logits.
-        records: what the model card and proof.json quote.
+        records: what the model card and proof.json quote; None: neither is written, as for a value
+            model.
         replace: overwrite an existing folder.
         dtype: stored dtype of all tensors, overriding `facts`.
 
@@ -171,14 +172,15 @@ def export_adapter(
 def _write_records(
     folder: Path,
     report: dict[str, Any],
-    records: Records,
+    records: Records | None,
     base: Mapping[str, Any] | None = None,
     first: str = "",
 ) -> None:
     """Write model card, proof.json and export_report.json, which leaves the prompts out. `first` is
     what a user of the folder must do before loading it."""
-    (folder / proof.CARD).write_text(card.text(records, report, first), encoding="utf-8")
-    _write_json(folder / proof.FILE, proof.write(folder, report, records, base))
+    if records is not None:
+        (folder / proof.CARD).write_text(card.text(records, report, first), encoding="utf-8")
+        _write_json(folder / proof.FILE, proof.write(folder, report, records, base))
     report["logits"].pop("prompts", None)
     _write_json(folder / proof.REPORT, report)
 

@@ -133,7 +133,7 @@ def summary(logits: np.ndarray) -> list[list[float]] | list[float]:
 
 
 def _logits(model: Model, params: Any, layout: Mapping[str, jax.Array]) -> jax.Array:
-    """Logits of one text: [T, V], or [1] for a scorer."""
+    """Logits of one text: [T, V], [1] for a scorer, or [T] for a value model."""
     if model.scorer:
         return model.score(params, layout, examples=1, answers=1)[0][0]
     hidden, head = model.apply(params, layout)

@@ -31,17 +31,20 @@ def main(folder: str, prompts: list[list[int]], base: str | None = None) -> None
 
 
 def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) -> list[Any]:
-    """Logits of each prompt: [T, V], or [1] for a scorer."""
+    """Logits of each prompt: [T, V], [1] for a scorer, or [T] for a value model."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
         AutoTokenizer,
         BatchEncoding,
     )
 
     config = AutoConfig.from_pretrained(base or folder)
-    scorer = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    name = (config.architectures or [""])[0]
+    scorer = name.endswith("ForSequenceClassification")
+    value = name.endswith("ForTokenClassification")
     options, replaced = {}, ()
     if base:
         with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
@@ -52,6 +55,7 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
             options = {"num_labels": 1, "pad_token_id": pad}
             replaced = tuple(adapter["modules_to_save"])
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
+    auto = AutoModelForTokenClassification if value else auto
     model, info = auto.from_pretrained(
         base or folder,
         dtype="float32",
@@ -77,6 +81,8 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
     def run(**batch):
         return model(**BatchEncoding(batch, tensor_type="pt")).logits.detach().numpy()
 
+    if value:
+        return [run(input_ids=[ids])[0, :, 0] for ids in prompts]
     if not scorer:
         return [run(input_ids=[ids])[0] for ids in prompts]
     longest = max(map(len, prompts))

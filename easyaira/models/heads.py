@@ -70,12 +70,14 @@ class ScoreHead:
             under `score`.
         rules, rows: partition rules and weight-table rows of the head.
         first_token: true: score the first token, which must attend to all others; false: the last.
+        every_token: score every token instead: a value model.
     """
 
     module: type[nn.Module]
     rules: Rules
     rows: Sequence[Row]
     first_token: bool = False
+    every_token: bool = False
 
 
 class LastTokenScore(nn.Module):
@@ -96,10 +98,38 @@ LAST_TOKEN = ScoreHead(
 )
 
 
+class EveryTokenScore(nn.Module):
+    """Map states of tokens [..., D] to scores [...] by one linear layer with a bias."""
+
+    config: Any
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, states):
+        return Linear(1, self.config.initializer_range, use_bias=True, name="linear")(states)[
+            ..., 0
+        ]
+
+
+def every_token(model_type: str) -> ScoreHead:
+    """Head of a value model, under the names of transformers' token classifiers."""
+    name = "classifier" if model_type == "gpt2" else "score"
+    return ScoreHead(
+        EveryTokenScore,
+        rules=((r"^score/linear/kernel$", P("fsdp", None)), (r"^score/linear/bias$", P(None))),
+        rows=(
+            Row("score/linear/kernel", f"{name}.weight", TRANSPOSE),
+            Row("score/linear/bias", f"{name}.bias"),
+        ),
+        every_token=True,
+    )
+
+
 class Scorer(nn.Module):
     """Map rows of texts to one float32 score per answer [B, A], and a mask of existing answers.
 
-    The head is applied to one token per answer, in float32.
+    The head is applied to one token per answer, in float32. With a head for every token, scores and
+    mask are those of tokens, [R, T].
     """
 
     backbone: type[nn.Module]
@@ -113,6 +143,10 @@ class Scorer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         backbone = self.backbone(self.config, self.compute, name="model")
         hidden_RTD, _ = backbone(tokens, positions, segment_ids, sides)
+        head = self.head.module(self.config, self.compute, name="score")
+        if self.head.every_token:
+            with jax.default_matmul_precision("highest"):
+                return head(whole(hidden_RTD).astype(jnp.float32)), segment_ids > 0
         states_BAD, exists_BA = answer_states(
             whole(hidden_RTD),
             segment_ids,
@@ -121,7 +155,6 @@ class Scorer(nn.Module):
             answers=answers,
             first_token=self.head.first_token,
         )
-        head = self.head.module(self.config, self.compute, name="score")
         with jax.default_matmul_precision("highest"):
             return head(states_BAD.astype(jnp.float32)), exists_BA
 

@@ -42,6 +42,7 @@ class Architecture:
 
 
 SCORER_CLASS = "ForSequenceClassification"  # ending of transformers' class names for scorers
+VALUE_CLASS = "ForTokenClassification"  # and for value models
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Model:
     @property
     def hf_class(self) -> str:
         """Name of the transformers class that loads an export."""
-        task = SCORER_CLASS if self.scorer else "ForCausalLM"
+        of_tokens = self.architecture.score_head.every_token
+        scorer = VALUE_CLASS if of_tokens else SCORER_CLASS
+        task = scorer if self.scorer else "ForCausalLM"
         return self.architecture.backbone.__name__ + task
 
     @property

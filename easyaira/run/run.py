@@ -21,7 +21,7 @@ from easyaira.distributed.chips import pod
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError
 from easyaira.export import adapter_base, release
-from easyaira.export.hf_config import Facts, released
+from easyaira.export.hf_config import Facts, released, value_released
 from easyaira.export.records import Records
 from easyaira.plan import cost, decoding
 from easyaira.plan import report as plan_report
@@ -151,8 +151,9 @@ def _updates(
     else:
         target = abstract_state(trainable.target, setup.tx, setup.mesh)
         step, params, opt_state, _, saved = checkpoints.restore_latest(
-            target.params, target.opt_state
+            *trainable.saved(target.params, target.opt_state)
         )
+        params, opt_state = trainable.restored(params, opt_state)
         print(f"run     continues {folder} after update {step}", flush=True)
         trainable.check(saved, str(folder))
         state = resume_state(step, params, opt_state, setup.mesh)
@@ -217,6 +218,7 @@ def _updates(
                 | {"easyaira": easyaira.__version__, "run": provenance.identity(setup)},
                 seed=config.seed,
                 cycle=cycle,
+                saved=trainable.saved,
             ),
             stop=stop,
         )
@@ -242,6 +244,9 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
             "records": Records(folder, setup.total_steps),
             "replace": True,
         }
+        if setup.critic:
+            _export_value(setup, params["value"], folder / "value", common)
+            common["params"] = params["policy"]
         if setup.adapter:
             report = release.export_adapter(
                 folder / "hf", adapter=setup.adapter, base=setup.origin, **common
@@ -251,6 +256,19 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
         if report:
             print(f"export  {release.summary(report)}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
+
+
+def _export_value(setup: Setup, params: Any, folder: Path, common: Mapping[str, Any]) -> None:
+    """Export the value model as a token classifier with one label."""
+    facts = value_released(setup)
+    if facts is None:
+        kind = setup.critic.origin.config["model_type"]  # type: ignore[union-attr]
+        print(f"value   not exported: transformers has no token classifier of {kind}", flush=True)
+        return
+    own = {**common, "params": params, "records": None}
+    report = release.export(folder, model=setup.trainable.value, facts=facts, **own)
+    if report:
+        print(f"value   {release.summary(report)}, in {folder}", flush=True)
 
 
 def write_report(setup: Setup, samples: Samples) -> None:

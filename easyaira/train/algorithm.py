@@ -60,6 +60,7 @@ class Algorithm(NamedTuple):
         known: Setup -> name -> per-example shape of the arrays that `begin` returns as `known`.
         summary: metrics over all held-out examples together (see train.step.PER_EXAMPLE).
         on_policy: where batches come from if not from stored examples.
+        critic: (Resolved, mesh) -> value model that is trained, too, and its learning rate.
     """
 
     recipe: Callable[[int], Recipe]
@@ -70,3 +71,4 @@ class Algorithm(NamedTuple):
     known: Callable[[Setup], Mapping[str, tuple[int, ...]]] = lambda setup: {}
     summary: Summary | None = None
     on_policy: OnPolicy | None = None
+    critic: Callable[[Any, Any], Any] | None = None

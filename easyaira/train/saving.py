@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
@@ -27,6 +28,7 @@ class Save:
         meta: stored with each checkpoint.
         seed: seed of the data order; stored with the position in the data.
         cycle: updates between two states that a run can resume from.
+        saved: (parameters, optimizer state) -> those of a checkpoint.
 
     Attributes:
         last: the newest saved update, or that which the run started from.
@@ -42,9 +44,11 @@ class Save:
         meta: dict[str, Any],
         seed: int,
         cycle: int = 1,
+        saved: Callable[[Any, Any], tuple[Any, Any]] = lambda *both: both,
     ):
         self.checkpoints, self.meta, self.seed = checkpoints, meta, seed
         self.every, self.until, self.cycle, self.last = every, until, cycle, start
+        self.saved = saved
 
     def due(self, number: int) -> bool:
         return due(number, self.every, self.until, self.cycle)
@@ -54,7 +58,7 @@ class Save:
         position = {"seed": self.seed, "update": number}
         meta = self.meta | {"window": window}
         self.last = number
-        self.checkpoints.save(number, state.params, state.opt_state, position, meta)
+        self.checkpoints.save(number, *self.saved(state.params, state.opt_state), position, meta)
 
     def wait(self) -> None:
         watchdog.beat("saving")

@@ -28,6 +28,7 @@ from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import optimizer
 from easyaira.train.algorithm import Algorithm
+from easyaira.train.critic import ActorCritic, Critic, make_optimizer
 from easyaira.train.resolve import ROW_MULTIPLE, Resolved, find
 from easyaira.train.trainable import Adapters, FullWeights, Trainable
 
@@ -43,6 +44,7 @@ class Setup:
         batches, held_out: the data, in updates and in micro-batches; on-policy, the largest update.
         total_steps, schedule, tx: number of updates, learning rate and optimizer.
         adapter: trained in the place of the model's own weights.
+        critic: value model that is trained beside the model.
     """
 
     config: RunConfig
@@ -59,6 +61,7 @@ class Setup:
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     adapter: Adapter | None
+    critic: Critic | None = None
 
     def with_attention(self, attention: str) -> Setup:
         """The same run with another attention kernel."""
@@ -76,8 +79,16 @@ class Setup:
         return jax.random.key(self.config.seed) if dropout else None
 
     @cached_property
-    def trainable(self) -> Trainable:
-        """What an update changes: all weights, or adapters. The only place that asks which."""
+    def trainable(self) -> Trainable | ActorCritic:
+        """What an update changes: all weights, or adapters, and a value model. The only place that
+        asks which."""
+        if self.critic is None:
+            return self.policy
+        return ActorCritic(self.policy, self.critic, self.mesh, self.config.seed)
+
+    @cached_property
+    def policy(self) -> Trainable:
+        """What an update changes of the model."""
         if self.adapter is None:
             return FullWeights(self.config, self.mesh, self.origin, self.stored, self.model)
         adapter = replace(self.adapter, model=self.model)
@@ -133,6 +144,7 @@ def prepare(
             f"mesh: tp={mesh.shape['tp']} does not divide the model's {model.config.heads} heads "
             f"and {model.config.kv_heads} key/value heads"
         )
+    critic = algorithm.critic and algorithm.critic(resolved, mesh)
     data = read_data(config, resolved, algorithm.recipe(resolved.max_length))
     layout = {
         "shards": shards,
@@ -165,6 +177,9 @@ def prepare(
     total_steps = updates(config, own.epoch(data.train) if own else len(batches))
     schedule = optimizer.make_schedule(config.optimizer, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
+    if critic:
+        rate = config.rl.value_learning_rate  # type: ignore[attr-defined]
+        tx = make_optimizer(config.optimizer, schedule, rate)
     return Setup(
         config=config,
         mesh=mesh,
@@ -180,6 +195,7 @@ def prepare(
         schedule=schedule,
         tx=tx,
         adapter=adapter,
+        critic=critic,
     )
 
 

@@ -27,8 +27,20 @@ from easyaira.storage.pretrained import Pretrained
 from easyaira.train.step import LossFn
 
 
+class Saved:
+    """A checkpoint holds the trainable parameters and the optimizer state as they are."""
+
+    def saved(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        """Parameters and optimizer state of a checkpoint."""
+        return params, opt_state
+
+    def restored(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        """The inverse of `saved`."""
+        return params, opt_state
+
+
 @dataclass(frozen=True)
-class FullWeights:
+class FullWeights(Saved):
     """All weights are trainable.
 
     Attributes:
@@ -112,7 +124,7 @@ class FullWeights:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class Adapters(Saved):
     """Adapters, and the head of a scorer, are trainable; the base is frozen.
 
     Attributes:

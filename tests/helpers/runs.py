@@ -74,7 +74,8 @@ def train(*args, **options):
 def result(config, algorithm):
     """Rows of metrics.jsonl, and trainable parameters of the newest checkpoint."""
     folder = Path(config.output_dir)
-    trained = prepare(config, algorithm).trainable.target
+    trainable = prepare(config, algorithm).trainable
+    trained, _ = trainable.saved(trainable.target, None)
     checkpoints = Checkpoints(folder / "checkpoints")
     params = checkpoints.restore_params(checkpoints.latest(), trained)
     checkpoints.close()
