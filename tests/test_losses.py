@@ -357,7 +357,7 @@ def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
         ({"loss_type": "aot_pair"}, "aot_pair sorts"),
         ({"loss_type": ["sigmoid", "aot_unpaired"]}, "aot_unpaired sorts"),
         ({"loss_type": "tr_dpo"}, "tr_dpo moves the reference"),
-        ({"loss_type": "sigmod"}, "'sigmod' is unknown; choose from sigmoid"),
+        ({"loss_type": "sigmod"}, "got sigmod; did you mean sigmoid"),
         ({"loss_type": "sft"}, "sft alone compares no answers"),
         ({"loss_type": []}, "sft alone compares no answers"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
