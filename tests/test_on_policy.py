@@ -457,7 +457,8 @@ def test_the_value_model_is_released_as_a_token_classifier(through):
 
 def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     """At the last token of a text, its value is the text's score."""
-    options = {"rl.algorithm": "ppo", "rl.num_generations": 1, "rl.value_model": ground / "judge"}
+    tiny.save(tmp_path / "judge", tiny.SCORERS["gpt2"])
+    options = {"rl.algorithm": "ppo", "rl.num_generations": 1, "rl.value_model": tmp_path / "judge"}
     args = ("rl", ground / "gpt2", ground, tmp_path / "run")
     setup = prepare(*configure(*args, **options_of(ground, **options)))
     with setup.model.on(setup.mesh):
@@ -467,8 +468,7 @@ def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     rows["segment_ids"] = jnp.ones_like(tokens)
     values, _ = setup.trainable.value.score(params["value"], rows, examples=1, answers=1)
     judge = setup.critic.scorer
-    key = jax.random.fold_in(jax.random.key(setup.config.seed), 1)  # draws a head that is missing
-    weights = setup.critic.origin.load(judge, setup.mesh, head_key=key)
+    weights = setup.critic.origin.load(judge, setup.mesh)
     score, _ = judge.score(weights, rows, examples=1, answers=1)
     assert float(values[0, -1]) == pytest.approx(float(score[0, 0]), abs=1e-5)
     config = config_of(algorithm="ppo", max_completion_length=C)
@@ -578,6 +578,7 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
         ({"rl.algorithm": "online_dpo", "rl.num_generations": 4}, "online_dpo compares 2 answers"),
         ({"rl.value_model": "x"}, "rl.value_model: applies to ppo only"),
         ({"rl.algorithm": "ppo", "rl.value_model": "GROUND/bert"}, "bert is an encoder"),
+        ({"rl.algorithm": "ppo", "rl.value_model": "GROUND/gpt2"}, "gpt2 has no score/"),
         ({"rl.algorithm": "online_dpo", "rl.beta": 0.0}, "rl.beta: without it online_dpo"),
         (
             {"rl.algorithm": "online_dpo", "train_batch_size": 2, "gradient_accumulation_steps": 2},

@@ -30,7 +30,7 @@ class Critic(NamedTuple):
 
     Attributes:
         origin: location of the weights that it starts from.
-        scorer: the model as read, a scorer, whose score head may be missing there.
+        scorer: the model as read, a scorer, whose score head is missing in the policy's files.
         model: the value model, whose head scores every token.
         random: it starts from random weights, as a policy of model.init random.
     """
@@ -48,7 +48,7 @@ def critic_of(name: str | None, init: str, resolved: Resolved, mesh: Mesh) -> Cr
         init: model.init of the policy.
 
     Raises:
-        ConfigError: it is an encoder, or does not share the policy's vocabulary.
+        ConfigError: it is an encoder, lacks a score head, or has another vocabulary.
         EasyAiraError: its files cannot be read.
     """
     origin = resolved.origin if name is None else pretrained.find(name)
@@ -64,8 +64,12 @@ def critic_of(name: str | None, init: str, resolved: Resolved, mesh: Mesh) -> Cr
             f"{resolved.model.vocab_size}; a value model must share the policy's tokenizer"
         )
     random = name is None and init == "random"
-    if not random:
-        origin.check(scorer)
+    missing = [] if random else origin.check(scorer)
+    if name is not None and missing:
+        raise ConfigError(
+            f"rl.value_model: {name} has no {missing[0]}; name a reward model, or leave it out to "
+            "start from the policy's weights with a new head"
+        )
     sharding.shardings(scorer.shapes, scorer.rules, mesh)
     head = every_token(origin.config["model_type"])
     architecture = replace(scorer.architecture, score_head=head)
@@ -116,6 +120,10 @@ class ActorCritic:
     @property
     def backward(self) -> int:
         return self.policy.backward
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        return self.policy.compiler_options
 
     @property
     def value(self) -> Model:
