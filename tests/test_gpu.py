@@ -394,8 +394,8 @@ def test_windows_and_soft_caps_need_xla(kernel):
         return resolve.obstacle(kernel, model_of(sizes, "a test"), compute)
 
     plain = {"query_pre_attn_scalar": 64}
-    assert "scaled or capped" in obstacle(32, "gemma2", **plain)
-    assert "scaled or capped" in obstacle(32, "gemma3_text", query_pre_attn_scalar=32)
+    assert "scaled, capped or biased" in obstacle(32, "gemma2", **plain)
+    assert "scaled, capped or biased" in obstacle(32, "gemma3_text", query_pre_attn_scalar=32)
     for kind, config in {"gemma3_text": plain, "mistral": {}}.items():
         assert "longer than this model's of 32" in obstacle(33, kind, **config)
         assert obstacle(32, kind, **config) is None
