@@ -28,6 +28,7 @@ from easyaira.generation.sampler import generate
 from helpers import tiny
 
 POSITIONS, NEW, PROMPTS = 256, 40, 200
+POSITION_KEYS = ("n_positions", "seq_length", "max_position_embeddings")
 COLUMNS = ("model", "tokenizer", "prompts", "equal", "tokens", "gap")
 
 
@@ -35,8 +36,9 @@ def compare(name: str, data: Path, texts: list[str]) -> list[str]:
     """A line of the table."""
     kind = {"gpt2": "gpt2", "opt": "opt"}.get(name.partition("-")[0], "llama2")
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / kind)
-    positions = "n_positions" if kind == "gpt2" else "max_position_embeddings"
-    config = tiny.CASES[name] | {"vocab_size": len(tokenizer), positions: POSITIONS}
+    config = tiny.CASES[name]
+    positions = next(key for key in POSITION_KEYS if key in config)
+    config = config | {"vocab_size": len(tokenizer), positions: POSITIONS}
     end = tokenizer.eos_token_id
     config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
     prompts = [tokenizer(text).input_ids for text in texts]

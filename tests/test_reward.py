@@ -575,7 +575,12 @@ def test_who_cannot_write_is_refused_where_writing_is_asked_for(ground, released
     for task, folder, data, message in (
         ("sft", ground / "bert", tmp_path, "generates no text"),
         ("dpo", released["llama", "pair"], ground / "pair.jsonl", "reward or toxicity model"),
-        ("dpo", released["llama", "pair"] / "hf", ground / "pair.jsonl", "reward or toxicity model"),
+        (
+            "dpo",
+            released["llama", "pair"] / "hf",
+            ground / "pair.jsonl",
+            "reward or toxicity model",
+        ),
     ):
         options = {"data.template": "plain"}
         with pytest.raises((ConfigError, WeightsError), match=message):

@@ -69,7 +69,7 @@ def evaluation(args: argparse.Namespace) -> list[dict[str, object]]:
             "CPU s": median,
             "requests/CPU s": len(logps[name]) / median,
             "ratio to the best of hf": best / median,
-            "largest difference": float(abs(logps[name] - logps[first]).max()),
+            "largest difference": f"{abs(logps[name] - logps[first]).max():.1g}",
             "other choices": sum(
                 any(sample[metric] != other[metric] for metric in sample["metrics"])
                 for sample, other in zip(samples[name], samples[first], strict=True)
