@@ -43,7 +43,7 @@ def reverse_options(step: Any) -> None:
     add("--columns", type=dict[str, str], default={}, help=COLUMNS)
     add("--held_out", type=CountOrZero, default=0, help="Rows to hold out, for augment.")
     add("--output", required=True, help=FOLDER)
-    add("--debug", action="store_true", help="Show the traceback of an error.")
+    cli.debug_option(step)
 
 
 def augment_options(step: Any) -> None:

@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser
 
 from easyaira import cli
 
-DEBUG = "Show the traceback of an error."
 MERGE = "Merge adapters into their base weights."
 
 
@@ -114,14 +113,14 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help=DEBUG)
+    cli.debug_option(parser)
     commands = parser.add_subcommands(required=True, dest="command")
     for command in (to_hf, from_hf):
         sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)
         sub.add_function_arguments(command, as_positional=True, skip={"merge"})
         if command is to_hf:
             sub.add_argument("--merge", action="store_true", help=MERGE)
-        sub.add_argument("--debug", action="store_true", help=DEBUG)
+        cli.debug_option(sub)
         commands.add_subcommand(command.__name__, sub, help=command.__doc__.splitlines()[0])
     args = cli.parse_args(parser, argv)
     command = {"to_hf": to_hf, "from_hf": from_hf}[args.command]

@@ -35,9 +35,7 @@ def parser():
     add("--host", default="127.0.0.1", help="0.0.0.0: let other machines reach the page.")
     add("--port", type=Count, default=7860, help="Port of the page.")
     add("--template", default="chat", help="As data.template; chat: the model's own.")
-    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
-    add("--mesh", default="fsdp=-1", help="Devices, as for training.")
-    add("--debug", action="store_true", help="Show the traceback of an error.")
+    cli.computing_options(parser)
     return parser
 
 

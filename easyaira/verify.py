@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("folder", type=str, help="Released folder, such as RUN/hf; or a run.")
     parser.add_argument("--json", action="store_true", help="Print the checks as a JSON object.")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    cli.debug_option(parser)
     args = cli.parse_args(parser, argv)
     folder = Path(args.folder)
     if not folder.is_dir():

@@ -236,7 +236,7 @@ def test_checkpoints_of_another_command_do_not_replace_a_damaged_configuration(
 
 
 def recalled(tmp_path, text, *prompts):
-    """Rows of a run that goes on after update 4."""
+    """Rows of a run that continues after update 4."""
     samples = Samples.__new__(Samples)
     samples.file = tmp_path / "samples.json"
     samples.rows = [{"prompt": p, "wanted": "w", "answers": {}} for p in prompts]

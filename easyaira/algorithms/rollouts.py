@@ -119,12 +119,12 @@ def make_sampler(setup: Setup) -> Sampler:
     return Sampler(setup.model, sampling, rows=ROWS * meshes.data_shards(setup.mesh))
 
 
-def largest_cache(setup: Setup) -> tuple[int, int]:
+def largest_cache(setup: Setup, sampler: Sampler) -> tuple[int, int]:
     """Rows and slots that the cache of a roll-out has at most."""
     config: TrainRL = setup.config
     lengths = np.sort(np.diff(setup.data.train.bounds[:, :2])[:, 0])
     longest = lengths[-(config.answers // config.rl.num_generations) :].tolist()
-    return make_sampler(setup).largest_cache(longest, int(config.rl.num_generations))
+    return sampler.largest_cache(longest, int(config.rl.num_generations))
 
 
 class Rollouts:

@@ -1,6 +1,6 @@
-"""Folders of sets: files of rows that an interrupted command goes on to write.
+"""Folders of sets: files of rows that an interrupted command continues.
 
-A set appears under its name when it is whole, so a set that is there need not be made again.
+A set gets its name when it is whole, so a named set is not made again.
 """
 
 from __future__ import annotations

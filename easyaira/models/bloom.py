@@ -15,8 +15,8 @@ from easyaira.hf.table import VOCAB, Row
 from easyaira.models import layers
 from easyaira.models.attention import Near, attention
 from easyaira.models.embedding import Embedding
-from easyaira.models.gpt_neox import linear_rows, norm_rows
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, LayerNorm, Scores
+from easyaira.models.gpt_neox import MLP, linear_rows, norm_rows
+from easyaira.models.layers import Compute, Dropout, LayerNorm, Scores
 from easyaira.models.linear import Linear
 
 
@@ -36,6 +36,7 @@ class BloomConfig:
     # names that all architectures share
     max_positions = property(lambda self: self.seq_length)
     width = property(lambda self: self.hidden_size)
+    intermediate_size = property(lambda self: 4 * self.hidden_size)
     heads = kv_heads = property(lambda self: self.n_head)
     activation = property(lambda self: "gelu_pytorch_tanh")
 
@@ -69,19 +70,6 @@ class Attention(nn.Module):
         rows = (q, k, v, segment_ids, sides)
         out_RTD = attention(*rows, self.compute, scores=c.scores, near=Near(positions))
         return layers.between(linear(D, name="dense")(out_RTD))
-
-
-class MLP(nn.Module):
-    config: BloomConfig
-
-    @nn.compact
-    def __call__(self, x_RTD):
-        c = self.config
-        D = x_RTD.shape[-1]
-        x_RTD = layers.whole(x_RTD)
-        linear = partial(Linear, std=c.initializer_range, use_bias=True)
-        h_RTF = layers.by_features(linear(4 * D, name="dense_h_to_4h")(x_RTD))
-        return layers.between(linear(D, name="dense_4h_to_h")(ACTIVATIONS[c.activation](h_RTF)))
 
 
 class Block(nn.Module):

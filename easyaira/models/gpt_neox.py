@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    config: GPTNeoXConfig
+    config: Any  # GPTNeoXConfig or BloomConfig
 
     @nn.compact
     def __call__(self, x_RTD):

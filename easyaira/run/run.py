@@ -98,8 +98,8 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         print(plan_report.plan(setup, algorithm), flush=True)
         if algorithm.on_policy:
-            rows, slots = rollouts.largest_cache(setup)
             sampler = rollouts.make_sampler(setup)
+            rows, slots = rollouts.largest_cache(setup, sampler)
             print(decoding.cache_line(sampler, setup.mesh, rows, slots), flush=True)
         for line in search(setup, algorithm) if dry_run.search else ():
             print(line, flush=True)

@@ -60,7 +60,7 @@ class Algorithm(NamedTuple):
         known: Setup -> name -> per-example shape of the arrays that `begin` returns as `known`.
         summary: metrics over all held-out examples together (see train.step.PER_EXAMPLE).
         on_policy: where batches come from if not from stored examples.
-        critic: (Resolved, mesh) -> value model that is trained, too, and its learning rate.
+        critic: (Resolved, mesh) -> the value model to train, and its learning rate.
     """
 
     recipe: Callable[[int], Recipe]
