@@ -23,6 +23,7 @@ th { font-weight: 600; white-space: nowrap; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } .wide td { min-width: 12rem; }
 .wide td:first-child { position: sticky; left: 0; background: #fff; }
+.warning { border-left: .3rem solid #c60; padding-left: .8rem; }
 svg { max-width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .85rem; }
 </style>

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from easyaira.run import hacking
 from easyaira.train.energy import Used
 
 MEASURES = {  # metric: words
@@ -13,6 +14,7 @@ MEASURES = {  # metric: words
     "eval_rewards/accuracies": "held-out reward accuracy",
     "eval_accuracy": "held-out accuracy",
     "eval_mean_token_accuracy": "held-out token accuracy",
+    "reward": "reward of answers",
     "loss": "loss",
 }
 SHOWN = 2
@@ -38,5 +40,7 @@ def lines(
     if used is not None:
         parts.append(f"{used.kwh:.2g} kWh")
     yield f"after   {', '.join(parts)}"
+    for warning in hacking.warnings(rows):
+        yield f"warning {warning}"
     if not scorer:
         yield f"next    easyaira generate {folder} --chat"

@@ -8,6 +8,7 @@ from typing import Any
 
 from easyaira import pages
 from easyaira.files import write_file
+from easyaira.run import hacking
 from easyaira.train import log
 
 PANELS = (  # title, and metrics that share an axis
@@ -20,6 +21,9 @@ PANELS = (  # title, and metrics that share an axis
     ("rewards", ("rewards/chosen", "rewards/rejected")),
     ("log-probabilities", ("logps/chosen", "logps/rejected")),
     ("reward of answers", ("reward", "reward_std")),
+    ("losses of policy and values", ("policy_loss", "value_loss")),
+    ("variance that the values explain", ("value_explained_variance",)),
+    ("prompts whose answers all scored the same", ("frac_reward_zero_std",)),
     ("divergence from the reference", ("objective/kl",)),
     ("length of answers", ("completions/mean_length",)),
     ("share of answers that were cut", ("completions/clipped_ratio",)),
@@ -30,7 +34,8 @@ PANELS = (  # title, and metrics that share an axis
 )
 SHOWN_UPDATES = 6  # whose answers are shown
 BODY = """{{ table(["", ""], facts) }}
-<h2>Curves</h2>
+{% for warning in warnings %}<p class="warning">{{ warning }}.</p>
+{% endfor %}<h2>Curves</h2>
 {{ curves }}
 {% if samples[1] %}<h2>Answers to held-out prompts</h2>
 <div class="wide">{{ table(*samples) }}</div>
@@ -86,11 +91,13 @@ def write(
         samples: head and rows of the table of answers.
         completions: rows of a completions.jsonl; those of a few updates are shown.
     """
+    rows = log.read(folder / "metrics.jsonl")
     content = pages.page(
         title,
         BODY,
         facts=facts.items(),
-        curves=pages.svg(figure(log.read(folder / "metrics.jsonl"))),
+        curves=pages.svg(figure(rows)),
+        warnings=hacking.warnings(rows),
         samples=samples,
         completions=list(_spread(completions)),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),

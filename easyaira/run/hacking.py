@@ -1,0 +1,89 @@
+"""Signs of reward hacking: the reward rises, and other metrics say that answers get no better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from easyaira.algorithms.rollouts import COMPLETIONS
+
+PHASE = 5  # the first and the last fifth of a run are compared
+FEWEST = 5  # rows with a reward
+
+
+class Limits(NamedTuple):
+    """When a change is a sign.
+
+    Attributes:
+        rise: of the reward, in standard deviations of the first answers' rewards. Below it, the
+            reward is the same but for chance.
+        entropy: share of the first entropy that is left. With less, few tokens are uncertain and
+            answers repeat each other.
+        length: of the last answers, relative to the first.
+        divergence: from the reference, in nats per token. Runs whose answers stay readable end
+            below 0.2.
+        cut: share of answers that were cut, with an increase of at least `cut_more`.
+    """
+
+    rise: float = 0.5
+    entropy: float = 0.3
+    length: float = 1.5
+    divergence: float = 0.5
+    cut: float = 0.5
+    cut_more: float = 0.2
+
+
+LIMITS = Limits()
+
+
+def warnings(rows: Sequence[Mapping[str, Any]], limits: Limits = LIMITS) -> list[str]:
+    """Sentences with the evidence of each sign and what to try; empty while the reward does not
+    rise.
+
+    Args:
+        rows: of the metrics.jsonl of an on-policy run.
+    """
+    rows = [row for row in rows if isinstance(row.get("reward"), int | float)]
+    if len(rows) < FEWEST:
+        return []
+    size = max(len(rows) // PHASE, 1)
+    first, last = (_means(part) for part in (rows[:size], rows[-size:]))
+    if last["reward"] - first["reward"] <= limits.rise * first.get("reward_std", 0.0):
+        return []
+    begin = f"The reward rose from {first['reward']:.3g} to {last['reward']:.3g}"
+    end = f"read {COMPLETIONS} before you trust the reward"
+    return [f"{begin}, but {sign}; {end}" for sign in _signs(first, last, limits)]
+
+
+def _signs(first: dict[str, float], last: dict[str, float], limits: Limits) -> Iterator[str]:
+    entropy, length = "entropy", "completions/mean_length"
+    cut, divergence = "completions/clipped_ratio", "objective/kl"
+    if entropy in last and last[entropy] < limits.entropy * first[entropy]:
+        yield (
+            f"entropy fell from {first[entropy]:.2g} to {last[entropy]:.2g} nats a token, so "
+            "answers resemble each other: raise rl.beta or lower optimizer.learning_rate"
+        )
+    if length in last and last[length] >= limits.length * first[length]:
+        yield (
+            f"answers grew from {first[length]:.0f} to {last[length]:.0f} tokens: check that the "
+            "reward does not grow with the length"
+        )
+    if length in last and last.get(divergence, 0.0) > limits.divergence * last[length]:
+        yield (
+            f"the model is {last[divergence] / last[length]:.2g} nats a token away from its "
+            "reference: raise rl.beta or lower optimizer.learning_rate"
+        )
+    if cut in last and last[cut] >= max(limits.cut, first[cut] + limits.cut_more):
+        yield (
+            f"{last[cut]:.0%} of the answers are cut, {first[cut]:.0%} at first: raise "
+            "rl.max_completion_length or set rl.missing_eos_penalty"
+        )
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    return {
+        name: float(np.mean([row[name] for row in rows if name in row])) for name in sorted(names)
+    }
