@@ -96,6 +96,16 @@ def check(compute, arrays, segments, sides, causal=True, scores=DOT_PRODUCT, nea
     assert np.isfinite(out).all()
 
 
+def test_blocks_are_few_and_cover_the_row():
+    for length in range(1, 20_000, 7):
+        block = attentions.block_of(length)
+        assert length <= block * attentions.MAX_BLOCKS
+        assert block <= 512 or length > 16 * 512
+    sizes = {n: attentions.block_of(n) for n in (100, 320, 640, 1024, 4096)}
+    assert sizes == {100: 128, 320: 128, 640: 160, 1024: 256, 4096: 512}
+    assert attentions.block_of(640, causal=False) == 512
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_blocks_of_queries_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 64)
@@ -145,7 +155,7 @@ def test_windows_soft_caps_and_biases_whatever_was_asked_for(how, scores, window
 
 @pytest.mark.parametrize("length", [63, 64, 65, 200])
 def test_blocks_without_causality(length, monkeypatch):
-    monkeypatch.setattr(attentions, "BLOCK", 64)
+    monkeypatch.setattr(attentions, "LONG_BLOCK", 64)
     arrays, segments, sides = rows(length, shared=False)
     check(Compute(), arrays, segments, sides, causal=False)
 

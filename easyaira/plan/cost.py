@@ -17,7 +17,7 @@ from easyaira.distributed.sharding import like
 from easyaira.distributed.tree import by_path
 from easyaira.hf.table import pair_rows
 from easyaira.losses import token_logps
-from easyaira.models.attention import BLOCK, MAX_BLOCKS
+from easyaira.models.attention import LONG_BLOCK, block_of
 from easyaira.models.layers import Scores, padded_vocab
 from easyaira.models.model import Model
 from easyaira.plan.hlo import Program, compiled
@@ -190,7 +190,8 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     scores = 4 * depth * heads * _keys(model, update.length) * positions
     forward = 2 * (inner * positions + learned) + scores
     recompute = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
-    # fused kernels recompute the scores for each gradient; long rows are recomputed in blocks
+    # fused kernels recompute the scores for each gradient; blocks are recomputed
+    block = block_of(update.length, not model.architecture.encoder)
     kernel = model.compute.attention != "xla" and not model.compute.dropout
     capped = 0.5 if getattr(model.config, "scores", Scores()).cap is not None else 0
     work = {
@@ -198,7 +199,7 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
         "backward": 2 * setup.trainable.backward * inner * positions
         + 4 * learned
         + 4 * added * positions
-        + scores * (3.5 if kernel else 2.5 + capped if update.length > BLOCK else 2 + capped),
+        + scores * (3.5 if kernel else 2.5 + capped if update.length > block else 2 + capped),
         "recompute": recompute[model.compute.gradient_checkpointing],
         "reference": forward if reference_in_step else 0.0,
     }
@@ -211,8 +212,8 @@ def _keys(model: Model, length: int) -> float:
     if model.compute.dropout or not causal or how == "cudnn":
         return length
     if how == "splash":
-        return (length + BLOCK) / 2 * (2 if model.compute.shared_prompt else 1)
-    block = max(BLOCK, math.ceil(length / MAX_BLOCKS))
+        return (length + LONG_BLOCK) / 2 * (2 if model.compute.shared_prompt else 1)
+    block = block_of(length)
     ends = [min(start + block, length) for start in range(0, length, block)]
     starts = [0, *ends[:-1]]
     return sum((end - start) * end for start, end in zip(starts, ends, strict=True)) / length
