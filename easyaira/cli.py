@@ -11,7 +11,7 @@ from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -100,12 +100,16 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
     groups = {option.rpartition(".")[0] for option in options}
     for key, value in content.items():
         name = f"{group}{key}"
+        if name in options:
+            _check_null(name, value, _hint(parser, name))
         if name in SOURCES:
             _check_sources(name, value)
         elif name == "lora" and isinstance(value, dict):
-            if unknown := value.keys() - {field.name for field in fields(LoraConfig)}:
-                lora = [f"lora.{field.name}" for field in fields(LoraConfig)]
-                raise ConfigError(_no_such_option(f"lora.{min(unknown)}", lora))
+            hints = {f"lora.{key}": hint for key, hint in get_type_hints(LoraConfig).items()}
+            for key, inner in value.items():
+                if f"lora.{key}" not in hints:
+                    raise ConfigError(_no_such_option(f"lora.{key}", list(hints)))
+                _check_null(f"lora.{key}", inner, hints[f"lora.{key}"])
         elif name in groups:
             if not isinstance(value, dict):
                 given = "nothing" if value is None else shortened(repr(value))
@@ -117,6 +121,20 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
             for part, inner in value.items():
                 if isinstance(inner, dict):
                     raise ConfigError(f"{name}.{part}: expected one value, got {inner!r:.80}")
+
+
+def _check_null(name: str, value: Any, hint: Any) -> None:
+    """Refuse null where a type has no null, which jsonargparse takes for any type."""
+    if value is None and hint is not type(None) and type(None) not in get_args(hint):
+        raise ConfigError(
+            f"{name}: expected a value, got null; give it one, or leave it out for its default"
+        )
+
+
+def _hint(parser: ArgumentParser, name: str) -> Any:
+    """Type of an option; of one without a type, that of null."""
+    action = next(action for action in parser._actions if action.dest == name)
+    return getattr(action, "_typehint", None) or action.type or type(None)
 
 
 def _check_sources(name: str, value: Any) -> None:
@@ -151,8 +169,10 @@ def _expanded(argv: list[str], parser: ArgumentParser) -> list[str]:
         if not flag.startswith("--") or name not in groups and name not in options:
             expanded.append(f"{flag}{given}{value}")
             continue
-        if not given and left and left[0].lstrip()[:1] in ("[", "{"):
+        if not given and left and (left[0].lstrip()[:1] in ("[", "{") or left[0] == "null"):
             given, value = "=", left.pop(0)
+        if value == "null":
+            _check_names({name: None}, parser)
         if not re.match(LISTED if name in SOURCES else r"\s*\{", value):
             expanded.append(f"{flag}{given}{value}")
             continue

@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -24,11 +24,16 @@ def write_file(path: Path, text: str) -> None:
 
     Neither `path` nor the temporary file is written through a symbolic link."""
     new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(os.open(new, flags, 0o666), "w", encoding="utf-8") as file:
+    with open_new(new) as file:
         file.write(text)
     os.replace(new, path)
+
+
+def open_new(path: Path) -> TextIO:
+    """Open an empty file for text; a file or link that is there is removed, not followed."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return open(os.open(path, flags, 0o666), "w", encoding="utf-8")
 
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:

@@ -57,6 +57,10 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate: expected a number"),
         (["--optimizer.adam_beta2", "1.5"], "optimizer.adam_beta2: expected a number"),
         (["--dpo.loss_type", "sigmod"], "did you mean sigmoid?"),
+        (["--dpo.loss_type", "[]"], "dpo.loss_type: expected one or more of sigmoid"),
+        (["--data.template", "null"], "data.template: expected a value, got null"),
+        (["--output_dir=null"], "output_dir: expected a value, got null"),
+        (["--data.train=[]"], "data.train: names no data"),
         (["--dpo.beta", "0"], "dpo.beta: expected a number above 0"),
         (["--dpo.label_smoothing", "0.1", "--dpo.loss_type", "ipo"], "ipo has no smoothing"),
         (["--dpo.loss_type", "exo_pair"], "exo_pair needs a value above 0"),
@@ -95,6 +99,10 @@ def test_what_is_wrong_is_named_in_one_line(argv, message):
         ("model: {rev: x}", "model.rev: no such option; did you mean model.revision?"),
         ("trainer: {x: 1}", "trainer"),
         ("seed: [1, 2]", "seed"),
+        ("seed: null", ":1: seed: expected a value, got null"),
+        ("data:\n  packing:\n", ":2: data.packing: expected a value, got null"),
+        ("data: {train: [{path: a, weight: null}]}", r"data.train\[0\].weight: expected a value"),
+        ("lora: {target_modules: [q], r: null}", "lora.r: expected a value, got null"),
         ("optimizer: {learning_rate: !!python/object/apply:os.getcwd []}", "line 1: could not"),
     ],
 )
@@ -254,6 +262,19 @@ def test_a_number_out_of_range_is_refused_in_words(option):
             parse(f"--{option}={value}")
         words = r"expected .*(number|share)\b.*, got " + re.escape(value)
         assert re.fullmatch(rf"{option}: {words}", str(error.value)), error.value
+
+
+def test_null_is_refused_where_an_option_has_none_and_kept_where_it_has():
+    parser = cli.parser_of(TrainDPO)
+    for group, values in to_dict(parse()).items():
+        nested = values if isinstance(values, dict) else {"": values}
+        for option, value in {f"{group}.{key}".strip("."): v for key, v in nested.items()}.items():
+            flag = [f"--{option}=null"]
+            if value is None:
+                assert cli._expanded(flag, parser) == flag
+            else:
+                with pytest.raises(ConfigError, match=f"^{option}: expected a value, got null"):
+                    cli._expanded(flag, parser)
 
 
 def test_every_number_of_a_configuration_has_a_range():

@@ -6,6 +6,7 @@ import pytest
 
 from easyaira import files
 from easyaira.errors import ConfigError, StorageError, UnsafeInputError
+from easyaira.generation import sets
 from easyaira.storage import pretrained
 
 
@@ -157,3 +158,13 @@ def test_the_place_of_checkpoints_that_lie_elsewhere_is_told(tmp_path, capsys):
         assert pretrained.find(f"{run}/checkpoints/4").step == 4
     message = f"{run}/checkpoints/4: checkpoints are read from {place}\n"
     assert capsys.readouterr() == ("", message)
+
+
+def test_sets_are_not_written_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "a.jsonl.new").symlink_to(victim)
+    with sets.new_sets(tmp_path, ["a.jsonl"]) as put:
+        put("a.jsonl", {"x": 1})
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "a.jsonl").read_text() == '{"x": 1}\n'

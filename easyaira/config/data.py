@@ -91,6 +91,9 @@ class DataConfig:
                     f"{name}: expected {share}a path or a list such as [{{path: FILE}}] with valid "
                     f"options, got {shortened(value)}"
                 )
+        for name, value in (("data.train", self.train), ("data.eval", self.eval)):
+            if value == []:
+                raise ConfigError(f"{name}: names no data; give a path or a list with sources")
         if isinstance(self.eval, list) and any(source.weight != 1 for source in self.eval):
             raise ConfigError("data.eval: held-out rows are evaluated once each; leave out weight")
         named = isinstance(self.train, str) or isinstance(self.eval, str)

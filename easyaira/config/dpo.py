@@ -95,7 +95,7 @@ class DPOConfig:
 
     def __post_init__(self):
         names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        for name in names:
+        for name in names or ["none"]:
             if name in REFUSED:
                 raise ConfigError(f"dpo.loss_type: {name} {REFUSED[name]}")
             if name not in LOSSES:

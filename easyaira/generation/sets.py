@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.errors import ConfigError, StorageError
-from easyaira.files import read_json, reason, write_file
+from easyaira.files import open_new, read_json, reason, write_file
 
 SETTINGS, COUNTS = "settings.json", "counts.json"
 Put = Callable[[str, Mapping[str, Any]], None]
@@ -58,10 +58,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 def new_sets(folder: Path, names: Sequence[str]) -> Iterator[Put]:
     """Yield `put(name, row)`; the sets appear, in this order, when all rows are written."""
     with ExitStack() as opened:
-        files = {
-            name: opened.enter_context(open(folder / f"{name}.new", "w", encoding="utf-8"))
-            for name in names
-        }
+        files = {name: opened.enter_context(open_new(folder / f"{name}.new")) for name in names}
 
         def put(name: str, row: Mapping[str, Any]) -> None:
             files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
