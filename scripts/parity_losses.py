@@ -2,7 +2,8 @@
 
     python scripts/parity_losses.py --trl PYTHON      # Python of an environment that has TRL
 
-Both sides get the log-probabilities of the tokens of 16 pairs, of the policy and of the reference.
+Both sides get the log-probabilities of the tokens of 16 pairs, of the policy and of the reference,
+or the scores of their answers.
 Prints the largest differences of loss and gradient, relative to the largest value or to 1, and
 fails above 1e-5, in float32.
 """
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.config.algorithms import RewardConfig
 from easyaira.config.dpo import DPOConfig
+from easyaira.losses import preference
+from easyaira.losses.scores import bradley_terry, centering
 
 PAIRS, LENGTH, TOLERANCE = 16, 12, 1e-5
 DPO = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "exo_pair")
@@ -37,15 +42,15 @@ def theirs(**options: Any) -> dict[str, Any]:
     usual = {
         "trainer": "dpo", "beta": BETA, "loss_types": ["sigmoid"], "loss_weights": [1.0],
         "label_smoothing": 0.0, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5,
-        "ld_alpha": None, "use_weighting": False, "precompute_ref_logps": True,
+        "ld_alpha": None, "use_weighting": False, "precompute_ref_logps": False,
         "aux_loss_enabled": False,
     }  # fmt: skip
     return usual | options
 
 
-def cases() -> dict[str, tuple[DPOConfig, dict[str, Any]]]:
+def cases() -> dict[str, tuple[DPOConfig | RewardConfig, dict[str, Any]]]:
     """Our configuration and TRL's options, by name."""
-    table = {}
+    table: dict[str, tuple[DPOConfig | RewardConfig, dict[str, Any]]] = {}
     for name in DPO:
         smoothing = SMOOTHED.get(name, 0.0)
         ours = DPOConfig(name, beta=BETA, label_smoothing=smoothing)
@@ -58,6 +63,15 @@ def cases() -> dict[str, tuple[DPOConfig, dict[str, Any]]]:
     pair = ["sigmoid", "bco_pair"]
     ours = DPOConfig(pair, [0.8, 0.2], beta=BETA)
     table["0.8 sigmoid + 0.2 bco_pair"] = ours, theirs(loss_types=pair, loss_weights=[0.8, 0.2])
+    ours = DPOConfig(beta=BETA, ld_alpha=0.4)
+    table["sigmoid, ld_alpha 0.4"] = ours, theirs(ld_alpha=0.4)
+    ours = DPOConfig(["sigmoid", "apo_zero"], beta=BETA, use_weighting=True)
+    options = theirs(loss_types=ours.loss_type, loss_weights=[1.0, 1.0], use_weighting=True)
+    table["sigmoid + apo_zero, use_weighting"] = ours, options
+    for center in (0.0, 0.1):
+        ours = RewardConfig(center_rewards_coefficient=center)
+        name = f"reward with margins, center_rewards_coefficient {center:g}"
+        table[name] = ours, {"trainer": "reward", "center": center}
     free = {"reference": "none", "beta": BETA}
     cpo = {"trainer": "cpo", "beta": BETA, "label_smoothing": 0.0, "alpha": 0.0}
     table["simpo"] = (
@@ -71,21 +85,30 @@ def cases() -> dict[str, tuple[DPOConfig, dict[str, Any]]]:
     return table
 
 
-def our_loss(config: DPOConfig, logps, ref, mask) -> tuple[float, np.ndarray]:
-    """The loss, and its gradient for the log-probability of each token."""
-
-    def pairs(values: jax.Array) -> jax.Array:  # [2 B, T] -> [B, 2]
-        return (values * mask).sum(1).reshape(2, PAIRS).T
-
-    def mean(logps):
-        ones = pairs(jnp.ones_like(logps))
-        free = config.reference == "none"
-        policy = PairScores(pairs(logps), ones, ones, ones)
-        total, count = dpo_sums(policy, pairs(ref) * (not free), config)["loss"]
-        return total / count
-
-    loss, gradient = jax.value_and_grad(mean)(jnp.asarray(logps, jnp.float32))
+def our_loss(config: DPOConfig | RewardConfig, **arrays: np.ndarray) -> tuple[float, np.ndarray]:
+    """The loss, and its gradient for the log-probability of each token or for each score."""
+    of_scores = isinstance(config, RewardConfig)
+    mean = partial(mean_of_scores if of_scores else mean_of_logps, config, **arrays)
+    loss, gradient = jax.value_and_grad(mean)(arrays["scores" if of_scores else "logps"])
     return float(loss), np.asarray(gradient)
+
+
+def mean_of_logps(config, given, *, ref, mask, squares, **_):
+    numbers = np.broadcast_to(np.arange(2 * PAIRS)[:, None], mask.shape)  # chosen, then rejected
+    layout = mask == 1, numbers % PAIRS + 1, numbers // PAIRS + 1
+    pairs = partial(preference.pair_sums, pairs=PAIRS)
+    lengths = pairs(jnp.ones_like(given), *layout)
+    sums = pairs(given, *layout, tail=config.tail)
+    policy = PairScores(sums, lengths, lengths, lengths, pairs(given - squares, *layout))
+    ref_logps = pairs(ref, *layout, tail=config.tail) * (config.reference == "model")
+    total, count = dpo_sums(policy, ref_logps, config)["loss"]
+    return total / count
+
+
+def mean_of_scores(config, given, *, margins, **_):
+    both = given[:PAIRS], given[PAIRS:]
+    losses = bradley_terry(*both, margin=margins)
+    return (losses + config.center_rewards_coefficient * centering(*both)).mean()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,11 +117,14 @@ def main(argv: list[str] | None = None) -> None:
     python = parser.parse_args(argv).trl
     rng = np.random.default_rng(0)
     shape = (2 * PAIRS, LENGTH)
-    logps, ref = (-np.abs(rng.normal(0, 1, shape)).astype(np.float32) for _ in range(2))
+    logps, ref, squares = (-np.abs(rng.normal(0, 1, shape)).astype(np.float32) for _ in range(3))
     lengths = rng.integers(1, LENGTH + 1, shape[0])
     mask = (np.arange(LENGTH) < lengths[:, None]).astype(int)
     table = cases()
-    job = {"logps": logps.tolist(), "ref": ref.tolist(), "mask": mask.tolist()}
+    arrays = {"logps": logps, "ref": ref, "mask": mask, "squares": squares}
+    arrays["scores"] = rng.normal(0, 1, shape[0]).astype(np.float32)
+    arrays["margins"] = rng.uniform(0, 1, PAIRS).astype(np.float32)
+    job: dict[str, Any] = {name: values.tolist() for name, values in arrays.items()}
     job["options"] = [options for _, options in table.values()]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.json"
@@ -109,11 +135,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"TRL failed: {done.stderr[-2000:]}")
     wrong = []
     for (name, (config, _)), answer in zip(table.items(), json.loads(done.stdout), strict=True):
-        loss, gradient = our_loss(config, logps, ref, mask)
+        loss, gradient = our_loss(config, **arrays)
         wanted = np.array(answer["gradient"])
         of_loss = abs(loss - answer["loss"]) / max(abs(answer["loss"]), 1)
         of_gradient = np.abs(gradient - wanted).max() / max(np.abs(wanted).max(), 1)
-        print(f"{name:40} loss {of_loss:.0e}  gradient {of_gradient:.0e}")
+        print(f"{name:50} loss {of_loss:.0e}  gradient {of_gradient:.0e}")
         wrong += [name] if not max(of_loss, of_gradient) <= TOLERANCE else []
     if wrong:
         sys.exit("beyond the tolerance: " + "; ".join(wrong))

@@ -77,17 +77,21 @@ def main(job):
 
 
 def preference_losses(job):
-    """Loss of DPOTrainer (CPOTrainer, ORPOTrainer) and its gradient, for each of job["options"]."""
-    arrays = {name: torch.tensor(job[name]) for name in ("logps", "ref", "mask")}
+    """Loss of DPOTrainer (CPOTrainer, ORPOTrainer, RewardTrainer) and its gradient, for each of
+    job["options"]."""
+    names = ("logps", "ref", "mask", "squares", "scores", "margins")
+    arrays = {name: torch.tensor(job[name]) for name in names}
     return [preference_loss(options, **arrays) for options in job["options"]]
 
 
-def preference_loss(options, logps, ref, mask):
+def preference_loss(options, logps, ref, mask, squares, scores, margins):
+    if options["trainer"] == "reward":
+        return _of_reward_trainer(options["center"], scores, margins)
     logps = logps.clone().requires_grad_()
     accelerator = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
     trainer = SimpleNamespace(accelerator=accelerator, **options)
     if options["trainer"] == "dpo":
-        loss = _of_dpo_trainer(trainer, logps, ref, mask)
+        loss = _of_dpo_trainer(trainer, logps, ref, mask, squares)
     else:
         sums, lengths = (logps * mask).sum(1), mask.sum(1)
         per_answer = sums if options["loss_type"] != "simpo" else sums / lengths
@@ -108,30 +112,51 @@ def same(x):
     return x
 
 
-def _of_dpo_trainer(trainer, logps, ref, mask):
+def _of_reward_trainer(center, scores, margins):
+    scores = scores.clone().requires_grad_()
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(gather=same, gather_for_metrics=same),
+        args=SimpleNamespace(center_rewards_coefficient=center or None),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {"margin": margins, "attention_mask": torch.ones(1)}
+    model = lambda **_: SimpleNamespace(logits=scores[:, None])  # noqa: E731
+    loss = trl.RewardTrainer.compute_loss(trainer, model, inputs)
+    loss.backward()
+    return {"loss": loss.item(), "gradient": scores.grad.tolist()}
+
+
+def _of_dpo_trainer(trainer, logps, ref, mask, squares):
     rows, length = mask.shape
     whole = torch.cat([torch.zeros_like(mask[:, :1]), mask], 1)  # the prompt is one token
     inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
     inputs["completion_mask"] = whole
-    sums = (ref * mask).sum(1)
-    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = sums.chunk(2)
     zeros = torch.zeros(rows, length)
 
     class Fake(torch.nn.Module):
+        is_gradient_checkpointing = False
+
+        def __init__(self, logps):
+            super().__init__()
+            self.logps = logps
+
         def forward(self, **_):
             return SimpleNamespace(
-                log_probs=logps * mask,
+                log_probs=self.logps * mask,
                 entropy=zeros,
                 mean_logits=zeros,
                 is_top1=zeros.bool(),
-                log_sum_sq_probs=zeros,
+                log_sum_sq_probs=squares * mask,
             )
 
-    trainer.model = SimpleNamespace(training=True)
-    trainer.args = SimpleNamespace(discopop_tau=0.05)  # TRL's default
+    trainer.model, trainer.ref_model = Fake(logps), Fake(ref)
+    trainer.args = SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None)
     trainer._metrics = {"train": defaultdict(list)}
     trainer._total_train_tokens, trainer._tp_size = 0, 1
-    return trl.DPOTrainer._compute_loss(trainer, Fake(), inputs, False)
+    return trl.DPOTrainer._compute_loss(trainer, trainer.model, inputs, False)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,19 @@ def test_a_prompt_that_cannot_be_joined_is_an_error(row, reason, tmp_path):
     assert reason in refused(tmp_path, row, task="pair")
 
 
+def test_margins_and_weights_of_pairs_are_numbers_from_0(tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [pair, pair | {"margin": 0.5, "weight": None}, pair | {"margin": "2", "weight": 0}]
+    train = load(tiny.write_rows(tmp_path / "b.jsonl", rows), task="pair").train
+    np.testing.assert_array_equal(train.margins, [np.nan, 0.5, 2])
+    np.testing.assert_array_equal(train.weights, [np.nan, np.nan, 0])
+    for number in (-1, "much", [1], 1e39, "nan"):
+        message = refused(tmp_path, pair | {"margin": number}, task="pair")
+        assert f"column margin: wanted a number from 0, found {number!r}" in message
+    without = load(tiny.write_rows(tmp_path / "c.jsonl", rows[:1]), task="pair").train
+    assert without.fingerprint() != train.take(np.array([1])).fingerprint()
+
+
 def test_pairs_of_transcripts_split_at_the_last_answer(tmp_path):
     start = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant: "
     row = {"chosen": start + "See you.", "rejected": start + "Go."}
@@ -238,7 +251,7 @@ def test_a_form_that_is_not_read_says_what_to_do(row, reason, tmp_path):
         ("conversation", {"messages": [ASKED, ANSWERED | {"reasoning_content": "x"}]},
          "column messages: key reasoning_content"),
         ("pair", {"prompt": "a", "chosen": "b", "rejected": "c", "tools": ["x"]}, "column tools"),
-        ("pair", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0}, "column margin"),
+        ("label", {"harmless": "a", "harmful": "b", "margin": 0}, "column margin"),
         ("label", {"text": "b", "label": 1, "prompt": "a"}, "column prompt"),
         ("conversation", {"prompt": "a", "completion": "b", "image_url": "c"}, "column image_url"),
         ("conversation", {"messages": [ASKED, ANSWERED | {"tool_call_id": "c1"}]},

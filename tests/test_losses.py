@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import fields
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.trainer_pt_utils import LabelSmoother
 
 from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.algorithms.sft import sft
+from easyaira.config.algorithms import SFTConfig
 from easyaira.config.dpo import LOSSES, SMOOTHED_LOSSES, DPOConfig
 from easyaira.errors import ConfigError
 from easyaira.losses import preference, token_logps
@@ -60,6 +64,7 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
         (out.mean_logits, logits.mean(-1)),
         (out.entropy, entropy),
         (out.is_top1, hits.float()),
+        (out.log_sum_sq_probs, (logits.softmax(-1) ** 2).sum(-1).log()),
     ):
         assert not np.asarray(actual[:, 0]).any() and not np.asarray(actual[:, 1:])[~shown].any()
         expected = expected.detach().numpy()
@@ -175,6 +180,76 @@ def test_pair_sums_by_pair_and_side():
     np.testing.assert_array_equal(sums, [[2 + 3, 10], [8, 5], [0, 0]])
 
 
+@pytest.mark.parametrize("tail", [0.0, 0.3])
+def test_tokens_beyond_the_shorter_answer_have_their_weight(tail):
+    """Answers of 2 and 4, 3 and 1, 2 and 2 tokens; prompts and padding do not count."""
+    rng = np.random.default_rng(0)
+    rows, answers = [], {}
+    for pair, lengths in enumerate(((2, 4), (3, 1), (2, 2))):
+        for side, length in enumerate(lengths):
+            rows += [(pair + 1, side + 1, False)] * 2 + [(pair + 1, side + 1, True)] * length
+            answers[pair, side] = range(len(rows) - length, len(rows))
+    rows += [(0, 0, False)] * (-len(rows) % 2)
+    values = rng.normal(0, 1, len(rows))
+    segments, sides, mask = (jnp.array(x)[None] for x in zip(*rows, strict=True))
+    arrays = jnp.asarray(values, jnp.float32)[None], mask, segments, sides
+    sums = preference.pair_sums(*arrays, pairs=3, tail=tail)
+    for (pair, side), places in answers.items():
+        shared = min(len(answers[pair, 0]), len(answers[pair, 1]))
+        head, rest = values[places[:shared]].sum(), values[places[shared:]].sum()
+        assert float(sums[pair, side]) == pytest.approx(head + tail * rest, rel=1e-5, abs=1e-6)
+
+
+class OnlyHead:
+    """A model whose parameters are its hidden states and its head."""
+
+    head_options = {"vocab_size": VOCAB, "cap": None}
+
+    def apply(self, params, batch, key):
+        return params
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing": 0.1}])
+def test_losses_of_sft_equal_torch_and_transformers(options, cap, monkeypatch):
+    """With masked tokens. Label smoothing: that of torch's cross_entropy and LabelSmoother."""
+    hidden, head, tokens = head_and_hidden()
+    wanted = np.random.default_rng(1).random((ROWS, LENGTH)) < 0.6
+    wanted[:, 0] = False
+    monkeypatch.setattr(OnlyHead, "head_options", {"vocab_size": VOCAB, "cap": cap})
+    for name in ("token_logps", "token_nll"):
+        chunked = partial(getattr(token_logps, name), chunk_logits=7 * COLUMNS)
+        monkeypatch.setattr(token_logps, name, chunked)
+    batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.asarray(wanted)}
+    loss_fn = sft(OnlyHead(), SFTConfig(**options))
+
+    def ours(hidden, head):
+        sums = loss_fn((hidden, head), None, batch, None)
+        return sums["loss"][0] / sums["loss"][1], sums
+
+    of_ours = jax.value_and_grad(ours, (0, 1), has_aux=True)
+    (value, sums), grads = of_ours(jnp.asarray(hidden), jnp.asarray(head))
+    h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
+    logits = (h @ w)[..., :VOCAB]
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    labels = torch.where(torch.tensor(wanted), torch.tensor(tokens), -100)
+    if options.get("loss_type") == "dft":
+        logps = -F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+        theirs = -(logps.exp().detach() * logps).sum() / wanted.sum()
+    else:
+        theirs = F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], label_smoothing=0.1)
+        smoothed = LabelSmoother(epsilon=0.1)({"logits": logits}, labels, shift_labels=True)
+        torch.testing.assert_close(smoothed, theirs)
+    theirs.backward()
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
+    for ours_grad, parameter in zip(grads, (h, w), strict=True):
+        np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-6)
+    evaluated = loss_fn((jnp.asarray(hidden), jnp.asarray(head)), None, batch, None)["loss"][0]
+    np.testing.assert_allclose(evaluated, sums["loss"][0], rtol=1e-6)  # without a gradient
+    hits = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
+    assert int(sums["mean_token_accuracy"][0]) == int(hits)
+
+
 def formula(loss, h_w, h_l, beta, e, n_w, n_l):
     """Each loss in torch, from its paper, for one pair."""
     m = beta * (h_w - h_l)
@@ -247,6 +322,41 @@ def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
     np.testing.assert_allclose(ours(inputs), theirs.detach(), rtol=1e-5, atol=1e-5)
     grads = jax.grad(lambda x: ours(x).sum())(inputs)
     np.testing.assert_allclose(grads, h.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [name for name, use in LOSSES.items() if use.margins])
+def test_margins_reduce_the_difference_of_the_rewards(loss):
+    rng = np.random.default_rng(0)
+    logratios = rng.normal(0, 3, (50, 2))
+    lengths = rng.integers(1, 9, (50, 2)).astype(float)
+    margins = rng.uniform(0, 1, 50)
+    e = 0.1 if loss in SMOOTHED_LOSSES else 0.0
+    options = {"label_smoothing": e, "simpo_gamma": 0.7}
+    arrays = (jnp.asarray(x, jnp.float32) for x in (logratios, lengths))
+    ours = preference.preference_loss(
+        loss, *arrays, beta=0.1, margins=jnp.asarray(margins, jnp.float32), **options
+    )
+    h, n, margins = map(torch.tensor, (logratios, lengths, margins))
+    h = h / n if preference.PREFERENCE_LOSSES[loss].per_token else h
+    m = 0.1 * (h[:, 0] - h[:, 1]) - margins - (0.7 if loss == "simpo" else 0)
+    smoothed = -(1 - e) * F.logsigmoid(m), -e * F.logsigmoid(-m)
+    theirs = smoothed[0] + smoothed[1]
+    if loss == "hinge":
+        theirs = torch.clamp(1 - m, min=0)
+    if loss == "robust":
+        theirs = (smoothed[0] - smoothed[1]) / (1 - 2 * e)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_wpo_are_mean_probabilities_without_a_gradient():
+    rng = np.random.default_rng(0)
+    aligned, lengths = -np.abs(rng.normal(0, 1, (6, 2))), rng.integers(1, 9, (6, 2))
+    lengths[5] = aligned[5] = 0  # no pair
+    arrays = [jnp.asarray(x, jnp.float32) for x in (aligned, lengths)]
+    wanted = np.exp((aligned / np.maximum(lengths, 1)).sum(1))
+    np.testing.assert_allclose(preference.wpo_weights(*arrays), wanted, rtol=1e-5)
+    grads = jax.grad(lambda x: preference.wpo_weights(x, arrays[1]).sum())(arrays[0])
+    assert not grads.any()
 
 
 def test_the_values_of_the_lineage():
@@ -334,13 +444,13 @@ def test_divergences_are_the_derivatives_of_their_functions(kind, alpha):
 
 
 def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
-    """MPO: 0.8 sigmoid + 0.2 bco_pair + 1.0 sft, Wang et al. (2024), eq. 2."""
+    """MPO: 0.8 sigmoid + 0.2 bco_pair + 1.0 sft, Wang et al. (2024)."""
     rng = np.random.default_rng(0)
     logps, ref = -np.abs(rng.normal(0, 9, (6, 2))), -np.abs(rng.normal(0, 9, (6, 2)))
     lengths = rng.integers(1, 9, (6, 2)).astype(float)
     config = DPOConfig(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], label_smoothing=0.1)
     ones = jnp.ones((6, 2))
-    scores = PairScores(*(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones)))
+    scores = PairScores(*(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones, ones)))
     total, count = dpo_sums(scores, jnp.asarray(ref, jnp.float32), config)["loss"]
     h_w, h_l = (logps - ref).T
     m = 0.1 * (h_w - h_l)
@@ -369,9 +479,15 @@ def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
             {"reference": "none", "f_divergence_type": "js_divergence"},
             "sigmoid without a reference has reverse_kl only",
         ),
+        ({"loss_type": "ipo", "ld_alpha": 0.5}, "ipo divides by the whole length"),
         ({"loss_type": "dpop", "label_smoothing": 0.1}, "dpop has no smoothing"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         DPOConfig(**options)
+
+
+def test_dynamic_fine_tuning_has_no_smoothing():
+    with pytest.raises(ConfigError, match="sft.label_smoothing: dft has no smoothing"):
+        SFTConfig(loss_type="dft", label_smoothing=0.1)

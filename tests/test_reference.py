@@ -59,6 +59,7 @@ def test_later_runs_read_what_the_first_has_computed(models, data, tmp_path, sco
         {"seed": 7},
         {"train_batch_size": 4},
         {"data.share_prompt": "never"},
+        {"dpo.ld_alpha": 0.5},
     ],
 )
 def test_whatever_changes_their_bits_has_another_key(change, models, data, tmp_path, scored):

@@ -19,7 +19,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError, EasyAiraError, TokenizerError, WeightsError
 from easyaira.lora import peft
-from easyaira.losses.scores import binary, bradley_terry, roc_auc
+from easyaira.losses.scores import binary, bradley_terry, centering, roc_auc
 from easyaira.models import registry
 from easyaira.plan import cost
 from easyaira.plan import report as plan_report
@@ -48,6 +48,7 @@ def ground(tmp_path_factory):
         tmp_path_factory.mktemp("ground"),
         BASES,
         pair=tiny.dpo_rows(40),
+        weighted=tiny.weighted_rows(40),
         label=tiny.label_rows(40),
         texts=[{"harmless": a, "harmful": b} for a, b in zip(good, bad, strict=False)],
     )
@@ -89,6 +90,11 @@ def test_losses_of_scores():
     one = jnp.float32([1.0])
     assert bradley_terry(one, 0 * one)[0] == pytest.approx(0.313262, abs=1e-6)
     assert bradley_terry(one, 0 * one, margin=1.0)[0] == pytest.approx(math.log(2))
+    margins = jnp.float32([0.0, 1.0])
+    ones = jnp.ones(2)
+    wanted = [0.313262, math.log(2)]
+    np.testing.assert_allclose(bradley_terry(ones, 0 * ones, margin=margins), wanted, 1e-5)
+    np.testing.assert_allclose(centering(ones, jnp.float32([-1.0, 2.0])), [0, 9])
     scores = jnp.float32([3.0, -0.5, 40.0, -40.0])
     for labels in ([1, 0, 1, 0], [0, 1, 0, 1]):
         wanted = F.binary_cross_entropy_with_logits(
@@ -108,10 +114,14 @@ def test_auc_is_exact():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, data", [("bert", "pair"), ("roberta", "label"), ("gpt2", "texts")])
+@pytest.mark.parametrize(
+    "kind, data", [("bert", "weighted"), ("roberta", "label"), ("gpt2", "texts")]
+)
 def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
     """Of 20 rows, so that every third update has four instead of eight."""
     options = {"data.max_examples": 20, "reward.margin": 0.5}
+    weighted = data == "weighted"
+    options |= {"reward.center_rewards_coefficient": 0.1} if weighted else {}
     rows, params = train(*reward(ground, kind, data), tmp_path / "run", **options)
     setup = prepare(*configure(*reward(ground, kind, data), tmp_path / "x", **options))
     examples = setup.batches.examples
@@ -132,8 +142,14 @@ def test_a_run_follows_a_torch_loop(kind, data, ground, tmp_path):
             margins = (1 - 2 * labels) * scores(step, 0)
             loss = F.binary_cross_entropy_with_logits(scores(step, 0), 1 - labels)
         else:
-            margins = scores(step, 0) - scores(step, 1)
-            loss = -F.logsigmoid(margins - 0.5).mean()
+            chosen, rejected = scores(step, 0), scores(step, 1)
+            members = setup.batches.members(step)
+            margins = chosen - rejected
+            wanted = torch.tensor(examples.margins[members]).nan_to_num(0.5)
+            losses = -F.logsigmoid(margins - wanted)
+            losses += 0.1 * (chosen + rejected) ** 2 if weighted else 0
+            loss = (losses * torch.tensor(examples.weights[members]).nan_to_num(1)).mean()
+            assert weighted == bool(np.nansum(examples.margins[members]))
         torch_step(model, adamw, loss, torch_rate(step, STEPS["reward"]))
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert row["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)

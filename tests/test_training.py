@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyaira.errors import ConfigError, NonFiniteError
+from easyaira.errors import ConfigError, DataError, NonFiniteError
 from easyaira.losses import token_logps
 from easyaira.models import attention, splash
 from easyaira.models.layers import padded_vocab
@@ -71,6 +71,25 @@ def test_sft_follows_a_torch_loop(kind, models, tmp_path):
     ours = tiny.as_theirs(setup.model, params)
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(ours[name], parameter.detach(), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_label_smoothing_follows_a_torch_loop(models, data, tmp_path):
+    options = {"sft.label_smoothing": 0.2, "max_steps": 4, "gradient_accumulation_steps": 2}
+    args = ("sft", models / "gpt2", data)
+    rows, _ = train(*args, tmp_path / "run", **options)
+    model = tiny.torch_model(tiny.CONFIGS["gpt2"])
+    adamw = torch_adamw(model)
+    batches = torch_batches(*args, tmp_path / "x", **options)
+    for step, (chosen, row) in enumerate(zip(batches, rows, strict=False)):
+        logits, labels = [], []
+        for prompt, (answer,) in chosen:
+            ids = torch.tensor([prompt + answer])
+            logits.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
+            labels.append(ids[0, len(prompt) :])
+        loss = F.cross_entropy(torch.cat(logits), torch.cat(labels), label_smoothing=0.2)
+        torch_step(model, adamw, loss, torch_rate(step, 4))
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -139,6 +158,82 @@ def test_losses_without_a_reference_follow_a_torch_loop_and_compute_none(models,
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert row["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
         assert row["nll_loss"] == pytest.approx(-means[:, 0].mean().item(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_ld_dpo_follows_a_torch_loop(models, data, tmp_path):
+    """Packed, accumulated and with shared prompts; tokens beyond the shorter answer weigh 0.3."""
+    options = {"dpo.ld_alpha": 0.3, "max_steps": 4, "data.share_prompt": "always"}
+    options["gradient_accumulation_steps"] = 4
+    args = ("dpo", models / "gpt2", data)
+    rows, _ = train(*args, tmp_path / "run", **options)
+    model, reference = (tiny.torch_model(tiny.CONFIGS["gpt2"]) for _ in range(2))
+    adamw = torch_adamw(model)
+
+    def scores(model, prompt, answers):
+        shared = min(map(len, answers))
+        logps = [torch_logps(model, prompt, answer) for answer in answers]
+        return torch.stack([x[:shared].sum() + 0.3 * x[shared:].sum() for x in logps])
+
+    batches = torch_batches(*args, tmp_path / "x", **options)
+    for step, (pairs, row) in enumerate(zip(batches, rows[1:], strict=False)):
+        with torch.no_grad():
+            ref = torch.stack([scores(reference, *pair) for pair in pairs])
+        rewards = 0.1 * (torch.stack([scores(model, *pair) for pair in pairs]) - ref)
+        margins = rewards[:, 0] - rewards[:, 1]
+        loss = -F.logsigmoid(margins).mean()
+        torch_step(model, adamw, loss, torch_rate(step, 4))
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert row["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_weighted_pairs_follow_a_torch_loop(models, tmp_path):
+    """WPO with margins and weights of the rows, some of which have none."""
+    tiny.write_rows(tmp_path / "dpo.jsonl", tiny.weighted_rows(40))
+    options = {"dpo.use_weighting": True, "dpo.precompute_ref_log_probs": False, "max_steps": 4}
+    options["gradient_accumulation_steps"] = 2
+    args = ("dpo", models / "gpt2", tmp_path)
+    rows, _ = train(*args, tmp_path / "run", **options)
+    setup = prepare(*configure(*args, tmp_path / "x", **options))
+    model, reference = (tiny.torch_model(tiny.CONFIGS["gpt2"]) for _ in range(2))
+    adamw = torch_adamw(model)
+
+    def scores(model, prompt, answers):
+        return torch.stack([torch_logps(model, prompt, answer).sum() for answer in answers])
+
+    def probability(prompt, answer):  # aligned: relative to that of a sampled token
+        probs = model(input_ids=torch.tensor([prompt + answer])).logits[0].softmax(-1)
+        probs = probs[len(prompt) - 1 : -1]
+        tokens = probs[torch.arange(len(answer)), torch.tensor(answer)]
+        return (tokens / (probs**2).sum(-1)).log().mean().exp()
+
+    batches = torch_batches(*args, tmp_path / "x", **options)
+    for step, (pairs, row) in enumerate(zip(batches, rows[1:], strict=False)):
+        with torch.no_grad():
+            ref = torch.stack([scores(reference, *pair) for pair in pairs])
+            weights = torch.stack(
+                [probability(p, chosen) * probability(p, other) for p, (chosen, other) in pairs]
+            )
+        rewards = 0.1 * (torch.stack([scores(model, *pair) for pair in pairs]) - ref)
+        members = setup.batches.members(step)
+        wanted, own = (
+            torch.tensor(values[members])
+            for values in (setup.data.train.margins, setup.data.train.weights)
+        )
+        margins = rewards[:, 0] - rewards[:, 1] - wanted.nan_to_num(0)
+        loss = (-F.logsigmoid(margins) * weights * own.nan_to_num(1)).mean()
+        torch_step(model, adamw, loss, torch_rate(step, 4))
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        differences = (rewards[:, 0] - rewards[:, 1]).mean().item()
+        assert row["rewards/margins"] == pytest.approx(differences, abs=1e-4)
+
+
+def test_margins_are_refused_where_the_loss_takes_none(models, tmp_path):
+    tiny.write_rows(tmp_path / "dpo.jsonl", tiny.weighted_rows(8))
+    args = ("dpo", models / "gpt2", tmp_path, tmp_path / "x")
+    with pytest.raises(DataError, match="column margin is filled and would not be used"):
+        prepare(*configure(*args, **{"dpo.loss_type": "apo_zero"}))
 
 
 # ---------------------------------------------------------------------------------------------

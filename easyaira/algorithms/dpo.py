@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from easyaira.algorithms import reference as references
-from easyaira.algorithms import reference_cache
+from easyaira.algorithms import reference_cache, row_numbers
 from easyaira.algorithms.reference import reference_model
 from easyaira.algorithms.reference_cache import check_equal
-from easyaira.config.dpo import DPOConfig
+from easyaira.config.dpo import LOSSES, DPOConfig
 from easyaira.config.run import TrainDPO
 from easyaira.data.batches import LAYOUT
 from easyaira.data.recipe import recipe_of
@@ -35,23 +35,31 @@ class PairScores(NamedTuple):
     lengths: jax.Array
     top1: jax.Array
     logits: jax.Array
+    aligned: jax.Array  # logps - log_sum_sq_probs
 
 
 def pair_scores(
-    model: Model, params: Any, batch: Mapping[str, jax.Array], *, pairs: int, key: Any = None
+    model: Model,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    pairs: int,
+    tail: float = 1.0,
+    key: Any = None,
 ) -> PairScores:
-    """Score both answers of each of `pairs` pairs with `params`."""
+    """Score both answers of each of `pairs` pairs with `params`; `tail`: see
+    `preference.pair_sums`."""
     hidden, head = model.apply(params, batch, key)
     tokens, learned = batch["tokens"], batch["loss_mask"]
     out = token_logps.token_logps(hidden, head, tokens, learned, **model.head_options)
 
-    def sums(values: jax.Array) -> jax.Array:
+    def sums(values: jax.Array, tail: float = 1.0) -> jax.Array:
         layout = (batch[name] for name in ("loss_mask", "segment_ids", "sides"))
-        return preference.pair_sums(values, *layout, pairs=pairs)
+        return preference.pair_sums(values, *layout, pairs=pairs, tail=tail)
 
-    return PairScores(
-        sums(out.logps), sums(jnp.ones_like(out.logps)), sums(out.is_top1), sums(out.mean_logits)
-    )
+    lengths = sums(jnp.ones_like(out.logps))
+    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs))
+    return PairScores(sums(out.logps, tail), lengths, *rest)
 
 
 def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None = None) -> LossFn:
@@ -61,21 +69,34 @@ def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None 
     computes them from the frozen weights instead. Losses without a reference take none."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
-        policy = pair_scores(model, params, batch, pairs=pairs, key=key)
+        policy = pair_scores(model, params, batch, pairs=pairs, tail=config.tail, key=key)
         if config.reference == "none":
             ref_logps = jnp.zeros_like(policy.logps)
         elif reference is None:
             ref_logps = batch["ref_logps"]
         else:
-            ref_logps = pair_scores(reference, frozen, batch, pairs=pairs).logps
+            scores = pair_scores(reference, frozen, batch, pairs=pairs, tail=config.tail)
+            ref_logps = scores.logps
             ref_logps = jax.lax.stop_gradient(ref_logps)
-        return dpo_sums(policy, ref_logps, config)
+        return dpo_sums(policy, ref_logps, config, **numbers_in(batch))
 
     return loss_fn
 
 
-def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sums:
-    """Sums and counts of the loss and metrics over pairs."""
+def numbers_in(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Margins and weights of a batch's pairs, if it has them."""
+    return {name: batch[name] for name in row_numbers.NAMES if name in batch}
+
+
+def dpo_sums(
+    policy: PairScores,
+    ref_logps: jax.Array,
+    config: DPOConfig,
+    margins: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> Sums:
+    """Sums and counts of the loss and metrics over pairs; weights multiply the loss of a pair, and
+    not the count."""
     real = (policy.lengths[:, 0] > 0).astype(jnp.float32)  # the last update may have fewer pairs
     logratios = policy.logps - ref_logps
     scores = preference.divergence_score(
@@ -88,14 +109,17 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
             scores,
             policy.lengths,
             beta=config.beta,
+            margins=margins,
             label_smoothing=config.label_smoothing,
             simpo_gamma=config.simpo_gamma,
             dpop_lambda=config.dpop_lambda,
         )
+    if config.use_weighting:
+        loss *= preference.wpo_weights(policy.aligned, policy.lengths)
     rewards = config.beta * jax.lax.stop_gradient(logratios)
     if config.reference == "none":
         rewards /= preference.divisor(config.losses, policy.lengths)
-    margins = rewards[:, 0] - rewards[:, 1]
+    differences = rewards[:, 0] - rewards[:, 1]
     tokens = policy.lengths.sum(0)
 
     def over_pairs(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +128,8 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
     sums = {
         "rewards/chosen": over_pairs(rewards[:, 0]),
         "rewards/rejected": over_pairs(rewards[:, 1]),
-        "rewards/margins": over_pairs(margins),
-        "rewards/accuracies": over_pairs((margins > 0).astype(jnp.float32)),
+        "rewards/margins": over_pairs(differences),
+        "rewards/accuracies": over_pairs((differences > 0).astype(jnp.float32)),
         "logps/chosen": over_pairs(policy.logps[:, 0]),
         "logps/rejected": over_pairs(policy.logps[:, 1]),
         "logits/chosen": (policy.logits[:, 0].sum(), tokens[0]),
@@ -117,6 +141,8 @@ def dpo_sums(policy: PairScores, ref_logps: jax.Array, config: DPOConfig) -> Sum
         nll = -policy.logps[:, 0] / jnp.maximum(policy.lengths[:, 0], 1)
         loss = loss + config.nll_weight * nll
         sums["nll_loss"] = over_pairs(nll)
+    if weights is not None:
+        loss *= weights
     return {"loss": over_pairs(loss)} | sums
 
 
@@ -125,8 +151,18 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
     compared = config.dpo.reference == "model"
     in_step = compared and not config.dpo.precompute_ref_log_probs
     stored = compared and config.dpo.precompute_ref_log_probs
+
+    def known(setup: Setup) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"ref_logps": (2,)} if stored else {}
+        return shapes | dict.fromkeys(row_numbers.names_of(setup), ())
+
     return Algorithm(
-        recipe=lambda max_length: recipe_of("pair", config.data, max_length),
+        recipe=lambda max_length: recipe_of(
+            "pair",
+            config.data,
+            max_length,
+            margin=all(LOSSES[name].margins for name in config.dpo.losses),
+        ),
         loss_fn=lambda setup: dpo(
             setup.model,
             config.dpo,
@@ -135,7 +171,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         ),
         frozen=lambda setup: reference_model(setup) if in_step else None,
         begin=begin,
-        known=lambda setup: {"ref_logps": (2,)} if stored else {},
+        known=known,
     )
 
 
@@ -146,28 +182,27 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         ConfigError: policy and reference have the same weights but differ in log-probabilities.
     """
     config: TrainDPO = setup.config
+    known, known_held_out = row_numbers.known_of(setup, row_numbers.names_of(setup))
     if config.dpo.reference == "none":
-        return Beginning()
+        return Beginning(None, known, known_held_out)
     own = config.model.ref_name_or_path is None
-    score = make_score(setup.model, setup.micro_batch)
-    score_ref = score if own else make_score(reference_model(setup), setup.micro_batch)
-    frozen, known, known_held_out = None, {}, {}
+    score_by = partial(make_score, pairs=setup.micro_batch, tail=config.dpo.tail)
+    score = score_by(setup.model)
+    score_ref = score if own else score_by(reference_model(setup))
+    frozen = None
     if config.dpo.precompute_ref_log_probs:
         weights = (
             (lambda: params)
             if own and first
             else cache(lambda: references.reference_weights(setup))
         )
-        known = {
-            "ref_logps": reference_cache.logps_of(
-                setup, setup.batches, "train", weights, score_ref, folder, first
-            )
-        }
+        known["ref_logps"] = reference_cache.logps_of(
+            setup, setup.batches, "train", weights, score_ref, folder, first
+        )
         if setup.held_out:
-            logps = reference_cache.logps_of(
+            known_held_out["ref_logps"] = reference_cache.logps_of(
                 setup, setup.held_out, "held_out", weights, score_ref, folder, first
             )
-            known_held_out = {"ref_logps": logps}
         del weights
     else:
         frozen = references.reference_weights(setup)
@@ -176,17 +211,21 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     batch = replace(setup.batches, known=known)[0]
     arrays = loader.to_device(batch, setup.mesh)
     policy = score(params, arrays)
-    ref_logps = arrays["ref_logps"] if known else score_ref(frozen, arrays).logps
+    ref_logps = arrays["ref_logps"] if frozen is None else score_ref(frozen, arrays).logps
     if own:
         repeated = score(params, arrays).logps
         check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, repeated)))
-    sums = jax.vmap(lambda scores, ref: dpo_sums(scores, ref, config.dpo))(policy, ref_logps)
+    sums = jax.vmap(lambda scores, ref, numbers: dpo_sums(scores, ref, config.dpo, **numbers))(
+        policy, ref_logps, numbers_in(arrays)
+    )
     totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
     at_start = metrics.averages(metrics.add({}, totals))
     return Beginning(frozen, known, known_held_out, at_start)
 
 
-def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
+def make_score(
+    model: Model, pairs: int, tail: float = 1.0
+) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
     """(params, batch) -> PairScores [A, B, 2]: A micro-batches of B pairs.
 
     Policy and reference use the same compiled program, so that equal weights give equal bits.
@@ -194,7 +233,7 @@ def make_score(model: Model, pairs: int) -> Callable[[Any, Mapping[str, jax.Arra
 
     def score(params, batch):
         def of_part(part):
-            return pair_scores(model, params, part, pairs=pairs)
+            return pair_scores(model, params, part, pairs=pairs, tail=tail)
 
         scores = jax.lax.map(of_part, {name: batch[name] for name in LAYOUT})
         return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)

@@ -224,7 +224,8 @@ def score_all(
 def _decides(setup: Setup, batches: Batches, weights: str) -> dict[str, Any]:
     """Everything that decides the bits of the log-probabilities."""
     model = reference_model(setup)
-    return {
+    tail = setup.config.dpo.tail  # type: ignore[attr-defined]
+    return ({} if tail == 1 else {"tail": tail}) | {
         "examples": batches.examples.fingerprint(),
         "weights": weights,
         "model": repr(model.config),

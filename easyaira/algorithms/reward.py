@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easyaira.algorithms import row_numbers
 from easyaira.config.algorithms import RewardConfig
 from easyaira.config.run import TrainReward
 from easyaira.data.dataset import task_of
 from easyaira.data.recipe import recipe_of
-from easyaira.losses.scores import binary, bradley_terry, roc_auc
+from easyaira.losses.scores import binary, bradley_terry, centering, roc_auc
 from easyaira.models.model import Model
 from easyaira.train.algorithm import Algorithm, Beginning
 from easyaira.train.setup import Setup
@@ -29,7 +30,11 @@ def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         scores, present = model.score(params, batch, key, examples=examples, answers=answers)
         if answers == 2:
-            loss = bradley_terry(scores[:, 0], scores[:, 1], margin=config.margin)
+            sides = scores[:, 0], scores[:, 1]
+            loss = bradley_terry(*sides, margin=batch.get("margins", config.margin))
+            if config.center_rewards_coefficient:
+                loss += config.center_rewards_coefficient * centering(*sides)
+            loss *= batch.get("weights", 1.0)
             margins = scores[:, 0] - scores[:, 1]
             is_better = jnp.broadcast_to(jnp.array([True, False]), scores.shape)
         else:
@@ -64,9 +69,14 @@ def reward_algorithm(config: TrainReward) -> Algorithm:
         return setup.data.train.answers == 1
 
     def begin(setup, params, folder, first):
+        if not labelled(setup):
+            names = row_numbers.names_of(setup)
+            return Beginning(None, *row_numbers.known_of(setup, names, margin=config.reward.margin))
         parts = (setup.batches, setup.held_out)
-        known = [{"labels": p.examples.labels} if p and labelled(setup) else {} for p in parts]
-        return Beginning(None, *known)
+        return Beginning(None, *({"labels": p.examples.labels} if p else {} for p in parts))
+
+    def known(setup: Setup) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(["labels"] if labelled(setup) else row_numbers.names_of(setup), ())
 
     return Algorithm(
         recipe=lambda max_length: recipe_of(
@@ -81,6 +91,6 @@ def reward_algorithm(config: TrainReward) -> Algorithm:
         frozen=lambda setup: None,
         begin=begin,
         scorer=True,
-        known=lambda setup: {"labels": ()} if labelled(setup) else {},
+        known=known,
         summary=reward_summary,
     )

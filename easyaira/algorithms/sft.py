@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from easyaira.config.algorithms import SFTConfig
 from easyaira.config.run import TrainSFT
 from easyaira.data.recipe import recipe_of
 from easyaira.losses import token_logps
@@ -15,17 +16,28 @@ from easyaira.models.model import Model
 from easyaira.train.algorithm import Algorithm, Beginning
 from easyaira.train.step import LossFn, Sums
 
+PLAIN = SFTConfig()
 
-def sft(model: Model) -> LossFn:
-    """Negative log-likelihood per token in the loss mask."""
+
+def sft(model: Model, config: SFTConfig = PLAIN) -> LossFn:
+    """Negative log-likelihood per token in the loss mask.
+
+    With `dft`, that of a token is weighted by its probability, through which no gradient flows: Wu
+    et al. (2025), On the Generalization of SFT, dynamic fine-tuning."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         hidden, head = model.apply(params, batch, key)
-        tokens, learned = batch["tokens"], batch["loss_mask"]
-        nll, out = token_logps.token_nll(hidden, head, tokens, learned, **model.head_options)
-        count = learned.sum().astype(jnp.float32)
+        inputs = hidden, head, batch["tokens"], batch["loss_mask"]
+        if config.loss_type == "dft":
+            out = token_logps.token_logps(*inputs, **model.head_options)
+            loss = -(jax.lax.stop_gradient(jnp.exp(out.logps)) * out.logps).sum()
+        else:
+            loss, out = token_logps.token_nll(
+                *inputs, label_smoothing=config.label_smoothing, **model.head_options
+            )
+        count = batch["loss_mask"].sum().astype(jnp.float32)
         return {
-            "loss": (nll, count),
+            "loss": (loss, count),
             "mean_token_accuracy": (out.is_top1.sum(), count),
             "entropy": (out.entropy.sum(), count),
         }
@@ -37,7 +49,7 @@ def sft_algorithm(config: TrainSFT) -> Algorithm:
     """SFT, as `run` expects an algorithm."""
     return Algorithm(
         recipe=lambda max_length: recipe_of("conversation", config.data, max_length, config.sft),
-        loss_fn=lambda setup: sft(setup.model),
+        loss_fn=lambda setup: sft(setup.model, config.sft),
         frozen=lambda setup: None,
         begin=lambda setup, params, folder, first: Beginning(),
     )

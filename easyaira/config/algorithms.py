@@ -30,6 +30,18 @@ class SFTConfig:
     """After the prompt, put loss only on the assistant's turns; false: on every turn."""
     last_turn_only: bool = False
     """Put loss only on the last answer of a conversation; everything before it is the prompt."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """nll: negative log-likelihood; dft: each token's is weighted by its probability (dynamic
+    fine-tuning)."""
+    label_smoothing: Share = 0.0
+    """nll: share of each label that is spread evenly over the vocabulary."""
+
+    def __post_init__(self):
+        if self.label_smoothing and self.loss_type != "nll":
+            raise ConfigError(
+                f"sft.label_smoothing: {self.loss_type} has no smoothing; set it to 0, or set "
+                "sft.loss_type nll"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,10 @@ class RewardConfig:
     """
 
     margin: NonNegative = 0.0
-    """Pairs: score difference at which the loss is ln 2 (subtracted from the difference)."""
+    """Pairs: score difference at which the loss is ln 2 (subtracted from the difference), for rows
+    without a margin of their own."""
+    center_rewards_coefficient: NonNegative = 0.0
+    """Pairs: weight of the squared sum of both scores, which keeps scores near 0."""
     positive_label: Literal[0, 1] = 0
     """Texts with a label: the label that scores above 0. Toxicity data sets label toxic texts 1,
     and Aira's models score toxic texts below 0; hence 0."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from easyaira.config.ranges import HalfShare, NonNegative, Number, Positive, Weight
+from easyaira.config.ranges import HalfShare, NonNegative, Number, Positive, Share, Weight
 from easyaira.errors import ConfigError, did_you_mean, shortened
 
 
@@ -18,22 +18,25 @@ class LossUse(NamedTuple):
         smoothed: takes `label_smoothing`.
         divergences: takes other `f_divergence_type`s than reverse_kl, because it depends on the
             difference of the two log-ratios alone.
+        margins: takes the margins of the rows, because it is a function of the difference of the
+            two rewards, which they reduce.
         reference: `needed`; `either`, if it has a meaning on plain log-probabilities; or `none`.
     """
 
     smoothed: bool = False
     divergences: bool = False
+    margins: bool = False
     reference: Literal["needed", "either", "none"] = "needed"
 
 
 LOSSES = {
-    "sigmoid": LossUse(smoothed=True, divergences=True, reference="either"),
+    "sigmoid": LossUse(smoothed=True, divergences=True, margins=True, reference="either"),
     "ipo": LossUse(divergences=True, reference="either"),
     "ipo_sum": LossUse(divergences=True),
-    "hinge": LossUse(divergences=True, reference="either"),
-    "robust": LossUse(smoothed=True, divergences=True),
-    "sigmoid_norm": LossUse(divergences=True, reference="either"),
-    "dpo_norm": LossUse(divergences=True, reference="either"),
+    "hinge": LossUse(divergences=True, margins=True, reference="either"),
+    "robust": LossUse(smoothed=True, divergences=True, margins=True),
+    "sigmoid_norm": LossUse(divergences=True, margins=True, reference="either"),
+    "dpo_norm": LossUse(divergences=True, margins=True, reference="either"),
     "apo_zero": LossUse(),
     "apo_down": LossUse(),
     "exo_pair": LossUse(smoothed=True, divergences=True),
@@ -42,7 +45,7 @@ LOSSES = {
     "sppo_hard": LossUse(),
     "dpop": LossUse(),
     "discopop": LossUse(divergences=True),
-    "simpo": LossUse(reference="none"),
+    "simpo": LossUse(margins=True, reference="none"),
     "orpo": LossUse(reference="none"),
     "sft": LossUse(divergences=True, reference="either"),
 }
@@ -88,6 +91,11 @@ class DPOConfig:
     """Divergence from the reference that the loss penalises."""
     f_alpha_divergence_coef: Number = 0.5
     """Coefficient of alpha_divergence; at 1 it is reverse_kl."""
+    ld_alpha: Share | None = None
+    """LD-DPO: weight of the tokens of the longer answer that lie beyond the length of the shorter
+    one; null: 1."""
+    use_weighting: bool = False
+    """WPO: weight each pair by the policy's own probability of its two answers."""
     sft_weight: NonNegative = 0.0
     """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
     precompute_ref_log_probs: bool = True
@@ -124,6 +132,12 @@ class DPOConfig:
                 "dpo.label_smoothing: exo_pair needs a value above 0, such as 0.001, because it "
                 "takes its logarithm"
             )
+        per_token = {"ipo", "sigmoid_norm", "dpo_norm", "simpo", "orpo"} & uses.keys()
+        if self.ld_alpha is not None and (per_token or self.nll_weight):
+            divides = ", ".join(sorted(per_token)) or "the likelihood of chosen answers"
+            raise ConfigError(
+                f"dpo.ld_alpha: {divides} divides by the whole length of an answer; leave it out"
+            )
         self._check_reference(uses)
 
     def _check_reference(self, uses: dict[str, LossUse]) -> None:
@@ -159,6 +173,11 @@ class DPOConfig:
         """Weight of each preference loss."""
         names = dict.fromkeys(name for name, _ in self._weights if name != "sft")
         return {name: sum(w for other, w in self._weights if other == name) for name in names}
+
+    @property
+    def tail(self) -> float:
+        """Weight of the tokens beyond the length of the shorter answer."""
+        return 1.0 if self.ld_alpha is None else self.ld_alpha
 
     @property
     def nll_weight(self) -> float:

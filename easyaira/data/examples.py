@@ -35,6 +35,7 @@ class Examples:
         unseen: [n] number of padding tokens at the end, which no token attends to.
         learned_counts: [n] number of tokens with loss.
         labels: [n] labels of texts to score; NaN elsewhere.
+        margins, weights: [n] margin and weight of a pair; NaN where its row has none.
     """
 
     tokens: np.ndarray
@@ -47,6 +48,8 @@ class Examples:
     unseen: np.ndarray
     learned_counts: np.ndarray
     labels: np.ndarray
+    margins: np.ndarray
+    weights: np.ndarray
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -66,7 +69,9 @@ class Examples:
     def fingerprint(self) -> str:
         """Hash of the examples and their order."""
         hasher = hashlib.sha256()
-        for values in (self.ids, self.bounds[:, -1] - self.bounds[:, 0], self.unseen):
+        numbers = [values for values in (self.margins, self.weights) if not np.isnan(values).all()]
+        lengths = self.bounds[:, -1] - self.bounds[:, 0]
+        for values in (self.ids, lengths, self.unseen, *numbers):
             hasher.update(np.ascontiguousarray(values).tobytes())
         return hasher.hexdigest()[:16]
 
@@ -80,7 +85,10 @@ PER_EXAMPLE = {
     "unseen": np.int32,
     "learned_counts": np.int32,
     "labels": np.float32,
+    "margins": np.float32,
+    "weights": np.float32,
 }
+OF_ROWS = ("labels", "margins", "weights")  # numbers that a row may have
 PER_TOKEN = {"tokens": np.int32, "learned": np.bool_}
 
 
@@ -181,7 +189,10 @@ def of_parts(parts: Sequence[Parts]) -> Examples:
     flat = [part for one in parts for part in ((one.prompt, one.prompt_learned), *one.answers)]
     ends = np.cumsum([0, *(len(tokens) for tokens, _ in flat)])
     spans = len(flat) // len(parts)
-    per_example = {name: np.zeros(len(parts), kind) for name, kind in PER_EXAMPLE.items()}
+    per_example = {
+        name: np.full(len(parts), np.nan if name in OF_ROWS else 0, kind)
+        for name, kind in PER_EXAMPLE.items()
+    }
     per_example["bounds"] = np.stack([ends[i : i + spans + 1] for i in range(0, len(flat), spans)])
     tokens, learned = (np.concatenate(values) for values in zip(*flat, strict=True))
     return Examples(tokens.astype(PER_TOKEN["tokens"]), learned, **per_example)
@@ -253,7 +264,6 @@ def of_tokens(
         prompt_ids=numbers.astype(np.uint64),
         ids=numbers.astype(np.uint64),
         learned_counts=np.array([sum(map(len, own)) for own in answers], np.int32),
-        labels=np.full(len(parts), np.nan, np.float32),
     )
 
 

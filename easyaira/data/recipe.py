@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from easyaira.config.algorithms import SFTConfig
 from easyaira.config.data import DataConfig
 from easyaira.errors import ConfigError
+
+LOSS_MASK = ("completion_only_loss", "assistant_only_loss", "last_turn_only")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Recipe:
             config.algorithms.SFTConfig.
         padded: put loss on every token and on padding to max_length, as Aira's original scripts do.
         on_bad_row: error or skip.
+        margin: a pair's column margin is read.
     """
 
     task: Literal["conversation", "pair", "label", "prompt"]
@@ -37,9 +40,17 @@ class Recipe:
     last_turn_only: bool = False
     padded: bool = False
     on_bad_row: Literal["error", "skip"] = "error"
+    margin: bool = True
 
 
-def recipe_of(task: str, data: DataConfig, max_length: int, sft: SFTConfig | None = None) -> Recipe:
+def recipe_of(
+    task: str,
+    data: DataConfig,
+    max_length: int,
+    sft: SFTConfig | None = None,
+    *,
+    margin: bool = True,
+) -> Recipe:
     """The recipe of a configuration.
 
     Raises:
@@ -59,7 +70,8 @@ def recipe_of(task: str, data: DataConfig, max_length: int, sft: SFTConfig | Non
         reverse=data.reverse,
         padded=data.compat == "aira",
         on_bad_row=data.on_bad_row,
-        **(asdict(sft) if sft else {}),
+        margin=margin,
+        **{name: getattr(sft, name) for name in LOSS_MASK if sft},
     )
 
 

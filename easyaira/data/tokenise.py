@@ -57,8 +57,9 @@ def build(
                 fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
             judged = [tokens for tokens, _ in parts.answers] if recipe.task == "label" else []
             prompt_id = digest(parts.prompt, *judged)  # texts to score have no prompt
-            known = {"rows": row, "prompt_ids": prompt_id, "labels": texts.label}
-            files.add(fitted, sources=0, unseen=unseen, **known)
+            numbers = {"labels": texts.label, "margins": texts.margin, "weights": texts.weight}
+            known = {"rows": row, "prompt_ids": prompt_id, "sources": 0, "unseen": unseen}
+            files.add(fitted, **known, **numbers)
             account.kept += 1
     (folder / "account.json").write_text(json.dumps(vars(account)), encoding="utf-8")
     return account
@@ -129,6 +130,7 @@ class Texts(NamedTuple):
     Attributes:
         conversations: conversations that differ in their last answer.
         judged, label: texts to score.
+        margin, weight: those of a pair; NaN: none.
         context: token ranges of answers that are not learned.
         last_only: only the last answer is learned.
         unread: filled columns and keys that were not used.
@@ -138,6 +140,8 @@ class Texts(NamedTuple):
     conversations: list[list[columns.Message]]
     judged: list[str]
     label: float = float("nan")
+    margin: float = float("nan")
+    weight: float = float("nan")
     context: Sequence[tuple[int, int]] = ()
     last_only: bool = False
     unread: tuple[str, ...] = ()
@@ -165,7 +169,9 @@ def _texts(
             raise Dropped("empty text")
         return Texts([], judged, label)
     unlearned: set[int] = set()
+    numbers: dict[str, float] = {}
     if recipe.task == "pair":
+        numbers = {name: _number(row, name) for name in ("margin", "weight")[not recipe.margin :]}
         before, *sides = columns.pair(row, form)
         if sides[0].strip() == sides[1].strip():
             raise Dropped("identical answers")
@@ -195,7 +201,20 @@ def _texts(
     last_only = recipe.task == "pair" or recipe.last_turn_only
     last_only |= unlearned == set(answered[:-1]) != set() and answered[-1] - 1 not in unlearned
     context = [] if last_only or not unlearned else _context(texts[0], unlearned, template)
-    return Texts(texts, [], context=context, last_only=last_only)
+    return Texts(texts, [], context=context, last_only=last_only, **numbers)
+
+
+def _number(row: columns.Record, name: str) -> float:
+    """A number from 0 in a column; NaN where the row has none."""
+    if not row.filled(name):
+        return float("nan")
+    try:
+        number = float(row[name])
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= float(np.finfo(np.float32).max):
+        raise columns.Unreadable(f"column {name}: wanted a number from 0, found {row[name]!r}")
+    return number
 
 
 def _unlearned(messages: list[columns.Message], prompt: int, recipe: Recipe) -> set[int]:

@@ -26,8 +26,12 @@ def pair_sums(
     sides: Int[Array, "R T"],
     *,
     pairs: int,
+    tail: float = 1.0,
 ) -> Float[Array, "B 2"]:
     """Sum values over the learned tokens of each answer: column 0 chosen, column 1 rejected.
+
+    With another `tail`, tokens of the longer answer beyond the length of the shorter one have this
+    weight: Liu et al. (2024), Length Desensitization in Direct Preference Optimization.
 
     Pair b has segment id b + 1; its chosen tokens have side 1, its rejected tokens side 2. Each
     device holds all tokens of its pairs. Each sum masks all tokens of the device. A scatter-add
@@ -46,15 +50,32 @@ def pair_sums(
     first = jnp.arange(shards)[:, None] * 2 * local
     wanted = first + jnp.arange(2 * local)  # [S, answers per shard]
     selected = by_shard(answer)[:, None] == wanted[..., None]
-    sums = jnp.where(selected, by_shard(values)[:, None], 0).sum(-1)
-    return sums.reshape(pairs, 2)
+    terms = jnp.where(selected, by_shard(values)[:, None], 0)
+    if tail != 1:
+        lengths = selected.sum(-1).reshape(shards, local, 2)
+        shared = jnp.repeat(lengths.min(-1), 2, axis=1)  # [S, answers per shard]
+        terms *= jnp.where(selected.cumsum(-1) > shared[..., None], tail, 1)
+    return terms.sum(-1).reshape(pairs, 2)
+
+
+def wpo_weights(aligned: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PerPair:
+    """Probability of both answers under the policy, without a gradient: the product of
+    exp(sum_t (log p(y_t) - log sum_v p(v)^2) / |y|) over the two, Zhou et al. (2024), WPO, eq. 2
+    with sampled alignment.
+
+    Args:
+        aligned: sum over the learned tokens of each answer.
+        lengths: learned tokens of each answer.
+    """
+    means = aligned / jnp.maximum(lengths, 1)
+    return jax.lax.stop_gradient(jnp.exp(means.sum(-1)))
 
 
 # Preference losses. `chosen` and `rejected` are log-ratios log pi(y|x) - log pi_ref(y|x), written
 # h_w and h_l below; s is the sigmoid, e is label_smoothing, |y| is the number of learned tokens.
 # Without a reference they are log pi(y|x): `sigmoid` is then the preference term of CPO, Xu et al.
-# (2024), Contrastive Preference Optimization, eq. 3, and `hinge` that of SLiC on likelihoods, Zhao
-# et al. (2023), SLiC-HF, eq. 1, with 1 / beta as the margin.
+# (2024), Contrastive Preference Optimization, and `hinge` the rank calibration loss of Zhao et
+# al. (2023), SLiC-HF, with 1 / beta as the margin.
 
 
 def sigmoid(
@@ -128,7 +149,7 @@ def nca_pair(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
 
 def bco_pair(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
     """-log s(beta h_w) - log s(-beta h_l): Jung et al. (2024), Binary Classifier Optimization,
-    theorem 2, without the running mean of rewards, as TRL 1.16 has it: the mean would make a loss
+    theorem 1, without the running mean of rewards, as TRL 1.16 has it: the mean would make a loss
     depend on other micro-batches."""
     return -jax.nn.log_sigmoid(beta * chosen) - jax.nn.log_sigmoid(-beta * rejected)
 
@@ -172,8 +193,8 @@ def orpo(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
 
 
 # Divergences: f'(pi / pi_ref) takes the place of h = log(pi / pi_ref), up to a constant that
-# cancels between two answers: Wang et al. (2023), Beyond Reverse KL, theorem 1. Exponents stop at
-# 80, before float32 overflows.
+# cancels between two answers: Wang et al. (2023), Beyond Reverse KL. Exponents stop at 80, before
+# float32 overflows.
 
 
 def divergence_score(kind: str, logratios: jax.Array, *, alpha: float = 0.5) -> jax.Array:
@@ -228,6 +249,7 @@ def preference_loss(
     lengths: Float[Array, "B 2"],
     *,
     beta: float,
+    margins: PerPair | None = None,
     **options: float,
 ) -> PerPair:
     """Per-pair loss of the given type.
@@ -238,13 +260,16 @@ def preference_loss(
             of them, or log pi(y|x) alone without a reference; chosen, rejected.
         lengths: learned tokens of each answer.
         beta: strength of the regularisation towards the reference (tau in the IPO paper).
+        margins: subtracted from the difference of the rewards, beta (h_w - h_l): Amini et al.
+            (2024), Direct Preference Optimization with an Offset.
         options: of all losses; each takes its own.
     """
     loss = PREFERENCE_LOSSES[loss_type]
     if loss.per_token:
         logratios = logratios / jnp.maximum(lengths, 1)
     own = {name: options[name] for name in loss.options if name in options}
-    return loss.function(logratios[:, 0], logratios[:, 1], beta=beta, **own)
+    chosen = logratios[:, 0] if margins is None else logratios[:, 0] - margins / beta
+    return loss.function(chosen, logratios[:, 1], beta=beta, **own)
 
 
 def divisor(loss_types: Iterable[str], lengths: Float[Array, "B 2"]) -> Float[Array, "B 2"]:

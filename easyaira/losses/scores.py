@@ -14,11 +14,17 @@ from easyaira.losses.preference import PerPair
 IsPositive = Bool[Array, "B"]
 
 
-def bradley_terry(chosen: PerPair, rejected: PerPair, *, margin: float = 0.0) -> PerPair:
+def bradley_terry(chosen: PerPair, rejected: PerPair, *, margin: PerPair | float = 0.0) -> PerPair:
     """-log s(r_w - r_l - margin): the reward model of Ouyang et al. (2022), Training language
     models to follow instructions, eq. 1; with the margin of Touvron et al. (2023), Llama 2, eq. 2.
     """
     return -jax.nn.log_sigmoid(chosen - rejected - margin)
+
+
+def centering(chosen: PerPair, rejected: PerPair) -> PerPair:
+    """(r_w + r_l)^2, since only the difference of scores decides the Bradley-Terry loss: Eisenstein
+    et al. (2023), Helping or Herding?"""
+    return (chosen + rejected) ** 2
 
 
 def binary(scores: PerPair, positive: IsPositive) -> PerPair:

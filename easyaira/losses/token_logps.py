@@ -31,6 +31,7 @@ class TokenLogps(NamedTuple):
     is_top1: PerToken  # 1 where the token is the most likely one
     mean_logits: PerToken  # mean of the logits over the vocabulary
     entropy: PerToken  # entropy of the token's distribution, in nats
+    log_sum_sq_probs: PerToken  # log of the sum of its squared probabilities
 
 
 def token_logps(
@@ -60,7 +61,7 @@ def token_logps(
         chunk_logits: logits that a device may store at a time.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
-    return unflatten(_logps(*positions, vocab_size, cap))
+    return unflatten(_logps(*positions, vocab_size, cap, 0.0))
 
 
 def token_nll(
@@ -71,16 +72,22 @@ def token_nll(
     *,
     vocab_size: int,
     cap: float | None,
+    label_smoothing: float = 0.0,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Float[Array, ""], TokenLogps]:
     """-sum of log p(token | the tokens before it) over `loss_mask`, and `token_logps`' result.
 
     The gradient of a sum has the same scale for every token, so the forward pass computes it while
     a chunk's logits are in memory: three products with the head instead of four. Arguments as in
-    `token_logps`.
+    `token_logps`, and:
+
+    Args:
+        label_smoothing: e in (1 - e) log p(token) + e (mean of log p over the vocabulary), which
+            replaces log p(token), in `logps`, too: Szegedy et al. (2016), Rethinking the Inception
+            Architecture, section 7.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
-    total, parts = _nll(*positions, vocab_size, cap)
+    total, parts = _nll(*positions, vocab_size, cap, label_smoothing)
     return total, unflatten(parts)
 
 
@@ -159,9 +166,9 @@ def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     return constrain(head.astype(dtype), None, "tp")
 
 
-def _token_statistics(states, kernel, targets, vocab_size, cap):
-    """For a chunk: logps, is_top1, mean_logits and entropy [S, C]; and the gradient of logps with
-    respect to the product of states and head [S, C, V]."""
+def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
+    """For a chunk: the values of TokenLogps [S, C]; and the gradient of logps with respect to the
+    product of states and head [S, C, V]."""
     columns = jnp.arange(kernel.shape[1])
     real = columns < vocab_size
     logits = capped(einsum("scd,dv->scv", states, kernel, jnp.float32), cap)
@@ -176,8 +183,13 @@ def _token_statistics(states, kernel, targets, vocab_size, cap):
     total = exps.sum(-1)
     expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
     lse = largest + jnp.log(total)
-    values = (target - lse, (target >= largest) * 1.0, mean, lse - expected)
-    return values, (is_target - exps / total[..., None]) * bent
+    logps, labels = target - lse, is_target
+    if smoothing:
+        logps = (1 - smoothing) * target + smoothing * mean - lse
+        labels = (1 - smoothing) * is_target + smoothing / vocab_size * real
+    squares = jnp.log((exps**2).sum(-1)) - 2 * jnp.log(total)
+    values = (logps, (target >= largest) * 1.0, mean, lse - expected, squares)
+    return values, (labels - exps / total[..., None]) * bent
 
 
 def _gradients(states, kernel, d_logits):
@@ -199,25 +211,25 @@ def _zero_gradients(states, head):
     return jnp.zeros_like(states), constrain(zeros, BATCH_AXES, None, "tp")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _logps(states, head, targets, wanted, chunk, vocab_size, cap):
-    """logps, is_top1, mean_logits and entropy, [S, N] each."""
-    return _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _logps(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
+    """The values of TokenLogps, [S, N] each."""
+    return _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothing)[0]
 
 
-def _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap):
+def _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
     def body(i, carry):
         parts, kept = carry
         index = chunks.index(i)
         values, slope = _token_statistics(
-            _take(states, index), kernel, _take(targets, index), vocab_size, cap
+            _take(states, index), kernel, _take(targets, index), vocab_size, cap, smoothing
         )
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 4
+    zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
     count = min(KEPT_CHUNKS, chunks.order.shape[1] // chunk)
     kept = jnp.zeros((count, states.shape[0], chunk, head.shape[1]), states.dtype)
     kept = constrain(kept, None, BATCH_AXES, None, "tp")
@@ -225,12 +237,14 @@ def _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap):
     return parts, (states, head, targets, wanted, kept)
 
 
-def _logps_backward(chunk, vocab_size, cap, saved, cotangents):
+def _logps_backward(chunk, vocab_size, cap, smoothing, saved, cotangents):
     states, head, targets, wanted, kept = saved
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
     def recompute(chunk_states, index):
-        _, slope = _token_statistics(chunk_states, kernel, _take(targets, index), vocab_size, cap)
+        _, slope = _token_statistics(
+            chunk_states, kernel, _take(targets, index), vocab_size, cap, smoothing
+        )
         return slope.astype(kept.dtype)
 
     def body(i, gradients, slope_of):
@@ -255,14 +269,14 @@ def _logps_backward(chunk, vocab_size, cap, saved, cotangents):
 _logps.defvjp(_logps_forward, _logps_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _nll(states, head, targets, wanted, chunk, vocab_size, cap):
-    """-sum of logps; then logps, is_top1, mean_logits and entropy, [S, N] each."""
-    parts = _logps(states, head, targets, wanted, chunk, vocab_size, cap)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _nll(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
+    """-sum of logps; then the values of TokenLogps, [S, N] each."""
+    parts = _logps(states, head, targets, wanted, chunk, vocab_size, cap, smoothing)
     return -parts[0].sum(), parts
 
 
-def _nll_forward(states, head, targets, wanted, chunk, vocab_size, cap):
+def _nll_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
     chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
 
     def body(i, carry):
@@ -270,19 +284,19 @@ def _nll_forward(states, head, targets, wanted, chunk, vocab_size, cap):
         index = chunks.index(i)
         chunk_states = _take(states, index)
         values, slope = _token_statistics(
-            chunk_states, kernel, _take(targets, index), vocab_size, cap
+            chunk_states, kernel, _take(targets, index), vocab_size, cap, smoothing
         )
         d_chunk, d_kernel = _gradients(chunk_states, kernel, -slope)
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, (_put(d_states, index, d_chunk), d_head + d_kernel)
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * 4
+    zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
     start = zeros, _zero_gradients(states, head)
     parts, (d_states, d_head) = jax.lax.fori_loop(0, chunks.count, body, start)
     return (-parts[0].sum(), parts), (d_states, _reduce_head(d_head, head))
 
 
-def _nll_backward(chunk, vocab_size, cap, gradients, cotangents):
+def _nll_backward(chunk, vocab_size, cap, smoothing, gradients, cotangents):
     return *(jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)), None, None
 
 

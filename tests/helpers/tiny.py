@@ -412,6 +412,15 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict]:
     ]
 
 
+def weighted_rows(count: int) -> list[dict]:
+    """Pairs, of which two in three have a margin and three in four a weight."""
+    numbers = [((None, 0.2, 0.7)[i % 3], (None, 0.5, 2, 0)[i % 4]) for i in range(count)]
+    return [
+        row | {"margin": margin, "weight": weight}
+        for row, (margin, weight) in zip(dpo_rows(count), numbers, strict=True)
+    ]
+
+
 def label_rows(count: int, seed: int = 0) -> list[dict]:
     """Texts with labels: 1 for those that say no, 0 for the rest."""
     rng = np.random.default_rng(seed)

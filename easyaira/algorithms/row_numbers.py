@@ -1,0 +1,37 @@
+"""Margins and weights of preference pairs, from columns of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from easyaira.data.examples import Examples
+from easyaira.train.setup import Setup
+
+NAMES = ("margins", "weights")
+
+
+def _parts(setup: Setup) -> list[Examples]:
+    """The training examples, and the held-out ones if there are any."""
+    return [part.examples for part in (setup.batches, setup.held_out) if part]
+
+
+def names_of(setup: Setup) -> list[str]:
+    """Names of the numbers that some row has."""
+    parts = _parts(setup)
+    return [n for n in NAMES if not all(np.isnan(getattr(part, n)).all() for part in parts)]
+
+
+def known_of(
+    setup: Setup, names: Sequence[str], *, margin: float = 0.0
+) -> list[dict[str, np.ndarray]]:
+    """Numbers of the training and the held-out examples; a row without them has this margin and
+    weight 1."""
+    defaults = {"margins": np.float32(margin), "weights": np.float32(1)}
+    known: list[dict[str, np.ndarray]] = [{}, {}]
+    for own, part in zip(known, _parts(setup), strict=False):
+        for name in names:
+            values = getattr(part, name)
+            own[name] = np.where(np.isnan(values), defaults[name], values)
+    return known
