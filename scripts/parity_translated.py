@@ -37,10 +37,8 @@ COMMON = {
 RECIPES = {
     "sft": {"lr_scheduler_type": "cosine", "completion_only_loss": None},
     "sft-whole": {"completion_only_loss": False, "max_grad_norm": 0.3},
-    "sft-lora": {
+    "sft-floor": {
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
-        "lora_target_modules": "all-linear",
     },
     "dpo": {"beta": 0.2, "label_smoothing": 0.1, "precompute_ref_log_probs": True},
     "dpo-apo": {"beta": 0.05, "loss_type": ["apo_zero"], "lr_scheduler_type": "constant"},

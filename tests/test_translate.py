@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from easyaira import cli, translate
+from easyaira.config.model import LoraConfig
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.translation.translation import translate as translated
@@ -146,6 +147,7 @@ def test_a_default_of_trl_is_ours_or_written_out(task):
 def test_every_verdict_names_an_option_or_says_why(name):
     for task, table in SOURCES[name].tables.items():
         known = set(cli._options(cli.parser_of(translate.CONFIGS[task])))
+        known |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
         for key, verdict in table.items():
             match verdict:
                 case Same(option):
@@ -300,3 +302,104 @@ def test_the_input_is_not_changed():
     before = dict(given)
     translated(SOURCES["trl"], given, place="x", task="sft")
     assert given == before
+
+
+# The other sources
+
+TULU_DPO = {
+    "model_name_or_path": "m", "dataset_mixer": {"o/a": 1.0, "o/b": 500}, "output_dir": "out",
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "learning_rate": 5e-7,
+    "lr_scheduler_type": "linear", "warmup_ratio": 0.1, "num_epochs": 1, "max_seq_length": 2048,
+    "dpo_loss_type": "dpo_norm", "dpo_beta": 5, "use_lora": False, "checkpointing_steps": 1000,
+}  # fmt: skip
+ALPACA_QLORA = {
+    "base_model": "m", "datasets": [{"path": "o/alpaca", "type": "alpaca", "split": "train[:9]"}],
+    "val_set_size": 0.05, "adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_alpha": 16,
+    "lora_target_linear": True, "sequence_len": 4096, "sample_packing": True, "micro_batch_size": 2,
+    "gradient_accumulation_steps": 4, "num_epochs": 4, "optimizer": "adamw_bnb_8bit",
+    "lr_scheduler": "cosine", "learning_rate": 0.0002, "bf16": "auto", "tf32": False,
+    "warmup_steps": 10, "evals_per_epoch": 4, "saves_per_epoch": 1, "output_dir": "out",
+    "special_tokens": {"pad_token": "<pad>"}, "wandb_project": None,
+}  # fmt: skip
+FACTORY = {
+    "model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "lora_rank": 4,
+    "lora_target": "q_proj, v_proj", "dataset": "a,b", "template": "llama3", "cutoff_len": 512,
+    "max_samples": 1000, "learning_rate": 1e-4, "bf16": True, "output_dir": "out",
+}  # fmt: skip
+EASYLM_LINE = (
+    "python3 -m EasyLM.models.llama.llama_train_dpo --mesh_dim='-1,16,16' --dtype='bf16' "
+    "--num_epochs=3 --load_llama_config='7b' --load_checkpoint='params::gs://b/tulu2' "
+    "--optimizer.type='adamw' --optimizer.adamw_optimizer.weight_decay=0.0 "
+    "--optimizer.adamw_optimizer.lr=5e-7 --optimizer.adamw_optimizer.end_lr=0 "
+    "--optimizer.adamw_optimizer.warmup_ratio=0.1 --optimizer.accumulate_gradient_steps=4 "
+    "--train_dataset.type='preference_json_torch' "
+    "--train_dataset.json_torch_dataset.hf_name='o/d' "
+    "--train_dataset.json_torch_dataset.hf_split='train_prefs' "
+    "--train_dataset.json_torch_dataset.seq_length=4096 "
+    "--train_dataset.json_torch_dataset.batch_size=8 "
+    '--logger.output_dir="gs://out" &> all.log &'
+)
+
+
+def test_open_instruct_counts_rows_and_names_its_losses(tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **TULU_DPO)
+    config, text = ours(capsys, "open-instruct", file, "--devices", "8")
+    assert config.train_batch_size == 128 and config.dpo.loss_type == "sigmoid_norm"
+    assert config.dpo.beta == 5 and config.optimizer.max_grad_norm == 0  # it does not clip
+    assert [s.split for s in config.data.train] == ["train", "train[:500]"]
+    assert (config.data.template, config.save_steps) == ("tulu", 1000)
+    sft = {key: value for key, value in TULU_DPO.items() if "dpo" not in key}
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "b.yaml", **sft))
+    assert config.sft.completion_only_loss and config.sft.assistant_only_loss
+
+
+def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys):
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA))
+    assert (config.train_batch_size, config.data.eval, config.eval_steps) == (8, 0.05, 0)
+    assert (config.lora.quantize, config.lora.target_modules) == ("nf4", "all-linear")
+    assert (config.lora.dropout, config.model.dtype) == (0.0, "bfloat16")
+    assert "### Instruction:" in config.data.train[0].template
+    assert config.data.train[0].split == "train[:9]" and config.sft.completion_only_loss
+    assert "the optimizer's state is float32 (optimizer: adamw_bnb_8bit)" in text
+    assert "raise it by the examples that fill a row" in text
+
+
+def test_llama_factory_splits_its_lists(tmp_path, capsys):
+    config, text = ours(capsys, "llama-factory", write(tmp_path / "a.yaml", **FACTORY))
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert (config.lora.r, config.lora.alpha) == (4, 8)  # twice the rank, unless it is set
+    assert [source.path for source in config.data.train] == ["a", "b"]
+    assert config.data.max_length == 512 and "write that" in text
+
+
+def test_easylm_flags_are_read_from_the_line(capsys):
+    config, text = ours(capsys, "easylm", EASYLM_LINE)
+    assert (config.train_batch_size, config.gradient_accumulation_steps) == (32, 4)
+    assert (config.mesh, config.num_train_epochs) == ("-1,16,16", 3)
+    assert (config.optimizer.learning_rate, config.optimizer.adam_beta2) == (5e-7, 0.95)
+    assert config.data.train[0].split == "train_prefs" and config.checkpoint_dir == "gs://out"
+    assert "write that model's Hugging Face folder" in text
+
+
+@pytest.mark.parametrize(
+    "source, keys, message",
+    [
+        ("open-instruct", {"dpo_loss_type": "wpo"}, "dpo_loss_type (wpo is none of"),
+        ("axolotl", {"rl": "kto"}, "rl (is no algorithm"),
+        ("axolotl", {"datasets": [{"path": "p", "type": "completion"}]}, "type completion has no"),
+        ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
+        ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),
+        ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type (freeze has no"),
+        ("llama-factory", {"use_galore": True}, "use_galore (the one optimizer is AdamW"),
+    ],
+)
+def test_other_sources_refuse_by_name(source, keys, message, tmp_path):
+    base = {"open-instruct": TULU_DPO, "axolotl": ALPACA_QLORA, "llama-factory": FACTORY}[source]
+    with pytest.raises(ConfigError) as error:
+        translate.main([source, write(tmp_path / "a.yaml", **base | keys)])
+    assert message in str(error.value)
+
+
+def test_a_line_without_flags_is_refused():
+    with pytest.raises(ConfigError, match="expected a command line"):
+        translate.main(["easylm", "x.yaml"])

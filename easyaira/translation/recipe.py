@@ -50,6 +50,8 @@ class Recipe:
 
 
 def batch(run: Recipe) -> None:
+    if "train_batch_size" in run.options:
+        return None
     each, steps = run.get("per_device_train_batch_size", 8), run.get("gradient_accumulation_steps")
     if not all(isinstance(number, int) for number in (each, steps or 1)):
         return run.refuse(
@@ -68,6 +70,8 @@ def schedule(run: Recipe) -> None:
     kind, options = run.get("lr_scheduler_type", "linear"), dict(run.get("lr_scheduler_kwargs", {}))
     if kind not in SCHEDULES:
         return run.refuse("lr_scheduler_type", f"{kind} is none of {', '.join(SCHEDULES)}")
+    if (share := run.get("cosine_min_lr_ratio")) and kind == "cosine":
+        kind, options = "cosine_with_min_lr", options | {"min_lr_rate": share}
     if kind == "cosine_with_min_lr":
         rate, lowest = run.options.get("optimizer.learning_rate"), options.pop("min_lr", None)
         share = options.pop("min_lr_rate", lowest / rate if rate and lowest else None)
@@ -154,6 +158,11 @@ def reports(run: Recipe) -> None:
         )
 
 
+def clipping(run: Recipe) -> None:
+    if (norm := run.get("max_grad_norm")) is not None:
+        run.options["optimizer.max_grad_norm"] = max(norm, 0)
+
+
 def length(run: Recipe) -> None:
     if limit := run.get("max_length"):
         run.options["data.max_length"] = limit
@@ -218,6 +227,6 @@ def preference(run: Recipe) -> None:
 
 
 STEPS = (
-    batch, schedule, optimizer, precision, intervals, reports, length, adapters, revision,
+    batch, schedule, optimizer, clipping, precision, intervals, reports, length, adapters, revision,
     preference,
 )  # fmt: skip

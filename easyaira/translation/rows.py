@@ -36,6 +36,8 @@ def source(run: Recipe, fact: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Sources to train on, and those to hold out."""
+    if run.get("sources"):
+        return run.get("sources"), run.get("held_out", [])
     splits = run.get("dataset_splits", [])
     train, test = run.get("dataset_train_split", "train"), run.get("dataset_test_split", "test")
     streaming = run.get("dataset_streaming") or None
@@ -88,7 +90,7 @@ def data(run: Recipe) -> None:
             run.note(f"data.eval 0.02: held out is a share of the prompts, and not {size} rows")
     elif evaluated(run) and held_out:
         run.options["data.eval"] = held_out
-    _form(run, columns_of(used[0]["path"]))
+    _form(run, columns_of(used[0].get("path", "")))
 
 
 def _form(run: Recipe, row: dict[str, Any] | None) -> None:
@@ -96,7 +98,8 @@ def _form(run: Recipe, row: dict[str, Any] | None) -> None:
     spoken = row is None or any(isinstance(value, list) for value in row.values())
     template = run.get("chat_template")
     run.options["data.template"] = template or ("chat" if spoken else "plain")
-    if row is None and not template:
+    own = any("template" in entry for entry in run.options["data.train"])
+    if row is None and not template and not own:
         run.note(
             "data.template chat: the rows were not looked at, and are taken for messages; rows of "
             "plain text need plain"

@@ -57,8 +57,11 @@ def task_of(source: Source, given: Mapping[str, Any], asked: str | None, place: 
     Raises:
         ConfigError: the keys tell none, or several, or the trainer has no such task.
     """
-    kinds = {source.telling[key] for key in given if key in source.telling}
-    tasks = {asked} if asked else set(source.tables) if len(source.tables) == 1 else kinds
+    kinds = set()
+    for key in source.telling.keys() & given.keys():
+        task = source.telling[key]
+        kinds.add(task.get(given[key]) if isinstance(task, dict) else task)
+    tasks = {asked} if asked else kinds - {None} or {source.otherwise}
     if len(tasks) != 1 or not tasks <= source.tables.keys():
         choices = ", ".join(source.tables)
         raise ConfigError(f"{place}: its keys do not tell the task; add --task, one of {choices}")
@@ -108,6 +111,8 @@ def translate(
                 run.refused[key] = why
             case NoEffect(why) if key in given:
                 no_effect[key] = why
+    if source.prepare:
+        source.prepare(run)
     for step in (*recipe.STEPS, rows.data):
         step(run)
     if run.refused:

@@ -22,7 +22,6 @@ TRAINING: Table = {
         adam_beta1 optimizer.adam_beta1
         adam_beta2 optimizer.adam_beta2
         adam_epsilon optimizer.adam_epsilon
-        max_grad_norm optimizer.max_grad_norm
         num_train_epochs num_train_epochs
         max_steps max_steps
         seed seed
@@ -32,7 +31,7 @@ TRAINING: Table = {
     **computed("""
         per_device_train_batch_size gradient_accumulation_steps
         lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
-        optim bf16 fp16 tf32 gradient_checkpointing
+        optim max_grad_norm bf16 fp16 tf32 gradient_checkpointing
         logging_strategy logging_steps
         eval_strategy evaluation_strategy=eval_strategy do_eval eval_steps
         save_strategy save_steps save_total_limit

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+from easyaira.translation.recipe import Recipe
 
 
 class Same(NamedTuple):
@@ -48,14 +50,18 @@ class Source(NamedTuple):
         tables: task -> key -> verdict.
         defaults: task -> values of keys that a file leaves out, where ours would do another thing.
         differences: what differs on purpose in every translated run, task -> sentences.
-        telling: key -> the task of a file that sets it.
+        telling: key -> the task of a file that sets it, or value -> task.
+        otherwise: the task of a file that no key tells.
+        prepare: makes facts by transformers' names from the trainer's own.
     """
 
     name: str
     tables: Mapping[str, Table]
     defaults: Mapping[str, Mapping[str, Any]]
     differences: Mapping[str, tuple[str, ...]]
-    telling: Mapping[str, str]
+    telling: Mapping[str, Any]
+    otherwise: str | None = None
+    prepare: Callable[[Recipe], None] | None = None
 
 
 def same(text: str) -> dict[str, Verdict]:
