@@ -22,6 +22,7 @@ COMMANDS = {  # name: (module, purpose)
     "backtranslate": ("backtranslate", "find instructions for texts, rate and learn them"),
     "demo": ("demo", "ask a model in the browser, with scored candidates"),
     "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
+    "translate": ("translate", "rewrite a configuration of TRL, axolotl, ... as ours"),
     "verify": ("verify", "check a released folder against its proof"),
     "inspect": ("inspect", "show what a configuration would train on"),
     "quickstart": ("quickstart", "run every stage, from data to export, on a small model"),

@@ -21,6 +21,7 @@ from easyaira import (
     train_reward,
     train_rl,
     train_sft,
+    translate,
     verify,
 )
 
@@ -37,6 +38,7 @@ COMMANDS = {
     "demo": demo.main,
     "selftest": selftest.main,
     "verify": verify.main,
+    "translate": translate.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),
     **{
         f"backtranslate {step}": lambda argv, step=step: backtranslate.main([step, *argv])

@@ -36,10 +36,11 @@ FLOORS = """
     plan/
     run/
     cli
+    translation/
     loaded
     chat/
     in_python
-    train_sft train_dpo train_reward train_rl inspect convert generate verify
+    train_sft train_dpo train_reward train_rl inspect convert generate verify translate
     backtranslation/
     evaluate best_of backtranslate demo quickstart
     selftest
@@ -49,7 +50,7 @@ LEVEL = {place: i for i, line in enumerate(FLOORS.splitlines()) for place in lin
 MAY_BE_ABSENT = {"selftest", "__main__"}
 # Imports of a higher floor that are made late: the command line is read before anything is loaded.
 LATE = {("cli", "run.run")}
-NO_JAX = {"allocator", "errors", "files", "pages", "config/", "cli"}
+NO_JAX = {"allocator", "errors", "files", "pages", "config/", "cli", "translation/", "translate"}
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
 FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store", "storage.one_by_one"}
@@ -296,6 +297,7 @@ def cpu_seconds(code):
         "best_of",
         "backtranslate",
         "verify",
+        "translate",
         "quickstart",
     ],
 )

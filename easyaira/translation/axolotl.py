@@ -1,0 +1,296 @@
+"""Keys of axolotl 0.19, with those of its older examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from easyaira.translation.recipe import Recipe
+from easyaira.translation.verdicts import (
+    Source,
+    Table,
+    Unsupported,
+    computed,
+    no_effect,
+    same,
+    unsupported,
+)
+
+PLUGINS = ("liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin")
+FAST = tuple([f"axolotl.integrations.{name}" for name in names] for names in (
+    PLUGINS[:1], PLUGINS[1:], PLUGINS, PLUGINS[::-1],
+))  # fmt: skip
+
+COMMON: Table = {
+    **same("""
+        base_model model.name_or_path
+        tokenizer_config model.tokenizer
+        output_dir output_dir
+        learning_rate optimizer.learning_rate
+        weight_decay optimizer.weight_decay
+        adam_beta1 optimizer.adam_beta1
+        adam_beta2 optimizer.adam_beta2
+        adam_epsilon optimizer.adam_epsilon
+        adam_eps optimizer.adam_epsilon
+        num_epochs num_train_epochs
+        max_steps max_steps
+        seed seed
+        lora_model_dir lora.adapter
+    """),
+    **computed("""
+        revision_of_model=model_revision
+        micro_batch_size=per_device_train_batch_size gradient_accumulation_steps
+        lr_scheduler=lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
+        cosine_min_lr_ratio optimizer=optim max_grad_norm bf16 bfloat16=bf16 fp16 float16=fp16 tf32
+        gradient_checkpointing torch_dtype=dtype logging_steps
+        eval_strategy evaluation_strategy=eval_strategy eval_steps evals_per_epoch
+        save_strategy save_steps saves_per_epoch save_total_limit
+        sequence_len=max_length sample_packing=packing
+        adapter load_in_8bit load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules
+        lora_target_linear peft_use_rslora=use_rslora
+        datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
+        chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
+        use_tensorboard use_wandb
+    """),
+    **no_effect(
+        "says how PyTorch computes, and not what",
+        "model_type tokenizer_type is_llama_derived_model is_mistral_derived_model "
+        "is_qwen_derived_model is_falcon_derived_model attn_implementation flash_attention "
+        "xformers_attention sdp_attention sdpa_attention flex_attention "
+        "flex_attn_compile_kwargs s2_attention flash_attn_cross_entropy flash_attn_rms_norm "
+        "flash_attn_fuse_mlp flash_attn_fuse_qkv flash_optimum eager_attention "
+        "gradient_checkpointing_kwargs activation_offloading fsdp fsdp_config fsdp_version "
+        "deepspeed ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "ddp_find_unused_parameters local_rank device device_map low_cpu_mem_usage "
+        "torch_compile torch_compile_backend torch_compile_mode tiled_mlp lora_mlp_kernel "
+        "lora_qkv_kernel lora_o_kernel cut_cross_entropy liger_rope liger_rms_norm "
+        "liger_glu_activation liger_layer_norm liger_swiglu liger_cross_entropy "
+        "liger_fused_linear_cross_entropy liger_rms_norm_gated dp_shard_size dp_replicate_size "
+        "context_parallel_size tensor_parallel_size sequence_parallel_degree heads_k_stride "
+        "lora_fan_in_fan_out gptq_groupsize gptq_model_v1 torchdistx_path trust_remote_code "
+        "pad_to_sequence_len eval_sample_packing eval_batch_size micro_eval_batch_size "
+        "tokenizer_use_fast tokenizer_legacy bnb_config_kwargs strict use_ray ray_num_workers "
+        "use_kernels fused_attn_kernel multipack_real_batches sample_packing_bin_size "
+        "sample_packing_group_size sample_packing_eff_est max_packed_sequence_len "
+        "embeddings_skip_upcast dataloader_num_workers dataloader_pin_memory "
+        "dataloader_prefetch_factor remove_unused_columns dataset_processes dataset_num_proc "
+        "pretrain_multipack_attn",
+    ),
+    **no_effect(
+        "the log, the report and the cache are EasyAira's own",
+        "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model wandb_mode "
+        "mlflow_experiment_name mlflow_tracking_uri mlflow_run_name comet_project_name debug "
+        "dataset_prepared_path dataset_keep_in_memory push_dataset_to_hub eval_table_size "
+        "eval_max_new_tokens eval_table_max_new_tokens shuffle_merged_datasets logging_dir "
+        "use_swanlab swanlab_project swanlab_experiment_name swanlab_description swanlab_mode "
+        "swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
+        "swanlab_workspace swanlab_log_model use_otel_metrics otel_metrics_host otel_metrics_port "
+        "include_tokens_per_second profiler_steps test_value",
+    ),
+    **no_effect(
+        "the run uploads nothing",
+        "hub_model_id hub_strategy hf_use_auth_token hub_revision push_to_hub",
+    ),
+    **no_effect(
+        "a run folder always holds what resuming needs, and resumes by the same command",
+        "resume_from_checkpoint auto_resume_from_checkpoints save_safetensors save_only_model",
+    ),
+    **no_effect("a loss that is not finite ends the run", "loss_watchdog_threshold "
+                "loss_watchdog_patience"),
+    "plugins": Unsupported("only those that change no number have a translation", (None, *FAST)),
+    **unsupported("rows come in a random order", "group_by_length "
+                  "curriculum_sampling sample_packing_sequentially"),
+    **unsupported("adds tokens to the tokenizer; save it with them", "tokens "
+                  "added_tokens_overrides", (None, [])),
+    **unsupported("adapters alone are trained", "lora_modules_to_save "
+                  "unfrozen_parameters", (None, [])),
+    **unsupported("adapters are plain LoRA on linear layers", "peft_use_dora "
+                  "lora_target_parameters peft_layers_to_transform peft_layer_replication "
+                  "loraplus_lr_ratio peft relora "
+                  "relora_prune_ratio relora_cpu_offload jagged_restart_steps lora_on_cpu "
+                  "jagged_restart_warmup_steps jagged_restart_anneal_steps lisa_n_layers "
+                  "lisa_step_interval lisa_layers_attribute", (None, False, [])),
+    **unsupported("is no loss of EasyAira", "neftune_noise_alpha noisy_embedding_alpha use_eaft "
+                  "eaft_alpha eaft_k diffusion ebft label_smoothing_factor"),
+    **unsupported("the one optimizer is AdamW over all trainable weights", "optim_args "
+                  "optim_target_modules lr_groups embedding_lr embedding_lr_scale eta_min "
+                  "lr_quadratic_warmup cosine_constant_lr_ratio"),
+    **unsupported("a run keeps its newest weights", "early_stopping_patience "
+                  "load_best_model_at_end metric_for_best_model greater_is_better"),
+    **unsupported("the model is loaded as it is stored", "model_config "
+                  "overrides_of_model_config model_kwargs overrides_of_model_kwargs reinit_weights "
+                  "cls_model_config resize_token_embeddings_to_32x",
+                  (None, False, {})),
+    **unsupported("weights are bfloat16, int8 or nf4 at rest", "gptq gptq_disable_exllama qat fp8 "
+                  "fp8_enable_fsdp_float8_all_gather quantization llmcompressor nvfp4_merge_aware"),
+    **unsupported("images and sound are no data of EasyAira", "processor_type freeze_mm_modules "
+                  "image_size skip_prepare_dataset"),
+    **unsupported("mixtures of experts are no family of EasyAira", "quantize_moe_experts "
+                  "use_scattermoe use_sonicmoe experts_implementation llama4_linearized_experts "
+                  "expert_parallel_size dsv4_fp4_grouped_mode ple_cpu_offload"),
+    **unsupported("plain text without an answer is no form of rows", "pretraining_dataset "
+                  "streaming", (None, False, [])),
+    **unsupported("the tokenizer is read by transformers", "tokenizer_use_mistral_common"),
+    **unsupported("rows keep their order and number", "dataset_exact_deduplication min_sample_len"),
+    **unsupported("a template ends answers with its own tokens", "eot_tokens", (
+        None, [], ["<end_of_turn>"], ["<|im_end|>"], ["<|eot_id|>"], ["</s>"],
+    )),
+    **unsupported("the template is rendered without arguments", "chat_template_kwargs "
+                  "default_system_message", (None, {})),
+    **unsupported("on-policy training and KTO are not translated", "trl vllm "
+                  "kto_desirable_weight kto_undesirable_weight process_reward_model "
+                  "gemma4_hybrid_attn_impl"),
+    "rl": Unsupported(
+        "is no algorithm that is translated", (None, False, "dpo", "ipo", "simpo", "orpo")
+    ),
+    "reward_model": Unsupported("set false, or --task reward", (None, False, True)),
+    "num_labels": Unsupported("a reward model has one score", (None, 1)),
+}  # fmt: skip
+
+DPO: Table = {
+    **same("""
+        rl_beta dpo.beta
+        dpo_beta dpo.beta
+        orpo_alpha dpo.beta
+        dpo_label_smoothing dpo.label_smoothing
+        rpo_alpha dpo.sft_weight
+        simpo_gamma dpo.simpo_gamma
+    """),
+    **computed("rl=loss_type"),
+    **no_effect("the reference's log-probabilities are computed once, before training",
+                "precompute_ref_log_probs"),
+    **unsupported("is no loss of EasyAira", "dpo_use_weighting cpo_alpha dpo_norm_loss"),
+}  # fmt: skip
+REWARD: Table = {
+    "center_rewards_coefficient": Unsupported("is no loss of EasyAira", (None, 0)),
+}
+
+DEFAULTS = {
+    "micro_batch_size": 1,
+    "num_epochs": 1,
+    "learning_rate": 5e-5,
+    "lr_scheduler": "cosine",
+    "gradient_checkpointing": False,
+    "sequence_len": 512,
+    "save_strategy": "epoch",
+    "lora_dropout": 0.0,
+    "train_on_inputs": False,
+}
+ORDER = "the order of rows follows from the seed, by another generator"
+DROPOUT = "model.dropout is 0, whatever config.json says"
+
+ALPACA = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
+    "{% else %}{{ 'Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\\n\\n### Instruction:\\n' + m['content'] + "
+    "'\\n\\n### Response:\\n' }}{% endif %}{% endfor %}"
+)
+LLAMA_2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def facts(run: Recipe) -> None:
+    """Facts by transformers' names from axolotl's own."""
+    kind = run.get("adapter")
+    run.facts["use_peft"] = kind in ("lora", "qlora")
+    if kind not in (None, "lora", "qlora"):
+        run.refuse("adapter", f"{kind} is no adapter of EasyAira")
+    if kind == "qlora" and not run.get("load_in_8bit"):
+        run.facts["load_in_4bit"] = True
+    if not kind:  # of a full run, the two flags say nothing
+        run.facts |= {"load_in_4bit": None, "load_in_8bit": None}
+    if run.get("lora_target_linear"):
+        run.facts["lora_target_modules"] = "all-linear"
+    if isinstance(run.get("lora_target_modules"), str) and "language_model" in run.get(
+        "lora_target_modules"
+    ):
+        run.refuse("lora_target_modules", "names parts of a model for images; EasyAira has none")
+    if "warmup_steps" not in run.facts and "warmup_ratio" not in run.facts:
+        run.facts["warmup_ratio"] = 0.03
+        run.note("the warm-up is 0.03 of all updates, without axolotl's limit of 100 updates")
+    for what in ("eval", "save"):
+        times = run.get(f"{what}s_per_epoch")
+        if times is not None and run.get(f"{what}_steps") is None:
+            run.facts[f"{what}_strategy"] = "epoch" if times else "no"
+        elif run.get(f"{what}_steps"):
+            run.facts[f"{what}_strategy"] = "steps"
+    run.facts["completion_only_loss"] = not run.get("train_on_inputs")
+    run.facts["assistant_only_loss"] = not run.get("train_on_inputs")
+    own = {k: v for k, v in run.get("special_tokens", {}).items() if k != "pad_token" and v}
+    if own and not own.items() <= LLAMA_2.items():
+        run.refuse("special_tokens", "changes tokens of the tokenizer; save it with them")
+    elif own:
+        run.note(f"special tokens are the tokenizer's own ({', '.join(own)} in the file)")
+    if run.get("loss_type") == "simpo" or run.get("loss_type") == "orpo":
+        run.options["dpo.reference"] = "none"
+    elif run.get("loss_type") == "dpo":
+        run.facts["loss_type"] = "sigmoid"
+    template = run.get("axolotl_template")
+    if run.get("chat_template_jinja"):
+        run.facts["chat_template"] = run.get("chat_template_jinja")
+    elif template == "chatml":
+        run.facts["chat_template"] = "chatml"
+    elif template not in (None, "tokenizer_default", "chatml"):
+        run.note(f"data.template chat: the tokenizer's own template, in the place of {template}")
+    run.facts["sources"] = [_source(run, entry) for entry in run.get("axolotl_datasets", [])]
+    run.facts["held_out"] = [_source(run, entry) for entry in run.get("axolotl_held_out", [])]
+    if run.facts["held_out"]:
+        run.facts.setdefault("eval_strategy", "epoch")
+
+
+READ = (  # keys of a source, and values that other keys may have
+    "path split name data_files type field_messages message_property_mappings roles "
+    "field_chosen field_rejected ds_type revision chat_template field message_field_role "
+    "message_field_content conversation drop_system_message"
+).split()
+FORMS = {  # type -> template
+    "alpaca": ALPACA,
+    "chat_template": None, "chat_template.default": None, "chat_template.argilla": None,
+    "sharegpt": None, "bradley_terry.chat_template": None, "chat_template.llama3": None,
+}  # fmt: skip
+
+
+def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
+    """A source of ours from one of axolotl's."""
+    kind = entry.get("type")
+    if not isinstance(kind, str) or kind not in FORMS:
+        run.refuse("axolotl_datasets", f"type {kind} has no translation")
+        return {}
+    if unknown := entry.keys() - set(READ):
+        run.refuse("axolotl_datasets", f"{min(unknown)} of a data set has no translation")
+    if entry.get("name") not in (None, "default", "main"):
+        run.refuse("axolotl_datasets", "a configuration of a hub data set cannot be named here")
+    made = {"path": entry.get("data_files") or entry.get("path")}
+    if isinstance(made["path"], list):
+        run.refuse("axolotl_datasets", "several data_files: write one source for each")
+    if entry.get("split") not in (None, "train"):
+        made["split"] = entry["split"]
+    if template := FORMS[kind]:
+        made["template"] = template
+        run.note(
+            "type alpaca: the input of a row follows the instruction on a line of its own, without "
+            "the heading of axolotl's"
+        )
+    columns = {
+        ours: entry[theirs]
+        for ours, theirs in {"chosen": "field_chosen", "rejected": "field_rejected"}.items()
+        if entry.get(theirs) not in (None, ours)
+    }
+    field = entry.get("field_messages")
+    if run.task != "sft":
+        columns |= {"prompt": field} if field else {}
+    elif field not in (None, "messages", "conversations"):
+        columns["messages"] = field
+    return made | ({"columns": columns} if columns else {})
+
+
+AXOLOTL = Source(
+    name="axolotl 0.19",
+    tables={"sft": COMMON, "dpo": COMMON | DPO, "reward": COMMON | REWARD},
+    defaults={task: DEFAULTS for task in ("sft", "dpo", "reward")},
+    differences={"sft": (ORDER, DROPOUT), "dpo": (ORDER,), "reward": (ORDER,)},
+    telling={
+        "rl": {"dpo": "dpo", "ipo": "dpo", "simpo": "dpo", "orpo": "dpo"},
+        "reward_model": {True: "reward"},
+    },
+    otherwise="sft",
+    prepare=facts,
+)

@@ -1,0 +1,154 @@
+"""Keys of LLaMA-Factory (2024 to 2026): its own beside those of transformers' trainer."""
+
+from __future__ import annotations
+
+from easyaira.translation.recipe import Recipe
+from easyaira.translation.trl import TRAINING
+from easyaira.translation.verdicts import (
+    Source,
+    Table,
+    Unsupported,
+    computed,
+    no_effect,
+    same,
+    unsupported,
+)
+
+COMMON: Table = {
+    **TRAINING,
+    **same("""
+        model_name_or_path model.name_or_path
+        adapter_name_or_path lora.adapter
+        max_samples data.max_examples
+        mask_history sft.last_turn_only
+    """),
+    **computed("""
+        model_revision finetuning_type lora_rank=lora_r lora_alpha lora_dropout use_rslora
+        lora_target quantization_bit pure_bf16=bf16 infer_dtype=dtype
+        dataset=dataset_names eval_dataset=held_out_names template cutoff_len=max_length
+        val_size=test_split_size train_on_prompt packing neat_packing streaming
+    """),
+    **no_effect(
+        "says how PyTorch computes, and not what",
+        "flash_attn enable_liger_kernel use_unsloth use_unsloth_gc upcast_layernorm "
+        "upcast_lmhead_output disable_gradient_checkpointing low_cpu_mem_usage "
+        "double_quantization quantization_type quantization_device_map cache_dir "
+        "preprocessing_batch_size use_fast_tokenizer buffer_size tokenized_path overwrite_cache "
+        "cutoff_strategy ray_run_name ray_num_workers ray_storage_path resources_per_worker "
+        "placement_strategy",
+    ),
+    **no_effect(
+        "the log and the report are EasyAira's own",
+        "plot_loss use_swanlab swanlab_project swanlab_run_name swanlab_mode "
+        "include_effective_tokens_per_second include_num_input_tokens_seen compute_accuracy",
+    ),
+    **no_effect("data sets are looked up in dataset_dir/dataset_info.json", "dataset_dir"),
+    **no_effect("the run uploads nothing", "hf_hub_token ms_hub_token om_hub_token "
+                "export_hub_model_id"),
+    **unsupported("is no loss of EasyAira", "use_dft_loss use_asft_loss use_eaft_loss"),
+    **unsupported("the model is loaded as it is stored", "resize_vocab new_special_tokens "
+                  "add_tokens add_special_tokens rope_scaling shift_attn mixture_of_depths "
+                  "moe_aux_loss_coef "
+                  "visual_inputs image_max_pixels video_max_pixels freeze_vision_tower "
+                  "freeze_multi_modal_projector"),
+    **unsupported("adapters alone are trained", "additional_target", (None, [], "")),
+    **unsupported("adapters are plain LoRA on linear layers", "use_dora loraplus_lr_ratio "
+                  "pissa_init pissa_convert create_new_adapter pissa_iter"),
+    **unsupported("the one optimizer is AdamW over all trainable weights", "use_galore "
+                  "galore_layerwise galore_target galore_rank galore_update_interval "
+                  "galore_scale use_apollo "
+                  "apollo_layerwise apollo_target apollo_rank apollo_scale apollo_update_interval "
+                  "apollo_scale_type use_badam badam_mode badam_switch_mode badam_switch_interval "
+                  "badam_verbose badam_start_block use_adam_mini use_muon use_llama_pro "
+                  "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules fp8 "
+                  "fp8_backend"),
+    **unsupported("sets of data are used whole", "mix_strategy interleave_probs",
+                  (None, "concat")),
+    "stage": Unsupported("is no stage that is translated", (None, "sft", "dpo", "rm")),
+    "quantization_method": Unsupported("4 bits are nf4", (None, "bnb", "bitsandbytes")),
+    "enable_thinking": Unsupported("the template is rendered without arguments", (None, True)),
+}  # fmt: skip
+
+DPO: Table = {
+    **same("""
+        pref_beta dpo.beta
+        dpo_beta dpo.beta
+        pref_ftx dpo.sft_weight
+        dpo_ftx dpo.sft_weight
+        dpo_label_smoothing dpo.label_smoothing
+        simpo_gamma dpo.simpo_gamma
+        ref_model model.ref_name_or_path
+    """),
+    **computed("pref_loss=loss_type dpo_loss=loss_type"),
+    **unsupported("is no loss of EasyAira", "ld_alpha pref_bco_weight"),
+}
+
+DEFAULTS = {
+    "learning_rate": 5e-5,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "linear",
+    "cutoff_len": 2048,
+    "lora_rank": 8,
+    "lora_target": "all",
+    "finetuning_type": "lora",
+    "save_steps": 500,
+    "gradient_checkpointing": True,
+    "train_on_prompt": False,
+}
+ORDER = "the order of rows follows from the seed, by another generator"
+
+
+def facts(run: Recipe) -> None:
+    """Facts by transformers' names from LLaMA-Factory's own."""
+    kind = run.get("finetuning_type")
+    run.facts["use_peft"] = kind == "lora"
+    if kind not in ("lora", "full"):
+        run.refuse("finetuning_type", f"{kind} has no translation")
+    targets = run.get("lora_target")
+    run.facts["lora_target_modules"] = (
+        "all-linear" if targets == "all" else
+        [name.strip() for name in targets.split(",")] if isinstance(targets, str) else targets
+    )  # fmt: skip
+    run.facts.setdefault("lora_alpha", 2 * run.get("lora_r"))
+    if bits := run.get("quantization_bit"):
+        run.facts[{4: "load_in_4bit", 8: "load_in_8bit"}.get(bits, "load_in_4bit")] = True
+        if bits not in (4, 8):
+            run.refuse("quantization_bit", "frozen weights have 4 or 8 bits")
+    run.facts["packing"] = run.get("packing") or run.get("neat_packing")
+    learned = not run.get("train_on_prompt")
+    run.facts["completion_only_loss"] = run.facts["assistant_only_loss"] = learned
+    loss = run.get("loss_type", "sigmoid")
+    if loss in ("orpo", "simpo"):
+        run.options["dpo.reference"] = "none"
+    elif loss == "kto_pair":
+        run.refuse("loss_type", "kto_pair is no loss of EasyAira")
+    if run.get("template") not in (None, "default", "empty"):
+        run.note(f"data.template chat: the tokenizer's own, in the place of {run.get('template')}")
+    else:
+        run.refuse("template", "names no template of the tokenizer; set it to the model's")
+    run.facts["chat_template"] = "chat"
+    for fact, names in (("sources", "dataset_names"), ("held_out", "held_out_names")):
+        given = run.get(names, [])
+        given = given.split(",") if isinstance(given, str) else given
+        run.facts[fact] = [{"path": name.strip()} for name in given]
+        if given:
+            run.note(
+                f"{'data.train' if fact == 'sources' else 'data.eval'}: a name of "
+                "dataset_info.json stands where its file or hub id belongs; write that"
+            )
+
+
+LLAMA_FACTORY = Source(
+    name="LLaMA-Factory",
+    tables={"sft": COMMON, "dpo": COMMON | DPO, "reward": COMMON},
+    defaults={
+        "sft": DEFAULTS,
+        "dpo": DEFAULTS | {"pref_beta": 0.1},
+        "reward": DEFAULTS,
+    },
+    differences={"sft": (ORDER,), "dpo": (ORDER,), "reward": (ORDER,)},
+    telling={"stage": {"sft": "sft", "dpo": "dpo", "rm": "reward"}},
+    otherwise="sft",
+    prepare=facts,
+)

@@ -1,0 +1,232 @@
+"""Options of ours from the facts of a run, which are named as in transformers.
+
+Each function reads the facts that it names, and writes options, refusals, and notes of what
+differs on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused
+    adamw_hf adamw paged_adamw paged_adamw_32bit adamw_anyprecision""".split()
+ADAMW_8BIT = "adamw_8bit adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit adamw_torch_4bit".split()
+SCHEDULES = "linear cosine cosine_with_min_lr constant constant_with_warmup".split()
+NO = (None, False, "no", "none", "NO")
+
+
+@dataclass
+class Recipe:
+    """A run that is being translated.
+
+    Attributes:
+        task: sft, dpo or reward.
+        devices: number of devices of the run to be translated.
+        facts: what its file says, by transformers' names.
+        keys: the file's own name of a fact.
+        options: dotted names of our options, with their values.
+        notes: what differs on purpose.
+        refused: key -> why it cannot be translated.
+    """
+
+    task: str
+    devices: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def get(self, fact: str, default: Any = None) -> Any:
+        value = self.facts.get(fact)
+        return default if value is None else value
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def refuse(self, fact: str, why: str) -> None:
+        self.refused[self.keys.get(fact, fact)] = why
+
+
+def batch(run: Recipe) -> None:
+    if "train_batch_size" in run.options:
+        return None
+    each, steps = run.get("per_device_train_batch_size", 8), run.get("gradient_accumulation_steps")
+    if not all(isinstance(number, int) for number in (each, steps or 1)):
+        return run.refuse(
+            "per_device_train_batch_size", "is no number; write the number it stands for"
+        )
+    steps = steps or 1
+    total = each * steps * run.devices
+    run.options |= {"train_batch_size": total, "gradient_accumulation_steps": steps}
+    run.note(
+        f"train_batch_size {total} is {each} per device x {steps} accumulation steps x "
+        f"{run.devices} devices (--devices)"
+    )
+
+
+def schedule(run: Recipe) -> None:
+    kind, options = run.get("lr_scheduler_type", "linear"), dict(run.get("lr_scheduler_kwargs", {}))
+    if kind not in SCHEDULES:
+        return run.refuse("lr_scheduler_type", f"{kind} is none of {', '.join(SCHEDULES)}")
+    if (share := run.get("cosine_min_lr_ratio")) and kind == "cosine":
+        kind, options = "cosine_with_min_lr", options | {"min_lr_rate": share}
+    if kind == "cosine_with_min_lr":
+        rate, lowest = run.options.get("optimizer.learning_rate"), options.pop("min_lr", None)
+        share = options.pop("min_lr_rate", lowest / rate if rate and lowest else None)
+        run.options["optimizer.min_lr_rate"] = share or 0.0
+    if options:
+        return run.refuse("lr_scheduler_kwargs", f"{min(options)} is no option of {kind} here")
+    run.options["optimizer.lr_scheduler_type"] = kind
+    steps, ratio = run.get("warmup_steps", 0), run.get("warmup_ratio", 0)
+    if 0 < steps < 1:  # transformers 5: a share of all updates
+        steps, ratio = 0, steps
+    if kind == "constant":
+        if steps or ratio:
+            run.note("constant has no warm-up, in transformers neither")
+        return
+    if steps or not ratio:
+        run.options["optimizer.warmup_steps"] = int(steps)
+    else:
+        run.options["optimizer.warmup_ratio"] = ratio
+
+
+def optimizer(run: Recipe) -> None:
+    name = run.get("optim", "adamw")
+    if name in ADAMW_8BIT:
+        run.note(f"the optimizer's state is float32 ({run.keys['optim']}: {name})")
+    elif name not in ADAMW:
+        run.refuse("optim", f"{name} is no AdamW, the only optimizer here")
+
+
+def precision(run: Recipe) -> None:
+    stored = str(run.get("dtype", "float32")).removeprefix("torch.")
+    half = run.get("bf16") in (True, "auto", "full") or stored in ("bfloat16", "float16", "half")
+    if run.get("fp16") or stored in ("float16", "half") and not run.get("bf16"):
+        half = True
+        run.note("float16 becomes bfloat16, which needs no scaling of the loss")
+    run.options["model.dtype"] = (
+        "bfloat16" if half else "tf32" if run.get("tf32") is True else "float32"
+    )
+    if stored not in ("float32", "auto") and not run.get("use_peft"):
+        run.note(f"weights and optimizer state are float32; {stored} is only computed in")
+    full = run.get("gradient_checkpointing") not in NO
+    run.options["model.gradient_checkpointing"] = "full" if full else "none"
+
+
+def every(run: Recipe, what: str, strategy: str, steps: Any, default: int) -> None:
+    """Write the option `what` from a strategy and a number of updates or share of all."""
+    if strategy in NO:
+        run.options[what] = 0
+    elif strategy == "steps" and steps and steps >= 1:
+        run.options[what] = int(steps)
+    elif strategy == "steps" and steps is None:
+        run.options[what] = default
+    else:
+        run.options[what] = 0
+        how = f"{steps} of all updates" if strategy == "steps" else strategy
+        run.note(f"{what} 0, since it is a number of updates ({how} there): set it if you need it")
+
+
+def intervals(run: Recipe) -> None:
+    strategy = run.get("logging_strategy", "steps")
+    every(run, "logging_steps", strategy, run.get("logging_steps"), 10)
+    run.options["logging_steps"] = max(1, run.options["logging_steps"])
+    every(run, "save_steps", run.get("save_strategy", "steps"), run.get("save_steps"), 500)
+    if limit := run.get("save_total_limit"):
+        run.options["save_total_limit"] = limit
+    else:
+        run.note("the two newest checkpoints are kept, and not all (save_total_limit)")
+    if evaluated(run):
+        steps = run.get("eval_steps", run.get("logging_steps"))
+        every(run, "eval_steps", run.get("eval_strategy", "steps"), steps, 500)
+
+
+def evaluated(run: Recipe) -> bool:
+    return run.get("eval_strategy", "no") not in NO
+
+
+def reports(run: Recipe) -> None:
+    names = run.get("report_to", [])
+    names = [names] if isinstance(names, str) else names
+    elsewhere = [name for name in names if name not in ("none", "tensorboard")]
+    if elsewhere:
+        run.note(
+            f"metrics go to metrics.jsonl, report.html and TensorBoard, and not to "
+            f"{', '.join(map(str, elsewhere))}"
+        )
+
+
+def clipping(run: Recipe) -> None:
+    if (norm := run.get("max_grad_norm")) is not None:
+        run.options["optimizer.max_grad_norm"] = max(norm, 0)
+
+
+def length(run: Recipe) -> None:
+    if limit := run.get("max_length"):
+        run.options["data.max_length"] = limit
+    run.options["data.truncation"] = run.get("truncation_mode", "keep_start")
+    if run.task == "reward":  # its trainer leaves longer rows out
+        run.options["data.truncation"] = "drop"
+    if run.get("packing"):
+        run.note(
+            "packing: train_batch_size counts examples, and not rows of packed examples, so there "
+            "are more and smaller updates: raise it by the examples that fill a row"
+        )
+
+
+def adapters(run: Recipe) -> None:
+    quantized = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
+    if not run.get("use_peft"):
+        for name in filter(run.get, quantized):
+            run.refuse(name, "quantized weights can only be frozen below adapters")
+        return
+    for name in filter(run.get, quantized):
+        run.options["lora.quantize"] = quantized[name]
+    if run.get("load_in_4bit") and run.get("bnb_4bit_quant_type", "nf4") != "nf4":
+        run.refuse("bnb_4bit_quant_type", "4 bits are nf4")
+    if run.get("load_in_8bit"):
+        run.note("int8 has one scale per output, and no outliers apart as in LLM.int8()")
+    targets = run.get("lora_target_modules")
+    if targets in (["all-linear"], ["all"], "all"):
+        targets = "all-linear"
+    if not targets:
+        return run.refuse(
+            "lora_target_modules",
+            "is not set, and peft's choice depends on the model; name the "
+            "linear layers, such as [q_proj, v_proj], or all-linear",
+        )
+    dropout = run.get("lora_dropout", 0.0)
+    if dropout and run.task == "dpo":
+        run.note(f"lora.dropout is 0 ({dropout} there), as TRL's DPO turns dropout off")
+        dropout = 0.0
+    run.options |= {
+        "lora.target_modules": targets,
+        "lora.r": run.get("lora_r", 16),
+        "lora.alpha": run.get("lora_alpha", 32),
+        "lora.dropout": dropout,
+        "lora.rslora": run.get("use_rslora", False),
+    }
+
+
+def revision(run: Recipe) -> None:
+    if run.get("model_revision", "main") != "main":
+        run.options["model.revision"] = run.get("model_revision")
+
+
+def preference(run: Recipe) -> None:
+    if run.task != "dpo":
+        return
+    losses = run.get("loss_type", ["sigmoid"])
+    run.options["dpo.loss_type"] = losses
+    if weights := run.get("loss_weights"):
+        run.options["dpo.loss_weights"] = weights
+    if run.options.get("dpo.f_divergence_type") == "alpha_divergence":
+        run.options["dpo.f_alpha_divergence_coef"] = run.get("f_alpha_divergence_coef", 0.5)
+
+
+STEPS = (
+    batch, schedule, optimizer, clipping, precision, intervals, reports, length, adapters, revision,
+    preference,
+)  # fmt: skip

@@ -1,0 +1,121 @@
+"""The data of a run: sources, the template, and what of a row is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from easyaira.translation.recipe import Recipe, evaluated
+
+FIRST_LINE = 2**20  # longest first row that is looked at
+CONVERSATION = ("messages", "conversations")
+
+
+def columns_of(path: str) -> dict[str, Any] | None:
+    """The first row of a .jsonl file of this machine, or of a folder of such; else None."""
+    file = Path(path)
+    if file.is_dir():
+        file = min(file.glob("*train*.jsonl"), default=min(file.glob("*.jsonl"), default=file))
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
+    with file.open("rb") as lines:
+        try:
+            row = json.loads(lines.readline(FIRST_LINE))
+        except ValueError:
+            return None
+    return row if isinstance(row, dict) else None
+
+
+def source(run: Recipe, fact: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A source of ours from a path, a split and a weight; what is left out stays out."""
+    if entry.pop("name", None) not in (None, "default"):
+        run.refuse(fact, "a configuration of a hub data set cannot be named here; save it as files")
+    return {key: value for key, value in entry.items() if value not in (None, 1.0, "train")}
+
+
+def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sources to train on, and those to hold out."""
+    if run.get("sources"):
+        return run.get("sources"), run.get("held_out", [])
+    splits = run.get("dataset_splits", [])
+    train, test = run.get("dataset_train_split", "train"), run.get("dataset_test_split", "test")
+    streaming = run.get("dataset_streaming") or None
+    if mixer := run.get("dataset_mixer"):  # name: share of its rows
+        held_out = [split for split in splits if "test" in split]
+        names = [split for split in splits if "test" not in split] or [train]
+        configs = run.get("dataset_configs") or [None] * len(mixer)
+        pairs = list(zip(mixer.items(), configs, strict=False))
+        used = [
+            source(run, "dataset_configs", {"path": path, "split": split, "weight": share,
+                                            "name": config})
+            for (path, share), config in pairs
+            for split in names
+        ]  # fmt: skip
+        return used, [
+            {"path": path, "split": split} for path in mixer for split in held_out or [test]
+        ]
+    if mixed := run.get("dataset_mixture") or run.get("datasets"):
+        fact = "dataset_mixture" if run.get("dataset_mixture") else "datasets"
+        if fact == "dataset_mixture":
+            run.facts["test_split_size"] = mixed.get("test_split_size")
+            mixed = mixed.get("datasets", [])
+        return [
+            source(run, fact, {
+                "path": entry.get("id") or entry.get("path") or entry.get("data_files"),
+                "split": entry.get("split"),
+                "name": entry.get("config") or entry.get("name"),
+                "weight": entry.get("weight"),
+                "streaming": streaming,
+            })
+            for entry in mixed
+        ], []  # fmt: skip
+    if not (path := run.get("dataset_name")):
+        return [], []
+    common = {"path": path, "streaming": streaming, "name": run.get("dataset_config")}
+    used = [source(run, "dataset_config", common | {"split": train})]
+    return used, [source(run, "dataset_config", common | {"split": test})]
+
+
+def data(run: Recipe) -> None:
+    used, held_out = mixture(run)
+    if not used:
+        return run.refuse("dataset_name", "names no data; add it to the file")
+    run.options["data.train"] = used
+    if any(entry.get("weight", 1) != 1 for entry in used):
+        run.note("of a weighted source, other rows are drawn (weight)")
+    if size := run.get("test_split_size"):
+        run.options["data.eval"] = size if size < 1 else 0.02
+        if size >= 1:
+            run.note(f"data.eval 0.02: held out is a share of the prompts, and not {size} rows")
+    elif evaluated(run) and held_out:
+        run.options["data.eval"] = held_out
+    _form(run, columns_of(used[0].get("path", "")))
+
+
+def _form(run: Recipe, row: dict[str, Any] | None) -> None:
+    """Choose the template and what is learned by the columns of the rows."""
+    spoken = row is None or any(isinstance(value, list) for value in row.values())
+    template = run.get("chat_template")
+    run.options["data.template"] = template or ("chat" if spoken else "plain")
+    own = any("template" in entry for entry in run.options["data.train"])
+    if row is None and not template and not own:
+        run.note(
+            "data.template chat: the rows were not looked at, and are taken for messages; rows of "
+            "plain text need plain"
+        )
+    if run.task != "sft":
+        return
+    pairs = row is not None and "completion" in row
+    asked = run.get("completion_only_loss")
+    only = pairs if asked is None else asked
+    answers = bool(run.get("assistant_only_loss"))
+    run.options["sft.completion_only_loss"] = bool(only or answers)
+    run.options["sft.assistant_only_loss"] = answers or pairs
+    if row is None and asked is None and not answers:
+        run.note(
+            "loss on every token, as TRL puts it on rows of messages; on prompt and completion it "
+            "puts it on the completion (sft.completion_only_loss true)"
+        )
+    if row and not {"completion", *CONVERSATION} & row.keys():
+        run.refuse("dataset_name", "rows of plain text are no form of rows for SFT")

@@ -1,0 +1,405 @@
+"""Translated configurations: every key has a verdict, every translation is a configuration, and
+every number is the one that its trainer computes."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from easyaira import cli, translate
+from easyaira.config.model import LoraConfig
+from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
+from easyaira.errors import ConfigError
+from easyaira.translation.translation import translate as translated
+from easyaira.translation.verdicts import Computed, NoEffect, Same, Unsupported
+from helpers import tiny
+
+SOURCES = translate.SOURCES
+FIELDS = {  # of TRL 1.16 and transformers 5.24
+    "training": """
+        output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
+        lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay
+        adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
+        average_tokens_across_devices max_grad_norm label_smoothing_factor bf16 fp16
+        bf16_full_eval fp16_full_eval tf32 activation_checkpointing
+        activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+        torch_compile torch_compile_backend torch_compile_mode use_liger_kernel
+        liger_kernel_config use_cache neftune_noise_alpha torch_empty_cache_steps
+        auto_find_batch_size logging_strategy logging_steps logging_first_step
+        log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
+        log_level_replica disable_tqdm report_to run_name project trackio_space_id
+        trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
+        per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches
+        eval_use_gather_object eval_accumulation_steps include_for_metrics
+        batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node
+        save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo
+        hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
+        metric_for_best_model greater_is_better ignore_data_skip
+        restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+        accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
+        dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+        label_names train_sampling_strategy length_column_name ddp_find_unused_parameters
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+        fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict
+        resume_from_checkpoint local_rank
+    """,
+    "sft": """
+        model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path
+        dataset_text_field dataset_kwargs dataset_num_proc eos_token max_length
+        truncation_mode shuffle_dataset packing packing_strategy padding_free
+        pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss loss_type
+        activation_offloading pad_token
+    """,
+    "dpo": """
+        model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout
+        dataset_num_proc max_length truncation_mode padding_free pad_to_multiple_of
+        precompute_ref_log_probs precompute_ref_batch_size loss_type loss_weights ld_alpha
+        f_divergence_type f_alpha_divergence_coef label_smoothing beta use_weighting
+        discopop_tau activation_offloading sync_ref_model ref_model_mixup_alpha
+        ref_model_sync_steps pad_token
+    """,
+    "reward": """
+        model_init_kwargs trust_remote_code chat_template_path disable_dropout
+        dataset_num_proc eos_token max_length pad_to_multiple_of center_rewards_coefficient
+        activation_offloading pad_token
+    """,
+    "model": """
+        model_name_or_path model_revision dtype attn_implementation use_peft lora_r
+        lora_alpha lora_dropout lora_target_modules lora_target_parameters
+        lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit load_in_4bit
+        bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
+    """,
+    "data": """
+        dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
+        ignore_bias_buffers datasets streaming test_split_size
+    """,
+}
+OF_TASK = {task: ("training", task, "model", "data") for task in ("sft", "dpo", "reward")}
+
+
+def write(path, **keys):
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)
+
+
+def ours(capsys, *argv):
+    """The configuration that our own command makes of a translated file, and its text."""
+    translate.main(list(argv))
+    text = capsys.readouterr().out
+    kinds = {"sft": TrainSFT, "dpo": TrainDPO, "reward": TrainReward}
+    task = text.partition("easyaira ")[2].split()[0]
+    return cli.configuration(kinds[task], yaml.safe_load(text)), text
+
+
+MINIMAL = {"model_name_or_path": "m", "dataset_name": "o/d", "output_dir": "out"}
+
+
+# Every key
+
+
+@pytest.mark.parametrize("task", OF_TASK)
+def test_every_field_of_trl_has_a_verdict(task):
+    names = {name for group in OF_TASK[task] for name in FIELDS[group].split()}
+    assert names - SOURCES["trl"].tables[task].keys() == set()
+
+
+def test_the_frozen_fields_are_those_of_trl():
+    trl = pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    if not trl.__version__.startswith("1.16."):
+        pytest.skip(f"the tables are those of TRL 1.16, and this is {trl.__version__}")
+    data = (trl.ScriptArguments, trl.DatasetMixtureConfig)
+    training = names_of(transformers.TrainingArguments)
+    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig}
+    now = {task: names_of(kind) - training for task, kind in classes.items()}
+    now |= {"training": training, "model": names_of(trl.ModelConfig)}
+    now |= {"data": set().union(*map(names_of, data))}
+    assert now == {name: set(text.split()) for name, text in FIELDS.items()}
+
+
+def names_of(kind):
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("task", OF_TASK)
+def test_a_default_of_trl_is_ours_or_written_out(task):
+    trl = pytest.importorskip("trl")
+    kinds = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig}
+    config = cli.configuration(
+        {"sft": TrainSFT, "dpo": TrainDPO, "reward": TrainReward}[task],
+        {"model": {"name_or_path": "m"}, "data": {"train": "d"}},
+    )
+    source = SOURCES["trl"]
+    for field in (*dataclasses.fields(kinds[task]), *dataclasses.fields(trl.ModelConfig)):
+        verdict = source.tables[task][field.name]
+        if isinstance(verdict, Same) and field.default is not None:
+            value = config
+            for part in verdict.option.split("."):
+                value = getattr(value, part)
+            expected = source.defaults[task].get(field.name, value)
+            assert field.default == expected, field.name
+        if isinstance(verdict, Unsupported) and field.default is not dataclasses.MISSING:
+            assert field.default in verdict.unless, field.name
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_verdict_names_an_option_or_says_why(name):
+    for task, table in SOURCES[name].tables.items():
+        known = set(cli._options(cli.parser_of(translate.CONFIGS[task])))
+        known |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
+        for key, verdict in table.items():
+            match verdict:
+                case Same(option):
+                    assert option in known, key
+                case NoEffect(why) | Unsupported(why):
+                    assert len(why) > 10, key
+                case Computed(fact):
+                    assert fact, key
+
+
+# Numbers
+
+
+def test_the_batch_counts_devices_and_accumulation(tmp_path, capsys):
+    file = write(
+        tmp_path / "a.yaml", **MINIMAL, per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+    )  # fmt: skip
+    config, text = ours(capsys, "trl", file, "--task", "sft", "--devices", "8")
+    assert (config.train_batch_size, config.gradient_accumulation_steps) == (96, 3)
+    assert "96 is 4 per device x 3 accumulation steps x 8 devices" in text
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"warmup_steps": 7}, (7, 0.0)),
+        ({"warmup_steps": 0.25}, (0, 0.25)),  # transformers 5 takes it for a share
+        ({"warmup_ratio": 0.1}, (0, 0.1)),
+        ({"warmup_ratio": 0.1, "warmup_steps": 7}, (7, 0.0)),  # as in transformers
+        ({"warmup_ratio": "1e-1"}, (0, 0.1)),  # YAML 1.1 reads it as text
+        ({}, (0, 0.0)),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, (0, 0.0)),
+    ],
+)
+def test_warm_up_is_a_number_or_a_share(given, expected, tmp_path, capsys):
+    config, _ = ours(capsys, "trl", write(tmp_path / "a.yaml", **MINIMAL, **given), "--task=dpo")
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_ratio) == expected
+
+
+def test_defaults_that_differ_are_written_out(tmp_path, capsys):
+    config, text = ours(capsys, "trl", write(tmp_path / "a.yaml", **MINIMAL), "--task", "dpo")
+    assert (config.optimizer.learning_rate, config.num_train_epochs) == (1e-6, 3.0)
+    assert (config.data.max_length, config.model.gradient_checkpointing) == (1024, "full")
+    assert (config.model.dtype, config.optimizer.lr_scheduler_type) == ("bfloat16", "linear")
+    assert "learning_rate: 1.0e-06" in text and config.data.eval is None
+
+
+def test_a_floor_of_the_schedule_becomes_a_share(tmp_path, capsys):
+    file = write(
+        tmp_path / "a.yaml", **MINIMAL, learning_rate=1e-4, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-5},
+    )  # fmt: skip
+    config, _ = ours(capsys, "trl", file, "--task", "sft")
+    assert config.optimizer.min_lr_rate == pytest.approx(0.1)
+
+
+def test_adapters_keep_their_defaults_and_lose_dropout_in_dpo(tmp_path, capsys):
+    file = write(
+        tmp_path / "a.yaml", **MINIMAL, use_peft=True, lora_target_modules="all-linear",
+        load_in_4bit=True,
+    )  # fmt: skip
+    config, _ = ours(capsys, "trl", file, "--task", "sft")
+    lora = config.lora
+    assert (lora.r, lora.alpha, lora.dropout, lora.quantize) == (16, 32, 0.05, "nf4")
+    assert lora.target_modules == "all-linear"
+    config, text = ours(capsys, "trl", file, "--task", "dpo")
+    assert config.lora.dropout == 0 and "lora.dropout is 0 (0.05 there)" in text
+
+
+@pytest.mark.parametrize(
+    "row, options, template, learned",
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, {}, "chat", (False, False)),
+        ({"messages": []}, {"assistant_only_loss": True}, "chat", (True, True)),
+        ({"prompt": "a", "completion": "b"}, {}, "plain", (True, True)),
+        ({"prompt": "a", "completion": "b"}, {"completion_only_loss": False}, "plain",
+         (False, True)),
+        ({"prompt": [{}], "completion": [{}]}, {}, "chat", (True, True)),
+    ],
+)  # fmt: skip
+def test_what_is_learned_follows_from_the_columns(
+    row, options, template, learned, tmp_path, capsys
+):
+    tiny.write_rows(tmp_path / "rows.jsonl", [row])
+    keys = MINIMAL | {"dataset_name": str(tmp_path / "rows.jsonl")} | options
+    config, _ = ours(capsys, "trl", write(tmp_path / "a.yaml", **keys), "--task", "sft")
+    assert config.data.template == template
+    assert (config.sft.completion_only_loss, config.sft.assistant_only_loss) == learned
+
+
+def test_a_mixture_keeps_its_weights_and_splits(tmp_path, capsys):
+    file = write(
+        tmp_path / "a.yaml", model_name_or_path="m", dataset_mixer={"o/a": 1.0, "o/b": 0.5},
+        dataset_splits=["train_prefs", "test_prefs"], eval_strategy="steps", eval_steps=5, beta=0.1,
+    )  # fmt: skip
+    config, _ = ours(capsys, "trl", file)
+    assert [(s.path, s.split, s.weight) for s in config.data.train] == [
+        ("o/a", "train_prefs", 1.0), ("o/b", "train_prefs", 0.5),
+    ]  # fmt: skip
+    assert [s.split for s in config.data.eval] == ["test_prefs"] * 2 and config.eval_steps == 5
+
+
+# Nothing is silent
+
+
+def test_keys_without_effect_are_named(tmp_path, capsys):
+    _, text = ours(
+        capsys, "trl", write(tmp_path / "a.yaml", **MINIMAL, use_liger_kernel=True), "--task=sft"
+    )
+    assert "# - use_liger_kernel: says how PyTorch computes" in text
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha (is no loss of EasyAira)"),
+        ({"optim": "adafactor"}, "optim (adafactor is no AdamW"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type (polynomial is none of"),
+        (
+            {"learning_rat": 1},
+            "learning_rat: no key of TRL 1.16's sft; did you mean learning_rate?",
+        ),
+        ({"beta": 0.1}, "beta: no key of TRL 1.16's sft; it belongs to dpo (--task)"),
+        ({"learning_rate": -1.0}, "translated, optimizer.learning_rate: expected"),
+        ({"use_peft": True}, "lora_target_modules (is not set"),
+    ],
+)
+def test_what_has_no_translation_is_an_error_that_drop_leaves_out(keys, message, tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **MINIMAL, **keys)
+    with pytest.raises(ConfigError) as error:
+        translate.main(["trl", file, "--task", "sft"])
+    assert message in str(error.value) and error.value.exit_status == 2
+    assert capsys.readouterr().out == ""
+    _, text = ours(capsys, "trl", file, "--task", "sft", "--drop", next(iter(keys)))
+    assert f"# Left out by --drop: {next(iter(keys))}" in text
+
+
+def test_a_task_that_the_keys_do_not_tell_is_asked_for(tmp_path):
+    with pytest.raises(ConfigError, match="do not tell the task; add --task, one of sft, dpo"):
+        translate.main(["trl", write(tmp_path / "a.yaml", **MINIMAL)])
+
+
+def test_a_comment_cannot_leave_its_line(tmp_path, capsys):
+    file = write(tmp_path / "a\nmodel: x.yaml", **MINIMAL)
+    config, _ = ours(capsys, "trl", file, "--task", "sft")
+    assert config.model.name_or_path == "m"
+
+
+def test_the_input_is_not_changed():
+    given = {**MINIMAL, "lr_scheduler_kwargs": {}}
+    before = dict(given)
+    translated(SOURCES["trl"], given, place="x", task="sft")
+    assert given == before
+
+
+# The other sources
+
+TULU_DPO = {
+    "model_name_or_path": "m", "dataset_mixer": {"o/a": 1.0, "o/b": 500}, "output_dir": "out",
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "learning_rate": 5e-7,
+    "lr_scheduler_type": "linear", "warmup_ratio": 0.1, "num_epochs": 1, "max_seq_length": 2048,
+    "dpo_loss_type": "dpo_norm", "dpo_beta": 5, "use_lora": False, "checkpointing_steps": 1000,
+}  # fmt: skip
+ALPACA_QLORA = {
+    "base_model": "m", "datasets": [{"path": "o/alpaca", "type": "alpaca", "split": "train[:9]"}],
+    "val_set_size": 0.05, "adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_alpha": 16,
+    "lora_target_linear": True, "sequence_len": 4096, "sample_packing": True, "micro_batch_size": 2,
+    "gradient_accumulation_steps": 4, "num_epochs": 4, "optimizer": "adamw_bnb_8bit",
+    "lr_scheduler": "cosine", "learning_rate": 0.0002, "bf16": "auto", "tf32": False,
+    "warmup_steps": 10, "evals_per_epoch": 4, "saves_per_epoch": 1, "output_dir": "out",
+    "special_tokens": {"pad_token": "<pad>"}, "wandb_project": None,
+}  # fmt: skip
+FACTORY = {
+    "model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "lora_rank": 4,
+    "lora_target": "q_proj, v_proj", "dataset": "a,b", "template": "llama3", "cutoff_len": 512,
+    "max_samples": 1000, "learning_rate": 1e-4, "bf16": True, "output_dir": "out",
+}  # fmt: skip
+EASYLM_LINE = (
+    "python3 -m EasyLM.models.llama.llama_train_dpo --mesh_dim='-1,16,16' --dtype='bf16' "
+    "--num_epochs=3 --load_llama_config='7b' --load_checkpoint='params::gs://b/tulu2' "
+    "--optimizer.type='adamw' --optimizer.adamw_optimizer.weight_decay=0.0 "
+    "--optimizer.adamw_optimizer.lr=5e-7 --optimizer.adamw_optimizer.end_lr=0 "
+    "--optimizer.adamw_optimizer.warmup_ratio=0.1 --optimizer.accumulate_gradient_steps=4 "
+    "--train_dataset.type='preference_json_torch' "
+    "--train_dataset.json_torch_dataset.hf_name='o/d' "
+    "--train_dataset.json_torch_dataset.hf_split='train_prefs' "
+    "--train_dataset.json_torch_dataset.seq_length=4096 "
+    "--train_dataset.json_torch_dataset.batch_size=8 "
+    '--logger.output_dir="gs://out" &> all.log &'
+)
+
+
+def test_open_instruct_counts_rows_and_names_its_losses(tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **TULU_DPO)
+    config, text = ours(capsys, "open-instruct", file, "--devices", "8")
+    assert config.train_batch_size == 128 and config.dpo.loss_type == "sigmoid_norm"
+    assert config.dpo.beta == 5 and config.optimizer.max_grad_norm == 0  # it does not clip
+    assert [s.split for s in config.data.train] == ["train", "train[:500]"]
+    assert (config.data.template, config.save_steps) == ("tulu", 1000)
+    sft = {key: value for key, value in TULU_DPO.items() if "dpo" not in key}
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "b.yaml", **sft))
+    assert config.sft.completion_only_loss and config.sft.assistant_only_loss
+
+
+def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys):
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA))
+    assert (config.train_batch_size, config.data.eval, config.eval_steps) == (8, 0.05, 0)
+    assert (config.lora.quantize, config.lora.target_modules) == ("nf4", "all-linear")
+    assert (config.lora.dropout, config.model.dtype) == (0.0, "bfloat16")
+    assert "### Instruction:" in config.data.train[0].template
+    assert config.data.train[0].split == "train[:9]" and config.sft.completion_only_loss
+    assert "the optimizer's state is float32 (optimizer: adamw_bnb_8bit)" in text
+    assert "raise it by the examples that fill a row" in text
+
+
+def test_llama_factory_splits_its_lists(tmp_path, capsys):
+    config, text = ours(capsys, "llama-factory", write(tmp_path / "a.yaml", **FACTORY))
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert (config.lora.r, config.lora.alpha) == (4, 8)  # twice the rank, unless it is set
+    assert [source.path for source in config.data.train] == ["a", "b"]
+    assert config.data.max_length == 512 and "write that" in text
+
+
+def test_easylm_flags_are_read_from_the_line(capsys):
+    config, text = ours(capsys, "easylm", EASYLM_LINE)
+    assert (config.train_batch_size, config.gradient_accumulation_steps) == (32, 4)
+    assert (config.mesh, config.num_train_epochs) == ("-1,16,16", 3)
+    assert (config.optimizer.learning_rate, config.optimizer.adam_beta2) == (5e-7, 0.95)
+    assert config.data.train[0].split == "train_prefs" and config.checkpoint_dir == "gs://out"
+    assert "write that model's Hugging Face folder" in text
+
+
+@pytest.mark.parametrize(
+    "source, keys, message",
+    [
+        ("open-instruct", {"dpo_loss_type": "wpo"}, "dpo_loss_type (wpo is none of"),
+        ("axolotl", {"rl": "kto"}, "rl (is no algorithm"),
+        ("axolotl", {"datasets": [{"path": "p", "type": "completion"}]}, "type completion has no"),
+        ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
+        ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),
+        ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type (freeze has no"),
+        ("llama-factory", {"use_galore": True}, "use_galore (the one optimizer is AdamW"),
+    ],
+)
+def test_other_sources_refuse_by_name(source, keys, message, tmp_path):
+    base = {"open-instruct": TULU_DPO, "axolotl": ALPACA_QLORA, "llama-factory": FACTORY}[source]
+    with pytest.raises(ConfigError) as error:
+        translate.main([source, write(tmp_path / "a.yaml", **base | keys)])
+    assert message in str(error.value)
+
+
+def test_a_line_without_flags_is_refused():
+    with pytest.raises(ConfigError, match="expected a command line"):
+        translate.main(["easylm", "x.yaml"])
