@@ -19,7 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from easyaira.allocator import keep_memory
 from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
-from easyaira.config.ranges import WORDS
+from easyaira.config.ranges import WORDS, bytes_of
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, did_you_mean, one_line, shortened
@@ -45,6 +45,11 @@ def parser_of(config_class: type) -> ArgumentParser:
     debug_option(parser)
     dry_run_options(parser, "Print the plan and the cost of a step; train nothing.")
     parser.add_argument(
+        "--memory",
+        metavar="12GiB",
+        help="Dry run for a GPU with this much memory: whether it suffices, and what would.",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
         help="Dry run that searches for the fastest mesh, gradient_accumulation_steps and "
@@ -65,8 +70,8 @@ def dry_run_options(parser: ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--topology",
         metavar="v5p:4x4x2",
-        help="Dry run for a TPU pod that you do not have (yet): v3, v4, v5e, v5p or v6e and the "
-        "chips on each side; needs libtpu.",
+        help="Dry run for devices that you do not have (yet). A TPU pod: v3, v4, v5e, v5p or v6e "
+        "and the chips on each side; needs libtpu. For training, GPUs too: rtx3060, h100:8.",
     )
 
 
@@ -200,7 +205,7 @@ def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
     """
     parser = parser_of(config_class)
     parsed = parse_args(parser, _expanded(_join_negative_mesh(argv), parser))
-    asked = DryRun(parsed.topology, parsed.search)
+    asked = DryRun(parsed.topology, parsed.search, bytes_of(parsed.memory))
     dry_run = asked if parsed.dry_run or any(asked) else None
     return _instantiated(config_class, parser, parsed), dry_run
 
@@ -221,7 +226,7 @@ def configuration(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def _instantiated(config_class: type, parser: ArgumentParser, parsed: Any) -> Any:
-    for key in ("config", "debug", "dry_run", "topology", "search", PROVENANCE):
+    for key in ("config", "debug", "dry_run", "topology", "search", "memory", PROVENANCE):
         parsed.pop(key, None)
     return config_class(**vars(parser.instantiate(parsed)))
 

@@ -746,7 +746,7 @@ def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
         assert count in reports[how]
         targets = "self_attn.q_proj, self_attn.k_proj, self_attn.o_proj, mlp.down_proj"
         assert f"on {targets}" in reports[how]
-        table = plan_report.plan(setup, algorithm)
+        table = plan_report.table(setup)
         assert ("q_proj/kernel/nf4" in table) == (how == "nf4")
         assert "q_proj/lora_a" in table
     assert "held in nf4" in reports["nf4"] and "held in float32" in reports[None]

@@ -239,7 +239,7 @@ def test_what_memory_is_for_adds_up_to_what_the_compiler_says(ground, devices):
     assert rows["optimizer"] == pytest.approx(2 * rows["weights"], rel=1e-3)
     assert rows["gradients"] == 2 * rows["weights"]  # of a micro-batch, and of those before it
     assert not plan.failures
-    text = plan_report.show(setup, plan)
+    text = plan_report.show(setup, plan, None)
     assert "fits" not in text and "(this device's memory is unknown)" in text
     assert "2 micro-batches x 4 data shards x" in text
 
@@ -290,7 +290,7 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
 
     def lines(memory):
         monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip(1e9, memory, 1e9, 1e8))
-        return list(search.search(setup, algorithm))
+        return list(search.search(setup, algorithm, memory))
 
     def needed(proposed):
         flags = proposed.removeprefix("propose ").split()
@@ -298,10 +298,14 @@ def test_search_proposes_what_fits(ground, devices, monkeypatch):
         return measure(prepare(config, algorithm), algorithm).program.memory
 
     monkeypatch.setattr(cost, "measure", measure)
-    _, tried, proposed = lines(1e12)
+    _, *table, tried, proposed = lines(1e12)
+    assert any(line.endswith("(as given)") for line in table)
+    seconds = [float(line.split()[1]) for line in table[1:]]
+    assert seconds == sorted(seconds)
     assert "gradient_checkpointing none" in tried and "; fits: " in tried
     fastest = needed(proposed)
-    _, *tried, proposed = lines(fastest - 1)
+    _, *rest, proposed = lines(fastest - 1)
+    tried = [line for line in rest if line.startswith("search")]
     assert all("does not fit" in line for line in tried[:-1]) and "; fits: " in tried[-1]
     assert needed(proposed) < fastest
     with pytest.raises(ConfigError, match="nothing fits"):

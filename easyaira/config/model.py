@@ -30,8 +30,9 @@ class ModelConfig:
     """Override for the longest sequence in config.json (rotary models only). The released
     config.json has the new value."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Computing precision. auto: bfloat16 on accelerators, float32 on CPU. tf32: float32 whose
-    matrix products round to 10-bit mantissas, on GPUs that support it; float32 never rounds so.
+    """Computing precision. auto: bfloat16 on accelerators that have it, else float32. tf32:
+    float32 whose matrix products round to 10-bit mantissas, on GPUs that support it; float32 never
+    rounds so.
     Weights, optimizer state, norms, softmax and losses are always float32."""
     gradient_checkpointing: Literal["none", "dots", "full"] = "none"
     """Activations stored for the backward pass: none: all; dots: results of matrix products;

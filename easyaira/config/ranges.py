@@ -5,9 +5,12 @@ Fractions are computed in float32 and counts in int32, so no option may overflow
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jsonargparse.typing import restricted_number_type
+
+from easyaira.errors import ConfigError, shortened
 
 WORDS = {  # name of a type -> its values, for messages
     "PositiveInt": "a whole number from 1",
@@ -47,3 +50,17 @@ MaxSteps = _number(
     ("!=", 0),
     ("<", 2**31),
 )
+
+
+def bytes_of(size: str | None) -> float | None:
+    """Bytes of a size such as 12GiB.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)", size)
+    if not match or not float(match[1]):
+        raise ConfigError(f"--memory: expected a size such as 12GiB, got {shortened(size)}")
+    return float(match[1]) * {"GiB": 2**30, "GB": 1e9, "MiB": 2**20, "MB": 1e6}[match[2]]

@@ -32,12 +32,14 @@ class DryRun(NamedTuple):
     """A run that is planned and not executed.
 
     Attributes:
-        topology: the TPU pod to plan for; None: the devices of this machine.
+        topology: the TPU pod or GPUs to plan for; None: the devices of this machine.
         search: search for faster settings.
+        memory: bytes of a device; without a topology, of a GPU of any kind.
     """
 
     topology: str | None = None
     search: bool = False
+    memory: float | None = None
 
 
 @dataclass(frozen=True)

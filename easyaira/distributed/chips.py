@@ -48,12 +48,30 @@ CHIPS = {
     "NVIDIA A100": Chip(312e12, 40 * GB, 1555 * GB, 300 * GB),
     "NVIDIA H100": Chip(989e12, 80 * GB, 3350 * GB, 450 * GB),
     "NVIDIA H200": Chip(989e12, 141 * GB, 4800 * GB, 450 * GB),
+    "AMD Instinct MI300X": Chip(1307e12, 192 * GB, 5300 * GB, 448 * GB),
+}
+# Cards whose names others begin with (RTX 3060 Ti): matched exactly. Speeds are those of bfloat16
+# with float32 sums, without sparsity, from the white papers of Turing, GA102 and AD102 and the data
+# sheets of T4, V100, A10G and L4; of T4 and V100, which lack bfloat16, those of float32. Links are
+# PCIe, and NVLink for V100. A card has its memory in GiB; as many GB, 7 % less, are for programs.
+# Error correction takes 1 to 1.5 GiB of T4, L4 and A10G.
+CARD_CHIPS = {
+    "NVIDIA GeForce RTX 3060": Chip(25.5e12, 12 * GB, 360 * GB, 32 * GB),
+    "NVIDIA GeForce RTX 4070": Chip(58.3e12, 12 * GB, 504 * GB, 32 * GB),
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 24 * GB, 936 * GB, 32 * GB),
+    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24 * GB, 1008 * GB, 32 * GB),
+    "Tesla T4": Chip(8.1e12, 15 * GB, 320 * GB, 16 * GB),
+    "NVIDIA L4": Chip(121e12, 22.5 * GB, 300 * GB, 32 * GB),
+    "NVIDIA A10G": Chip(70e12, 22.5 * GB, 600 * GB, 32 * GB),
+    "Tesla V100-SXM2-16GB": Chip(15.7e12, 16 * GB, 900 * GB, 150 * GB),
 }
 
 
 def chip_of(device_kind: str) -> Chip | None:
     """Specs of a device kind, or None if the table lacks it."""
     name = device_kind.replace(" lite", "e")  # TPU v5 lite is sold as v5e
+    if name in CARD_CHIPS:
+        return CARD_CHIPS[name]
     return next((chip for kind, chip in CHIPS.items() if name.startswith(kind)), None)
 
 
@@ -81,18 +99,43 @@ QUIET = {  # without these, libtpu queries the metadata server of a cloud TPU ma
 }
 
 
+BILLED = {"v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}  # units of a chip
+
+
+def sides_of(name: str) -> str:
+    """The topology of a name on the bill: v5p-64 counts cores, two a chip, and is v5p:4x4x2. Other
+    names are returned as they are."""
+    match = re.fullmatch(r"(v\w+)-(\d+)", name)
+    if not match or match[1] not in BILLED:
+        return name
+    kind = match[1].replace("litepod", "e")
+    chips, rest = divmod(int(match[2]), BILLED[match[1]])
+    if rest or chips < 1 or chips & (chips - 1):
+        return name
+    dimensions, power = TOPOLOGIES[kind], chips.bit_length() - 1
+    powers = [(power + i) // dimensions for i in range(dimensions)]
+    if dimensions == 3:
+        powers.reverse()  # 4x4x2; in two dimensions 4x8
+    return f"{kind}:{'x'.join(str(1 << p) for p in powers)}"
+
+
 def pod(name: str) -> list[Any]:
     """Devices of a TPU pod, without hardware: for compiling programs, not for running them.
 
     Args:
-        name: chip kind and number of chips on each side, such as v5p:4x4x2.
+        name: chip kind and number of chips on each side, such as v5p:4x4x2, or as on the bill,
+            such as v5p-64.
 
     Raises:
         ConfigError: the pod is unknown, or libtpu (the TPU compiler) is not installed.
     """
+    name = sides_of(name)
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
     if not match or TOPOLOGIES.get(match[1], 0) != match[2].count("x") + 1:
-        raise ConfigError(f"topology: {name!r} is not known; use for example {KNOWN}")
+        raise ConfigError(
+            f"topology: {name!r} is not known; use for example {KNOWN}, or v5p-64 as on the bill; "
+            "training commands also know GPUs, such as rtx3060 or h100:8 (docs/gpus.md)"
+        )
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
 

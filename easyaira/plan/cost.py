@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyaira.distributed.cards import Absent
 from easyaira.distributed.chips import chip_of
 from easyaira.distributed.sharding import like
 from easyaira.distributed.tree import by_path
@@ -20,6 +21,7 @@ from easyaira.losses import token_logps
 from easyaira.models.attention import LONG_BLOCK, block_of
 from easyaira.models.layers import Scores, padded_vocab
 from easyaira.models.model import Model
+from easyaira.plan.counted import counted
 from easyaira.plan.hlo import Program, compiled
 from easyaira.train import loader
 from easyaira.train import step as steps
@@ -90,10 +92,14 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
 
 
 def measure(setup: Setup, algorithm: Algorithm) -> Plan:
-    """Compile the largest update and measure it."""
+    """Compile the largest update, or count it for a device that is not there, and measure it."""
     update = largest_update(setup, algorithm)
     sizes = sizes_of(setup, algorithm, update)
-    program = compiled(lambda: lower_step(setup, algorithm, update.batch), update.chunks[0])
+    if isinstance(setup.mesh.devices.flat[0], Absent):
+        depth = depth_of(setup.model)
+        program = counted(setup, algorithm, update.batch, update.chunks[1], depth, sizes)
+    else:
+        program = compiled(lambda: lower_step(setup, algorithm, update.batch), update.chunks[0])
     in_step = algorithm.frozen(setup) is not None
     work = work_of(setup, update, in_step)
     return Plan(update, sizes, work, program, failures(setup, program))

@@ -56,6 +56,7 @@ class Program(NamedTuple):
         refused: the compiler's message if the program does not fit in memory, else "".
         collectives: the same for all devices; None if the program's text cannot be read.
         rematerialized: the compiler's warnings about arrays replicated to reshard them.
+        counted: not compiled; see plan/counted.py.
     """
 
     seconds: float
@@ -65,6 +66,7 @@ class Program(NamedTuple):
     refused: str = ""
     collectives: list[Collective] | None = None
     rematerialized: tuple[str, ...] = ()
+    counted: bool = False
 
     @property
     def memory(self) -> int:

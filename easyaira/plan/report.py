@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from easyaira.distributed.chips import memory_of
+from easyaira.distributed.cards import Absent
 from easyaira.distributed.tree import by_path
-from easyaira.plan import cost
 from easyaira.plan.cost import REACHED, Plan, seconds_of
+from easyaira.plan.counted import ERROR
 from easyaira.plan.hlo import Program
 from easyaira.train import optimizer
-from easyaira.train.algorithm import Algorithm
+from easyaira.train.resolve import has_weights, lacks_bfloat16
 from easyaira.train.setup import Setup
 
 
@@ -43,6 +41,8 @@ def _new_head(setup: Setup) -> str:
     adapters = setup.config.lora and setup.config.lora.adapter
     if not setup.model.scorer or setup.config.model.init == "random" or adapters:
         return ""  # saved adapters contain the head
+    if not has_weights(setup.origin):  # a plan
+        return ""
     missing = setup.origin.check(setup.stored)
     if not missing:
         return ""
@@ -61,18 +61,33 @@ def table(setup: Setup) -> str:
     return "\n".join(lines)
 
 
-def plan(setup: Setup, algorithm: Algorithm) -> str:
-    """Sharding of the parameters and cost of the largest update, without allocating arrays."""
-    return f"{table(setup)}\n\n{show(setup, cost.measure(setup, algorithm))}"
+def method(setup: Setup) -> str:
+    """Line about how the memory will be found."""
+    device, compute = setup.mesh.devices.flat[0], setup.model.compute
+    if not isinstance(device, Absent):
+        line = "plan    compiling the largest update; takes minutes for a large model"
+    else:
+        line = (
+            "plan    counting the memory of the largest update, as no compiler for "
+            f"{device.device_kind} is installed; the count may be wrong by {ERROR:.0%}"
+        )
+    if lacks_bfloat16(device) and compute.dtype.itemsize == 4:
+        line += f"\nwarning: {device.device_kind} has no bfloat16; float32, and no float16, is used"
+    return line
 
 
-def show(setup: Setup, plan: Plan) -> str:
-    """Format a plan."""
+def show(setup: Setup, plan: Plan, room: float | None) -> str:
+    """Format a plan.
+
+    Args:
+        room: bytes of a device, or None.
+    """
     update, program, device = plan.update, plan.program, setup.mesh.devices.flat[0]
     lines = [
         f"largest update: {_count(update.parts, 'micro-batch', 'es')} x "
         f"{_count(setup.batches.shards, 'data shard')} x {_count(update.rows, 'row')} x "
-        f"{_count(update.length, 'token')}; compiled in {program.seconds:.0f} s"
+        f"{_count(update.length, 'token')}; {'counted' if program.counted else 'compiled'} in "
+        f"{program.seconds:.0f} s"
     ]
     lines += ["", f"{'bytes per device':24}{'MiB':>10}"]
 
@@ -101,7 +116,8 @@ def show(setup: Setup, plan: Plan) -> str:
     else:
         lines += [
             f"time    about {seconds:,.3g} s (estimate): products at {REACHED['products']:.0%} "
-            f"of a {device.device_kind}'s peak, communication not overlapped"
+            f"of a {device.device_kind}'s peak, communication not overlapped",
+            _chip_hours(setup, seconds),
         ]
     lines += [f"failure {text}" for text in plan.failures]
     if not program.refused:
@@ -110,12 +126,28 @@ def show(setup: Setup, plan: Plan) -> str:
             f"memory per device: {held:,.0f} MiB held (weights, optimizer, batch), {used:,.0f} MiB "
             "in a step"
         ]
-    return "\n".join([*lines, fits(device, program)[1]])
+    words = fits(program, room)[1]
+    if room and isinstance(device, Absent) and room >= program.memory > room * JAX_TAKES:
+        words += "; set XLA_PYTHON_CLIENT_MEM_FRACTION=.93, since JAX takes 75 % by default"
+    return "\n".join([*lines, words])
 
 
-def fits(device: Any, program: Program) -> tuple[bool, str]:
+JAX_TAKES = 0.75 / 0.93  # share that JAX takes of a GPU by default, of what programs may use
+
+
+def _chip_hours(setup: Setup, seconds: float) -> str:
+    hours = seconds * setup.total_steps * setup.mesh.size / 3600
+    device = setup.mesh.devices.flat[0].device_kind
+    return (
+        f"cost    at most about {hours:,.3g} device hours (estimate): {setup.total_steps:,} "
+        f"updates as large as this one on {setup.mesh.size} x {device}; without compilation, "
+        "evaluation and export"
+    )
+
+
+def fits(program: Program, room: float | None) -> tuple[bool, str]:
     """Whether a program fits in a device's memory, and a sentence that says so."""
-    needed, room = f"{program.memory / 2**30:,.2f} GiB", memory_of(device)
+    needed = f"{'about ' if program.counted else ''}{program.memory / 2**30:,.2f} GiB"
     if program.refused:
         return False, f"does not fit: {program.refused}"
     if room is None:
@@ -147,6 +179,8 @@ def _count(n: int, noun: str, plural: str = "s") -> str:
 
 
 def _communication(plan: Plan, devices: int) -> str:
+    if plan.program.counted and devices > 1:
+        return "communication is not counted"
     if plan.program.refused or devices == 1:
         return "" if devices > 1 else "no communication: one device"
     if plan.program.collectives is None:

@@ -5,13 +5,12 @@ others are compiled in order until one fits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from easyaira.distributed import chips
 from easyaira.distributed import mesh as meshes
-from easyaira.distributed.chips import memory_of
 from easyaira.distributed.sharding import shardings
 from easyaira.errors import ConfigError
 from easyaira.plan import cost
@@ -43,14 +42,17 @@ class Candidate(NamedTuple):
         )
 
 
-def search(setup: Setup, algorithm: Algorithm) -> Iterator[str]:
-    """Yield a log line per compiled candidate, and finally the proposed settings.
+def search(setup: Setup, algorithm: Algorithm, room: float | None) -> Iterator[str]:
+    """Yield a table of the fastest candidates, a log line per compiled one, and finally the
+    proposed settings.
+
+    Args:
+        room: bytes of a device, if they are known.
 
     Raises:
         ConfigError: no candidate fits, or the chip is unknown.
     """
     devices = list(setup.mesh.devices.flat)
-    room = memory_of(devices[0])
     if room is None or chips.chip_of(devices[0].device_kind) is None:
         raise ConfigError(
             f"search: the chip {devices[0].device_kind} is unknown, so settings cannot be "
@@ -59,20 +61,40 @@ def search(setup: Setup, algorithm: Algorithm) -> Iterator[str]:
     ranked = sorted(candidates(setup, algorithm), key=lambda candidate: candidate.seconds)
     may_fit = [candidate for candidate in ranked if candidate.least <= room]
     yield f"search  {len(ranked)} settings; {len(may_fit)} may fit in {room / 2**30:,.2f} GiB"
+    yield from ranking(setup, may_fit, ranked)
     refused: list[Setup] = []
     for candidate in may_fit:
         if any(_needs_more(candidate.setup, other) for other in refused):
             continue
-        tried = prepare(candidate.setup.config, algorithm, devices)
-        fits, words = plan_report.fits(
-            tried.mesh.devices.flat[0], cost.measure(tried, algorithm).program
-        )
+        tried = prepare(candidate.setup.config, algorithm, devices, planned=True)
+        fits, words = plan_report.fits(cost.measure(tried, algorithm).program, room)
         yield f"search  {candidate.flags()}: about {candidate.seconds:,.3g} s; {words}"
         if fits:
             yield f"propose {candidate.flags()}"
             return
         refused.append(candidate.setup)
     raise ConfigError("search: nothing fits; use more devices, a smaller data.max_length, or lora")
+
+
+SHOWN = 10  # candidates
+
+
+def ranking(
+    setup: Setup, may_fit: Sequence[Candidate], ranked: Sequence[Candidate]
+) -> Iterator[str]:
+    """A table of the fastest candidates that may fit, and of the run's own settings."""
+    yield f"{'rank':>6}{'s/update':>10}{'device hours':>14}{'GiB, at least':>15}  settings"
+    best = {id(one) for one in may_fit[:SHOWN]}
+    for rank, candidate in enumerate(ranked, 1):
+        given = _settings(candidate.setup) == _settings(setup)
+        if given or id(candidate) in best:
+            hours = candidate.seconds * setup.total_steps * setup.mesh.size / 3600
+            figures = f"{candidate.seconds:>10,.3g}{hours:>14,.3g}{candidate.least / 2**30:>15,.2f}"
+            yield f"{rank:>6}{figures}  {candidate.flags()}{' (as given)' if given else ''}"
+
+
+def _settings(setup: Setup) -> tuple[Any, ...]:
+    return tuple(setup.mesh.shape.values()), setup.batches.accumulation, _keeps(setup)
 
 
 def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:

@@ -17,7 +17,8 @@ from easyaira.config.run import DryRun, RunConfig
 from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
-from easyaira.distributed.chips import pod
+from easyaira.distributed.cards import planned_devices
+from easyaira.distributed.chips import memory_of
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError
 from easyaira.export import adapter_base, release
@@ -27,6 +28,7 @@ from easyaira.plan import cost, decoding
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
 from easyaira.plan.search import search
+from easyaira.plan.smaller import smaller
 from easyaira.run import closing, provenance
 from easyaira.run import folder as run_folder
 from easyaira.run import report as run_report
@@ -92,16 +94,23 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
 
 def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     """Print the plan of a run without running it."""
-    setup = prepare(config, algorithm, dry_run.topology and pod(dry_run.topology))
+    devices = planned_devices(dry_run.topology, dry_run.memory)
+    setup = prepare(config, algorithm, devices, planned=True)
+    room = dry_run.memory or memory_of(setup.mesh.devices.flat[0])
     print(plan_report.describe(setup), flush=True)
-    print("plan    compiling the largest update; takes minutes for a large model", flush=True)
+    print(plan_report.method(setup), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
-        print(plan_report.plan(setup, algorithm), flush=True)
+        plan = cost.measure(setup, algorithm)
+        print(f"{plan_report.table(setup)}\n\n{plan_report.show(setup, plan, room)}", flush=True)
+        if room and plan.program.memory > room and setup.mesh.devices.flat[0].platform == "gpu":
+            print("to fit, counted:", flush=True)
+            for line in smaller(setup, algorithm, room):
+                print(line, flush=True)
         if algorithm.on_policy:
             sampler = rollouts.make_sampler(setup)
             rows, slots = rollouts.largest_cache(setup, sampler)
             print(decoding.cache_line(sampler, setup.mesh, rows, slots), flush=True)
-        for line in search(setup, algorithm) if dry_run.search else ():
+        for line in search(setup, algorithm, room) if dry_run.search else ():
             print(line, flush=True)
 
 

@@ -29,20 +29,23 @@ class Resolved(NamedTuple):
     max_length: int
 
 
-def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
+def find(
+    config: RunConfig, mesh: Mesh, scorer: bool | None = None, *, planned: bool = False
+) -> Resolved:
     """Find and check model, tokenizer, template and lengths. No weight is read.
 
     Args:
         config: the run's.
         mesh: the devices of the run.
         scorer: whether the model must score texts or generate them; None: as config.json says.
+        planned: weights are not downloaded, and not checked if they are absent.
 
     Raises:
         EasyAiraError: a file is missing, or model, tokenizer and configuration do not fit.
     """
     random = config.model.init == "random"
     name, revision = config.model.name_or_path, config.model.revision
-    origin = pretrained.find(name, revision, weights_wanted=not random)
+    origin = pretrained.find(name, revision, weights_wanted=not random and not planned)
     stored = model_of(origin.config, origin.where, scorer=scorer)
     if config.model.max_positions is not None:
         stored = _with_positions(stored, config.model.max_positions)
@@ -54,7 +57,7 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
             "to that or less"
         )
     stored = replace(stored, compute=_compute(config, mesh, stored, max_length))
-    if not random:
+    if not random and (has_weights(origin) or not planned):
         origin.check(stored)
     tokenizer = origin.tokenizer(config.model.tokenizer)
     encoder = stored.architecture.encoder
@@ -67,6 +70,11 @@ def find(config: RunConfig, mesh: Mesh, scorer: bool | None = None) -> Resolved:
     )
     model = _resized(config, stored, template)
     return Resolved(origin, stored, model, tokenizer, template, max_length)
+
+
+def has_weights(origin: Pretrained) -> bool:
+    """False for a Hugging Face folder of texts alone, which suffices for a plan."""
+    return origin.step is not None or any(origin.folder.glob("*.safetensors"))
 
 
 KERNELS = {"tpu": ("splash",), "gpu": ("pallas",)}  # attention kernels, in order of preference
@@ -84,7 +92,7 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Co
         kernels = ()  # splash needs bfloat16 products, which these chips lack
     dtype, attention = config.model.dtype, config.model.attention
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = "float32" if platform == "cpu" or lacks_bfloat16(device) else "bfloat16"
     if tf32 := dtype == "tf32":
         dtype = "float32"
     compute = Compute(
@@ -104,6 +112,12 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Co
     elif reason := obstacle(attention, model, compute):
         raise ConfigError(f"model.attention: {attention} {reason}; use auto")
     return replace(compute, attention=attention, unroll_up_to=UNROLL_UP_TO.get(platform, 0))
+
+
+def lacks_bfloat16(device: Any) -> bool:
+    """True for GPUs before Ampere (T4, V100), which compute bfloat16 in float32, slowly."""
+    capability = getattr(device, "compute_capability", None)
+    return device.platform == "gpu" and capability is not None and float(capability) < 8
 
 
 def obstacle(kernel: str, model: Model, compute: Compute) -> str | None:

@@ -111,7 +111,11 @@ def read_data(config: RunConfig, resolved: Resolved, recipe: Recipe) -> dataset.
 
 
 def prepare(
-    config: RunConfig, algorithm: Algorithm, devices: Sequence[jax.Device] | None = None
+    config: RunConfig,
+    algorithm: Algorithm,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    planned: bool = False,
 ) -> Setup:
     """Find and check everything that a run needs. Nothing is computed, and no weight is read.
 
@@ -119,6 +123,7 @@ def prepare(
         config: the run's.
         algorithm: SFT, DPO, reward modelling or on-policy training.
         devices: devices of the run, which may be mere descriptions; default: all available ones.
+        planned: the run will not start, so that the model's weights may be absent.
 
     Raises:
         EasyAiraError: a fault in configuration, model, tokenizer or data.
@@ -133,7 +138,7 @@ def prepare(
             "devices cannot share equally; use a multiple of "
             f"{shards * config.gradient_accumulation_steps}"
         )
-    resolved = find(config, mesh, algorithm.scorer)
+    resolved = find(config, mesh, algorithm.scorer, planned=planned)
     model = resolved.model
     sharding.shardings(model.shapes, model.rules, mesh)  # raises if the mesh does not divide them
     adapter = None if config.lora is None else _adapter(config, resolved)
