@@ -2,6 +2,8 @@
 
 import html
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import jax
@@ -17,7 +19,7 @@ from easyaira.config.run import DryRun
 from easyaira.data.batches import Batches
 from easyaira.data.examples import of_tokens
 from easyaira.distributed import mesh as meshes
-from easyaira.errors import ConfigError, Preempted, RewardError
+from easyaira.errors import ConfigError, Preempted, RewardError, WeightsError
 from easyaira.losses.completions import completion_places, take
 from easyaira.rewards.model import RewardModel
 from easyaira.rewards.reward import function_of
@@ -637,9 +639,44 @@ def test_prompts_are_counted(ground, tmp_path):
     assert report["dropped"] == {"prompt leaves no room for an answer": 1}
 
 
-def test_a_dry_run_plans_the_largest_update(ground, tmp_path, capsys):
-    options = options_of(ground, max_steps=2)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys):
+    """Policy, value model, reference, reward model and the cache, in float32."""
+    options = options_of(ground, **CYCLES["ppo"]) | {"rl.reward": str(ground / "bert")}
+    if adapters:
+        options |= {"lora.r": 2, "lora.target_modules": "[c_attn]"}
     config, algorithm = configure("rl", ground / "gpt2", ground, tmp_path / "run", **options)
     run(config, algorithm, dry_run=DryRun())
-    assert "memory per device" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    sizes = {
+        words[1]: float(words[2].replace(",", "")) * 2**20
+        for words in re.finditer(r"^([^\d\n]+?) +([\d,.]+)  [a-z]", output, re.MULTILINE)
+    }
+    policy = tiny.load(ground / "gpt2")[0]
+    scorer = RewardModel(str(ground / "bert"), None).model
+    half = 0.005 * 2**20  # of the last digit
+    count = 0 if adapters else policy.parameter_count()
+    assert sizes["reference"] == pytest.approx(4 * count, abs=half)
+    assert sizes["reward models"] == pytest.approx(4 * scorer.parameter_count(), abs=half)
+    # the tied head is a matrix of its own there
+    assert 1 <= sizes["weights for sampling"] / (4 * policy.parameter_count()) < 2
+    rows, slots = map(int, re.search(r"of (\d+) rows in (\d+) slots", output).groups())
+    cache = 2 * policy.config.n_layer * rows * slots * policy.config.width * 4
+    assert sizes["keys and values"] == pytest.approx(cache, abs=half)
+    words = re.search(r"whole run needs .* GiB; (.*) in an update, (.*) in a roll-out", output)
+    assert words and all(float(size) < 0.1 for size in words.groups())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_needs_no_weights_of_reward_and_value_model(ground, tmp_path, capsys):
+    """A run that lacks them says so before its first update."""
+    for name in ("bert", "judge"):
+        shutil.copytree(ground / name, tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+    options = options_of(ground, **CYCLES["ppo"])
+    options |= {"rl.reward": str(tmp_path / "bert"), "rl.value_model": str(tmp_path / "judge")}
+    config, algorithm = configure("rl", ground / "gpt2", ground, tmp_path / "run", **options)
+    run(config, algorithm, dry_run=DryRun())
+    assert "whole run needs" in capsys.readouterr().out
+    with pytest.raises(WeightsError, match="judge: no model.safetensors"):
+        run(config, algorithm, dry_run=None)

@@ -97,11 +97,6 @@ def measure(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> Decoding:
     return Decoding(rows, slots, per_device(weights), per_device(state.cache), program)
 
 
-def cache_line(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> str:
-    """The memory of keys and values in words."""
-    return _cache(rows, slots, cache_size(sampler, mesh, rows, slots))
-
-
 def _cache(rows: int, slots: int, size: int) -> str:
     return (
         f"cache   keys and values of {rows:,} rows in {slots:,} slots, at most: {size:,} bytes "

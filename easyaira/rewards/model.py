@@ -21,6 +21,7 @@ from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import loader
+from easyaira.train.resolve import has_weights
 
 TEXTS = 16  # texts per device and call
 SHORTEST_ROW = 64  # tokens
@@ -60,7 +61,8 @@ class RewardModel:
         self.origin = pretrained.find(origin) if isinstance(origin, str) else origin
         compute = Compute(dtype=jnp.dtype(dtype))
         self.model = model_of(self.origin.config, self.origin.where, compute, scorer=True)
-        if missing := self.origin.check(self.model):
+        # a plan needs no weights; without them, `load` fails
+        if has_weights(self.origin) and (missing := self.origin.check(self.model)):
             raise ConfigError(
                 f"{self.name}: is no reward model, as it has no {missing[0]}; train one with "
                 "easyaira reward"

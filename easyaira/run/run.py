@@ -24,7 +24,7 @@ from easyaira.errors import ConfigError
 from easyaira.export import adapter_base, release
 from easyaira.export.hf_config import Facts, released, value_released
 from easyaira.export.records import Records
-from easyaira.plan import cost, decoding
+from easyaira.plan import cost, on_policy
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
 from easyaira.plan.search import search
@@ -107,9 +107,9 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
             for line in smaller(setup, algorithm, room):
                 print(line, flush=True)
         if algorithm.on_policy:
-            sampler = rollouts.make_sampler(setup)
-            rows, slots = rollouts.largest_cache(setup, sampler)
-            print(decoding.cache_line(sampler, setup.mesh, rows, slots), flush=True)
+            held = sum(plan.sizes[name] for name in ("weights", "optimizer", "frozen"))
+            for line in on_policy.show(setup, plan.program, held, room):
+                print(line, flush=True)
         for line in search(setup, algorithm, room) if dry_run.search else ():
             print(line, flush=True)
 

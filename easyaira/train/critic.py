@@ -20,7 +20,7 @@ from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import optimizer
-from easyaira.train.resolve import Resolved
+from easyaira.train.resolve import Resolved, has_weights
 from easyaira.train.step import LossFn
 from easyaira.train.trainable import Adapters, FullWeights
 
@@ -64,7 +64,8 @@ def critic_of(name: str | None, init: str, resolved: Resolved, mesh: Mesh) -> Cr
             f"{resolved.model.vocab_size}; a value model must share the policy's tokenizer"
         )
     random = name is None and init == "random"
-    missing = [] if random else origin.check(scorer)
+    # a plan needs no weights; without them, `start` fails
+    missing = origin.check(scorer) if not random and has_weights(origin) else []
     if name is not None and missing:
         raise ConfigError(
             f"rl.value_model: {name} has no {missing[0]}; name a reward model, or leave it out to "

@@ -1,0 +1,97 @@
+"""Memory of an on-policy run: what it holds beside its updates, and a roll-out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from easyaira.algorithms import rollouts
+from easyaira.algorithms.reference import reference_model
+from easyaira.config.run import TrainRL
+from easyaira.distributed.cards import Absent
+from easyaira.plan import decoding
+from easyaira.plan.cost import per_device
+from easyaira.plan.hlo import Program
+from easyaira.rewards.model import RewardModel
+from easyaira.rewards.reward import Reward
+from easyaira.train.setup import Setup
+
+
+class RollOut(NamedTuple):
+    """Bytes per device.
+
+    Attributes:
+        reference, rewards: their weights, held through the run.
+        weights: prepared for sampling.
+        cache: keys and values of the most tokens.
+        temporaries: of the compiled decoding; 0 where it cannot be compiled.
+        rows, slots: of the cache, over all devices.
+    """
+
+    reference: int
+    rewards: int
+    weights: int
+    cache: int
+    temporaries: int
+    rows: int
+    slots: int
+
+    @property
+    def beside(self) -> int:
+        """Held beside an update."""
+        return self.reference + self.rewards
+
+    @property
+    def sampling(self) -> int:
+        """Beside weights and optimizer state, while answers are sampled."""
+        return self.beside + self.weights + self.cache + self.temporaries
+
+
+def measure(setup: Setup) -> RollOut:
+    """Count the weights, and compile the decoding for devices that a compiler knows."""
+    config: TrainRL = setup.config  # type: ignore[assignment]
+    reference = 0
+    own = config.model.ref_name_or_path is None
+    if config.rl.beta and not (own and setup.adapter):  # the base of adapters is their reference
+        reference = per_device(reference_model(setup).target(setup.mesh))
+    reward = Reward(config.rl.rewards, None, setup.mesh, setup.model.compute.dtype)
+    models = [scorer.model for scorer in reward.scorers if isinstance(scorer, RewardModel)]
+    rewards = sum(per_device(model.target(setup.mesh)) for model in models)
+    sampler = rollouts.make_sampler(setup)
+    rows, slots = rollouts.largest_cache(setup, sampler)
+    if isinstance(setup.mesh.devices.flat[0], Absent):
+        stored = per_device(setup.model.target(setup.mesh))  # in 32 bits
+        weights, used = stored * setup.model.compute.dtype.itemsize // 4, 0
+        cache = decoding.cache_size(sampler, setup.mesh, rows, slots)
+    else:
+        _, _, weights, cache, program = decoding.measure(sampler, setup.mesh, rows, slots)
+        used = program.temporaries
+    return RollOut(reference, rewards, weights, cache, used, rows, slots)
+
+
+def show(setup: Setup, update: Program, held: float, room: float | None) -> Iterator[str]:
+    """Lines about a roll-out, and whether the run fits.
+
+    Args:
+        update: its program.
+        held: bytes of weights, frozen ones too, and optimizer state.
+        room: bytes of a device, or None.
+    """
+    cost = measure(setup)
+    yield f"{'bytes per device':24}{'MiB':>10}"
+    for name, size, words in (
+        ("reference", cost.reference, "held beside updates"),
+        ("reward models", cost.rewards, "held beside updates"),
+        ("weights for sampling", cost.weights, "in a roll-out"),
+        ("keys and values", cost.cache, f"of {cost.rows:,} rows in {cost.slots:,} slots, at most"),
+        ("decoding", cost.temporaries, "a step of it"),
+    ):
+        yield f"{name:24}{size / 2**20:>10,.{0 if size >= 10 * 2**20 else 2}f}  {words}"
+    updating, sampling = update.memory + cost.beside, held + cost.sampling
+    needed = max(updating, sampling)
+    enough = "needs" if room is None else "fits:" if needed <= room else "does not fit:"
+    of = "" if room is None else f" of {room / 2**30:,.2f} GiB"
+    yield (
+        f"whole run {enough} {needed / 2**30:,.2f} GiB{of}; {updating / 2**30:,.2f} in an update, "
+        f"{sampling / 2**30:,.2f} in a roll-out"
+    )
