@@ -105,6 +105,10 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
     groups = {option.rpartition(".")[0] for option in options}
     for key, value in content.items():
         name = f"{group}{key}"
+        if name in ("config", "print_config"):
+            raise ConfigError(f"{name}: is for the command line; give it there as --{name}")
+        if beside := [other for other in content if f"{key}".startswith(f"{other}.")]:
+            raise ConfigError(f"{name}: write it inside {group}{beside[0]}, which stands beside it")
         if name in options:
             _check_null(name, value, _hint(parser, name))
         if name in SOURCES:

@@ -99,6 +99,12 @@ def test_what_is_wrong_is_named_in_one_line(argv, message):
         ("model: {rev: x}", "model.rev: no such option; did you mean model.revision?"),
         ("trainer: {x: 1}", "trainer"),
         ("seed: [1, 2]", "seed"),
+        (
+            "optimizer.weight_decay: 1\noptimizer: {learning_rate: 1}",
+            "optimizer.weight_decay: write it inside",
+        ),
+        ("data: {packing: true}\ndata.packing: false", "data.packing: write it inside data"),
+        ("config: other.yaml", ":1: config: is for the command line; give it there as --config"),
         ("seed: null", ":1: seed: expected a value, got null"),
         ("data:\n  packing:\n", ":2: data.packing: expected a value, got null"),
         ("data: {train: [{path: a, weight: null}]}", r"data.train\[0\].weight: expected a value"),

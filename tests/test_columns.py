@@ -127,6 +127,8 @@ def test_pairs_of_transcripts_split_at_the_last_answer(tmp_path):
     assert read(tmp_path, row, task="pair") == BOTH
     other = {"chosen": row["chosen"], "rejected": "\n\nHuman: Why?\n\nAssistant: Go."}
     assert "answer different prompts" in refused(tmp_path, other, task="pair")
+    windows = {name: text.replace("\n", "\r\n") for name, text in row.items()}
+    assert read(tmp_path, windows, task="pair") == BOTH
     ended = {"chosen": start + "Go.\n\nHuman: Why?", "rejected": start + "Go.\n\nHuman: What?"}
     assert "must end in an assistant's turn" in refused(tmp_path, ended, task="pair")
 
@@ -283,6 +285,26 @@ def test_other_filled_columns_and_keys_are_counted_by_name(tmp_path, capsys):
             "column messages: key name (1 rows)"
         ]
     assert json.loads(json.dumps(expected)) == expected
+
+
+def test_many_unused_columns_are_one_short_line(tmp_path, capsys):
+    row = {"messages": [ASKED, ANSWERED]} | {f"c{i}": 1 for i in range(300)} | {"x" * 9999: 1}
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]))
+    assert len(data.report["train"]["not used"]) == 301
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not used" in line)
+    assert line.endswith("column c19 (1 rows), and 281 more, in data_report.json")
+
+
+@pytest.mark.parametrize("task", ["conversation", "pair"])
+def test_answers_that_repeat_their_prompt_are_counted(task, tmp_path):
+    question = "What is the capital of Brazil?"
+    answers = {"completion": f"{question} Brasilia."}
+    if task == "pair":
+        answers = {"chosen": f" {question} Brasilia.", "rejected": f"{question}\nRio."}
+    rows = [{"prompt": question} | answers]
+    rows.append({"prompt": "Good day."} | {name: f"Good day. {name}" for name in answers})
+    noted = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task=task).report["train"]["noted"]
+    assert noted == {"an answer begins with its prompt, which is then learned with it": 1}
 
 
 def test_a_column_that_another_replaces_is_counted(tmp_path):

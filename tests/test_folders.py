@@ -52,6 +52,8 @@ SPLITS = {
     },
     "folders": {"train/a.jsonl": "train", "test/a.jsonl": "test", "test/b.jsonl": "test"},
     "a word in a word": {"trainer_testimony.jsonl": "train", "latest.jsonl": "train"},
+    "ours": {"dpo_held_out.jsonl": "validation", "held_out.jsonl": "validation"}
+    | {"train.jsonl": "train"},
     "others": {"a.jsonl": "train", "b.jsonl": "train", "test.jsonl": "test"},
 }  # fmt: skip
 
@@ -169,6 +171,12 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         ("a.jsonl", b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
         ("a.json", b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
         ("a.csv", b"PK\x03\x04", "is a zip archive; unpack it"),
+        ("a.jsonl", b'[{"n": 1}]', "is one JSON list and not an object a line; name it .json"),
+        (
+            "a.jsonl",
+            b' [\n  {"n": 1}\n]',
+            "is one JSON list and not an object a line; name it .json",
+        ),
         ("a.jsonl", b"PAR1", "is Parquet; name it .parquet"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "is Zstandard; decompress it"),
     ],

@@ -202,7 +202,7 @@ def _turns(row: Record, name: str, *, bare: bool = False) -> list[Message]:
     """Parse `### Human: ...### Assistant: ...`, the format of OpenAssistant-Guanaco, or the same
     with a blank line for `###`, the format of HH-RLHF; `bare`: the first blank line is missing."""
     transcript = "\n\n" + _text(row, name).lstrip() if bare else _text(row, name)
-    mark = "### " if transcript.lstrip().startswith("###") else "\n\n"
+    mark = "### " if transcript.lstrip().startswith("###") else r"(?:\r?\n){2}"
     before, *parts = re.split(rf"{mark}(Human|Assistant):", transcript)
     if before.strip() or not parts:
         raise Unreadable(f"column {name}: must begin with ### Human: or ### Assistant:")

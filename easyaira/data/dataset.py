@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +17,9 @@ from easyaira.data.columns import FORMS, Message, Record, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
-from easyaira.errors import ConfigError, DataError, TokenizerError, escaped
+from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, shortened
 
+SHOWN = 20  # columns that are not used, in the log
 CUT_SHARE = 0.05  # warn above this share of rows that are cut
 RESIZE = ", or set model.resize"
 OVERLAP = 0.01  # warn above this share of held-out examples whose prompt is also trained on
@@ -144,8 +146,11 @@ def _read(
     account.check(config.max_dropped)
     _warn_of_cuts(account, config.truncation, recipe.max_length, label)
     if account.unread:
-        unread = ", ".join(f"{name} ({count} rows)" for name, count in account.unread.items())
-        print(f"data    {label}: filled and not used: {escaped(unread)}", flush=True)
+        first = itertools.islice(account.unread.items(), SHOWN)
+        shown = [f"{shortened(name)} ({count} rows)" for name, count in first]
+        if left := len(account.unread) - len(shown):
+            shown.append(f"and {left} more, in data_report.json")
+        print(f"data    {label}: filled and not used: {escaped(', '.join(shown))}", flush=True)
     return _joined(parts), account
 
 

@@ -1,6 +1,7 @@
 """Data files of a folder or a pattern, and their splits; folders that the package datasets saved.
 
-Names are read as `datasets` reads them: a README's `configs:`, else words like train and test.
+Names are read as `datasets` reads them: a README's `configs:`, else words like train and test;
+`held_out`, which our commands write, is one of them here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from easyaira.files import decoded, parse_yaml, read_file, read_json, reason
 SPLITS = {  # word in a name -> split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("held_out", "held-out", "heldout", "holdout"), "validation"),  # of ours
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 WORD = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join(SPLITS)})(?=[-._ 0-9/]|$)")

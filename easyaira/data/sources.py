@@ -160,12 +160,17 @@ FORMATS = {  # first bytes of files that are not text
 }
 
 
+LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|$)")  # of objects
+
+
 def _check_format(path: Path) -> None:
     """Raise DataError if a file whose name promises text holds something else."""
     if not path.name.endswith((".jsonl", ".json", ".csv")):
         return
     with open(path, "rb") as file:
-        start = file.read(8)
+        start = file.read(64)
+    if path.suffix == ".jsonl" and LIST.match(start):
+        raise DataError(f"{path}: is one JSON list and not an object a line; name it .json")
     for magic, mend in FORMATS.items():
         if start.startswith(magic):
             raise DataError(f"{path}: {mend}")

@@ -24,6 +24,7 @@ CHUNK_CHARACTERS = 2**24  # of them, at most
 SHOWN = 12  # rows shown in a report
 LONGEST_SHOWN = 2000  # tokens of a span shown in a report
 KEPT = "trained on"
+REPEATED = "an answer begins with its prompt, which is then learned with it"
 STATES = {True: "trained", False: "masked"}
 
 
@@ -195,6 +196,8 @@ def _texts(
             template.accepts(messages)
         except DataError as error:
             raise Dropped(str(error)) from error
+    if all(map(_repeats, texts)):
+        row.notes.append(REPEATED)
     answered = [i for i, turn in enumerate(texts[0]) if turn["role"] == "assistant"]
     if unlearned.issuperset(answered) or (recipe.last_turn_only and answered[-1] in unlearned):
         raise Dropped("no answer to learn")
@@ -215,6 +218,14 @@ def _number(row: columns.Record, name: str) -> float:
     if not 0 <= number <= float(np.finfo(np.float32).max):
         raise columns.Unreadable(f"column {name}: wanted a number from 0, found {row[name]!r}")
     return number
+
+
+def _repeats(messages: Sequence[columns.Message]) -> bool:
+    """Whether the last answer begins with its question, of several words."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return False
+    asked, answer = (message["content"].strip() for message in messages[-2:])
+    return answer.startswith(asked) and len(asked.split(maxsplit=3)) > 3
 
 
 def _unlearned(messages: list[columns.Message], prompt: int, recipe: Recipe) -> set[int]:
