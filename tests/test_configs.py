@@ -82,6 +82,18 @@ LLAMA_3_8B = llama(4096, 14336, 32, 32, 8, 131_072) | {
 SMOLLM2 = llama(2048, 8192, 24, 32, 32, 8192) | {
     "vocab_size": 49_152, "tie_word_embeddings": True, "rope_theta": 130_000,
 }  # fmt: skip
+SMOLLM3 = llama(2048, 11008, 36, 16, 4, 65_536) | {
+    "model_type": "smollm3", "vocab_size": 128_256, "tie_word_embeddings": True, "rope_theta": 5e6,
+    "no_rope_layer_interval": 4,
+}  # fmt: skip
+QWEN3 = llama(1024, 3072, 28, 16, 8, 40_960) | {
+    "model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "tie_word_embeddings": True,
+    "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+LLAMA_3_1B = LLAMA_3_8B | {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "tie_word_embeddings": True, "rope_scaling": LLAMA_3_8B["rope_scaling"] | {"factor": 32.0},
+}  # fmt: skip
 TULU_13B = LLAMA_13B | {"max_position_embeddings": 8192, "rms_norm_eps": 1e-6}
 
 
@@ -127,6 +139,19 @@ OF_SMOLLM2 = {
     },
     "length": 49_152,
     "starts": 2,
+}  # fmt: skip
+OF_SMOLLM3 = {
+    "controls": {"other": ("<|im_start|>", 128_011), "eos": ("<|im_end|>", 128_012)},
+    "length": 128_256,
+    "starts": 0,
+}
+OF_QWEN3 = {
+    "controls": {
+        "pad": ("<|endoftext|>", 151_643), "other": ("<|im_start|>", 151_644),
+        "eos": ("<|im_end|>", 151_645),
+    },
+    "length": 151_669,
+    "starts": 0,
 }  # fmt: skip
 OPT_IDS = [50265, 50266, 50267, 50268, 50269]
 TULU = [1, 2, 0, None, None]
@@ -194,6 +219,28 @@ CASES = {
         dpo=True,
         **OF_SMOLLM2,
     ),
+    "smollm3-3b-apo": Case(
+        SMOLLM3,
+        115_250 + 54_096,
+        3_075_098_624,
+        5293,
+        530,
+        1e-6,
+        [None, 128_012, None, None, None],
+        dpo=True,
+        **OF_SMOLLM3,
+    ),
+    "qwen3-0.6b-dpo": Case(
+        QWEN3,
+        62_100,
+        596_049_920,
+        1000,
+        0,
+        5e-7,
+        [None, 151_645, None, None, 151_643],
+        dpo=True,
+        **OF_QWEN3,
+    ),
 }
 
 
@@ -221,6 +268,11 @@ RL = {
     "aira-2-124m-rl": Case(AIRA, 41762, 124_442_880, 652, 66, 5e-6, GPT2_IDS),
 }
 BACKWARD = Case(LLAMA_7B, 9846, 6_738_415_616, 616, 19, 1e-4)
+ALPACA = Case(LLAMA_3_1B, 50_000, 1_235_814_400, 1563, 10, 2e-4, **OF_LLAMA_3)  # rows: any number
+LORA = {  # with the trainable parameters, the adapted matrices of a layer, and the scale
+    "backward-llama-2-7b": (BACKWARD, 8_388_608, 4, 4),
+    "llama-3.2-1b-lora": (ALPACA, 11_272_192, 7, 2),
+}
 
 
 def tokenizer_of(case, name, length=None):
@@ -232,7 +284,7 @@ def tokenizer_of(case, name, length=None):
     elif case.controls and length is None:
         controls = {key: token for key, (token, _) in case.controls.items()}
         places, length = [place for _, place in case.controls.values()], case.length
-    elif kind in ("llama", "mistral"):
+    elif kind in ("llama", "mistral", "smollm3", "qwen3"):
         controls, length = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}, length or 32000
         places = [0, 1, 2]
     elif kind == "opt":
@@ -255,12 +307,14 @@ def tokenizer_of(case, name, length=None):
         fast.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in names]
         )
-    elif kind not in ("gpt2", "bloom"):  # they put a start token in front of a text
-        bos = controls["bos"]
+    elif kind not in ("gpt2", "bloom") and "bos" in controls:
+        bos = controls["bos"]  # these put a start token in front of a text
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
         )
     named = {f"{key}_token": value for key, value in controls.items()}
+    if "other" in controls:
+        named["additional_special_tokens"] = [named.pop("other_token")]
     if kind in ("gpt2", "opt"):
         named |= {"eos_token": controls["bos"], "unk_token": controls["bos"]}
     return PreTrainedTokenizerFast(tokenizer_object=fast, **named)
@@ -309,7 +363,7 @@ def test_every_configuration_has_its_case():
         *CASES,
         *REWARD,
         *RL,
-        "backward-llama-2-7b",
+        *LORA,
         "humpback-llama-2-7b",
     }
 
@@ -328,7 +382,7 @@ def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
     assert ids == case.ids
     prompt = resolved.template.prompt([{"role": "user", "content": "Hi"}]).tolist()
     assert prompt.count(case.ids[0]) == case.starts
-    assert prompt[0] == case.ids[0]
+    assert prompt[0] == case.ids[0] or not case.starts
     epoch = len(
         Batches(examples(case.rows), config.train_batch_size, drop_last=config.data.drop_last)
     )
@@ -336,7 +390,8 @@ def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
     assert (total, optimizer.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
     schedule = optimizer.make_schedule(config.optimizer, total)
     rates = [float(schedule(step)) for step in (0, case.warmup, total)]
-    np.testing.assert_allclose(rates, [0, case.peak, 0], atol=1e-12, rtol=1e-6)
+    first, last = case.peak * (not case.warmup), case.peak * config.optimizer.min_lr_rate
+    np.testing.assert_allclose(rates, [first, case.peak, last], atol=1e-12, rtol=1e-6)
     assert max(float(schedule(step)) for step in range(0, total, 97)) <= case.peak * (1 + 1e-6)
     assert resolved.max_length == config.data.max_length
 
@@ -523,10 +578,11 @@ def test_on_policy_runs_have_their_sizes_and_train(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", LORA)
+def test_adapters_have_the_published_sizes_and_train(name, tmp_path, monkeypatch):
     from easyaira.lora.adapter import adapter_of
 
-    name, case = "backward-llama-2-7b", BACKWARD
+    case, trainable, matrices, scale = LORA[name]
     argv = [
         f"--config={CONFIGS / name}.yaml",
         f"--model.name_or_path={folder_of(case, name, tmp_path / 'base')}", "--mesh=fsdp=-1",
@@ -535,8 +591,8 @@ def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monk
     model = model_of(case.base, "here")
     adapter = adapter_of(config.lora, model)
     shapes = jax.tree.leaves(jax.eval_shape(adapter.init, jax.random.key(0)))
-    assert sum(leaf.size for leaf in shapes) == 8_388_608
-    assert adapter.scale == 4
+    assert sum(leaf.size for leaf in shapes) == trainable
+    assert adapter.scale == scale
     assert model.parameter_count() == case.parameters
     total = updates(config, len(Batches(examples(case.rows), config.train_batch_size)))
     assert (total, optimizer.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
@@ -546,17 +602,20 @@ def test_the_backward_model_has_the_published_adapters_and_trains(tmp_path, monk
     folder = folder_of(case, name, tmp_path / "small", shrunk=True)
     tiny.torch_model(json.loads((folder / "config.json").read_text())).save_pretrained(folder)
     rows = [{"text": f"### Human: what {i}?### Assistant: yes"} for i in range(24)]
+    if case is ALPACA:
+        rows = [{"instruction": "what", "input": f"{i}?", "output": "yes"} for i in range(24)]
     data = tiny.write_rows(tmp_path / "data.jsonl", rows)
     cli.run_command(
         train_sft.main,
         [
             argv[0], f"--model.name_or_path={folder}", f"--data.train={data}", "--mesh=fsdp=-1",
             "--max_steps=3", "--train_batch_size=8", "--num_samples=0",
+            "--optimizer.warmup_ratio=0", "--optimizer.warmup_steps=1",
             f"--output_dir={tmp_path / 'run'}",
         ],
     )  # fmt: skip
     peft = pytest.importorskip("peft")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/hf")
     trained = [p for n, p in loaded.named_parameters() if "lora_B" in n]
-    assert len(trained) == 8 and all(p.abs().sum() > 0 for p in trained)  # 2 layers x 4
+    assert len(trained) == 2 * matrices and all(p.abs().sum() > 0 for p in trained)
     run_usage(tmp_path / "run/hf")

@@ -484,7 +484,7 @@ def hub(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         call = signature.bind(*args, **kwargs).arguments
-        Hub.calls.append((call["path"], call["split"], call["streaming"]))
+        Hub.calls.append((call["path"], call["name"], call["split"], call["streaming"]))
         if isinstance(Hub.rows, Exception):
             raise Hub.rows
         return iter(Hub.rows) if call["streaming"] else datasets.Dataset.from_list(Hub.rows)
@@ -495,8 +495,8 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
 def test_a_hub_data_set_is_asked_for_by_its_id_and_split(streaming, hub):
-    data = load([Source("owner/data", "test", streaming=streaming)])
-    assert set(hub.calls) == {("owner/data", "test", streaming)}
+    data = load([Source("owner/data", "test", streaming=streaming, subset="sub")])
+    assert set(hub.calls) == {("owner/data", "sub", "test", streaming)}
     assert data.report["train"]["kept"] == data.report["train"]["read"] == 5
     places = [located.place for located in sources.read(Source("owner/data", streaming=streaming))]
     assert places == [f"owner/data:{n}" for n in range(1, 6)]
@@ -549,6 +549,7 @@ def test_a_stream_that_breaks_off_is_an_error_with_its_place(error, hub):
 def test_a_local_file_is_not_streamed(tmp_path):
     file = tiny.write_rows(tmp_path / "a.jsonl", ROWS)
     assert "streaming is for hub data sets" in error_of([Source(str(file), streaming=True)])
+    assert "subset is for hub data sets" in error_of([Source(str(file), subset="sub")])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def read(source: Source) -> Iterator[Located]:
 
 def content_key(source: Source) -> str | None:
     """Hash of the rows that `read` yields, for caches; None for streamed data."""
-    digest = hashlib.sha256(json.dumps([source.split, source.columns]).encode())
+    digest = hashlib.sha256(json.dumps([source.subset, source.split, source.columns]).encode())
     if files := _files(source):
         for file in files:
             digest.update(file.name.encode())
@@ -108,8 +108,9 @@ def _files(source: Source) -> list[Path]:
         return folders.files_matching(path, source.split, tuple(READERS))
     if not path.exists() and not _looks_like_hub_id(source.path):
         raise DataError(f"{source.path}: no such file or folder; check the path")
-    if path.exists() and source.streaming:
-        raise DataError(f"{path}: streaming is for hub data sets; leave it out for local files")
+    for option in ("streaming", "subset"):
+        if path.exists() and getattr(source, option):
+            raise DataError(f"{path}: {option} is for hub data sets; leave it out for local files")
     if not path.exists() or folders.is_saved(path):
         return []
     if path.is_dir():
@@ -361,7 +362,8 @@ def _load_with_datasets(source: Source) -> Any:
     try:
         if path.is_dir():
             return datasets.load_from_disk(str(folders.saved(path, source.split)))
-        return datasets.load_dataset(source.path, split=source.split, streaming=source.streaming)
+        options = {"split": source.split, "streaming": source.streaming}
+        return datasets.load_dataset(source.path, source.subset, **options)
     except EasyAiraError:
         raise
     except Exception as error:  # the library raises many types, which all mean the same here
