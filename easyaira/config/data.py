@@ -32,6 +32,8 @@ class Source:
     """Chat template of this source; default: data.template."""
     streaming: bool = False
     """Read a hub data set row by row over the network, without downloading it first."""
+    name: str | None = None
+    """Configuration of a hub data set, as in datasets.load_dataset; default: its only one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class DataConfig:
     """Training and held-out data."""
 
     train: str | list[Source]
-    """Hub id, file or folder, or a list of {path, split, columns, weight, template, streaming}."""
+    """Hub id, file or folder, or a list of {path, split, name, columns, weight, template,
+    streaming}."""
     split: str = "train"
     """Split of a hub data set that is named by a plain string."""
     columns: dict[str, str] = field(default_factory=dict)
