@@ -37,6 +37,7 @@ PARSED = (
     "backtranslate",
     "demo",
     "translate",
+    "push",
     *TRAINING,
 )  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
@@ -119,7 +120,7 @@ def why_parsed(command: Command) -> str | None:
         "it needs the compiler of a device": "--topology" in text or "--search" in text,
         "it needs an object store": re.search(r"\b(gs|s3)://", text),
         "it records a run of minutes": Path(command.page).name in RECORDS,
-        "it has tests of its own": module == "selftest",
+        "it has tests of its own": module in ("selftest", "push"),
     }
     return next((why for why, holds in reasons.items() if holds), None)
 

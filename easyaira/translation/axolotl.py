@@ -87,7 +87,7 @@ COMMON: Table = {
         "include_tokens_per_second profiler_steps test_value",
     ),
     **no_effect(
-        "the run uploads nothing",
+        "set push_to_hub in the translated file to upload",
         "hub_model_id hub_strategy hf_use_auth_token hub_revision push_to_hub",
     ),
     **no_effect(

@@ -76,7 +76,7 @@ TRAINING: Table = {
         "eval_delay prediction_loss_only eval_on_start include_for_metrics batch_eval_metrics",
     ),
     **no_effect(
-        "the run uploads nothing",
+        "set push_to_hub in the translated file to upload",
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
         "hub_revision push_to_hub_revision push_to_hub_model_id",
     ),
