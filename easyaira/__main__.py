@@ -24,6 +24,7 @@ COMMANDS = {  # name: (module, purpose)
     "convert": ("convert", "write a run or checkpoint as a Hugging Face folder, or the reverse"),
     "translate": ("translate", "rewrite a configuration of TRL, axolotl, ... as ours"),
     "verify": ("verify", "check a released folder against its proof"),
+    "push": ("push", "verify a released folder and upload it to the hub"),
     "inspect": ("inspect", "show what a configuration would train on"),
     "quickstart": ("quickstart", "run every stage, from data to export, on a small model"),
     "selftest": ("selftest", "check the numbers on this machine's devices"),

@@ -41,6 +41,7 @@ RECIPES = {
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     },
     "dpo": {"beta": 0.2, "label_smoothing": 0.1, "precompute_ref_log_probs": True},
+    "dpo-robust": {"loss_type": ["robust"], "label_smoothing": 0.1, "max_grad_norm": 0.0},
     "dpo-apo": {"beta": 0.05, "loss_type": ["apo_zero"], "lr_scheduler_type": "constant"},
 }  # fmt: skip
 TRL_SIDE = """
@@ -103,7 +104,7 @@ def both(folder: Path, name: str, keys: dict) -> tuple[list[float], list[float]]
     run(sys.executable, "-m", "easyaira", kind, "--config", translated, "--output_dir", output,
         "--export", "false", "--num_samples", "0", "--mesh", "fsdp=1")  # fmt: skip
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return theirs, [line["loss"] for line in lines if "loss" in line]
+    return theirs, [line["loss"] for line in lines if line["step"] and "loss" in line]
 
 
 def run(*command) -> str:

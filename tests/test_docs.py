@@ -1,6 +1,7 @@
 """README.md, CONTRIBUTING.md and docs/: every command is run in a small form or parsed, every
 snippet compiles, every option, file and link that is named exists."""
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -15,7 +16,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from easyaira import __main__, cli, demo, quickstart
+from easyaira import __main__, cli, demo, quickstart, translate
 from easyaira.backtranslation import curate
 from easyaira.config.run import TrainReward, TrainRL
 from easyaira.distributed import chips
@@ -35,6 +36,8 @@ PARSED = (
     "best_of",
     "backtranslate",
     "demo",
+    "translate",
+    "push",
     *TRAINING,
 )  # whose parser is asked
 RECORDS = ("results.md", "performance.md")
@@ -74,6 +77,7 @@ def commands_of(block: Block) -> list[Command]:
             one, words = words[:end], words[end + 1 :]
             while one and re.fullmatch(r"[A-Z_]+=.*", one[0]):
                 one = one[1:]
+            one = one[: one.index(">")] if ">" in one else one
             commands.append(Command(block.page, block.line, tuple(one)))
     return commands
 
@@ -116,7 +120,7 @@ def why_parsed(command: Command) -> str | None:
         "it needs the compiler of a device": "--topology" in text or "--search" in text,
         "it needs an object store": re.search(r"\b(gs|s3)://", text),
         "it records a run of minutes": Path(command.page).name in RECORDS,
-        "it has tests of its own": module == "selftest",
+        "it has tests of its own": module in ("selftest", "push"),
     }
     return next((why for why, holds in reasons.items() if holds), None)
 
@@ -207,8 +211,11 @@ def fits(mesh: str, count: int) -> bool:
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *INLINE], ids=how)
-def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
+def test_every_command_is_one_that_its_program_takes(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    if "ours.yaml" in command.words:  # of a command before it
+        monkeypatch.chdir(tmp_path)
+        Path("ours.yaml").write_text("{model: {name_or_path: m}, data: {train: d}}")
     if (ours := split(command.words)) is None:
         assert look_up(command.words), "no rule for this command: write one in this file"
         return
@@ -272,7 +279,7 @@ def shrunk(module: str, arguments: list[str], ground: Path) -> list[str]:
         overrides += ["--rl.num_generations=2", "--rl.max_completion_length=8"]
     if not Path(config.model.name_or_path).exists():
         overrides.append(f"--model.name_or_path={model_like(config.model.name_or_path, ground)}")
-    if not Path(config.data.train).exists():
+    if isinstance(config.data.train, str) and not Path(config.data.train).exists():
         overrides.append(f"--data.train={data_like(config.data.train, module, ground)}")
         overrides.append("--data.split=train")
     return arguments + overrides
@@ -322,12 +329,30 @@ def run(command: Command, ground: Path) -> None:
         tasks.write_data(Path(arguments[arguments.index("--data") + 1]))
     if module == "convert":
         arguments[1] = newest(arguments[1])
+    if module == "translate":
+        return translated(arguments, ground)
     if module == "quickstart":
         pytest.fail("it runs from its own script; name that, or write a rule")
     if module == "demo":  # served in test_demo.py
         demo.build(cli.parse_args(demo.parser(), arguments))
         return
     importlib.import_module(f"easyaira.{module}").main(arguments)
+
+
+def translated(arguments: list[str], ground: Path) -> None:
+    """Translate a file of the page's name, or a small one in its place, to ours.yaml."""
+    content = {"model_name_or_path": str(ground / "llama"), "output_dir": "runs/translated"}
+    content["dataset_name"] = str(ground / "train_sft.jsonl")
+    if arguments[0] == "axolotl":
+        content = {"base_model": "m", "datasets": [{"path": "d", "type": "chat_template"}]}
+    if arguments[0] == "llama-factory":
+        content = {"model_name_or_path": "m", "dataset": "d", "template": "llama3"}
+    if arguments[1].endswith(".yaml") and not Path(arguments[1]).exists():
+        dropped = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--drop"]
+        Path(arguments[1]).write_text(yaml.safe_dump(content | dict.fromkeys(dropped, 1)))
+    target = "ours.yaml" if arguments[0] == "trl" else "other.yaml"
+    with open(target, "w") as file, contextlib.redirect_stdout(file):
+        translate.main(arguments)
 
 
 COUNTRIES = (

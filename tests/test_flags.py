@@ -16,6 +16,7 @@ from easyaira import (
     evaluate,
     generate,
     inspect,
+    push,
     selftest,
     train_dpo,
     train_reward,
@@ -39,6 +40,7 @@ COMMANDS = {
     "selftest": selftest.main,
     "verify": verify.main,
     "translate": translate.main,
+    "push": push.main,
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),
     **{
         f"backtranslate {step}": lambda argv, step=step: backtranslate.main([step, *argv])

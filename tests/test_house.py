@@ -40,7 +40,7 @@ FLOORS = """
     loaded
     chat/
     in_python
-    train_sft train_dpo train_reward train_rl inspect convert generate verify translate
+    train_sft train_dpo train_reward train_rl inspect convert generate verify translate push
     backtranslation/
     evaluate best_of backtranslate demo quickstart
     selftest
@@ -298,6 +298,7 @@ def cpu_seconds(code):
         "backtranslate",
         "verify",
         "translate",
+        "push",
         "quickstart",
     ],
 )

@@ -2,6 +2,7 @@
 every number is the one that its trainer computes."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from easyaira import cli, translate
 from easyaira.config.model import LoraConfig
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
+from easyaira.translation import recipe
 from easyaira.translation.translation import translate as translated
 from easyaira.translation.verdicts import Computed, NoEffect, Same, Unsupported
 from helpers import tiny
@@ -95,6 +97,48 @@ def ours(capsys, *argv):
 MINIMAL = {"model_name_or_path": "m", "dataset_name": "o/d", "output_dir": "out"}
 
 
+# The page of keys, written anew by: python tests/test_translate.py
+
+PAGE = Path(__file__).parents[1] / "docs/coming_from.md"
+
+
+def table(name):
+    """The keys of a source by verdict, as a table; a task's own ones are marked."""
+    tables = SOURCES[name].tables
+    keys = {key: verdict for table in tables.values() for key, verdict in table.items()}
+    rows = {}
+    for key, verdict in keys.items():
+        tasks = [task for task, table in tables.items() if key in table]
+        mark = f" ({', '.join(tasks)})" if len(tasks) < len(tables) else ""
+        match verdict:
+            case Same(option):
+                rows.setdefault(("same", ""), []).append(f"{key}{mark} → `{option}`")
+            case Computed():
+                rows.setdefault(("computed", ""), []).append(f"{key}{mark}")
+            case NoEffect(why):
+                rows.setdefault(("no effect here", f": {why}"), []).append(f"{key}{mark}")
+            case Unsupported(why):
+                rows.setdefault(("not supported", f": {why}"), []).append(f"{key}{mark}")
+    lines = [f"### {SOURCES[name].name}", "", "| verdict | keys |", "| --- | --- |"]
+    order = ("same", "computed", "no effect here", "not supported")
+    for kind, why in sorted(rows, key=lambda row: order.index(row[0])):
+        lines.append(f"| {kind}{why} | {', '.join(rows[kind, why])} |")
+    return "\n".join(lines)
+
+
+def page():
+    """The page with the tables as they are."""
+    tables = "\n\n".join(map(table, SOURCES))
+    head, tail = PAGE.read_text().split("<!-- keys -->")[::2]
+    return f"{head}<!-- keys -->\n\n{tables}\n\n<!-- keys -->{tail}"
+
+
+def test_the_page_has_every_key_with_its_verdict():
+    assert PAGE.read_text() == page(), (
+        "after a change that is meant: python tests/test_translate.py"
+    )
+
+
 # Every key
 
 
@@ -158,6 +202,20 @@ def test_every_verdict_names_an_option_or_says_why(name):
                     assert fact, key
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_computed_fact_is_read(name):
+    folder = Path(recipe.__file__).parent
+    files = ("recipe.py", "rows.py", f"{name.replace('-', '_')}.py")
+    text = "".join((folder / file).read_text() for file in files)
+    facts = {
+        verdict.fact
+        for table in SOURCES[name].tables.values()
+        for verdict in table.values()
+        if isinstance(verdict, Computed)
+    }
+    assert {fact for fact in facts if f'"{fact}"' not in text} == set()
+
+
 # Numbers
 
 
@@ -218,6 +276,14 @@ def test_adapters_keep_their_defaults_and_lose_dropout_in_dpo(tmp_path, capsys):
     assert config.lora.dropout == 0 and "lora.dropout is 0 (0.05 there)" in text
 
 
+@pytest.mark.parametrize("loss, smoothing", [("sigmoid", 0.0), ("robust", 0.1)])
+def test_label_smoothing_is_that_which_trl_reads(loss, smoothing, tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **MINIMAL, loss_type=[loss], label_smoothing=0.1)
+    config, text = ours(capsys, "trl", file)
+    assert config.dpo.label_smoothing == smoothing
+    assert ("TRL 1.16 reads 0.1 for robust" in text) == (not smoothing)
+
+
 @pytest.mark.parametrize(
     "row, options, template, learned",
     [
@@ -242,9 +308,11 @@ def test_what_is_learned_follows_from_the_columns(
 def test_a_mixture_keeps_its_weights_and_splits(tmp_path, capsys):
     file = write(
         tmp_path / "a.yaml", model_name_or_path="m", dataset_mixer={"o/a": 1.0, "o/b": 0.5},
-        dataset_splits=["train_prefs", "test_prefs"], eval_strategy="steps", eval_steps=5, beta=0.1,
+        dataset_splits=["train_prefs", "test_prefs"], eval_strategy="steps", eval_steps=5,
+        dataset_configs=["en", "default"], rpo_alpha=0.1,
     )  # fmt: skip
     config, _ = ours(capsys, "trl", file)
+    assert [s.name for s in config.data.train] == ["en", None]
     assert [(s.path, s.split, s.weight) for s in config.data.train] == [
         ("o/a", "train_prefs", 1.0), ("o/b", "train_prefs", 0.5),
     ]  # fmt: skip
@@ -349,7 +417,7 @@ def test_open_instruct_counts_rows_and_names_its_losses(tmp_path, capsys):
     assert [s.split for s in config.data.train] == ["train", "train[:500]"]
     assert (config.data.template, config.save_steps) == ("tulu", 1000)
     sft = {key: value for key, value in TULU_DPO.items() if "dpo" not in key}
-    config, _ = ours(capsys, "open-instruct", write(tmp_path / "b.yaml", **sft))
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "b.yaml", **sft), "--task", "sft")
     assert config.sft.completion_only_loss and config.sft.assistant_only_loss
 
 
@@ -403,3 +471,7 @@ def test_other_sources_refuse_by_name(source, keys, message, tmp_path):
 def test_a_line_without_flags_is_refused():
     with pytest.raises(ConfigError, match="expected a command line"):
         translate.main(["easylm", "x.yaml"])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

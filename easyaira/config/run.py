@@ -23,7 +23,8 @@ PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored 
 # options that may differ when a run resumes: they change results by rounding at most
 MAY_CHANGE = """
     mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
-    save_total_limit gradient_accumulation_steps model.gradient_checkpointing data.cache_dir
+    save_total_limit push_to_hub hub_private_repo gradient_accumulation_steps
+    model.gradient_checkpointing data.cache_dir
 """.split()
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
 
@@ -184,6 +185,11 @@ class RunConfig:
     """auto: resume the run in output_dir, or start one; must: fail if output_dir holds no run."""
     export: bool = True
     """Export a Hugging Face folder to output_dir/hf at the end."""
+    push_to_hub: str | None = None
+    """Repository on the hub (owner/name) to upload that folder to, once it is verified. Needs a
+    token (hf auth login, or HF_TOKEN)."""
+    hub_private_repo: bool | None = None
+    """Whether a new repository is private; null: the owner's default."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     energy: EnergyConfig | None = None
     """Track the energy of the training: {country: BRA}."""
@@ -196,6 +202,10 @@ class RunConfig:
                 "lora: needs pretrained weights, since random ones are not saved and the adapter "
                 "would be useless; set model.init to pretrained, or lora to null"
             )
+        if self.push_to_hub is not None and not is_repo(self.push_to_hub):
+            raise ConfigError(f"push_to_hub: expected owner/name, got {self.push_to_hub!r:.80}")
+        if self.push_to_hub is not None and not self.export:
+            raise ConfigError("push_to_hub: uploads the export; set export to true")
         if re.match(r"\w+:/", place := self.checkpoint_dir or "") and not re.match(
             r"(gs|s3)://[^/]+", place
         ):
@@ -293,6 +303,12 @@ class TrainRL(RunConfig):
     def cycle(self) -> int:
         """Updates of a roll-out."""
         return self.answers // self.train_batch_size * self.rl.num_iterations
+
+
+def is_repo(name: str) -> bool:
+    """Whether a name is owner/name, as the hub has them."""
+    part = r"[A-Za-z0-9][\w.-]*"
+    return re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and len(name) <= 96
 
 
 def _refuse_dropout(config: RunConfig, where: str) -> None:

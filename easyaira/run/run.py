@@ -21,7 +21,7 @@ from easyaira.distributed.cards import planned_devices
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError
-from easyaira.export import adapter_base, release
+from easyaira.export import adapter_base, hub, release
 from easyaira.export.hf_config import Facts, released, value_released
 from easyaira.export.records import Records
 from easyaira.plan import cost, on_policy
@@ -54,6 +54,8 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(provenance.made_with(config))
         energy.check(config.energy)
+        if config.push_to_hub and not dry_run and hosts.first():
+            hub.check(config.push_to_hub)
         watchdog.beat("reading model and data", bounded=False)
         if dry_run:
             return show(config, algorithm, dry_run)
@@ -264,6 +266,9 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
             report = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         if report:
             print(f"export  {release.summary(report)}", flush=True)
+            if config.push_to_hub:
+                url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
+                print(f"pushed  {url}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
 
 

@@ -49,7 +49,6 @@ COMMON: Table = {
         lora_target_linear peft_use_rslora=use_rslora
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
-        use_tensorboard use_wandb
     """),
     **no_effect(
         "says how PyTorch computes, and not what",
@@ -77,17 +76,18 @@ COMMON: Table = {
     ),
     **no_effect(
         "the log, the report and the cache are EasyAira's own",
-        "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model wandb_mode "
-        "mlflow_experiment_name mlflow_tracking_uri mlflow_run_name comet_project_name debug "
-        "dataset_prepared_path dataset_keep_in_memory push_dataset_to_hub eval_table_size "
-        "eval_max_new_tokens eval_table_max_new_tokens shuffle_merged_datasets logging_dir "
-        "use_swanlab swanlab_project swanlab_experiment_name swanlab_description swanlab_mode "
-        "swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer "
-        "swanlab_workspace swanlab_log_model use_otel_metrics otel_metrics_host otel_metrics_port "
+        "use_wandb use_tensorboard wandb_project wandb_entity wandb_watch wandb_name "
+        "wandb_run_id wandb_log_model wandb_mode mlflow_experiment_name mlflow_tracking_uri "
+        "mlflow_run_name comet_project_name debug dataset_prepared_path dataset_keep_in_memory "
+        "push_dataset_to_hub eval_table_size eval_max_new_tokens eval_table_max_new_tokens "
+        "shuffle_merged_datasets logging_dir use_swanlab swanlab_project "
+        "swanlab_experiment_name swanlab_description swanlab_mode swanlab_log_completions "
+        "swanlab_completion_log_interval swanlab_completion_max_buffer swanlab_workspace "
+        "swanlab_log_model use_otel_metrics otel_metrics_host otel_metrics_port "
         "include_tokens_per_second profiler_steps test_value",
     ),
     **no_effect(
-        "the run uploads nothing",
+        "set push_to_hub in the translated file to upload",
         "hub_model_id hub_strategy hf_use_auth_token hub_revision push_to_hub",
     ),
     **no_effect(
@@ -206,8 +206,8 @@ def facts(run: Recipe) -> None:
     if "warmup_steps" not in run.facts and "warmup_ratio" not in run.facts:
         run.facts["warmup_ratio"] = 0.03
         run.note("the warm-up is 0.03 of all updates, without axolotl's limit of 100 updates")
-    for what in ("eval", "save"):
-        times = run.get(f"{what}s_per_epoch")
+    for what, per_epoch in {"eval": "evals_per_epoch", "save": "saves_per_epoch"}.items():
+        times = run.get(per_epoch)
         if times is not None and run.get(f"{what}_steps") is None:
             run.facts[f"{what}_strategy"] = "epoch" if times else "no"
         elif run.get(f"{what}_steps"):
@@ -221,6 +221,8 @@ def facts(run: Recipe) -> None:
         run.note(f"special tokens are the tokenizer's own ({', '.join(own)} in the file)")
     if run.get("loss_type") == "simpo" or run.get("loss_type") == "orpo":
         run.options["dpo.reference"] = "none"
+        if run.get("loss_type") == "orpo":  # beside the likelihood, in its trainer, too
+            run.options["dpo.sft_weight"] = 1.0
     elif run.get("loss_type") == "dpo":
         run.facts["loss_type"] = "sigmoid"
     template = run.get("axolotl_template")
@@ -256,13 +258,12 @@ def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
         return {}
     if unknown := entry.keys() - set(READ):
         run.refuse("axolotl_datasets", f"{min(unknown)} of a data set has no translation")
-    if entry.get("name") not in (None, "default", "main"):
-        run.refuse("axolotl_datasets", "a configuration of a hub data set cannot be named here")
     made = {"path": entry.get("data_files") or entry.get("path")}
     if isinstance(made["path"], list):
         run.refuse("axolotl_datasets", "several data_files: write one source for each")
-    if entry.get("split") not in (None, "train"):
-        made["split"] = entry["split"]
+    for key in ("split", "name"):
+        if entry.get(key) not in (None, "train", "default"):
+            made[key] = entry[key]
     if template := FORMS[kind]:
         made["template"] = template
         run.note(

@@ -41,7 +41,7 @@ COMMON: Table = {
     **computed(f"""
         module dtype load_checkpoint {ADAMW}end_lr=end_lr {ADAMW}warmup_ratio=warmup_ratio
         {ADAMW}lr_warmup_steps=warmup_steps optimizer.accumulate_gradient_steps=accumulate
-        train_dataset.type=kind train_dataset.text_processor.fields=fields
+        train_dataset.type=kind
         eval_steps eval_freq=eval_steps
     """),
     **{
@@ -78,6 +78,7 @@ COMMON: Table = {
         "logger.wandb_dir logger.notes logger.experiment_id",
     ),
     **no_effect("the checkpoint's own config.json says it", "load_llama_config"),
+    **no_effect("columns are known by their names", "train_dataset.text_processor.fields"),
     **unsupported("the checkpoint's own config.json says it", "update_llama_config", (None, "")),
     "optimizer.type": Unsupported("there is one optimizer, AdamW", (None, "adamw")),
     ADAMW + "multiply_by_parameter_scale": Unsupported(

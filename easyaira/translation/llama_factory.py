@@ -20,13 +20,12 @@ COMMON: Table = {
         model_name_or_path model.name_or_path
         adapter_name_or_path lora.adapter
         max_samples data.max_examples
-        mask_history sft.last_turn_only
     """),
     **computed("""
         model_revision finetuning_type lora_rank=lora_r lora_alpha lora_dropout use_rslora
         lora_target quantization_bit pure_bf16=bf16 infer_dtype=dtype
         dataset=dataset_names eval_dataset=held_out_names template cutoff_len=max_length
-        val_size=test_split_size train_on_prompt packing neat_packing streaming
+        val_size=test_split_size mask_history train_on_prompt packing neat_packing streaming
     """),
     **no_effect(
         "says how PyTorch computes, and not what",
@@ -118,9 +117,13 @@ def facts(run: Recipe) -> None:
     run.facts["packing"] = run.get("packing") or run.get("neat_packing")
     learned = not run.get("train_on_prompt")
     run.facts["completion_only_loss"] = run.facts["assistant_only_loss"] = learned
+    if run.task == "sft" and run.get("mask_history"):
+        run.options["sft.last_turn_only"] = True
     loss = run.get("loss_type", "sigmoid")
     if loss in ("orpo", "simpo"):
         run.options["dpo.reference"] = "none"
+        if loss == "orpo":  # beside the likelihood, in its trainer, too
+            run.options["dpo.sft_weight"] = 1.0
     elif loss == "kto_pair":
         run.refuse("loss_type", "kto_pair is no loss of EasyAira")
     if run.get("template") not in (None, "default", "empty"):

@@ -140,7 +140,7 @@ def facts(run: Recipe) -> None:
         amounts = [float(a) if "." in str(a) else int(a) for a in mixer[1::2]]
         mixer = dict(zip(mixer[::2], amounts, strict=False))
     split = (run.get("dataset_splits") or ["train"])[0]
-    run.facts["sources"] = [_source(run, *item, split) for item in mixer.items()]
+    run.facts["sources"] = [_source(run, path, n, split) for path, n in mixer.items()]
 
 
 def _source(run: Recipe, path: str, amount: float, split: str) -> dict:
@@ -164,6 +164,5 @@ OPEN_INSTRUCT = Source(
     telling=dict.fromkeys(
         "dpo_beta beta dpo_loss_type loss_type dpo_label_smoothing label_smoothing".split(), "dpo"
     ),
-    otherwise="sft",
     prepare=facts,
 )

@@ -62,7 +62,7 @@ def batch(run: Recipe) -> None:
     run.options |= {"train_batch_size": total, "gradient_accumulation_steps": steps}
     run.note(
         f"train_batch_size {total} is {each} per device x {steps} accumulation steps x "
-        f"{run.devices} devices (--devices)"
+        f"{run.devices} device{'s'[: run.devices != 1]} (--devices)"
     )
 
 
@@ -222,6 +222,16 @@ def preference(run: Recipe) -> None:
     run.options["dpo.loss_type"] = losses
     if weights := run.get("loss_weights"):
         run.options["dpo.loss_weights"] = weights
+    names = [losses] if isinstance(losses, str) else losses
+    if smoothing := run.get("label_smoothing"):  # which TRL 1.16 reads for these alone
+        if set(names) <= {"robust", "exo_pair"}:
+            run.options["dpo.label_smoothing"] = smoothing
+        elif {"robust", "exo_pair"} & set(names):
+            run.refuse("label_smoothing", "smooths some of the losses there, and all of them here")
+        else:
+            run.note(
+                f"dpo.label_smoothing is 0: TRL 1.16 reads {smoothing} for robust and exo_pair"
+            )
     if run.options.get("dpo.f_divergence_type") == "alpha_divergence":
         run.options["dpo.f_alpha_divergence_coef"] = run.get("f_alpha_divergence_coef", 0.5)
 

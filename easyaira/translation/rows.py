@@ -27,10 +27,10 @@ def columns_of(path: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def source(run: Recipe, fact: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """A source of ours from a path, a split and a weight; what is left out stays out."""
-    if entry.pop("name", None) not in (None, "default"):
-        run.refuse(fact, "a configuration of a hub data set cannot be named here; save it as files")
+def source(entry: dict[str, Any]) -> dict[str, Any]:
+    """A source of ours; what is its default stays out."""
+    if entry.get("name") == "default":
+        entry = entry | {"name": None}
     return {key: value for key, value in entry.items() if value not in (None, 1.0, "train")}
 
 
@@ -47,8 +47,7 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         configs = run.get("dataset_configs") or [None] * len(mixer)
         pairs = list(zip(mixer.items(), configs, strict=False))
         used = [
-            source(run, "dataset_configs", {"path": path, "split": split, "weight": share,
-                                            "name": config})
+            source({"path": path, "split": split, "weight": share, "name": config})
             for (path, share), config in pairs
             for split in names
         ]  # fmt: skip
@@ -56,12 +55,11 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             {"path": path, "split": split} for path in mixer for split in held_out or [test]
         ]
     if mixed := run.get("dataset_mixture") or run.get("datasets"):
-        fact = "dataset_mixture" if run.get("dataset_mixture") else "datasets"
-        if fact == "dataset_mixture":
+        if run.get("dataset_mixture"):
             run.facts["test_split_size"] = mixed.get("test_split_size")
             mixed = mixed.get("datasets", [])
         return [
-            source(run, fact, {
+            source({
                 "path": entry.get("id") or entry.get("path") or entry.get("data_files"),
                 "split": entry.get("split"),
                 "name": entry.get("config") or entry.get("name"),
@@ -73,8 +71,8 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if not (path := run.get("dataset_name")):
         return [], []
     common = {"path": path, "streaming": streaming, "name": run.get("dataset_config")}
-    used = [source(run, "dataset_config", common | {"split": train})]
-    return used, [source(run, "dataset_config", common | {"split": test})]
+    used = [source(common | {"split": train})]
+    return used, [source(common | {"split": test})]
 
 
 def data(run: Recipe) -> None:

@@ -33,7 +33,7 @@ TRAINING: Table = {
         lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
         optim max_grad_norm bf16 fp16 tf32 gradient_checkpointing
         logging_strategy logging_steps
-        eval_strategy evaluation_strategy=eval_strategy do_eval eval_steps
+        eval_strategy evaluation_strategy=eval_strategy eval_steps
         save_strategy save_steps save_total_limit
         report_to max_seq_length=max_length
     """),
@@ -70,12 +70,13 @@ TRAINING: Table = {
         "save_only_model save_on_each_node save_safetensors resume_from_checkpoint "
         "restore_callback_states_from_checkpoint overwrite_output_dir do_train do_predict",
     ),
+    **no_effect("eval_strategy says so, too", "do_eval"),
     **no_effect(
         "held-out rows are evaluated before the first update and after the last, with our metrics",
         "eval_delay prediction_loss_only eval_on_start include_for_metrics batch_eval_metrics",
     ),
     **no_effect(
-        "the run uploads nothing",
+        "set push_to_hub in the translated file to upload",
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
         "hub_revision push_to_hub_revision push_to_hub_model_id",
     ),
@@ -130,10 +131,10 @@ DATA: Table = {
 }
 
 SFT: Table = {
-    **computed("""
-        packing packing_strategy eval_packing completion_only_loss assistant_only_loss
-        truncation_mode dataset_text_field
-    """),
+    **computed("packing completion_only_loss assistant_only_loss truncation_mode"),
+    **no_effect("packing changes padding only", "eval_packing"),
+    **no_effect("rows of plain text are refused", "dataset_text_field"),
+    "packing_strategy": Unsupported("cuts examples to fill rows", (None, "bfd", "ffd")),
     **unsupported(
         "rows are tokenised in one way",
         "dataset_kwargs",
@@ -154,13 +155,12 @@ SFT: Table = {
 DPO: Table = {
     **same("""
         beta dpo.beta
-        label_smoothing dpo.label_smoothing
         f_divergence_type dpo.f_divergence_type
         rpo_alpha dpo.sft_weight
         simpo_gamma dpo.simpo_gamma
         max_prompt_length data.max_prompt_length
     """),
-    **computed("loss_type loss_weights f_alpha_divergence_coef truncation_mode discopop_tau"),
+    **computed("label_smoothing loss_type loss_weights f_alpha_divergence_coef truncation_mode"),
     **no_effect(
         "the reference's log-probabilities are computed once, before training",
         "precompute_ref_log_probs precompute_ref_batch_size precompute_ref_eval_batch_size",
@@ -168,6 +168,7 @@ DPO: Table = {
     **no_effect(
         "nothing is generated", "generate_during_eval max_completion_length max_target_length"
     ),
+    "discopop_tau": Unsupported("the temperature is the paper's 0.05", (None, 0.05)),
     **unsupported("is no loss of EasyAira", "use_weighting ld_alpha reference_free"),
     **unsupported("moves the reference during the run", "sync_ref_model"),
     **no_effect("without sync_ref_model", "ref_model_mixup_alpha ref_model_sync_steps"),
@@ -215,8 +216,8 @@ TRL = Source(
     },
     differences={"sft": (BATCHES, DROPOUT), "dpo": (BATCHES,), "reward": (BATCHES,)},
     telling={
-        "beta": "dpo", "loss_weights": "dpo", "precompute_ref_log_probs": "dpo",
-        "label_smoothing": "dpo", "max_prompt_length": "dpo", "rpo_alpha": "dpo",
+        "loss_weights": "dpo", "precompute_ref_log_probs": "dpo",
+        "label_smoothing": "dpo", "rpo_alpha": "dpo",
         "packing": "sft", "completion_only_loss": "sft", "assistant_only_loss": "sft",
         "dataset_text_field": "sft", "packing_strategy": "sft",
         "center_rewards_coefficient": "reward",
