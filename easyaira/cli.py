@@ -24,6 +24,7 @@ from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, did_you_mean, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
+from easyaira.short_help import USAGE, HelpAll, Parser
 
 SOURCES = ("data.train", "data.eval")  # options that name data
 LISTED = r"\s*\[\s*\{"  # how a list of sources begins; other brackets are patterns of files
@@ -33,7 +34,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def parser_of(config_class: type) -> ArgumentParser:
     """Parser of a training command: a flag for every option, and --config files of options."""
-    parser = ArgumentParser(
+    parser = Parser(
+        usage=USAGE,
         description=f"{config_class.__doc__} Options come from --config files (later ones win), "
         "then from flags, such as --optimizer.learning_rate 1e-5.",
         exit_on_error=False,
@@ -42,6 +44,7 @@ def parser_of(config_class: type) -> ArgumentParser:
     parser.add_argument(
         "--config", action=ConfigFile, help="YAML file of options; may be repeated."
     )
+    parser.add_argument("--help_all", action=HelpAll)
     debug_option(parser)
     dry_run_options(parser, "Print the plan and the cost of a step; train nothing.")
     parser.add_argument(

@@ -180,7 +180,10 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
     algorithm = dpo_algorithm(config) if "dpo" in row.recipe else sft_algorithm(config)
     setup = prepare(config, algorithm, pod(row.topology))
     measured = cost.measure(setup, algorithm)
-    print(plan_report.describe(setup), plan_report.show(setup, measured), sep="\n", flush=True)
+    room = memory_of(setup.mesh.devices.flat[0])
+    print(
+        plan_report.describe(setup), plan_report.show(setup, measured, room), sep="\n", flush=True
+    )
     moved = sum(size for _, size in measured.moved().values())
     work_done = sum(measured.work.values())
     return {
@@ -190,8 +193,8 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
         "held": measured.program.arguments,
         "used": measured.program.temporaries,
         "needed": measured.program.memory,
-        "there": memory_of(setup.mesh.devices.flat[0]),
-        "fits": plan_report.fits(setup.mesh.devices.flat[0], measured.program)[0],
+        "there": room,
+        "fits": plan_report.fits(measured.program, room)[0],
         "moved": moved,
         "communication": measured.moved(),
         "sizes": measured.sizes,
@@ -215,7 +218,7 @@ def generation_figures(row: Generation) -> dict[str, Any]:
         "used": cost.program.temporaries,
         "needed": cost.program.memory,
         "there": memory_of(device),
-        "fits": plan_report.fits(device, cost.program)[0],
+        "fits": plan_report.fits(cost.program, memory_of(device))[0],
         "moved": cost.moved,
         "seconds": cost.seconds(mesh),
         "compiled": cost.program.seconds,

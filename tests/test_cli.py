@@ -376,6 +376,26 @@ def test_print_config_prints_the_resolved_configuration(capsys):
     assert printed["optimizer"]["learning_rate"] == 5e-5
 
 
+@pytest.mark.parametrize("command", [TrainSFT, TrainDPO])
+def test_help_shows_the_common_options_and_help_all_the_rest(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as end:
+            cli.parse(command, [flag])
+        assert not end.value.code
+        shown[flag] = capsys.readouterr().out
+    short, whole = shown.values()
+    assert len(short.splitlines()) <= 80 and max(map(len, short.splitlines())) <= 80
+    options = re.findall(r"^  --([\w.]+)", short, re.M)
+    assert 20 <= len(options) <= 27 and "optimizer.adam_beta1" not in options
+    assert all(f"--{name}" in whole for name in options)
+    assert "--optimizer.adam_beta1" in whole and "--lora.help lists its options" in " ".join(
+        short.split()
+    )
+    assert not re.search(r"Literal|PositiveInt|type:", short + whole)
+
+
 def test_the_command_alone_lists_all_commands(capsys):
     for argv in ([], ["--help"], ["-h"]):
         __main__.main(argv)

@@ -19,7 +19,7 @@ import yaml
 from easyaira import __main__, cli, demo, quickstart, translate
 from easyaira.backtranslation import curate
 from easyaira.config.run import TrainReward, TrainRL
-from easyaira.distributed import chips
+from easyaira.distributed import cards, chips
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.export import torch_check
@@ -198,7 +198,7 @@ def check_devices(config, dry_run) -> None:
     assert counts, config.mesh
     if dry_run and dry_run.topology:
         try:
-            chips.pod(dry_run.topology)
+            cards.machine(dry_run.topology) or chips.pod(dry_run.topology)
         except ConfigError as error:
             assert "needs" in str(error), error
 

@@ -54,6 +54,8 @@ def flags_of(main, asked="--help") -> set[str]:
     """Those that a command's help shows, with those of groups that have a help of their own."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         main([asked])
+    if asked == "--help" and "--help_all shows" in printed.getvalue():
+        return flags_of(main, "--help_all") | {"--help_all"}
     flags = set(re.findall(r"(?:^ +|)(--[\w.]+)", printed.getvalue(), re.M)) - {"--help"}
     groups = {flag for flag in flags if flag.endswith(".help")} - {asked}
     return (flags - groups).union(*(flags_of(main, group) for group in groups)) - {asked}

@@ -35,6 +35,7 @@ FLOORS = """
     export/
     plan/
     run/
+    short_help
     cli
     translation/
     loaded
@@ -50,7 +51,7 @@ LEVEL = {place: i for i, line in enumerate(FLOORS.splitlines()) for place in lin
 MAY_BE_ABSENT = {"selftest", "__main__"}
 # Imports of a higher floor that are made late: the command line is read before anything is loaded.
 LATE = {("cli", "run.run")}
-NO_JAX = {"allocator", "errors", "files", "pages", "config/", "cli", "translation/", "translate"}
+NO_JAX = set("allocator errors files pages config/ short_help cli translation/ translate".split())
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
 FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store", "storage.one_by_one"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyaira.distributed.chips import chip_of
+from easyaira.distributed.chips import chip_of, memory_of
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import like, parts_of
 from easyaira.generation.programs import State
@@ -119,4 +119,4 @@ def show(decoding: Decoding, mesh: Mesh) -> str:
             f"time    about {seconds * 1e3:,.2g} ms (estimate) per token of all rows: memory of a "
             f"{device.device_kind} at {REACHED['memory']:.0%} of its peak"
         )
-    return "\n".join([*lines, fits(device, program)[1]])
+    return "\n".join([*lines, fits(program, memory_of(device))[1]])
