@@ -485,7 +485,6 @@ def hub(monkeypatch):
     def load_dataset(*args, **kwargs):
         call = signature.bind(*args, **kwargs).arguments
         Hub.calls.append((call["path"], call["name"], call["split"], call["streaming"]))
-        Hub.calls.append((call["path"], call["split"], call["streaming"], call["name"]))
         if isinstance(Hub.rows, Exception):
             raise Hub.rows
         return iter(Hub.rows) if call["streaming"] else datasets.Dataset.from_list(Hub.rows)
@@ -498,8 +497,6 @@ def hub(monkeypatch):
 def test_a_hub_data_set_is_asked_for_by_its_id_and_split(streaming, hub):
     data = load([Source("owner/data", "test", streaming=streaming, subset="sub")])
     assert set(hub.calls) == {("owner/data", "sub", "test", streaming)}
-    data = load([Source("owner/data", "test", streaming=streaming)])
-    assert set(hub.calls) == {("owner/data", "test", streaming, None)}
     assert data.report["train"]["kept"] == data.report["train"]["read"] == 5
     places = [located.place for located in sources.read(Source("owner/data", streaming=streaming))]
     assert places == [f"owner/data:{n}" for n in range(1, 6)]
@@ -530,13 +527,6 @@ def test_bad_rows_of_a_stream_are_counted(hub):
     assert error_of([source]).startswith("owner/data:3: column completion")
     report = load([source], on_bad_row="skip", max_dropped=0.2).report["train"]
     assert (report["read"], report["kept"], report["dropped"]) == (5, 4, {"unreadable": 1})
-
-
-def test_a_configuration_of_a_hub_data_set_is_asked_for_by_its_name(hub, tmp_path):
-    load([Source("owner/data", name="english")])
-    assert {name for *_, name in hub.calls} == {"english"}
-    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(2)) or tmp_path / "a.jsonl"
-    assert "name is for hub data sets" in error_of([Source(str(file), name="english")])
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])

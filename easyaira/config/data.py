@@ -34,8 +34,6 @@ class Source:
     """Read a hub data set row by row over the network, without downloading it first."""
     subset: str | None = None
     """Subset (configuration) of a hub data set."""
-    name: str | None = None
-    """Configuration of a hub data set, as in datasets.load_dataset; default: its only one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class DataConfig:
 
     train: str | list[Source]
     """Hub id, file or folder, or a list of {path, subset, split, columns, weight, template,
-    """Hub id, file or folder, or a list of {path, split, name, columns, weight, template,
     streaming}."""
     split: str = "train"
     """Split of a hub data set that is named by a plain string."""

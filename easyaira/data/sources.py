@@ -111,10 +111,6 @@ def _files(source: Source) -> list[Path]:
     for option in ("streaming", "subset"):
         if path.exists() and getattr(source, option):
             raise DataError(f"{path}: {option} is for hub data sets; leave it out for local files")
-    if path.exists() and source.streaming:
-        raise DataError(f"{path}: streaming is for hub data sets; leave it out for local files")
-    if path.exists() and source.name is not None:
-        raise DataError(f"{path}: name is for hub data sets; leave it out for local files")
     if not path.exists() or folders.is_saved(path):
         return []
     if path.is_dir():
@@ -368,9 +364,6 @@ def _load_with_datasets(source: Source) -> Any:
             return datasets.load_from_disk(str(folders.saved(path, source.split)))
         options = {"split": source.split, "streaming": source.streaming}
         return datasets.load_dataset(source.path, source.subset, **options)
-        return datasets.load_dataset(
-            source.path, source.name, split=source.split, streaming=source.streaming
-        )
     except EasyAiraError:
         raise
     except Exception as error:  # the library raises many types, which all mean the same here

@@ -261,9 +261,9 @@ def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
     made = {"path": entry.get("data_files") or entry.get("path")}
     if isinstance(made["path"], list):
         run.refuse("axolotl_datasets", "several data_files: write one source for each")
-    for key in ("split", "name"):
+    for key, ours in (("split", "split"), ("name", "subset")):
         if entry.get(key) not in (None, "train", "default"):
-            made[key] = entry[key]
+            made[ours] = entry[key]
     if template := FORMS[kind]:
         made["template"] = template
         run.note(

@@ -29,8 +29,8 @@ def columns_of(path: str) -> dict[str, Any] | None:
 
 def source(entry: dict[str, Any]) -> dict[str, Any]:
     """A source of ours; what is its default stays out."""
-    if entry.get("name") == "default":
-        entry = entry | {"name": None}
+    if entry.get("subset") == "default":
+        entry = entry | {"subset": None}
     return {key: value for key, value in entry.items() if value not in (None, 1.0, "train")}
 
 
@@ -47,7 +47,7 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         configs = run.get("dataset_configs") or [None] * len(mixer)
         pairs = list(zip(mixer.items(), configs, strict=False))
         used = [
-            source({"path": path, "split": split, "weight": share, "name": config})
+            source({"path": path, "split": split, "weight": share, "subset": config})
             for (path, share), config in pairs
             for split in names
         ]  # fmt: skip
@@ -62,7 +62,7 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             source({
                 "path": entry.get("id") or entry.get("path") or entry.get("data_files"),
                 "split": entry.get("split"),
-                "name": entry.get("config") or entry.get("name"),
+                "subset": entry.get("config") or entry.get("name"),
                 "weight": entry.get("weight"),
                 "streaming": streaming,
             })
@@ -70,7 +70,7 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         ], []  # fmt: skip
     if not (path := run.get("dataset_name")):
         return [], []
-    common = {"path": path, "streaming": streaming, "name": run.get("dataset_config")}
+    common = {"path": path, "streaming": streaming, "subset": run.get("dataset_config")}
     used = [source(common | {"split": train})]
     return used, [source(common | {"split": test})]
 
