@@ -312,7 +312,7 @@ def test_a_mixture_keeps_its_weights_and_splits(tmp_path, capsys):
         dataset_configs=["en", "default"], rpo_alpha=0.1,
     )  # fmt: skip
     config, _ = ours(capsys, "trl", file)
-    assert [s.name for s in config.data.train] == ["en", None]
+    assert [s.subset for s in config.data.train] == ["en", None]
     assert [(s.path, s.split, s.weight) for s in config.data.train] == [
         ("o/a", "train_prefs", 1.0), ("o/b", "train_prefs", 0.5),
     ]  # fmt: skip
