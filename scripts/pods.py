@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from easyaira import cli
 from easyaira.algorithms.dpo import dpo_algorithm
+from easyaira.algorithms.rollouts import rl_algorithm
 from easyaira.algorithms.sft import sft_algorithm
-from easyaira.config.run import TrainDPO, TrainSFT
+from easyaira.config.run import TrainDPO, TrainRL, TrainSFT
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.chips import memory_of, pod
 from easyaira.generation.processors import Sampling
@@ -34,7 +35,7 @@ from easyaira.generation.sampler import Sampler
 from easyaira.hf.table import pair_rows
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
-from easyaira.plan import cost, decoding
+from easyaira.plan import cost, decoding, on_policy
 from easyaira.plan import report as plan_report
 from easyaira.train.setup import prepare
 
@@ -55,6 +56,7 @@ MODELS = {  # base model of each recipe, from its config.json
     "tulu-2.5-dpo-13b-uf-overall": LLAMA_13B,
     "tulu-2-sft-13b": LLAMA_13B,
     "tulu-2-sft-7b": LLAMA_7B,
+    "tulu-2.5-ppo-13b": LLAMA_13B,
     "backward-llama-2-7b": LLAMA_7B,
     "aira-2-1b1": TINY_LLAMA,
     "aira-2-1b5": GPT2_XL,
@@ -85,6 +87,13 @@ ROWS = [
     Row("aira-2-1b1", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
     Row("aira-2-1b5", "v5e:2x2", "dp=1,fsdp=4,tp=1"),
 ]
+PPO_13B = "tulu-2.5-ppo-13b"
+RL_ROWS = [
+    Row(PPO_13B, "v5p:4x4x2", "dp=1,fsdp=32,tp=1"),
+    Row(PPO_13B, "v5p:4x4x2", "dp=1,fsdp=8,tp=4"),
+    Row(PPO_13B, "v3:8x16", "dp=4,fsdp=16,tp=4"),
+]
+SCORES = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
 
 
 class Generation(NamedTuple):
@@ -109,7 +118,7 @@ GENERATIONS = [
 GENERATING = {"TinyLlama 1.1B": TINY_LLAMA, "Llama 2 7B": LLAMA_7B}
 
 
-def write_model(folder: Path, config: dict[str, Any]) -> None:
+def write_model(folder: Path, config: dict[str, Any], scorer: bool = False) -> None:
     """Write a Hugging Face folder: config.json, a byte-level tokenizer without merges, and a sparse
     file of zero weights, which takes no disk space."""
     folder.mkdir(parents=True)
@@ -120,9 +129,13 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for turn in messages %}{{ turn['content'] }}{% endfor %}</s>",
     ).save_pretrained(folder)
-    model, header, end = model_of(config, "config.json"), {}, 0
+    model, header, end = model_of(config, "config.json", scorer=scorer), {}, 0
     for row, leaf in pair_rows(model.shapes, model.rows):
         layer = np.broadcast_to(np.float32(0), leaf.shape[1:] if row.stacked else leaf.shape)
         shape = row.cut(layer, model.vocab_size).shape
@@ -145,7 +158,9 @@ def write_rows(file: Path, recipe: str, length: int, count: int) -> None:
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         for answer in answers
     ]
-    if "dpo" in recipe:
+    if "ppo" in recipe:
+        row = {"prompt": "a" * (length // 2 - 64)}
+    elif "dpo" in recipe:
         row = {"chosen": turns[0], "rejected": turns[1]}
     elif "tulu" in recipe:
         row = {"messages": turns[0]}
@@ -158,16 +173,21 @@ def write_rows(file: Path, recipe: str, length: int, count: int) -> None:
 
 def configured(recipe: str, work: Path, *flags: str) -> Any:
     """Configuration of a recipe, with our model and data."""
-    config_class = TrainDPO if "dpo" in recipe else TrainSFT
+    kinds = {"dpo": TrainDPO, "ppo": TrainRL}
+    config_class = next((kinds[kind] for kind in kinds if kind in recipe), TrainSFT)
     file = f"--config={ROOT / 'configs' / recipe}.yaml"
     recipe_config, _ = cli.parse(config_class, [file])
     model, rows = work / recipe, work / f"{recipe}.jsonl"
     if not model.exists():
         write_model(model, MODELS[recipe])
         length, batch_size = recipe_config.data.max_length, recipe_config.train_batch_size
-        write_rows(rows, recipe, length, 2 * batch_size)
+        write_rows(rows, recipe, length, 8 * batch_size)
+        if "ppo" in recipe:
+            write_model(work / "reward", MODELS[recipe] | SCORES, scorer=True)
     given = [f"--model.name_or_path={model}", f"--data.train={rows}", "--data.split=train"]
     given += ["--max_steps=1000", f"--data.cache_dir={work}"]
+    if "ppo" in recipe:
+        given += [f"--rl.reward={work / 'reward'}", f"--rl.value_model={work / 'reward'}"]
     return cli.parse(config_class, [file, *given, *flags])[0]
 
 
@@ -177,7 +197,8 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
     if row.accumulation:
         flags += [f"--gradient_accumulation_steps={row.accumulation}"]
     config = configured(row.recipe, work, *flags)
-    algorithm = dpo_algorithm(config) if "dpo" in row.recipe else sft_algorithm(config)
+    make = {TrainDPO: dpo_algorithm, TrainRL: rl_algorithm}.get(type(config), sft_algorithm)
+    algorithm = make(config)
     setup = prepare(config, algorithm, pod(row.topology))
     measured = cost.measure(setup, algorithm)
     room = memory_of(setup.mesh.devices.flat[0])
@@ -186,7 +207,9 @@ def figures(row: Row, work: Path) -> dict[str, Any]:
     )
     moved = sum(size for _, size in measured.moved().values())
     work_done = sum(measured.work.values())
+    roll_out = on_policy.measure(setup) if algorithm.on_policy else None
     return {
+        "roll_out": roll_out and roll_out._asdict(),
         "parts": config.gradient_accumulation_steps,
         "shape": f"{measured.update.rows} x {measured.update.length:,}",
         "remat": config.model.gradient_checkpointing,
@@ -264,6 +287,25 @@ def line(row: Row, result: dict[str, Any]) -> str:
     )
 
 
+RL_COLUMNS = (
+    "recipe, pod, mesh, policy and value model with their optimizer (GiB), in an update (GiB), "
+    "reference (GiB), reward model (GiB), weights for sampling (GiB), keys and values (GiB), "
+    "in a step of sampling (GiB), most in all (GiB), of (GiB), estimated step (s), compiled in (s)"
+).split(", ")
+
+
+def rl_line(row: Row, result: dict[str, Any]) -> str:
+    """Format a row of the table of on-policy runs."""
+    cost = on_policy.RollOut(**result["roll_out"])
+    most = max(result["needed"] + cost.beside, result["held"] + cost.sampling)
+    columns = [result["held"], result["used"], *cost[:5], most, result["there"]]
+    sizes = " | ".join(f"{size / 2**30:.1f}" for size in columns)
+    return (
+        f"| {row.recipe} | {row.topology} | {row.mesh} | {sizes} | {result['seconds']:.2g} "
+        f"| {result['compiled']:.0f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -276,7 +318,7 @@ def main() -> None:
     given = parser.parse_args()
     known = json.loads(given.figures.read_text()) if given.figures.exists() else {}
     with tempfile.TemporaryDirectory() as work:
-        for row in ROWS:
+        for row in [*ROWS, *RL_ROWS]:
             key = " ".join(map(str, row))
             if key not in known and given.only in key:
                 known[key] = figures(row, Path(work))
@@ -288,6 +330,7 @@ def main() -> None:
             given.figures.write_text(json.dumps(known, indent=1))
     page = given.page.read_text()
     page = filled(page, "table", COLUMNS, ROWS, line, known)
+    page = filled(page, "rl", RL_COLUMNS, RL_ROWS, rl_line, known)
     page = filled(page, "generation", GENERATION_COLUMNS, GENERATIONS, generation_line, known)
     given.page.write_text(page)
 
