@@ -185,7 +185,8 @@ def _expanded(argv: list[str], parser: ArgumentParser) -> list[str]:
             given, value = "=", left.pop(0)
         if value == "null":
             _check_names({name: None}, parser)
-        if not re.match(LISTED if name in SOURCES else r"\s*\{", value):
+        plain = name in options and _hint(parser, name) is str  # a template may begin with {
+        if plain or not re.match(LISTED if name in SOURCES else r"\s*\{", value):
             expanded.append(f"{flag}{given}{value}")
             continue
         try:

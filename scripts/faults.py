@@ -130,6 +130,7 @@ def outcome(status: int, out: str, err: str, run: Path, wanted: dict[str, str]) 
         return "said, and the same weights" if warned else "the same weights"
     if status in (2, 4) and len(lines) == 1 and lines[0].startswith("error: "):
         return f"status {status}, one line"
+    print(err, file=sys.stderr)
     return f"STATUS {status}, {len(lines)} LINES: {lines[-1][:200] if lines else ''}"
 
 

@@ -226,6 +226,12 @@ def test_maps_on_the_command_line():
     assert config.data.train == "[ab].csv"
 
 
+@pytest.mark.parametrize("template", ["{% for m in messages %}x{% endfor %}", "{{ a }}", "{a: 1}"])
+def test_a_template_on_the_command_line_is_text(template):
+    assert parse("--data.template", template).data.template == template
+    assert parse(f"--data.template={template}").data.template == template
+
+
 OUT_OF_RANGE = {  # option: values that are refused
     "optimizer.learning_rate": "-1 inf nan 1e39",
     "optimizer.weight_decay": "-1 inf nan 1e39",

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from easyaira.data import columns
 from easyaira.errors import DataError
 from helpers import tiny
 from helpers.examples import load
@@ -239,6 +240,12 @@ def test_a_form_that_is_not_read_says_what_to_do(row, reason, tmp_path):
     assert all(part in message for part in reason.split(".*"))
 
 
+def test_bytes_are_no_list_of_messages():
+    row = columns.Record({"prompt": b"Hi?", "completion": "Hello."})
+    with pytest.raises(columns.Unreadable, match="text or a list of messages, found bytes"):
+        columns.conversation(row, columns.form_of(list(row), "conversation"))
+
+
 # Nothing filled is left out without a word
 
 
@@ -305,6 +312,13 @@ def test_answers_that_repeat_their_prompt_are_counted(task, tmp_path):
     rows.append({"prompt": "Good day."} | {name: f"Good day. {name}" for name in answers})
     noted = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task=task).report["train"]["noted"]
     assert noted == {"an answer begins with its prompt, which is then learned with it": 1}
+
+
+def test_columns_may_be_nested_as_deeply_as_json_is_read(tmp_path):
+    nested = json.loads("[" * 900 + "1" + "]" * 900)
+    row = {"prompt": "Hi?", "completion": "Hello.", "deep": nested, "empty": nested[:0]}
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]))
+    assert data.report["train"]["not used"] == {"column deep": 1}
 
 
 def test_a_column_that_another_replaces_is_counted(tmp_path):

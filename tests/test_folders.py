@@ -214,6 +214,13 @@ def _write_arrow(table, path):
         writer.write_table(table)
 
 
+def test_a_time_beyond_pythons_is_named(tmp_path):
+    table = pyarrow.table({"n": ["a"], "t": pyarrow.array([2**62], pyarrow.timestamp("us"))})
+    _write_parquet(table, tmp_path / "a.parquet")
+    reason = "cannot be read: date value out of range; leave its column out"
+    assert refused(tmp_path / "a.parquet") == f"{tmp_path / 'a.parquet'}: {reason}"
+
+
 @pytest.mark.parametrize(
     "name, save",
     [("a.parquet", _write_parquet), ("b.parquet", _write_plain_parquet), ("a.arrow", _write_arrow)],

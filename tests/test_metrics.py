@@ -1,11 +1,14 @@
 """Rates and totals of metrics.jsonl."""
 
+import errno
 import json
 import time
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from easyaira.errors import StorageError
 from easyaira.run import closing
 from easyaira.train import log
 from easyaira.train.energy import Used
@@ -41,6 +44,20 @@ def test_a_line_of_the_log_fits_80_columns_and_says_what_is_left():
     assert len(rest) > 2 and max(map(len, (first, *rest))) <= 80
     assert list(log.lines(0, 9, {"eval_loss": 2.0})) == ["step 0: held out: loss 2"]
     assert list(log.lines(9, 9, {"loss": 1.0, "step_time": 1.0})) == ["step 9: loss 1"]
+
+
+def test_a_full_disk_in_tensorboards_thread_is_one_error(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board = log.Log(tmp_path, 0, 9, False)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(StorageError, match=f"^{tmp_path}/tensorboard: cannot be written: No space"):
+        for step in range(1000):
+            board.write(step, {"loss": 1.0})
+            time.sleep(0.01)
+    board.close()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_run_ends_with_what_it_changed():

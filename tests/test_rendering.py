@@ -189,6 +189,13 @@ def test_an_answer_outside_all_generation_blocks_is_refused():
         template_of(jinja).accepts(TURNS)
 
 
+def test_a_generation_block_that_cuts_a_content_in_two_is_refused():
+    cut = "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}{% endgeneration %}"
+    jinja = "{% for m in messages %}" + cut + "{{ eos_token }}{% endfor %}"
+    with pytest.raises(DataError, match="generation %} blocks leave out or cut"):
+        template_of(jinja).accepts(TURNS)
+
+
 @pytest.mark.parametrize("side", [{"rstrip": True}, {"lstrip": True}, {}], ids=str)
 @pytest.mark.parametrize("start", ["tiny", "llama"])
 def test_tokens_that_strip_their_neighbours_do_so_here_too(side, start):

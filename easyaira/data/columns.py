@@ -135,11 +135,13 @@ class Record(Mapping[str, Any]):
 
 def _filled(value: Any) -> bool:
     """Whether there is anything in a value; 0 and false are something."""
-    if isinstance(value, Mapping):
-        return any(map(_filled, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_filled, value))
-    return value is not None and value == value and value != ""  # NaN is not itself
+    left = [value]  # grows below: JSON nests deeper than Python calls
+    for value in left:
+        if isinstance(value, Mapping | list | tuple):
+            left += value.values() if isinstance(value, Mapping) else value
+        elif value is not None and value == value and value != "":  # NaN is not itself
+            return True
+    return False
 
 
 def form_of(columns: Sequence[str], task: str) -> Form:
@@ -361,7 +363,7 @@ def _messages(row: Record, name: str, role: str | None = None) -> list[Message]:
     if isinstance(value, str) and role:
         return [{"role": role, "content": _text(row, name)}]
     wanted = "text or a list of messages" if role else "a list of messages"
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")
     return [_message(row.part(turn, name), name) for turn in value]
 

@@ -143,7 +143,7 @@ def _with_spaces(parts: Sequence[Part]) -> Iterator[Part]:
     items = [part.item for part in parts]
     tokens = [isinstance(item, int) for item in items] + [False, False]
     answers = [part.learned and not isinstance(part.item, int) for part in parts] + [False]
-    last = max(i for i, item in enumerate(items) if isinstance(item, Content))
+    last = max((i for i, item in enumerate(items) if isinstance(item, Content)), default=-1)
     closing = items[last + 1] if tokens[last + 2] else None
     for i, (item, learned) in enumerate(parts):
         if learned or not isinstance(item, str):

@@ -149,6 +149,8 @@ def _read_file(path: Path) -> Iterator[Located]:
         pyarrow.ArrowException,
     ) as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}; it may be cut off") from error
+    except (OverflowError, ValueError) as error:  # times that Python has not
+        raise DataError(f"{path}: cannot be read: {reason(error)}; leave its column out") from error
 
 
 FORMATS = {  # first bytes of files that are not text

@@ -7,8 +7,9 @@ import json
 import math
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,20 @@ MORE = {
     "mean_token_accuracy": "token accuracy",
 }
 MAX_BYTES = 2**29  # of metrics.jsonl: about a million rows
+
+
+def _without_tensorboard(print_error: Callable[..., Any]) -> Callable[..., None]:
+    """A threading.excepthook that leaves out errors of TensorBoard's thread, which its next call
+    raises again."""
+
+    def hook(unhandled: Any) -> None:
+        if not type(unhandled.thread).__module__.startswith("tensorboard."):
+            print_error(unhandled)
+
+    return hook
+
+
+threading.excepthook = _without_tensorboard(threading.excepthook)
 
 
 class Log:
@@ -147,7 +162,11 @@ class Log:
 
     def _add(self, step: int, values: list[Any]) -> None:
         summary = self._summary(value=values)
-        self._board.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
+        try:
+            self._board.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
+        except OSError as error:
+            place = self.path.with_name("tensorboard")
+            raise StorageError(f"{place}: cannot be written: {reason(error)}") from error
 
     def advance(self, steps: int) -> None:
         self._bar.update(steps)
