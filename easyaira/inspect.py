@@ -31,7 +31,7 @@ class Inspect(RunConfig):
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    task: Literal["auto", "sft", "dpo", "label"] = "auto"
+    task: Literal["auto", "sft", "dpo", "kto", "label"] = "auto"
     """Interpretation of the rows: conversations, pairs of answers, or labelled texts. auto: by the
     columns."""
 
@@ -43,7 +43,7 @@ def task_of(config: Inspect) -> str:
         DataError: the columns do not decide it.
     """
     if config.task != "auto":
-        return {"sft": "conversation", "dpo": "pair", "label": "label"}[config.task]
+        return {"sft": "conversation", "dpo": "pair", "kto": "rated", "label": "label"}[config.task]
 
     from easyaira.data import columns, dataset
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.algorithms.dpo import PairScores, sums_of
 from easyaira.config.algorithms import RewardConfig
 from easyaira.config.dpo import DPOConfig
 from easyaira.losses import preference
@@ -68,6 +68,8 @@ def cases() -> dict[str, tuple[DPOConfig | RewardConfig, dict[str, Any]]]:
     ours = DPOConfig(["sigmoid", "apo_zero"], beta=BETA, use_weighting=True)
     options = theirs(loss_types=ours.loss_type, loss_weights=[1.0, 1.0], use_weighting=True)
     table["sigmoid + apo_zero, use_weighting"] = ours, options
+    ours = DPOConfig("kto", beta=BETA, kto_group=PAIRS, undesirable_weight=1.5)
+    table["kto, undesirable_weight 1.5"] = ours, {"trainer": "kto", "beta": BETA, "weight": 1.5}
     for center in (0.0, 0.1):
         ours = RewardConfig(center_rewards_coefficient=center)
         name = f"reward with margins, center_rewards_coefficient {center:g}"
@@ -94,14 +96,15 @@ def our_loss(config: DPOConfig | RewardConfig, **arrays: np.ndarray) -> tuple[fl
 
 
 def mean_of_logps(config, given, *, ref, mask, squares, **_):
-    numbers = np.broadcast_to(np.arange(2 * PAIRS)[:, None], mask.shape)  # chosen, then rejected
-    layout = mask == 1, numbers % PAIRS + 1, numbers // PAIRS + 1
+    answers = np.broadcast_to(np.arange(2 * PAIRS)[:, None], mask.shape)  # chosen, then rejected
+    layout = mask == 1, answers % PAIRS + 1, answers // PAIRS + 1
     pairs = partial(preference.pair_sums, pairs=PAIRS)
     lengths = pairs(jnp.ones_like(given), *layout)
     sums = pairs(given, *layout, tail=config.tail)
     policy = PairScores(sums, lengths, lengths, lengths, pairs(given - squares, *layout))
     ref_logps = pairs(ref, *layout, tail=config.tail) * (config.reference == "model")
-    total, count = dpo_sums(policy, ref_logps, config)["loss"]
+    numbers = {"labels": jnp.arange(PAIRS) % 2} if config.unpaired else {}
+    total, count = sums_of(config)(policy, ref_logps, config, **numbers)["loss"]
     return total / count
 
 
@@ -118,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     rng = np.random.default_rng(0)
     shape = (2 * PAIRS, LENGTH)
     logps, ref, squares = (-np.abs(rng.normal(0, 1, shape)).astype(np.float32) for _ in range(3))
+    ref *= np.float32(1.2)  # less likely, so that KL estimates are above 0
     lengths = rng.integers(1, LENGTH + 1, shape[0])
     mask = (np.arange(LENGTH) < lengths[:, None]).astype(int)
     table = cases()

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,8 +78,8 @@ def main(job):
 
 
 def preference_losses(job):
-    """Loss of DPOTrainer (CPOTrainer, ORPOTrainer, RewardTrainer) and its gradient, for each of
-    job["options"]."""
+    """Loss and gradient of DPOTrainer, CPOTrainer, ORPOTrainer, KTOTrainer or RewardTrainer, for
+    each of job["options"]."""
     names = ("logps", "ref", "mask", "squares", "scores", "margins")
     arrays = {name: torch.tensor(job[name]) for name in names}
     return [preference_loss(options, **arrays) for options in job["options"]]
@@ -88,6 +89,8 @@ def preference_loss(options, logps, ref, mask, squares, scores, margins):
     if options["trainer"] == "reward":
         return _of_reward_trainer(options["center"], scores, margins)
     logps = logps.clone().requires_grad_()
+    if options["trainer"] == "kto":
+        return _of_kto_trainer(options, logps, ref, mask)
     accelerator = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
     trainer = SimpleNamespace(accelerator=accelerator, **options)
     if options["trainer"] == "dpo":
@@ -127,6 +130,45 @@ def _of_reward_trainer(center, scores, margins):
     loss = trl.RewardTrainer.compute_loss(trainer, model, inputs)
     loss.backward()
     return {"loss": loss.item(), "gradient": scores.grad.tolist()}
+
+
+def _of_kto_trainer(options, logps, ref, mask):
+    """Chosen answers are those of the examples, with labels 0, 1, 0, ...; rejected ones those of
+    other prompts."""
+    (own, other), (ref_own, ref_other) = ((x * mask).chunk(2) for x in (logps, ref))
+    rows, length = own.shape
+    zeros = torch.zeros(rows, length)
+
+    class Fake(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            log_probs = other if input_ids.any() else own
+            return SimpleNamespace(
+                log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+            )
+
+    ids = torch.zeros(rows, length + 1, dtype=int)
+    inputs = {"input_ids": ids, "KL_input_ids": ids + 1, "label": torch.arange(rows) % 2}
+    inputs |= {name: torch.ones_like(ids) for name in ("attention_mask", "completion_mask")}
+    inputs |= {f"KL_{name}": inputs[name] for name in ("attention_mask", "completion_mask")}
+    inputs |= {"ref_logps": ref_own.sum(1), "ref_KL_logps": ref_other.sum(1)}
+    trainer = SimpleNamespace(
+        model=Fake(),
+        accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
+        calculate_KL=True,
+        precompute_ref_logps=True,
+        aux_loss_enabled=False,
+        loss_type="kto",
+        beta=options["beta"],
+        desirable_weight=1.0,
+        undesirable_weight=options["weight"],
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    trainer._compute_kl_logps = partial(trl.KTOTrainer._compute_kl_logps, trainer)
+    loss = trl.KTOTrainer._compute_loss(trainer, trainer.model, inputs, False)
+    loss.backward()
+    return {"loss": loss.item(), "gradient": logps.grad.tolist()}
 
 
 def _of_dpo_trainer(trainer, logps, ref, mask, squares):

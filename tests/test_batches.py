@@ -8,6 +8,7 @@ import pytest
 from easyaira.algorithms.dpo import pair_scores
 from easyaira.algorithms.sft import sft
 from easyaira.data.batches import LAYOUT, UNATTENDED, Batches
+from easyaira.data.mismatch import mismatched
 from easyaira.data.packing import bucket, pack
 from helpers import tiny
 from helpers.examples import batches, load
@@ -63,6 +64,39 @@ def test_an_epoch_shows_every_example_once_in_an_order_of_its_own(tmp_path):
     assert first != second
     assert first == [i for u in range(3) for i in batches(tmp_path).members(u)]
     assert first != [i for u in range(3) for i in batches(tmp_path, seed=4).members(u)]
+
+
+@pytest.mark.parametrize("accumulation, shards", [(1, 1), (2, 2), (1, 4)])
+def test_mismatched_answers_are_those_of_the_group(accumulation, shards, tmp_path, capsys):
+    """27 rows in groups of 2, the last update smaller; answers of others are cut."""
+    rows = load(tiny.write_rows(tmp_path / "a.jsonl", tiny.rated_rows(27)), task="rated").train
+    longest = int(rows.lengths().max()) - 2
+    pairs = mismatched(rows, 2, max_length=longest, seed=3)
+    assert "1 of 27 rows left out" in capsys.readouterr().out and len(pairs) == 26
+    text, learned = (
+        {int(row): of[a:b] for row, (_, a, b) in zip(rows.rows, rows.bounds, strict=True)}
+        for of in (rows.tokens, rows.learned)
+    )
+    for i, (start, own, other, end) in enumerate(pairs.bounds.tolist()):
+        row, partner = int(pairs.rows[i]), int(pairs.rows[i ^ 1])
+        room = longest - (own - start)
+        assert pairs.tokens[own:other].tolist() == text[row].tolist()
+        assert pairs.tokens[other:end].tolist() == text[partner][:room].tolist()
+        np.testing.assert_array_equal(pairs.learned[other:end], learned[partner][:room])
+        begin, answer, _ = rows.bounds[np.flatnonzero(rows.rows == row)[0]]
+        assert pairs.tokens[start:own].tolist() == rows.tokens[begin:answer].tolist()
+        assert pairs.labels[i] == (row % 5 < 3)
+    assert len(set(pairs.ids.tolist())) == 26
+    plan = Batches(pairs, 8, accumulation, shards, seed=3, together=2)
+    seen = []
+    for update in range(len(plan)):
+        batch = plan[update]
+        examples, slots = batch.examples.reshape(-1, 2), batch.slots.reshape(-1, 2, 2)
+        np.testing.assert_array_equal(examples[:, 0] ^ 1, examples[:, 1])
+        np.testing.assert_array_equal(slots[:, 0] + [0, 1], slots[:, 1])
+        assert not (slots[:, 0, 1] % 2).any()
+        seen += batch.examples.tolist()
+    assert sorted(seen) == list(range(26))
 
 
 def test_what_is_known_of_an_example_lies_in_its_slot(tmp_path):

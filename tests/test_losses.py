@@ -359,6 +359,31 @@ def test_weights_of_wpo_are_mean_probabilities_without_a_gradient():
     assert not grads.any()
 
 
+def test_kto_and_its_gradient_equal_the_formula():
+    """Two groups: one whose estimate of the KL divergence is above 0, one with 0."""
+    rng = np.random.default_rng(0)
+    own, other = rng.normal(0, 9, 8), rng.normal(0, 9, 8)
+    other[:4], other[4:] = np.abs(other[:4]), -np.abs(other[4:])
+    labels = np.array([1, 0, 0, 1, 1, 1, 0, 0])
+    options = {"beta": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+
+    def ours(own, other):
+        kl = preference.kl_of_groups(other, 4)
+        return preference.kto(own, kl, jnp.asarray(labels) > 0, **options)
+
+    arrays = [jnp.asarray(x, jnp.float32) for x in (own, other)]
+    h = torch.tensor(own, requires_grad=True)
+    z = torch.tensor([max(other[:4].mean(), 0)] * 4 + [max(other[4:].mean(), 0)] * 4)
+    assert z[0] > 0 and z[4] == 0
+    good, bad = 1 - torch.sigmoid(0.1 * (h - z)), 1 - torch.sigmoid(0.1 * (z - h))
+    theirs = torch.where(torch.tensor(labels) > 0, 1.3 * good, 0.7 * bad)
+    theirs.sum().backward()
+    np.testing.assert_allclose(ours(*arrays), theirs.detach(), rtol=1e-5)
+    grads = jax.grad(lambda *x: ours(*x).sum(), (0, 1))(*arrays)
+    np.testing.assert_allclose(grads[0], h.grad, rtol=1e-5, atol=1e-7)
+    assert not grads[1].any()
+
+
 def test_the_values_of_the_lineage():
     """EasyLM's losses at zero margin and at one worked example; a margin of 2, beta 0.1."""
     none = jnp.array([[0.0, 0.0]])
@@ -469,7 +494,7 @@ def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
         ({"loss_type": "tr_dpo"}, "tr_dpo moves the reference"),
         ({"loss_type": "sigmod"}, "got sigmod; did you mean sigmoid"),
         ({"loss_type": "sft"}, "sft alone compares no answers"),
-        ({"loss_type": []}, "sft alone compares no answers"),
+        ({"loss_type": []}, "expected one or more of sigmoid, .*, got none"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
         ({"loss_type": "simpo"}, "simpo has no reference; set dpo.reference none"),
         ({"loss_type": "dpop", "reference": "none"}, "dpop needs a reference"),
@@ -481,6 +506,9 @@ def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
         ),
         ({"loss_type": "ipo", "ld_alpha": 0.5}, "ipo divides by the whole length"),
         ({"loss_type": "dpop", "label_smoothing": 0.1}, "dpop has no smoothing"),
+        ({"loss_type": ["kto", "sft"]}, "kto takes single answers and other losses pairs"),
+        ({"loss_type": "kto", "sft_weight": 1.0}, "dpo.sft_weight: kto has none"),
+        ({"loss_type": "kto", "reference": "none"}, "dpo.reference: kto has none"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(options, message):

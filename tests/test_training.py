@@ -229,6 +229,62 @@ def test_weighted_pairs_follow_a_torch_loop(models, tmp_path):
         assert row["rewards/margins"] == pytest.approx(differences, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_kto_follows_a_torch_loop(models, tmp_path):
+    """Of 21 rows in groups of 2, so that one is left out and the last update of an epoch is
+    smaller; accumulated and with shared prompts, and plain with the reference in every step. The
+    reference is another model, or the estimates of the KL divergence would be 0 at first."""
+    reference = tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"], std=0.3)
+    tiny.write_rows(tmp_path / "dpo.jsonl", tiny.rated_rows(21))
+    options = {"dpo.loss_type": "kto", "dpo.kto_group": 2, "dpo.undesirable_weight": 1.5}
+    options |= {"max_steps": 4, "model.ref_name_or_path": tmp_path / "other"}
+    args = ("dpo", models / "gpt2", tmp_path)
+    fast = {"gradient_accumulation_steps": 4, "data.share_prompt": "always"}
+    rows, params = train(*args, tmp_path / "run", **options, **fast)
+    slow = {"data.packing": False, "dpo.precompute_ref_log_probs": False}
+    plain, other = train(*args, tmp_path / "plain", **options, **slow)
+    np.testing.assert_allclose(losses_of(rows), losses_of(plain), atol=1e-5)
+    close(params, other, 1e-4)
+    setup = prepare(*configure(*args, tmp_path / "x", **options))
+    labels = setup.data.train.labels
+    model = tiny.torch_model(tiny.CONFIGS["gpt2"])
+    adamw = torch_adamw(model)
+
+    def scores(model, prompt, answers):
+        return torch.stack([torch_logps(model, prompt, answer).sum() for answer in answers])
+
+    differences = []
+    batches = torch_batches(*args, tmp_path / "x", **options)
+    for step, (pairs, row) in enumerate(zip(batches, rows[1:], strict=False)):
+        with torch.no_grad():
+            ref = torch.stack([scores(reference, *pair) for pair in pairs])
+        logratios = torch.stack([scores(model, *pair) for pair in pairs]) - ref
+        groups = logratios.detach().reshape(-1, 2, 2).mean(1).clamp(min=0)
+        own, z = groups.repeat_interleave(2, 0).T  # with the own answers, and with the mismatched
+        good = torch.tensor(labels[setup.batches.members(step)]) > 0
+        losses = 1 - torch.sigmoid(0.1 * torch.where(good, 1, -1) * (logratios[:, 0] - z))
+        loss = (losses * torch.where(good, 1, 1.5)).mean()
+        torch_step(model, adamw, loss, torch_rate(step, 4))
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert row["kl"] == pytest.approx(z.mean().item(), abs=1e-4)
+        for name, chosen in (("chosen", good), ("rejected", ~good)):
+            reward = 0.1 * logratios[chosen, 0].mean().item()
+            assert row[f"rewards/{name}"] == pytest.approx(reward, abs=1e-4)
+        differences.append((z - own).abs().mean().item())
+    assert max(differences) > 0.01
+
+
+def test_groups_that_a_device_cannot_hold_are_refused(models, tmp_path):
+    tiny.write_rows(tmp_path / "dpo.jsonl", tiny.rated_rows(8))
+    args = ("dpo", models / "gpt2", tmp_path, tmp_path / "x")
+    options = {"dpo.loss_type": "kto", "gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigError, match="no multiple of dpo.kto_group 8; use a multiple of 16"):
+        prepare(*configure(*args, **options))
+    options = {"dpo.loss_type": "kto", "train_batch_size": 16, "dpo.kto_group": 16}
+    with pytest.raises(DataError, match="8 rows are fewer than a group of 16"):
+        prepare(*configure(*args, **options))
+
+
 def test_margins_are_refused_where_the_loss_takes_none(models, tmp_path):
     tiny.write_rows(tmp_path / "dpo.jsonl", tiny.weighted_rows(8))
     args = ("dpo", models / "gpt2", tmp_path, tmp_path / "x")

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 
 from easyaira.algorithms import reference as references
 from easyaira.algorithms import reference_cache, row_numbers
+from easyaira.algorithms.kto import kto_sums
 from easyaira.algorithms.reference import reference_model
 from easyaira.algorithms.reference_cache import check_equal
 from easyaira.config.dpo import LOSSES, DPOConfig
 from easyaira.config.run import TrainDPO
 from easyaira.data.batches import LAYOUT
-from easyaira.data.recipe import recipe_of
+from easyaira.data.examples import Examples
+from easyaira.data.mismatch import mismatched
+from easyaira.data.recipe import Recipe, recipe_of
 from easyaira.distributed.sharding import constrain
 from easyaira.losses import preference, token_logps
 from easyaira.models.model import Model
@@ -78,14 +81,19 @@ def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None 
             scores = pair_scores(reference, frozen, batch, pairs=pairs, tail=config.tail)
             ref_logps = scores.logps
             ref_logps = jax.lax.stop_gradient(ref_logps)
-        return dpo_sums(policy, ref_logps, config, **numbers_in(batch))
+        return sums_of(config)(policy, ref_logps, config, **numbers_in(batch))
 
     return loss_fn
 
 
 def numbers_in(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Margins and weights of a batch's pairs, if it has them."""
+    """Labels, margins and weights of a batch's examples, if it has them."""
     return {name: batch[name] for name in row_numbers.NAMES if name in batch}
+
+
+def sums_of(config: DPOConfig) -> Callable[..., Sums]:
+    """The function that gives the loss and metrics from the scores of policy and reference."""
+    return kto_sums if config.unpaired else dpo_sums
 
 
 def dpo_sums(
@@ -156,13 +164,19 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         shapes: dict[str, tuple[int, ...]] = {"ref_logps": (2,)} if stored else {}
         return shapes | dict.fromkeys(row_numbers.names_of(setup), ())
 
+    def recipe(max_length: int) -> Recipe:
+        if config.dpo.unpaired:
+            return recipe_of("rated", config.data, max_length)
+        margin = all(LOSSES[name].margins for name in config.dpo.losses)
+        return recipe_of("pair", config.data, max_length, margin=margin)
+
+    def with_mismatched(examples: Examples, max_length: int) -> Examples:
+        group = int(config.dpo.kto_group)
+        return mismatched(examples, group, max_length=max_length, seed=config.seed)
+
+    unpaired = {"arrange": with_mismatched, "together": int(config.dpo.kto_group)}
     return Algorithm(
-        recipe=lambda max_length: recipe_of(
-            "pair",
-            config.data,
-            max_length,
-            margin=all(LOSSES[name].margins for name in config.dpo.losses),
-        ),
+        recipe=recipe,
         loss_fn=lambda setup: dpo(
             setup.model,
             config.dpo,
@@ -172,6 +186,7 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         frozen=lambda setup: reference_model(setup) if in_step else None,
         begin=begin,
         known=known,
+        **(unpaired if config.dpo.unpaired else {}),
     )
 
 
@@ -215,7 +230,8 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     if own:
         repeated = score(params, arrays).logps
         check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, repeated)))
-    sums = jax.vmap(lambda scores, ref, numbers: dpo_sums(scores, ref, config.dpo, **numbers))(
+    of_part = sums_of(config.dpo)
+    sums = jax.vmap(lambda scores, ref, numbers: of_part(scores, ref, config.dpo, **numbers))(
         policy, ref_logps, numbers_in(arrays)
     )
     totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}

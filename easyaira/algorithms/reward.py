@@ -17,7 +17,6 @@ from easyaira.data.recipe import recipe_of
 from easyaira.losses.scores import binary, bradley_terry, centering, roc_auc
 from easyaira.models.model import Model
 from easyaira.train.algorithm import Algorithm, Beginning
-from easyaira.train.setup import Setup
 from easyaira.train.step import PER_EXAMPLE, LossFn, Sums
 
 
@@ -65,18 +64,9 @@ def reward_summary(examples: Mapping[str, np.ndarray]) -> dict[str, float | None
 def reward_algorithm(config: TrainReward) -> Algorithm:
     """Reward modelling, as `run` expects an algorithm; the data's columns decide the task."""
 
-    def labelled(setup: Setup) -> bool:
-        return setup.data.train.answers == 1
-
     def begin(setup, params, folder, first):
-        if not labelled(setup):
-            names = row_numbers.names_of(setup)
-            return Beginning(None, *row_numbers.known_of(setup, names, margin=config.reward.margin))
-        parts = (setup.batches, setup.held_out)
-        return Beginning(None, *({"labels": p.examples.labels} if p else {} for p in parts))
-
-    def known(setup: Setup) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(["labels"] if labelled(setup) else row_numbers.names_of(setup), ())
+        names = row_numbers.names_of(setup)
+        return Beginning(None, *row_numbers.known_of(setup, names, margin=config.reward.margin))
 
     return Algorithm(
         recipe=lambda max_length: recipe_of(
@@ -91,6 +81,6 @@ def reward_algorithm(config: TrainReward) -> Algorithm:
         frozen=lambda setup: None,
         begin=begin,
         scorer=True,
-        known=known,
+        known=lambda setup: dict.fromkeys(row_numbers.names_of(setup), ()),
         summary=reward_summary,
     )

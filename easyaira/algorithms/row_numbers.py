@@ -1,4 +1,4 @@
-"""Margins and weights of preference pairs, from columns of the data."""
+"""Labels, margins and weights of examples, from columns of the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from easyaira.data.examples import Examples
 from easyaira.train.setup import Setup
 
-NAMES = ("margins", "weights")
+NAMES = ("labels", "margins", "weights")
 
 
 def _parts(setup: Setup) -> list[Examples]:
@@ -28,7 +28,7 @@ def known_of(
 ) -> list[dict[str, np.ndarray]]:
     """Numbers of the training and the held-out examples; a row without them has this margin and
     weight 1."""
-    defaults = {"margins": np.float32(margin), "weights": np.float32(1)}
+    defaults = {"labels": np.float32(0), "margins": np.float32(margin), "weights": np.float32(1)}
     known: list[dict[str, np.ndarray]] = [{}, {}]
     for own, part in zip(known, _parts(setup), strict=False):
         for name in names:

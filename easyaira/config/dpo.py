@@ -4,10 +4,11 @@ The string below an option is its `--help`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from easyaira.config.ranges import HalfShare, NonNegative, Number, Positive, Share, Weight
+from easyaira.config.ranges import Count, HalfShare, NonNegative, Number, Positive, Share, Weight
 from easyaira.errors import ConfigError, did_you_mean, shortened
 
 
@@ -54,6 +55,7 @@ _SORTS = (
     "sorts the margins of the whole batch, so micro-batches and packing would change the loss; "
     "use sigmoid or apo_zero"
 )
+UNPAIRED = "kto"  # takes rows with one answer and a label
 REFUSED = {
     "aot": _SORTS,
     "aot_pair": _SORTS,
@@ -61,6 +63,8 @@ REFUSED = {
     "tr_dpo": "moves the reference during the run, so its log-probabilities cannot be computed "
     "once; use sigmoid, and train again from the result",
 }
+PAIRED_OPTIONS = ("reference", "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting")
+PAIRED_OPTIONS += ("sft_weight",)
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -71,8 +75,8 @@ class DPOConfig:
     loss_type: list[str] | str = "sigmoid"
     """Preference loss, or a list of losses that are added up: sigmoid, ipo, ipo_sum, hinge, robust,
     sigmoid_norm (also dpo_norm), apo_zero, apo_down, exo_pair, nca_pair, bco_pair, sppo_hard, dpop,
-    discopop; without a reference simpo and orpo; sft beside others. docs/dpo.md gives the paper of
-    each."""
+    discopop; without a reference simpo and orpo; sft beside others; or kto alone, of single
+    answers. docs/dpo.md gives the paper of each."""
     loss_weights: list[Weight] | None = None
     """Weight of each loss; default: 1."""
     reference: Literal["model", "none"] = "model"
@@ -98,18 +102,26 @@ class DPOConfig:
     """WPO: weight each pair by the policy's own probability of its two answers."""
     sft_weight: NonNegative = 0.0
     """Weight of the negative log-likelihood of the chosen answers, per token (RPO)."""
+    desirable_weight: Weight = 1.0
+    """kto: weight of answers with label 1."""
+    undesirable_weight: Weight = 1.0
+    """kto: weight of answers with label 0."""
+    kto_group: Count = 8
+    """kto: examples among which the KL divergence is estimated; they stay together."""
     precompute_ref_log_probs: bool = True
     """Compute the reference's log-probabilities once before training; false: in every step."""
 
     def __post_init__(self):
         names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if UNPAIRED in names:
+            return self._check_unpaired(names)
         for name in names or ["none"]:
             if name in REFUSED:
                 raise ConfigError(f"dpo.loss_type: {name} {REFUSED[name]}")
             if name not in LOSSES:
                 raise ConfigError(
-                    f"dpo.loss_type: expected one or more of {', '.join(LOSSES)}, got "
-                    f"{shortened(name)}{did_you_mean(name, LOSSES)}"
+                    f"dpo.loss_type: expected one or more of {', '.join(LOSSES)}, or "
+                    f"{UNPAIRED}, got {shortened(name)}{did_you_mean(name, [*LOSSES, UNPAIRED])}"
                 )
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise ConfigError(
@@ -140,6 +152,16 @@ class DPOConfig:
             )
         self._check_reference(uses)
 
+    def _check_unpaired(self, names: Sequence[str]) -> None:
+        if len(names) > 1 or self.loss_weights is not None:
+            raise ConfigError(
+                f"dpo.loss_type: {UNPAIRED} takes single answers and other losses pairs; use it "
+                "alone, without dpo.loss_weights"
+            )
+        for field in fields(self):
+            if field.name in PAIRED_OPTIONS and getattr(self, field.name) != field.default:
+                raise ConfigError(f"dpo.{field.name}: {UNPAIRED} has none; leave it out")
+
     def _check_reference(self, uses: dict[str, LossUse]) -> None:
         for name, use in uses.items():
             if use.reference == "none" and self.reference == "model":
@@ -162,6 +184,11 @@ class DPOConfig:
                 "dpo.loss_type: orpo is added to the log-likelihood of the chosen answers; set "
                 "dpo.sft_weight to 1"
             )
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether rows are single answers with a label."""
+        return UNPAIRED in ([self.loss_type] if isinstance(self.loss_type, str) else self.loss_type)
 
     @property
     def _weights(self) -> list[tuple[str, float]]:

@@ -89,8 +89,8 @@ class Batches:
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
         length: length of the rows, unless an example is longer; None: chosen by cost.
-        together: consecutive examples that stay together, in their order; divides `size` and their
-            number.
+        together: consecutive examples that stay together on a shard, in their order; divides the
+            examples of a shard and the number of all.
     """
 
     examples: Examples
@@ -133,8 +133,13 @@ class Batches:
 
     def groups(self, update: int) -> list[list[int]]:
         """Block lengths of each shard of each micro-batch, in the order of the examples."""
-        parts = np.array_split(self.members(update), self.accumulation * self.shards)
+        parts = self.divided(self.members(update))
         return [self.block_lengths[part].ravel().tolist() for part in parts]
+
+    def divided(self, members: np.ndarray) -> list[np.ndarray]:
+        """The examples of each shard of each micro-batch."""
+        units = members.reshape(-1, self.together)
+        return [part.ravel() for part in np.array_split(units, self.accumulation * self.shards)]
 
     def rows_of(self, groups: list[list[int]], length: int) -> list[list[list[int]]]:
         """For each group, the indices of the blocks in each row."""
@@ -225,7 +230,7 @@ class Batches:
         arrays["loss_mask"] = arrays["loss_mask"].astype(bool)
         flat = [array.reshape(-1) for array in arrays.values()]
         per_group = self.size // len(groups)
-        group_members = np.array_split(members, len(groups))
+        group_members = self.divided(members)
         slots = np.zeros((len(members), 2), np.int64)
         done = 0
         for g, group in enumerate(groups):

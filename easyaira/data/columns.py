@@ -52,6 +52,7 @@ FORMS = {
         Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
         Form(("chosen_response", "rejected_response"), "instruction"),
     ),
+    "rated": (Form(("completion", "label"), "prompt"),),
     "label": (
         Form(("text", "label")),
         Form(("harmless", "harmful")),
@@ -172,8 +173,7 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
     Raises:
         Unreadable: a column is missing or has the wrong type.
     """
-    (answer,) = form.columns
-    prompt = _prompt(row, form)
+    answer, prompt = form.columns[0], _prompt(row, form)
     if answer == "transcript":
         turns = _turns(row, answer)
     else:
@@ -186,8 +186,8 @@ def question(row: Record) -> list[Message]:
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) != 1:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
-    messages = names == ["messages"]
-    turns = _messages(row, "messages") if messages else _prompt(row, Form((), "prompt"))
+    form = Form((), "prompt")
+    turns = _prompt(row, form) if names == ["prompt"] else _messages(row, "messages")
     if not turns or turns[-1]["role"] == "assistant":
         raise Unreadable(f"column {names[0]}: must end in a message to answer")
     return [{name: turn[name] for name in ("role", "content")} for turn in turns]
@@ -195,8 +195,6 @@ def question(row: Record) -> list[Message]:
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SPEAKERS |= {"model": "assistant"} | {role: role for role in ("user", "assistant", "system")}
-
-
 QUOTED = "a quotation may hold a speaker's marker, and be split there"
 
 
@@ -327,8 +325,12 @@ def judged(row: Record, form: Form) -> tuple[list[str], float]:
     """
     if form.columns != ("text", "label"):
         return [_text(row, name) for name in form.columns], float("nan")
-    label = _flag(_column(row, "label"), "column label")
-    return [_text(row, "text")], float(label)
+    return [_text(row, "text")], label(row)
+
+
+def label(row: Record) -> float:
+    """The label of a row, 0 or 1; raises Unreadable."""
+    return float(_flag(_column(row, "label"), "column label"))
 
 
 def _flag(value: Any, where: str) -> bool:

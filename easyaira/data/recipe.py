@@ -17,8 +17,8 @@ class Recipe:
     """How to tokenise a row. Recipe, template and tokenizer together determine every token.
 
     Attributes:
-        task: kind of row: a conversation to train on, a pair of answers, a text to score, or a
-            prompt to answer.
+        task: kind of row: a conversation to train on, a pair of answers, an answer with a label, a
+            text to score, or a prompt to answer.
         max_length: longest prompt with answer, in tokens; of a prompt to answer, without one.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
         truncation: treatment of examples above max_length.
@@ -30,7 +30,7 @@ class Recipe:
         margin: a pair's column margin is read.
     """
 
-    task: Literal["conversation", "pair", "label", "prompt"]
+    task: Literal["conversation", "pair", "rated", "label", "prompt"]
     max_length: int
     max_prompt_length: int | None = None
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
@@ -60,7 +60,7 @@ def recipe_of(
         for name in ("compat", "reverse"):
             if getattr(data, name):
                 raise ConfigError(f"data.{name}: is for SFT only; leave it out")
-    if task != "pair" and data.share_prompt == "always":
+    if task not in ("pair", "rated") and data.share_prompt == "always":
         raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")
     return Recipe(
         task,

@@ -178,6 +178,8 @@ def _texts(
             raise Dropped("identical answers")
         texts = [[*before, {"role": "assistant", "content": side}] for side in sides]
     else:
+        if recipe.task == "rated":
+            numbers = {"label": columns.label(row)}
         conversation, prompt = columns.conversation(row, form)
         unlearned = _unlearned(conversation, prompt, recipe)
         texts = [conversation]

@@ -17,6 +17,7 @@ from easyaira.distributed.sharding import constrain, parts_of
 from easyaira.losses.token_logps import PerToken
 
 PerPair = Float[Array, "B"]
+IsDesirable = Bool[Array, "B"]
 
 
 def pair_sums(
@@ -190,6 +191,33 @@ def orpo(chosen: PerPair, rejected: PerPair, *, beta: float) -> PerPair:
         return logps - jnp.log(-jnp.expm1(logps))
 
     return -beta * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+# KTO: single answers, each of which is desirable or not.
+
+
+def kl_of_groups(logratios: PerPair, group: int) -> PerPair:
+    """max(0, mean of h over each `group` consecutive mismatched answers), for each of them, without
+    a gradient: an estimate of KL(pi || pi_ref)."""
+    means = logratios.reshape(-1, group).mean(1)
+    return jax.lax.stop_gradient(jnp.repeat(jax.nn.relu(means), group))
+
+
+def kto(
+    logratios: PerPair,
+    kl: PerPair,
+    desirable: IsDesirable,
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> PerPair:
+    """w_D (1 - s(beta (h - z))) for a desirable answer, w_U (1 - s(beta (z - h))) for another one,
+    where z is `kl`: Ethayarajh et al. (2024), KTO: Model Alignment as Prospect Theoretic
+    Optimization, eq. 7."""
+    margins = jnp.where(desirable, 1, -1) * beta * (logratios - kl)
+    weights = jnp.where(desirable, desirable_weight, undesirable_weight)
+    return weights * jax.nn.sigmoid(-margins)
 
 
 # Divergences: f'(pi / pi_ref) takes the place of h = log(pi / pi_ref), up to a constant that

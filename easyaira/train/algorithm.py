@@ -60,6 +60,8 @@ class Algorithm(NamedTuple):
         known: Setup -> name -> per-example shape of the arrays that `begin` returns as `known`.
         summary: metrics over all held-out examples together (see train.step.PER_EXAMPLE).
         on_policy: where batches come from if not from stored examples.
+        arrange: (examples of the rows, max_length) -> those to train on.
+        together: consecutive examples that stay together on a device.
         critic: (Resolved, mesh) -> the value model to train, and its learning rate.
     """
 
@@ -71,4 +73,6 @@ class Algorithm(NamedTuple):
     known: Callable[[Setup], Mapping[str, tuple[int, ...]]] = lambda setup: {}
     summary: Summary | None = None
     on_policy: OnPolicy | None = None
+    arrange: Callable[[Examples, int], Examples] = lambda examples, max_length: examples
+    together: int = 1
     critic: Callable[[Any, Any], Any] | None = None

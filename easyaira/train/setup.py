@@ -150,13 +150,23 @@ def prepare(
             f"and {model.config.kv_heads} key/value heads"
         )
     critic = algorithm.critic and algorithm.critic(resolved, mesh)
+    if micro_batch // shards % algorithm.together:
+        raise ConfigError(
+            f"train_batch_size: each device takes {micro_batch // shards} examples at a time, no "
+            f"multiple of dpo.kto_group {algorithm.together}; use a multiple of "
+            f"{algorithm.together * shards * config.gradient_accumulation_steps}"
+        )
     data = read_data(config, resolved, algorithm.recipe(resolved.max_length))
+    parts = (data.train, data.held_out)
+    train, held_out = (p and algorithm.arrange(p, resolved.max_length) for p in parts)
+    data = replace(data, train=train, held_out=held_out)
     layout = {
         "shards": shards,
         "local": meshes.local_shards(mesh),
         "packing": config.data.packing,
         "share_prompt": not model.architecture.encoder
         and shares_prompt(config.data.share_prompt, data.train),
+        "together": algorithm.together,
         "attention": attention_cost(model.config.width, model.config.heads),
         "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
     }

@@ -421,6 +421,15 @@ def weighted_rows(count: int) -> list[dict]:
     ]
 
 
+def rated_rows(count: int) -> list[dict]:
+    """Answers to unlike questions, with a label: three in five are good."""
+    asked = ("what do you like", "the capital of France is Paris and", "no, no, red and blue and")
+    return [
+        {"prompt": f"{asked[i % 3]} {i}?", "completion": row["completion"], "label": i % 5 < 3}
+        for i, row in enumerate(sft_rows(count))
+    ]
+
+
 def label_rows(count: int, seed: int = 0) -> list[dict]:
     """Texts with labels: 1 for those that say no, 0 for the rest."""
     rng = np.random.default_rng(seed)
