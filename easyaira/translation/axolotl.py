@@ -153,16 +153,15 @@ DPO: Table = {
         orpo_alpha dpo.beta
         dpo_label_smoothing dpo.label_smoothing
         rpo_alpha dpo.sft_weight
+        dpo_use_weighting dpo.use_weighting
         simpo_gamma dpo.simpo_gamma
     """),
     **computed("rl=loss_type"),
     **no_effect("the reference's log-probabilities are computed once, before training",
                 "precompute_ref_log_probs"),
-    **unsupported("is no loss of EasyAira", "dpo_use_weighting cpo_alpha dpo_norm_loss"),
+    **unsupported("is no loss of EasyAira", "cpo_alpha dpo_norm_loss"),
 }  # fmt: skip
-REWARD: Table = {
-    "center_rewards_coefficient": Unsupported("is no loss of EasyAira", (None, 0)),
-}
+REWARD: Table = same("center_rewards_coefficient reward.center_rewards_coefficient")
 
 DEFAULTS = {
     "micro_batch_size": 1,

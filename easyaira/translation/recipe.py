@@ -215,7 +215,11 @@ def revision(run: Recipe) -> None:
         run.options["model.revision"] = run.get("model_revision")
 
 
-def preference(run: Recipe) -> None:
+def objective(run: Recipe) -> None:
+    if run.task == "sft" and run.get("loss_type") == "dft":
+        run.options["sft.loss_type"] = "dft"
+    if run.task == "sft" and run.get("loss_type", "nll") not in ("nll", "chunked_nll", "dft"):
+        run.refuse("loss_type", "is no loss of EasyAira")
     if run.task != "dpo":
         return
     losses = run.get("loss_type", ["sigmoid"])
@@ -238,5 +242,5 @@ def preference(run: Recipe) -> None:
 
 STEPS = (
     batch, schedule, optimizer, clipping, precision, intervals, reports, length, adapters, revision,
-    preference,
+    objective,
 )  # fmt: skip
