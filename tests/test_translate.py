@@ -276,6 +276,16 @@ def test_adapters_keep_their_defaults_and_lose_dropout_in_dpo(tmp_path, capsys):
     assert config.lora.dropout == 0 and "lora.dropout is 0 (0.05 there)" in text
 
 
+def test_the_best_model_is_looked_for_here_too(tmp_path, capsys):
+    keys = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+    file = write(tmp_path / "a.yaml", **MINIMAL, **keys, metric_for_best_model="eval_loss")
+    config, _ = ours(capsys, "trl", file, "--task", "sft")
+    assert config.load_best_model_at_end and config.metric_for_best_model == "eval_loss"
+    file = write(tmp_path / "b.yaml", **MINIMAL, metric_for_best_model="eval_loss")
+    config, _ = ours(capsys, "trl", file, "--task", "sft")  # unused there
+    assert not config.load_best_model_at_end and config.metric_for_best_model is None
+
+
 def test_other_losses_keep_their_options(tmp_path, capsys):
     config, _ = ours(
         capsys, "trl", write(tmp_path / "a.yaml", **MINIMAL, loss_type="dft"), "--task=sft"

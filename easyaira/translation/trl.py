@@ -35,6 +35,7 @@ TRAINING: Table = {
         logging_strategy logging_steps
         eval_strategy evaluation_strategy=eval_strategy eval_steps
         save_strategy save_steps save_total_limit
+        load_best_model_at_end metric_for_best_model greater_is_better
         report_to max_seq_length=max_length
     """),
     **no_effect(
@@ -85,8 +86,6 @@ TRAINING: Table = {
         "optim_args optim_target_modules",
     ),
     **unsupported("is no loss of EasyAira", "label_smoothing_factor neftune_noise_alpha"),
-    **unsupported("a run keeps its newest weights", "load_best_model_at_end"),
-    **no_effect("without load_best_model_at_end", "metric_for_best_model greater_is_better"),
     **unsupported("the batch is what the file says", "auto_find_batch_size"),
     **unsupported("mixtures of experts are no family of EasyAira", "router_aux_loss_coef"),
     **unsupported("the model is loaded as it is stored", "model_init_kwargs", (None, {})),
