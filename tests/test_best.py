@@ -1,4 +1,4 @@
-"""The best checkpoint and early stopping, against decisions made by hand."""
+"""The best checkpoint and early stopping, against decisions made by hand; runs made longer."""
 
 import math
 
@@ -68,7 +68,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
 
     def evaluate(self, number, params, frozen):
-        return Evaluation({"eval_loss": LOSSES[number]})
+        return Evaluation({"eval_loss": LOSSES.get(number, 1.0)})
 
     monkeypatch.setattr(evaluation.Evaluate, "__call__", evaluate)
 
@@ -148,3 +148,39 @@ def test_a_resumed_run_decides_the_same(after, straight, ground, tmp_path, monke
 def test_what_cannot_be_followed_is_refused(options, message, ground, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train(ground, tmp_path / "run", **options)
+
+
+# Runs made longer
+
+CONSTANT = {
+    "load_best_model_at_end": False, "early_stopping_patience": "null", "eval_steps": 0,
+    "optimizer.lr_scheduler_type": "constant_with_warmup", "num_samples": 0,
+}  # fmt: skip
+
+
+def test_a_longer_run_is_the_run_that_was_longer_from_the_start(ground, tmp_path, capsys):
+    _, whole = train(ground, tmp_path / "whole", **CONSTANT)
+    train(ground, tmp_path / "run", **CONSTANT | {"max_steps": 6})
+    assert "is made longer" not in capsys.readouterr().out
+    rows, params = train(ground, tmp_path / "run", **CONSTANT)
+    assert "is made longer: 6 -> 10 updates" in capsys.readouterr().out
+    assert [row["step"] for row in rows] == list(range(11))
+    runs.same_bits(params, whole)
+    # 32 rows in updates of 8: three epochs are 12 updates
+    epochs = CONSTANT | {"max_steps": -1, "num_train_epochs": 3}
+    train(ground, tmp_path / "run", **epochs)
+    assert "is made longer: 10 -> 12 updates" in capsys.readouterr().out
+
+
+def test_the_rest_follows_the_schedule_of_the_longer_run(ground, tmp_path):
+    linear = CONSTANT | {"optimizer.lr_scheduler_type": "linear", "optimizer.warmup_steps": 0}
+    train(ground, tmp_path / "run", **linear | {"max_steps": 4})
+    rows, _ = train(ground, tmp_path / "run", **linear | {"max_steps": 8})
+    rates = [row["learning_rate"] for row in rows if row["step"]]
+    by_hand = [1e-3 * (1 - n / 4) for n in range(4)] + [1e-3 * (1 - n / 8) for n in range(4, 8)]
+    np.testing.assert_allclose(rates, by_hand, rtol=1e-6)
+
+
+def test_a_shorter_run_is_refused(straight, ground):
+    with pytest.raises(ConfigError, match="max_steps: the run in .* was started with 10"):
+        train(ground, straight, max_steps=9, export=True)
