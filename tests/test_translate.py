@@ -276,6 +276,29 @@ def test_adapters_keep_their_defaults_and_lose_dropout_in_dpo(tmp_path, capsys):
     assert config.lora.dropout == 0 and "lora.dropout is 0 (0.05 there)" in text
 
 
+def test_the_best_model_is_looked_for_here_too(tmp_path, capsys):
+    keys = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+    file = write(tmp_path / "a.yaml", **MINIMAL, **keys, metric_for_best_model="eval_loss")
+    config, _ = ours(capsys, "trl", file, "--task", "sft")
+    assert config.load_best_model_at_end and config.metric_for_best_model == "eval_loss"
+    file = write(tmp_path / "b.yaml", **MINIMAL, metric_for_best_model="eval_loss")
+    config, _ = ours(capsys, "trl", file, "--task", "sft")  # unused there
+    assert not config.load_best_model_at_end and config.metric_for_best_model is None
+
+
+def test_other_losses_keep_their_options(tmp_path, capsys):
+    config, _ = ours(
+        capsys, "trl", write(tmp_path / "a.yaml", **MINIMAL, loss_type="dft"), "--task=sft"
+    )
+    assert config.sft.loss_type == "dft"
+    file = write(tmp_path / "b.yaml", **MINIMAL, ld_alpha=0.5, use_weighting=True)
+    config, _ = ours(capsys, "trl", file, "--task", "dpo")
+    assert (config.dpo.ld_alpha, config.dpo.use_weighting) == (0.5, True)
+    file = write(tmp_path / "c.yaml", **MINIMAL, center_rewards_coefficient=0.01)
+    config, _ = ours(capsys, "trl", file)
+    assert config.reward.center_rewards_coefficient == 0.01
+
+
 @pytest.mark.parametrize("loss, smoothing", [("sigmoid", 0.0), ("robust", 0.1)])
 def test_label_smoothing_is_that_which_trl_reads(loss, smoothing, tmp_path, capsys):
     file = write(tmp_path / "a.yaml", **MINIMAL, loss_type=[loss], label_smoothing=0.1)

@@ -162,7 +162,15 @@ class RunConfig:
     save_steps: CountOrZero = 200
     """Save a checkpoint every N updates and always after the last; 0: only after the last."""
     save_total_limit: Count = 2
-    """Number of checkpoints to keep."""
+    """Number of checkpoints to keep, beside the best."""
+    load_best_model_at_end: bool = False
+    """Save at each evaluation that is the best so far, keep that checkpoint, and export it."""
+    metric_for_best_model: str | None = None
+    """Held-out metric that decides what is best, with or without eval_; default: loss."""
+    greater_is_better: bool | None = None
+    """Whether larger values are better; default: unless the metric's name ends in loss."""
+    early_stopping_patience: Count | None = None
+    """Stop after N evaluations in a row without a new best; needs load_best_model_at_end."""
     logging_steps: Count = 10
     """Log metrics every N updates, averaged over them."""
     num_samples: CountOrZero = 4
@@ -202,6 +210,7 @@ class RunConfig:
                 "lora: needs pretrained weights, since random ones are not saved and the adapter "
                 "would be useless; set model.init to pretrained, or lora to null"
             )
+        self._check_best()
         if self.push_to_hub is not None and not is_repo(self.push_to_hub):
             raise ConfigError(f"push_to_hub: expected owner/name, got {self.push_to_hub!r:.80}")
         if self.push_to_hub is not None and not self.export:
@@ -217,6 +226,19 @@ class RunConfig:
             raise ConfigError(
                 f"train_batch_size: {self.train_batch_size} is not a multiple of "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+
+    def _check_best(self) -> None:
+        if not self.load_best_model_at_end:
+            for name in ("metric_for_best_model", "greater_is_better", "early_stopping_patience"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name}: unused without load_best_model_at_end; set that to true"
+                    )
+        elif self.data.eval is None or not self.eval_steps:
+            raise ConfigError(
+                "load_best_model_at_end: nothing is evaluated on the way; set data.eval and "
+                "eval_steps"
             )
 
 

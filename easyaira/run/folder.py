@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +24,10 @@ from easyaira.files import read_yaml, reason, write_file
 from easyaira.run.provenance import flattened, identity, provenance
 from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek, records
-from easyaira.train.setup import Setup
+from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
+LENGTH = ("max_steps", "num_train_epochs")  # options that may make a run longer
 
 
 @contextmanager
@@ -136,7 +138,14 @@ def _check(setup: Setup, place: str) -> None:
     record = folder / "config.yaml"
     if record.exists():
         try:
-            _compare(_identity_of(record), setup, folder)
+            saved = _identity_of(record)
+            _compare(saved, setup, folder)
+            if extra := _added(saved, setup):
+                print(
+                    f"run     is made longer: {setup.total_steps - extra} -> {setup.total_steps} "
+                    "updates; the rest follows the learning rates of the longer run",
+                    flush=True,
+                )
         except (ConfigError, StorageError) as error:
             _blame(record, error, setup, place)
     elif folder.exists() and (not folder.is_dir() or _foreign_files(folder)):
@@ -223,7 +232,8 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
         for content in (saved, identity(setup))
     )
     other_rows = then.pop("data_fingerprint", None) != now.pop("data_fingerprint")
-    for key in sorted((then.keys() | now.keys()) - set(MAY_CHANGE)):
+    may_change = {*MAY_CHANGE, *(LENGTH if _added(then, setup) else ())}
+    for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
             raise ConfigError(
                 f"{key}: the run in {place} was started with {shortened(repr(then.get(key)))}, "
@@ -235,3 +245,14 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
             f"data: the run in {place} was trained on other rows than data.train gives now; "
             "restore them to continue, or choose another output_dir"
         )
+
+
+def _added(then: Mapping[str, Any], setup: Setup) -> int:
+    """Updates that this command adds to a run of the options `then`. 0 if it has as many or fewer,
+    or is on-policy, where the last roll-out may have been cut short."""
+    try:
+        before = replace(setup.config, **{name: then[name] for name in LENGTH})
+        count = updates(before, len(setup.batches))
+    except (KeyError, TypeError, ValueError, ConfigError):  # a damaged record
+        return 0
+    return 0 if hasattr(setup.config, "rl") else max(0, setup.total_steps - count)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from easyaira.train import energy, kernel_check, loader, loop, metrics
 from easyaira.train import log as logs
 from easyaira.train import step as steps
 from easyaira.train.algorithm import Algorithm
+from easyaira.train.best import Best
 from easyaira.train.evaluation import Evaluate
 from easyaira.train.log import Log, NoLog
 from easyaira.train.record import Record
@@ -127,16 +129,25 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
     with run_folder.claimed(setup) as checkpoints:
         step = checkpoints.latest()
         released_before = hosts.share((folder / "hf").exists())
-        if step == setup.total_steps and (not config.export or released_before):
+        done = step == setup.total_steps or _stopped_early(config, checkpoints, step)
+        if done and (not config.export or released_before):
             print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
             return
-        with energy.track(config.energy if step != setup.total_steps else None, folder):
-            params, samples = _updates(setup, algorithm, stop, checkpoints, facts, checked)
-        _finish(setup, params, samples, facts)
+        with energy.track(config.energy if not done else None, folder):
+            result = _updates(setup, algorithm, stop, checkpoints, facts, checked)
+        params, samples, step = result
+        _finish(setup, params, samples, facts, step)
         rows, used = logs.read(folder / "metrics.jsonl"), energy.used(folder)
         seconds = time.perf_counter() - began
         for line in closing.lines(rows, seconds, used, str(folder), setup.model.scorer):
             print(line, flush=True)
+
+
+def _stopped_early(config: RunConfig, checkpoints: Checkpoints, step: int | None) -> bool:
+    """Whether the held-out metric had stopped improving at the newest checkpoint."""
+    if step is None or config.early_stopping_patience is None:
+        return False
+    return Best(config, metrics.Window(checkpoints.meta(step)["window"]), lambda _: None).exhausted
 
 
 def _updates(
@@ -146,12 +157,12 @@ def _updates(
     checkpoints: Checkpoints,
     facts: Facts,
     checked: Mapping[str, str],
-) -> tuple[Any, Samples]:
+) -> tuple[Any, Samples, int]:
     """Run the remaining updates.
 
     Returns:
         the parameters without the optimizer state, to leave memory for the export's verification;
-        and the samples.
+        the samples; and the update of those parameters.
     """
     config, folder = setup.config, Path(setup.config.output_dir)
     trainable, step = setup.trainable, checkpoints.latest()
@@ -188,6 +199,7 @@ def _updates(
     samples = Samples(setup, folder / "samples.json", start, log.texts)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     options = trainable.compiler_options
+    best = Best(config, window, partial(setattr, checkpoints.kept, "best"))
     train_step = steps.jit_train_step(loss_fn, setup.tx, state, options)
     try:
         state = loop.fit(
@@ -232,15 +244,26 @@ def _updates(
                 saved=trainable.saved,
             ),
             stop=stop,
+            best=best,
         )
+        params, step = state.params, int(state.step)
+        if best.exhausted:
+            print(f"run     stopped early after update {step} of {until}", flush=True)
+        if best.step is not None:
+            print(f"best    {best.name} {best.record['value']:.4g}, of update {best.step}")
+        if best.step not in (None, step):
+            del params, state
+            target, _ = trainable.saved(trainable.target, None)
+            params, _ = trainable.restored(checkpoints.restore_params(best.step, target), None)
+            step = best.step
     finally:
         log.close()
         checkpoints.close()
-    return state.params, samples
+    return params, samples, step
 
 
-def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
-    """Write the report and export the model."""
+def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts, step: int) -> None:
+    """Write the report and export the parameters of update `step`."""
     config, folder = setup.config, Path(setup.config.output_dir)
     if hosts.first():
         write_report(setup, samples)
@@ -252,7 +275,7 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
             "params": params,
             "tokenizer": setup.tokenizer,
             "mesh": own,
-            "records": Records(folder, setup.total_steps),
+            "records": Records(folder, step),
             "replace": True,
         }
         if setup.critic:

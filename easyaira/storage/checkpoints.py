@@ -34,6 +34,7 @@ from easyaira.errors import StorageError
 from easyaira.files import parse_json
 from easyaira.storage import one_by_one
 from easyaira.storage.integrity import hash_of, sums_of
+from easyaira.storage.keeping import Kept
 from easyaira.storage.object_store import finished_steps, in_store, inside, is_finished, locate
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file at INFO
@@ -103,13 +104,14 @@ class Checkpoints:
         self.folder = locate(folder)
         self.write = write
         self.saving = 0  # step of the latest save
+        self.kept = Kept(keep)
         try:
             if write and hosts.first():
                 self._clean()
             self.manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
+                    preservation_policy=self.kept,
                     create=write,
                     temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
                     if in_store(self.folder)
@@ -275,8 +277,7 @@ class Checkpoints:
                     warnings.simplefilter("ignore")
                     gc.collect()  # abandoned coroutines
         # this reader has no barriers, so every process gets here even if its read failed
-        problem = hosts.problem_of_any(str(failure) if failure else None)
-        if problem:
+        if problem := hosts.problem_of_any(str(failure) if failure else None):
             raise failure or StorageError(problem)
         now = sums_of({k: restored[k] for k in trees}, {k: restored[k] for k in records})
         wrong = [name for name in now if now[name] != sums.get(name)]

@@ -39,6 +39,7 @@ from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
 from easyaira.storage.checkpoints import Checkpoints
+from easyaira.storage.chosen import chosen
 from easyaira.storage.hub import TEXTS, download
 from easyaira.storage.integrity import fingerprint
 
@@ -370,10 +371,7 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     if path.is_dir():
         place = checkpoint_dir(path)
         if place != path / CHECKPOINTS or place.is_dir():
-            checkpoints = Checkpoints(place)
-            step = checkpoints.latest()
-            checkpoints.close()
-            if step is None:
+            if (step := chosen(place)) is None:
                 raise ConfigError(
                     f"{name}: this run folder has no finished checkpoint; run its command again"
                 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from easyaira.errors import RewardError
+from easyaira.train.best import Best
 from easyaira.train.evaluation import Evaluate
 from easyaira.train.loader import Ready
 from easyaira.train.record import Record
@@ -24,6 +25,7 @@ def fit(
     record: Record,
     save: Save,
     stop: Stop,
+    best: Best,
 ) -> State:
     """Train from `state` to update `until`.
 
@@ -36,6 +38,7 @@ def fit(
         record: logs metrics to files and the terminal.
         save: writes checkpoints when due.
         stop: whether a signal requests a stop; agrees on every host.
+        best: follows the held-out metric; ends the loop when it no longer improves.
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite. The parameters are unchanged by it.
@@ -46,8 +49,10 @@ def fit(
     number = start = int(state.step)
     problem = None
     if record.wants_evaluation(start):
-        record.before(start, evaluate(start, state.params, frozen))
-    while number < until:
+        evaluation = evaluate(start, state.params, frozen)
+        best.look(start, evaluation)
+        record.before(start, evaluation)
+    while number < until and not best.exhausted:
         try:
             ready = source(number, state.params)
         except RewardError as error:
@@ -57,14 +62,17 @@ def fit(
                 save(number, state, record.to_save())
             break
         state, sums = step(state, frozen, ready.arrays)
-        number += 1
+        number, wanted = number + 1, False
         stop.defer()
         record.update(number, ready, sums)  # also fetches the previous update's sums
         stop.look(number)
         if evaluate.due(number):
             record.pause()
-            record.evaluation(number, evaluate(number, state.params, frozen))
-        if save.due(number) or stop.stopping:
+            evaluation = evaluate(number, state.params, frozen)
+            best.look(number, evaluation)
+            record.evaluation(number, evaluation)
+            wanted = best.improved or best.exhausted
+        if save.due(number) or stop.stopping or wanted:
             save(number, state, record.to_save())
         if stop.stopping:
             break

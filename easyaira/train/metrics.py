@@ -40,12 +40,14 @@ class Window:
     Attributes:
         unmeasured: an evaluation was interrupted and must be repeated.
         logged: the last step with a row in the log; None: unknown.
+        best: record of the best evaluation, see best.Best; None: the run looks for none.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
         saved = saved or {"sums": {}, "num_tokens": 0}
         self.unmeasured: bool = saved.get("unmeasured", False)
         self.logged: int | None = saved.get("logged")
+        self.best: dict[str, Any] | None = saved.get("best")
         self.sums: Sums = {name: tuple(value) for name, value in saved["sums"].items()}
         self.num_tokens: int = saved["num_tokens"]
         self.positions: int = saved.get("positions", 0)  # missing in older records
@@ -60,6 +62,7 @@ class Window:
             "positions": self.positions,
             "unmeasured": self.unmeasured,
             "logged": self.logged,
+            "best": self.best,
         }
 
     @property

@@ -46,6 +46,7 @@ COMMON: Table = {
         save_strategy save_steps saves_per_epoch save_total_limit
         sequence_len=max_length sample_packing=packing
         adapter load_in_8bit load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules
+        load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
         lora_target_linear peft_use_rslora=use_rslora
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
@@ -114,8 +115,6 @@ COMMON: Table = {
     **unsupported("the one optimizer is AdamW over all trainable weights", "optim_args "
                   "optim_target_modules lr_groups embedding_lr embedding_lr_scale eta_min "
                   "lr_quadratic_warmup cosine_constant_lr_ratio"),
-    **unsupported("a run keeps its newest weights", "early_stopping_patience "
-                  "load_best_model_at_end metric_for_best_model greater_is_better"),
     **unsupported("the model is loaded as it is stored", "model_config "
                   "overrides_of_model_config model_kwargs overrides_of_model_kwargs reinit_weights "
                   "cls_model_config resize_token_embeddings_to_32x",
@@ -153,16 +152,15 @@ DPO: Table = {
         orpo_alpha dpo.beta
         dpo_label_smoothing dpo.label_smoothing
         rpo_alpha dpo.sft_weight
+        dpo_use_weighting dpo.use_weighting
         simpo_gamma dpo.simpo_gamma
     """),
     **computed("rl=loss_type"),
     **no_effect("the reference's log-probabilities are computed once, before training",
                 "precompute_ref_log_probs"),
-    **unsupported("is no loss of EasyAira", "dpo_use_weighting cpo_alpha dpo_norm_loss"),
+    **unsupported("is no loss of EasyAira", "cpo_alpha dpo_norm_loss"),
 }  # fmt: skip
-REWARD: Table = {
-    "center_rewards_coefficient": Unsupported("is no loss of EasyAira", (None, 0)),
-}
+REWARD: Table = same("center_rewards_coefficient reward.center_rewards_coefficient")
 
 DEFAULTS = {
     "micro_batch_size": 1,

@@ -25,7 +25,8 @@ COMMON: Table = {
         model_revision finetuning_type lora_rank=lora_r lora_alpha lora_dropout use_rslora
         lora_target quantization_bit pure_bf16=bf16 infer_dtype=dtype
         dataset=dataset_names eval_dataset=held_out_names template cutoff_len=max_length
-        val_size=test_split_size mask_history train_on_prompt packing neat_packing streaming
+        val_size=test_split_size mask_history train_on_prompt packing neat_packing
+        use_dft_loss
     """),
     **no_effect(
         "says how PyTorch computes, and not what",
@@ -44,7 +45,7 @@ COMMON: Table = {
     **no_effect("data sets are looked up in dataset_dir/dataset_info.json", "dataset_dir"),
     **no_effect("the run uploads nothing", "hf_hub_token ms_hub_token om_hub_token "
                 "export_hub_model_id"),
-    **unsupported("is no loss of EasyAira", "use_dft_loss use_asft_loss use_eaft_loss"),
+    **unsupported("is no loss of EasyAira", "use_asft_loss use_eaft_loss"),
     **unsupported("the model is loaded as it is stored", "resize_vocab new_special_tokens "
                   "add_tokens add_special_tokens rope_scaling shift_attn mixture_of_depths "
                   "moe_aux_loss_coef "
@@ -73,13 +74,14 @@ DPO: Table = {
         pref_beta dpo.beta
         dpo_beta dpo.beta
         pref_ftx dpo.sft_weight
+        ld_alpha dpo.ld_alpha
         dpo_ftx dpo.sft_weight
         dpo_label_smoothing dpo.label_smoothing
         simpo_gamma dpo.simpo_gamma
         ref_model model.ref_name_or_path
     """),
     **computed("pref_loss=loss_type dpo_loss=loss_type"),
-    **unsupported("is no loss of EasyAira", "ld_alpha pref_bco_weight"),
+    **unsupported("is no loss of EasyAira", "pref_bco_weight"),
 }
 
 DEFAULTS = {
@@ -117,6 +119,8 @@ def facts(run: Recipe) -> None:
     run.facts["packing"] = run.get("packing") or run.get("neat_packing")
     learned = not run.get("train_on_prompt")
     run.facts["completion_only_loss"] = run.facts["assistant_only_loss"] = learned
+    if run.task == "sft" and run.get("use_dft_loss"):
+        run.facts["loss_type"] = "dft"
     if run.task == "sft" and run.get("mask_history"):
         run.options["sft.last_turn_only"] = True
     loss = run.get("loss_type", "sigmoid")

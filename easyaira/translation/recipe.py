@@ -143,6 +143,21 @@ def intervals(run: Recipe) -> None:
         every(run, "eval_steps", run.get("eval_strategy", "steps"), steps, 500)
 
 
+def best(run: Recipe) -> None:
+    """After `intervals`."""
+    patience = run.get("early_stopping_patience")
+    if not (run.get("load_best_model_at_end") or patience):
+        return
+    if not run.options.get("eval_steps"):
+        run.refuse("load_best_model_at_end", "needs evaluations after a number of updates")
+    values = {name: run.get(name) for name in ("metric_for_best_model", "greater_is_better")}
+    run.options |= {name: value for name, value in values.items() if value is not None}
+    run.options["load_best_model_at_end"] = True
+    if patience:
+        run.options["early_stopping_patience"] = patience
+    run.note("each new best is saved, also between save_steps, and the best is never deleted")
+
+
 def evaluated(run: Recipe) -> bool:
     return run.get("eval_strategy", "no") not in NO
 
@@ -215,7 +230,11 @@ def revision(run: Recipe) -> None:
         run.options["model.revision"] = run.get("model_revision")
 
 
-def preference(run: Recipe) -> None:
+def objective(run: Recipe) -> None:
+    if run.task == "sft" and run.get("loss_type") == "dft":
+        run.options["sft.loss_type"] = "dft"
+    if run.task == "sft" and run.get("loss_type", "nll") not in ("nll", "chunked_nll", "dft"):
+        run.refuse("loss_type", "is no loss of EasyAira")
     if run.task != "dpo":
         return
     losses = run.get("loss_type", ["sigmoid"])
@@ -237,6 +256,6 @@ def preference(run: Recipe) -> None:
 
 
 STEPS = (
-    batch, schedule, optimizer, clipping, precision, intervals, reports, length, adapters, revision,
-    preference,
+    batch, schedule, optimizer, clipping, precision, intervals, best, reports, length, adapters,
+    revision, objective,
 )  # fmt: skip

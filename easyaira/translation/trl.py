@@ -35,6 +35,7 @@ TRAINING: Table = {
         logging_strategy logging_steps
         eval_strategy evaluation_strategy=eval_strategy eval_steps
         save_strategy save_steps save_total_limit
+        load_best_model_at_end metric_for_best_model greater_is_better
         report_to max_seq_length=max_length
     """),
     **no_effect(
@@ -85,8 +86,6 @@ TRAINING: Table = {
         "optim_args optim_target_modules",
     ),
     **unsupported("is no loss of EasyAira", "label_smoothing_factor neftune_noise_alpha"),
-    **unsupported("a run keeps its newest weights", "load_best_model_at_end"),
-    **no_effect("without load_best_model_at_end", "metric_for_best_model greater_is_better"),
     **unsupported("the batch is what the file says", "auto_find_batch_size"),
     **unsupported("mixtures of experts are no family of EasyAira", "router_aux_loss_coef"),
     **unsupported("the model is loaded as it is stored", "model_init_kwargs", (None, {})),
@@ -131,7 +130,7 @@ DATA: Table = {
 }
 
 SFT: Table = {
-    **computed("packing completion_only_loss assistant_only_loss truncation_mode"),
+    **computed("packing completion_only_loss assistant_only_loss truncation_mode loss_type"),
     **no_effect("packing changes padding only", "eval_packing"),
     **no_effect("rows of plain text are refused", "dataset_text_field"),
     "packing_strategy": Unsupported("cuts examples to fill rows", (None, "bfd", "ffd")),
@@ -146,7 +145,6 @@ SFT: Table = {
             {"add_special_tokens": False},
         ),
     ),
-    "loss_type": Unsupported("is no loss of EasyAira", (None, "nll", "chunked_nll")),
     **unsupported(
         "packing keeps examples whole", "num_of_sequences chars_per_token", (None, 1024, 3.6)
     ),
@@ -157,6 +155,8 @@ DPO: Table = {
         beta dpo.beta
         f_divergence_type dpo.f_divergence_type
         rpo_alpha dpo.sft_weight
+        ld_alpha dpo.ld_alpha
+        use_weighting dpo.use_weighting
         simpo_gamma dpo.simpo_gamma
         max_prompt_length data.max_prompt_length
     """),
@@ -169,14 +169,14 @@ DPO: Table = {
         "nothing is generated", "generate_during_eval max_completion_length max_target_length"
     ),
     "discopop_tau": Unsupported("the temperature is the paper's 0.05", (None, 0.05)),
-    **unsupported("is no loss of EasyAira", "use_weighting ld_alpha reference_free"),
+    **unsupported("the reference is a model", "reference_free"),
     **unsupported("moves the reference during the run", "sync_ref_model"),
     **no_effect("without sync_ref_model", "ref_model_mixup_alpha ref_model_sync_steps"),
     "disable_dropout": Unsupported("DPO has no dropout here", (None, True)),
 }
 
 REWARD: Table = {
-    "center_rewards_coefficient": Unsupported("is no loss of EasyAira", (None, 0)),
+    **same("center_rewards_coefficient reward.center_rewards_coefficient"),
     "disable_dropout": Unsupported("set model.dropout in the translated file", (None, True)),
     **no_effect("the ends of rows are kept", "truncation_mode"),
 }
