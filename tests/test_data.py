@@ -110,14 +110,22 @@ def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn_and_is_counted(t
     assert data.report["train"]["dropped"] == {"nothing left to learn within max_length": 1}
 
 
-def test_held_out_prompts_are_never_trained_on(tmp_path):
+@pytest.mark.parametrize("part", [0.2, 2])
+def test_held_out_prompts_are_never_trained_on(part, tmp_path):
     rows = [dict(row, prompt=f"question {i % 10}") for i, row in enumerate(tiny.dpo_rows(50))]
-    data = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task="pair", eval=0.2)
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task="pair", eval=part)
     assert not set(data.train.prompt_ids) & set(data.held_out.prompt_ids)
     assert len(set(data.held_out.prompt_ids)) == 2
     assert len(data.train) + len(data.held_out) == data.report["train"]["kept"]
-    reloaded = load(tmp_path / "a.jsonl", task="pair", eval=0.2)
+    reloaded = load(tmp_path / "a.jsonl", task="pair", eval=part)
     np.testing.assert_array_equal(reloaded.held_out.rows, data.held_out.rows)
+
+
+def test_no_row_is_held_out_of_zero_and_none_is_left_of_all(tmp_path):
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(5))
+    assert load(file, eval=0).held_out is None
+    with pytest.raises(DataError, match="data.eval: 900 of .* leaves one part empty"):
+        load(file, eval=900)
 
 
 def test_an_id_without_an_embedding_is_an_error(tmp_path):

@@ -272,7 +272,7 @@ class TrainRL(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         _refuse_dropout(self, "on-policy training")
-        if self.data.eval is not None:
+        if self.data.eval:
             raise ConfigError(
                 "data.eval: on-policy training reports the rewards of its own answers; leave it out"
             )
