@@ -38,9 +38,9 @@ BODY = """<style>
 {{ table(["reason", "rows", "first row"], section.dropped) }}
 {% endif %}<h3>Lengths in tokens</h3>
 <div class="plots">{% for panel in section.lengths %}{{ panel }}{% endfor %}</div>
-{% if section.mark %}<p class="quiet">The dashed line is max_length, {{ section.mark }} tokens. Rows
-that were cut are red at their length before the cut.</p>
-{% endif %}{% endfor %}<h2>Rows</h2>
+<p class="quiet">The dashed line is max_length, {{ section.mark }} tokens.{% if section.cut %} Rows
+that were cut are red, at their length before the cut.{% endif %}</p>
+{% endfor %}<h2>Rows</h2>
 <p>A random sample of each source, and rows that were changed or dropped. Hover over a token for its
 id.</p>
 <p class="row">{% for state, (_, meaning) in states.items() -%}
@@ -84,6 +84,7 @@ def page(data: Data) -> str:
                 "facts": facts(data.report[name]).items(),
                 "dropped": dropped,
                 "lengths": histograms(examples, account, data.report["recipe"]["max_length"]),
+                "cut": bool(account and account.cut),
                 "mark": f"{data.report['recipe']['max_length']:,}",
             }
         )

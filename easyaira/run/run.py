@@ -271,6 +271,7 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts) -> None:
             exported = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         if exported:
             print(f"export  {release.summary(exported)}", flush=True)
+            report(setup, samples)  # with links to the release
             if config.push_to_hub:
                 url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
                 print(f"pushed  {url}", flush=True)
@@ -314,5 +315,5 @@ def report(setup: Setup, samples: Samples) -> None:
         completions=rollouts.read(folder / rollouts.COMPLETIONS),
         changed=changed(config),
         last=last,
-        schedule=[(step, float(setup.schedule(step))) for step in at],
+        schedule=[(step, float(setup.schedule(max(step - 1, 0)))) for step in at],
     )
