@@ -103,9 +103,9 @@ questions.</p>
 and reference are equal, and {{ after }} after.</p>
 <h2>Answers</h2>
 {{ table(["question"] + stages, samples) }}
-<h2>SFT</h2><img src="sft.png" alt="curves of SFT" width="100%">
-<h2>DPO</h2><img src="dpo.png" alt="curves of DPO" width="100%">
-<h2>The model in PyTorch</h2><pre>{{ load }}</pre>"""
+{% for run, panels in curves.items() %}<h2>{{ run }}</h2>
+<div class="plots">{% for panel in panels %}{{ panel }}{% endfor %}</div>
+{% endfor %}<h2>The model in PyTorch</h2><pre>{{ load }}</pre>"""
 
 MODEL = {
     "model_type": "gpt2",
@@ -293,8 +293,8 @@ def show(
         print(f"\n{prompt}")
         for stage, text in zip(stages, texts, strict=True):
             print(f"  {stage:12} {text}")
-    for run in ("sft", "dpo"):
-        run_report.figure(log.read(out / run / "metrics.jsonl")).savefig(out / f"{run}.png")
+    metrics = {run: log.read(out / run / "metrics.jsonl") for run in ("sft", "dpo")}
+    curves = {run.upper(): run_report.curves(r, r[-1]["step"]) for run, r in metrics.items()}
     load = f"""from transformers import pipeline
 chat = pipeline("text-generation", "{out.absolute() / "dpo" / "hf"}")
 print(chat([{{"role": "user", "content": "{questions[0]["prompt"]}"}}], do_sample=False))"""
@@ -306,6 +306,7 @@ print(chat([{{"role": "user", "content": "{questions[0]["prompt"]}"}}], do_sampl
         after=f"{preferred[-1]:.3f}",
         stages=list(stages),
         samples=samples,
+        curves=curves,
         load=load,
     )
     (out / "index.html").write_text(page, encoding="utf-8")

@@ -47,16 +47,6 @@ def devices(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_pictures():
-    """Leave the figures out of pages, since drawing takes seconds."""
-    from helpers import undrawn
-
-    with pytest.MonkeyPatch.context() as patch:
-        undrawn.leave_out(patch.setattr)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def children_in_process():
     """Leave out child processes, which import for seconds; the tests of each start it."""
     from helpers import in_process
@@ -72,15 +62,6 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", QUICK)
-
-
-@pytest.fixture
-def pictures(monkeypatch):
-    """Draw the figures in this test."""
-    from helpers import undrawn
-
-    for module, name, drawn in undrawn.PICTURES:
-        monkeypatch.setattr(module, name, drawn)
 
 
 @pytest.fixture(autouse=True)

@@ -255,7 +255,7 @@ OUT_OF_RANGE = {  # option: values that are refused
     "model.max_positions": "0 -1 1e9",
     "data.max_length": "0 -1 nan",
     "data.max_dropped": "-0.1 1 nan",
-    "data.eval": "0 1 1.5 -0.1 nan inf",
+    "data.eval": "1.5 -0.1 -1 nan inf",
     "dpo.beta": "0 -1 inf nan 1e-50",
     "dpo.label_smoothing": "-0.1 0.5 nan",
     "dpo.sft_weight": "-1 inf nan",
@@ -361,6 +361,7 @@ def test_every_form_of_mesh_passes_the_command_line(mesh):
 
 def test_a_share_and_a_path_for_held_out_rows():
     assert parse("--data.eval", "0.02").data.eval == 0.02
+    assert [parse("--data.eval", n).data.eval for n in ("0", "200")] == [0, 200]
     assert parse("--data.eval", "held_out.jsonl").data.eval == "held_out.jsonl"
     sources = parse("--data.train", "[{path: x}, {path: y, columns: {prompt: q}}]").data.train
     assert [s.path for s in sources] == ["x", "y"] and sources[1].columns == {"prompt": "q"}

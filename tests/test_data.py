@@ -110,14 +110,22 @@ def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn_and_is_counted(t
     assert data.report["train"]["dropped"] == {"nothing left to learn within max_length": 1}
 
 
-def test_held_out_prompts_are_never_trained_on(tmp_path):
+@pytest.mark.parametrize("part", [0.2, 2])
+def test_held_out_prompts_are_never_trained_on(part, tmp_path):
     rows = [dict(row, prompt=f"question {i % 10}") for i, row in enumerate(tiny.dpo_rows(50))]
-    data = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task="pair", eval=0.2)
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task="pair", eval=part)
     assert not set(data.train.prompt_ids) & set(data.held_out.prompt_ids)
     assert len(set(data.held_out.prompt_ids)) == 2
     assert len(data.train) + len(data.held_out) == data.report["train"]["kept"]
-    reloaded = load(tmp_path / "a.jsonl", task="pair", eval=0.2)
+    reloaded = load(tmp_path / "a.jsonl", task="pair", eval=part)
     np.testing.assert_array_equal(reloaded.held_out.rows, data.held_out.rows)
+
+
+def test_no_row_is_held_out_of_zero_and_none_is_left_of_all(tmp_path):
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(5))
+    assert load(file, eval=0).held_out is None
+    with pytest.raises(DataError, match="data.eval: 900 of .* leaves one part empty"):
+        load(file, eval=900)
 
 
 def test_an_id_without_an_embedding_is_an_error(tmp_path):
@@ -302,18 +310,42 @@ def test_the_page_shows_what_is_learned_masked_and_cut(tmp_path):
     assert "<b>a" not in page and "&lt;" in page
     assert "empty answer" in page and "a.jsonl:5" in page
     place, became, spans = data.accounts["train"].shown[0]
-    of = {state: "".join(t for t, s in spans if s == state) for state in report.STATES}
+    of = {state: "".join(t for t, s, _ in spans if s == state) for state in report.STATES}
+    ids = [i for *_, i in spans]
+    assert tiny.tokenizer().decode(ids) == "".join(text for text, *_ in spans)
+    assert f'title="{ids[0]}, seen, not trained on"' in page
     assert of["masked"] == "<b>a?</b>"
     assert of["trained"] + of["cut"] == rows[0]["completion"] + END and of["cut"].endswith(END)
     assert "[" in report.terminal(data.accounts["train"], rows=2, colour=False)
     assert "\x1b[30;42m" in report.terminal(data.accounts["train"], rows=2, colour=True)
 
 
+def test_the_rows_of_the_page_are_a_sample_that_does_not_depend_on_the_folder(tmp_path):
+    places = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        file = tiny.write_rows(tmp_path / folder / "a.jsonl", tiny.sft_rows(300))
+        shown = load(file).accounts["train"].shown
+        places.append([int(place.rpartition(":")[2]) for place, *_ in shown])
+    assert places[0] == places[1] == sorted(places[0]) and len(places[0]) == 12
+    assert max(places[0]) > 150  # of 300 rows, not the first
+
+
+def test_rows_that_are_cut_are_drawn_at_their_length_before(tmp_path):
+    rows = [{"prompt": "a?", "completion": "the capital of France is Paris. " * 90}]
+    data = load(tiny.write_rows(tmp_path / "a.jsonl", [*rows, *tiny.sft_rows(3)]))
+    account = data.accounts["train"]
+    titles = [str(p) for p in report.histograms(data.train, account, data.train.lengths().max())]
+    assert len(titles) == 5 and "before the cut" in titles[-1]
+    assert titles[-1].count('class="bar lost"') == 1 == titles[-1].count('class="mark ')
+    assert len(report.histograms(data.train, None, 99)) == 4
+
+
 def test_the_page_leaves_out_the_middle_of_a_long_text(tmp_path):
     row = {"prompt": "a?", "completion": "START" + "yes " * 50_000 + "FINISH"}
     file = tiny.write_rows(tmp_path / "a.jsonl", [row, *tiny.sft_rows(2)])
     (_, _, spans), *_ = load(file).accounts["train"].shown
-    text = "".join(text for text, _ in spans)
+    text = "".join(text for text, *_ in spans)
     assert len(text) < 20_000
     assert text.startswith("a?START") and text.endswith(f"FINISH{END}") and " tokens ... " in text
 

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 FLOORS = """
     errors
     allocator files pages
+    plots
     config/
     distributed/
     hf/
@@ -51,7 +52,9 @@ LEVEL = {place: i for i, line in enumerate(FLOORS.splitlines()) for place in lin
 MAY_BE_ABSENT = {"selftest", "__main__"}
 # Imports of a higher floor that are made late: the command line is read before anything is loaded.
 LATE = {("cli", "run.run")}
-NO_JAX = set("allocator errors files pages config/ short_help cli translation/ translate".split())
+NO_JAX = set(
+    "allocator errors files pages plots config/ short_help cli translation/ translate".split()
+)
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
 FLAX = {"models/", "lora/"}
 ORBAX = {"storage.checkpoints", "storage.object_store", "storage.one_by_one"}

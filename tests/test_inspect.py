@@ -1,6 +1,7 @@
 """The look at the data: what it prints, what it writes, and that a run may follow in its folder."""
 
 import json
+import re
 
 import pytest
 
@@ -37,15 +38,15 @@ def test_what_rows_are_is_seen_from_their_columns(name, task, kept, ground, caps
     assert report["train"]["kept"] == kept
     out = capsys.readouterr().out
     assert f"train: {kept} of {report['train']['read']} rows" in out
-    assert f"{name}.jsonl:1: trained on" in out
+    assert re.search(rf"{name}\.jsonl:\d+: trained on", out)
     assert "data_report.html" in out
 
 
 def test_learned_tokens_stand_in_brackets_where_there_is_no_colour(ground, capsys):
     look(ground, "sft")
     out = capsys.readouterr().out
-    first = tiny.sft_rows(1)[0]
-    assert f"{first['prompt']}[{first['completion']}<|endoftext|>]" in out
+    rows = [f"{row['prompt']}[{row['completion']}<|endoftext|>]" for row in tiny.sft_rows(20)]
+    assert sum(row in out for row in rows) >= 2
     assert "1 a text spells a control token, which stays text" in out
     assert "dropped 1 empty answer (first: " in out
 

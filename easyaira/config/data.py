@@ -10,7 +10,7 @@ from typing import Literal
 
 from jsonargparse.typing import OpenUnitInterval
 
-from easyaira.config.ranges import Count, Share, Weight
+from easyaira.config.ranges import Count, CountOrZero, Share, Weight
 from easyaira.errors import ConfigError, shortened
 
 
@@ -47,8 +47,9 @@ class DataConfig:
     """Split of a hub data set that is named by a plain string."""
     columns: dict[str, str] = field(default_factory=dict)
     """EasyAira's column name -> the data set's, for sources named by a plain string."""
-    eval: OpenUnitInterval | str | list[Source] | None = None
-    """Held-out rows: a share of train, split by prompt (0.02), or sources like train."""
+    eval: OpenUnitInterval | CountOrZero | str | list[Source] | None = None
+    """Held-out rows: a share of train, split by prompt (0.02), a number of its prompts (200), or
+    sources like train; 0: none."""
     template: str = "chat"
     """Chat template: plain (prompt, completion, EOS, nothing between), aira, tulu, zephyr, chatml,
     llama-2, chat (the tokenizer's own), a .jinja file, or a Jinja template as text."""
@@ -85,7 +86,7 @@ class DataConfig:
 
     def __post_init__(self):
         for name, value in (("data.train", self.train), ("data.eval", self.eval)):
-            share = "" if name == "data.train" else "a share above 0 and below 1, "
+            share = "" if name == "data.train" else "a share below 1, a number of prompts, "
             wrong = r"\s*(\[\s*[{\"']|\{\s*[\"\w]+\s*:)" + (
                 r"|[-+.\d]*\d$|[-+]?(nan|inf)$" if share else ""
             )

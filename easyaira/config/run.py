@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 from easyaira.config.algorithms import OptimizerConfig, RewardConfig, SFTConfig
@@ -294,7 +294,7 @@ class TrainRL(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         _refuse_dropout(self, "on-policy training")
-        if self.data.eval is not None:
+        if self.data.eval:
             raise ConfigError(
                 "data.eval: on-policy training reports the rewards of its own answers; leave it out"
             )
@@ -345,3 +345,18 @@ def _refuse_dropout(config: RunConfig, where: str) -> None:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain values, as in config.yaml."""
     return json.loads(json.dumps(asdict(config)))  # jsonargparse's number types become plain ones
+
+
+def changed(config: Any, group: str = "") -> dict[str, Any]:
+    """The options that differ from their defaults, by name; those without a default, too."""
+    options: dict[str, Any] = {}
+    for option in fields(config):
+        value, default = getattr(config, option.name), option.default
+        if option.default_factory is not MISSING:
+            default = option.default_factory()
+        if is_dataclass(value) and default is not None:
+            options |= changed(value, f"{group}{option.name}.")
+        elif value != default:
+            shown = asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
+            options[f"{group}{option.name}"] = shown
+    return options

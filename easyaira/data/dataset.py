@@ -58,9 +58,9 @@ def load(
     check_embedded(train.tokens, vocab_size, RESIZE)
     accounts = {"train": account}
     held_out = None
-    if isinstance(config.eval, float):
+    if isinstance(config.eval, int | float) and config.eval:
         train, held_out = hold_out(train, config.eval, seed)
-    elif config.eval is not None:
+    elif config.eval:
         held_out, accounts["held out"] = _read(config, config.eval, recipe, template, "held-out")
         check_embedded(held_out.tokens, vocab_size, RESIZE)
     if not isinstance(config.train, str):
@@ -187,18 +187,21 @@ def _joined(parts: list[Examples]) -> Examples:
     )
 
 
-def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+def hold_out(examples: Examples, part: float, seed: int) -> tuple[Examples, Examples]:
     """Split by prompt into (train, held out); no prompt is in both parts.
+
+    Args:
+        part: share of the prompts to hold out, or their number if it is an integer.
 
     Raises:
         DataError: there are too few prompts, so one part would be empty.
     """
     prompts = np.unique(examples.prompt_ids)
-    count = math.ceil(share * len(prompts))
+    count = part if isinstance(part, int) else math.ceil(part * len(prompts))
     if not 0 < count < len(prompts):
         raise DataError(
-            f"data.eval: {share} of {len(prompts)} prompts leaves one part empty; choose "
-            "another share"
+            f"data.eval: {part} of {len(prompts)} prompts leaves one part empty; choose "
+            "another number"
         )
     chosen = np.random.default_rng([seed, 1]).permutation(prompts)[:count]
     held_out = np.isin(examples.prompt_ids, chosen)

@@ -103,7 +103,7 @@ class Account:
         noted: change made to kept rows, such as a cut -> number of rows.
         unread: filled column or key that was not used -> number of kept rows.
         cut: length in tokens of a row before its cut to max_length -> number of such rows.
-        shown: the first rows for a report, as [place, outcome, [[text, state], ...]].
+        shown: some rows for a report, as [place, outcome, [[text, state, token id], ...]].
     """
 
     read: int = 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from easyaira import pages
+from easyaira import pages, plots
 from easyaira.data.dataset import Data
 from easyaira.data.examples import Account, Examples
 from easyaira.errors import escaped
@@ -16,33 +18,48 @@ from easyaira.files import write_file
 
 FILES = ("data_report.json", "data_report.html")
 
-STATES = {  # state of a token: (colour on the page, colours in a terminal, meaning)
-    "trained": ("#cdebd0", "30;42", "trained on"),
-    "masked": ("#eeeeee", "37;100", "seen, not trained on"),
-    "cut": ("#f6cccc", "30;41", "cut off or dropped"),
+STATES = {  # state of a token: (colours in a terminal, meaning)
+    "trained": ("30;42", "trained on"),
+    "masked": ("37;100", "seen, not trained on"),
+    "cut": ("30;41", "cut off or dropped"),
 }
 BODY = """<style>
-.row { white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid #ddd; }
-.row { padding: .6rem 0; font-size: .9rem; }
-.row span { border-right: 1px solid #fff8; border-radius: 2px; } .place { color: #666; }
-{% for state, (colour, _, _) in states.items() %}.{{ state }} { background: {{ colour }}; }
-{% endfor %}</style>
+.row { white-space: pre-wrap; overflow-wrap: anywhere; border-bottom: 1px solid var(--rule); }
+.row { padding: .6rem 0; font-size: .9rem; } .place { color: var(--quiet); }
+.row span { border-radius: 2px; } .row span:hover { outline: 1px solid var(--ink); }
+{% for state in states %}.{{ state }} { background: var(--{{ state }}); }
+{% endfor %}input { font: inherit; width: 100%; box-sizing: border-box; padding: .4rem; }
+</style>
+<p><a href="report.html">the run's report</a> (while it trains and after it) ·
+<a href="data_report.json">these counts as JSON</a></p>
 {% for section in sections %}<h2>{{ section.name }}</h2>
-{{ table(["", ""], section.facts) }}
+{{ table([], section.facts) }}
 {% if section.dropped %}<h3>Dropped rows</h3>
 {{ table(["reason", "rows", "first row"], section.dropped) }}
 {% endif %}<h3>Lengths in tokens</h3>
-{{ section.lengths }}
+<div class="plots">{% for panel in section.lengths %}{{ panel }}{% endfor %}</div>
+<p class="quiet">The dashed line is max_length, {{ section.mark }} tokens.{% if section.cut %} Rows
+that were cut are red, at their length before the cut.{% endif %}</p>
 {% endfor %}<h2>Rows</h2>
-<p class="row">{% for state, (_, _, meaning) in states.items() -%}
+<p>A random sample of each source, and rows that were changed or dropped. Hover over a token for its
+id.</p>
+<p class="row">{% for state, (_, meaning) in states.items() -%}
 <span class="{{ state }}">{{ meaning }}</span> {% endfor %}</p>
+<p><input id="search" type="search" placeholder="Search these rows" aria-label="Search"></p>
 {% for place, outcome, spans in rows -%}
 <div class="row"><span class="place">{{ place }}: {{ outcome }}</span>
-{% for text, state in spans -%}
+{% for text, state, id in spans -%}
 {% if state == "side" %}
-<b>{{ text }}</b> {% elif text %}<span class="{{ state }}">{{ text }}</span>{% endif %}
+<b>{{ text }}</b> {% elif text -%}
+<span class="{{ state }}" title="{{ id }}, {{ states[state][1] }}">{{ text }}</span>{% endif %}
 {%- endfor %}</div>
-{% endfor %}"""
+{% endfor %}<script>
+document.getElementById("search").oninput = (event) => {
+  const wanted = event.target.value.toLowerCase();
+  for (const row of document.querySelectorAll("div.row"))
+    row.hidden = !row.textContent.toLowerCase().includes(wanted);
+};
+</script>"""
 
 
 def write(folder: Path, data: Data) -> None:
@@ -66,14 +83,16 @@ def page(data: Data) -> str:
                 "name": name,
                 "facts": facts(data.report[name]).items(),
                 "dropped": dropped,
-                "lengths": pages.svg(histograms(examples)),
+                "lengths": histograms(examples, account, data.report["recipe"]["max_length"]),
+                "cut": bool(account and account.cut),
+                "mark": f"{data.report['recipe']['max_length']:,}",
             }
         )
     rows = [
         (
             escaped(place),
             escaped(outcome),
-            [(escaped(text, keep="\n\t"), state) for text, state in spans],
+            [(escaped(text, keep="\n\t"), state, token) for text, state, token in spans],
         )
         for account in data.accounts.values()
         for place, outcome, spans in account.shown
@@ -95,33 +114,39 @@ def facts(part: dict[str, Any]) -> dict[str, Any]:
     return lines
 
 
-def histograms(examples: Examples) -> Any:
-    """Histograms of the lengths of prompts, answers and examples, and of learned tokens."""
-    from matplotlib.figure import Figure
+def histograms(examples: Examples, account: Account | None, max_length: int) -> list[Markup]:
+    """Panels of the lengths of prompts, answers and examples, and of learned tokens.
 
+    Args:
+        account: counts of the rows, with the lengths of those that were cut, if they are known.
+        max_length: of an example.
+    """
     answers = np.diff(examples.bounds[:, 1:]) - examples.unseen[:, None]
+    lengths = Counter((examples.lengths() - examples.unseen[:, None]).ravel().tolist())
     panels = {
-        "prompt": examples.bounds[:, 1] - examples.bounds[:, 0],
-        "answer": answers.ravel(),
-        "prompt with answer": (examples.lengths() - examples.unseen[:, None]).ravel(),
-        "learned": examples.learned_counts,
+        "prompt": Counter((examples.bounds[:, 1] - examples.bounds[:, 0]).tolist()),
+        "answer": Counter(answers.ravel().tolist()),
+        "prompt with answer": lengths,
+        "learned": Counter(examples.learned_counts.tolist()),
     }
-    figure = Figure(figsize=(12, 2.6), layout="constrained")
-    for i, (title, values) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), i)
-        axes.hist(values, bins=min(40, max(int(values.max(initial=1)), 1)), color="#4878a8")
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("tokens")
-        axes.grid(alpha=0.3)
-    return figure
+    drawn = [
+        plots.histogram(title, {"whole": counts}, max_length if counts is lengths else None)
+        for title, counts in panels.items()
+    ]
+    if account and account.cut:
+        whole = lengths - Counter({max_length: account.cut.total()})
+        parts = {"whole": whole, "lost": account.cut}
+        drawn.append(plots.histogram("prompt with answer, before the cut", parts, max_length))
+    return drawn
 
 
 def terminal(account: Account, *, rows: int, colour: bool) -> str:
-    """The first rows for a terminal; without colour, tokens with loss are in brackets."""
+    """Some of the rows for a terminal, evenly spread; without colour, tokens with loss are in
+    brackets."""
     lines = []
-    for place, outcome, spans in account.shown[:rows]:
+    for place, outcome, spans in account.shown[:: -(-len(account.shown) // rows) or 1]:
         line, last = "", ""
-        for text, state in [*spans, ["", ""]]:
+        for text, state, _ in [*spans, ["", "", None]]:
             text = escaped(text, keep="\n\t")
             if not colour and "trained" in (state, last) and state != last:
                 line += "[" if state == "trained" else "]"
@@ -129,6 +154,6 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
             if state == "side":
                 line += f"\n  {text}: "
             elif text:
-                line += f"\x1b[{STATES[state][1]}m{text}\x1b[0m" if colour else text
+                line += f"\x1b[{STATES[state][0]}m{text}\x1b[0m" if colour else text
         lines.append(f"{escaped(f'{place}: {outcome}')}\n  {line}")
     return "\n".join(lines)

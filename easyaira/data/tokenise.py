@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -349,28 +350,42 @@ def _without(
 
 
 def _show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
-    """Record the first kept rows, and the first two of every other outcome, for a report."""
-    recorded = sum(other == outcome for _, other, _ in account.shown)
-    if recorded >= (SHOWN if outcome == KEPT else 2):
+    """Record a random sample of the kept rows, and the first two of every other outcome, for a
+    report. The sample holds the rows whose places have the smallest hashes."""
+    recorded = [row for row in account.shown if row[1] == outcome]
+    if outcome != KEPT and len(recorded) >= 2:
         return
+    if len(recorded) >= SHOWN:
+        last = max(recorded, key=lambda row: _hash(row[0]))
+        if _hash(place) >= _hash(last[0]):
+            return
+        account.shown.remove(last)
     cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
     before = [_abridged(cut[0], None), _abridged(parts.prompt, parts.prompt_learned)]
-    shown: list[list[str]] = []
+    shown: list[list[Any]] = []
     for side, (tokens, learned) in enumerate(parts.answers):
         tail = cut[1 + side]
         spans = [*before, _abridged(tokens, learned), _abridged(tail, None)]
-        texts = template.pieces(np.concatenate([tokens for tokens, *_ in spans]))
+        ids = np.concatenate([tokens for tokens, *_ in spans]).tolist()
+        texts = template.pieces(ids)
         notes = [note for *_, notes in spans for note in notes]
         texts = [note + text for note, text in zip(notes, texts, strict=True)]
-        pairs = list(zip(texts, (state for _, states, _ in spans for state in states), strict=True))
+        states = [state for _, states, _ in spans for state in states]
+        pieces = [list(piece) for piece in zip(texts, states, ids, strict=True)]
         known = sum(len(tokens) for tokens, *_ in before)
-        shown += [list(pair) for pair in pairs[: 0 if side else known]]
+        shown += pieces[: 0 if side else known]
         if len(parts.answers) == 2:
-            shown.append([("chosen", "rejected")[side], "side"])
-        shown += [list(pair) for pair in pairs[known:]]
+            shown.append([("chosen", "rejected")[side], "side", None])
+        shown += pieces[known:]
     if not outcome.startswith(KEPT):
-        shown = [[text, state if state == "side" else "cut"] for text, state in shown]
+        shown = [[text, state if state == "side" else "cut", i] for text, state, i in shown]
     account.shown.append([place, outcome, shown])
+
+
+def _hash(place: str) -> bytes:
+    """Of the file's name and the row, so that a sample does not depend on the folder."""
+    name = place.rpartition("/")[2].encode("utf-8", "replace")
+    return hashlib.blake2b(name, digest_size=8).digest()
 
 
 def _abridged(

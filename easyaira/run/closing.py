@@ -31,11 +31,7 @@ def lines(
         used: energy of all commands of the run; None: not tracked.
         scorer: the model scores texts, and so cannot generate.
     """
-    parts = []
-    for name, words in MEASURES.items():  # the first ones that were measured twice
-        values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
-        if len(values) > 1 and len(parts) < SHOWN:
-            parts.append(f"{words} {values[0]:.4g} -> {values[-1]:.4g}")
+    parts = [f"{words} {change}" for words, change in measured(rows)]
     parts.append(str(timedelta(seconds=round(seconds))))
     if used is not None:
         parts.append(f"{used.kwh:.2g} kWh")
@@ -44,3 +40,13 @@ def lines(
         yield f"warning {warning}"
     if not scorer:
         yield f"next    easyaira generate {folder} --chat"
+
+
+def measured(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Words and change of the first metrics that were measured twice."""
+    changes = []
+    for name, words in MEASURES.items():
+        values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
+        if len(values) > 1:
+            changes.append((words, f"{values[0]:.4g} -> {values[-1]:.4g}"))
+    return changes[:SHOWN]

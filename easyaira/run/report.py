@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from easyaira import pages
+from markupsafe import Markup
+
+from easyaira import pages, plots
 from easyaira.files import write_file
-from easyaira.run import hacking
+from easyaira.run import closing, hacking
 from easyaira.train import log
 
 PANELS = (  # title, and metrics that share an axis
@@ -33,73 +37,130 @@ PANELS = (  # title, and metrics that share an axis
     ("learning rate", ("learning_rate",)),
 )
 SHOWN_UPDATES = 6  # whose answers are shown
-BODY = """{{ table(["", ""], facts) }}
+COLOURS = {"chosen": "c3", "rejected": "c4"}  # by the end of a metric's name; held-out ones: c2
+BODY = """{% if running %}<p class="warning">{{ running }}</p>
+{% endif %}<div class="figures">
+{% for name, value in figures %}<div><b>{{ value }}</b><span>{{ name }}</span></div>
+{% endfor %}</div>
+<p>{% for name, place in links %}<a href="{{ place }}">{{ name }}</a>{{ " · " if not loop.last }}
+{%- endfor %}</p>
+<p class="quiet"><code>tensorboard --logdir {{ folder }}</code></p>
 {% for warning in warnings %}<p class="warning">{{ warning }}.</p>
-{% endfor %}<h2>Curves</h2>
-{{ curves }}
-{% if samples[1] %}<h2>Answers to held-out prompts</h2>
-<div class="wide">{{ table(*samples) }}</div>
-{% endif %}{% if completions %}<h2>Answers in training and their rewards</h2>
-{{ table(["update", "prompt", "answer", "reward"], completions) }}
+{% endfor %}{{ table([], facts) }}
+<h2>Curves</h2>
+<div class="plots">{% for panel in curves %}{{ panel }}{% endfor %}</div>
+{% if samples %}<h2>Answers to held-out prompts</h2>
+{% for prompt, wanted, answers in samples %}<div class="card"><p><b>{{ prompt }}</b></p>
+<p class="quiet">wanted: {{ wanted }}</p>
+{% for when, text in answers -%}
+<p><span class="quiet">{{ when }}:</span> {{ text or "(nothing)" }}</p>
+{% endfor %}</div>
+{% endfor %}{% endif %}{% if completions %}<h2>Answers in training and their rewards</h2>
+<div class="wide">{{ table(["update", "prompt", "answer", "reward"], completions) }}</div>
 {% endif %}<h2>Configuration</h2>
-<pre>{{ config }}</pre>"""
+{{ table([], changed) }}
+<details><summary>All options</summary><pre>{{ config }}</pre></details>"""
+LINKS = {  # what a run folder may hold
+    "released model": "hf",
+    "model card": "hf/README.md",
+    "data report": "data_report.html",
+    "metrics": "metrics.jsonl",
+    "configuration": "config.yaml",
+}
+RELOAD = 30  # seconds
 
 
-def figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Matplotlib figure of the curves of a metrics.jsonl; only logged metrics get a panel."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+class AtMostEvery:
+    """Calls a function unless it was called, or this was made, less than `seconds` ago."""
 
-    series = {}
-    for name in {name for _, names in PANELS for name in names}:
-        points = [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
-        if points:
-            series[name] = points
-    panels = [(title, [n for n in names if n in series]) for title, names in PANELS]
-    panels = [(title, names) for title, names in panels if names]
-    columns = min(3, max(len(panels), 1))
-    lines = -(-max(len(panels), 1) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
-    for i, (title, names) in enumerate(panels):
-        axes = figure.add_subplot(lines, columns, i + 1)
+    def __init__(self, seconds: float, function: Callable[[], None]):
+        self.seconds, self.function, self.last = seconds, function, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self.function()
+            self.last = time.monotonic()
+
+
+def curves(
+    rows: Sequence[Mapping[str, Any]], last: int, schedule: plots.Points = ()
+) -> list[Markup]:
+    """Panels of a metrics.jsonl, from update 0 to `last`; only logged metrics get one.
+
+    Args:
+        schedule: (update, learning rate) of the whole run; default: those that were logged.
+    """
+    panels = []
+    for title, names in PANELS:
+        series: dict[str, plots.Points] = {}
         for name in names:
-            steps, values = zip(*series[name], strict=True)
-            axes.plot(
-                steps, values, marker="o" if len(steps) < 25 else "", markersize=3, label=name
-            )
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("update")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(fontsize=8)
-    return figure
+            points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
+            if points:
+                series[name] = points
+        if series and title == "learning rate" and schedule:
+            series = {"schedule": schedule} | series
+        if series:
+            panels.append(plots.curves(title, series, max(last, 1), [*map(_colour, series)]))
+    return panels
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _colour(name: str) -> str:
+    if name.startswith("eval_") or name == "schedule":
+        return "c2"
+    return COLOURS.get(name.rpartition("/")[2], "c1")
 
 
 def write(
     folder: Path,
     *,
     title: str,
+    figures: Mapping[str, Any] = {},
     facts: Mapping[str, Any],
     samples: tuple[Sequence[str], Sequence[Sequence[str]]],
     completions: Sequence[Mapping[str, Any]] = (),
+    changed: Mapping[str, Any] = {},
+    last: int = 0,
+    schedule: plots.Points = (),
 ) -> None:
-    """Write report.html into a run folder, from its metrics.jsonl and config.yaml.
+    """Write report.html into a run folder, from its metrics.jsonl and config.yaml. It reloads
+    itself while the run goes on.
 
     Args:
-        facts: name -> value, for the table at the top.
-        samples: head and rows of the table of answers.
+        figures: name -> value, shown large at the top; those of the metrics follow.
+        facts: name -> value, for a table.
+        samples: head and rows of the table of answers: prompt, wanted answer, one column for each
+            evaluation.
         completions: rows of a completions.jsonl; those of a few updates are shown.
+        changed: options that differ from their defaults.
+        last: number of updates of the run; 0: those that were logged.
+        schedule: see `curves`.
     """
     rows = log.read(folder / "metrics.jsonl")
+    done = max((row["step"] for row in rows), default=0)
+    going = done < last
+    measured = {words: change.replace("->", "→") for words, change in closing.measured(rows)}
+    head, answers = samples
     content = pages.page(
         title,
         BODY,
+        reload=RELOAD if going else 0,
+        running=f"Update {done:,} of {last:,}; written at the newest evaluation." if going else "",
+        figures=[*measured.items(), *figures.items()],
+        links=[(name, place) for name, place in LINKS.items() if (folder / place).exists()],
+        folder=folder,
+        warnings=list(hacking.warnings(rows)),
         facts=facts.items(),
-        curves=pages.svg(figure(rows)),
-        warnings=hacking.warnings(rows),
-        samples=samples,
+        curves=curves(rows, last or done, schedule),
+        samples=[
+            (prompt, wanted, list(zip(head[2:], texts, strict=True)))
+            for prompt, wanted, *texts in answers
+        ],
         completions=list(_spread(completions)),
+        changed=changed.items(),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     write_file(folder / "report.html", content)

@@ -14,14 +14,14 @@ import jax
 
 import easyaira
 from easyaira.algorithms import rollouts
-from easyaira.config.run import DryRun, RunConfig
+from easyaira.config.run import DryRun, RunConfig, changed
 from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.cards import planned_devices
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, Preempted
 from easyaira.export import adapter_base, hub, release
 from easyaira.export.hf_config import Facts, released, value_released
 from easyaira.export.records import Records
@@ -46,6 +46,8 @@ from easyaira.train.record import Record
 from easyaira.train.saving import Save, Stop
 from easyaira.train.setup import Setup, prepare
 from easyaira.train.step import abstract_state, init_state, resume_state
+
+REPORT_SECONDS = 20  # at least, between two reports of a run that goes on
 
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
@@ -230,6 +232,7 @@ def _updates(
                 flops=cost.flops_per_token(setup.model, beginning.frozen is not None, trainable),
                 peak=peak and peak * mesh.size,
                 latest=checkpoints.latest,
+                evaluated=run_report.AtMostEvery(REPORT_SECONDS, lambda: report(setup, samples)),
             ),
             save=Save(
                 checkpoints,
@@ -256,6 +259,9 @@ def _updates(
             target, _ = trainable.saved(trainable.target, None)
             params, _ = trainable.restored(checkpoints.restore_params(best.step, target), None)
             step = best.step
+    except Preempted:
+        report(setup, samples)
+        raise
     finally:
         log.close()
         checkpoints.close()
@@ -265,8 +271,7 @@ def _updates(
 def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts, step: int) -> None:
     """Write the report and export the parameters of update `step`."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    if hosts.first():
-        write_report(setup, samples)
+    report(setup, samples)
     setup.trainable.free()
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
@@ -282,13 +287,14 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts, step: int
             _export_value(setup, params["value"], folder / "value", common)
             common["params"] = params["policy"]
         if setup.adapter:
-            report = release.export_adapter(
+            exported = release.export_adapter(
                 folder / "hf", adapter=setup.adapter, base=setup.origin, **common
             )
         else:
-            report = release.export(folder / "hf", model=setup.model, facts=facts, **common)
-        if report:
-            print(f"export  {release.summary(report)}", flush=True)
+            exported = release.export(folder / "hf", model=setup.model, facts=facts, **common)
+        if exported:
+            print(f"export  {release.summary(exported)}", flush=True)
+            report(setup, samples)  # with links to the release
             if config.push_to_hub:
                 url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
                 print(f"pushed  {url}", flush=True)
@@ -303,25 +309,34 @@ def _export_value(setup: Setup, params: Any, folder: Path, common: Mapping[str, 
         print(f"value   not exported: transformers has no token classifier of {kind}", flush=True)
         return
     own = {**common, "params": params, "records": None}
-    report = release.export(folder, model=setup.trainable.value, facts=facts, **own)
-    if report:
-        print(f"value   {release.summary(report)}, in {folder}", flush=True)
+    exported = release.export(folder, model=setup.trainable.value, facts=facts, **own)
+    if exported:
+        print(f"value   {release.summary(exported)}, in {folder}", flush=True)
 
 
-def write_report(setup: Setup, samples: Samples) -> None:
-    """Write report.html with the main facts of the run."""
-    config, data = setup.config, setup.data
+def report(setup: Setup, samples: Samples) -> None:
+    """Write report.html with the main facts of the run, on the first host."""
+    if not hosts.first():
+        return
+    config, data, folder = setup.config, setup.data, Path(setup.config.output_dir)
+    used = energy.used(folder)
+    last, points = setup.total_steps, min(setup.total_steps, 200)
+    at = sorted({i * last // points for i in range(points + 1)})
     run_report.write(
-        Path(config.output_dir),
-        title=Path(config.output_dir).name,
+        folder,
+        title=folder.name,
+        figures={} if used is None else {"energy": f"{used.kwh:.2g} kWh"},
         facts={
             "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
             "trained": f"{setup.trainable.parameter_count():,} parameters",
             "data": f"{len(data.train)} examples from {config.data.train}",
             "held out": len(data.held_out) if data.held_out else "none",
-            "updates": f"{setup.total_steps} of {config.train_batch_size} examples",
+            "updates": f"{setup.total_steps:,}, each of {config.train_batch_size} examples",
             "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
         },
         samples=samples.table(),
-        completions=rollouts.read(Path(config.output_dir) / rollouts.COMPLETIONS),
+        completions=rollouts.read(folder / rollouts.COMPLETIONS),
+        changed=changed(config),
+        last=last,
+        schedule=[(step, float(setup.schedule(max(step - 1, 0)))) for step in at],
     )

@@ -39,6 +39,7 @@ class Record:
         flops: FLOPs of an update per real token.
         peak: FLOP/s of all devices; None: unknown, and so is `mfu`.
         latest: returns the newest checkpoint's step, for the error of a failed update.
+        evaluated: called after an evaluation is logged.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Record:
         flops: float,
         peak: float | None,
         latest: Callable[[], int | None],
+        evaluated: Callable[[], None] = lambda: None,
     ):
         self.log, self.window, self.source = log, window, source
         self.start, self.every, self.until = start, every, until
         self.facts, self.schedule, self.flops, self.peak = facts, schedule, flops, peak
-        self.latest = latest
+        self.latest, self.evaluated = latest, evaluated
         self.shapes: set[Any] = set()  # compiled so far, by shape of the rows
         self.pending: list[Pending] = []
         # A GPU takes a limited number of operations ahead of time, so the next update's start
@@ -75,6 +77,7 @@ class Record:
         self.window.unmeasured = False
         if row := {**self.facts, **evaluation.metrics}:
             self._write(number, row)
+        self.evaluated()
 
     def update(self, number: int, ready: Ready, sums: Sums) -> None:
         """Add an update that was dispatched, and fetch the sums of earlier ones.
@@ -104,6 +107,7 @@ class Record:
         """Log held-out metrics after an update."""
         self.window.unmeasured = not evaluation.complete
         self._fetch(number, evaluation.metrics)
+        self.evaluated()
 
     def to_save(self) -> dict[str, Any]:
         """State of the window after the newest update, for its checkpoint."""
