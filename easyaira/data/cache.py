@@ -166,6 +166,7 @@ DECIDES_TOKENS = (  # files of data/ that determine tokens
     "examples",
     "recipe",
     "truncate",
+    "shown",
     "tokenise",
 )
 

@@ -186,8 +186,7 @@ def question(row: Record) -> list[Message]:
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) != 1:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
-    form = Form((), "prompt")
-    turns = _prompt(row, form) if names == ["prompt"] else _messages(row, "messages")
+    turns = _messages(row, "messages") if "messages" in row else _prompt(row, Form((), "prompt"))
     if not turns or turns[-1]["role"] == "assistant":
         raise Unreadable(f"column {names[0]}: must end in a message to answer")
     return [{name: turn[name] for name in ("role", "content")} for turn in turns]
@@ -207,9 +206,7 @@ def _turns(row: Record, name: str, *, bare: bool = False) -> list[Message]:
     if before.strip() or not parts:
         raise Unreadable(f"column {name}: must begin with ### Human: or ### Assistant:")
     if any(who == following for who, following in pairwise(parts[::2])):
-        raise Unreadable(
-            f"column {name}: two turns of one speaker in a row; a text may quote a marker"
-        )
+        raise Unreadable(f"column {name}: two turns of one speaker; a text may quote a marker")
     if any(sum(text.count(sign) % 2 for text in parts[1::2]) > 1 for sign in ('"', "```")):
         row.notes.append(QUOTED)
     turns = zip(parts[::2], parts[1::2], strict=True)

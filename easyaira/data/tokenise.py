@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from easyaira.data import columns
 from easyaira.data.examples import Account, Files, Parts, digest
 from easyaira.data.recipe import Dropped, Recipe
+from easyaira.data.shown import KEPT, show
 from easyaira.data.sources import BadRow, Located
 from easyaira.data.template import Template
 from easyaira.data.truncate import CUT, fit, lengths_of, pad_parts
@@ -22,11 +22,7 @@ from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
 CHUNK_CHARACTERS = 2**24  # of them, at most
-SHOWN = 12  # rows shown in a report
-LONGEST_SHOWN = 2000  # tokens of a span shown in a report
-KEPT = "trained on"
 REPEATED = "an answer begins with its prompt, which is then learned with it"
-STATES = {True: "trained", False: "masked"}
 
 
 def build(
@@ -45,7 +41,7 @@ def build(
                 fitted, notes = fit(parts, template, recipe)
             except Dropped as reason:
                 account.drop(str(reason), place)
-                _show(account, place, parts, template, str(reason))
+                show(account, place, parts, template, str(reason))
                 continue
             if any(template.types_control(text) for text in texts.spelled):
                 notes.append("a text spells a control token, which stays text")
@@ -53,7 +49,7 @@ def build(
             if any(note.startswith(CUT) for note in notes):
                 account.cut[sum(lengths_of(parts))] += 1
             account.unread.update(texts.unread)
-            _show(account, place, fitted, template, "; ".join([KEPT, *notes, *texts.notes]))
+            show(account, place, fitted, template, "; ".join([KEPT, *notes, *texts.notes]))
             unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
             if unseen:
                 fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
@@ -347,57 +343,3 @@ def _without(
         learned[start:end] = False
     edges = [0, *(np.flatnonzero(learned[1:] != learned[:-1]) + 1), len(tokens)]
     return [(tokens[a:b], bool(learned[a])) for a, b in pairwise(edges)]
-
-
-def _show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
-    """Record a random sample of the kept rows, and the first two of every other outcome, for a
-    report. The sample holds the rows whose places have the smallest hashes."""
-    recorded = [row for row in account.shown if row[1] == outcome]
-    if outcome != KEPT and len(recorded) >= 2:
-        return
-    if len(recorded) >= SHOWN:
-        last = max(recorded, key=lambda row: _hash(row[0]))
-        if _hash(place) >= _hash(last[0]):
-            return
-        account.shown.remove(last)
-    cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
-    before = [_abridged(cut[0], None), _abridged(parts.prompt, parts.prompt_learned)]
-    shown: list[list[Any]] = []
-    for side, (tokens, learned) in enumerate(parts.answers):
-        tail = cut[1 + side]
-        spans = [*before, _abridged(tokens, learned), _abridged(tail, None)]
-        ids = np.concatenate([tokens for tokens, *_ in spans]).tolist()
-        texts = template.pieces(ids)
-        notes = [note for *_, notes in spans for note in notes]
-        texts = [note + text for note, text in zip(notes, texts, strict=True)]
-        states = [state for _, states, _ in spans for state in states]
-        pieces = [list(piece) for piece in zip(texts, states, ids, strict=True)]
-        known = sum(len(tokens) for tokens, *_ in before)
-        shown += pieces[: 0 if side else known]
-        if len(parts.answers) == 2:
-            shown.append([("chosen", "rejected")[side], "side", None])
-        shown += pieces[known:]
-    if not outcome.startswith(KEPT):
-        shown = [[text, state if state == "side" else "cut", i] for text, state, i in shown]
-    account.shown.append([place, outcome, shown])
-
-
-def _hash(place: str) -> bytes:
-    """Of the file's name and the row, so that a sample does not depend on the folder."""
-    name = place.rpartition("/")[2].encode("utf-8", "replace")
-    return hashlib.blake2b(name, digest_size=8).digest()
-
-
-def _abridged(
-    tokens: np.ndarray, learned: np.ndarray | None
-) -> tuple[np.ndarray, list[str], list[str]]:
-    """Tokens for a report, without the middle of a long span; the state of each, and what to write
-    before it. Without `learned`, they are cut off."""
-    index, middle = np.arange(len(tokens)), LONGEST_SHOWN // 2
-    if left_out := max(len(tokens) - LONGEST_SHOWN, 0):
-        index = np.delete(index, slice(middle, middle + left_out))
-    notes = [""] * len(index)
-    if left_out:
-        notes[middle] = f" ... {left_out:,} tokens ... "
-    states = ["cut" if learned is None else STATES[bool(learned[i])] for i in index]
-    return tokens[index], states, notes

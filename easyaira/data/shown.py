@@ -1,0 +1,70 @@
+"""Rows that the data report shows, token by token."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from easyaira.data.examples import Account, Parts
+from easyaira.data.template import Template
+
+ROWS = 12  # that are trained on
+LONGEST = 2000  # tokens of a span
+KEPT = "trained on"
+STATES = {True: "trained", False: "masked"}
+
+
+def show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
+    """Record a random sample of the kept rows, and the first two of every other outcome, for a
+    report. The sample holds the rows whose places have the smallest hashes."""
+    recorded = [row for row in account.shown if row[1] == outcome]
+    if outcome != KEPT and len(recorded) >= 2:
+        return
+    if len(recorded) >= ROWS:
+        last = max(recorded, key=lambda row: _hash(row[0]))
+        if _hash(place) >= _hash(last[0]):
+            return
+        account.shown.remove(last)
+    cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
+    before = [_abridged(cut[0], None), _abridged(parts.prompt, parts.prompt_learned)]
+    shown: list[list[Any]] = []
+    for side, (tokens, learned) in enumerate(parts.answers):
+        tail = cut[1 + side]
+        spans = [*before, _abridged(tokens, learned), _abridged(tail, None)]
+        ids = np.concatenate([tokens for tokens, *_ in spans]).tolist()
+        texts = template.pieces(ids)
+        notes = [note for *_, notes in spans for note in notes]
+        texts = [note + text for note, text in zip(notes, texts, strict=True)]
+        states = [state for _, states, _ in spans for state in states]
+        pieces = [list(piece) for piece in zip(texts, states, ids, strict=True)]
+        known = sum(len(tokens) for tokens, *_ in before)
+        shown += pieces[: 0 if side else known]
+        if len(parts.answers) == 2:
+            shown.append([("chosen", "rejected")[side], "side", None])
+        shown += pieces[known:]
+    if not outcome.startswith(KEPT):
+        shown = [[text, state if state == "side" else "cut", i] for text, state, i in shown]
+    account.shown.append([place, outcome, shown])
+
+
+def _hash(place: str) -> bytes:
+    """Of the file's name and the row, so that a sample does not depend on the folder."""
+    name = place.rpartition("/")[2].encode("utf-8", "replace")
+    return hashlib.blake2b(name, digest_size=8).digest()
+
+
+def _abridged(
+    tokens: np.ndarray, learned: np.ndarray | None
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Tokens for a report, without the middle of a long span; the state of each, and what to write
+    before it. Without `learned`, they are cut off."""
+    index, middle = np.arange(len(tokens)), LONGEST // 2
+    if left_out := max(len(tokens) - LONGEST, 0):
+        index = np.delete(index, slice(middle, middle + left_out))
+    notes = [""] * len(index)
+    if left_out:
+        notes[middle] = f" ... {left_out:,} tokens ... "
+    states = ["cut" if learned is None else STATES[bool(learned[i])] for i in index]
+    return tokens[index], states, notes
