@@ -687,7 +687,7 @@ def test_a_transcript_is_its_turns(tmp_path):
         "### Human: a?### Assistant: write ### Human: and your text### Human: b?",
     ):
         file = tiny.write_rows(tmp_path / "a.jsonl", [{"transcript": quoted}])
-        pytest.raises(DataError, load, file).match("a.jsonl:1: .*two turns of one speaker in a row")
+        pytest.raises(DataError, load, file).match("a.jsonl:1: .*two turns of one speaker")
     # backwards, the question is learned from its answer
     file = tiny.write_rows(tmp_path / "b.jsonl", [{"text": text}])
     learned = load(file, reverse=True, columns={"transcript": "text"}).train
