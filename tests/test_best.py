@@ -49,6 +49,7 @@ def follow(values, **options):
         ([0.1, 0.3, 0.2], {"metric_for_best_model": "eval_loss"}, (1, 2, None)),
         ([0.1, 0.3, 0.2], {"greater_is_better": True}, (2, 1, None)),
         ([2.0, math.nan, 1.0], {}, (3, 0, None)),
+        ([math.nan, 2.0, 2.5], {}, (2, 1, None)),
     ],
 )
 def test_what_is_best_is_decided_as_by_hand(values, options, expected):

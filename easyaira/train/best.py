@@ -70,7 +70,7 @@ class Best:
             return
         before = self.record["value"]
         sign = 1 if self.greater else -1
-        if before is None or sign * value > sign * before:  # never for NaN
+        if value == value and (before is None or sign * value > sign * before):  # NaN is no value
             self.window.best = {"step": number, "value": value, "waited": 0}
             self.improved = True
             self.keep(number)
