@@ -127,7 +127,7 @@ def one_text_in_many_rows(path: Path) -> None:
 
     index = pyarrow.array([0] * 1000, pyarrow.int32())
     text = pyarrow.DictionaryArray.from_arrays(index, pyarrow.array(["a" * 2**23]))
-    table = pyarrow.table({"prompt": text, "answer": pyarrow.array(["b"] * 1000)})
+    table = pyarrow.table({"prompt": text, "completion": pyarrow.array(["b"] * 1000)})
     pyarrow.parquet.write_table(table, path, compression="zstd")
 
 

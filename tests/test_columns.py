@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from easyaira.data import columns
+from easyaira.data import columns, tokenise
 from easyaira.errors import DataError
 from helpers import tiny
 from helpers.examples import load
@@ -312,6 +312,13 @@ def test_answers_that_repeat_their_prompt_are_counted(task, tmp_path):
     rows.append({"prompt": "Good day."} | {name: f"Good day. {name}" for name in answers})
     noted = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task=task).report["train"]["noted"]
     assert noted == {"an answer begins with its prompt, which is then learned with it": 1}
+
+
+def test_a_text_that_would_take_all_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "LONGEST_TEXT", 100)
+    row = {"prompt": "Hi?", "completion": "x" * 101}
+    assert "a text of 101 characters, more than 100; split it" in refused(tmp_path, row)
+    read(tmp_path, row | {"completion": "x" * 100})
 
 
 def test_columns_may_be_nested_as_deeply_as_json_is_read(tmp_path):

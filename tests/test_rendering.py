@@ -246,6 +246,9 @@ def test_the_default_of_several_templates_is_used_as_by_transformers():
     tokenizer.chat_template = {"tool_use": "TOOLS" + CHAT, "rag": CHAT}
     with pytest.raises(TokenizerError, match=r"templates tool_use, rag, but no default; write"):
         Template(tokenizer, "chat", "gpt2")
+    tokenizer.chat_template = 5
+    with pytest.raises(TokenizerError, match="chat_template: expected a text, found int"):
+        Template(tokenizer, "chat", "gpt2")
 
 
 @pytest.mark.parametrize(

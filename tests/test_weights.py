@@ -235,6 +235,7 @@ def test_windows_hide_something_only_from_texts_longer_than_they_are(kind):
     "values, message",
     [
         ({"model_type": "opt2"}, "model_type 'opt2' is not supported"),
+        ({"model_type": ["opt"]}, r"model_type \['opt'\] is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": None}, "rope_type"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor of linear is None; expected a pos"),
         ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "factor of llama3 is '8'"),

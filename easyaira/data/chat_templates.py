@@ -110,6 +110,9 @@ def _own(tokenizer: Any) -> tuple[str, str]:
     if folder.parent.name == "snapshots":  # in the cache of the model hub
         repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
         where = where.replace(str(folder), repository)
+    if not isinstance(tokenizer.chat_template, str | dict):
+        kind = type(tokenizer.chat_template).__name__
+        raise TokenizerError(f"{where}: chat_template: expected a text, found {kind}")
     try:
         return tokenizer.get_chat_template(), where
     except ValueError as error:

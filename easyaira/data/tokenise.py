@@ -21,7 +21,8 @@ from easyaira.data.truncate import CUT, fit, lengths_of, pad_parts
 from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
-CHUNK_CHARACTERS = 2**24  # of them, at most
+CHUNK_CHARACTERS = 2**21  # of them, at most, since each takes 200 bytes
+LONGEST_TEXT = 2**21  # characters
 REPEATED = "an answer begins with its prompt, which is then learned with it"
 
 
@@ -77,6 +78,10 @@ def _readable(
                 form = form or _form(row, recipe.task, place)
             record = columns.Record(row)
             texts = _texts(record, form, recipe, template)
+            if (longest := max(map(len, texts.spelled), default=0)) > LONGEST_TEXT:
+                raise columns.Unreadable(
+                    f"a text of {longest:,} characters, more than {LONGEST_TEXT:,}; split it"
+                )
             unread = tuple(dict.fromkeys(record.unread()))
             texts = texts._replace(unread=unread, notes=tuple(dict.fromkeys(record.notes)))
             yield account.read - 1, place, texts

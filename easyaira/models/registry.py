@@ -117,9 +117,9 @@ def model_of(
         ConfigError: an unsupported architecture or feature, or invalid sizes.
     """
     kind = raw.get("model_type")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise ConfigError(
-            f"{where}: model_type {kind!r} is not supported; choose one of {', '.join(MODELS)}"
+            f"{where}: model_type {kind!r:.80} is not supported; choose one of {', '.join(MODELS)}"
         )
     architecture = MODELS[kind]
     names = {field.name for field in fields(architecture.config)}
