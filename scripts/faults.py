@@ -190,7 +190,7 @@ def disks(ground: Ground, count: int, ends: Counter) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def damages(ground: Ground, every: int, rows: dict[str, Counter]) -> None:
+def damages(ground: Ground, every: int, only: str, rows: dict[str, Counter]) -> None:
     """Each damage to each file of an unfinished run and of the caches, and of a released folder."""
     run, cache = ground.root / "unfinished", ground.root / "unfinished-cache"
     command = Command(options(ground.root, run), cache)
@@ -202,6 +202,7 @@ def damages(ground: Ground, every: int, rows: dict[str, Counter]) -> None:
     files = [path for top in (cache, released, run) for path in top.rglob("*") if path.is_file()]
     last = (released, run / "checkpoints")  # these take longest
     files.sort(key=lambda path: (any(top in path.parents for top in last), path))
+    files = [path for path in files if only in str(path)]
     cases = [(path, name) for path in files for name in DAMAGES][:: max(every, 1)]
     for path, name in cases:
         copy = ground.root / "copy"
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--disks", type=int, default=30)
     parser.add_argument("--every", type=int, default=1, help="every N-th damage; 0: none")
+    parser.add_argument("--only", default="", help="damages to files whose path has this word")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     inside()
@@ -265,7 +267,7 @@ def main() -> None:
             kills(ground_run, asked.kills, rows["kill -9, then the same command"])
             disks(ground_run, asked.disks, rows["full disk"])
             if asked.every:
-                damages(ground_run, asked.every, rows)
+                damages(ground_run, asked.every, asked.only, rows)
         finally:
             table(rows)
 
