@@ -13,6 +13,7 @@ from easyaira.run import closing
 from easyaira.train import log
 from easyaira.train.energy import Used
 from easyaira.train.metrics import Window
+from easyaira.train.trackers import Trackers
 
 
 def test_positions_are_totals_and_cpu_time_is_of_the_window():
@@ -50,7 +51,8 @@ def test_a_full_disk_in_tensorboards_thread_is_one_error(tmp_path, monkeypatch, 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    board = log.Log(tmp_path, 0, 9, False)
+    config = SimpleNamespace(report_to=["tensorboard"])
+    board = log.Log(tmp_path, 0, 9, False, trackers=Trackers(config, tmp_path))
     monkeypatch.setattr(RecordWriter, "write", full)
     with pytest.raises(StorageError, match=f"^{tmp_path}/tensorboard: cannot be written: No space"):
         for step in range(1000):

@@ -328,6 +328,13 @@ def test_what_is_learned_follows_from_the_columns(
     assert (config.sft.completion_only_loss, config.sft.assistant_only_loss) == learned
 
 
+@pytest.mark.parametrize("size", [0.25, 2000])
+def test_held_out_rows_are_a_share_or_a_number(size, tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **ALPACA_QLORA | {"val_set_size": size})
+    config, _ = ours(capsys, "axolotl", file)
+    assert config.data.eval == size
+
+
 def test_a_mixture_keeps_its_weights_and_splits(tmp_path, capsys):
     file = write(
         tmp_path / "a.yaml", model_name_or_path="m", dataset_mixer={"o/a": 1.0, "o/b": 0.5},

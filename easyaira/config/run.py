@@ -23,10 +23,13 @@ PROVENANCE = "provenance"  # record that a run adds to its config.yaml; ignored 
 # options that may differ when a run resumes: they change results by rounding at most
 MAY_CHANGE = """
     mesh dcn output_dir checkpoint_dir resume export num_samples logging_steps eval_steps save_steps
-    save_total_limit push_to_hub hub_private_repo gradient_accumulation_steps
+    report_to save_total_limit push_to_hub hub_private_repo gradient_accumulation_steps
     model.gradient_checkpointing data.cache_dir
 """.split()
 GROUPS_MAY_CHANGE = {"distributed", "energy", "generation", "card"}
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class DryRun(NamedTuple):
@@ -173,6 +176,8 @@ class RunConfig:
     """Stop after N evaluations in a row without a new best; needs load_best_model_at_end."""
     logging_steps: Count = 10
     """Log metrics every N updates, averaged over them."""
+    report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, mlflow; []: nowhere."""
     num_samples: CountOrZero = 4
     """Number of held-out prompts to answer at every evaluation, for report.html and TensorBoard."""
     seed: Seed = 42
@@ -235,7 +240,7 @@ class RunConfig:
                     raise ConfigError(
                         f"{name}: unused without load_best_model_at_end; set that to true"
                     )
-        elif self.data.eval is None or not self.eval_steps:
+        elif not self.data.eval or not self.eval_steps:
             raise ConfigError(
                 "load_best_model_at_end: nothing is evaluated on the way; set data.eval and "
                 "eval_steps"

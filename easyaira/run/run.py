@@ -35,7 +35,7 @@ from easyaira.run import folder as run_folder
 from easyaira.run import report as run_report
 from easyaira.run.samples import Samples
 from easyaira.storage.checkpoints import Checkpoints
-from easyaira.train import energy, kernel_check, loader, loop, metrics
+from easyaira.train import energy, kernel_check, loader, loop, metrics, trackers
 from easyaira.train import log as logs
 from easyaira.train import step as steps
 from easyaira.train.algorithm import Algorithm
@@ -58,6 +58,7 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(provenance.made_with(config))
         energy.check(config.energy)
+        trackers.check(config.report_to)
         if config.push_to_hub and not dry_run and hosts.first():
             hub.check(config.push_to_hub)
         watchdog.beat("reading model and data", bounded=False)
@@ -197,7 +198,14 @@ def _updates(
         source = loader.Stored(batches, start, until, mesh)
     log = NoLog()
     if hosts.first():
-        log = Log(folder, start, until, window.unmeasured, window.logged)
+        log = Log(
+            folder,
+            start,
+            until,
+            window.unmeasured,
+            window.logged,
+            trackers.Trackers(config, folder),
+        )
     samples = Samples(setup, folder / "samples.json", start, log.texts)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     options = trainable.compiler_options

@@ -1,4 +1,4 @@
-"""Metrics to metrics.jsonl, TensorBoard and the terminal."""
+"""Metrics to metrics.jsonl, trackers and the terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import math
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from tqdm import tqdm
 
 from easyaira.errors import StorageError
 from easyaira.files import parse_json, read_file, reason, write_file
+from easyaira.train.trackers import Trackers
 
 COLUMNS = 80
 MAIN = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm"}  # metric: word
@@ -38,22 +37,8 @@ MORE = {
 MAX_BYTES = 2**29  # of metrics.jsonl: about a million rows
 
 
-def _without_tensorboard(print_error: Callable[..., Any]) -> Callable[..., None]:
-    """A threading.excepthook that leaves out errors of TensorBoard's thread, which its next call
-    raises again."""
-
-    def hook(unhandled: Any) -> None:
-        if not type(unhandled.thread).__module__.startswith("tensorboard."):
-            print_error(unhandled)
-
-    return hook
-
-
-threading.excepthook = _without_tensorboard(threading.excepthook)
-
-
 class Log:
-    """Writes metrics.jsonl (one object per logged step), tensorboard/ and lines for the terminal.
+    """Writes metrics.jsonl (one object per logged step) and lines for the terminal.
 
     Args:
         folder: the run folder.
@@ -61,21 +46,21 @@ class Log:
         total: updates of the whole run.
         unmeasured: the evaluation at `step` will be repeated; its metrics are removed, too.
         logged: the last step that the run has logged, if it resumes; rows up to it are expected.
+        trackers: get the same metrics, other than texts such as a kernel's name.
 
     Raises:
         StorageError: a file cannot be written, here or later.
     """
 
     def __init__(
-        self, folder: Path, step: int, total: int, unmeasured: bool, logged: int | None = None
+        self,
+        folder: Path,
+        step: int,
+        total: int,
+        unmeasured: bool,
+        logged: int | None = None,
+        trackers: Trackers | None = None,
     ):
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = Event, Summary
-        self._metadata, self._tensor = SummaryMetadata, TensorProto
         self.path = folder / "metrics.jsonl"
         rows, damaged = parse(self.path)
         kept = [row for row in rows if row["step"] <= step] if step else []
@@ -93,9 +78,7 @@ class Log:
             self._start(kept)
         except OSError as error:
             raise self._failed(error) from error
-        # tensorboard.summary.Writer stores scalars as tensors, of which TensorBoard's loader keeps
-        # 10 by default; scalars as simple_value keep every step
-        self._board = EventFileWriter(str(folder / "tensorboard"))
+        self._trackers = trackers
         self._bar = tqdm(
             total=total,
             initial=step,
@@ -121,8 +104,7 @@ class Log:
         return StorageError(f"{self.path}: cannot be written: {reason(error)}")
 
     def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
-        """Log a row of metrics; a second one of a step joins the first. TensorBoard does not get
-        text values, such as a kernel's name."""
+        """Log a row of metrics; a second one of a step joins the first."""
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         values = {name: value for name, value in values.items() if name not in texts}
         row = {"step": step} | {
@@ -140,33 +122,15 @@ class Log:
                 self._last = row
         except OSError as error:
             raise self._failed(error) from error
-        scalars = [
-            self._summary.Value(tag=name, simple_value=value)
-            for name, value in values.items()
-            if value is not None
-        ]
-        self._add(step, scalars)
+        if self._trackers:
+            self._trackers.write(step, values)
         for line in lines(step, self._bar.total, values):
             self.say(line)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Give texts to TensorBoard, which shows Markdown: here as literal text."""
-        plugin = self._metadata.PluginData(plugin_name="text")
-        values = []
-        for name, text in texts.items():
-            literal = "".join(f"    {line}\n" for line in text.splitlines())
-            tensor = self._tensor(dtype="DT_STRING", string_val=[literal.encode()])
-            metadata = self._metadata(plugin_data=plugin)
-            values.append(self._summary.Value(tag=name, metadata=metadata, tensor=tensor))
-        self._add(step, values)
-
-    def _add(self, step: int, values: list[Any]) -> None:
-        summary = self._summary(value=values)
-        try:
-            self._board.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
-        except OSError as error:
-            place = self.path.with_name("tensorboard")
-            raise StorageError(f"{place}: cannot be written: {reason(error)}") from error
+        """Give texts to the trackers that show some."""
+        if self._trackers:
+            self._trackers.texts(step, texts)
 
     def advance(self, steps: int) -> None:
         self._bar.update(steps)
@@ -180,8 +144,8 @@ class Log:
         self._bar.close()
         with contextlib.suppress(OSError):  # `write` has reported it
             self._file.close()
-        with contextlib.suppress(OSError):
-            self._board.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 class NoLog:

@@ -12,6 +12,7 @@ ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused a
     adamw_hf adamw paged_adamw paged_adamw_32bit adamw_anyprecision""".split()
 ADAMW_8BIT = "adamw_8bit adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit adamw_torch_4bit".split()
 SCHEDULES = "linear cosine cosine_with_min_lr constant constant_with_warmup".split()
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 NO = (None, False, "no", "none", "NO")
 
 
@@ -165,12 +166,12 @@ def evaluated(run: Recipe) -> bool:
 def reports(run: Recipe) -> None:
     names = run.get("report_to", [])
     names = [names] if isinstance(names, str) else names
-    elsewhere = [name for name in names if name not in ("none", "tensorboard")]
-    if elsewhere:
-        run.note(
-            f"metrics go to metrics.jsonl, report.html and TensorBoard, and not to "
-            f"{', '.join(map(str, elsewhere))}"
-        )
+    if names in ([], ["none"], ["all"]):
+        return
+    known = [name for name in names if name in TRACKERS]
+    if elsewhere := [str(name) for name in names if name not in TRACKERS]:
+        run.note(f"metrics do not go to {', '.join(elsewhere)}")
+    run.options["report_to"] = known
 
 
 def clipping(run: Recipe) -> None:

@@ -83,9 +83,7 @@ def data(run: Recipe) -> None:
     if any(entry.get("weight", 1) != 1 for entry in used):
         run.note("of a weighted source, other rows are drawn (weight)")
     if size := run.get("test_split_size"):
-        run.options["data.eval"] = size if size < 1 else 0.02
-        if size >= 1:
-            run.note(f"data.eval 0.02: held out is a share of the prompts, and not {size} rows")
+        run.options["data.eval"] = size if size < 1 else int(size)  # rows there, prompts here
     elif evaluated(run) and held_out:
         run.options["data.eval"] = held_out
     _form(run, columns_of(used[0].get("path", "")))
