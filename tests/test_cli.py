@@ -65,7 +65,7 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         (["--dpo.label_smoothing", "0.1", "--dpo.loss_type", "ipo"], "ipo has no smoothing"),
         (["--dpo.loss_type", "exo_pair"], "exo_pair needs a value above 0"),
         (["--model.dropout", "0.1"], "model.dropout: would make policy and"),
-        (["--model.dtype", "float16"], "model.dtype: expected Literal"),
+        (["--model.dtype", "float16"], "model.dtype: expected auto or float32 or"),
         (["--lora", "{r: 8}"], "lora.target_modules: required where lora is not null"),
         (["--lora", "{target_modules: [q], rank: 8}"], "lora.rank: no such option"),
         (["--lora", "{target_modules: [q], r: 0}"], "lora.r: expected a whole number from 1"),
