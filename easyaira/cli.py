@@ -297,8 +297,13 @@ def _no_such_option(name: str, options: list[str]) -> str:
     )
 
 
+def _choices(literal: re.Match[str]) -> str:
+    return literal[1].replace("'", "").replace(", ", " or ")
+
+
 def _value_error(name: str, problem: str) -> str:
     """Describe an invalid value of an option in one line."""
+    problem = re.sub(r"Literal\[([^]]*)\]", _choices, problem)
     if name in SOURCES:
         if inner := re.search(r"given class_path '([\w.]+Source)': (.*?) Given value", problem):
             return _group_error(name, inner[1], inner[2])
@@ -310,7 +315,7 @@ def _value_error(name: str, problem: str) -> str:
         wanted = " or ".join(WORDS.get(kind, kind) for kind in kinds)
         return f"{name}: expected {wanted}, got {shortened(union[2])}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
-        choices = re.findall(r"'([^']*)'", plain[1])
+        choices = plain[1].split(" or ")
         return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + did_you_mean(
             plain[2], choices
         )
@@ -330,7 +335,8 @@ def _group_error(name: str, class_path: str, problem: str) -> str:
         return _value_error(name, f"Expected a group of options. Got value: {class_path}")
     options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
-        return f"{name}.{unknown[1]}: no such option" + did_you_mean(unknown[1], options)
+        options = [f"{name}.{option}" for option in options]
+        return _no_such_option(f"{name}.{unknown[1]}", options)
     if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
         needs = "each entry needs it" if name in SOURCES else f"required where {name} is not null"
         return f"{name}.{missing[1]}: {needs}"

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from easyaira.distributed import hosts, watchdog
-from easyaira.errors import StorageError, WeightsError, shown_as
+from easyaira.errors import ConfigError, StorageError, WeightsError, shown_as
 from easyaira.export import adapter_base, card, proof, torch_check
 from easyaira.export.hf_config import Facts, with_dtype
 from easyaira.export.records import Records
@@ -197,7 +197,7 @@ def summary(report: Mapping[str, Any]) -> str:
 def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
     """Temporary folder that replaces `folder` on success and is removed on failure."""
     if folder.exists() and not replace and any(folder.iterdir()):
-        raise StorageError(f"{folder}: is not empty; choose another folder")
+        raise ConfigError(f"{folder}: is not empty; choose another folder")
     new = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from easyaira.distributed.cards import Absent
 from easyaira.distributed.tree import by_path
 from easyaira.plan.cost import REACHED, Plan, seconds_of
@@ -17,8 +19,8 @@ def describe(setup: Setup) -> str:
     config, model, counts = setup.config, setup.model, setup.data.report["train"]
     sizes = ",".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
     held_out = f", {len(setup.held_out.examples)} held out" if setup.held_out else ""
-    dropped = f", dropped {counts['dropped']}" if counts["dropped"] else ""
-    noted = f", noted {counts['noted']}" if counts["noted"] else ""
+    dropped = f"; dropped {_counts(counts['dropped'])}" if counts["dropped"] else ""
+    noted = f"; {_counts(counts['noted'])}" if counts["noted"] else ""
     shared = "; each pair's prompt stored once" if setup.batches.share_prompt else ""
     learned = "" if model.scorer else f", {counts['learned_tokens']:,} of them learned"
     warmup = optimizer.warmup_steps(config.optimizer, setup.total_steps)
@@ -34,6 +36,10 @@ def describe(setup: Setup) -> str:
         f"run     {setup.total_steps} updates of {config.train_batch_size} examples, {warmup} of "
         f"them warm-up, in {config.output_dir}"
     )
+
+
+def _counts(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in rows.items())
 
 
 def _new_head(setup: Setup) -> str:
