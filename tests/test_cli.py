@@ -70,7 +70,10 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         (["--lora", "{target_modules: [q], rank: 8}"], "lora.rank: no such option"),
         (["--lora", "{target_modules: [q], r: 0}"], "lora.r: expected a whole number from 1"),
         (["--lora", "{target_modules: [q], dropout: 1}"], "lora.dropout: expected a number"),
-        (["--lora", "{target_modules: [q], quantize: int4}"], "lora.quantize: expected int8 or nf4"),
+        (
+            ["--lora", "{target_modules: [q], quantize: int4}"],
+            "lora.quantize: expected int8 or nf4",
+        ),
         (
             ["--lora", "{target_modules: [q]}", "--model.init=random"],
             "lora: needs pretrained weights",
