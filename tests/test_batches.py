@@ -119,6 +119,7 @@ def test_buckets():
     sizes = {bucket(n, 8) for n in range(1, 1025)}
     assert len(sizes) <= 4 * 8 and all(size % 8 == 0 for size in sizes)
     assert all(n <= bucket(n, 8) <= max(1.25 * n, n + 8) for n in range(1, 3000))
+    assert all(n <= bucket(n, 8, 16) <= max(17 / 16 * n, n + 8) for n in range(1, 3000))
 
 
 def shared_as_two(batch):

@@ -23,9 +23,10 @@ COMPILATION = 10  # cost of compiling one more program, in updates
 ROW_COUNTS = 24  # row counts to try per length
 
 
-def bucket(size: int, multiple: int = 1) -> int:
-    """Round `size` up to one of four sizes per doubling, and to a multiple of `multiple`."""
-    step = max(multiple, 1 << max(size.bit_length() - 3, 0))
+def bucket(size: int, multiple: int = 1, per_doubling: int = 4) -> int:
+    """Round `size` up to one of four (or another power of 2) sizes per doubling, and to a multiple
+    of `multiple`."""
+    step = max(multiple, (1 << size.bit_length()) // (2 * per_doubling))
     return -(-size // step) * step
 
 

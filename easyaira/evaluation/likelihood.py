@@ -26,6 +26,7 @@ TOKENS = 4096  # computed at a time, per data shard
 ROOM = (
     512  # continuations share a context up to this length, or as long as they fill no more than it
 )
+FINE = 16  # row lengths per doubling: texts that are cut to the model's positions fill their rows
 
 
 class Request(NamedTuple):
@@ -113,7 +114,7 @@ class Likelihoods:
             return pack([lengths[i] for i in group], length - 1)
 
         # one place more: a row's last token is predicted by the place before
-        rows = sorted({bucket(lengths[group[0]] + 1, 8) for group in groups})
+        rows = sorted({bucket(lengths[group[0]] + 1, 8, FINE) for group in groups})
         needed = np.full((len(rows), len(groups)), np.inf)
         for i, length in enumerate(rows):
             for j, group in enumerate(groups):
