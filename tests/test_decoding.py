@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from easyaira import generate, train_rl
+from easyaira import generate
 from easyaira.distributed.mesh import make_mesh
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import Sampler
@@ -13,7 +13,6 @@ from easyaira.models.registry import model_of
 from easyaira.plan import decoding
 from helpers import tiny
 from helpers.processes import call
-from helpers.runs import argv
 
 # layers, key/value heads and head width of each, from its config.json
 SIZES = {"gpt2": (2, 4, 4), "llama": (2, 2, 4), "gemma2": (3, 2, 8)}
@@ -83,16 +82,3 @@ def test_a_dry_run_of_generate_says_what_it_needs_and_writes_nothing(ground, tmp
     assert not list(tmp_path.iterdir())
     status, _, err = call(generate.main, [ground / "gpt2", "--chat", "--topology=v5e:2x2"], capsys)
     assert status == 2 and "--topology: needs --dry_run" in err
-
-
-def test_a_dry_run_of_rl_holds_the_roll_outs_cache(ground, tmp_path, capsys):
-    (ground / "reward.py").write_text("def count(prompts, completions): return []")
-    options = {"rl.reward": f"{ground / 'reward.py'}:count", "rl.num_generations": 4}
-    options |= {"rl.max_completion_length": 20, "max_steps": 2}
-    arguments = argv("rl", ground / "gpt2", ground, tmp_path / "run", "--dry_run", **options)
-    status, out, err = call(train_rl.main, arguments, capsys)
-    assert status == 0, err
-    printed = re.search(
-        r"cache   keys and values of 8 rows in (\d+) slots, at most: ([\d,]+) b", out
-    )
-    assert int(printed[2].replace(",", "")) == 2 * 2 * 8 * 4 * int(printed[1]) * 4 * 4

@@ -73,10 +73,9 @@ class DPOConfig:
     """Preference optimisation."""
 
     loss_type: list[str] | str = "sigmoid"
-    """Preference loss, or a list of losses that are added up: sigmoid, ipo, ipo_sum, hinge, robust,
-    sigmoid_norm (also dpo_norm), apo_zero, apo_down, exo_pair, nca_pair, bco_pair, sppo_hard, dpop,
-    discopop; without a reference simpo and orpo; sft beside others; or kto alone, of single
-    answers. docs/dpo.md gives the paper of each."""
+    """Preference loss, or a list that is added up: sigmoid, ipo, ipo_sum, hinge, robust, dpo_norm
+    (sigmoid_norm), apo_zero, apo_down, exo_pair, nca_pair, bco_pair, sppo_hard, dpop, discopop;
+    without reference simpo, orpo; beside others sft; alone kto. See docs/dpo.md for papers."""
     loss_weights: list[Weight] | None = None
     """Weight of each loss; default: 1."""
     reference: Literal["model", "none"] = "model"
