@@ -99,3 +99,8 @@ def test_the_options_that_differ_from_their_defaults():
         "optimizer.weight_decay": 0.1,
     }
     assert Path(config.output_dir).name == "run"
+
+
+def test_curves_of_a_panel_differ_in_colour():
+    for _, names in report.PANELS:
+        assert len({report._colour(name) for name in names}) == len(names), names

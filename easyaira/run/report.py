@@ -37,7 +37,8 @@ PANELS = (  # title, and metrics that share an axis
     ("learning rate", ("learning_rate",)),
 )
 SHOWN_UPDATES = 6  # whose answers are shown
-COLOURS = {"chosen": "c3", "rejected": "c4"}  # by the end of a metric's name; held-out ones: c2
+COLOURS = {"chosen": "c3", "rejected": "c4", "reward_std": "c2", "value_loss": "c2"}
+COLOURS |= {"eval_auc": "c3"}  # by the end of a metric's name; other held-out ones: c2
 BODY = """{% if running %}<p class="warning">{{ running }}</p>
 {% endif %}<div class="figures">
 {% for name, value in figures %}<div><b>{{ value }}</b><span>{{ name }}</span></div>
@@ -109,9 +110,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _colour(name: str) -> str:
-    if name.startswith("eval_") or name == "schedule":
-        return "c2"
-    return COLOURS.get(name.rpartition("/")[2], "c1")
+    other = "c2" if name.startswith("eval_") or name == "schedule" else "c1"
+    return COLOURS.get(name.rpartition("/")[2], other)
 
 
 def write(
