@@ -418,8 +418,8 @@ def test_what_is_not_finite_never_enters_the_parameters(
 
     real = sft.sft
 
-    def poisoned(model):
-        inner = real(model)
+    def poisoned(model, config):
+        inner = real(model, config)
 
         def loss_fn(params, frozen, batch, key):
             sums = inner(params, frozen, batch, key)
