@@ -269,6 +269,13 @@ def test_no_file_is_long():
     assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
 
 
+def test_the_loop_takes_nine_arguments_or_fewer():
+    tree = ast.parse((PACKAGE / "train/loop.py").read_text())
+    (fit,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    assert len(fit.args.args + fit.args.kwonlyargs) <= 9
+    assert not [n for n in ast.walk(fit) if isinstance(n, ast.Lambda | ast.Nonlocal)]
+
+
 def test_nothing_is_evaluated_unpickled_or_masked_by_pad_id():
     forbidden = ("eval(", "exec(", "yaml.load(", "allow_pickle=True", "pad_token_id !=", "!= pad")
     for path in PACKAGE.rglob("*.py"):

@@ -227,6 +227,7 @@ def _updates(
                 summary=algorithm.summary,
                 answer=samples,
                 stop=stop,
+                best=best,
             ),
             record=Record(
                 log,
@@ -255,7 +256,6 @@ def _updates(
                 saved=trainable.saved,
             ),
             stop=stop,
-            best=best,
         )
         params, step = state.params, int(state.step)
         if best.exhausted:
