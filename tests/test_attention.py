@@ -12,6 +12,7 @@ from easyaira.models import attention as attentions
 from easyaira.models import splash
 from easyaira.models.attention import DOT_PRODUCT, Near, attention, visible
 from easyaira.models.layers import Compute, Scores
+from easyaira.models.layout import UNATTENDED
 
 EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
 LENGTHS = sorted({*range(1, 301, 52), *EDGES, 300})
@@ -59,11 +60,11 @@ def by_hand(q, k, v, mask, divisor=WIDTH**0.5, cap=None, biases=0):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_contract_equals_its_sentence(causal):
     _, segments, sides = rows(40, shared=True)
-    sides = sides.at[0, 5].set(3)
+    sides = sides.at[0, 5].set(UNATTENDED)
     seen = np.asarray(visible(segments, sides, causal=causal))
     for r, q, k in np.ndindex(seen.shape):
         of_own = segments[r, q] == segments[r, k] != 0
-        side = sides[r, k] == 0 or (sides[r, k] == sides[r, q] and sides[r, k] != 3)
+        side = sides[r, k] == 0 or (sides[r, k] == sides[r, q] and sides[r, k] != UNATTENDED)
         assert seen[r, q, k] == bool(of_own and side and (k <= q or not causal))
     part = visible(segments, sides, slice(8, 24), slice(0, 24), causal=causal)
     assert np.array_equal(part, seen[:, 8:24, :24])
@@ -166,7 +167,7 @@ def test_splash_kernel_equals_xla(length, shared, monkeypatch):
     interpreted = partial(splash._splash_rows, interpret=True)
     monkeypatch.setattr(splash, "_splash_rows", interpreted)
     arrays, segments, sides = rows(length, shared=shared)
-    check(Compute(attention="splash", shared_prompt=shared), arrays, segments, sides)
+    check(Compute(attention="splash", shared_prompt=2 * shared), arrays, segments, sides)
 
 
 @pytest.mark.parametrize("axes", ["dp=2,fsdp=2,tp=2"])
@@ -179,7 +180,7 @@ def test_splash_kernel_on_many_devices(axes, devices, monkeypatch):
     arrays, segments, sides = jax.tree.map(
         lambda x: jnp.concatenate([x] * 2), (arrays, segments, sides)
     )
-    compute = Compute(attention="splash", shared_prompt=True)
+    compute = Compute(attention="splash", shared_prompt=2)
     alone = attention(*arrays, segments, sides, compute)
     with jax.set_mesh(make_mesh(axes)):
         divided = (
@@ -201,7 +202,7 @@ def test_splash_kernel_compiles_for_a_tpu(shared):
     shapes = [((4, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
     shapes += [((4, 200), jnp.int32)] * 2
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=lie) for shape, dtype in shapes]
-    compute = Compute(jnp.bfloat16, attention="splash", shared_prompt=shared)
+    compute = Compute(jnp.bfloat16, attention="splash", shared_prompt=2 * shared)
 
     def total(*x):
         return attention(*x, compute).astype(jnp.float32).sum()

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.data.batches import UNATTENDED, Batches
+from easyaira.data.batches import Batches
 from easyaira.models import flash as kernels
 from easyaira.models.attention import visible
 from easyaira.models.flash import Tiles, ends, flash
+from easyaira.models.layout import UNATTENDED
 from helpers import tiny
 from helpers.examples import batches, load
 
@@ -22,7 +23,7 @@ def layout(kind: str, rows: int, length: int, seed: int = 0):
     """Segment ids and sides [rows, length], the last row padding alone.
 
     `shared` pairs store their prompt once, `separate` ones are two sequences, which may lie apart
-    and in different rows, and `unpaired` sequences have one answer. Some end with side 3.
+    and in different rows, and `unpaired` sequences have one answer. Some end unattended.
     """
     rng = np.random.default_rng([seed, rows, length])
     segments, sides = np.zeros((2, rows, length), np.int32)
@@ -162,7 +163,7 @@ def seen_by_ends(segments, sides):
 
 @pytest.mark.parametrize("kind", ["shared", "separate", "unpaired"])
 def test_ends_equal_the_contract(kind):
-    """Of all queries, padding and side 3 too, which the contract lets see what they may."""
+    """Of all queries, also padding and unattended ones, which may see what the contract lets."""
     for seed, length in itertools.product(range(25), (1, 40, 97)):
         segments, sides = layout(kind, 4, length, seed=seed)
         wanted = visible(jnp.asarray(segments), jnp.asarray(sides))

@@ -76,7 +76,7 @@ def reward_algorithm(config: TrainReward) -> Algorithm:
             setup.model,
             config.reward,
             examples=setup.micro_batch,
-            answers=setup.data.train.answers,
+            answers=setup.batches.examples.answers,
         ),
         frozen=lambda setup: None,
         begin=begin,

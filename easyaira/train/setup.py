@@ -170,7 +170,7 @@ def prepare(
         "attention": attention_cost(model.config.width, model.config.heads),
         "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
     }
-    compute = replace(model.compute, shared_prompt=layout["share_prompt"])
+    compute = replace(model.compute, shared_prompt=data.train.answers * layout["share_prompt"])
     model = replace(model, compute=compute)
     own = algorithm.on_policy
     batches = Batches(

@@ -150,7 +150,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model, examples.answers)
     elif pairs:
         reference = model if in_step else None
-        loss_fn = dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)
+        loss_fn = dpo(model, DPOConfig(beta=BETA), examples=size, reference=reference)
     else:
         loss_fn = sft.sft(model)
     return _stepping(model, batches, loss_fn, params, frozen, mesh)
