@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from easyaira.algorithms.dpo import AnswerScores, answer_scores, dpo, dpo_sums
+from easyaira.algorithms.reward import reward, reward_summary
+from easyaira.config.algorithms import RewardConfig
 from easyaira.config.data import DataConfig
 from easyaira.config.dpo import DPOConfig
 from easyaira.data import dataset, report
@@ -16,9 +19,12 @@ from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.examples import of_tokens
 from easyaira.data.recipe import recipe_of
 from easyaira.data.template import Template
+from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, DataError
 from easyaira.losses import preference
 from easyaira.models.attention import visible
+from easyaira.models.registry import model_of
+from easyaira.storage import pretrained
 from helpers import tiny
 from helpers.examples import load
 from helpers.runs import close, losses_of, train
@@ -408,6 +414,62 @@ def test_plackett_luce_is_refused_beside_what_is_of_pairs(options, message):
         DPOConfig(answers="plackett_luce", **options)
 
 
+# Reward models
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_rewards_of_answers_are_those_of_the_pairs_written_out(share, tmp_path):
+    """Ouyang et al. (2022), eq. 1, with ties and missing answers; and its gradients."""
+    tiny.save(tmp_path / "judge", tiny.CONFIGS["gpt2"])
+    origin = pretrained.find(str(tmp_path / "judge"))
+    net = model_of(origin.config, "judge", scorer=True)
+    params = origin.load(net, make_mesh("fsdp=-1"), head_key=jax.random.key(0))
+    plan = ranked_batches(tmp_path, share_prompt=share)
+    e, members = plan.examples, plan.members(0)
+    batch = replace(plan, known={"ranks": e.ranks})[0]
+    config = RewardConfig(margin=0.2, center_rewards_coefficient=0.1)
+    apart = as_pairs(e, members)
+    shares = np.concatenate([np.full(n, 1 / n) for n in _pair_counts(e, members)])
+    known = {"weights": shares.astype(np.float32)}
+    separate = Batches(apart, len(apart), packing=False, known=known)[0]
+
+    def measure(batch, *names, **counts):
+        loss_fn, arrays = reward(net, config, **counts), first(batch, *names)
+
+        def total(params):
+            sums = loss_fn(params, None, arrays, None)
+            return sums["loss"][0], sums
+
+        (loss, sums), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+        return float(loss), sums, grads
+
+    loss, sums, grads = measure(batch, "ranks", examples=4, answers=4)
+    wanted, _, wanted_grads = measure(separate, "weights", examples=len(apart), answers=2)
+    assert loss == pytest.approx(wanted, rel=1e-5) and sums["loss"][1] == 4
+    equal_grads(wanted_grads, grads)
+    scores = np.asarray(sums["examples"]["scores"])
+    by_hand, right = [], []
+    for own, ranks in zip(scores, e.ranks[members], strict=True):
+        pairs = pairs_by_hand(own, ranks)
+        by_hand.append(
+            np.mean([
+                np.log1p(np.exp(-(own[i] - own[j] - 0.2))) + 0.1 * (own[i] + own[j]) ** 2
+                for i, j in pairs
+            ])
+        )  # fmt: skip
+        right.append(np.mean([own[i] > own[j] for i, j in pairs]))
+    assert loss / 4 == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert float(sums["accuracy"][0]) == pytest.approx(np.sum(right), rel=1e-5)
+    auc = reward_summary(jax.tree.map(np.asarray, sums["examples"]))["auc"]
+    better, worse = scores[e.ranks[members] == 0], scores[e.ranks[members] > 0]
+    wins = [(b > w) + (b == w) / 2 for b in better for w in worse]
+    assert auc == pytest.approx(np.mean(wins))
+
+
+def _pair_counts(e, members):
+    return [len(pairs_by_hand(None, [*e.ranks[i], *[-1] * 4][:4])) for i in members]
+
+
 # Runs
 
 
@@ -427,7 +489,7 @@ def test_a_run_learns_the_order(ground, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["dpo"])
+@pytest.mark.parametrize("task", ["dpo", "reward"])
 def test_a_run_is_the_same_however_it_is_laid_out(task, ground, tmp_path, devices):
     """On one device and on four, accumulated, packed or not, with prompts shared or not."""
     args = (task, ground / "llama", ground / "ranked.jsonl")
