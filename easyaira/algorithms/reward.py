@@ -32,17 +32,16 @@ def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         scores, present = model.score(params, batch, key, examples=examples, answers=answers)
         real = present[:, 0].astype(jnp.float32)  # the last update may have fewer examples
-        share = real
+        share = None
         if answers > 1:
             ranks = batch.get("ranks", jnp.broadcast_to(jnp.arange(answers), scores.shape))
+            numbers = batch.get("margins", config.margin), batch.get("weights", 1.0)
             if answers > 2:
                 share = preference.shares(ranks, pairs).ravel()
-            better, worse = preference.sides(scores, pairs).T
-            margin = batch.get("margins", jnp.full_like(real, config.margin))
-            margin, weights = (
-                jnp.repeat(x, len(pairs))
-                for x in (margin, batch.get("weights", jnp.ones_like(real)))
-            )
+                numbers = (jnp.repeat(jnp.broadcast_to(x, real.shape), len(pairs)) for x in numbers)
+            margin, weights = numbers
+            of_pairs = preference.sides(scores, pairs)
+            better, worse = of_pairs[:, 0], of_pairs[:, 1]
             loss = bradley_terry(better, worse, margin=margin)
             if config.center_rewards_coefficient:
                 loss += config.center_rewards_coefficient * centering(better, worse)
@@ -55,7 +54,8 @@ def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -
             margins = jnp.where(is_better, scores, -scores)[:, 0]
 
         def over_examples(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return (values * share).sum(), real.sum()
+            values = jnp.where(present[:, 0], values, 0) if share is None else values * share
+            return values.sum(), real.sum()
 
         return {
             "loss": over_examples(loss),
