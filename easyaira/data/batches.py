@@ -206,6 +206,10 @@ class Batches:
         shapes = {update: self.arrange(self.groups(update))[0] for update in self._sampled()}
         return max(shapes, key=lambda update: self.cost(shapes[update]))
 
+    def sampled_cost(self) -> float:
+        """Cost of the sampled updates together."""
+        return sum(self.cost(self.arrange(self.groups(u))[0]) for u in self._sampled())
+
     def cost(self, shape: Shape) -> float:
         return shape.rows * shape.length * (1 + self.attention * shape.length)
 

@@ -63,7 +63,7 @@ def recipe_of(
         for name in ("compat", "reverse"):
             if getattr(data, name):
                 raise ConfigError(f"data.{name}: is for SFT only; leave it out")
-    if task not in ("pair", "rated") and data.share_prompt == "always":
+    if task not in ("pair", "rated", "prompt") and data.share_prompt == "always":
         raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")
     return Recipe(
         task,

@@ -82,7 +82,9 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
     batch = batches[batches.largest()]
     arrays, shape = dict(batch.arrays), batch.shape
     for name, sizes in algorithm.known(setup).items():
-        arrays[name] = np.zeros((batches.accumulation, setup.micro_batch, *sizes), np.float32)
+        arrays[name] = np.zeros(
+            (batches.accumulation, batches.size // batches.accumulation, *sizes), np.float32
+        )
     mask = arrays["loss_mask"].reshape(batches.accumulation, batches.shards, -1)
     chunk = token_logps.chunk_size(
         shape.rows * (shape.length - 1), padded_vocab(setup.model.vocab_size)
