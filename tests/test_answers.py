@@ -54,7 +54,7 @@ def answers_of(examples, i):
 
 
 def test_scores_ranks_messages_and_ultrafeedback_are_the_same_answers(tmp_path):
-    said = [[{"role": "assistant", "content": text}] for text in FOUR]
+    spoken = [[{"role": "assistant", "content": text}] for text in FOUR]
     completions = [
         {"response": text, "overall_score": score, "model": "m", "critique": "short"}
         for text, score in zip(FOUR, (5.0, 1.5, 7.5, 5.0), strict=True)
@@ -62,7 +62,7 @@ def test_scores_ranks_messages_and_ultrafeedback_are_the_same_answers(tmp_path):
     rows = (
         {**ASKED, "answers": FOUR, "scores": [5, 1.5, 7.5, 5]},
         {**ASKED, "answers": FOUR, "ranks": [2, 3, 1, 2]},
-        {"prompt": [{"role": "user", "content": ASKED["prompt"]}], "answers": said,
+        {"prompt": [{"role": "user", "content": ASKED["prompt"]}], "answers": spoken,
          "scores": [0.0, -1.0, 9, 0.0]},
     )  # fmt: skip
     data = rows_to(tmp_path, *rows).train
@@ -92,21 +92,21 @@ def test_answers_that_compare_nothing_are_left_out_and_counted(tmp_path):
     assert answers_of(data.train, 1) == [" no", " yes"]
     assert data.train.ranks.tolist() == [[1, 2, 3, 4], [0, 1, -1, -1]]
     np.testing.assert_array_equal(data.train.weights, np.float32([np.nan, 0.5]))
-    told = data.report["train"]
-    assert told["dropped"] == {
+    counts = data.report["train"]
+    assert counts["dropped"] == {
         "all answers tied": 1,
         "fewer than two answers": 1,
         "identical answers": 1,
         "empty answer": 1,
     }
-    assert told["noted"] == {
+    assert counts["noted"] == {
         "an empty answer of several left out": 1,
         "an answer that repeats a better one left out": 1,
     }
-    assert told["examples by answers"] == {"2": 1, "4": 1}
+    assert counts["examples by answers"] == {"2": 1, "4": 1}
     lengths = data.train.lengths()
     assert (lengths[1] > 0).tolist() == [True, True, False, False]
-    assert told["tokens"] == lengths.sum() and told["length"]["shortest"] > 0
+    assert counts["tokens"] == lengths.sum() and counts["length"]["shortest"] > 0
     page = report.page(data)
     assert "rank 2" in page and "chosen" in page
 
@@ -244,15 +244,15 @@ def test_answers_with_a_shared_prompt_equal_separate_rows(model, tmp_path):
         return np.asarray(logps), grads
 
     logps, grads = measure(plan[0], 4, 4, weights)
-    there = np.argwhere(e.exists[members])
-    prompts = [e.tokens[e.bounds[members[b], 0] : e.bounds[members[b], 1]] for b, _ in there]
-    texts = [e.tokens[slice(*e.bounds[members[b], k + 1 : k + 3])] for b, k in there]
+    existing = np.argwhere(e.exists[members])
+    prompts = [e.tokens[e.bounds[members[b], 0] : e.bounds[members[b], 1]] for b, _ in existing]
+    texts = [e.tokens[slice(*e.bounds[members[b], k + 1 : k + 3])] for b, k in existing]
     # a second answer, without a weight, makes each of them a pair
     alone = of_tokens(prompts, [[text, text[:1]] for text in texts])
-    own = np.stack([weights[tuple(there.T)], 0 * there[:, 0]], axis=1)
-    batch = Batches(alone, len(there), packing=False)[0]
-    separate, separate_grads = measure(batch, len(there), 2, own)
-    np.testing.assert_allclose(logps[tuple(there.T)], separate[:, 0], rtol=1e-5)
+    own = np.stack([weights[tuple(existing.T)], 0 * existing[:, 0]], axis=1)
+    batch = Batches(alone, len(existing), packing=False)[0]
+    separate, separate_grads = measure(batch, len(existing), 2, own)
+    np.testing.assert_allclose(logps[tuple(existing.T)], separate[:, 0], rtol=1e-5)
     assert not logps[~e.exists[members]].any()
     equal_grads(grads, separate_grads)
 

@@ -1,6 +1,7 @@
 """Each way to compute attention against the contract, and the contract against a loop."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SLOPES = (0.5, 0.25, 0.125, 1.0)
 
 
-def rows(length: int, *, shared: bool, seed: int = 0):
-    """Two rows: sequences of uneven lengths, some of them pairs, then padding."""
+def rows(length: int, *, shared: bool, answers: int = 2, seed: int = 0):
+    """Two rows: sequences of uneven lengths, some of several answers, then padding."""
     rng = np.random.default_rng([length, seed])
     shape = (2, length)
     q, k, v = (
@@ -35,9 +36,10 @@ def rows(length: int, *, shared: bool, seed: int = 0):
             end = min(at + int(rng.integers(1, max(length // 2, 2))), length - row * 3)
             number += 1
             segments[row, at:end] = number
-            if shared:  # prompt, first answer, second answer
-                first, second = sorted(rng.integers(at, end + 1, 2))
-                sides[row, first:second], sides[row, second:end] = 1, 2
+            if shared:  # prompt, first answer, second answer, ...
+                starts = sorted(rng.integers(at, end + 1, answers))
+                for side, (start, stop) in enumerate(pairwise([*starts, end]), 1):
+                    sides[row, start:stop] = side
             else:
                 sides[row, at:end] = number % 3
             at = end
@@ -168,6 +170,15 @@ def test_splash_kernel_equals_xla(length, shared, monkeypatch):
     monkeypatch.setattr(splash, "_splash_rows", interpreted)
     arrays, segments, sides = rows(length, shared=shared)
     check(Compute(attention="splash", shared_prompt=2 * shared), arrays, segments, sides)
+
+
+@pytest.mark.parametrize("answers", [3, 5])
+def test_splash_kernel_with_more_than_two_answers(answers, monkeypatch):
+    interpreted = partial(splash._splash_rows, interpret=True)
+    monkeypatch.setattr(splash, "_splash_rows", interpreted)
+    arrays, segments, sides = rows(90, shared=True, answers=answers)
+    assert sides.max() == answers
+    check(Compute(attention="splash", shared_prompt=answers), arrays, segments, sides)
 
 
 @pytest.mark.parametrize("axes", ["dp=2,fsdp=2,tp=2"])

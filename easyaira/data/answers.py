@@ -66,8 +66,8 @@ def _ranking(row: Record, count: int) -> list[float]:
     """Numbers of the answers that are lower for better ones."""
     given = [name for name in RANKING if row.filled(name)]
     if len(given) != 1:
-        found = "both" if given else "neither"
-        raise Unreadable(f"column answers: needs {' or '.join(RANKING)} beside it, found {found}")
+        which = "both" if given else "neither"
+        raise Unreadable(f"column answers: needs {' or '.join(RANKING)} beside it, found {which}")
     name, numbers = given[0], row[given[0]]
     if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes):
         raise Unreadable(f"column {name}: wanted a list of numbers, found {type(numbers).__name__}")

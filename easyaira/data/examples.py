@@ -73,9 +73,9 @@ class Examples:
 
     def widened(self, answers: int) -> Examples:
         """The same examples with room for this many answers."""
-        more = [(0, 0), (0, answers - self.answers)]
-        bounds = np.pad(self.bounds, more, mode="edge")
-        return replace(self, bounds=bounds, ranks=np.pad(self.ranks, more, constant_values=-1))
+        room = [(0, 0), (0, answers - self.answers)]
+        bounds = np.pad(self.bounds, room, mode="edge")
+        return replace(self, bounds=bounds, ranks=np.pad(self.ranks, room, constant_values=-1))
 
     def take(self, index: np.ndarray) -> Examples:
         return replace(self, **{name: getattr(self, name)[index] for name in PER_EXAMPLE})
@@ -262,9 +262,9 @@ class Files:
 
     def _by_example(self, values: np.ndarray, name: str) -> np.ndarray:
         """Values of all answers as rows, one per example, as long as the longest."""
-        more = OF_ANSWERS[name]
-        counts = np.array(self._counts, np.int64) + more
-        place = np.arange(counts.max(initial=1 + more))
+        further = OF_ANSWERS[name]
+        counts = np.array(self._counts, np.int64) + further
+        place = np.arange(counts.max(initial=1 + further))
         starts = np.cumsum(counts) - counts
         rows = values[starts[:, None] + np.minimum(place, counts[:, None] - 1)]
         return rows if name == "bounds" else np.where(place < counts[:, None], rows, -1)

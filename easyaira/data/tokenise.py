@@ -224,8 +224,6 @@ def _comparable(
     Raises:
         Dropped: there are no two of them, or all are tied.
     """
-    if len(answers) < 2:
-        raise Dropped("fewer than two answers")
     written = [i for i, answer in enumerate(answers) if answer.strip()]
     kept = sorted({answers[i].strip(): i for i in reversed(written)}.values())
     if len(kept) < 2:
