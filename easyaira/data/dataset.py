@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -65,6 +66,9 @@ def load(
         check_embedded(held_out.tokens, vocab_size, RESIZE)
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
+    if held_out is not None and train.answers > 1 < held_out.answers:
+        most = max(train.answers, held_out.answers)
+        train, held_out = train.widened(most), held_out.widened(most)
     report = {name: _account_report(account) for name, account in accounts.items()}
     report["train"] |= _statistics(train)
     if held_out is not None:
@@ -172,8 +176,10 @@ def _joined(parts: list[Examples]) -> Examples:
     """Concatenate sources in memory. The tokens of a single source stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
-    if len({part.answers for part in parts}) > 1:
+    counts = {part.answers for part in parts}
+    if len(counts) > 1 and 1 in counts:
         raise DataError("data: some sources have pairs and some single texts; use only one kind")
+    parts = [part.widened(max(counts)) for part in parts]
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     moved = [
         replace(part, bounds=part.bounds + start)
@@ -240,10 +246,12 @@ def _account_report(account: Account) -> dict[str, Any]:
 
 def _statistics(part: Examples) -> dict[str, Any]:
     """Statistics of examples; `length` is that of a prompt with one answer."""
-    lengths = part.lengths()
+    lengths = part.lengths()[part.exists]
     prompts = part.bounds[:, 1] - part.bounds[:, 0]
+    counts = Counter(part.exists.sum(1).tolist()) if part.answers > 2 else {}
     return {
         "examples": len(part),
+        **({"examples by answers": {str(n): counts[n] for n in sorted(counts)}} if counts else {}),
         "duplicates": len(part) - len(np.unique(part.ids)),
         "prompts": len(np.unique(part.prompt_ids)),
         "tokens": int(lengths.sum()),
