@@ -39,6 +39,7 @@ class PairScores(NamedTuple):
     top1: jax.Array
     logits: jax.Array
     aligned: jax.Array  # logps - log_sum_sq_probs
+    ends: jax.Array | None = None  # logps of the last token alone
 
 
 def pair_scores(
@@ -61,7 +62,10 @@ def pair_scores(
         return preference.pair_sums(values, *layout, pairs=pairs, tail=tail)
 
     lengths = sums(jnp.ones_like(out.logps))
-    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs))
+    answer = jnp.where(learned, batch["segment_ids"] * 4 + batch["sides"], 0)
+    is_last = learned & (answer != jnp.pad(answer[:, 1:], ((0, 0), (0, 1))))
+    last = out.logps * is_last
+    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs, last))
     return PairScores(sums(out.logps, tail), lengths, *rest)
 
 
@@ -128,6 +132,8 @@ def dpo_sums(
     if config.reference == "none":
         rewards /= preference.divisor(config.losses, policy.lengths)
     differences = rewards[:, 0] - rewards[:, 1]
+    longer = policy.lengths[:, 0] - policy.lengths[:, 1]
+    unequal = real * (longer != 0)
     tokens = policy.lengths.sum(0)
 
     def over_pairs(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -138,6 +144,7 @@ def dpo_sums(
         "rewards/rejected": over_pairs(rewards[:, 1]),
         "rewards/margins": over_pairs(differences),
         "rewards/accuracies": over_pairs((differences > 0).astype(jnp.float32)),
+        "rewards/longer": (((differences * longer > 0) * unequal).sum(), unequal.sum()),
         "logps/chosen": over_pairs(policy.logps[:, 0]),
         "logps/rejected": over_pairs(policy.logps[:, 1]),
         "logits/chosen": (policy.logits[:, 0].sum(), tokens[0]),
@@ -235,7 +242,12 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         policy, ref_logps, numbers_in(arrays)
     )
     totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
+    if not config.dpo.unpaired:
+        real = policy.lengths[..., 0] > 0
+        totals["logps/end"] = ((policy.ends[..., 0] * real).sum(), real.sum())
     at_start = metrics.averages(metrics.add({}, totals))
+    if not config.dpo.unpaired and "ref_logps" in known:
+        at_start |= references.preferences(known["ref_logps"], setup.batches.examples)
     return Beginning(frozen, known, known_held_out, at_start)
 
 

@@ -1,0 +1,34 @@
+"""The signs of all kinds that a run shows. The report has them all, the terminal each of them once.
+
+A sign is a name and a sentence with the evidence and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from easyaira.run import hacking, health
+from easyaira.train.setup import Setup
+
+
+class Signs:
+    """Signs of one run.
+
+    Args:
+        setup: the run's.
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._told = {*health.TOLD_WITH_DATA}
+
+    def of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Name -> sentence of each sign in the rows of a metrics.jsonl."""
+        return hacking.warnings(rows) | health.warnings(health.of_setup(self._setup, rows))
+
+    def new(self, found: Mapping[str, str]) -> Iterator[str]:
+        """Lines for the terminal: signs that were not told before."""
+        for name, sentence in found.items():
+            if name not in self._told:
+                self._told.add(name)
+                yield f"warning {sentence}"
