@@ -1,6 +1,6 @@
-"""Make twelve DPO runs ill and keep eight healthy, and see which signs of `run/health.py` name them.
+"""Make twelve DPO runs ill, keep eight healthy, and see which signs of `run/health.py` name them.
 
-    python scripts/illness.py SHARED_DATA --output /tmp/illness            # all runs, about 15 minutes
+    python scripts/illness.py SHARED_DATA --output /tmp/illness          # all runs, 15 minutes
     python scripts/illness.py SHARED_DATA --output /tmp/illness --only beta --only "healthy 1"
 
 SHARED_DATA holds preference/*.jsonl.gz with the columns prompt, chosen and rejected, and
@@ -19,8 +19,8 @@ import json
 import random
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from easyaira.algorithms.dpo import dpo_algorithm
 from easyaira.algorithms.sft import sft_algorithm
 from easyaira.config.run import TrainDPO, TrainSFT
 from easyaira.run import health
+from easyaira.run.health_facts import Run
 from easyaira.run.run import run
 from easyaira.train import log
 
@@ -165,7 +166,7 @@ def rows_of(shared: Path, name: str) -> Iterator[Row]:
 
 
 def pairs_of(shared: Path, name: str) -> tuple[Pairs, list[Row]]:
-    """Pairs of a set, divided by prompt, and rows for its SFT: other prompts where there are any."""
+    """Pairs of a set, divided by prompt, and rows for its SFT: the chosen answers."""
     rows = list({tuple(row.values()): row for row in rows_of(shared, name)}.values())
     prompts = sorted({row["prompt"] for row in rows})
     random.Random(0).shuffle(prompts)
@@ -210,8 +211,8 @@ def start_of(root: Path, shared: Path, name: str) -> Path:
     return folder
 
 
-def measured(root: Path, shared: Path, name: str, case: Case) -> Path:
-    """Make a run; return its folder."""
+def measured(root: Path, shared: Path, name: str, case: Case) -> Run:
+    """Make a run, unless `root` has it; return what its health is judged by."""
     (other,) = SETS.keys() - {case.pairs}
     models = {
         "START": start_of(root, shared, case.pairs),
@@ -220,14 +221,30 @@ def measured(root: Path, shared: Path, name: str, case: Case) -> Path:
     }
     pairs = case.change(pairs_of(shared, case.pairs)[0], random.Random(2))
     stem = name.replace(" ", "_").replace("/", "over").replace("%", "percent")
-    options: dict[str, Any] = {"model.name_or_path": "START"} | DPO | case.options
-    options |= {
+    folder, made = root / stem, {"model.name_or_path": "START"} | DPO | case.options
+    options = made | {
         "data.train": write(root / "data" / f"{stem}_train.jsonl", pairs.train),
         "data.eval": write(root / "data" / f"{stem}_eval.jsonl", pairs.held_out),
     }
-    options = {key: models.get(str(value), value) for key, value in options.items()}
-    trained(TrainDPO, dpo_algorithm, root / stem, options)
-    return root / stem
+    rows = log.read(folder / "metrics.jsonl")
+    if not rows or rows[-1]["step"] < UPDATES:
+        options = {key: models.get(str(value), value) for key, value in options.items()}
+        trained(TrainDPO, dpo_algorithm, folder, options)
+        rows = log.read(folder / "metrics.jsonl")
+    data = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
+    batch, warmup = made["train_batch_size"], made["optimizer.warmup_steps"]
+    beta = float(made["dpo.beta"])
+    return Run(rows, data, beta=beta, batch=batch, warmup=warmup, planned=UPDATES)
+
+
+def named(made: Run) -> dict[str, tuple[int, str]]:
+    """Sign -> update after which a run first shows it, and its sentence at the end."""
+    found: dict[str, tuple[int, str]] = {}
+    for count in range(1, len(made.rows) + 1):
+        for name, sentence in health.warnings(replace(made, rows=made.rows[:count])).items():
+            since = found[name][0] if name in found else made.rows[count - 1]["step"]
+            found[name] = since, sentence
+    return found
 
 
 def main() -> int:
@@ -236,13 +253,21 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", action="append", help="runs whose name has this text")
     args = parser.parse_args()
+    hits, accused = 0, 0
+    print("| run | named after update | sentence |\n|---|---|---|")
     for name, case in (ILL | HEALTHY).items():
         if args.only and not any(word in name for word in args.only):
             continue
-        began = time.process_time()
-        folder = measured(args.output, args.shared, name, case)
-        print(f"{name}: {time.process_time() - began:.0f} s", flush=True)
-    return 0
+        found = named(measured(args.output, args.shared, name, case))
+        hits += any(sign in found for sign in case.signs)
+        accused += bool(found) and not case.signs
+        rest = [f"{sign} ({found[sign][0]})" for sign in found if sign not in case.signs]
+        for sign in case.signs:
+            after, sentence = found.get(sign, ("not named", ""))
+            print(f"| {name} | {after} | {sentence} |", flush=True)
+        print(f"|  | | {'; also: ' if case.signs else ''}{', '.join(rest) or 'nothing'} |")
+    print(f"\n{hits} illnesses named, {accused} healthy runs accused", flush=True)
+    return 0 if args.only or (hits >= 10 and not accused) else 1
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def statistics(pairs: Examples) -> dict[str, int]:
         "chosen tokens": int(chosen.sum()),
         "rejected tokens": int(rejected.sum()),
         "compared": len(looked_at),
-        "common ends": sum(_common_end(pairs, i) >= TAIL for i in looked_at),
+        "common ends": sum(bool(_common_end(pairs, i) >= TAIL) for i in looked_at),
     }
 
 

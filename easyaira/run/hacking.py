@@ -39,8 +39,8 @@ LIMITS = Limits()
 
 
 def warnings(rows: Sequence[Mapping[str, Any]], limits: Limits = LIMITS) -> dict[str, str]:
-    """Metric -> sentence with the evidence of its sign and what to try; empty while the reward does not
-    rise.
+    """Metric -> sentence with the evidence of its sign and what to try; empty while the reward does
+    not rise.
 
     Args:
         rows: of the metrics.jsonl of an on-policy run.
@@ -75,8 +75,8 @@ def _signs(
         yield (
             length,
             (
-                f"answers grew from {first[length]:.0f} to {last[length]:.0f} tokens: check that the "
-                "reward does not grow with the length"
+                f"answers grew from {first[length]:.0f} to {last[length]:.0f} tokens: check that "
+                "the reward does not grow with the length"
             ),
         )
     if length in last and last.get(divergence, 0.0) > limits.divergence * last[length]:

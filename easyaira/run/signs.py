@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from easyaira.run import hacking, health
+from easyaira.run.health_facts import of_setup
 from easyaira.train.setup import Setup
 
 
@@ -24,7 +25,7 @@ class Signs:
 
     def of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """Name -> sentence of each sign in the rows of a metrics.jsonl."""
-        return hacking.warnings(rows) | health.warnings(health.of_setup(self._setup, rows))
+        return hacking.warnings(rows) | health.warnings(of_setup(self._setup, rows))
 
     def new(self, found: Mapping[str, str]) -> Iterator[str]:
         """Lines for the terminal: signs that were not told before."""
