@@ -42,7 +42,7 @@ def reference_weights(setup: Setup) -> Any:
     return pretrained.find(name).load(reference_model(setup), setup.mesh)
 
 
-FAR = 0.5  # nats per token
+FAR = 1.0  # nats per token
 
 
 def preferences(ref_logps: np.ndarray, examples: Examples) -> dict[str, float]:

@@ -7,7 +7,7 @@ import numpy as np
 from easyaira.data.examples import Examples
 
 LOOKED_AT = 2000  # pairs whose tokens are compared
-TAIL = 0.5  # of the shorter answer
+TAIL, FEWEST = 0.5, 5  # share of the shorter answer, and tokens
 
 
 def statistics(pairs: Examples) -> dict[str, int]:
@@ -19,7 +19,7 @@ def statistics(pairs: Examples) -> dict[str, int]:
         chosen longer, rejected longer: pairs in which this answer has more tokens.
         chosen tokens, rejected tokens: in all answers.
         compared, common ends: pairs looked at, and those whose answers differ by their beginnings
-            alone: TAIL of the shorter one or more is also the end of the longer one.
+            alone: TAIL of the shorter one or more, at least FEWEST tokens, also ends the longer.
     """
     lengths = np.diff(pairs.bounds[:, 1:])
     chosen, rejected = lengths.T
@@ -33,16 +33,17 @@ def statistics(pairs: Examples) -> dict[str, int]:
         "chosen tokens": int(chosen.sum()),
         "rejected tokens": int(rejected.sum()),
         "compared": len(looked_at),
-        "common ends": sum(bool(_common_end(pairs, i) >= TAIL) for i in looked_at),
+        "common ends": sum(_common_end(pairs, i) for i in looked_at),
     }
 
 
-def _common_end(pairs: Examples, i: int) -> float:
-    """Share of the shorter answer that both end with, apart from the end token."""
+def _common_end(pairs: Examples, i: int) -> bool:
+    """Whether both answers end alike, apart from the end token."""
     _, begin, middle, end = pairs.bounds[i]
     chosen, rejected = pairs.tokens[begin:middle][::-1], pairs.tokens[middle:end][::-1]
     if chosen[0] == rejected[0]:  # the end token, unless both are cut
         chosen, rejected = chosen[1:], rejected[1:]
     shorter = min(len(chosen), len(rejected))
     differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
-    return (differ[0] if len(differ) else shorter) / max(shorter, 1)
+    alike = int(differ[0]) if len(differ) else shorter
+    return alike >= max(TAIL * shorter, FEWEST)

@@ -78,10 +78,11 @@ def labels_flipped(run: Run, limit: float) -> str | None:
     against = run.start.get("reference/prefers_rejected", 0.0)
     if against < limit:
         return None
+    favour = run.start["reference/prefers_chosen"]
     return (
         f"The reference finds the rejected answer by far the likelier one in {against:.0%} of the "
-        f"pairs, the chosen one in {run.start['reference/prefers_chosen']:.0%}, so labels may be "
-        "flipped"
+        f"pairs, the chosen one in {favour:.0%}, as if {against / (against + favour):.0%} of the "
+        "labels were flipped"
     )
 
 

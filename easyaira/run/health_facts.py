@@ -77,7 +77,7 @@ class Run:
     @property
     def moved(self) -> float | None:
         """Change of the chosen answers' log-probability, in nats per token."""
-        if not self.learned or not self.reference:
+        if not self.learned or not self.reference or not self.pairs:
             return None
         return self.last["rewards/chosen"] / self.beta / self.tokens
 
