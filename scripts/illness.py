@@ -126,7 +126,7 @@ ILL = {
     "wrong template": Case(("other template",), {"data.template": "tulu"}),
     "duplicated rows": Case(("pairs repeated",), {}, repeated),
     "beta x 100": Case(("margins explode",), {"dpo.beta": BETA * 100}),
-    "answers cut": Case(("answers cut",), {"data.max_length": 50}),
+    "answers cut": Case(("answers cut",), {"data.max_length": 72, "data.max_dropped": 0.2}),
     "reference is not the start": Case(
         ("reference is not the start",), {"model.ref_name_or_path": "OTHER"}
     ),
@@ -254,18 +254,18 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="runs whose name has this text")
     args = parser.parse_args()
     hits, accused = 0, 0
-    print("| run | named after update | sentence |\n|---|---|---|")
+    print("| run | named after update | sentence | also named (after update) |")
+    print("|---|---|---|---|")
     for name, case in (ILL | HEALTHY).items():
         if args.only and not any(word in name for word in args.only):
             continue
         found = named(measured(args.output, args.shared, name, case))
         hits += any(sign in found for sign in case.signs)
         accused += bool(found) and not case.signs
-        rest = [f"{sign} ({found[sign][0]})" for sign in found if sign not in case.signs]
-        for sign in case.signs:
-            after, sentence = found.get(sign, ("not named", ""))
-            print(f"| {name} | {after} | {sentence} |", flush=True)
-        print(f"|  | | {'; also: ' if case.signs else ''}{', '.join(rest) or 'nothing'} |")
+        own = next((sign for sign in case.signs if sign in found), "")
+        after, sentence = found.get(own, ("never" if case.signs else "", ""))
+        rest = ", ".join(f"{sign} ({found[sign][0]})" for sign in found if sign != own)
+        print(f"| {name} | {after} | {sentence} | {rest} |", flush=True)
     print(f"\n{hits} illnesses named, {accused} healthy runs accused", flush=True)
     return 0 if args.only or (hits >= 10 and not accused) else 1
 

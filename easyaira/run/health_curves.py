@@ -28,7 +28,7 @@ def rate_low(run: Run, limit: float) -> str | None:
 
 
 def rate_high(run: Run, limit: float) -> str | None:
-    if run.moved is None or abs(run.moved) < READABLE:
+    if run.moved is None or abs(run.moved) < READABLE or "loss" not in run.start:
         return None
     losses, start = [row["loss"] for row in run.learned], run.start["loss"]
     risen = sum(loss > RISEN * start for loss in losses)
@@ -67,14 +67,15 @@ def at_chance(run: Run, limit: float) -> str | None:
 
 
 def margins_explode(run: Run, limit: float) -> str | None:
-    if not run.learned or run.last["loss"] < run.start["loss"]:
+    late = means(run.learned[len(run.learned) // 2 :])
+    if not late or "loss" not in run.start:
         return None
-    margin = run.last["rewards/margins"]
-    if margin < limit:
+    loss, margin, start = late["loss"], late["rewards/margins"], run.start["loss"]
+    if loss < start or margin < limit:
         return None
     return (
-        f"The margin grew to {margin:.3g}, but the loss to {run.last['loss']:.3g} from "
-        f"{run.start['loss']:.3g}, so pairs with large negative margins decide the updates"
+        f"The margin grew to {margin:.3g}, but the loss to {loss:.3g} from {start:.3g}, so pairs "
+        "with large negative margins decide the updates"
     )
 
 

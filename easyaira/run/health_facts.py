@@ -49,7 +49,7 @@ class Run:
             if row["step"] > self.warmup
             and all(isinstance(row.get(name), int | float) for name in NEEDED)
         ]
-        return rows if len(rows) >= FEWEST and self.start else []
+        return rows if len(rows) >= FEWEST else []
 
     @cached_property
     def last(self) -> dict[str, float]:
