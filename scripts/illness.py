@@ -153,13 +153,13 @@ def read(file: Path) -> list[Row]:
 def rows_of(shared: Path, name: str) -> Iterator[Row]:
     """Pairs of a set: best and wrong answers of TruthfulQA, or Aira's answers and paraphrases."""
     if name == "truth":
-        found = read(shared / "preference" / "truthfulqa_pairs_en.jsonl.gz")
+        rows = read(shared / "preference" / "truthfulqa_pairs_en.jsonl.gz")
     else:
         parts = (read(shared / "sft" / f"aira1{kind}_en.jsonl.gz") for kind in ("", "_paraphrased"))
         own, other = ({row["prompt"]: row["completion"] for row in part} for part in parts)
         both = sorted(own.keys() & other.keys())
-        found = [{"prompt": p, "chosen": own[p], "rejected": other[p]} for p in both]
-    for row in found:
+        rows = [{"prompt": p, "chosen": own[p], "rejected": other[p]} for p in both]
+    for row in rows:
         row = {key: row[key].strip() for key in ("prompt", "chosen", "rejected")}
         if sum(map(len, row.values())) <= SETS[name] and row["chosen"] != row["rejected"]:
             yield row
@@ -239,12 +239,12 @@ def measured(root: Path, shared: Path, name: str, case: Case) -> Run:
 
 def named(made: Run) -> dict[str, tuple[int, str]]:
     """Sign -> update after which a run first shows it, and its sentence at the end."""
-    found: dict[str, tuple[int, str]] = {}
+    seen: dict[str, tuple[int, str]] = {}
     for count in range(1, len(made.rows) + 1):
         for name, sentence in health.warnings(replace(made, rows=made.rows[:count])).items():
-            since = found[name][0] if name in found else made.rows[count - 1]["step"]
-            found[name] = since, sentence
-    return found
+            since = seen[name][0] if name in seen else made.rows[count - 1]["step"]
+            seen[name] = since, sentence
+    return seen
 
 
 def main() -> int:
@@ -259,12 +259,12 @@ def main() -> int:
     for name, case in (ILL | HEALTHY).items():
         if args.only and not any(word in name for word in args.only):
             continue
-        found = named(measured(args.output, args.shared, name, case))
-        hits += any(sign in found for sign in case.signs)
-        accused += bool(found) and not case.signs
-        own = next((sign for sign in case.signs if sign in found), "")
-        after, sentence = found.get(own, ("never" if case.signs else "", ""))
-        rest = ", ".join(f"{sign} ({found[sign][0]})" for sign in found if sign != own)
+        seen = named(measured(args.output, args.shared, name, case))
+        hits += any(sign in seen for sign in case.signs)
+        accused += bool(seen) and not case.signs
+        own = next((sign for sign in case.signs if sign in seen), "")
+        after, sentence = seen.get(own, ("never" if case.signs else "", ""))
+        rest = ", ".join(f"{sign} ({seen[sign][0]})" for sign in seen if sign != own)
         print(f"| {name} | {after} | {sentence} | {rest} |", flush=True)
     print(f"\n{hits} illnesses named, {accused} healthy runs accused", flush=True)
     return 0 if args.only or (hits >= 10 and not accused) else 1

@@ -159,14 +159,14 @@ def test_the_report_has_them_on_top_and_the_terminal_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.rows))
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     given = {"title": "toy", "facts": {"model": "tiny"}, "samples": ([], [])}
-    found = report.write(
+    seen = report.write(
         tmp_path, **given, signs=lambda rows: health.warnings(replace(run, rows=rows))
     )
     page = (tmp_path / "report.html").read_text()
     heading, shown = "<h2>What looks wrong</h2>", f'<p class="warning">{sentence}.</p>'
     assert page.index(heading) < page.index(shown) < page.index("tiny")
     signs = Signs(None)
-    assert list(signs.new(found)) == [f"warning {sentence}"] and list(signs.new(found)) == []
+    assert list(signs.new(seen)) == [f"warning {sentence}"] and list(signs.new(seen)) == []
     assert list(signs.new(health.warnings(ILL["answers cut"]))) == []  # told with the data
     report.write(tmp_path, **given)
     assert heading not in (tmp_path / "report.html").read_text()

@@ -36,8 +36,8 @@ def warnings(run: Run | None) -> dict[str, str]:
     """Sign -> sentence with its evidence and what to try."""
     if run is None:
         return {}
-    found = {sign.name: (sign.seen(run, sign.limit), sign.do) for sign in SIGNS}
-    return {name: f"{evidence}: {do}" for name, (evidence, do) in found.items() if evidence}
+    evidences = {sign.name: (sign.seen(run, sign.limit), sign.do) for sign in SIGNS}
+    return {name: f"{evidence}: {do}" for name, (evidence, do) in evidences.items() if evidence}
 
 
 SIGNS = (
@@ -186,4 +186,4 @@ SIGNS = (
         health_curves.longer_preferred,
     ),
 )
-TOLD_WITH_DATA = ("answers cut", "held-out leaked")  # told when the data are read
+SHOWN_WITH_DATA = ("answers cut", "held-out leaked")  # printed when the data are read

@@ -290,7 +290,7 @@ def _finish(
 ) -> Mapping[str, str]:
     """Write the report and export the parameters of update `step`; return the signs of the run."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    found = report(setup, samples, signs)
+    seen = report(setup, samples, signs)
     setup.trainable.free()
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
@@ -318,7 +318,7 @@ def _finish(
                 url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
                 print(f"pushed  {url}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
-    return found
+    return seen
 
 
 def _export_value(setup: Setup, params: Any, folder: Path, common: Mapping[str, Any]) -> None:

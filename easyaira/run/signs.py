@@ -21,15 +21,15 @@ class Signs:
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self._told = {*health.TOLD_WITH_DATA}
+        self._shown = {*health.SHOWN_WITH_DATA}
 
     def of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """Name -> sentence of each sign in the rows of a metrics.jsonl."""
         return hacking.warnings(rows) | health.warnings(of_setup(self._setup, rows))
 
-    def new(self, found: Mapping[str, str]) -> Iterator[str]:
-        """Lines for the terminal: signs that were not told before."""
-        for name, sentence in found.items():
-            if name not in self._told:
-                self._told.add(name)
+    def new(self, signs: Mapping[str, str]) -> Iterator[str]:
+        """Lines for the terminal: signs that were not shown before."""
+        for name, sentence in signs.items():
+            if name not in self._shown:
+                self._shown.add(name)
                 yield f"warning {sentence}"
