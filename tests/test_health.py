@@ -28,20 +28,23 @@ START = {
     "reference/prefers_rejected": 0.01,
 }
 DATA = {
-    "train": {"kept": 400, "noted": {"cut to max_length (keep_start)": 8}},
+    "train": {
+        "kept": 400,
+        "noted": {"cut to max_length (keep_start)": 8},
+        "answers": {
+            "pairs": 400,
+            "repeats": 2,
+            "chosen longer": 240,
+            "rejected longer": 150,
+            "chosen tokens": 16000,
+            "rejected tokens": 15000,
+            "compared": 400,
+            "common ends": 50,
+        },
+    },
     "held out": {"examples": 64, "prompts also trained on": 0},
     "template": "aira",
     "own template": "same",
-    "pairs": {
-        "pairs": 400,
-        "repeats": 2,
-        "chosen longer": 240,
-        "rejected longer": 150,
-        "chosen tokens": 16000,
-        "rejected tokens": 15000,
-        "compared": 400,
-        "common ends": 50,
-    },
 }
 SOUND = {  # metric: from the first update to the last
     "loss": (0.69, 0.45),
@@ -56,7 +59,7 @@ SOUND = {  # metric: from the first update to the last
 }
 
 
-def made(start=(), data=(), at=(), **ends):
+def made(start=(), data=(), answers=(), at=(), **ends):
     """A run of 20 logged updates, each 2 after the other; `at` replaces values of single rows."""
     ends = SOUND | {name.replace("__", "/"): values for name, values in ends.items()}
     rows = [{"step": 0} | START | dict(start)]
@@ -65,6 +68,7 @@ def made(start=(), data=(), at=(), **ends):
     for i, values in dict(at).items():
         rows[i] |= values
     data = DATA | {name: DATA[name] | part for name, part in dict(data).items()}
+    data["train"] = data["train"] | {"answers": DATA["train"]["answers"] | dict(answers)}
     return Run(rows, data, beta=0.1, batch=8, warmup=5, planned=40)
 
 
@@ -72,9 +76,9 @@ ILL = {
     "answers cut": made(data={"train": {"noted": {"cut to max_length (keep_start)": 40}}}),
     "end token unknown": made(start={"logps/end": -8.0}),
     "held-out leaked": made(data={"held out": {"prompts also trained on": 3}}),
-    "pairs repeated": made(data={"pairs": {"repeats": 100}}),
-    "tails identical": made(data={"pairs": {"common ends": 390}}),
-    "length decides": made(data={"pairs": {"chosen longer": 360, "rejected longer": 30}}),
+    "pairs repeated": made(answers={"repeats": 100}),
+    "tails identical": made(answers={"common ends": 390}),
+    "length decides": made(answers={"chosen longer": 360, "rejected longer": 30}),
     "labels flipped": made(
         start={"reference/prefers_chosen": 0.28, "reference/prefers_rejected": 0.12}
     ),
@@ -127,7 +131,7 @@ def test_the_limit_decides(name, monkeypatch):
         made(loss=(0.69, 0.02), rewards__margins=(0, 6), rewards__rejected=(0, -6)),
         made(loss=(2.78, 2.5), start={"loss": 2.78}),  # ipo
         made(rewards__chosen=(0.0, 0.5)),  # dpo.sft_weight
-        made(data={"pairs": {"chosen longer": 290, "rejected longer": 100}}),
+        made(answers={"chosen longer": 290, "rejected longer": 100}),
         made(at={3: {"loss": 0.9}, 7: {"loss": 0.8}}),  # two hard batches
         replace(made(), data={}),  # no data report
         replace(made(), reference=False),
@@ -180,7 +184,7 @@ def test_counts_of_pairs_are_those_of_a_loop(tmp_path):
         )
     ]
     data = load(tiny.write_rows(tmp_path / "a.jsonl", [*rows, rows[0]]), task="pair")
-    counts = data.report["pairs"]
+    counts = data.report["train"]["answers"]
     tokens = np.array([np.diff(bounds[1:]) for bounds in data.train.bounds])
     assert counts["pairs"] == counts["compared"] == 5 and counts["repeats"] == 1
     assert counts["chosen longer"] == sum(a > b for a, b in tokens)

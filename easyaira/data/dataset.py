@@ -71,7 +71,7 @@ def load(
         report.setdefault("held out", {})
         report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
     if recipe.task == "pair":
-        report["pairs"] = pairs.statistics(train)
+        report["train"]["answers"] = pairs.statistics(train)
     prints = [part.fingerprint() for part in (train, held_out) if part is not None]
     report |= {
         "fingerprint": "-".join(prints),

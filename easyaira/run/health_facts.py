@@ -67,7 +67,7 @@ class Run:
 
     @property
     def pairs(self) -> Mapping[str, int]:
-        return self.data.get("pairs", {})
+        return self.data.get("train", {}).get("answers", {})
 
     @property
     def tokens(self) -> float:
