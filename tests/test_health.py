@@ -4,10 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from easyaira.algorithms import reference
+from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.config.dpo import DPOConfig
 from easyaira.data import pairs
 from easyaira.data.template import Template
 from easyaira.run import health, report
@@ -15,6 +18,7 @@ from easyaira.run.health_facts import Run
 from easyaira.run.signs import Signs
 from helpers import tiny
 from helpers.examples import load
+from helpers.runs import train
 
 DOCS = Path(__file__).parents[1] / "docs" / "dpo.md"
 START = {
@@ -220,3 +224,31 @@ def test_another_template_than_the_tokenizers_own_is_seen(own, name, wanted):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATES.get(own, own)
     assert Template(tokenizer, name, "gpt2").own() == wanted
+
+
+def test_the_share_of_pairs_whose_longer_answer_is_rewarded():
+    rng = np.random.default_rng(0)
+    logps, ref = rng.normal(-9, 3, (2, 8, 2))
+    lengths = rng.integers(1, 4, (8, 2)).astype(float)
+    lengths[0] = 2  # equal
+    lengths[7] = 0  # an empty place of the last batch
+    ones = jnp.ones((8, 2))
+    scores = PairScores(*(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones, ones)))
+    total, count = dpo_sums(scores, jnp.asarray(ref, jnp.float32), DPOConfig())["rewards/longer"]
+    margins = (logps - ref)[:, 0] - (logps - ref)[:, 1]
+    unequal = [i for i in range(7) if lengths[i, 0] != lengths[i, 1]]
+    longer_wins = [(margins[i] > 0) == (lengths[i, 0] > lengths[i, 1]) for i in unequal]
+    assert (float(total), float(count)) == (sum(longer_wins), len(unequal))
+
+
+@pytest.mark.slow
+def test_a_run_warns_once_before_its_first_update(models, tmp_path, capsys):
+    rows = tiny.dpo_rows(20) * 2
+    file = tiny.write_rows(tmp_path / "dpo.jsonl", rows)
+    options = {"max_steps": 4, "data.eval": 0.2, "eval_steps": 2}
+    metrics, _ = train("dpo", models / "gpt2", file, tmp_path / "run", **options)
+    printed = capsys.readouterr().out
+    assert printed.count("pairs are copies of others") == 1
+    assert printed.index("copies of others") < printed.index("step 1:")
+    assert "pairs are copies of others" in (tmp_path / "run" / "report.html").read_text()
+    assert {"logps/end", "reference/prefers_rejected"} <= metrics[0].keys()
