@@ -13,8 +13,7 @@ from easyaira.models import splash
 from easyaira.models.attention import DOT_PRODUCT, Near, attention, visible
 from easyaira.models.layers import Compute, Scores
 
-EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
-LENGTHS = sorted({*range(1, 301, 52), *EDGES, 300})
+LENGTHS = [1, 53, 127, 128, 129, 209, 255, 256, 257, 300]  # around tiles of 128
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SLOPES = (0.5, 0.25, 0.125, 1.0)
 
@@ -106,7 +105,7 @@ def test_blocks_are_few_and_cover_the_row():
     assert attentions.block_of(640, causal=False) == 512
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 53, 63, 64, 65, 128, 129, 192, 257])
 def test_blocks_of_queries_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 64)
     arrays, segments, sides = rows(length, shared=length % 2 == 0)

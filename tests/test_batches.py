@@ -174,7 +174,10 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
         return logps, grads
 
     logps, grads = measure(packing=False)
-    for kwargs in ({}, {"share_prompt": True}, {"share_prompt": True, "packing": False}):
+    layouts = [{"share_prompt": True}]
+    if case in tiny.CONFIGS:  # each layout by itself is the same for every family
+        layouts += [{}, {"share_prompt": True, "packing": False}]
+    for kwargs in layouts:
         other_logps, other_grads = measure(**kwargs)
         np.testing.assert_allclose(other_logps, logps, rtol=1e-5)
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))

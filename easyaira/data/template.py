@@ -75,7 +75,7 @@ class Template:
         self._own = own.strip() if isinstance(own, str) else ""
         self.model_type = model_type
         self._allowed_names = tuple(allowed)
-        length = len(tokenizer)
+        known = set(tokenizer.get_vocab().values())
         if name == "aira":
             wanted = dict(AIRA_TOKENS)
             if model_type in KEEPS_UNKNOWN:
@@ -88,8 +88,8 @@ class Template:
             raise TokenizerError("tokenizer: has no cls_token or no sep_token, which encoders need")
         if padded and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": AIRA_TOKENS["pad_token"]})
-        self.added = len(tokenizer) - length  # tokens that are new to the model
         vocabulary = tokenizer.get_vocab()
+        self.added = sorted(set(vocabulary.values()) - known)  # ids that are new to the model
         if len(set(vocabulary.values())) < len(vocabulary):
             raise TokenizerError(
                 "tokenizer: two tokens have the same id; save it with ids in a row"

@@ -16,6 +16,7 @@ from easyaira.distributed.sharding import Rules, constrain, parts_of
 from easyaira.hf.table import TRANSPOSE, VOCAB_TRANSPOSE, Row
 from easyaira.models.layers import Compute, whole
 from easyaira.models.linear import Linear
+from easyaira.models.token_rows import trained
 
 
 class Kernel(nn.Module):
@@ -31,7 +32,7 @@ class Kernel(nn.Module):
             drawn = jax.random.normal(key, (shape[0], self.columns), dtype) * self.std
             return jax.numpy.zeros(shape, dtype).at[:, : self.columns].set(drawn)
 
-        return self.param("kernel", init, self.shape)
+        return trained(self, self.param("kernel", init, self.shape), axis=1)
 
 
 class CausalLM(nn.Module):

@@ -236,6 +236,7 @@ def _updates(
                 summary=algorithm.summary,
                 answer=samples,
                 stop=stop,
+                best=best,
             ),
             record=Record(
                 log,
@@ -264,7 +265,6 @@ def _updates(
                 saved=trainable.saved,
             ),
             stop=stop,
-            best=best,
         )
         params, step = state.params, int(state.step)
         if best.exhausted:

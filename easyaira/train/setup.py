@@ -228,21 +228,11 @@ def updates(config: RunConfig, epoch: int) -> int:
 
 
 def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
-    """Adapter of a run, checked against the stored adapter that it starts from, if any."""
-    if resolved.model.vocab_size != resolved.stored.vocab_size:
-        if resolved.stored.scorer and config.model.resize is None:
-            raise ConfigError(
-                "lora: the tokenizer has no padding token of its own, and adapters cannot add one; "
-                "set pad_token in its tokenizer_config.json to a control token that no text ends "
-                "with, or name a tokenizer that has one in model.tokenizer"
-            )
-        added = resolved.model.vocab_size - resolved.stored.vocab_size
-        raise ConfigError(
-            f"lora: the tokenizer's {added:+} tokens would have embeddings that adapters do not "
-            "train; use a template without new tokens, such as plain, or start from a model that "
-            "was trained with them"
-        )
-    adapter = adapter_of(config.lora, resolved.model)
+    """Adapter of a run, which trains the vectors of new tokens, too; checked against the stored
+    adapter that it starts from, if any."""
+    new = {*resolved.template.added, *range(resolved.stored.vocab_size, resolved.model.vocab_size)}
+    ids = sorted(new.union(config.lora.trainable_token_indices or ()))
+    adapter = adapter_of(replace(config.lora, trainable_token_indices=ids or None), resolved.model)
     if config.lora.adapter is not None:
         peft.read_peft(adapter, pretrained.find(config.lora.adapter).folder)
     return adapter
