@@ -112,3 +112,4 @@ def test_a_pair_is_scored_as_its_answers_alone(layout, models, tmp_path):
             logps = logps_alone(theirs, [*prompt, *ids(row[name]), 0])[max(len(prompt) - 1, 0) :]
             assert scores.lengths[slot, side] == len(logps)
             np.testing.assert_allclose(scores.logps[slot, side], logps.sum().item(), rtol=1e-5)
+            np.testing.assert_allclose(scores.ends[slot, side], logps[-1].item(), rtol=1e-4)

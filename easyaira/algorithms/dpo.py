@@ -40,6 +40,7 @@ class AnswerScores(NamedTuple):
     top1: jax.Array
     logits: jax.Array
     aligned: jax.Array  # logps - log_sum_sq_probs
+    ends: jax.Array | None = None  # logps of the last token alone
 
 
 def answer_scores(
@@ -64,7 +65,10 @@ def answer_scores(
         return preference.answer_sums(values, *layout, **counts, tail=tail)
 
     lengths = sums(jnp.ones_like(out.logps))
-    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs))
+    answer = jnp.where(learned, batch["segment_ids"] * (answers + 1) + batch["sides"], 0)
+    is_last = learned & (answer != jnp.pad(answer[:, 1:], ((0, 0), (0, 1))))
+    last = out.logps * is_last
+    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs, last))
     return AnswerScores(sums(out.logps, tail), lengths, *rest)
 
 
@@ -156,6 +160,8 @@ def dpo_sums(
     differences = rewards[:, 0] - rewards[:, 1]
     logps, logits = of_pairs(policy.logps), of_pairs(policy.logits)
     tokens = (lengths * share[:, None]).sum(0)
+    longer = lengths[:, 0] - lengths[:, 1]
+    unequal = share * (longer != 0)
 
     def over_pairs(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (values * share).sum(), real.sum()
@@ -168,6 +174,7 @@ def dpo_sums(
         "rewards/rejected": over_pairs(rewards[:, 1]),
         "rewards/margins": over_pairs(differences),
         "rewards/accuracies": over_pairs((differences > 0).astype(jnp.float32)),
+        "rewards/longer": (((differences * longer > 0) * unequal).sum(), unequal.sum()),
         "logps/chosen": over_pairs(logps[:, 0]),
         "logps/rejected": over_pairs(logps[:, 1]),
         "logits/chosen": ((logits[:, 0] * share).sum(), tokens[0]),
@@ -278,7 +285,12 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         policy, ref_logps, numbers_in(arrays)
     )
     totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
+    if not config.dpo.unpaired:
+        real = policy.lengths[..., 0] > 0
+        totals["logps/end"] = ((policy.ends[..., 0] * real).sum(), real.sum())
     at_start = metrics.averages(metrics.add({}, totals))
+    if not config.dpo.unpaired and "ref_logps" in known:
+        at_start |= references.preferences(known["ref_logps"], setup.batches.examples)
     return Beginning(frozen, known, known_held_out, at_start)
 
 

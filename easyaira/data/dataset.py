@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from easyaira.config.data import DataConfig, Source
-from easyaira.data import sources
+from easyaira.data import pairs, sources
 from easyaira.data.cache import cached_source
 from easyaira.data.columns import FORMS, Message, Record, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
@@ -74,10 +74,13 @@ def load(
     if held_out is not None:
         report.setdefault("held out", {})
         report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
+    if recipe.task == "pair":
+        report["train"]["answers"] = pairs.statistics(train)
     prints = [part.fingerprint() for part in (train, held_out) if part is not None]
     report |= {
         "fingerprint": "-".join(prints),
         "template": template.name,
+        "own template": template.own(),
         "recipe": asdict(recipe),
     }
     return Data(train, held_out, report, accounts)

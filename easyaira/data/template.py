@@ -71,6 +71,8 @@ class Template:
     ):
         self.tokenizer = tokenizer
         self.name = name
+        own = tokenizer.chat_template
+        self._own = own.strip() if isinstance(own, str) else ""
         self.model_type = model_type
         self._allowed_names = tuple(allowed)
         known = set(tokenizer.get_vocab().values())
@@ -294,6 +296,22 @@ class Template:
         rest = (self.jinja, self.controls, self.first, self.end, self._allowed_names)
         digest.update(repr(rest).encode())
         return digest.hexdigest()
+
+    def own(self) -> str:
+        """What the tokenizer's own chat template, from before this one, writes for a question and
+        its answer: `same`, `other`, or `none` if it has none that can be rendered."""
+        if not self._own or self._own == self.jinja.strip():
+            return "same" if self._own else "none"
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        tokens = self.tokenizer.special_tokens_map
+        ours = self._own in (template.strip() for template in TEMPLATES.values())
+        try:
+            text = (
+                partial(render, self._own, tokens) if ours else Child(self._own, tokens).render
+            )(turns).text
+            return "same" if text.strip() == self._rendered(turns).text.strip() else "other"
+        except (Broken, Refused):
+            return "none"
 
     @property
     def end_ids(self) -> list[int]:
