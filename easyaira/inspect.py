@@ -18,7 +18,7 @@ from easyaira.config.algorithms import RewardConfig, SFTConfig
 from easyaira.config.dpo import DPOConfig
 from easyaira.config.model import PolicyConfig
 from easyaira.config.run import RunConfig
-from easyaira.errors import StorageError, escaped
+from easyaira.errors import ConfigError, StorageError, escaped
 
 ROWS = 4  # printed
 
@@ -51,7 +51,9 @@ def task_of(config: Inspect) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config, _ = cli.parse(Inspect, argv)
+    config, dry_run = cli.parse(Inspect, argv)
+    if dry_run:
+        raise ConfigError("--dry_run: inspect trains nothing; give it to the training command")
 
     from easyaira.data import report
     from easyaira.data.recipe import recipe_of
