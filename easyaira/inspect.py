@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     from easyaira.train.resolve import find
     from easyaira.train.setup import read_data
 
-    resolved = find(config, meshes.make_mesh("fsdp=-1"))
+    resolved = find(config, meshes.make_mesh("fsdp=-1"), planned=True)  # without weights
     recipe = recipe_of(task_of(config), config.data, resolved.max_length, config.sft)
     data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
             print(f"  {count} {noted}")
         for unread, count in account.unread.items():
             print(f"  {count} {escaped(unread)} filled and not used")
-        print(report.terminal(account, rows=ROWS, colour=sys.stdout.isatty()))
+        print(report.terminal(account, part=name, rows=ROWS, colour=sys.stdout.isatty()))
     print(f"\ndone    {folder / report.FILES[1]}")
 
 

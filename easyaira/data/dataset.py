@@ -147,7 +147,7 @@ def _read(
     _warn_of_cuts(account, config.truncation, recipe.max_length, label)
     if account.unread:
         first = itertools.islice(account.unread.items(), SHOWN)
-        shown = [f"{shortened(name)} ({count} rows)" for name, count in first]
+        shown = [f"{shortened(name)} ({count:,} rows)" for name, count in first]
         if left := len(account.unread) - len(shown):
             shown.append(f"and {left} more, in data_report.json")
         print(f"data    {label}: filled and not used: {escaped(', '.join(shown))}", flush=True)
@@ -159,10 +159,12 @@ def _warn_of_cuts(account: Account, truncation: str, max_length: int, label: str
     cut = account.cut.total()
     if cut <= CUT_SHARE * account.kept:
         return
-    loss = "lose their end, and teach no end token" if truncation == "keep_start" else "are cut"
+    loss = (
+        ", lose their end and teach no end token" if truncation == "keep_start" else " and are cut"
+    )
     print(
         f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
-        f"data.max_length {max_length:,} and {loss}; {account.length_for(0.95):,} keeps 95 % "
+        f"data.max_length {max_length:,}{loss}; {account.length_for(0.95):,} keeps 95 % "
         f"whole, {max(account.cut):,} all",
         flush=True,
     )

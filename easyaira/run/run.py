@@ -15,6 +15,7 @@ import jax
 import easyaira
 from easyaira.algorithms import rollouts
 from easyaira.config.run import DryRun, RunConfig, changed
+from easyaira.data import dataset
 from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
@@ -330,15 +331,18 @@ def report(setup: Setup, samples: Samples) -> None:
     used = energy.used(folder)
     last, points = setup.total_steps, min(setup.total_steps, 200)
     at = sorted({i * last // points for i in range(points + 1)})
+    trained = setup.trainable.parameter_count()
+    whole = trained == setup.model.parameter_count()
+    sources = ", ".join(s.path for s in dataset.sources_of(config.data, config.data.train))
     run_report.write(
         folder,
         title=folder.name,
         figures={} if used is None else {"energy": f"{used.kwh:.2g} kWh"},
         facts={
             "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
-            "trained": f"{setup.trainable.parameter_count():,} parameters",
-            "data": f"{len(data.train)} examples from {config.data.train}",
-            "held out": len(data.held_out) if data.held_out else "none",
+            **({} if whole else {"trained": f"{trained:,} parameters"}),
+            "data": f"{len(data.train):,} examples from {sources}",
+            "held out": f"{len(data.held_out):,} examples" if data.held_out else "none",
             "updates": f"{setup.total_steps:,}, each of {config.train_batch_size} examples",
             "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
         },
