@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from easyaira import __main__, __version__, cli, inspect, train_dpo
+from easyaira import __main__, __version__, cli, errors, inspect, train_dpo
 from easyaira.config.data import Source
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT, to_dict
 from easyaira.errors import ConfigError
@@ -426,6 +426,16 @@ def test_inspect_shows_what_it_uses(capsys):
     assert "--data.max_length" in shown and "gradient_accumulation_steps" not in shown
     with pytest.raises(ConfigError, match="--dry_run: inspect trains nothing"):
         inspect.main(["--model.name_or_path=m", "--data.train=d", "--dry_run"])
+
+
+def test_lines_are_folded_between_words_in_a_terminal_alone(monkeypatch):
+    line = "model   a/long-name: 260,032 parameters, vocabulary 512, on 1 x cpu"
+    assert errors.folded(line) == line
+    monkeypatch.setattr(errors.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    folded = errors.folded(f"{line}\nrun     2").split("\n")
+    assert folded[0] == "model   a/long-name: 260,032 parameters," and folded[-1] == "run     2"
+    assert all(row.startswith(" " * 8) and len(row) <= 40 for row in folded[1:-1])
 
 
 def test_the_command_alone_lists_all_commands(capsys):

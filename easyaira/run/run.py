@@ -22,7 +22,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.cards import planned_devices
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, Preempted
+from easyaira.errors import ConfigError, Preempted, folded
 from easyaira.export import adapter_base, hub, release
 from easyaira.export.hf_config import Facts, released, value_released
 from easyaira.export.records import Records
@@ -71,11 +71,11 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         keep_compiled(config.data)
         with setup.model.on(setup.mesh), memory_explained(config):
             setup, checked = kernel_check.choose(setup)
-            print(plan_report.describe(setup), flush=True)
+            print(folded(plan_report.describe(setup)), flush=True)
             if not config.optimizer.learning_rate:
                 print("warning: optimizer.learning_rate is 0, so no weight will change", flush=True)
             if setup.adapter and config.export and (need := adapter_base.warning(setup.origin)):
-                print(f"warning: {need}", flush=True)
+                print(folded(f"warning: {need}"), flush=True)
             train(setup, algorithm, stop, checked)
 
 
@@ -105,8 +105,8 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     devices = planned_devices(dry_run.topology, dry_run.memory)
     setup = prepare(config, algorithm, devices, planned=True)
     room = dry_run.memory or memory_of(setup.mesh.devices.flat[0])
-    print(plan_report.describe(setup), flush=True)
-    print(plan_report.method(setup), flush=True)
+    print(folded(plan_report.describe(setup)), flush=True)
+    print(folded(plan_report.method(setup)), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         plan = cost.measure(setup, algorithm)
         print(f"{plan_report.table(setup)}\n\n{plan_report.show(setup, plan, room)}", flush=True)
@@ -144,7 +144,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         rows, used = logs.read(folder / "metrics.jsonl"), energy.used(folder)
         seconds = time.perf_counter() - began
         for line in closing.lines(rows, seconds, used, str(folder), setup.model.scorer):
-            print(line, flush=True)
+            print(folded(line), flush=True)
 
 
 def _stopped_early(config: RunConfig, checkpoints: Checkpoints, step: int | None) -> bool:
@@ -302,7 +302,7 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts, step: int
         else:
             exported = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         if exported:
-            print(f"export  {release.summary(exported)}", flush=True)
+            print(folded(f"export  {release.summary(exported)}"), flush=True)
             report(setup, samples)  # with links to the release
             if config.push_to_hub:
                 url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
