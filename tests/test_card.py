@@ -75,6 +75,7 @@ def runs(models, data, tmp_path_factory):
         [
             f"--model.name_or_path={root / 'a|b `c`'}", f"--data.train={data / 'dpo.jsonl'}",
             "--data.template=aira", "--max_steps=2", "--num_samples=0", "--dpo.beta=0.25",
+            "--card.title=Our model",
             f"--output_dir={root / 'dpo'}",
         ],
     )  # fmt: skip
@@ -105,6 +106,7 @@ def test_no_name_or_text_breaks_the_card(runs):
 
 @pytest.mark.slow
 def test_the_card_has_the_runs_facts(runs):
+    assert "\n# Our model\n" in (runs[1] / "hf/README.md").read_text()
     _, text = of(runs[0] / "hf")
     details = {name: cells[0] for name, cells in table_rows(text, "Details").items()}
     assert details["Size"] == "12,480 parameters"  # 12,416 and 4 tokens of width 16
