@@ -18,7 +18,7 @@ from easyaira.data.columns import FORMS, Message, Record, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
-from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, shortened
+from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, folded, shortened
 
 SHOWN = 20  # columns that are not used, in the log
 CUT_SHARE = 0.05  # warn above this share of rows that are cut
@@ -154,10 +154,11 @@ def _read(
     _warn_of_cuts(account, config.truncation, recipe.max_length, label)
     if account.unread:
         first = itertools.islice(account.unread.items(), SHOWN)
-        shown = [f"{shortened(name)} ({count} rows)" for name, count in first]
+        shown = [f"{shortened(name)} ({count:,} rows)" for name, count in first]
         if left := len(account.unread) - len(shown):
             shown.append(f"and {left} more, in data_report.json")
-        print(f"data    {label}: filled and not used: {escaped(', '.join(shown))}", flush=True)
+        unused = escaped(", ".join(shown))
+        print(folded(f"data    {label}: filled and not used: {unused}"), flush=True)
     return _joined(parts), account
 
 
@@ -166,13 +167,15 @@ def _warn_of_cuts(account: Account, truncation: str, max_length: int, label: str
     cut = account.cut.total()
     if cut <= CUT_SHARE * account.kept:
         return
-    loss = "lose their end, and teach no end token" if truncation == "keep_start" else "are cut"
-    print(
-        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
-        f"data.max_length {max_length:,} and {loss}; {account.length_for(0.95):,} keeps 95 % "
-        f"whole, {max(account.cut):,} all",
-        flush=True,
+    loss = (
+        ", lose their end and teach no end token" if truncation == "keep_start" else " and are cut"
     )
+    warning = (
+        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
+        f"data.max_length {max_length:,}{loss}; {account.length_for(0.95):,} keeps 95 % "
+        f"whole, {max(account.cut):,} all"
+    )
+    print(folded(warning), flush=True)
 
 
 def _joined(parts: list[Examples]) -> Examples:
