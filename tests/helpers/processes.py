@@ -1,6 +1,7 @@
 """Runs commands of a test, in this process or in child processes."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def free_port() -> int:
 
 
 def environment(devices: int, **variables: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path, **variables}
 
