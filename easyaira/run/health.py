@@ -163,8 +163,9 @@ SIGNS = (
     Sign(
         "gradient spikes",
         10,
-        "largest gradient norm >= {} x the median",
-        "an order of magnitude above what is usual; clipping at optimizer.max_grad_norm hides it",
+        "largest gradient norm >= {} x the median and 2 x the largest of the first five logged",
+        "weights of pairs in the gradient of `sigmoid` are 1/2 at first and at most 1, so margins "
+        "explain a doubling; ten medians keep those out that solved pairs leave small",
         "lower optimizer.learning_rate, lengthen the warm-up, or read the rows of that update",
         health_curves.gradient_spikes,
     ),
