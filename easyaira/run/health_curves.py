@@ -68,7 +68,7 @@ def at_chance(run: Run, limit: float) -> str | None:
 
 
 def margins_explode(run: Run, limit: float) -> str | None:
-    late = means(run.learned[len(run.learned) // 2 :])
+    late = run.late
     if not late or "loss" not in run.start:
         return None
     loss, margin, start = late["loss"], late["rewards/margins"], run.start["loss"]
@@ -108,7 +108,7 @@ def held_out_apart(run: Run, limit: float) -> str | None:
 
 
 def longer_preferred(run: Run, limit: float) -> str | None:
-    longer = run.last.get("rewards/longer") if run.learned else None
+    longer = run.late.get("rewards/longer") if run.half else None
     unequal = run.pairs.get("chosen longer", 0) + run.pairs.get("rejected longer", 0)
     if longer is None or not unequal:
         return None
