@@ -95,7 +95,7 @@ SIGNS = (
         0.8,
         "the longer (or shorter) answer is chosen in >= {} of the pairs",
         "two people agree on 0.63 to 0.81 of such pairs (Bai et al., 2022; Zheng et al., 2023), so "
-        "nothing else could predict labels better",
+        "content could hardly predict labels better",
         "balance the pairs by length, or use dpo.loss_type sigmoid_norm or dpo.ld_alpha",
         health_data.length_decides,
     ),
@@ -112,7 +112,7 @@ SIGNS = (
         0.01,
         "log-probabilities of policy and reference before the first update differ by > {} nats a "
         "token",
-        "bfloat16 rounds the log-probability of a token by less",
+        "equal weights give exactly 0; the limit leaves room for another rounding",
         "leave out model.ref_name_or_path, unless you mean it",
         health_data.other_reference,
     ),
