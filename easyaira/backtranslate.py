@@ -21,10 +21,10 @@ COLUMNS = "EasyAira's column name -> the data set's, as data.columns."
 
 
 def parser():
-    from jsonargparse import ArgumentParser
+    from easyaira.short_help import Parser
 
     def new(purpose: str) -> Any:
-        return ArgumentParser(description=purpose, exit_on_error=False, allow_abbrev=False)
+        return Parser(description=purpose)
 
     whole = new("Instruction backtranslation (Li et al., 2023), from file to file.")
     steps = whole.add_subcommands(required=True, dest="step")

@@ -14,15 +14,12 @@ AIRA = {"num_samples": 5, "temperature": 0.6, "top_k": 50, "top_p": 0.6}  # its 
 
 
 def parser():
-    from jsonargparse import ArgumentParser
-
     from easyaira.config.ranges import Count
+    from easyaira.short_help import Parser
 
-    parser = ArgumentParser(
+    parser = Parser(
         description="Sample answers to a file of prompts, score them with a reward model, and keep "
         "the best as an SFT set, best and worst as a DPO set.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", help="Run folder, Hugging Face folder or hub id.")

@@ -38,8 +38,6 @@ def parser_of(config_class: type) -> ArgumentParser:
         usage=USAGE,
         description=f"{config_class.__doc__} Options come from --config files (later ones win), "
         "then from flags, such as --optimizer.learning_rate 1e-5.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action=ConfigFile, help="YAML file of options; may be repeated."

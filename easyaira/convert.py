@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
 from easyaira import cli
+from easyaira.short_help import Parser
 
 MERGE = "Merge adapters into their base weights."
 
@@ -112,11 +111,11 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     cli.debug_option(parser)
     commands = parser.add_subcommands(required=True, dest="command")
     for command in (to_hf, from_hf):
-        sub = ArgumentParser(description=command.__doc__, exit_on_error=False, allow_abbrev=False)
+        sub = Parser(description=command.__doc__)
         sub.add_function_arguments(command, as_positional=True, skip={"merge"})
         if command is to_hf:
             sub.add_argument("--merge", action="store_true", help=MERGE)

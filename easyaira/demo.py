@@ -19,13 +19,10 @@ DEFAULTS = {"temperature": 0.1, "top_k": 50, "repetition_penalty": 1.1}  # Aira'
 def parser():
     from typing import Literal
 
-    from jsonargparse import ArgumentParser
-
     from easyaira.config.ranges import Count
+    from easyaira.short_help import Parser
 
-    parser = ArgumentParser(
-        description="Ask a model in the browser.", exit_on_error=False, allow_abbrev=False
-    )
+    parser = Parser(description="Ask a model in the browser.")
     add = parser.add_argument
     add("model", help="Run folder, Hugging Face folder or hub id.")
     add("--reward", help="Reward model: the candidate that it scores highest is the answer.")

@@ -6,6 +6,9 @@ Every message is one line: place, value found, value expected, and the fix.
 from __future__ import annotations
 
 import difflib
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +31,21 @@ def one_line(error: BaseException) -> tuple[str, int]:
 def shortened(text: str, limit: int = 80) -> str:
     """Text for a message, which a file may make as long as it likes."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def folded(text: str) -> str:
+    """Lines of a log, folded between words at the width of a terminal; for a file, as they are."""
+    if not sys.stdout.isatty():
+        return text
+    fold = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns,
+        subsequent_indent=" " * 8,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+    )
+    return "\n".join(fold.fill(line) for line in text.split("\n"))
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

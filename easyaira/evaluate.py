@@ -23,14 +23,11 @@ OF_ROWS = ("by", "split", "template", "positive_label")
 def parser():
     from typing import Literal
 
-    from jsonargparse import ArgumentParser
-
     from easyaira.config.ranges import Count, CountOrZero
+    from easyaira.short_help import Parser
 
-    parser = ArgumentParser(
+    parser = Parser(
         description="Evaluate a model on benchmarks, or a scorer on pairs or labelled texts.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", nargs="?", help="Run folder, Hugging Face folder or hub id.")

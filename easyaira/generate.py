@@ -20,14 +20,11 @@ AS_FOLDER = "default: as generation_config.json, or"
 
 
 def parser():
-    from jsonargparse import ArgumentParser
-
     from easyaira.config.ranges import Count
+    from easyaira.short_help import Parser
 
-    parser = ArgumentParser(
+    parser = Parser(
         description="Answer a prompt, a file of prompts, or in a conversation.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", help="Run folder, Hugging Face folder or hub id.")

@@ -18,7 +18,7 @@ from easyaira.config.algorithms import RewardConfig, SFTConfig
 from easyaira.config.dpo import DPOConfig
 from easyaira.config.model import PolicyConfig
 from easyaira.config.run import RunConfig
-from easyaira.errors import StorageError, escaped
+from easyaira.errors import ConfigError, StorageError, escaped
 
 ROWS = 4  # printed
 
@@ -51,7 +51,9 @@ def task_of(config: Inspect) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config, _ = cli.parse(Inspect, argv)
+    config, dry_run = cli.parse(Inspect, argv)
+    if dry_run:
+        raise ConfigError("--dry_run: inspect trains nothing; give it to the training command")
 
     from easyaira.data import report
     from easyaira.data.recipe import recipe_of
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     from easyaira.train.resolve import find
     from easyaira.train.setup import read_data
 
-    resolved = find(config, meshes.make_mesh("fsdp=-1"))
+    resolved = find(config, meshes.make_mesh("fsdp=-1"), planned=True)  # without weights
     recipe = recipe_of(task_of(config), config.data, resolved.max_length, config.sft)
     data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> None:
             print(f"  {count} {noted}")
         for unread, count in account.unread.items():
             print(f"  {count} {escaped(unread)} filled and not used")
-        print(report.terminal(account, rows=ROWS, colour=sys.stdout.isatty()))
+        print(report.terminal(account, part=name, rows=ROWS, colour=sys.stdout.isatty()))
     print(f"\ndone    {folder / report.FILES[1]}")
 
 

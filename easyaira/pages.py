@@ -36,6 +36,7 @@ table.facts td:first-child { white-space: nowrap; color: var(--quiet); padding-l
 .figures div { background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; }
 .figures b { display: block; font-size: 1.15rem; } .figures span, .quiet { color: var(--quiet); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; }
+.plots { align-items: end; }
 figure { margin: 0; } figcaption { font-size: .85rem; } figcaption span { white-space: nowrap; }
 svg { width: 100%; height: auto; } svg text { font-size: 10px; fill: var(--quiet); }
 .c1 { color: var(--c1); stroke: var(--c1); } .c2 { color: var(--c2); stroke: var(--c2); }

@@ -57,11 +57,11 @@ def curves(title: str, series: Mapping[str, Points], last: float, colours: Seque
 
 
 def histogram(title: str, parts: Mapping[str, Mapping[int, int]], mark: int | None) -> Markup:
-    """Counts of whole numbers, stacked, with a line at `mark`.
+    """Counts of whole numbers, stacked, with a line behind `mark`.
 
     Args:
         parts: CSS class -> number -> its count.
-        mark: number at which a dashed line stands; None: no line.
+        mark: the last number before a dashed line; None: no line.
     """
     largest = max([mark or 1, *(number for part in parts.values() for number in part)])
     step = max(1, math.ceil((largest + 1) / 40))  # numbers in a bar
@@ -92,7 +92,7 @@ def histogram(title: str, parts: Mapping[str, Mapping[int, int]], mark: int | No
             below[bar] += count
         shapes.append(("bar", name, shape))
     if mark is not None:
-        shapes.append(("mark", "", f"M{x(mark):.1f} {TOP}V{HEIGHT - BOTTOM}"))
+        shapes.append(("mark", "", f"M{x(mark + 1):.1f} {TOP}V{HEIGHT - BOTTOM}"))
     return _plot(title, [], (0, last), [tick for tick in ticks(0, high) if tick >= 1], x, y, shapes)
 
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from easyaira import cli
 from easyaira.config.run import is_repo
 from easyaira.errors import ConfigError
+from easyaira.short_help import Parser
 
 
-def parser() -> ArgumentParser:
-    made = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+def parser() -> Parser:
+    made = Parser(description=__doc__)
     made.add_argument("folder", type=str, help="Released folder, such as RUN/hf.")
     made.add_argument("--repo", required=True, help="Repository on the hub: owner/name.")
     made.add_argument("--private", action="store_true", help="A new repository is private.")

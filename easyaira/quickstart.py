@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from easyaira import cli
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, shortened
 
 # country: capital, continent
 COUNTRIES = {
@@ -283,7 +283,7 @@ def show(
         for stage in stages
     ]
     samples = [
-        [question["prompt"], *(texts[i] for texts in stages.values())]
+        [question["prompt"], *(shortened(texts[i]) for texts in stages.values())]
         for i, question in enumerate(questions[:SHOWN])
     ]
     for stage, *counts in summary:

@@ -1,4 +1,4 @@
-"""--help with the common options of a training command, and --help_all with all of them."""
+"""--help without Python types; of a training command, with the common options, and --help_all."""
 
 from __future__ import annotations
 
@@ -18,23 +18,39 @@ COMMON = """
     optimizer.learning_rate optimizer.lr_scheduler_type optimizer.warmup_ratio
     model.gradient_checkpointing eval_steps save_steps mesh dry_run topology memory search
 """.split()  # in the order of the help; each command has about 25 of them
+OF_INSPECT = [*COMMON[:6], "task", "output_dir"]  # it takes the others, and does not use them
+NOT_HELP = r"\s*(python -m|Args:|Raises:|Returns:)"  # of a docstring's paragraphs
 USAGE = "%(prog)s [--config FILE] --model.name_or_path MODEL --data.train DATA [OPTIONS]"
 INDENT, WIDEST = 30, 100  # columns
 
 
 class Formatter(DefaultHelpFormatter):
-    """Leaves out the Python types: the texts and the errors say which values an option takes."""
+    """Leaves out Python types, and defaults that are nothing: the texts say what they mean."""
 
     def _get_help_string(self, action: Action) -> str:
         text = super()._get_help_string(action)
-        return text.replace("type: %(type)s, ", "").replace(", type: %(type)s", "")
+        text = re.sub(r"(, )?type: %\(type\)s", "", text)
+        if action.default is None or action.default is False or action.default in ([], {}):
+            text = re.sub(r"(, )?default: %\(default\)s", "", text)
+        elif "default: %(default)s" in text:  # which a command has set, in the place of another one
+            text = re.sub(r"; default: [^(]*\. \(", ". (", text)
+        return re.sub(r" \((, )?", " (", text).replace(" ()", "")
 
 
 class Parser(ArgumentParser):
-    """A parser whose --help is short if it has --help_all; groups of options have theirs whole."""
+    """A parser whose --help is short if it has --help_all; groups of options have theirs whole.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, formatter_class=Formatter, **kwargs)
+    Args:
+        description: purpose, or the docstring of the command.
+    """
+
+    def __init__(self, *args: Any, description: str | None = None, **kwargs: Any):
+        paragraphs = (description or "").split("\n\n")
+        kept = [text for text in paragraphs if not re.match(NOT_HELP, text)]
+        kwargs = {"exit_on_error": False, "allow_abbrev": False} | kwargs
+        super().__init__(
+            *args, formatter_class=Formatter, description="\n\n".join(kept) or None, **kwargs
+        )
 
     def print_help(self, file: Any = None) -> None:
         if any(isinstance(action, HelpAll) for action in self._actions):
@@ -59,7 +75,8 @@ def short(parser: ArgumentParser) -> str:
     """Usage, purpose and common options, with the first sentence of each."""
     width = min(shutil.get_terminal_size().columns - 2, WIDEST)
     actions = {action.dest: action for action in parser._actions if action.help != SUPPRESS}
-    shown = [actions[name] for name in COMMON if name in actions]
+    common = OF_INSPECT if "task" in actions else COMMON
+    shown = [actions[name] for name in common if name in actions]
     lines = textwrap.wrap(
         f"usage: {USAGE % {'prog': parser.prog}}", width, subsequent_indent="    "
     )

@@ -9,13 +9,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
 from easyaira import cli
 from easyaira.config.ranges import Count
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.files import read_yaml
+from easyaira.short_help import Parser
 from easyaira.translation.axolotl import AXOLOTL
 from easyaira.translation.easylm import EASYLM, flags_of
 from easyaira.translation.llama_factory import LLAMA_FACTORY
@@ -33,8 +32,8 @@ SOURCES = {
 CONFIGS = {"sft": TrainSFT, "dpo": TrainDPO, "reward": TrainReward}
 
 
-def parser() -> ArgumentParser:
-    made = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+def parser() -> Parser:
+    made = Parser(description=__doc__)
     add = made.add_argument
     add("source", choices=SOURCES, help="Trainer that the file is for.")
     add("file", help="Its YAML file; of easylm, the command line as one word.")

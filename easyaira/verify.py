@@ -14,16 +14,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from easyaira import cli
 from easyaira.errors import CheckFailed, ConfigError, escaped
+from easyaira.short_help import Parser
 
 WORDS = {True: "ok", False: "WRONG", None: "skipped"}
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=str, help="Released folder, such as RUN/hf; or a run.")
     parser.add_argument("--json", action="store_true", help="Print the checks as a JSON object.")
     cli.debug_option(parser)

@@ -27,6 +27,7 @@ install_torch
 install ".[dev]" ${JAX:+"$JAX"}
 ruff check .
 ruff format --check .
+hadolint Dockerfile
 mypy
 # worksteal keeps neighbouring tests on one worker, which shares fixtures and compiled programs
 python -m pytest -n "${WORKERS:-2}" --dist worksteal "$@"

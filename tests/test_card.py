@@ -75,6 +75,7 @@ def runs(models, data, tmp_path_factory):
         [
             f"--model.name_or_path={root / 'a|b `c`'}", f"--data.train={data / 'dpo.jsonl'}",
             "--data.template=aira", "--max_steps=2", "--num_samples=0", "--dpo.beta=0.25",
+            "--card.title=Our model",
             f"--output_dir={root / 'dpo'}",
         ],
     )  # fmt: skip
@@ -105,6 +106,7 @@ def test_no_name_or_text_breaks_the_card(runs):
 
 @pytest.mark.slow
 def test_the_card_has_the_runs_facts(runs):
+    assert "\n# Our model\n" in (runs[1] / "hf/README.md").read_text()
     _, text = of(runs[0] / "hf")
     details = {name: cells[0] for name, cells in table_rows(text, "Details").items()}
     assert details["Size"] == "12,480 parameters"  # 12,416 and 4 tokens of width 16
@@ -380,7 +382,7 @@ def test_settings_that_transformers_refuses_are_refused_before_the_run(
         assert not (tmp_path / "run").exists()
 
 
-def facts_of(models, data, tmp_path, config=None, generation=None):
+def facts_of(models, data, tmp_path, config=None, generation=None, *options):
     """What a run on this model would release, with other entries in its two files."""
     model = shutil.copytree(models / "gpt2", tmp_path / "gpt2")
     for name, changes in (("config.json", config), ("generation_config.json", generation)):
@@ -389,7 +391,7 @@ def facts_of(models, data, tmp_path, config=None, generation=None):
         file.write_text(json.dumps(content | (changes or {})))
     arguments = [
         f"--model.name_or_path={model}", f"--data.train={data / 'sft.jsonl'}",
-        "--data.template=plain", f"--output_dir={tmp_path / 'run'}",
+        "--data.template=plain", f"--output_dir={tmp_path / 'run'}", *options,
     ]  # fmt: skip
     run, _ = cli.parse(TrainSFT, arguments)
     return released(prepare(run, sft_algorithm(run)))
@@ -413,6 +415,15 @@ def test_ids_beyond_the_vocabulary_and_wild_settings_are_refused_before_the_run(
     with pytest.raises(ConfigError) as error:
         facts_of(models, data, tmp_path, config, generation)
     assert message in str(error.value) and "correct or remove it" in str(error.value)
+
+
+def test_examples_of_the_card_in_another_models_form_are_refused_before_the_run(
+    models, data, tmp_path
+):
+    options = ["--card.widget=['<|user|>hi']"]
+    with pytest.raises(ConfigError, match=r"card.widget: <\|user\|> is no token of this run"):
+        facts_of(models, data, tmp_path / "plain", None, None, *options)
+    assert facts_of(models, data, tmp_path / "tulu", None, None, *options, "--data.template=tulu")
 
 
 def test_end_tokens_that_files_disagree_on_all_end_an_answer(models, data, tmp_path):

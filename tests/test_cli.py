@@ -1,6 +1,7 @@
 """The command line: files and flags, and errors that name the key."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import re
@@ -14,7 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from easyaira import __main__, __version__, cli, train_dpo
+from easyaira import __main__, __version__, cli, errors, inspect, train_dpo
 from easyaira.config.data import Source
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT, to_dict
 from easyaira.errors import ConfigError
@@ -404,6 +405,37 @@ def test_help_shows_the_common_options_and_help_all_the_rest(command, capsys, mo
         short.split()
     )
     assert not re.search(r"Literal|PositiveInt|type:", short + whole)
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate", "best_of", "convert", "verify", "demo"])
+def test_help_of_other_commands_has_no_python(name, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"easyaira.{name}").main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"Literal|type:|null|False\)|Args:|python -m", shown)
+    if name == "best_of":  # its own default, and not that of generate
+        assert (
+            "0: greedy. (default: 0.6)" in shown and "Seed of the sampling. (default: 0)" in shown
+        )
+
+
+def test_inspect_shows_what_it_uses(capsys):
+    with pytest.raises(SystemExit):
+        inspect.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--data.max_length" in shown and "gradient_accumulation_steps" not in shown
+    with pytest.raises(ConfigError, match="--dry_run: inspect trains nothing"):
+        inspect.main(["--model.name_or_path=m", "--data.train=d", "--dry_run"])
+
+
+def test_lines_are_folded_between_words_in_a_terminal_alone(monkeypatch):
+    line = "model   a/long-name: 260,032 parameters, vocabulary 512, on 1 x cpu"
+    assert errors.folded(line) == line
+    monkeypatch.setattr(errors.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    folded = errors.folded(f"{line}\nrun     2").split("\n")
+    assert folded[0] == "model   a/long-name: 260,032 parameters," and folded[-1] == "run     2"
+    assert all(row.startswith(" " * 8) and len(row) <= 40 for row in folded[1:-1])
 
 
 def test_the_command_alone_lists_all_commands(capsys):

@@ -61,8 +61,8 @@ def test_many_cuts_are_a_warning_with_the_lengths_that_keep_the_rows(tmp_path, c
     cut = int((lengths > lengths[14]).sum())
     most = next(n for n in np.unique(lengths) if (lengths <= n).mean() >= 0.95)
     assert (
-        f"warning: train: {cut} of 30 rows ({cut / 30:.0%}) exceed data.max_length {lengths[14]} "
-        f"and lose their end, and teach no end token; {most} keeps 95 % whole, {lengths[-1]} all"
+        f"warning: train: {cut} of 30 rows ({cut / 30:.0%}) exceed data.max_length {lengths[14]}"
+        f", lose their end and teach no end token; {most} keeps 95 % whole, {lengths[-1]} all"
     ) in capsys.readouterr().out
     load(file, max_length=int(lengths[-2]), max_dropped=0.9)
     assert "warning: train" not in capsys.readouterr().out
@@ -336,9 +336,11 @@ def test_rows_that_are_cut_are_drawn_at_their_length_before(tmp_path):
     data = load(tiny.write_rows(tmp_path / "a.jsonl", [*rows, *tiny.sft_rows(3)]))
     account = data.accounts["train"]
     titles = [str(p) for p in report.histograms(data.train, account, data.train.lengths().max())]
-    assert len(titles) == 5 and "before the cut" in titles[-1]
+    assert len(titles) == 4 and "before the cut" in titles[-1]  # all answers are learned whole
     assert titles[-1].count('class="bar lost"') == 1 == titles[-1].count('class="mark ')
-    assert len(report.histograms(data.train, None, 99)) == 4
+    assert len(report.histograms(data.train, None, 99)) == 3
+    everything = load(tmp_path / "a.jsonl", sft={"completion_only_loss": False})
+    assert len(report.histograms(everything.train, None, 99)) == 4
 
 
 def test_the_page_leaves_out_the_middle_of_a_long_text(tmp_path):

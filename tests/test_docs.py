@@ -108,6 +108,8 @@ def split(words):
         return words[at], list(words[at + 1 :]), script
     if words[0] == "mpirun":
         return *split(words[words.index("python") :])[:2], "mpirun"
+    if words[:2] == ("docker", "run"):
+        return *split(words[words.index("easyaira") :])[:2], "docker"
     return None
 
 
@@ -116,6 +118,7 @@ def why_parsed(command: Command) -> str | None:
     module, arguments, launcher = split(command.words)
     text = " ".join(arguments)
     reasons = {
+        "it needs a container": launcher == "docker",
         "it needs a pod": launcher or "--distributed." in text or "--dcn" in text,
         "it needs the compiler of a device": "--topology" in text or "--search" in text,
         "it needs an object store": re.search(r"\b(gs|s3)://", text),
@@ -161,7 +164,7 @@ def parsed(module: str, arguments: list[str]):
 
 def look_up(words) -> bool:
     """Whether a program that is not ours can do what the page says; False: there is no rule."""
-    if words[0] in ("scripts/quickstart.sh", "scripts/test.sh"):
+    if words[0] in ("scripts/quickstart.sh", "scripts/test.sh", "scripts/docs.sh"):
         subprocess.run(["bash", "-n", ROOT / words[0]], check=True)
         assert (ROOT / words[0]).stat().st_mode & 0o111
     elif words[:2] == ("pip", "install"):
@@ -170,6 +173,10 @@ def look_up(words) -> bool:
             own = re.fullmatch(r"\.(?:\[(\w+)\])?", word)
             assert own or not word.startswith("easyaira"), f"{word}: not on any index"
             assert not own or own[1] in (None, *extras), word
+    elif words[:2] == ("docker", "build"):
+        extras = (ROOT / "setup.py").read_text()
+        for device in (w[len("DEVICE=") :] for w in words if w.startswith("DEVICE=")):
+            assert device == "cpu" or f'"{device}": [' in extras, device
     elif words[:2] == ("python", "scripts/benchmark.py"):
         benchmark().parser().parse_args(words[2:])
     elif words[:1] == ("python",) and words[1].startswith("scripts/"):
@@ -220,7 +227,7 @@ def test_every_command_is_one_that_its_program_takes(command, monkeypatch, tmp_p
         assert look_up(command.words), "no rule for this command: write one in this file"
         return
     module, arguments, launcher = ours
-    assert launcher in (None, "mpirun") or (ROOT / launcher).exists()
+    assert launcher in (None, "mpirun", "docker") or (ROOT / launcher).exists()
     assert importlib.util.find_spec(f"easyaira.{module}"), module
     if module in PARSED:
         made = parsed(module, arguments)
@@ -252,7 +259,8 @@ def ground(tmp_path_factory):
     guanaco = [{"text": f"### Human: what {i}?### Assistant: yes {i}"} for i in range(24)]
     for name, rows in {
         "train_sft": tiny.sft_rows(24), "train_dpo": pairs, "train_reward": pairs,
-        "harmful": texts, "guanaco": guanaco, "web": [{"text": "yes"}, {"text": "the capital"}],
+        "ranked": tiny.ranked_rows(24), "harmful": texts, "guanaco": guanaco,
+        "web": [{"text": "yes"}, {"text": "the capital"}],
     }.items():  # fmt: skip
         tiny.write_rows(root / f"{name}.jsonl", rows)
     return root
@@ -264,7 +272,7 @@ def model_like(name: str, ground: Path) -> Path:
 
 
 def data_like(name: str, module: str, ground: Path) -> Path:
-    kinds = {"harmful": "harmful", "guanaco": "guanaco"}
+    kinds = {"harmful": "harmful", "guanaco": "guanaco", "ranked": "ranked"}
     module = "train_sft" if module == "inspect" else module
     return ground / f"{next((k for word, k in kinds.items() if word in name), module)}.jsonl"
 

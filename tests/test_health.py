@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from easyaira.algorithms import reference
-from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.algorithms.dpo import AnswerScores, dpo_sums
 from easyaira.config.dpo import DPOConfig
 from easyaira.data import pairs
 from easyaira.data.template import Template
@@ -142,7 +142,7 @@ def test_the_limit_decides(name, monkeypatch):
         made(answers={"chosen longer": 290, "rejected longer": 100}),
         made(at={3: {"loss": 0.9}, 7: {"loss": 0.8}}),  # two hard batches
         made(at={17: {"grad_norm": 14.0}}, grad_norm=(16.0, 0.1)),  # one after solved ones
-        replace(made(), data={}),  # no data report
+        replace(made(start={"logps/end": -5.0}), data={}),  # more than two answers to a prompt
         replace(made(), reference=False),
         None,  # no pairs
     ],
@@ -239,7 +239,9 @@ def test_the_share_of_pairs_whose_longer_answer_is_rewarded():
     lengths[0] = 2  # equal
     lengths[7] = 0  # an empty place of the last batch
     ones = jnp.ones((8, 2))
-    scores = PairScores(*(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones, ones)))
+    scores = AnswerScores(
+        *(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones, ones))
+    )
     total, count = dpo_sums(scores, jnp.asarray(ref, jnp.float32), DPOConfig())["rewards/longer"]
     margins = (logps - ref)[:, 0] - (logps - ref)[:, 1]
     unequal = [i for i in range(7) if lengths[i, 0] != lengths[i, 1]]

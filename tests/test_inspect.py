@@ -42,6 +42,14 @@ def test_what_rows_are_is_seen_from_their_columns(name, task, kept, ground, caps
     assert "data_report.html" in out
 
 
+def test_it_needs_no_weights_and_says_that_held_out_rows_are_not_trained_on(ground, capsys):
+    (ground / "model/model.safetensors").unlink()
+    look(ground, "sft", f"--data.eval={ground / 'sft.jsonl'}")
+    out, page = capsys.readouterr().out, (ground / "look/data_report.html").read_text()
+    assert all(re.search(r"sft\.jsonl:\d+: evaluated", text) for text in (out, page))
+    assert page.count("<h2>held out</h2>") == 1
+
+
 def test_learned_tokens_stand_in_brackets_where_there_is_no_colour(ground, capsys):
     look(ground, "sft")
     out = capsys.readouterr().out

@@ -522,10 +522,10 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
     config, algorithm = configure(*args, tmp_path / "x", **options)
     setup = prepare(config, algorithm)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(setup.batches[0].arrays))
-    from easyaira.algorithms.dpo import pair_scores
+    from easyaira.algorithms.dpo import answer_scores
 
     plain, start = (
-        pair_scores(setup.model, tree, batch, pairs=8).logps
+        answer_scores(setup.model, tree, batch, examples=8).logps
         for tree in (setup.trainable.base.params, setup.start_weights())
     )
     np.testing.assert_array_equal(plain, start)

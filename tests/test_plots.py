@@ -65,7 +65,11 @@ def test_a_page_has_a_dark_side_and_asks_nobody():
 
 
 def test_a_report_of_a_run_that_goes_on_says_so_and_reloads(tmp_path):
-    lines = ['{"step": 0, "eval_loss": 3.0}', '{"step": 10, "loss": 2.0, "eval_loss": 2.5}']
+    lines = [
+        '{"step": 0, "eval_loss": 3.0}',
+        '{"step": 4, "loss": 2.1, "step_time": 2.0, "num_tokens": 900}',
+        '{"step": 10, "loss": 2.0, "step_time": 15.0, "num_tokens": 2500, "eval_loss": 2.5}',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     given = {"title": "t", "facts": {}, "samples": ([], [])}
@@ -73,6 +77,7 @@ def test_a_report_of_a_run_that_goes_on_says_so_and_reloads(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Update 10 of 40" in page and 'content="30"' in page and "3 → 2.5" in page
     assert 'href="hf"' not in page  # not released yet
+    assert "0:01:38" in page and "2,500" in page  # 4 updates of 2 s and 6 of 15 s
     report.write(tmp_path, **given, last=10)
     assert "http-equiv" not in (tmp_path / "report.html").read_text()
 

@@ -86,6 +86,8 @@ class GenerationConfig:
 class CardConfig:
     """Facts for the model card that a run cannot know. The card calls missing ones unknown."""
 
+    title: str | None = None
+    """Name of the model on the card; default: that of the run folder."""
     license: str | None = None
     """Hub id of the released model's licence, e.g. apache-2.0; with `other`, set license_name and
     license_link."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from easyaira.data.columns import FORMS, Message, Record, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
-from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, shortened
+from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, folded, shortened
 
 SHOWN = 20  # columns that are not used, in the log
 CUT_SHARE = 0.05  # warn above this share of rows that are cut
@@ -65,12 +66,15 @@ def load(
         check_embedded(held_out.tokens, vocab_size, RESIZE)
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
+    if held_out is not None and train.answers > 1 < held_out.answers:
+        most = max(train.answers, held_out.answers)
+        train, held_out = train.widened(most), held_out.widened(most)
     report = {name: _account_report(account) for name, account in accounts.items()}
     report["train"] |= _statistics(train)
     if held_out is not None:
         report.setdefault("held out", {})
         report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
-    if recipe.task == "pair":
+    if recipe.task == "pair" and train.answers == 2:
         report["train"]["answers"] = pairs.statistics(train)
     prints = [part.fingerprint() for part in (train, held_out) if part is not None]
     report |= {
@@ -150,10 +154,11 @@ def _read(
     _warn_of_cuts(account, config.truncation, recipe.max_length, label)
     if account.unread:
         first = itertools.islice(account.unread.items(), SHOWN)
-        shown = [f"{shortened(name)} ({count} rows)" for name, count in first]
+        shown = [f"{shortened(name)} ({count:,} rows)" for name, count in first]
         if left := len(account.unread) - len(shown):
             shown.append(f"and {left} more, in data_report.json")
-        print(f"data    {label}: filled and not used: {escaped(', '.join(shown))}", flush=True)
+        unused = escaped(", ".join(shown))
+        print(folded(f"data    {label}: filled and not used: {unused}"), flush=True)
     return _joined(parts), account
 
 
@@ -162,21 +167,25 @@ def _warn_of_cuts(account: Account, truncation: str, max_length: int, label: str
     cut = account.cut.total()
     if cut <= CUT_SHARE * account.kept:
         return
-    loss = "lose their end, and teach no end token" if truncation == "keep_start" else "are cut"
-    print(
-        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
-        f"data.max_length {max_length:,} and {loss}; {account.length_for(0.95):,} keeps 95 % "
-        f"whole, {max(account.cut):,} all",
-        flush=True,
+    loss = (
+        ", lose their end and teach no end token" if truncation == "keep_start" else " and are cut"
     )
+    warning = (
+        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
+        f"data.max_length {max_length:,}{loss}; {account.length_for(0.95):,} keeps 95 % "
+        f"whole, {max(account.cut):,} all"
+    )
+    print(folded(warning), flush=True)
 
 
 def _joined(parts: list[Examples]) -> Examples:
     """Concatenate sources in memory. The tokens of a single source stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
-    if len({part.answers for part in parts}) > 1:
+    counts = {part.answers for part in parts}
+    if len(counts) > 1 and 1 in counts:
         raise DataError("data: some sources have pairs and some single texts; use only one kind")
+    parts = [part.widened(max(counts)) for part in parts]
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     moved = [
         replace(part, bounds=part.bounds + start)
@@ -243,10 +252,12 @@ def _account_report(account: Account) -> dict[str, Any]:
 
 def _statistics(part: Examples) -> dict[str, Any]:
     """Statistics of examples; `length` is that of a prompt with one answer."""
-    lengths = part.lengths()
+    lengths = part.lengths()[part.exists]
     prompts = part.bounds[:, 1] - part.bounds[:, 0]
+    counts = Counter(part.exists.sum(1).tolist()) if part.answers > 2 else {}
     return {
         "examples": len(part),
+        **({"examples by answers": {str(n): counts[n] for n in sorted(counts)}} if counts else {}),
         "duplicates": len(part) - len(np.unique(part.ids)),
         "prompts": len(np.unique(part.prompt_ids)),
         "tokens": int(lengths.sum()),

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from easyaira import pages, plots
 from easyaira.data.dataset import Data
 from easyaira.data.examples import Account, Examples
+from easyaira.data.shown import KEPT
 from easyaira.errors import escaped
 from easyaira.files import write_file
 
@@ -91,10 +92,10 @@ def page(data: Data) -> str:
     rows = [
         (
             escaped(place),
-            escaped(outcome),
+            escaped(_outcome(outcome, name)),
             [(escaped(text, keep="\n\t"), state, token) for text, state, token in spans],
         )
-        for account in data.accounts.values()
+        for name, account in data.accounts.items()
         for place, outcome, spans in account.shown
     ]
     return pages.page("Data report", BODY, states=STATES, sections=sections, rows=rows)
@@ -104,14 +105,19 @@ def facts(part: dict[str, Any]) -> dict[str, Any]:
     """Format a part of the report as rows of a table."""
     lines: dict[str, Any] = {}
     for name, value in part.items():
-        if name in ("dropped", "first_dropped"):
+        if name == "first_dropped":
             continue
+        if name == "dropped":  # a table of its own has the reasons
+            value = sum(value.values())
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {n:,}" for key, n in value.items())
         lines[name.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else value or "-"
-    if part.get("read"):
-        lines["dropped"] = sum(part["dropped"].values())
     return lines
+
+
+def _outcome(outcome: str, part: str) -> str:
+    """What became of a row of this part: held-out rows of their own are not trained on."""
+    return outcome.replace(KEPT, "evaluated", 1) if part == "held out" else outcome
 
 
 def histograms(examples: Examples, account: Account | None, max_length: int) -> list[Markup]:
@@ -121,14 +127,17 @@ def histograms(examples: Examples, account: Account | None, max_length: int) -> 
         account: counts of the rows, with the lengths of those that were cut, if they are known.
         max_length: of an example.
     """
-    answers = np.diff(examples.bounds[:, 1:]) - examples.unseen[:, None]
-    lengths = Counter((examples.lengths() - examples.unseen[:, None]).ravel().tolist())
+    exists, unseen = examples.exists, examples.unseen[:, None]
+    answers = (np.diff(examples.bounds[:, 1:]) - unseen)[exists]
+    lengths = Counter((examples.lengths() - unseen)[exists].tolist())
     panels = {
         "prompt": Counter((examples.bounds[:, 1] - examples.bounds[:, 0]).tolist()),
-        "answer": Counter(answers.ravel().tolist()),
+        "answer": Counter(answers.tolist()),
         "prompt with answer": lengths,
         "learned": Counter(examples.learned_counts.tolist()),
     }
+    if panels["learned"] == panels["answer"]:
+        del panels["learned"]
     drawn = [
         plots.histogram(title, {"whole": counts}, max_length if counts is lengths else None)
         for title, counts in panels.items()
@@ -140,9 +149,9 @@ def histograms(examples: Examples, account: Account | None, max_length: int) -> 
     return drawn
 
 
-def terminal(account: Account, *, rows: int, colour: bool) -> str:
-    """Some of the rows for a terminal, evenly spread; without colour, tokens with loss are in
-    brackets."""
+def terminal(account: Account, *, rows: int, colour: bool, part: str = "train") -> str:
+    """Some of the rows of a part, evenly spread, for a terminal; without colour, tokens with loss
+    are in brackets."""
     lines = []
     for place, outcome, spans in account.shown[:: -(-len(account.shown) // rows) or 1]:
         line, last = "", ""
@@ -155,5 +164,5 @@ def terminal(account: Account, *, rows: int, colour: bool) -> str:
                 line += f"\n  {text}: "
             elif text:
                 line += f"\x1b[{STATES[state][0]}m{text}\x1b[0m" if colour else text
-        lines.append(f"{escaped(f'{place}: {outcome}')}\n  {line}")
+        lines.append(f"{escaped(f'{place}: {_outcome(outcome, part)}')}\n  {line}")
     return "\n".join(lines)

@@ -100,6 +100,7 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
     algorithm, train = records.algorithm, (data or {}).get("train")
     settings = {"license": None, "data_licenses": {}, "language": []} | (config.get("card") or {})
     results, (_, final) = _results(records), records.held_out
+    title = settings.get("title") or records.folder.resolve().name
     adapter = any("lora_" in name for name in report["tensors"])
     kind = ("adapter, " if adapter else "") + ("reward" if algorithm == "reward" else "chat")
     library, task, usage = KINDS[kind]
@@ -129,10 +130,10 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
         "co2_eq_emissions": used and _emissions(used, config),
     }
     if records.evaluations:
-        front["model_name"] = records.folder.resolve().name
+        front["model_name"] = title
         front["eval_results"] = [_for_hub(result, task) for result in records.evaluations]
     return front, {
-        "title": escape(records.folder.resolve().name),
+        "title": escape(title),
         "start": _start(config),
         "random_start": config["model"]["init"] == "random",
         "algorithm": algorithm,

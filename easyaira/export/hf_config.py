@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from easyaira.config.run import to_dict
-from easyaira.errors import ConfigError
+from easyaira.errors import ConfigError, shortened
 from easyaira.generation.settings import (
     GENERATION_CONFIG,
     NUMBERS,
@@ -75,8 +76,8 @@ def released(setup: Setup) -> Facts:
     tokenizer, equal in both files.
 
     Raises:
-        ConfigError: transformers refuses the generation settings, or an id of a control token is
-            not in the vocabulary.
+        ConfigError: transformers refuses the generation settings, an id of a control token is not
+            in the vocabulary, or the card's examples hold control tokens of another model.
     """
     origin, tokenizer, options = setup.origin, setup.tokenizer, to_dict(setup.config)
     random = setup.config.model.init == "random"
@@ -89,6 +90,7 @@ def released(setup: Setup) -> Facts:
         config |= _scored(setup)
         check_ids(config, "config.json", setup.model.vocab_size)
         return Facts(config, {}, dtypes)
+    _check_widget(setup)
     changed = setup.template.added or setup.config.model.tokenizer is not None
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
@@ -106,6 +108,20 @@ def released(setup: Setup) -> Facts:
     check_ids(config, "config.json", setup.model.vocab_size)
     check_ids(generation, GENERATION_CONFIG, setup.model.vocab_size)
     return Facts(config, generation, dtypes)
+
+
+def _check_widget(setup: Setup) -> None:
+    """Refuse example inputs with control tokens that neither the tokenizer nor the template has."""
+    tokens = re.findall(r"<\|\w+\|>", "".join(setup.config.card.widget))
+    foreign = [token for token in tokens if token not in setup.tokenizer.get_vocab()]
+    if foreign:
+        prompt = setup.template.prompt([{"role": "user", "content": "x"}])
+        text = setup.tokenizer.decode(prompt)
+        if lost := [token for token in foreign if token not in text]:
+            raise ConfigError(
+                f"card.widget: {lost[0]} is no token of this run; write examples in the form of "
+                f"data.template {shortened(setup.template.name)}"
+            )
 
 
 def value_released(setup: Setup) -> Facts | None:

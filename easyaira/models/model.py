@@ -186,7 +186,7 @@ class Model:
 
         Args:
             examples: B, the capacity of a batch in examples.
-            answers: A, answers per example, 1 or 2.
+            answers: A, answers per example.
         """
         rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
         rngs = {} if dropout_key is None else {"dropout": dropout_key}

@@ -18,22 +18,23 @@ def describe(setup: Setup) -> str:
     """Summary of the run in three to five lines."""
     config, model, counts = setup.config, setup.model, setup.data.report["train"]
     sizes = ",".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
-    held_out = f", {len(setup.held_out.examples)} held out" if setup.held_out else ""
+    held_out = f", {len(setup.held_out.examples):,} held out" if setup.held_out else ""
     dropped = f"; dropped {_counts(counts['dropped'])}" if counts["dropped"] else ""
     noted = f"; {_counts(counts['noted'])}" if counts["noted"] else ""
-    shared = "; each pair's prompt stored once" if setup.batches.share_prompt else ""
+    who = "pair's" if setup.batches.examples.answers == 2 else "group's"
+    shared = f"; each {who} prompt stored once" if setup.batches.share_prompt else ""
     learned = "" if model.scorer else f", {counts['learned_tokens']:,} of them learned"
     warmup = optimizer.warmup_steps(config.optimizer, setup.total_steps)
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "
-        f"{model.vocab_size}, {model.compute.dtype.name}, attention by {model.compute.attention}, "
-        f"on {setup.mesh.size} x "
+        f"{model.vocab_size:,}, {model.compute.dtype.name}, "
+        f"attention by {model.compute.attention}, on {setup.mesh.size} x "
         f"{setup.mesh.devices.flat[0].device_kind} ({sizes})\n"
         f"{_new_head(setup)}{setup.trainable.describe()}"
-        f"data    {len(setup.data.train)} examples{held_out} of {counts['read']} rows{dropped}"
+        f"data    {len(setup.data.train):,} examples{held_out} of {counts['read']:,} rows{dropped}"
         f"{noted}; "
         f"{counts['tokens']:,} tokens{learned}{shared}\n"
-        f"run     {setup.total_steps} updates of {config.train_batch_size} examples, {warmup} of "
+        f"run     {setup.total_steps:,} updates of {config.train_batch_size} examples, {warmup} of "
         f"them warm-up, in {config.output_dir}"
     )
 
@@ -116,9 +117,7 @@ def show(setup: Setup, plan: Plan, room: float | None) -> str:
     moved = sum(size for _, size in plan.moved().values())
     seconds = seconds_of(setup, update, total, moved)
     if seconds is None:
-        lines += [
-            f"time    no estimate: {device.device_kind} is not in easyaira/distributed/chips.py"
-        ]
+        lines += [f"time    no estimate: the speed of a {device.device_kind} is unknown"]
     else:
         lines += [
             f"time    about {seconds:,.3g} s (estimate): products at {REACHED['products']:.0%} "

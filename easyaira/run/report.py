@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def write(
         BODY,
         reload=RELOAD if going else 0,
         running=f"Update {done:,} of {last:,}; written at the newest evaluation." if going else "",
-        figures=[*measured.items(), *figures.items()],
+        figures=[*measured.items(), *_spent(rows), *figures.items()],
         links=[(name, place) for name, place in LINKS.items() if (folder / place).exists()],
         folder=folder,
         warnings=list(warnings.values()),
@@ -172,6 +173,19 @@ def write(
     )
     write_file(folder / "report.html", content)
     return warnings
+
+
+def _spent(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Time in updates, and their tokens, by the rows of a metrics.jsonl."""
+    logged = [row for row in rows if _is_number(row.get("step_time"))]
+    if logged:
+        steps = [0, *(row["step"] for row in logged)]
+        seconds = sum(
+            row["step_time"] * (step - before)
+            for row, before, step in zip(logged, steps, steps[1:], strict=False)
+        )
+        yield "time in updates", str(timedelta(seconds=round(seconds)))
+        yield "tokens", f"{logged[-1]['num_tokens']:,}"
 
 
 def _spread(completions: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:

@@ -15,13 +15,14 @@ import jax
 import easyaira
 from easyaira.algorithms import rollouts
 from easyaira.config.run import DryRun, RunConfig, changed
+from easyaira.data import dataset
 from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.cards import planned_devices
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, Preempted
+from easyaira.errors import ConfigError, Preempted, folded
 from easyaira.export import adapter_base, hub, release
 from easyaira.export.hf_config import Facts, released, value_released
 from easyaira.export.records import Records
@@ -71,11 +72,11 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         keep_compiled(config.data)
         with setup.model.on(setup.mesh), memory_explained(config):
             setup, checked = kernel_check.choose(setup)
-            print(plan_report.describe(setup), flush=True)
+            print(folded(plan_report.describe(setup)), flush=True)
             if not config.optimizer.learning_rate:
                 print("warning: optimizer.learning_rate is 0, so no weight will change", flush=True)
             if setup.adapter and config.export and (need := adapter_base.warning(setup.origin)):
-                print(f"warning: {need}", flush=True)
+                print(folded(f"warning: {need}"), flush=True)
             train(setup, algorithm, stop, checked)
 
 
@@ -105,8 +106,8 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     devices = planned_devices(dry_run.topology, dry_run.memory)
     setup = prepare(config, algorithm, devices, planned=True)
     room = dry_run.memory or memory_of(setup.mesh.devices.flat[0])
-    print(plan_report.describe(setup), flush=True)
-    print(plan_report.method(setup), flush=True)
+    print(folded(plan_report.describe(setup)), flush=True)
+    print(folded(plan_report.method(setup)), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         plan = cost.measure(setup, algorithm)
         print(f"{plan_report.table(setup)}\n\n{plan_report.show(setup, plan, room)}", flush=True)
@@ -146,7 +147,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         seconds = time.perf_counter() - began
         scorer = setup.model.scorer
         for line in closing.lines(rows, seconds, used, str(folder), scorer, warnings):
-            print(line, flush=True)
+            print(folded(line), flush=True)
 
 
 def _stopped_early(config: RunConfig, checkpoints: Checkpoints, step: int | None) -> bool:
@@ -312,7 +313,7 @@ def _finish(
         else:
             exported = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         if exported:
-            print(f"export  {release.summary(exported)}", flush=True)
+            print(folded(f"export  {release.summary(exported)}"), flush=True)
             report(setup, samples, signs)  # with links to the release
             if config.push_to_hub:
                 url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
@@ -343,15 +344,18 @@ def report(setup: Setup, samples: Samples, signs: Signs) -> Mapping[str, str]:
     used = energy.used(folder)
     last, points = setup.total_steps, min(setup.total_steps, 200)
     at = sorted({i * last // points for i in range(points + 1)})
+    trained = setup.trainable.parameter_count()
+    whole = trained == setup.model.parameter_count()
+    sources = ", ".join(s.path for s in dataset.sources_of(config.data, config.data.train))
     return run_report.write(
         folder,
         title=folder.name,
         figures={} if used is None else {"energy": f"{used.kwh:.2g} kWh"},
         facts={
             "model": f"{config.model.name_or_path}, {setup.model.parameter_count():,} parameters",
-            "trained": f"{setup.trainable.parameter_count():,} parameters",
-            "data": f"{len(data.train)} examples from {config.data.train}",
-            "held out": len(data.held_out) if data.held_out else "none",
+            **({} if whole else {"trained": f"{trained:,} parameters"}),
+            "data": f"{len(data.train):,} examples from {sources}",
+            "held out": f"{len(data.held_out):,} examples" if data.held_out else "none",
             "updates": f"{setup.total_steps:,}, each of {config.train_batch_size} examples",
             "devices": f"{setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}",
         },

@@ -79,11 +79,12 @@ class Log:
         except OSError as error:
             raise self._failed(error) from error
         self._trackers = trackers
+        self._begun = False
         self._bar = tqdm(
             total=total,
             initial=step,
-            desc="training",
-            unit=" updates",
+            desc="compiling",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
             disable=not sys.stderr.isatty(),
         )
 
@@ -133,6 +134,10 @@ class Log:
             self._trackers.texts(step, texts)
 
     def advance(self, steps: int) -> None:
+        if not self._begun:  # the time left is that of updates alone
+            self._begun = True
+            self._bar.unpause()
+            self._bar.set_description("training", refresh=False)
         self._bar.update(steps)
 
     def say(self, line: str) -> None:
