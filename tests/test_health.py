@@ -106,6 +106,10 @@ ILL = {
 }
 OTHER_TEMPLATE = replace(made(), data=DATA | {"own template": "other"})
 ILL["other template"] = OTHER_TEMPLATE
+TULU_2 = (
+    "{% for m in messages %}\n{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+)
 LIMITS = {sign.name: sign for sign in health.SIGNS}
 
 
@@ -137,7 +141,8 @@ def test_the_limit_decides(name, monkeypatch):
         made(rewards__chosen=(0.0, 0.5)),  # dpo.sft_weight
         made(answers={"chosen longer": 290, "rejected longer": 100}),
         made(at={3: {"loss": 0.9}, 7: {"loss": 0.8}}),  # two hard batches
-        replace(made(), data={}),  # no data report
+        made(at={17: {"grad_norm": 14.0}}, grad_norm=(16.0, 0.1)),  # one after solved ones
+        replace(made(start={"logps/end": -5.0}), data={}),  # more than two answers to a prompt
         replace(made(), reference=False),
         None,  # no pairs
     ],
@@ -215,6 +220,7 @@ def test_the_share_of_pairs_that_the_reference_finds_wrong(tmp_path):
         ("zephyr", "tulu", "other"),
         ("tulu", "tulu", "same"),
         ("tulu", "chat", "same"),
+        (TULU_2, "tulu", "same"),  # as published: no start token, other line feeds
         ("{{ raise_exception('no') }}", "tulu", "none"),
     ],
 )

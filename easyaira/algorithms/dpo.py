@@ -289,7 +289,7 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         real = policy.lengths[..., 0] > 0
         totals["logps/end"] = ((policy.ends[..., 0] * real).sum(), real.sum())
     at_start = metrics.averages(metrics.add({}, totals))
-    if not config.dpo.unpaired and "ref_logps" in known:
+    if not config.dpo.unpaired and "ref_logps" in known and setup.batches.examples.answers == 2:
         at_start |= references.preferences(known["ref_logps"], setup.batches.examples)
     return Beginning(frozen, known, known_held_out, at_start)
 

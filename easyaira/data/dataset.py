@@ -74,7 +74,7 @@ def load(
     if held_out is not None:
         report.setdefault("held out", {})
         report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
-    if recipe.task == "pair":
+    if recipe.task == "pair" and train.answers == 2:
         report["train"]["answers"] = pairs.statistics(train)
     prints = [part.fingerprint() for part in (train, held_out) if part is not None]
     report |= {

@@ -299,19 +299,21 @@ class Template:
 
     def own(self) -> str:
         """What the tokenizer's own chat template, from before this one, writes for a question and
-        its answer: `same`, `other`, or `none` if it has none that can be rendered."""
+        its answer, apart from blanks and the start token: `same`, `other`, or `none` if there is
+        none that can be rendered."""
         if not self._own or self._own == self.jinja.strip():
             return "same" if self._own else "none"
-        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
         tokens = self.tokenizer.special_tokens_map
         ours = self._own in (template.strip() for template in TEMPLATES.values())
+        rendered = partial(render, self._own, tokens) if ours else Child(self._own, tokens).render
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
         try:
-            text = (
-                partial(render, self._own, tokens) if ours else Child(self._own, tokens).render
-            )(turns).text
-            return "same" if text.strip() == self._rendered(turns).text.strip() else "other"
+            texts = [write(turns).text for write in (rendered, self._rendered)]
         except (Broken, Refused):
             return "none"
+        start = tokens.get("bos_token") or ""
+        one, other = ("".join(text.strip().removeprefix(start).split()) for text in texts)
+        return "same" if one == other else "other"
 
     @property
     def end_ids(self) -> list[int]:

@@ -95,7 +95,7 @@ SIGNS = (
         0.8,
         "the longer (or shorter) answer is chosen in >= {} of the pairs",
         "two people agree on 0.63 to 0.81 of such pairs (Bai et al., 2022; Zheng et al., 2023), so "
-        "nothing else could predict labels better",
+        "content could hardly predict labels better",
         "balance the pairs by length, or use dpo.loss_type sigmoid_norm or dpo.ld_alpha",
         health_data.length_decides,
     ),
@@ -112,7 +112,7 @@ SIGNS = (
         0.01,
         "log-probabilities of policy and reference before the first update differ by > {} nats a "
         "token",
-        "bfloat16 rounds the log-probability of a token by less",
+        "equal weights give exactly 0; the limit leaves room for another rounding",
         "leave out model.ref_name_or_path, unless you mean it",
         health_data.other_reference,
     ),
@@ -120,7 +120,7 @@ SIGNS = (
         "rate too low",
         0.5,
         "log-probabilities of whole answers moved by < {} nats, half of the run done",
-        "an answer is then not 1.7 times as likely as before; healthy runs here move by 5 to 50",
+        "an answer is then not 1.7 times as likely as before; healthy runs here move by 3 to 90",
         "raise optimizer.learning_rate, ten times at first",
         health_curves.rate_low,
     ),
@@ -130,7 +130,7 @@ SIGNS = (
         "logged losses > 1.1 x that of the start >= {} of all, and chosen answers moved by > 0.2 "
         "nats a token",
         "at the start no pair is preferred, so a larger loss is of pairs that the updates before "
-        "turned round; healthy runs here have 0 to 0.05",
+        "turned round; healthy runs here have none",
         "lower optimizer.learning_rate, ten times at first",
         health_curves.rate_high,
     ),
@@ -163,8 +163,9 @@ SIGNS = (
     Sign(
         "gradient spikes",
         10,
-        "largest gradient norm >= {} x the median",
-        "an order of magnitude above what is usual; clipping at optimizer.max_grad_norm hides it",
+        "largest gradient norm >= {} x the median and 2 x the largest of the first five logged",
+        "weights of pairs in the gradient of `sigmoid` are 1/2 at first and at most 1, so margins "
+        "explain a doubling; ten medians keep those out that solved pairs leave small",
         "lower optimizer.learning_rate, lengthen the warm-up, or read the rows of that update",
         health_curves.gradient_spikes,
     ),
@@ -181,7 +182,7 @@ SIGNS = (
         "longer preferred",
         0.2,
         "pairs whose longer answer has the larger reward >= share of the labels + {}",
-        "five standard errors of 160 pairs; healthy runs here are below their labels",
+        "five standard errors of 144 pairs; healthy runs here are -0.15 to 0.02 away",
         "use dpo.loss_type sigmoid_norm or dpo.ld_alpha",
         health_curves.longer_preferred,
     ),

@@ -11,6 +11,7 @@ from easyaira.run.health_facts import FEWEST, Run
 
 SURE = 2  # standard errors
 READABLE = 0.2  # nats per token: models whose answers stay readable are no further from their start
+TWICE = 2.0  # a pair's weight in the gradient, s(-margin), is 1/2 at first and at most 1
 RISEN = 1.1  # times the loss before the first update
 
 
@@ -67,7 +68,7 @@ def at_chance(run: Run, limit: float) -> str | None:
 
 
 def margins_explode(run: Run, limit: float) -> str | None:
-    late = means(run.learned[len(run.learned) // 2 :])
+    late = run.late
     if not late or "loss" not in run.start:
         return None
     loss, margin, start = late["loss"], late["rewards/margins"], run.start["loss"]
@@ -84,7 +85,8 @@ def gradient_spikes(run: Run, limit: float) -> str | None:
     if len(norms) < 2 * FEWEST:
         return None
     usual, largest = sorted(norms)[len(norms) // 2], max(norms)
-    if largest < limit * usual:
+    first = [row["grad_norm"] for row in run.rows if "grad_norm" in row][:FEWEST]
+    if largest < max(limit * usual, TWICE * max(first)):
         return None
     step = next(row["step"] for row in run.learned if row.get("grad_norm") == largest)
     return f"The gradient norm jumped to {largest:.3g} at update {step}; its median is {usual:.3g}"
@@ -106,7 +108,7 @@ def held_out_apart(run: Run, limit: float) -> str | None:
 
 
 def longer_preferred(run: Run, limit: float) -> str | None:
-    longer = run.last.get("rewards/longer") if run.learned else None
+    longer = run.late.get("rewards/longer") if run.half else None
     unequal = run.pairs.get("chosen longer", 0) + run.pairs.get("rejected longer", 0)
     if longer is None or not unequal:
         return None

@@ -21,7 +21,7 @@ def answers_cut(run: Run, limit: float) -> str | None:
 
 def end_unknown(run: Run, limit: float) -> str | None:
     end = run.start.get("logps/end")
-    if end is None or end >= math.log(limit / run.tokens):
+    if end is None or not run.pairs or end >= math.log(limit / run.tokens):
         return None
     return (
         f"The starting model ends a chosen answer with probability {math.exp(end):.1g}, where an "

@@ -56,6 +56,11 @@ class Run:
         """Means over the last fifth of `learned`."""
         return means(self.learned[-max(len(self.learned) // PHASE, FEWEST // 2) :])
 
+    @cached_property
+    def late(self) -> dict[str, float]:
+        """Means over the second half of `learned`."""
+        return means(self.learned[len(self.learned) // 2 :])
+
     @property
     def half(self) -> bool:
         """At least half of the run is done."""
