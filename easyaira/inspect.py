@@ -62,7 +62,10 @@ def main(argv: list[str]) -> None:
     from easyaira.train.setup import read_data
 
     resolved = find(config, meshes.make_mesh("fsdp=-1"), planned=True)  # without weights
-    recipe = recipe_of(task_of(config), config.data, resolved.max_length, config.sft)
+    compared = config.dpo.compared
+    recipe = recipe_of(
+        task_of(config), config.data, resolved.max_length, config.sft, compared=compared
+    )
     data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
     try:

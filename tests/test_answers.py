@@ -25,12 +25,14 @@ from easyaira.losses import preference
 from easyaira.models.attention import visible
 from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
+from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.examples import load
-from helpers.runs import close, losses_of, train
+from helpers.runs import close, configure, losses_of, train
 
 ASKED = {"prompt": "what do you like?"}
 FOUR = [" yes", " no", " red", " blue"]
+FIRST = [4, 3, 2, 1]
 
 
 def rows_to(folder, *rows, compared="all", **config):
@@ -504,6 +506,26 @@ def test_a_run_is_the_same_however_it_is_laid_out(task, ground, tmp_path, device
         other_rows, other_params = train(*args, tmp_path / name, **options | other)
         np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
         close(params, other_params, atol=1e-4)
+
+
+def test_a_prompt_is_shared_where_it_costs_less(ground, tmp_path):
+    """Attention of a tiny model costs much, so rows with long answers are cheaper apart."""
+    scored = {"answers": [f" red and blue and red and blue {i}" for i in range(4)], "scores": FIRST}
+    short = [{"prompt": f"what? {i}", **scored} for i in range(8)]
+    scored = {"answers": FOUR, "scores": FIRST}
+    long = [{"prompt": f"{i}: " + 6 * "red and blue ", **scored} for i in range(8)]
+
+    def plan(name, share):
+        options = {"data.share_prompt": share}
+        args = (ground / "gpt2", tmp_path / f"{name}.jsonl", tmp_path / "x")
+        return prepare(*configure("dpo", *args, **options)).batches
+
+    for name, rows in {"short": short, "long": long}.items():
+        tiny.write_rows(tmp_path / f"{name}.jsonl", rows)
+        auto, always, never = (plan(name, share) for share in ("auto", "always", "never"))
+        assert always.share_prompt and not never.share_prompt
+        assert auto.sampled_cost() == min(always.sampled_cost(), never.sampled_cost())
+        assert auto.share_prompt == (name == "long")
 
 
 def test_lengths_of_more_than_two_answers_are_not_compared(ground, tmp_path):

@@ -133,6 +133,7 @@ ARGUMENTS = {
     "model": "gpt2-small",
     "lengths": "hh",
     "examples": 2,
+    "answers": 2,
     "updates": 2,
     "rounds": 3,
     "ladder": False,

@@ -147,7 +147,7 @@ def test_damaged_log_probabilities_are_computed_again(
 
 
 def partial_of(count):
-    rows = np.zeros(count, reference_cache.ROW)
+    rows = np.zeros(count, reference_cache.row_of(2))
     rows["logps"] = -np.arange(2 * count).reshape(count, 2)
     rows["sum"] = reference_cache._sums(np.arange(count), rows["logps"])
     return rows
@@ -157,14 +157,17 @@ def test_a_row_of_an_interrupted_computation_counts_with_its_checksum_alone(tmp_
     file = tmp_path / "partial.npy"
     np.save(file, partial_of(8))
     content = file.read_bytes()
-    data = len(content) - 8 * reference_cache.ROW.itemsize
+    data = len(content) - 8 * reference_cache.row_of(2).itemsize
     for bit in range(8 * data, 8 * len(content), 5):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
-        rows = reference_cache._open_partial(file, 8)
+        rows = reference_cache._open_partial(file, 8, 2)
         intact = rows["sum"] == reference_cache._sums(np.arange(8), rows["logps"])
-        assert intact.sum() == 7 and not intact[(bit // 8 - data) // reference_cache.ROW.itemsize]
+        assert (
+            intact.sum() == 7
+            and not intact[(bit // 8 - data) // reference_cache.row_of(2).itemsize]
+        )
     assert not capsys.readouterr().out
 
 
@@ -184,7 +187,7 @@ def test_a_damaged_file_of_an_interrupted_computation_is_begun_again(content, tm
         file.write_bytes(whole.replace(b"descr", b"desbr"))
     elif content != "short":
         file.write_bytes(content)
-    rows = reference_cache._open_partial(file, 8)
+    rows = reference_cache._open_partial(file, 8, 2)
     intact = rows["sum"] == reference_cache._sums(np.arange(8), rows["logps"])
     assert len(rows) == 8 and intact.sum() == (6 if content == "cut" else 0)
     assert content in ("link", "cut") or f"{file} is damaged" in capsys.readouterr().out

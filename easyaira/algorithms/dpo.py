@@ -207,8 +207,8 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         if config.dpo.unpaired:
             return recipe_of("rated", config.data, max_length)
         margin = all(LOSSES[name].margins for name in config.dpo.losses)
-        compared = config.dpo.answers if config.dpo.answers.startswith("best") else "all"
-        return recipe_of("pair", config.data, max_length, margin=margin, compared=compared)
+        options = {"margin": margin, "compared": config.dpo.compared}
+        return recipe_of("pair", config.data, max_length, **options)
 
     def comparable(examples: Examples, max_length: int) -> Examples:
         if examples.answers > 2 and config.dpo.ld_alpha is not None:

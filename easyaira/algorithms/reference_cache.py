@@ -165,7 +165,7 @@ def _kept(
     return logps if same and logps.shape == shape and np.isfinite(logps).all() else None
 
 
-def _row(answers: int) -> np.dtype:
+def row_of(answers: int) -> np.dtype:
     """Of an interrupted computation."""
     return np.dtype([("logps", np.float32, answers), ("sum", np.uint32)])
 
@@ -181,14 +181,14 @@ def _open_partial(file: Path, count: int, answers: int) -> np.ndarray:
     if file.exists() and not file.is_symlink():
         try:
             rows = np.lib.format.open_memmap(file, "r+")
-            if rows.dtype == _row(answers) and rows.shape == (count,):
+            if rows.dtype == row_of(answers) and rows.shape == (count,):
                 return rows
             problem: Any = f"has {rows.shape} of {rows.dtype}"
         except ValueError as error:
             problem = error
         print(f"reference {file} is damaged ({reason(problem)}); computed again", flush=True)
     file.unlink(missing_ok=True)
-    rows = np.zeros(count, _row(answers))
+    rows = np.zeros(count, row_of(answers))
     rows["logps"] = np.nan
     np.save(
         file, rows

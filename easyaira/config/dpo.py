@@ -220,6 +220,11 @@ class DPOConfig:
         return {name: sum(w for other, w in self._weights if other == name) for name in names}
 
     @property
+    def compared(self) -> str:
+        """Which of a row's answers are read: all, best_rest or best_worst."""
+        return self.answers if self.answers in ("best_rest", "best_worst") else "all"
+
+    @property
     def tail(self) -> float:
         """Weight of the tokens beyond the length of the shorter answer."""
         return 1.0 if self.ld_alpha is None else self.ld_alpha

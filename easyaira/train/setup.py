@@ -169,8 +169,8 @@ def prepare(
         "attention": attention_cost(model.config.width, model.config.heads),
         "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
     }
-    own, encoder = algorithm.on_policy, model.architecture.encoder
-    batches = _batches(config, own, data.train, layout, encoder)
+    own = algorithm.on_policy
+    batches = _batches(config, own, data.train, layout, model)
     layout["share_prompt"] = batches.share_prompt
     shared = batches.examples.answers * batches.share_prompt
     model = replace(model, compute=replace(model.compute, shared_prompt=shared))
@@ -212,10 +212,10 @@ def _batches(
     own: OnPolicy | None,
     train: Examples,
     layout: Mapping[str, Any],
-    encoder: bool,
+    model: Model,
 ) -> Batches:
     """The batches of a run; on-policy, the largest update. More than two answers share their prompt
-    where that costs less: sharing saves tokens, and makes rows longer."""
+    where that costs less: sharing saves tokens, makes rows longer, and copies splash's keys."""
     choice, shards = config.data.share_prompt, layout["shards"]
     whole = partial(
         Batches,
@@ -226,7 +226,7 @@ def _batches(
     )
     size = config.train_batch_size
     if own is None:
-        share = not encoder and shares_prompt(choice, train)
+        share = not model.architecture.encoder and shares_prompt(choice, train)
         plans = [whole(train, size, share_prompt=share)]
         if share and train.answers > 2 and choice == "auto":
             plans.append(replace(plans[0], share_prompt=False))
@@ -234,7 +234,13 @@ def _batches(
         counts = own.together(size // config.gradient_accumulation_steps // shards)
         counts = {"never": counts[:1], "always": counts[-1:]}.get(choice, counts)
         plans = [whole(own.largest(train, n), size // n, share_prompt=n > 1) for n in counts]
-    return plans[0] if len(plans) == 1 else min(plans, key=Batches.sampled_cost)
+
+    def cost(plan: Batches) -> float:
+        copied = plan.share_prompt and model.compute.attention == "splash"
+        copies = plan.examples.answers if copied else 1
+        return replace(plan, attention=copies * plan.attention).sampled_cost()
+
+    return plans[0] if len(plans) == 1 else min(plans, key=cost)
 
 
 def updates(config: RunConfig, epoch: int) -> int:
