@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
     for name, account in data.accounts.items():
         print(f"\n{name}: {escaped(account.summary())}")
-        for source, count in data.report[name].get("examples_by_source", {}).items():
+        for source, count in data.report[name].get("examples by source", {}).items():
             print(f"  {count:,} examples of source {escaped(source)}")
         for noted, count in account.noted.items():
             print(f"  {count:,} {noted}")

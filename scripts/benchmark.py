@@ -5,6 +5,7 @@
     python scripts/benchmark.py train --task dpo --lengths hh --peer trl
     python scripts/benchmark.py train --task dpo --lengths hh --ladder --plot ladder.png
     python scripts/benchmark.py train --task dpo --lengths hh --against share_prompt
+    python scripts/benchmark.py train --task dpo --lengths ultrafeedback --answers 4 --against pairs
     python scripts/benchmark.py train --task sft --gradient_checkpointing none,dots,full
     python scripts/benchmark.py train --task dpo --lengths hh --profile trace
     python scripts/benchmark.py core                                   # the log-probabilities
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=list(MODELS), default="gpt2-small")
     add("--lengths", choices=list(KINDS), default="aira", help="data set whose lengths to imitate")
     add("--examples", type=int, default=8, help="examples of an update (DPO: pairs)")
+    add("--answers", type=int, default=2, help="DPO: answers to a prompt")
     add("--updates", type=int, default=8, help="updates of a round")
     add("--rounds", type=int, default=5)
     add("--peer", choices=list(training.PEERS), help="pip install trl, and liger-kernel on GPUs")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easyaira.algorithms.dpo import PairScores, sums_of
+from easyaira.algorithms.dpo import AnswerScores, sums_of
 from easyaira.config.algorithms import RewardConfig
 from easyaira.config.dpo import DPOConfig
 from easyaira.losses import preference
@@ -98,10 +98,10 @@ def our_loss(config: DPOConfig | RewardConfig, **arrays: np.ndarray) -> tuple[fl
 def mean_of_logps(config, given, *, ref, mask, squares, **_):
     answers = np.broadcast_to(np.arange(2 * PAIRS)[:, None], mask.shape)  # chosen, then rejected
     layout = mask == 1, answers % PAIRS + 1, answers // PAIRS + 1
-    pairs = partial(preference.pair_sums, pairs=PAIRS)
+    pairs = partial(preference.answer_sums, examples=PAIRS)
     lengths = pairs(jnp.ones_like(given), *layout)
     sums = pairs(given, *layout, tail=config.tail)
-    policy = PairScores(sums, lengths, lengths, lengths, pairs(given - squares, *layout))
+    policy = AnswerScores(sums, lengths, lengths, lengths, pairs(given - squares, *layout))
     ref_logps = pairs(ref, *layout, tail=config.tail) * (config.reference == "model")
     numbers = {"labels": jnp.arange(PAIRS) % 2} if config.unpaired else {}
     total, count = sums_of(config)(policy, ref_logps, config, **numbers)["loss"]

@@ -1,6 +1,7 @@
 """Each way to compute attention against the contract, and the contract against a loop."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,15 @@ from easyaira.models import attention as attentions
 from easyaira.models import splash
 from easyaira.models.attention import DOT_PRODUCT, Near, attention, visible
 from easyaira.models.layers import Compute, Scores
+from easyaira.models.layout import UNATTENDED
 
-EDGES = [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
-LENGTHS = sorted({*range(1, 301, 52), *EDGES, 300})
+LENGTHS = [1, 53, 127, 128, 129, 209, 255, 256, 257, 300]  # around tiles of 128
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SLOPES = (0.5, 0.25, 0.125, 1.0)
 
 
-def rows(length: int, *, shared: bool, seed: int = 0):
-    """Two rows: sequences of uneven lengths, some of them pairs, then padding."""
+def rows(length: int, *, shared: bool, answers: int = 2, seed: int = 0):
+    """Two rows: sequences of uneven lengths, some of several answers, then padding."""
     rng = np.random.default_rng([length, seed])
     shape = (2, length)
     q, k, v = (
@@ -34,9 +35,10 @@ def rows(length: int, *, shared: bool, seed: int = 0):
             end = min(at + int(rng.integers(1, max(length // 2, 2))), length - row * 3)
             number += 1
             segments[row, at:end] = number
-            if shared:  # prompt, first answer, second answer
-                first, second = sorted(rng.integers(at, end + 1, 2))
-                sides[row, first:second], sides[row, second:end] = 1, 2
+            if shared:  # prompt, first answer, second answer, ...
+                starts = sorted(rng.integers(at, end + 1, answers))
+                for side, (start, stop) in enumerate(pairwise([*starts, end]), 1):
+                    sides[row, start:stop] = side
             else:
                 sides[row, at:end] = number % 3
             at = end
@@ -59,11 +61,11 @@ def by_hand(q, k, v, mask, divisor=WIDTH**0.5, cap=None, biases=0):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_contract_equals_its_sentence(causal):
     _, segments, sides = rows(40, shared=True)
-    sides = sides.at[0, 5].set(3)
+    sides = sides.at[0, 5].set(UNATTENDED)
     seen = np.asarray(visible(segments, sides, causal=causal))
     for r, q, k in np.ndindex(seen.shape):
         of_own = segments[r, q] == segments[r, k] != 0
-        side = sides[r, k] == 0 or (sides[r, k] == sides[r, q] and sides[r, k] != 3)
+        side = sides[r, k] == 0 or (sides[r, k] == sides[r, q] and sides[r, k] != UNATTENDED)
         assert seen[r, q, k] == bool(of_own and side and (k <= q or not causal))
     part = visible(segments, sides, slice(8, 24), slice(0, 24), causal=causal)
     assert np.array_equal(part, seen[:, 8:24, :24])
@@ -106,7 +108,7 @@ def test_blocks_are_few_and_cover_the_row():
     assert attentions.block_of(640, causal=False) == 512
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 53, 63, 64, 65, 128, 129, 192, 257])
 def test_blocks_of_queries_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 64)
     arrays, segments, sides = rows(length, shared=length % 2 == 0)
@@ -166,7 +168,16 @@ def test_splash_kernel_equals_xla(length, shared, monkeypatch):
     interpreted = partial(splash._splash_rows, interpret=True)
     monkeypatch.setattr(splash, "_splash_rows", interpreted)
     arrays, segments, sides = rows(length, shared=shared)
-    check(Compute(attention="splash", shared_prompt=shared), arrays, segments, sides)
+    check(Compute(attention="splash", shared_prompt=2 * shared), arrays, segments, sides)
+
+
+@pytest.mark.parametrize("answers", [3, 5])
+def test_splash_kernel_with_more_than_two_answers(answers, monkeypatch):
+    interpreted = partial(splash._splash_rows, interpret=True)
+    monkeypatch.setattr(splash, "_splash_rows", interpreted)
+    arrays, segments, sides = rows(90, shared=True, answers=answers)
+    assert sides.max() == answers
+    check(Compute(attention="splash", shared_prompt=answers), arrays, segments, sides)
 
 
 @pytest.mark.parametrize("axes", ["dp=2,fsdp=2,tp=2"])
@@ -179,7 +190,7 @@ def test_splash_kernel_on_many_devices(axes, devices, monkeypatch):
     arrays, segments, sides = jax.tree.map(
         lambda x: jnp.concatenate([x] * 2), (arrays, segments, sides)
     )
-    compute = Compute(attention="splash", shared_prompt=True)
+    compute = Compute(attention="splash", shared_prompt=2)
     alone = attention(*arrays, segments, sides, compute)
     with jax.set_mesh(make_mesh(axes)):
         divided = (
@@ -201,7 +212,7 @@ def test_splash_kernel_compiles_for_a_tpu(shared):
     shapes = [((4, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
     shapes += [((4, 200), jnp.int32)] * 2
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=lie) for shape, dtype in shapes]
-    compute = Compute(jnp.bfloat16, attention="splash", shared_prompt=shared)
+    compute = Compute(jnp.bfloat16, attention="splash", shared_prompt=2 * shared)
 
     def total(*x):
         return attention(*x, compute).astype(jnp.float32).sum()

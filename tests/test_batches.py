@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.algorithms.dpo import pair_scores
+from easyaira.algorithms.dpo import answer_scores
 from easyaira.algorithms.sft import sft
-from easyaira.data.batches import LAYOUT, UNATTENDED, Batches
+from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.mismatch import mismatched
 from easyaira.data.packing import bucket, pack
+from easyaira.models.layout import UNATTENDED
 from helpers import tiny
 from helpers.examples import batches, load
 
@@ -167,14 +168,17 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
         arrays = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
 
         def total(params):
-            logps = pair_scores(model, params, arrays, pairs=8).logps
+            logps = answer_scores(model, params, arrays, examples=8).logps
             return (logps * weights).sum(), logps
 
         (_, logps), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
         return logps, grads
 
     logps, grads = measure(packing=False)
-    for kwargs in ({}, {"share_prompt": True}, {"share_prompt": True, "packing": False}):
+    layouts = [{"share_prompt": True}]
+    if case in tiny.CONFIGS:  # each layout by itself is the same for every family
+        layouts += [{}, {"share_prompt": True, "packing": False}]
+    for kwargs in layouts:
         other_logps, other_grads = measure(**kwargs)
         np.testing.assert_allclose(other_logps, logps, rtol=1e-5)
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))

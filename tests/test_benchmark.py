@@ -56,7 +56,7 @@ def test_the_naive_step_does_the_same(work, models):
     examples.tokens[:] = rng.integers(0, tiny.VOCAB, len(examples.tokens))
     if pairs:
         config = DPOConfig(beta=sides.BETA)
-        loss_fn = dpo(model, config, pairs=PAIRS, reference=model)
+        loss_fn = dpo(model, config, examples=PAIRS, reference=model)
     else:
         loss_fn = sft.sft(model)
     ours = gradients(loss_fn, params, frozen, Batches(examples, PAIRS, share_prompt=pairs))

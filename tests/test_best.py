@@ -31,7 +31,7 @@ def follow(values, **options):
     object.__setattr__(config, "load_best_model_at_end", True)
     best = Best(config, window, kept.append)
     for number, value in enumerate(values, 1):
-        best.look(number, Evaluation({"eval_loss": value, "eval_accuracy": value}))
+        best.look(number, {"eval_loss": value, "eval_accuracy": value})
         assert best.improved == (best.step == number)
         if best.exhausted:
             return best.step, best.record["waited"], number
@@ -68,10 +68,10 @@ def scripted(monkeypatch):
     """Held-out losses of the table, whatever the model."""
     monkeypatch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
 
-    def evaluate(self, number, params, frozen):
+    def measure(self, number, params, frozen):
         return Evaluation({"eval_loss": LOSSES.get(number, 1.0)})
 
-    monkeypatch.setattr(evaluation.Evaluate, "__call__", evaluate)
+    monkeypatch.setattr(evaluation.Evaluate, "measure", measure)
 
 
 OPTIONS = {
@@ -99,7 +99,7 @@ def straight(ground, tmp_path_factory):
         patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
         patch.setattr(
             evaluation.Evaluate,
-            "__call__",
+            "measure",
             lambda self, number, *_: Evaluation({"eval_loss": LOSSES[number]}),
         )
         train(ground, out, export=True)

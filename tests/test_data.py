@@ -142,8 +142,8 @@ def test_weights_say_how_often_an_epoch_shows_a_source(tmp_path):
     data = load([Source(str(a), weight=2.5), Source(str(b), weight=0.25)])
     mixed, report = data.train, data.report["train"]
     assert report["duplicates"] == whole.report["train"]["duplicates"]  # copies are none
-    assert sum(report["examples_by_source"].values()) == report["examples"] == len(mixed)
-    assert [*report["examples_by_source"]] == [f"1 {a}", f"2 {b}"]
+    assert sum(report["examples by source"].values()) == report["examples"] == len(mixed)
+    assert [*report["examples by source"]] == [f"1 {a}", f"2 {b}"]
     assert np.bincount(mixed.sources).tolist() == [25, 5]
     counts = np.bincount(mixed.rows[mixed.sources == 0])
     assert sorted(set(counts)) == [2, 3] and len(counts) == 10

@@ -259,7 +259,8 @@ def ground(tmp_path_factory):
     guanaco = [{"text": f"### Human: what {i}?### Assistant: yes {i}"} for i in range(24)]
     for name, rows in {
         "train_sft": tiny.sft_rows(24), "train_dpo": pairs, "train_reward": pairs,
-        "harmful": texts, "guanaco": guanaco, "web": [{"text": "yes"}, {"text": "the capital"}],
+        "ranked": tiny.ranked_rows(24), "harmful": texts, "guanaco": guanaco,
+        "web": [{"text": "yes"}, {"text": "the capital"}],
     }.items():  # fmt: skip
         tiny.write_rows(root / f"{name}.jsonl", rows)
     return root
@@ -271,7 +272,7 @@ def model_like(name: str, ground: Path) -> Path:
 
 
 def data_like(name: str, module: str, ground: Path) -> Path:
-    kinds = {"harmful": "harmful", "guanaco": "guanaco"}
+    kinds = {"harmful": "harmful", "guanaco": "guanaco", "ranked": "ranked"}
     module = "train_sft" if module == "inspect" else module
     return ground / f"{next((k for word, k in kinds.items() if word in name), module)}.jsonl"
 

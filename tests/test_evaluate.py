@@ -88,7 +88,7 @@ def test_a_shared_context_is_computed_once():
     row = {name: array[0] for name, array in arrays.items()}
     assert row["tokens"][:40].tolist() == context
     assert row["positions"][39:48].tolist() == [39, 40, 41, 39, 39, 40, 41, 42, 43]
-    assert row["sides"][36:50].tolist() == [0] * 3 + [1] * 3 + [2] + [4] * 5 + [0] * 2
+    assert row["sides"][36:50].tolist() == [0] * 3 + [1] * 3 + [2] + [3] * 5 + [0] * 2
     assert [row["targets"][start:end].tolist() for _, _, start, end in places] == [
         [7] * n for n in (3, 1, 5)
     ]

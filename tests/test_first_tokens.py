@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from easyaira.algorithms.dpo import pair_scores
+from easyaira.algorithms.dpo import answer_scores
 from easyaira.algorithms.sft import sft
 from easyaira.data.batches import Batches
 from helpers import tiny
@@ -104,7 +104,7 @@ def test_a_pair_is_scored_as_its_answers_alone(layout, models, tmp_path):
     examples = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task="pair").train
     batch = Batches(examples, 8, **LAYOUTS[layout])[0]
     arrays = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
-    scores = jax.jit(lambda p: pair_scores(model, p, arrays, pairs=8))(params)
+    scores = jax.jit(lambda p: answer_scores(model, p, arrays, examples=8))(params)
     for example, (_, slot) in zip(batch.examples, batch.slots, strict=True):
         row = rows[examples.rows[example]]
         prompt = ids(row["prompt"])
@@ -112,3 +112,4 @@ def test_a_pair_is_scored_as_its_answers_alone(layout, models, tmp_path):
             logps = logps_alone(theirs, [*prompt, *ids(row[name]), 0])[max(len(prompt) - 1, 0) :]
             assert scores.lengths[slot, side] == len(logps)
             np.testing.assert_allclose(scores.logps[slot, side], logps.sum().item(), rtol=1e-5)
+            np.testing.assert_allclose(scores.ends[slot, side], logps[-1].item(), rtol=1e-4)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.data.batches import UNATTENDED, Batches
+from easyaira.data.batches import Batches
 from easyaira.models import flash as kernels
 from easyaira.models.attention import visible
 from easyaira.models.flash import Tiles, ends, flash
+from easyaira.models.layout import UNATTENDED
 from helpers import tiny
 from helpers.examples import batches, load
 
@@ -21,8 +22,9 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}  # of the lar
 def layout(kind: str, rows: int, length: int, seed: int = 0):
     """Segment ids and sides [rows, length], the last row padding alone.
 
-    `shared` pairs store their prompt once, `separate` ones are two sequences, which may lie apart
-    and in different rows, and `unpaired` sequences have one answer. Some end with side 3.
+    `shared` pairs store their prompt once, and so do the up to six answers of `several`; `separate`
+    pairs are two sequences, which may lie apart and in different rows, and `unpaired` sequences
+    have one answer. Some end unattended.
     """
     rng = np.random.default_rng([seed, rows, length])
     segments, sides = np.zeros((2, rows, length), np.int32)
@@ -34,6 +36,10 @@ def layout(kind: str, rows: int, length: int, seed: int = 0):
         tail = [UNATTENDED] * int(unseen * rng.integers(0, 2))
         if kind == "shared":
             parts.append((number, [0] * prompt + [1] * chosen + [2] * rejected + tail))
+        elif kind == "several":
+            lengths = rng.integers(0, most + 1, rng.integers(2, 7))
+            answers = [[side] * n for side, n in enumerate(lengths, 1)]
+            parts.append((number, sum(answers, [0] * (prompt if number % 3 else 0))))
         elif kind == "separate":
             parts += [(number, [1] * (prompt + chosen) + tail), (number, [2] * (prompt + rejected))]
         else:
@@ -160,9 +166,9 @@ def seen_by_ends(segments, sides):
     return (place <= place[:, None]) & (place[:, None] < end[:, None])
 
 
-@pytest.mark.parametrize("kind", ["shared", "separate", "unpaired"])
+@pytest.mark.parametrize("kind", ["shared", "several", "separate", "unpaired"])
 def test_ends_equal_the_contract(kind):
-    """Of all queries, padding and side 3 too, which the contract lets see what they may."""
+    """Of all queries, also padding and unattended ones, which may see what the contract lets."""
     for seed, length in itertools.product(range(25), (1, 40, 97)):
         segments, sides = layout(kind, 4, length, seed=seed)
         wanted = visible(jnp.asarray(segments), jnp.asarray(sides))

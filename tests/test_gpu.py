@@ -24,6 +24,7 @@ from easyaira.losses import preference
 from easyaira.models import attention, cudnn
 from easyaira.models.embedding import _scatter_add, _sum_by_id, sum_by_id
 from easyaira.models.layers import Compute
+from easyaira.models.layout import UNATTENDED
 from easyaira.models.registry import model_of
 from easyaira.plan import cost
 from easyaira.run.run import run
@@ -162,7 +163,7 @@ def test_sums_of_pairs_are_selected_by_the_device_that_holds_them(axes, devices)
     values = rng.normal(size=(R, T)).astype(np.float32)
     wanted = [[values[b][mask[b] & (sides[b] == s)].sum() for s in (1, 2)] for b in range(pairs)]
     with jax.set_mesh(meshes.make_mesh(axes)):
-        sums = jax.jit(partial(preference.pair_sums, pairs=pairs))
+        sums = jax.jit(partial(preference.answer_sums, examples=pairs))
         actual = sums(values, mask, segment_ids, sides)
         text = sums.lower(values, mask, segment_ids, sides).compile().as_text()
     np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
@@ -504,7 +505,7 @@ def test_in_cudnns_mask_every_query_sees_a_key(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     q = jnp.zeros((R, T, 2, 64), jnp.bfloat16)
     attention.attention(q, q, q, segment_ids, sides, Compute(jnp.bfloat16, attention="cudnn"))
-    real = ((segment_ids > 0) & (sides != 3))[:, None, :, None]
+    real = ((segment_ids > 0) & (sides != UNATTENDED))[:, None, :, None]
     assert not real.all() and masks[0].any(-1).all()
     wanted = attention.visible(segment_ids, sides)[:, None]
     np.testing.assert_array_equal(masks[0] & real, wanted & real)

@@ -35,19 +35,19 @@ def run(**ends):
     ],
 )
 def test_each_sign_is_named_while_the_reward_rises(ends, sign):
-    (warning,) = warnings(run(**ends))
+    (warning,) = warnings(run(**ends)).values()
     assert warning.startswith("The reward rose from 0.256 to 1.14, but " + sign)
     assert "completions.jsonl" in warning
-    assert warnings(run(**ends | {"reward": (0.2, 0.25)})) == []  # no rise, nothing to game
-    assert warnings(run(**ends)[:4]) == []  # too short to say
+    assert warnings(run(**ends | {"reward": (0.2, 0.25)})) == {}  # no rise, nothing to game
+    assert warnings(run(**ends)[:4]) == {}  # too short to say
 
 
 def test_sound_runs_are_not_accused():
-    assert warnings(run()) == []
-    assert warnings(run(completions__clipped_ratio=(0.9, 0.95))) == []  # it was so at first
+    assert warnings(run()) == {}
+    assert warnings(run(completions__clipped_ratio=(0.9, 0.95))) == {}  # it was so at first
     without = [{k: v for k, v in row.items() if k != "objective/kl"} for row in run()]
-    assert warnings(without) == []  # rl.beta 0
-    assert warnings([{"step": i, "loss": 1.0} for i in range(10)]) == []  # SFT
+    assert warnings(without) == {}  # rl.beta 0
+    assert warnings([{"step": i, "loss": 1.0} for i in range(10)]) == {}  # SFT
 
 
 def test_all_signs_of_a_gamed_reward():
@@ -65,7 +65,7 @@ def test_all_signs_of_a_gamed_reward():
         }
         for reward, divergence, entropy in zip(rewards, divergences, entropies, strict=True)
     ]
-    entropy, divergence = warnings(rows)
+    entropy, divergence = warnings(rows).values()
     assert "entropy fell" in entropy and "nats a token away" in divergence
 
 
@@ -74,8 +74,9 @@ def test_the_report_and_the_end_of_the_log_warn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     report.write(tmp_path, title="toy", facts={}, samples=([], []))
-    (warning,) = warnings(rows)
+    (warning,) = warnings(rows).values()
     assert f'<p class="warning">{warning}.</p>' in (tmp_path / "report.html").read_text()
-    after, line, _ = closing.lines(rows, 1.0, None, "runs/toy", scorer=False)
+    lines = [f"warning {warning}"]
+    after, line, _ = closing.lines(rows, 1.0, None, "runs/toy", scorer=False, warnings=lines)
     assert "reward of answers 0.2 -> 1.2" in after
     assert line == f"warning {warning}"

@@ -101,7 +101,7 @@ def peft_model(folder, kind, **options):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "trainable_tokens" in name:
             parameter.data.normal_(0, 0.2)
     return model.eval()
 
@@ -162,12 +162,21 @@ def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_pat
     near(logits(model, adapter.on(base, params), rows), wanted)
 
 
-@pytest.mark.parametrize("kind", [*tiny.CONFIGS, *tiny.FAMILIES])
-def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_path):
-    theirs = peft_model(models / kind, kind)
+TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
+
+
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [(kind, None) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]
+    + [("gpt2", TOKENS), ("llama", {"embed_tokens": TOKENS, "lm_head": TOKENS})],
+)
+def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, tokens, models, tmp_path):
+    theirs = peft_model(
+        models / kind, kind, **{"trainable_token_indices": tokens} if tokens else {}
+    )
     theirs.save_pretrained(tmp_path)
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model)
+    adapter = adapter_for(kind, model, trainable_token_indices=tokens and TOKENS)
     params = peft.read_peft(adapter, tmp_path)
     rows = rows_of()
     ids = torch.tensor(np.array(rows["tokens"]))
@@ -188,6 +197,8 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, models, tmp_pa
         if parameter.grad is not None:
             near(ours[name.replace(".default", "")], parameter.grad.numpy())
             seen += 1
+    merged = adapter.merge(base, params)
+    near(logits(model, merged, rows), out.detach().numpy())
     assert seen == len(ours) > 10
 
 
@@ -511,10 +522,10 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data,
     config, algorithm = configure(*args, tmp_path / "x", **options)
     setup = prepare(config, algorithm)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(setup.batches[0].arrays))
-    from easyaira.algorithms.dpo import pair_scores
+    from easyaira.algorithms.dpo import answer_scores
 
     plain, start = (
-        pair_scores(setup.model, tree, batch, pairs=8).logps
+        answer_scores(setup.model, tree, batch, examples=8).logps
         for tree in (setup.trainable.base.params, setup.start_weights())
     )
     np.testing.assert_array_equal(plain, start)
@@ -638,6 +649,55 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
         prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_vectors_of_tokens_that_the_template_adds_are_trained_and_released(
+    kind, models, data, tmp_path
+):
+    """With a tied and with an untied head; a DPO run goes on from the released adapter."""
+    from peft import AutoPeftModelForCausalLM
+
+    first, options = tmp_path / "first", {"data.template": "chatml", "max_steps": 4}
+    options |= {"lora.quantize": "int8"} if kind == "llama" else {}
+    _, params = train("sft", models / kind, data, first, **adapted(kind, export=True, **options))
+    assert json.loads((first / "hf/export_report.json").read_text())["logits"]["compared"]
+    new = [tiny.VOCAB, tiny.VOCAB + 1]
+    written = json.loads((first / "hf/adapter_config.json").read_text())["trainable_token_indices"]
+    assert written == (new if kind == "gpt2" else {"embed_tokens": new, "lm_head": new})
+    origin = find(str(first))
+    model = model_of(origin.config, "run")
+    weights = origin.load(model, meshes.make_mesh("fsdp=-1"))
+    table = {"gpt2": ("wte", "embedding"), "llama": ("embed_tokens", "embedding")}[kind]
+    theirs = AutoPeftModelForCausalLM.from_pretrained(first / "hf")
+    ids = np.array([[*new, 5, 9, *new, 7]])
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(ids)).logits.numpy()
+    near(logits(model, weights, tiny.layout(ids)), wanted)
+    before = theirs.get_base_model().get_input_embeddings().original_module.weight.detach().numpy()
+    after = np.asarray(weights["model"][table[0]][table[1]])
+    np.testing.assert_array_equal(after[: tiny.VOCAB], before[: tiny.VOCAB])
+    mean = before[: tiny.VOCAB].mean(0)
+    assert all(1e-4 < np.abs(after[i] - mean).max() < 0.2 for i in new)  # begun there, and moved
+
+    options |= {"lora.adapter": first / "hf"}
+    rows, _ = train("dpo", models / kind, data, tmp_path / "dpo", **adapted(kind, **options))
+    assert rows[0]["rewards/margins"] == 0 and rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    setup = prepare(
+        *configure("dpo", models / kind, data, tmp_path / "x", **adapted(kind, **options))
+    )
+    same_bits(jax.device_get(setup.trainable.start()), params)
+    with pytest.raises(ConfigError, match="trainable_token_indices: is .* the run trains None"):
+        prepare(
+            *configure(
+                "dpo",
+                models / kind,
+                data,
+                tmp_path / "x",
+                **adapted(kind, **options | {"data.template": "plain"}),
+            )
+        )
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -719,10 +779,8 @@ def test_all_linear_is_what_peft_means_by_it(kind, models, tmp_path):
 
 
 def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data, tmp_path):
-    options = {"data.template": "tulu", "model.resize": "mean"}
-    tiny.tokenizer(310).save_pretrained(tmp_path / "longer")
-    options["model.tokenizer"] = tmp_path / "longer"
-    with pytest.raises(ConfigError, match="embeddings that adapters do not train"):
+    options = {"lora.trainable_token_indices": "[3, 5000]"}
+    with pytest.raises(ConfigError, match="5000 is beyond the 300 tokens"):
         prepare(
             *configure("sft", models / "llama", data, tmp_path / "x", **adapted("llama", **options))
         )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
-from easyaira.algorithms.dpo import PairScores, dpo_sums
+from easyaira.algorithms.dpo import AnswerScores, dpo_sums
 from easyaira.algorithms.sft import sft
 from easyaira.config.algorithms import SFTConfig
 from easyaira.config.dpo import LOSSES, SMOOTHED_LOSSES, DPOConfig
@@ -176,7 +176,7 @@ def test_pair_sums_by_pair_and_side():
     mask = np.array([[0, 1, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0]], bool)
     values = np.arange(12.0).reshape(2, 6) + 1
     arrays = map(jnp.asarray, (values, mask, segments, sides))
-    sums = preference.pair_sums(*arrays, pairs=3)
+    sums = preference.answer_sums(*arrays, examples=3)
     np.testing.assert_array_equal(sums, [[2 + 3, 10], [8, 5], [0, 0]])
 
 
@@ -193,7 +193,7 @@ def test_tokens_beyond_the_shorter_answer_have_their_weight(tail):
     values = rng.normal(0, 1, len(rows))
     segments, sides, mask = (jnp.array(x)[None] for x in zip(*rows, strict=True))
     arrays = jnp.asarray(values, jnp.float32)[None], mask, segments, sides
-    sums = preference.pair_sums(*arrays, pairs=3, tail=tail)
+    sums = preference.answer_sums(*arrays, examples=3, tail=tail)
     for (pair, side), places in answers.items():
         shared = min(len(answers[pair, 0]), len(answers[pair, 1]))
         head, rest = values[places[:shared]].sum(), values[places[shared:]].sum()
@@ -475,7 +475,9 @@ def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
     lengths = rng.integers(1, 9, (6, 2)).astype(float)
     config = DPOConfig(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], label_smoothing=0.1)
     ones = jnp.ones((6, 2))
-    scores = PairScores(*(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones, ones)))
+    scores = AnswerScores(
+        *(jnp.asarray(x, jnp.float32) for x in (logps, lengths, ones, ones, ones))
+    )
     total, count = dpo_sums(scores, jnp.asarray(ref, jnp.float32), config)["loss"]
     h_w, h_l = (logps - ref).T
     m = 0.1 * (h_w - h_l)

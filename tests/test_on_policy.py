@@ -239,9 +239,9 @@ def test_values_by_completion_are_those_of_their_tokens(packing):
     weights = jnp.asarray(rng.normal(size=(B, C)).astype(np.float32))
 
     def total(values):
-        return (take(values, completion_places(rows, prompt_lengths, C)) * weights).sum()
+        return (take(values, completion_places(rows, prompt_lengths[:, None], C)) * weights).sum()
 
-    taken = take(tokens, completion_places(rows, prompt_lengths, C))
+    taken = take(tokens, completion_places(rows, prompt_lengths[:, None], C))
     gradient = jax.grad(total)(tokens)
     for b, i in enumerate(batch.examples[order]):
         assert taken[b].tolist() == answers[i] + [0] * (C - len(answers[i]))
@@ -354,13 +354,56 @@ def test_the_first_update_of_a_roll_out_has_the_bits_of_its_log_probabilities(gr
     known["mean_length"] = np.full(B, LENGTHS.mean(), np.float32)
     for first in (1, 0):
         known["first"] = np.full(B, first, np.float32)
-        batch = Batches(examples, B, known=known, length=16)[0]
+        by_example = {name: values[:, None] for name, values in known.items()}
+        batch = Batches(examples, B, known=by_example, length=16)[0]
         rows = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
         sums = jax.jit(loss_fn)(params, None, rows, None)
         assert (sums["kl"][0] == 0) == first
         total = -(completions().advantages * LENGTHS).sum()
         assert (float(sums["loss"][0]) == pytest.approx(total, abs=1e-5)) == first
         assert (sums["clip_ratio/region_mean"][0] == 0) == first
+
+
+@pytest.mark.parametrize("algorithm, together", [("grpo", 3), ("rloo", 6), ("online_dpo", 2)])
+def test_completions_that_share_their_prompt_equal_separate_rows(algorithm, together, ground):
+    """Loss, metrics and gradients."""
+    model, params = tiny.load(ground / "gpt2")
+    config = config_of(algorithm=algorithm, beta=0.3, max_completion_length=C)
+    loss_fn = loss_of(model, config, rollouts.OBJECTIVES[algorithm])
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(2, 99, 4 + i // together).tolist() for i in range(B)]
+    prompts = [prompts[i // together * together] for i in range(B)]
+    answers = [rng.integers(100, 199, int(n)).tolist() for n in LENGTHS]
+    mask = np.arange(C) < LENGTHS[:, None]
+    known = {name: np.zeros(B, np.float32) for name in VECTORS}
+    known |= {"old_logps": -5 * mask, "ref_logps": -rng.uniform(4, 6, (B, C)) * mask}
+    known |= {"lengths": LENGTHS, "advantages": np.sign(rng.normal(size=B))}
+    known |= {"prompt_lengths": [len(prompt) for prompt in prompts], "mean_length": [3] * B}
+    known = {name: np.asarray(values, np.float32) for name, values in known.items()}
+
+    def measure(n, **layout):
+        own = [answers[i : i + n] for i in range(0, B, n)]
+        grouped = {name: x.reshape(-1, n, *x.shape[1:]) for name, x in known.items()}
+        examples = of_tokens(prompts[::n], own)
+        batch = Batches(examples, B // n, known=grouped, **layout)[0]
+        rows = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
+
+        def total(params):
+            sums = loss_fn(params, None, rows, None)
+            return sums["loss"][0], sums
+
+        (_, sums), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+        return sums, grads, batch.filled
+
+    sums, grads, filled = measure(1, packing=False)
+    for share in (True, False):
+        other_sums, other_grads, other_filled = measure(together, share_prompt=share)
+        assert (other_filled < filled) == share
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
+        for one, other in zip(*map(jax.tree.leaves, (grads, other_grads)), strict=True):
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * largest)
+        for name, value in sums.items():
+            np.testing.assert_allclose(other_sums[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -395,6 +438,49 @@ def test_answers_and_rewards_are_kept_for_people(name, through):
     assert {"reward", "objective/kl", "entropy"} <= drawn & set(rows[0])
     assert ("clip_ratio/region_mean" in rows[0]) == (name != "online_dpo")
     assert {"completions/mean_length", "completions/clipped_ratio"} <= drawn & set(rows[0])
+
+
+SHARED = {  # one update per pass, but for online DPO, whose pairs stay together anyway
+    "grpo": {"gradient_accumulation_steps": 2},
+    "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2},
+    "ppo": {"rl.algorithm": "ppo", "rl.num_generations": 2},
+    "online_dpo": {"rl.algorithm": "online_dpo", "rl.generation_batch_size": 16},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_a_run_whose_answers_share_their_prompt_is_the_same_run(
+    name, ground, tmp_path, monkeypatch
+):
+    """As one with separate rows, and stopped and continued, bit for bit."""
+    options = {"max_steps": 4, "data.share_prompt": "always", "optimizer.learning_rate": 1e-3}
+    options |= SHARED[name]
+    rows, params = trained(ground, tmp_path / "shared", **options)
+    apart, alone = trained(ground, tmp_path / "apart", **options | {"data.share_prompt": "never"})
+    close(params, alone, atol=1e-4)
+    np.testing.assert_allclose(losses_of(rows), losses_of(apart), atol=1e-4)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
+            trained(ground, tmp_path / "stopped", **options)
+    resumed_rows, resumed = trained(ground, tmp_path / "stopped", **options)
+    same_bits(resumed, params)
+    assert logged(resumed_rows) == logged(rows)
+    plans = [
+        prepare(
+            *configure(
+                "rl",
+                ground / "gpt2",
+                ground,
+                tmp_path / "x",
+                **options_of(ground, **options | {"data.share_prompt": s}),
+            )
+        )
+        for s in ("always", "never")
+    ]
+    sizes = [plan.batches.examples.answers for plan in plans]
+    assert sizes == [2 if name in ("ppo", "online_dpo") else 4, 1]
 
 
 @pytest.mark.slow
@@ -490,7 +576,7 @@ def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     assert float(values[0, -1]) == pytest.approx(float(score[0, 0]), abs=1e-5)
     config = config_of(algorithm="ppo", max_completion_length=C)
     rows |= {"loss_mask": jnp.array([[False, False, True, True]])}
-    rows |= {"prompt_lengths": jnp.array([2.0])}
+    rows |= {"prompt_lengths": jnp.array([[2.0]])}
     before = values_of(setup.trainable.value, params["value"], rows, config)
     np.testing.assert_allclose(before[0], [values[0, 1], values[0, 2], 0, 0, 0], atol=1e-6)
 

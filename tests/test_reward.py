@@ -458,7 +458,7 @@ def test_the_head_is_trained_beside_the_adapter(kind, quantize, lora_ground, tmp
     _, params = train(*args, tmp_path / "through", **options)
     setup = prepare(*configure(*args, tmp_path / "through", **options))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["score"]):
-        before = setup.trainable.base.head["score"]
+        before = setup.trainable.base.start["score"]
         for key in path:
             before = before[key.key]
         # the last bias is the same for both answers of a pair, so it learns nothing

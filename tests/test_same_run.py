@@ -78,8 +78,8 @@ INT8 = GPT2 | {"lora.dropout": 0, "lora.quantize": "int8"}
 NF4 = INT8 | {"lora.quantize": "nf4"}
 PLAIN = GPT2 | {"lora.dropout": 0}
 DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
-    ("sft", "gpt2", "sft", {}, ["8,1,1", "1,8,1", "1,1,4", "2,2,2"]),
-    ("dpo", "llama", "dpo", {}, ["1,4,2", "2,2,2"]),  # it has two key/value heads
+    ("sft", "gpt2", "sft", {}, ["8,1,1", "1,1,4"]),
+    ("dpo", "llama", "dpo", {}, ["2,2,2"]),  # it has two key/value heads
     ("reward", "bert", "label", {}, ["2,2,2"]),
     ("reward", "llama", "dpo", {}, ["2,2,2"]),
     ("sft", "gpt2", "sft", PLAIN, ["2,2,2"]),

@@ -67,13 +67,13 @@ def test_a_signal_is_no_failed_check():
 
 def test_sums_pass_here_and_noise_is_found(monkeypatch):
     assert "one result" in device_checks.sums()
-    pair_sums, calls = preference.pair_sums, []
+    answer_sums, calls = preference.answer_sums, []
 
-    def noisy(*args, pairs):
+    def noisy(*args, examples):
         calls.append(1)
-        return pair_sums(*args, pairs=pairs) * (1 + 1e-6 * len(calls))
+        return answer_sums(*args, examples=examples) * (1 + 1e-6 * len(calls))
 
-    monkeypatch.setattr(preference, "pair_sums", noisy)
+    monkeypatch.setattr(preference, "answer_sums", noisy)
     monkeypatch.setattr(jax, "jit", lambda f: f)
     with pytest.raises(CheckFailed, match="other bits the second time"):
         device_checks.sums()

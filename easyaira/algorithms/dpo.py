@@ -23,6 +23,7 @@ from easyaira.data.examples import Examples
 from easyaira.data.mismatch import mismatched
 from easyaira.data.recipe import Recipe, recipe_of
 from easyaira.distributed.sharding import constrain
+from easyaira.errors import ConfigError
 from easyaira.losses import preference, token_logps
 from easyaira.models.model import Model
 from easyaira.train import loader, metrics
@@ -31,55 +32,69 @@ from easyaira.train.setup import Setup
 from easyaira.train.step import LossFn, Sums
 
 
-class PairScores(NamedTuple):
-    """Sums over the learned tokens of each answer, [B, 2]: chosen, rejected."""
+class AnswerScores(NamedTuple):
+    """Sums over the learned tokens of each answer, [B, K]; of a pair: chosen, rejected."""
 
     logps: jax.Array
     lengths: jax.Array
     top1: jax.Array
     logits: jax.Array
     aligned: jax.Array  # logps - log_sum_sq_probs
+    ends: jax.Array | None = None  # logps of the last token alone
 
 
-def pair_scores(
+def answer_scores(
     model: Model,
     params: Any,
     batch: Mapping[str, jax.Array],
     *,
-    pairs: int,
+    examples: int,
+    answers: int = 2,
     tail: float = 1.0,
     key: Any = None,
-) -> PairScores:
-    """Score both answers of each of `pairs` pairs with `params`; `tail`: see
-    `preference.pair_sums`."""
+) -> AnswerScores:
+    """Score the answers of each of `examples` prompts with `params`; `tail`: see
+    `preference.answer_sums`."""
     hidden, head = model.apply(params, batch, key)
     tokens, learned = batch["tokens"], batch["loss_mask"]
     out = token_logps.token_logps(hidden, head, tokens, learned, **model.head_options)
 
     def sums(values: jax.Array, tail: float = 1.0) -> jax.Array:
         layout = (batch[name] for name in ("loss_mask", "segment_ids", "sides"))
-        return preference.pair_sums(values, *layout, pairs=pairs, tail=tail)
+        counts = {"examples": examples, "answers": answers}
+        return preference.answer_sums(values, *layout, **counts, tail=tail)
 
     lengths = sums(jnp.ones_like(out.logps))
-    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs))
-    return PairScores(sums(out.logps, tail), lengths, *rest)
+    answer = jnp.where(learned, batch["segment_ids"] * (answers + 1) + batch["sides"], 0)
+    is_last = learned & (answer != jnp.pad(answer[:, 1:], ((0, 0), (0, 1))))
+    last = out.logps * is_last
+    rest = map(sums, (out.is_top1, out.mean_logits, out.logps - out.log_sum_sq_probs, last))
+    return AnswerScores(sums(out.logps, tail), lengths, *rest)
 
 
-def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None = None) -> LossFn:
-    """Preference loss over the `pairs` pairs of a micro-batch.
+def dpo(
+    model: Model,
+    config: DPOConfig,
+    *,
+    examples: int,
+    answers: int = 2,
+    reference: Model | None = None,
+) -> LossFn:
+    """Preference loss over the answers to the `examples` prompts of a micro-batch.
 
     The reference's log-probabilities are the batch's `ref_logps`. If `reference` is given, the step
     computes them from the frozen weights instead. Losses without a reference take none."""
 
+    options = {"examples": examples, "answers": answers, "tail": config.tail}
+
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
-        policy = pair_scores(model, params, batch, pairs=pairs, tail=config.tail, key=key)
+        policy = answer_scores(model, params, batch, **options, key=key)
         if config.reference == "none":
             ref_logps = jnp.zeros_like(policy.logps)
         elif reference is None:
             ref_logps = batch["ref_logps"]
         else:
-            scores = pair_scores(reference, frozen, batch, pairs=pairs, tail=config.tail)
-            ref_logps = scores.logps
+            ref_logps = answer_scores(reference, frozen, batch, **options).logps
             ref_logps = jax.lax.stop_gradient(ref_logps)
         return sums_of(config)(policy, ref_logps, config, **numbers_in(batch))
 
@@ -87,7 +102,7 @@ def dpo(model: Model, config: DPOConfig, *, pairs: int, reference: Model | None 
 
 
 def numbers_in(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Labels, margins and weights of a batch's examples, if it has them."""
+    """Labels, margins, weights and ranks of a batch's examples, if it has them."""
     return {name: batch[name] for name in row_numbers.NAMES if name in batch}
 
 
@@ -97,40 +112,61 @@ def sums_of(config: DPOConfig) -> Callable[..., Sums]:
 
 
 def dpo_sums(
-    policy: PairScores,
+    policy: AnswerScores,
     ref_logps: jax.Array,
     config: DPOConfig,
     margins: jax.Array | None = None,
     weights: jax.Array | None = None,
+    ranks: jax.Array | None = None,
 ) -> Sums:
-    """Sums and counts of the loss and metrics over pairs; weights multiply the loss of a pair, and
-    not the count."""
-    real = (policy.lengths[:, 0] > 0).astype(jnp.float32)  # the last update may have fewer pairs
+    """Sums and counts of the loss and metrics over prompts, of each the mean over its pairs.
+
+    Args:
+        policy, ref_logps: scores of policy and reference, [B, K].
+        margins: of pairs, [B]; only where K is 2.
+        weights: multiply the loss of a prompt, and not the count.
+        ranks: of the answers, [B, K]; default: chosen and rejected.
+    """
+    real = (policy.lengths[:, 0] > 0).astype(jnp.float32)  # the last update may have fewer prompts
+    pairs = preference.pairs_of(policy.logps.shape[1], config.answers == "best_rest")
+    share = real if ranks is None else preference.shares(ranks, pairs).ravel()
+    of_pairs = partial(preference.sides, pairs=pairs)
+    lengths = of_pairs(policy.lengths)
     logratios = policy.logps - ref_logps
     scores = preference.divergence_score(
         config.f_divergence_type, logratios, alpha=config.f_alpha_divergence_coef
     )
-    loss = jnp.zeros_like(real)
+    loss = jnp.zeros_like(share)
     for name, weight in config.losses.items():
         loss += weight * preference.preference_loss(
             name,
-            scores,
-            policy.lengths,
+            of_pairs(scores),
+            lengths,
             beta=config.beta,
-            margins=margins,
+            margins=None if margins is None else jnp.repeat(margins, len(pairs)),
             label_smoothing=config.label_smoothing,
             simpo_gamma=config.simpo_gamma,
             dpop_lambda=config.dpop_lambda,
         )
     if config.use_weighting:
-        loss *= preference.wpo_weights(policy.aligned, policy.lengths)
-    rewards = config.beta * jax.lax.stop_gradient(logratios)
+        loss *= preference.wpo_weights(of_pairs(policy.aligned), lengths)
+    loss = (loss * share).reshape(len(real), -1).sum(1)
+    if config.answers == "plackett_luce" and ranks is not None:
+        weight = config.losses["sigmoid"]
+        loss = weight * preference.plackett_luce(config.beta * scores, ranks)
+    rewards = of_pairs(config.beta * jax.lax.stop_gradient(logratios))
     if config.reference == "none":
-        rewards /= preference.divisor(config.losses, policy.lengths)
+        rewards /= preference.divisor(config.losses, lengths)
     differences = rewards[:, 0] - rewards[:, 1]
-    tokens = policy.lengths.sum(0)
+    logps, logits = of_pairs(policy.logps), of_pairs(policy.logits)
+    tokens = (lengths * share[:, None]).sum(0)
+    longer = lengths[:, 0] - lengths[:, 1]
+    unequal = share * (longer != 0)
 
     def over_pairs(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (values * share).sum(), real.sum()
+
+    def over_prompts(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (values * real).sum(), real.sum()
 
     sums = {
@@ -138,20 +174,22 @@ def dpo_sums(
         "rewards/rejected": over_pairs(rewards[:, 1]),
         "rewards/margins": over_pairs(differences),
         "rewards/accuracies": over_pairs((differences > 0).astype(jnp.float32)),
-        "logps/chosen": over_pairs(policy.logps[:, 0]),
-        "logps/rejected": over_pairs(policy.logps[:, 1]),
-        "logits/chosen": (policy.logits[:, 0].sum(), tokens[0]),
-        "logits/rejected": (policy.logits[:, 1].sum(), tokens[1]),
-        "mean_token_accuracy": (policy.top1[:, 0].sum(), tokens[0]),
+        "rewards/longer": (((differences * longer > 0) * unequal).sum(), unequal.sum()),
+        "logps/chosen": over_pairs(logps[:, 0]),
+        "logps/rejected": over_pairs(logps[:, 1]),
+        "logits/chosen": ((logits[:, 0] * share).sum(), tokens[0]),
+        "logits/rejected": ((logits[:, 1] * share).sum(), tokens[1]),
+        "mean_token_accuracy": ((of_pairs(policy.top1)[:, 0] * share).sum(), tokens[0]),
     }
     if config.nll_weight:
-        # Pang et al. (2024), Iterative Reasoning Preference Optimization, eq. 2: per chosen token
+        # Pang et al. (2024), Iterative Reasoning Preference Optimization, eq. 2: per token of the
+        # chosen answer, which is the best one
         nll = -policy.logps[:, 0] / jnp.maximum(policy.lengths[:, 0], 1)
         loss = loss + config.nll_weight * nll
-        sums["nll_loss"] = over_pairs(nll)
+        sums["nll_loss"] = over_prompts(nll)
     if weights is not None:
         loss *= weights
-    return {"loss": over_pairs(loss)} | sums
+    return {"loss": over_prompts(loss)} | sums
 
 
 def dpo_algorithm(config: TrainDPO) -> Algorithm:
@@ -161,14 +199,24 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
     stored = compared and config.dpo.precompute_ref_log_probs
 
     def known(setup: Setup) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"ref_logps": (2,)} if stored else {}
-        return shapes | dict.fromkeys(row_numbers.names_of(setup), ())
+        answers = setup.batches.examples.answers
+        shapes: dict[str, tuple[int, ...]] = {"ref_logps": (answers,)} if stored else {}
+        return shapes | row_numbers.shapes_of(setup)
 
     def recipe(max_length: int) -> Recipe:
         if config.dpo.unpaired:
             return recipe_of("rated", config.data, max_length)
         margin = all(LOSSES[name].margins for name in config.dpo.losses)
-        return recipe_of("pair", config.data, max_length, margin=margin)
+        compared = config.dpo.answers if config.dpo.answers.startswith("best") else "all"
+        return recipe_of("pair", config.data, max_length, margin=margin, compared=compared)
+
+    def comparable(examples: Examples, max_length: int) -> Examples:
+        if examples.answers > 2 and config.dpo.ld_alpha is not None:
+            raise ConfigError(
+                "dpo.ld_alpha: compares the lengths of two answers, and the rows have up to "
+                f"{examples.answers}; leave it out, or set dpo.answers best_worst"
+            )
+        return examples
 
     def with_mismatched(examples: Examples, max_length: int) -> Examples:
         group = int(config.dpo.kto_group)
@@ -180,13 +228,14 @@ def dpo_algorithm(config: TrainDPO) -> Algorithm:
         loss_fn=lambda setup: dpo(
             setup.model,
             config.dpo,
-            pairs=setup.micro_batch,
+            examples=setup.micro_batch,
+            answers=setup.batches.examples.answers,
             reference=reference_model(setup) if in_step else None,
         ),
         frozen=lambda setup: reference_model(setup) if in_step else None,
         begin=begin,
         known=known,
-        **(unpaired if config.dpo.unpaired else {}),
+        **(unpaired if config.dpo.unpaired else {"arrange": comparable}),
     )
 
 
@@ -201,7 +250,8 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     if config.dpo.reference == "none":
         return Beginning(None, known, known_held_out)
     own = config.model.ref_name_or_path is None
-    score_by = partial(make_score, pairs=setup.micro_batch, tail=config.dpo.tail)
+    options = {"answers": setup.batches.examples.answers, "tail": config.dpo.tail}
+    score_by = partial(make_score, examples=setup.micro_batch, **options)
     score = score_by(setup.model)
     score_ref = score if own else score_by(reference_model(setup))
     frozen = None
@@ -235,21 +285,27 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         policy, ref_logps, numbers_in(arrays)
     )
     totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
+    if not config.dpo.unpaired:
+        real = policy.lengths[..., 0] > 0
+        totals["logps/end"] = ((policy.ends[..., 0] * real).sum(), real.sum())
     at_start = metrics.averages(metrics.add({}, totals))
+    if not config.dpo.unpaired and "ref_logps" in known:
+        at_start |= references.preferences(known["ref_logps"], setup.batches.examples)
     return Beginning(frozen, known, known_held_out, at_start)
 
 
 def make_score(
-    model: Model, pairs: int, tail: float = 1.0
+    model: Model, examples: int, answers: int = 2, tail: float = 1.0
 ) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
-    """(params, batch) -> PairScores [A, B, 2]: A micro-batches of B pairs.
+    """(params, batch) -> AnswerScores [A, B, K]: A micro-batches of B prompts.
 
     Policy and reference use the same compiled program, so that equal weights give equal bits.
     """
 
     def score(params, batch):
         def of_part(part):
-            return pair_scores(model, params, part, pairs=pairs, tail=tail)
+            options = {"examples": examples, "answers": answers, "tail": tail}
+            return answer_scores(model, params, part, **options)
 
         scores = jax.lax.map(of_part, {name: batch[name] for name in LAYOUT})
         return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)

@@ -12,11 +12,11 @@ from easyaira.losses import preference
 from easyaira.train.step import Sums
 
 if TYPE_CHECKING:
-    from easyaira.algorithms.dpo import PairScores
+    from easyaira.algorithms.dpo import AnswerScores
 
 
 def kto_sums(
-    policy: PairScores, ref_logps: jax.Array, config: DPOConfig, labels: jax.Array
+    policy: AnswerScores, ref_logps: jax.Array, config: DPOConfig, labels: jax.Array
 ) -> Sums:
     """Sums and counts of the loss and metrics over examples, whose second answer is that of
     another prompt (`data.mismatch`).

@@ -1,6 +1,7 @@
 """Shared by on-policy algorithms: completions in a batch, and what is logged of them.
 
-Shapes: B completions of at most C tokens.
+Shapes: E examples of K completions each, B = E x K completions of at most C tokens. The arrays of a
+batch are [E, K, ...], those of a loss [B, ...].
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyaira.config.rl import RLConfig
+from easyaira.data.batches import LAYOUT
 from easyaira.losses.completions import completion_mask, completion_places, take
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.model import Model
@@ -68,17 +70,19 @@ LOGGED = {  # name of a batch's array [B] -> metric: its mean over completions
     "kl_sums": "objective/kl",
 }
 OF_VALUES = {"explained_variance": "value_explained_variance"}  # with a value model
-VECTORS = (*LOGGED, "prompt_lengths", "mean_length", "first")  # arrays [B] of a batch
-MATRICES = ("old_logps", "ref_logps")  # arrays [B, C]
-VALUES = ("old_values", "returns")  # [B, C], with a value model
+VECTORS = (*LOGGED, "prompt_lengths", "mean_length", "first")  # arrays [E, K] of a batch
+MATRICES = ("old_logps", "ref_logps")  # arrays [E, K, C]
+VALUES = ("old_values", "returns")  # [E, K, C], with a value model
 
 
-def known_of(objective: Objective, longest: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a batch, per completion of at most `longest` tokens."""
-    known = dict.fromkeys(VECTORS, ()) | dict.fromkeys(MATRICES, (longest,))
+def known_of(objective: Objective, answers: int, longest: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a batch, per example of `answers` completions of at most `longest`
+    tokens."""
+    vector, matrix = (answers,), (answers, longest)
+    known = dict.fromkeys(VECTORS, vector) | dict.fromkeys(MATRICES, matrix)
     if objective.targets is None:
-        return known | {"advantages": ()}
-    return known | dict.fromkeys(OF_VALUES, ()) | dict.fromkeys((*VALUES, "advantages"), (longest,))
+        return known | {"advantages": vector}
+    return known | dict.fromkeys(OF_VALUES, vector) | dict.fromkeys((*VALUES, "advantages"), matrix)
 
 
 def logps_of(
@@ -105,6 +109,11 @@ def values_of(
     return take(before, places)
 
 
+def by_completion(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays of a batch [E, K, ...], but for its rows, as [B, ...]."""
+    return {x: batch[x].reshape(-1, *batch[x].shape[2:]) for x in batch if x not in LAYOUT}
+
+
 def loss_of(
     model: Model, config: RLConfig, objective: Objective, value: Model | None = None
 ) -> LossFn:
@@ -118,14 +127,15 @@ def loss_of(
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         policy = params if value is None else params["policy"]
-        logps, entropy = logps_of(model, policy, batch, config)
+        rows, batch = batch, by_completion(batch)
+        logps, entropy = logps_of(model, policy, rows, config)
         old = batch["old_logps"]
         same = old + (logps - jax.lax.stop_gradient(logps))
         logps = jnp.where(batch["first"][:, None] > 0, same, logps)
         mask = completion_mask(batch["lengths"], logps.shape[1])
         rest = [batch[name] for name in ("advantages", "mean_length")]
         if value is not None:
-            rest += [values_of(value, params["value"], batch, config)]
+            rest += [values_of(value, params["value"], rows, config)]
             rest += [batch[name] for name in VALUES]
         sums = objective.loss(Completions(logps, old, batch["ref_logps"], mask, *rest), config)
         count = jnp.float32(len(logps))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from easyaira.data.examples import Examples
 from easyaira.errors import ConfigError
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
@@ -37,3 +40,22 @@ def reference_weights(setup: Setup) -> Any:
     if name is None:
         return setup.start_weights()
     return pretrained.find(name).load(reference_model(setup), setup.mesh)
+
+
+FAR = 1.0  # nats per token
+
+
+def preferences(ref_logps: np.ndarray, examples: Examples) -> dict[str, float]:
+    """Share of pairs whose chosen, or rejected, answer is by far the likelier one per token.
+
+    Args:
+        ref_logps: summed log-probabilities by the reference, [n, 2]: chosen, rejected.
+        examples: the n pairs.
+    """
+    lengths = np.diff(examples.bounds[:, 1:]) - examples.unseen[:, None]
+    per_token = ref_logps / np.maximum(lengths, 1)
+    difference = per_token[:, 0] - per_token[:, 1]
+    return {
+        "reference/prefers_chosen": float(np.mean(difference > FAR)),
+        "reference/prefers_rejected": float(np.mean(difference < -FAR)),
+    }

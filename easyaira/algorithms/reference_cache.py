@@ -42,7 +42,7 @@ def check_equal(
     roundoff u. Log-probabilities have one sign, so sum |x| = |sum x| (Higham, 2002, section 4.2).
 
     Args:
-        policy, reference: sums of log-probabilities of answers, [A, B, 2].
+        policy, reference: sums of log-probabilities of answers, [A, B, K].
         lengths: number of summands.
         repeated: the policy's sums from a second call of the same program.
 
@@ -58,7 +58,7 @@ def check_equal(
     if wrong.any():
         worst = np.unravel_index(np.argmax(np.where(wrong, difference, -1)), wrong.shape)
         ours, theirs = float(policy[worst]), float(reference[worst])
-        side = ("chosen", "rejected")[worst[-1]]
+        side = ("chosen", "rejected")[worst[-1]] if policy.shape[-1] == 2 else "ranked"
         raise ConfigError(
             f"policy and reference have the same weights but differ before the first update: the "
             f"log-probability of a {side} answer is {ours!r} by the policy and {theirs!r} by the "
@@ -76,7 +76,7 @@ def logps_of(
     folder: Path,
     first: bool,
 ) -> np.ndarray:
-    """Reference log-probabilities of both answers of every example, [n, 2], computed if not cached.
+    """Reference log-probabilities of the answers of every example, [n, K], computed if not cached.
 
     The cache entry lies beside the cached tokens. Its key hashes everything that decides its bits:
     weights, model, examples, layout, devices and versions. Later runs with the same key read the
@@ -93,7 +93,7 @@ def logps_of(
         keys["weights"] = fingerprint(weights())
     decides = _decides(setup, batches, keys["weights"])
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    logps = np.full((len(batches.examples), 2), np.nan, np.float32)
+    logps = np.full(batches.examples.ranks.shape, np.nan, np.float32)
     rows = None
     if hosts.first():
         then, kept = keys.get(part), None
@@ -112,7 +112,7 @@ def logps_of(
         if kept is not None:
             logps = kept
         else:
-            rows = _write(_open_partial, partial, partial, len(logps))
+            rows = _write(_open_partial, partial, partial, *logps.shape)
             intact = rows["sum"] == _sums(np.arange(len(rows)), rows["logps"])
             logps[intact] = rows["logps"][intact]
     logps = hosts.from_first(logps, setup.mesh)
@@ -165,7 +165,9 @@ def _kept(
     return logps if same and logps.shape == shape and np.isfinite(logps).all() else None
 
 
-ROW = np.dtype([("logps", np.float32, 2), ("sum", np.uint32)])  # of an interrupted computation
+def _row(answers: int) -> np.dtype:
+    """Of an interrupted computation."""
+    return np.dtype([("logps", np.float32, answers), ("sum", np.uint32)])
 
 
 def _sums(rows: np.ndarray, logps: np.ndarray) -> np.ndarray:
@@ -174,19 +176,19 @@ def _sums(rows: np.ndarray, logps: np.ndarray) -> np.ndarray:
     return np.array([zlib.crc32(values.tobytes(), row) for row, values in pairs], np.uint32)
 
 
-def _open_partial(file: Path, count: int) -> np.ndarray:
+def _open_partial(file: Path, count: int, answers: int) -> np.ndarray:
     """Memory-mapped results of an interrupted computation, or new ones, all missing."""
     if file.exists() and not file.is_symlink():
         try:
             rows = np.lib.format.open_memmap(file, "r+")
-            if rows.dtype == ROW and rows.shape == (count,):
+            if rows.dtype == _row(answers) and rows.shape == (count,):
                 return rows
             problem: Any = f"has {rows.shape} of {rows.dtype}"
         except ValueError as error:
             problem = error
         print(f"reference {file} is damaged ({reason(problem)}); computed again", flush=True)
     file.unlink(missing_ok=True)
-    rows = np.zeros(count, ROW)
+    rows = np.zeros(count, _row(answers))
     rows["logps"] = np.nan
     np.save(
         file, rows

@@ -3,7 +3,7 @@ objective learns from them.
 
 A roll-out is a function of the weights, the seed and its number. So nothing of it is saved: a run
 resumes only between roll-outs. Shapes: P prompts with K answers each, G = P x K answers of at most
-C tokens; A micro-batches of B answers.
+C tokens; A micro-batches of B answers, in examples of `together` answers that share their prompt.
 """
 
 from __future__ import annotations
@@ -77,6 +77,14 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         Reward(rl.rewards, rl.reward_weights, None, "float32")  # raises if there is none
         return len(prompts) // count * config.cycle
 
+    def together(answers: int) -> list[int]:
+        """Numbers of a prompt's answers that an example may hold, so that each update has the
+        answers that it would have with single ones."""
+        own, whole = int(rl.answers_per_prompt), config.answers == config.train_batch_size
+        if not whole and objective.together < own:
+            return [1]
+        return [n for n in range(1, own + 1) if own % n == answers % n == 0]
+
     def loss_fn(setup: Setup) -> LossFn:
         value = setup.critic and setup.trainable.value
         return loss_of(setup.model, rl, objective, value)
@@ -86,10 +94,11 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         loss_fn=loss_fn,
         frozen=lambda setup: None,
         begin=lambda setup, params, folder, first: Beginning(),
-        known=lambda setup: known_of(objective, longest),
+        known=lambda setup: known_of(objective, setup.batches.examples.answers, longest),
         critic=partial(critic_of, rl.value_model, config.model.init) if objective.targets else None,
         on_policy=OnPolicy(
             largest=partial(largest_update, answers=int(config.train_batch_size), longest=longest),
+            together=together,
             epoch=epoch,
             cycle=config.cycle,
             source=Rollouts,
@@ -97,12 +106,13 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
     )
 
 
-def largest_update(prompts: Examples, *, answers: int, longest: int) -> Examples:
-    """The longest prompts, with answers of `longest` tokens."""
+def largest_update(prompts: Examples, together: int, *, answers: int, longest: int) -> Examples:
+    """The longest prompts, with answers of `longest` tokens, `together` in an example."""
     starts, ends = prompts.bounds[:, 0], prompts.bounds[:, 1]
-    order = np.resize(np.argsort(starts - ends, kind="stable"), answers)
+    order = np.resize(np.argsort(starts - ends, kind="stable"), answers // together)
     tokens = [prompts.tokens[starts[i] : ends[i]] for i in order]
-    return of_tokens(tokens, [[np.zeros(longest, np.int32)]] * answers, prompts.rows[order])
+    own = [np.zeros(longest, np.int32)] * together
+    return of_tokens(tokens, [own] * len(order), prompts.rows[order])
 
 
 def make_sampler(setup: Setup) -> Sampler:
@@ -158,6 +168,7 @@ class Rollouts:
             if config.model.ref_name_or_path is not None:
                 self.score_ref = make_score(partial(of_policy, reference_model(setup), config))
             self.reference = reference_weights(setup)
+        self.together = setup.batches.examples.answers
         self.batches: Batches | None = None
         self.log = Log(folder / COMPLETIONS, start) if hosts.first() else None
 
@@ -176,8 +187,8 @@ class Rollouts:
             if self.batches is None:
                 return None
         watchdog.beat(f"computing batch {update + 1} of the training")
-        first = np.full(self.config.answers, part == 0, np.float32)
-        batches = replace(self.batches, known=self.batches.known | {"first": first})
+        first = self.by_example({"first": np.full(self.config.answers, part == 0, np.float32)})
+        batches = replace(self.batches, known=self.batches.known | first)
         batch = batches[part]
         arrays = loader.to_device(batch, self.setup.mesh)
         return Ready(batch._replace(arrays={}), arrays, time.perf_counter() - begun)
@@ -230,7 +241,7 @@ class Rollouts:
         }
         known = {name: np.asarray(values, np.float32) for name, values in known.items()}
         known |= {"old_logps": old, "ref_logps": ref}
-        return replace(batches, known=batches.known | known)
+        return replace(batches, known=batches.known | self.by_example(known))
 
     def sample(self, weights: Any, prompts: list[np.ndarray], seed: int) -> list[Answer] | None:
         """K answers to each prompt, in order."""
@@ -252,28 +263,37 @@ class Rollouts:
         self, prompts: list[np.ndarray], answers: list[Answer], rows: np.ndarray, seed: int
     ) -> Batches:
         """The answers in updates; every pass over them has an order of its own."""
-        plan = self.setup.batches
+        plan, n = self.setup.batches, self.together
         lengths = {
             "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.float32),
             "lengths": np.array([len(answer.tokens) for answer in answers], np.float32),
         }
+        tokens = [answer.tokens for answer in answers]
+        own = [tokens[i : i + n] for i in range(0, len(tokens), n)]
         return replace(
             plan,
-            examples=of_tokens(prompts, [[answer.tokens] for answer in answers], rows),
+            examples=of_tokens(prompts[::n], own, rows[::n]),
             seed=seed,
-            together=OBJECTIVES[self.rl.algorithm].together,
-            known=lengths,
+            together=max(OBJECTIVES[self.rl.algorithm].together // n, 1),
+            known=self.by_example(lengths),
             length=plan.shapes[-1].length,
         )
 
+    def by_example(self, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays of answers [G, ...] by example, [G / together, together, ...]."""
+        return {name: x.reshape(-1, self.together, *x.shape[1:]) for name, x in known.items()}
+
     def by_token(self, weights: Any, batches: Batches, score: Callable) -> np.ndarray:
         """Log-probabilities or values [G, C] of the answers."""
-        by_answer = np.zeros((self.config.answers, int(self.rl.max_completion_length)), np.float32)
+        longest = int(self.rl.max_completion_length)
+        by_answer = np.zeros((self.config.answers, longest), np.float32)
+        by_example = by_answer.reshape(-1, self.together, longest)
         for part in range(len(batches)):
             watchdog.beat(f"scoring tokens of answers, part {part + 1} of {len(batches)}")
             batch = batches[part]
-            values = score(weights, loader.to_device(batch, self.setup.mesh))
-            by_answer[batch.examples] = np.asarray(values)[tuple(batch.slots.T)]
+            values = np.asarray(score(weights, loader.to_device(batch, self.setup.mesh)))
+            values = values.reshape(len(values), -1, self.together, longest)
+            by_example[batch.examples] = values[tuple(batch.slots.T)]
         return by_answer
 
 

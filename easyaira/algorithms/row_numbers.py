@@ -1,4 +1,4 @@
-"""Labels, margins and weights of examples, from columns of the data."""
+"""Labels, margins, weights and ranks of examples, from columns of the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from easyaira.data.examples import Examples
 from easyaira.train.setup import Setup
 
-NAMES = ("labels", "margins", "weights")
+NAMES = ("labels", "margins", "weights", "ranks")
 
 
 def _parts(setup: Setup) -> list[Examples]:
@@ -18,9 +18,15 @@ def _parts(setup: Setup) -> list[Examples]:
 
 
 def names_of(setup: Setup) -> list[str]:
-    """Names of the numbers that some row has."""
+    """Names of the numbers that some row has; ranks are those of more than two answers."""
     parts = _parts(setup)
-    return [n for n in NAMES if not all(np.isnan(getattr(part, n)).all() for part in parts)]
+    names = [n for n in NAMES[:-1] if not all(np.isnan(getattr(part, n)).all() for part in parts)]
+    return [*names, "ranks"] if setup.batches.examples.answers > 2 else names
+
+
+def shapes_of(setup: Setup) -> dict[str, tuple[int, ...]]:
+    """Per-example shapes of these numbers."""
+    return {n: getattr(setup.batches.examples, n).shape[1:] for n in names_of(setup)}
 
 
 def known_of(
@@ -33,5 +39,6 @@ def known_of(
     for own, part in zip(known, _parts(setup), strict=False):
         for name in names:
             values = getattr(part, name)
-            own[name] = np.where(np.isnan(values), defaults[name], values)
+            default = defaults.get(name)
+            own[name] = values if default is None else np.where(np.isnan(values), default, values)
     return known

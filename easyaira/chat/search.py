@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from easyaira.config.data import Source
 from easyaira.data import columns, sources
+from easyaira.data.answers import compared
+from easyaira.data.recipe import Dropped
 from easyaira.errors import ConfigError, DataError
 
 SHOWN = 10
@@ -23,7 +25,8 @@ class Search:
     """An index of the prompts and one of the completions of a data set.
 
     Args:
-        path: file, folder or hub id of prompts with completions, or of pairs (the chosen answers).
+        path: file, folder or hub id of prompts with completions, or of pairs or
+            ranked answers (the best ones).
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -67,11 +70,11 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
                 raise DataError(f"{place}: {error}") from error
         try:
             if task:
-                prompt, answer, _ = columns.pair(columns.Record(row), form)
+                prompt, (answer, *_), _ = compared(columns.Record(row), form)
             else:
                 messages, asked = columns.conversation(columns.Record(row), form)
                 prompt, answer = messages[:asked] or messages[:-1], messages[-1]["content"]
-        except columns.Unreadable:
+        except (columns.Unreadable, Dropped):
             continue
         count += 1
         yield "\n".join(turn["content"] for turn in prompt), answer

@@ -72,8 +72,8 @@ class DataConfig:
     """Pack several examples of an update into one row; an example attends only to itself. Packing
     changes the amount of padding and nothing else."""
     share_prompt: Literal["auto", "always", "never"] = "auto"
-    """Store the prompt of a pair once; both answers attend to it. Sharing changes the amount of
-    computation and nothing else. auto: share where it saves enough; the log says so."""
+    """Store the prompt of several answers once; all of them attend to it. Sharing changes the
+    amount of computation and nothing else. auto: share where it saves enough; the log says so."""
     drop_last: bool = False
     """Drop an epoch's last update if it is smaller than the others."""
     max_dropped: Share = 0.05

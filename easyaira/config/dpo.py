@@ -64,7 +64,7 @@ REFUSED = {
     "once; use sigmoid, and train again from the result",
 }
 PAIRED_OPTIONS = ("reference", "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting")
-PAIRED_OPTIONS += ("sft_weight",)
+PAIRED_OPTIONS += ("sft_weight", "answers")
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -81,6 +81,10 @@ class DPOConfig:
     reference: Literal["model", "none"] = "model"
     """model: losses compare the policy with the reference; none: they take the policy's own
     log-probabilities (SimPO, ORPO, CPO, SLiC), and no reference is computed."""
+    answers: Literal["all_pairs", "best_rest", "best_worst", "plackett_luce"] = "all_pairs"
+    """Of more than two answers to a prompt, compare: all pairs; the best with each other one; the
+    best with the worst; or all at once by the Plackett-Luce model (sigmoid only). Tied answers are
+    not compared. The loss is the mean over a prompt's pairs."""
     beta: Positive = 0.1
     """Strength of the penalty that keeps the policy close to the reference; without a reference,
     scale of the log-probabilities."""
@@ -133,6 +137,8 @@ class DPOConfig:
                 "easyaira sft"
             )
         uses = {name: LOSSES[name] for name in self.losses}
+        if self.answers == "plackett_luce":
+            self._check_plackett_luce(uses)
         if self.label_smoothing and not any(use.smoothed for use in uses.values()):
             raise ConfigError(
                 f"dpo.label_smoothing: {' and '.join(uses)} has no smoothing; set it to 0, or use "
@@ -150,6 +156,19 @@ class DPOConfig:
                 f"dpo.ld_alpha: {divides} divides by the whole length of an answer; leave it out"
             )
         self._check_reference(uses)
+
+    def _check_plackett_luce(self, uses: dict[str, LossUse]) -> None:
+        if [*uses] != ["sigmoid"]:
+            raise ConfigError(
+                f"dpo.answers: plackett_luce takes the place of sigmoid, not of "
+                f"{' and '.join(uses)}; choose all_pairs, or set dpo.loss_type sigmoid"
+            )
+        for name in ("label_smoothing", "use_weighting"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"dpo.{name}: is of pairs, which plackett_luce has none of; leave it out, or "
+                    "set dpo.answers all_pairs"
+                )
 
     def _check_unpaired(self, names: Sequence[str]) -> None:
         if len(names) > 1 or self.loss_weights is not None:

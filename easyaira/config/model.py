@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from easyaira.config.ranges import Count, Positive, Share
+from easyaira.config.ranges import Count, CountOrZero, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class LoraConfig:
     """Dropout on the input of the adapters; DPO refuses it, as TRL turns it off."""
     quantize: Literal["int8", "nf4"] | None = None
     """Store the frozen linear layers in 8 or 4 bits (QLoRA); null: in the computing precision."""
+    trainable_token_indices: list[CountOrZero] | None = None
+    """Ids of tokens whose vectors are trained, in the embedding and in an untied head; null: those
+    that the template adds to the vocabulary."""
     adapter: str | None = None
     """Adapter to start from: a folder in PEFT's format, written by EasyAira or peft, or its hub
     id. Its rank, alpha and targets must equal those set here."""

@@ -1,4 +1,4 @@
-"""Examples to batches of rows: one layout for SFT and preference pairs, packed or not.
+"""Examples to batches of rows: one layout for one answer to a prompt, two or more, packed or not.
 
 A batch is a dictionary of arrays. Axes: A micro-batches of an update, R rows, T tokens, B examples
 of a micro-batch.
@@ -6,14 +6,16 @@ of a micro-batch.
     tokens       [A, R, T]  token ids; 0 in padding
     positions    [A, R, T]  position in the token's own sequence, from 0
     segment_ids  [A, R, T]  index of the example in its micro-batch, from 1; 0 is padding
-    sides        [A, R, T]  0 shared or unpaired, 1 chosen, 2 rejected, 3 masked for every token
+    sides        [A, R, T]  0 shared, or the only answer; k + 1 answer k (of a pair 1 chosen, 2
+                            rejected); UNATTENDED masked for every token
     loss_mask    [A, R, T]  tokens with loss (each is predicted by the token before it)
 
 A batch also has per-example arrays [A, B, ...], such as the reference's log-probabilities.
 
-A pair is stored as two sequences, or with a shared prompt as one. A shared sequence is the prompt
-without its last token, then that token and the answer for each side. So every token with loss
-follows the token that predicts it, and only one token of the prompt is stored twice.
+Several answers are stored as sequences of their own, or with a shared prompt as one. A shared
+sequence is the prompt without its last token, then that token and the answer for each answer. So
+every token with loss follows the token that predicts it, only one token of the prompt is stored
+again, and positions continue from the prompt's end in every answer.
 
 Update n is a pure function of (seed, n), so the only state of the data order is one integer.
 """
@@ -23,15 +25,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from easyaira.data.examples import Examples
 from easyaira.data.packing import Shape, bucket, choose_shapes, pack
+from easyaira.models.layout import UNATTENDED
 
 LAYOUT = ("tokens", "positions", "segment_ids", "sides", "loss_mask")
-UNATTENDED = 3  # side of tokens that no token attends to
 
 
 class Batch(NamedTuple):
@@ -81,7 +84,7 @@ class Batches:
         shards: data shards of a micro-batch, with equal numbers of rows and of examples.
         local: shards that this host builds; default: all.
         packing: put several examples into one row.
-        share_prompt: store a pair as one sequence, with its prompt once.
+        share_prompt: store several answers as one sequence, with their prompt once.
         seed: seed of a new permutation in every epoch; None keeps the order of the examples.
         drop_last: drop an epoch's last update if it is smaller than the others.
         attention: attention cost of a position per position of its row, relative to all other cost
@@ -123,13 +126,15 @@ class Batches:
 
     @cached_property
     def block_lengths(self) -> np.ndarray:
-        """[n, 1 or 2] lengths of an example's blocks, each of which must fit into one row."""
+        """[n, 1 or answers] lengths of an example's blocks, each of which must fit into one row; 0
+        where there is no answer."""
         bounds = self.examples.bounds
         if not self.share_prompt:
             return self.examples.lengths()
         prompt = bounds[:, 1] - bounds[:, 0]
         last = np.minimum(prompt, 1)  # the prompt's last token precedes each answer
-        return (prompt - last + 2 * last + bounds[:, 3] - bounds[:, 1])[:, None]
+        copies = self.examples.exists.sum(1)
+        return (prompt + (copies - 1) * last + bounds[:, -1] - bounds[:, 1])[:, None]
 
     def groups(self, update: int) -> list[list[int]]:
         """Block lengths of each shard of each micro-batch, in the order of the examples."""
@@ -144,7 +149,7 @@ class Batches:
     def rows_of(self, groups: list[list[int]], length: int) -> list[list[list[int]]]:
         """For each group, the indices of the blocks in each row."""
         if not self.packing:
-            return [[[i] for i in range(len(group))] for group in groups]
+            return [[[i] for i, length in enumerate(group) if length] for group in groups]
         return [pack(group, length) for group in groups]
 
     def _sampled(self) -> list[int]:
@@ -201,6 +206,10 @@ class Batches:
         shapes = {update: self.arrange(self.groups(update))[0] for update in self._sampled()}
         return max(shapes, key=lambda update: self.cost(shapes[update]))
 
+    def sampled_cost(self) -> float:
+        """Cost of the sampled updates together."""
+        return sum(self.cost(self.arrange(self.groups(u))[0]) for u in self._sampled())
+
     def cost(self, shape: Shape) -> float:
         return shape.rows * shape.length * (1 + self.attention * shape.length)
 
@@ -244,13 +253,15 @@ class Batches:
                 continue
             bounds = self.examples.bounds[group_members[g]].tolist()
             unseen = self.examples.unseen[group_members[g]].tolist()
+            existing = (self.examples.ranks[group_members[g]] >= 0).sum(1).tolist()
             blocks = len(group) // max(count, 1)  # per example
             corner = (micro * len(local) + local.index(shard)) * shape.rows
             for r, row in enumerate(rows[g]):
                 at = (corner + r) * shape.length
                 for i in row:
                     member, block = divmod(i, blocks)
-                    self._write(flat, at, bounds[member], block, first + member + 1)
+                    count = existing[member]
+                    self._write(flat, at, bounds[member], count, block, first + member + 1)
                     if unseen[member]:
                         end = at + group[i]
                         flat[3][end - unseen[member] : end] = UNATTENDED
@@ -279,7 +290,13 @@ class Batches:
         return self.examples.lengths().sum(1)
 
     def _write(
-        self, flat: list[np.ndarray], at: int, bounds: list[int], block: int, number: int
+        self,
+        flat: list[np.ndarray],
+        at: int,
+        bounds: list[int],
+        answers: int,
+        block: int,
+        number: int,
     ) -> None:
         """Write one block at position `at`, by slices, because a run writes millions of blocks."""
         tokens, positions, segment_ids, sides, loss_mask = flat
@@ -294,20 +311,21 @@ class Batches:
 
         if self.share_prompt:
             last = min(prompt, 1)
-            middle = copy(at, start, bounds[2])
-            end = copy(copy(middle, answer - last, answer), bounds[2], bounds[3])
-            positions[at:middle] = _places(middle - at)
-            positions[middle:end] = _places(prompt + bounds[3] - bounds[2])[prompt - last :]
-            sides[at + prompt - last : middle] = 1
-            sides[middle:end] = 2
+            end = copy(at, start, answer - last)
+            positions[at:end] = _places(end - at)
+            for side, (own, stop) in enumerate(pairwise(bounds[1 : answers + 2]), 1):
+                begin = end
+                end = copy(copy(begin, answer - last, answer), own, stop)
+                positions[begin:end] = _places(prompt + stop - own)[prompt - last :]
+                sides[begin:end] = side
         else:
             end = at
-            if block:  # the second answer is not contiguous with the prompt
+            if block:  # further answers are not contiguous with the prompt
                 end = copy(end, start, answer)
                 start = bounds[1 + block]
             end = copy(end, start, bounds[2 + block])
             positions[at:end] = _places(end - at)
-            if len(bounds) == 4:
+            if len(bounds) > 3:
                 sides[at:end] = 1 + block
         segment_ids[at:end] = number
 

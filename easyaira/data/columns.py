@@ -1,4 +1,4 @@
-"""Forms of rows: sets of columns that hold a conversation, a pair of answers, or a text to score.
+"""Forms of rows: sets of columns that hold a conversation, answers to compare, or a text to score.
 
 To add a form, add a line to FORMS. A `Record` notes which columns and keys a form reads, so that
 nothing filled is left unread without a word.
@@ -51,6 +51,8 @@ FORMS = {
     "pair": (
         Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
         Form(("chosen_response", "rejected_response"), "instruction"),
+        Form(("answers",), "prompt"),  # see answers.RANKING
+        Form(("completions",), "instruction"),  # of UltraFeedback, each with its score
     ),
     "rated": (Form(("completion", "label"), "prompt"),),
     "label": (
@@ -173,12 +175,12 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
     Raises:
         Unreadable: a column is missing or has the wrong type.
     """
-    answer, prompt = form.columns[0], _prompt(row, form)
+    answer, prompt = form.columns[0], prompt_of(row, form)
     if answer == "transcript":
-        turns = _turns(row, answer)
+        turns = turns_of(row, answer)
     else:
-        turns = _messages(row, answer, role="assistant" if form.prompt else None)
-    return _joined(prompt, turns, answer)
+        turns = messages_of(row, answer, role="assistant" if form.prompt else None)
+    return joined(prompt, turns, answer)
 
 
 def question(row: Record) -> list[Message]:
@@ -186,7 +188,9 @@ def question(row: Record) -> list[Message]:
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) != 1:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
-    turns = _messages(row, "messages") if "messages" in row else _prompt(row, Form((), "prompt"))
+    turns = (
+        messages_of(row, "messages") if "messages" in row else prompt_of(row, Form((), "prompt"))
+    )
     if not turns or turns[-1]["role"] == "assistant":
         raise Unreadable(f"column {names[0]}: must end in a message to answer")
     return [{name: turn[name] for name in ("role", "content")} for turn in turns]
@@ -197,7 +201,7 @@ SPEAKERS |= {"model": "assistant"} | {role: role for role in ("user", "assistant
 QUOTED = "a quotation may hold a speaker's marker, and be split there"
 
 
-def _turns(row: Record, name: str, *, bare: bool = False) -> list[Message]:
+def turns_of(row: Record, name: str, *, bare: bool = False) -> list[Message]:
     """Parse `### Human: ...### Assistant: ...`, the format of OpenAssistant-Guanaco, or the same
     with a blank line for `###`, the format of HH-RLHF; `bare`: the first blank line is missing."""
     transcript = "\n\n" + _text(row, name).lstrip() if bare else _text(row, name)
@@ -213,40 +217,7 @@ def _turns(row: Record, name: str, *, bare: bool = False) -> list[Message]:
     return [{"role": SPEAKERS[who.lower()], "content": text.strip()} for who, text in turns]
 
 
-def pair(row: Record, form: Form) -> tuple[list[Message], str, str]:
-    """Convert a row to the messages before the answers, the chosen answer and the rejected one.
-
-    Raises:
-        Unreadable: a column is missing or has the wrong type, or the two sides answer different
-            prompts.
-    """
-    prompt = _prompt(row, form)
-    chosen, rejected = (_side(row, name, form.prompt) for name in form.columns)
-    names = " and ".join(form.columns)
-    if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
-        raise Unreadable(f"{names} must end in an assistant's turn")
-    if not all(side[-1].get("learned", True) for side in (chosen, rejected)):
-        raise Unreadable(f"{names}: an answer is marked not to be learned")
-    if chosen[:-1] != rejected[:-1]:
-        raise Unreadable(f"{names} answer different prompts")
-    if form.prompt in row and not any(turn["role"] == "user" for turn in (*prompt, *chosen)):
-        prompt += _messages(row, form.prompt, role="user")
-    before, _ = _joined(prompt, chosen, form.columns[0])
-    if not any(turn["role"] == "user" for turn in before):
-        raise Unreadable(f"no column {form.prompt}, and {form.columns[0]} holds no prompt")
-    turns = [{name: turn[name] for name in ("role", "content")} for turn in before[:-1]]
-    return turns, chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _side(row: Record, name: str, prompt: str) -> list[Message]:
-    """Convert a side of a pair; without a prompt, a text may be a whole transcript."""
-    text = _column(row, name)
-    if isinstance(text, str) and not row.filled(prompt) and re.match(r"\s*Human:", text):
-        return _turns(row, name, bare=True)
-    return _messages(row, name, role="assistant")
-
-
-def _prompt(row: Record, form: Form) -> list[Message]:
+def prompt_of(row: Record, form: Form) -> list[Message]:
     """The turns that stand in columns of their own: system prompt, history and prompt."""
     system = [name for name in SYSTEM if row.filled(name)][:1]
     turns = [{"role": "system", "content": _text(row, name)} for name in system]
@@ -255,17 +226,17 @@ def _prompt(row: Record, form: Form) -> list[Message]:
         return turns
     if row.filled(HISTORY):
         turns += _history(row)
-    prompt = _messages(row, name, role="user")
+    prompt = messages_of(row, name, role="user")
     if form.detail and row.filled(form.detail):
         prompt[-1]["content"] += "\n" + _text(row, form.detail)
-    return _joined(turns, prompt, name)[0]
+    return joined(turns, prompt, name)[0]
 
 
 def _history(row: Record) -> list[Message]:
     """Convert the column of earlier turns: messages, or pairs [question, answer]."""
     turns = row[HISTORY]
     if not isinstance(turns, Sequence) or not all(isinstance(turn, Sequence) for turn in turns):
-        return _messages(row, HISTORY)
+        return messages_of(row, HISTORY)
     if not all(len(turn) == 2 and not isinstance(turn, str) for turn in turns):
         raise Unreadable(f"column {HISTORY}: wanted messages or pairs [question, answer]")
     wanted = f"column {HISTORY}: wanted text"
@@ -276,7 +247,7 @@ def _history(row: Record) -> list[Message]:
     ]
 
 
-def _joined(prompt: list[Message], turns: list[Message], name: str) -> tuple[list[Message], int]:
+def joined(prompt: list[Message], turns: list[Message], name: str) -> tuple[list[Message], int]:
     """Put the prompt before the turns of a column, unless they contain it already; return them with
     the number of turns up to the prompt's end.
 
@@ -327,7 +298,7 @@ def judged(row: Record, form: Form) -> tuple[list[str], float]:
 
 def label(row: Record) -> float:
     """The label of a row, 0 or 1; raises Unreadable."""
-    return float(_flag(_column(row, "label"), "column label"))
+    return float(_flag(column_of(row, "label"), "column label"))
 
 
 def _flag(value: Any, where: str) -> bool:
@@ -336,14 +307,14 @@ def _flag(value: Any, where: str) -> bool:
     return str(value).strip().lower() in ("1", "1.0", "true")
 
 
-def _column(row: Record, name: str) -> Any:
+def column_of(row: Record, name: str) -> Any:
     if name not in row:
         raise Unreadable(f"no column {name}, which earlier rows have; found {', '.join(row)}")
     return row[name]
 
 
 def _text(row: Record, name: str) -> str:
-    return _checked(_column(row, name), f"column {name}: wanted text")
+    return _checked(column_of(row, name), f"column {name}: wanted text")
 
 
 def _checked(text: Any, wanted: str) -> str:
@@ -356,11 +327,14 @@ def _checked(text: Any, wanted: str) -> str:
     return text
 
 
-def _messages(row: Record, name: str, role: str | None = None) -> list[Message]:
+def messages_of(row: Record, name: str, role: str | None = None) -> list[Message]:
     """Convert a column to messages; a plain text becomes one message of `role`."""
-    value = _column(row, name)
+    return as_messages(row, column_of(row, name), name, role)
+
+
+def as_messages(row: Record, value: Any, name: str, role: str | None = None) -> list[Message]:
     if isinstance(value, str) and role:
-        return [{"role": role, "content": _text(row, name)}]
+        return [{"role": role, "content": _checked(value, f"column {name}: wanted text")}]
     wanted = "text or a list of messages" if role else "a list of messages"
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from easyaira.config.data import DataConfig, Source
-from easyaira.data import sources
+from easyaira.data import pairs, sources
 from easyaira.data.cache import cached_source
 from easyaira.data.columns import FORMS, Message, Record, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
@@ -66,21 +67,27 @@ def load(
     once = train  # each row once, whatever its weight
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
+    if held_out is not None and train.answers > 1 < held_out.answers:
+        most = max(train.answers, held_out.answers)
+        train, held_out = train.widened(most), held_out.widened(most)
     report = {name: _account_report(account) for name, account in accounts.items()}
     report["train"] |= _statistics(train) | {"duplicates": _duplicates(once)}
     if len(sources := sources_of(config, config.train)) > 1:
         counts = np.bincount(train.sources, minlength=len(sources)).tolist()
-        report["train"]["examples_by_source"] = {
+        report["train"]["examples by source"] = {
             f"{number + 1} {source.path}": count
             for number, (source, count) in enumerate(zip(sources, counts, strict=True))
         }
     if held_out is not None:
         report.setdefault("held out", {})
         report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
+    if recipe.task == "pair":
+        report["train"]["answers"] = pairs.statistics(train)
     prints = [part.fingerprint() for part in (train, held_out) if part is not None]
     report |= {
         "fingerprint": "-".join(prints),
         "template": template.name,
+        "own template": template.own(),
         "recipe": asdict(recipe),
     }
     return Data(train, held_out, report, accounts)
@@ -182,8 +189,10 @@ def _joined(parts: list[Examples]) -> Examples:
     """Concatenate sources in memory. The tokens of a single source stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
-    if len({part.answers for part in parts}) > 1:
+    counts = {part.answers for part in parts}
+    if len(counts) > 1 and 1 in counts:
         raise DataError("data: some sources have pairs and some single texts; use only one kind")
+    parts = [part.widened(max(counts)) for part in parts]
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     moved = [
         replace(part, bounds=part.bounds + start)
@@ -250,10 +259,12 @@ def _account_report(account: Account) -> dict[str, Any]:
 
 def _statistics(part: Examples) -> dict[str, Any]:
     """Statistics of examples; `length` is that of a prompt with one answer."""
-    lengths = part.lengths()
+    lengths = part.lengths()[part.exists]
     prompts = part.bounds[:, 1] - part.bounds[:, 0]
+    counts = Counter(part.exists.sum(1).tolist()) if part.answers > 2 else {}
     return {
         "examples": len(part),
+        **({"examples by answers": {str(n): counts[n] for n in sorted(counts)}} if counts else {}),
         "duplicates": _duplicates(part),
         "prompts": len(np.unique(part.prompt_ids)),
         "tokens": int(lengths.sum()),

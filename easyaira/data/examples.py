@@ -1,7 +1,8 @@
 """Examples on disk: flat files of concatenated tokens, and per-example arrays.
 
-An example is a prompt with one answer (SFT), a prompt with two answers (DPO: chosen, rejected), or
-texts to score. Tokens are memory-mapped, so only the per-example arrays take memory.
+An example is a prompt with K answers (SFT: one; pairs: chosen and rejected; more, best first), or
+texts to score. An example with fewer answers than another has empty ones at its end. Tokens are
+memory-mapped, so only the per-example arrays take memory.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Examples:
         tokens: [total] tokens of all prompts and answers.
         learned: [total] tokens with loss.
         bounds: [n, answers + 2] start of the prompt, start of each answer, and end of the example.
+        ranks: [n, answers] rank of each answer, best first; equal ones are tied; -1: no answer.
         rows: [n] row of the source, from 0.
         sources: [n] index of the source.
         prompt_ids: [n] hash of the prompt before truncation; equal prompts stay in one split.
@@ -41,6 +43,7 @@ class Examples:
     tokens: np.ndarray
     learned: np.ndarray
     bounds: np.ndarray
+    ranks: np.ndarray
     rows: np.ndarray
     sources: np.ndarray
     prompt_ids: np.ndarray
@@ -59,9 +62,20 @@ class Examples:
         return self.bounds.shape[1] - 2
 
     def lengths(self) -> np.ndarray:
-        """[n, answers] length of the prompt with each answer."""
+        """[n, answers] length of the prompt with each answer; 0 where there is no answer."""
         prompt = self.bounds[:, 1] - self.bounds[:, 0]
-        return prompt[:, None] + np.diff(self.bounds[:, 1:])
+        return (prompt[:, None] + np.diff(self.bounds[:, 1:])) * self.exists
+
+    @property
+    def exists(self) -> np.ndarray:
+        """[n, answers] whether there is such an answer."""
+        return self.ranks >= 0
+
+    def widened(self, answers: int) -> Examples:
+        """The same examples with room for this many answers."""
+        room = [(0, 0), (0, answers - self.answers)]
+        bounds = np.pad(self.bounds, room, mode="edge")
+        return replace(self, bounds=bounds, ranks=np.pad(self.ranks, room, constant_values=-1))
 
     def take(self, index: np.ndarray) -> Examples:
         return replace(self, **{name: getattr(self, name)[index] for name in PER_EXAMPLE})
@@ -71,13 +85,15 @@ class Examples:
         hasher = hashlib.sha256()
         numbers = [values for values in (self.margins, self.weights) if not np.isnan(values).all()]
         lengths = self.bounds[:, -1] - self.bounds[:, 0]
-        for values in (self.ids, lengths, self.unseen, *numbers):
+        ranks = [self.ranks] if self.answers > 2 else []
+        for values in (self.ids, lengths, self.unseen, *numbers, *ranks):
             hasher.update(np.ascontiguousarray(values).tobytes())
         return hasher.hexdigest()[:16]
 
 
 PER_EXAMPLE = {
     "bounds": np.int64,
+    "ranks": np.int16,
     "rows": np.int64,
     "sources": np.int16,
     "prompt_ids": np.uint64,
@@ -88,6 +104,7 @@ PER_EXAMPLE = {
     "margins": np.float32,
     "weights": np.float32,
 }
+OF_ANSWERS = {"bounds": 2, "ranks": 0}  # arrays per answer, and their further columns
 OF_ROWS = ("labels", "margins", "weights")  # numbers that a row may have
 PER_TOKEN = {"tokens": np.int32, "learned": np.bool_}
 
@@ -175,6 +192,7 @@ class Parts(NamedTuple):
     Attributes:
         prompt, prompt_learned: tokens before the answers, and which have loss.
         answers: (tokens, learned) of each answer.
+        ranks: of the answers; default: none of them are tied.
         cut: truncated tokens for a report: those of the prompt, then those of each answer.
     """
 
@@ -182,6 +200,7 @@ class Parts(NamedTuple):
     prompt_learned: np.ndarray
     answers: list[tuple[np.ndarray, np.ndarray]]
     cut: tuple[np.ndarray, ...] = ()
+    ranks: Sequence[int] | None = None
 
 
 def of_parts(parts: Sequence[Parts]) -> Examples:
@@ -194,6 +213,7 @@ def of_parts(parts: Sequence[Parts]) -> Examples:
         for name, kind in PER_EXAMPLE.items()
     }
     per_example["bounds"] = np.stack([ends[i : i + spans + 1] for i in range(0, len(flat), spans)])
+    per_example["ranks"] = np.tile(np.arange(spans - 1, dtype=np.int16), (len(parts), 1))
     tokens, learned = (np.concatenate(values) for values in zip(*flat, strict=True))
     return Examples(tokens.astype(PER_TOKEN["tokens"]), learned, **per_example)
 
@@ -204,7 +224,8 @@ class Files:
     def __init__(self, folder: Path):
         self.folder = folder
         self._held = {name: array(np.dtype(kind).char) for name, kind in PER_EXAMPLE.items()}
-        self._end, self._columns = 0, 3
+        self._end = 0
+        self._counts = array("l")  # answers of each example
 
     def __enter__(self) -> Files:
         self._tokens, self._learned = (
@@ -220,7 +241,9 @@ class Files:
             self._tokens.write(tokens.astype(PER_TOKEN["tokens"]).tobytes())
             self._learned.write(learned.astype(PER_TOKEN["learned"]).tobytes())
             ends.append(ends[-1] + len(tokens))
-        self._end, self._columns = ends[-1], len(ends)
+        self._end = ends[-1]
+        self._counts.append(len(parts.answers))
+        self._held["ranks"].extend(parts.ranks or range(len(parts.answers)))
         known["ids"] = digest(*(values for part in flat for values in part))
         known["learned_counts"] = sum(int(learned.sum()) for _, learned in flat)
         self._held["bounds"].extend(ends)
@@ -233,8 +256,18 @@ class Files:
         if kind is None:
             for name, dtype in PER_EXAMPLE.items():
                 values = np.array(self._held[name], dtype)
-                values = values.reshape(-1, self._columns) if name == "bounds" else values
+                if name in OF_ANSWERS:
+                    values = self._by_example(values, name)
                 np.save(self.folder / f"{name}.npy", values)
+
+    def _by_example(self, values: np.ndarray, name: str) -> np.ndarray:
+        """Values of all answers as rows, one per example, as long as the longest."""
+        further = OF_ANSWERS[name]
+        counts = np.array(self._counts, np.int64) + further
+        place = np.arange(counts.max(initial=1 + further))
+        starts = np.cumsum(counts) - counts
+        rows = values[starts[:, None] + np.minimum(place, counts[:, None] - 1)]
+        return rows if name == "bounds" else np.where(place < counts[:, None], rows, -1)
 
 
 def of_tokens(

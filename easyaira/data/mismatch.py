@@ -44,5 +44,6 @@ def mismatched(examples: Examples, group: int, *, max_length: int, seed: int) ->
         tokens=examples.tokens[index],
         learned=examples.learned[index],
         bounds=np.concatenate([edges[:-1].reshape(-1, 3), edges[3::3, None]], axis=1),
+        ranks=np.tile(np.arange(2, dtype=np.int16), (count, 1)),
         ids=chosen.ids * np.uint64(3) ^ chosen.ids[partner],
     )

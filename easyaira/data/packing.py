@@ -31,10 +31,12 @@ def bucket(size: int, multiple: int = 1, per_doubling: int = 4) -> int:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Pack `lengths` into rows of `room` by best-fit decreasing; return the indices in each row."""
+    """Pack `lengths` above 0 into rows of `room` by best-fit decreasing; return the indices in each
+    row."""
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (space left, row), sorted
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+    longer = filter(lengths.__getitem__, range(len(lengths)))
+    for i in sorted(longer, key=lengths.__getitem__, reverse=True):
         length = lengths[i]
         place = bisect_left(spaces, (length, -1))
         if place == len(spaces):
@@ -82,15 +84,16 @@ def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int)
     return [candidates[i] for i in dict.fromkeys(chosen)]
 
 
-WORTH_SHARING = 0.15  # share of prompt tokens; below it, longer rows cost more than sharing saves
+WORTH_SHARING = 0.15  # share of tokens saved; below it, longer rows cost more than sharing saves
 
 
 def shares_prompt(choice: str, examples: Examples) -> bool:
-    """Whether to store each pair with its prompt once."""
-    if examples.answers != 2 or choice == "never":
+    """Whether to store the answers to a prompt with their prompt once."""
+    if examples.answers < 2 or choice == "never":
         return False
-    prompts = int((examples.bounds[:, 1] - examples.bounds[:, 0]).sum())
-    return choice == "always" or prompts > WORTH_SHARING * int(examples.lengths().sum())
+    prompts = examples.bounds[:, 1] - examples.bounds[:, 0]
+    saved = int((prompts * (examples.exists.sum(1) - 1)).sum())
+    return choice == "always" or saved > WORTH_SHARING * int(examples.lengths().sum())
 
 
 def attention_cost(width: int, heads: int) -> float:

@@ -17,8 +17,8 @@ class Recipe:
     """How to tokenise a row. Recipe, template and tokenizer together determine every token.
 
     Attributes:
-        task: kind of row: a conversation to train on, a pair of answers, an answer with a label, a
-            text to score, or a prompt to answer.
+        task: kind of row: a conversation to train on, two or more answers to compare, an answer
+            with a label, a text to score, or a prompt to answer.
         max_length: longest prompt with answer, in tokens; of a prompt to answer, without one.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
         truncation: treatment of examples above max_length.
@@ -28,6 +28,7 @@ class Recipe:
         padded: put loss on every token and on padding to max_length, as Aira's original scripts do.
         on_bad_row: error or skip.
         margin: a pair's column margin is read.
+        compared: which of the answers to a prompt are kept, see config.dpo.DPOConfig.answers.
     """
 
     task: Literal["conversation", "pair", "rated", "label", "prompt"]
@@ -41,6 +42,7 @@ class Recipe:
     padded: bool = False
     on_bad_row: Literal["error", "skip"] = "error"
     margin: bool = True
+    compared: Literal["all", "best_rest", "best_worst"] = "all"
 
 
 def recipe_of(
@@ -50,6 +52,7 @@ def recipe_of(
     sft: SFTConfig | None = None,
     *,
     margin: bool = True,
+    compared: str = "all",
 ) -> Recipe:
     """The recipe of a configuration.
 
@@ -60,7 +63,7 @@ def recipe_of(
         for name in ("compat", "reverse"):
             if getattr(data, name):
                 raise ConfigError(f"data.{name}: is for SFT only; leave it out")
-    if task not in ("pair", "rated") and data.share_prompt == "always":
+    if task not in ("pair", "rated", "prompt") and data.share_prompt == "always":
         raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")
     return Recipe(
         task,
@@ -71,6 +74,7 @@ def recipe_of(
         padded=data.compat == "aira",
         on_bad_row=data.on_bad_row,
         margin=margin,
+        compared=compared,
         **{name: getattr(sft, name) for name in LOSS_MASK if sft},
     )
 

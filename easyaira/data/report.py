@@ -127,11 +127,12 @@ def histograms(examples: Examples, account: Account | None, max_length: int) -> 
         account: counts of the rows, with the lengths of those that were cut, if they are known.
         max_length: of an example.
     """
-    answers = np.diff(examples.bounds[:, 1:]) - examples.unseen[:, None]
-    lengths = Counter((examples.lengths() - examples.unseen[:, None]).ravel().tolist())
+    exists, unseen = examples.exists, examples.unseen[:, None]
+    answers = (np.diff(examples.bounds[:, 1:]) - unseen)[exists]
+    lengths = Counter((examples.lengths() - unseen)[exists].tolist())
     panels = {
         "prompt": Counter((examples.bounds[:, 1] - examples.bounds[:, 0]).tolist()),
-        "answer": Counter(answers.ravel().tolist()),
+        "answer": Counter(answers.tolist()),
         "prompt with answer": lengths,
         "learned": Counter(examples.learned_counts.tolist()),
     }

@@ -43,6 +43,9 @@ def show(account: Account, place: str, parts: Parts, template: Template, outcome
         shown += pieces[: 0 if side else known]
         if len(parts.answers) == 2:
             shown.append([("chosen", "rejected")[side], "side", None])
+        elif len(parts.answers) > 2:
+            rank = parts.ranks[side] if parts.ranks else side
+            shown.append([f"rank {rank + 1}", "side", None])
         shown += pieces[known:]
     if not outcome.startswith(KEPT):
         shown = [[text, state if state == "side" else "cut", i] for text, state, i in shown]

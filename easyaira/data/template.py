@@ -71,9 +71,11 @@ class Template:
     ):
         self.tokenizer = tokenizer
         self.name = name
+        own = tokenizer.chat_template
+        self._own = own.strip() if isinstance(own, str) else ""
         self.model_type = model_type
         self._allowed_names = tuple(allowed)
-        length = len(tokenizer)
+        known = set(tokenizer.get_vocab().values())
         if name == "aira":
             wanted = dict(AIRA_TOKENS)
             if model_type in KEEPS_UNKNOWN:
@@ -86,8 +88,8 @@ class Template:
             raise TokenizerError("tokenizer: has no cls_token or no sep_token, which encoders need")
         if padded and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.add_special_tokens({"pad_token": AIRA_TOKENS["pad_token"]})
-        self.added = len(tokenizer) - length  # tokens that are new to the model
         vocabulary = tokenizer.get_vocab()
+        self.added = sorted(set(vocabulary.values()) - known)  # ids that are new to the model
         if len(set(vocabulary.values())) < len(vocabulary):
             raise TokenizerError(
                 "tokenizer: two tokens have the same id; save it with ids in a row"
@@ -294,6 +296,22 @@ class Template:
         rest = (self.jinja, self.controls, self.first, self.end, self._allowed_names)
         digest.update(repr(rest).encode())
         return digest.hexdigest()
+
+    def own(self) -> str:
+        """What the tokenizer's own chat template, from before this one, writes for a question and
+        its answer: `same`, `other`, or `none` if it has none that can be rendered."""
+        if not self._own or self._own == self.jinja.strip():
+            return "same" if self._own else "none"
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        tokens = self.tokenizer.special_tokens_map
+        ours = self._own in (template.strip() for template in TEMPLATES.values())
+        try:
+            text = (
+                partial(render, self._own, tokens) if ours else Child(self._own, tokens).render
+            )(turns).text
+            return "same" if text.strip() == self._rendered(turns).text.strip() else "other"
+        except (Broken, Refused):
+            return "none"
 
     @property
     def end_ids(self) -> list[int]:

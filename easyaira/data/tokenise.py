@@ -12,12 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from easyaira.data import columns
+from easyaira.data.answers import compared
 from easyaira.data.examples import Account, Files, Parts, digest
 from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.shown import KEPT, show
 from easyaira.data.sources import BadRow, Located
 from easyaira.data.template import Template
-from easyaira.data.truncate import CUT, fit, lengths_of, pad_parts
+from easyaira.data.truncate import CUT, fit, lengths_of, pad_parts, untied
 from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
@@ -134,6 +135,7 @@ class Texts(NamedTuple):
         conversations: conversations that differ in their last answer.
         judged, label: texts to score.
         margin, weight: those of a pair; NaN: none.
+        ranks: of several answers; None: no two are tied.
         context: token ranges of answers that are not learned.
         last_only: only the last answer is learned.
         unread: filled columns and keys that were not used.
@@ -145,6 +147,7 @@ class Texts(NamedTuple):
     label: float = float("nan")
     margin: float = float("nan")
     weight: float = float("nan")
+    ranks: Sequence[int] | None = None
     context: Sequence[tuple[int, int]] = ()
     last_only: bool = False
     unread: tuple[str, ...] = ()
@@ -173,11 +176,12 @@ def _texts(
         return Texts([], judged, label)
     unlearned: set[int] = set()
     numbers: dict[str, float] = {}
+    ranks: list[int] | None = None
     if recipe.task == "pair":
-        numbers = {name: _number(row, name) for name in ("margin", "weight")[not recipe.margin :]}
-        before, *sides = columns.pair(row, form)
-        if sides[0].strip() == sides[1].strip():
-            raise Dropped("identical answers")
+        before, sides, ranks = compared(row, form)
+        has_margin = recipe.margin and len(form.columns) == 2  # type: ignore[union-attr]
+        numbers = {name: _number(row, name) for name in ("margin", "weight")[not has_margin :]}
+        sides, ranks = _comparable(sides, ranks, recipe.compared, row.notes)
         texts = [[*before, {"role": "assistant", "content": side}] for side in sides]
     else:
         if recipe.task == "rated":
@@ -208,7 +212,29 @@ def _texts(
     last_only = recipe.task == "pair" or recipe.last_turn_only
     last_only |= unlearned == set(answered[:-1]) != set() and answered[-1] - 1 not in unlearned
     context = [] if last_only or not unlearned else _context(texts[0], unlearned, template)
-    return Texts(texts, [], context=context, last_only=last_only, **numbers)
+    return Texts(texts, [], ranks=ranks, context=context, last_only=last_only, **numbers)
+
+
+def _comparable(
+    answers: Sequence[str], ranks: Sequence[int], compared: str, notes: list[str]
+) -> tuple[list[str], list[int]]:
+    """The answers that are compared, with their ranks; notes those that are empty or repeat a
+    better one.
+
+    Raises:
+        Dropped: there are no two of them, or all are tied.
+    """
+    written = [i for i, answer in enumerate(answers) if answer.strip()]
+    kept = sorted({answers[i].strip(): i for i in reversed(written)}.values())
+    if len(kept) < 2:
+        same = len({answer.strip() for answer in answers}) == 1
+        raise Dropped("identical answers" if same else "empty answer")
+    if len(written) < len(answers):
+        notes.append("an empty answer of several left out")
+    if len(kept) < len(written):
+        notes.append("an answer that repeats a better one left out")
+    kept = [kept[n] for n in untied([ranks[i] for i in kept], compared)]
+    return [answers[i] for i in kept], [ranks[i] for i in kept]
 
 
 def _number(row: columns.Record, name: str) -> float:
@@ -313,7 +339,7 @@ def _parts(
     encoded = iter(template.encode(conversations))
     for *_, texts in readable:
         sides = [_split(next(encoded), texts, recipe) for _ in texts.conversations]
-        yield Parts(*sides[0][:2], [answer for *_, answer in sides])
+        yield Parts(*sides[0][:2], [answer for *_, answer in sides], ranks=texts.ranks)
 
 
 Answer = tuple[np.ndarray, np.ndarray]  # tokens, learned

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from easyaira.data.examples import Parts
@@ -27,12 +29,12 @@ def lengths_of(parts: Parts) -> tuple[int, int]:
 
 def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[str]]:
     """Truncate prompt and answers to the lengths of the recipe; return them with notes of each cut.
-    Both answers of a pair are cut by the same rule.
+    All answers are cut by the same rule.
 
     Raises:
         Dropped: the example does not fit, no token with loss is left, or the answers are identical.
     """
-    prompt, prompt_learned, answers, _ = parts
+    prompt, prompt_learned, answers, _, ranks = parts
     start = int(len(prompt) > 0 and int(prompt[0]) in template.controls.values())
     notes = []
 
@@ -79,6 +81,27 @@ def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[s
     if recipe.task != "label":
         if not all(mask.any() for _, mask in answers):
             raise Dropped("nothing left to learn within max_length")
-    if len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
-        raise Dropped("identical answers")
-    return Parts(prompt, prompt_learned, list(answers), (lost, *tails)), notes
+    first = {tokens.tobytes(): i for i, (tokens, _) in reversed(list(enumerate(answers)))}
+    if len(first) < len(answers):
+        if len(first) < 2:
+            raise Dropped("identical answers")
+        kept = sorted(first.values())
+        ranks = [ranks[i] for i in kept] if ranks else None
+        untied(ranks or range(len(kept)))
+        answers, tails = [answers[i] for i in kept], [tails[i] for i in kept]
+        notes.append("an answer that repeats a better one left out")
+    return Parts(prompt, prompt_learned, list(answers), (lost, *tails), ranks), notes
+
+
+def untied(ranks: Sequence[int], compared: str = "all") -> list[int]:
+    """Indices of the answers, best first, that are compared: see `Recipe.compared`.
+
+    Raises:
+        Dropped: all of them are tied.
+    """
+    worse = [i for i, rank in enumerate(ranks) if rank > ranks[0]]
+    if not worse:
+        raise Dropped("all answers tied")
+    if compared == "all":
+        return list(range(len(ranks)))
+    return [0, *(worse if compared == "best_rest" else worse[-1:])]

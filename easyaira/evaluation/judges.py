@@ -107,7 +107,7 @@ def judge(
     part, account, groups, ties = _read(source, data, resolved, by, limit)
     model = resolved.model
     shared = not model.architecture.encoder and shares_prompt("auto", part)
-    model = replace(model, compute=replace(model.compute, shared_prompt=shared))
+    model = replace(model, compute=replace(model.compute, shared_prompt=part.answers * shared))
     shards = meshes.data_shards(devices)
     batches = Batches(
         part,
@@ -166,7 +166,7 @@ def _read(
     if not located:
         raise DataError(f"{source.path}: every comparison is a tie; there is nothing to judge")
     task = _task(located[0])
-    recipe = recipe_of(task, data, resolved.max_length)
+    recipe = recipe_of(task, data, resolved.max_length, compared="best_worst")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         tokenise.build(iter(located), path, recipe=recipe, template=resolved.template, label="rows")

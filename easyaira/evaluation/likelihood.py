@@ -2,7 +2,7 @@
 
 A sequence is a context without its last token, then for each continuation that token and the
 continuation without its own last token, which predicts nothing. The context has side 0 and every
-continuation a side of its own, as the two answers of a pair that share a prompt (data/batches.py),
+continuation a side of its own, as the answers that share a prompt (data/batches.py),
 so each continuation attends to the context and to itself. Sequences are packed into rows of a few
 shapes.
 """
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from easyaira.data.batches import UNATTENDED
 from easyaira.data.packing import Shape, attention_cost, bucket, choose_shapes, pack
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import WeightsError
@@ -183,7 +182,7 @@ def layout(
                 tokens[r, at] = context[-1]
                 tokens[r, at + 1 : end] = continuation[:-1]
                 positions[r, at:end] = before + np.arange(end - at)
-                sides[r, at:end] = k + 1 + (k + 1 >= UNATTENDED)
+                sides[r, at:end] = k + 1
                 targets[r, at + 1 : end + 1] = continuation
                 loss_mask[r, at + 1 : end + 1] = True
                 places.append((member, r, at + 1, end + 1))

@@ -31,6 +31,7 @@ from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter
 from easyaira.models.model import Model
 from easyaira.storage import pretrained
+from easyaira.storage.base import load_resized
 from easyaira.storage.pretrained import Pretrained, save_tokenizer
 
 
@@ -151,7 +152,7 @@ def export_adapter(
             )
 
         def load() -> Any:  # a missing head is initialised, then replaced
-            params = base.load(adapter.model, mesh, head_key=jax.random.key(0))
+            params = load_resized(base, adapter.model, mesh)
             return adapter.merge(params, peft.read_peft(adapter, new))
 
         first = ""

@@ -75,6 +75,9 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
             warnings.simplefilter("ignore", outdated)
         from peft import PeftModel  # its warnings about keys are errors here
 
+        if longest := max(_trained(adapter), default=-1) + 1:  # as AutoPeftModel does
+            rows = model.get_input_embeddings().weight.shape[0]
+            model.resize_token_embeddings(max(rows, longest), mean_resizing=False)
         model = PeftModel.from_pretrained(model, folder)
     model.eval()
 
@@ -89,6 +92,12 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
     padded = [ids + [model.config.pad_token_id] * (longest - len(ids)) for ids in prompts]
     real = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts]
     return list(run(input_ids=padded, attention_mask=real))
+
+
+def _trained(adapter: dict[str, Any]) -> list[int]:
+    """Ids of the tokens whose vectors an adapter holds."""
+    ids = adapter.get("trainable_token_indices") or []
+    return ids if isinstance(ids, list) else [i for own in ids.values() for i in own]
 
 
 if __name__ == "__main__":

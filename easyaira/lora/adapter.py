@@ -7,6 +7,9 @@ The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out]. L
 optimizer state and checkpoints. The base is an argument of the step, in storage precision
 (`Adapter.hold`).
 
+Of a few tokens, the vectors in the token table and in an untied head may be trained, too:
+`token_rows` [n, D] beside the frozen table, as peft's trainable_token_indices.
+
 The score head is trained in full, as in peft. Its parameters belong to the adapter, under their own
 paths, and not to the base.
 
@@ -17,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -32,13 +34,20 @@ from jax.sharding import PartitionSpec as P
 from easyaira.config.model import LoraConfig
 from easyaira.distributed.sharding import like, partition_specs, sharding_of
 from easyaira.distributed.tree import by_path, path_of
-from easyaira.errors import ConfigError
 from easyaira.hf.table import Row
 from easyaira.lora.base import Frozen
+from easyaira.lora.targets import (
+    ALL_LINEAR,
+    beside,
+    linear_layers,
+    module_of,
+    rows_of,
+    tables_of,
+    targets_of,
+)
 from easyaira.models.model import Model
 from easyaira.models.quantize import quantize
-
-ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
+from easyaira.models.token_rows import with_rows
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,19 @@ class Adapter:
     Attributes:
         targets: rows of the weight table whose kernels are adapted.
         head: rows of the score head, which is trained in full; empty for a language model.
+        tables: rows of the tables with a vector for each token; empty if no token is trained.
     """
 
     config: LoraConfig
     model: Model
     targets: tuple[Row, ...]
     head: tuple[Row, ...]
+    tables: tuple[Row, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the trained tokens."""
+        return self.config.trainable_token_indices or []
 
     @property
     def scale(self) -> float:
@@ -70,6 +86,9 @@ class Adapter:
             for name, shape in (("a", (inputs, self.config.r)), ("b", (self.config.r, *outputs))):
                 path = row.ours.replace("/kernel", f"/lora_{name}")
                 tree[path] = jax.ShapeDtypeStruct((layers, *shape), jnp.float32)
+        for row in self.tables:
+            width = kernels[row.ours].shape[1 - row.op.vocab_axis]
+            tree[rows_of(row)] = jax.ShapeDtypeStruct((len(self.tokens), width), jnp.float32)
         return nested(tree)
 
     def parameter_count(self) -> int:
@@ -81,11 +100,14 @@ class Adapter:
         `lora_a` is sharded like the kernel's inputs and `lora_b` like its outputs; the rank is
         never sharded. The head keeps its own specs."""
         kernels = by_path(partition_specs(self.model.shapes, self.model.rules))
+        tables = {rows_of(row): kernels[row.ours][1 - row.op.vocab_axis] for row in self.tables}
 
         def spec(path, leaf):
             folder, _, name = path_of(path).rpartition("/")
             if self.replaces(path_of(path)):
                 return kernels[path_of(path)]
+            if path_of(path) in tables:
+                return P(None, tables[path_of(path)])
             layer, inputs, *outputs = kernels[f"{folder}/kernel"]
             return P(layer, inputs, None) if name == "lora_a" else P(layer, None, *outputs)
 
@@ -97,13 +119,14 @@ class Adapter:
         return like(self.shapes, shardings)
 
     def init(self, key: jax.Array, head: Any = None) -> Any:
-        """Initial parameters: A uniform in +-1/sqrt(in), B zero, and the given head (see `parted`).
+        """Initial parameters: A uniform in +-1/sqrt(in), B zero, and the given score head (see
+        `parted`) and vectors of trained tokens (see `rows`).
 
         The bound equals that of peft's Kaiming initialisation with a = sqrt(5)."""
         paths, given = sorted(by_path(self.shapes)), by_path(head)
 
         def leaf(path, shape):
-            if self.replaces(path_of(path)):
+            if path_of(path) in given:
                 return given[path_of(path)]
             if path[-1].key == "lora_b":
                 return jnp.zeros(shape.shape)
@@ -114,20 +137,21 @@ class Adapter:
         return jax.tree_util.tree_map_with_path(leaf, self.shapes)
 
     def applied(self, params: Any) -> Any:
-        """The adapter as model parameters: `lora_b` times the scale, and the dropout rates."""
+        """The adapter as model parameters: `lora_b` times the scale, the dropout rates, and the ids
+        of the trained tokens."""
 
         def leaf(path, value):
             return value * self.scale if path[-1].key == "lora_b" else value
 
         tree = jax.tree_util.tree_map_with_path(leaf, params)
-        if not self.config.dropout:
-            return tree
-        rates = {
+        constants = {
             path.replace("lora_a", "lora_dropout"): jnp.full(leaf.shape[:1], self.config.dropout)
             for path, leaf in by_path(tree).items()
-            if path.endswith("lora_a")
+            if path.endswith("lora_a") and self.config.dropout
         }
-        return joined(tree, nested(rates))
+        for row in self.tables:
+            constants[beside(row, "token_ids")] = jnp.asarray(self.tokens, jnp.int32)
+        return joined(tree, nested(constants))
 
     def on(self, base: Any, params: Any) -> Any:
         """Parameters of the tuned model: the base, by reference, plus the adapter."""
@@ -149,7 +173,7 @@ class Adapter:
     def frozen(self, base: Any, of_algorithm: Any) -> Frozen:
         """Frozen weights for `over_base`. A model made of the base and an adapter (a DPO reference)
         is reduced to that adapter."""
-        flat = {path: leaf for path, leaf in by_path(of_algorithm).items() if "/lora_" in path}
+        flat = {path: leaf for path, leaf in by_path(of_algorithm).items() if _is_own(path)}
         return Frozen(base, nested(flat) if flat else of_algorithm)
 
     # the base in storage precision
@@ -157,6 +181,16 @@ class Adapter:
     def replaces(self, path: str) -> bool:
         """Whether the parameter at this path belongs to the head."""
         return any(row.ours == path for row in self.head)
+
+    def rows(self, base: Any) -> Any:
+        """The vectors of the trained tokens in a base; float32."""
+        tables, ids = by_path(base), jnp.asarray(self.tokens, jnp.int32)
+
+        def taken(row: Row) -> jax.Array:
+            vectors = jnp.take(tables[row.ours], ids, axis=row.op.vocab_axis)
+            return (vectors.T if row.op.vocab_axis else vectors).astype(jnp.float32)
+
+        return nested({rows_of(row): taken(row) for row in self.tables})
 
     def parted(self, tree: Any) -> tuple[Any, Any]:
         """Split a tree of all the model's weights into the base and the head."""
@@ -180,7 +214,7 @@ class Adapter:
 
     @cached_property
     def _quantized(self) -> set[str]:
-        return {row.ours for row in _linear_layers(self.model)}
+        return {row.ours for row in linear_layers(self.model)}
 
     def held_target(self, mesh: Mesh, dtype: Any) -> Any:
         """Shapes and shardings of the stored base. Scales are sharded like the outputs."""
@@ -217,17 +251,22 @@ class Adapter:
         return hold
 
     def merge(self, base: Any, params: Any) -> Any:
-        """Merge the adapter into plain weights: kernel + scale A B in float32, plus the head.
+        """Merge the adapter into plain weights: kernel + scale A B in float32, plus the head and
+        the vectors of the trained tokens.
 
         Args:
             base: the original float32 weights, never quantised; for a scorer, with any head.
             params: the adapter's parameters.
         """
         flat = by_path(params)
+        tables = {row.ours: row for row in self.tables}
 
         def leaf(path, kernel):
             if self.replaces(path_of(path)):
                 return flat[path_of(path)]
+            if row := tables.get(path_of(path)):
+                ids = jnp.asarray(self.tokens)
+                return _with_rows(kernel, flat[rows_of(row)], ids, row.op.vocab_axis)
             a, b = (flat.get(path_of(path).replace("/kernel", f"/lora_{m}")) for m in "ab")
             return kernel if a is None else _add_product(kernel, a, b * self.scale)
 
@@ -252,43 +291,10 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     """The adapter described by `config`.
 
     Raises:
-        ConfigError: a target module is not in the model, or only in some of its layers.
+        ConfigError: see `targets.targets` and `targets.tables`.
     """
-    names = config.target_modules
-    rows = _linear_layers(model)
-    if names == ALL_LINEAR:
-        return Adapter(config, model, tuple(rows), tuple(model.score_rows))
-    kernels = by_path(model.shapes)
-
-    def fits(module: str, name: str) -> bool:
-        if isinstance(names, str):
-            return re.fullmatch(name, module) is not None
-        return module == name or module.endswith(f".{name}")
-
-    wanted = [names] if isinstance(names, str) else names
-    matches: dict[str, list[Row]] = {name: [] for name in wanted}
-    for row in rows:
-        modules = [module_of(row).format(i) for i in range(kernels[row.ours].shape[0])]
-        for name in wanted:
-            try:
-                fitting = sum(fits(module, name) for module in modules)
-            except re.error as error:
-                raise ConfigError(f"lora.target_modules: {name!r}: {error}") from error
-            if 0 < fitting < len(modules):
-                raise ConfigError(
-                    f"lora.target_modules: {name!r} matches {fitting} of {len(modules)} layers of "
-                    f"{module_of(row)}; adapters on only some layers are not supported"
-                )
-            if fitting:
-                matches[name].append(row)
-    if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
-        available = sorted({module_of(row).rpartition(".")[2] for row in rows})
-        raise ConfigError(
-            f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
-            f"choose from {', '.join(available)}"
-        )
-    targets = tuple(row for row in rows if any(row in match for match in matches.values()))
-    return Adapter(config, model, targets, tuple(model.score_rows))
+    targets, tables = targets_of(config.target_modules, model), tables_of(config, model)
+    return Adapter(config, model, targets, tuple(model.score_rows), tables)
 
 
 def of_record(record: Mapping[str, Any], model: Model) -> Adapter:
@@ -302,19 +308,12 @@ def to_record(adapter: Adapter, base: Mapping[str, Any], fingerprint: str) -> di
     return {"config": config, "base": {**base, "fingerprint": fingerprint}}
 
 
+_with_rows = jax.jit(with_rows, static_argnums=3)
+
+
 @jax.jit
 def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return kernel + jnp.einsum("lir,lr...->li...", a, b, precision="highest")
-
-
-def _linear_layers(model: Model) -> list[Row]:
-    """Rows of the linear layers in the blocks; these are stacked."""
-    return [row for row in model.rows if row.stacked and row.ours.endswith("/kernel")]
-
-
-def module_of(row: Row) -> str:
-    """Hugging Face's name of a linear layer, with {} for the block number."""
-    return row.theirs.removesuffix(".weight")
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,7 +329,12 @@ def joined(one: Any, other: Any) -> Any:
 
 
 def _is_adapter(tree: Any) -> bool:
-    return any("/lora_" in path for path in by_path(tree))
+    return any(map(_is_own, by_path(tree)))
+
+
+def _is_own(path: str) -> bool:
+    """Whether a parameter of the tuned model is the adapter's alone."""
+    return path.rpartition("/")[2].startswith(("lora_", "token_"))
 
 
 def _is_spec(value: Any) -> bool:

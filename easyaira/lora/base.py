@@ -13,12 +13,12 @@ class Base(NamedTuple):
 
     Attributes:
         params: frozen weights in storage precision.
-        head: initial score head; empty for a language model.
+        start: initial score head, and initial vectors of the trained tokens; empty without both.
         fingerprint: hash of the float32 weights that `params` was made from.
     """
 
     params: Any
-    head: Any
+    start: Any
     fingerprint: str
 
 

@@ -15,7 +15,8 @@ from easyaira.errors import ConfigError, WeightsError
 from easyaira.files import read_json
 from easyaira.hf import safetensors
 from easyaira.hf.table import TRANSPOSE, Row
-from easyaira.lora.adapter import Adapter, module_of, nested
+from easyaira.lora.adapter import Adapter, nested
+from easyaira.lora.targets import module_of, rows_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +29,7 @@ PEFT_HARMLESS = set(
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode layers_pattern loftq_config lora_alpha lora_dropout lora_ga_config
     megatron_config megatron_core modules_to_save peft_version qalora_group_size r revision
-    runtime_config target_modules task_type use_rslora
+    runtime_config target_modules task_type trainable_token_indices use_rslora
     """.split()
 )
 # keys that change the numbers: their supported values. Any other key must be empty.
@@ -45,9 +46,14 @@ def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
     return [(f"{module}.lora_A.weight", f"{module}.lora_B.weight") for module in modules]
 
 
+def _peft_rows(row: Row) -> str:
+    """Name of the trained vectors [n, D] of a table, which peft calls a delta."""
+    return f"{PEFT_PREFIX}{module_of(row)}.token_adapter.trainable_tokens_delta"
+
+
 def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
-    """Tensors with peft's names and layout: A [r, in] and B [out, r] for each layer, and those of
-    the head."""
+    """Tensors with peft's names and layout: A [r, in] and B [out, r] for each layer, those of the
+    head, and vectors [n, D] of trained tokens."""
     flat, tensors = by_path(params), {}
     for row in adapter.targets:
         a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
@@ -57,6 +63,8 @@ def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
     for row in adapter.head:
         tensor = row.op.to_theirs(np.asarray(flat[row.ours]))
         tensors[PEFT_PREFIX + row.theirs] = np.ascontiguousarray(tensor)
+    for row in adapter.tables:
+        tensors[_peft_rows(row)] = np.asarray(flat[rows_of(row)])
     return tensors
 
 
@@ -98,6 +106,8 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
     for row in adapter.head:
         layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
         flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
+    for row in adapter.tables:
+        flat[rows_of(row)] = take(_peft_rows(row), shapes[rows_of(row)].shape)
     if whole := sorted(n for n in left if re.search(r"(embed|wte|lm_head)[^.]*\.weight$", n)):
         raise WeightsError(
             f"{where}: holds {whole[0]}; whole embeddings and language model heads are not "
@@ -130,9 +140,19 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
         "fan_in_fan_out": any(row.op is not TRANSPOSE for row in adapter.targets),
         "bias": "none",
         "modules_to_save": adapter.head_modules or None,
+        "trainable_token_indices": _token_indices(adapter),
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _token_indices(adapter: Adapter) -> list[int] | dict[str, list[int]] | None:
+    """`trainable_token_indices` of adapter_config.json: a list for the embedding, which a tied head
+    follows; with an untied head, a list for each table."""
+    names = [module_of(row).rpartition(".")[2] for row in adapter.tables]
+    if len(names) > 1:
+        return dict.fromkeys(names, adapter.tokens)
+    return adapter.tokens or None
 
 
 def check_features(config: Mapping[str, Any], file: Path) -> None:
@@ -180,6 +200,12 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
             raise ConfigError(
                 f"lora.{ours}: is {wanted}, but {file} has {stored}; set it to {stored}"
             )
+    wanted, stored = _token_indices(adapter), config.get("trainable_token_indices") or None
+    if wanted != stored:
+        raise ConfigError(
+            f"{file}: trainable_token_indices: is {stored!r:.80}, but the run trains {wanted!r:.80}"
+            "; use its data.template, or set lora.trainable_token_indices"
+        )
     weights = folder / ADAPTER_WEIGHTS
     if not weights.exists() and (pickle := folder / "adapter_model.bin").exists():
         raise WeightsError(

@@ -1,4 +1,8 @@
-"""Values of tokens by completion. Shapes: R rows, T tokens, B completions of at most C tokens."""
+"""Values of tokens by completion.
+
+Shapes: R rows, T tokens, E examples of K completions each, B = E x K completions of at most C
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +24,23 @@ def completion_mask(lengths: Float[Array, " B"], longest: int) -> Bool[Array, "B
 
 
 def completion_places(
-    rows: Mapping[str, jax.Array], prompt_lengths: Float[Array, " B"], longest: int
+    rows: Mapping[str, jax.Array], prompt_lengths: Float[Array, "E K"], longest: int
 ) -> Int[Array, "B C"]:
     """Place of each token of each completion among the R x T tokens of the rows, for `take`.
 
-    Completion b has segment id b + 1. A place that has no token is R x T or more, and unique.
+    Example e has segment id e + 1; of several completions, completion k has side k + 1. A place
+    that has no token is R x T or more, and unique.
     """
-    count = len(prompt_lengths)
+    count, K = prompt_lengths.size, prompt_lengths.shape[1]
     whole = {
         name: constrain(rows[name], None, None).ravel()
-        for name in ("segment_ids", "positions", "loss_mask")
+        for name in ("segment_ids", "sides", "positions", "loss_mask")
     }
-    example = whole["segment_ids"] - 1
-    place = whole["positions"] - prompt_lengths.astype(jnp.int32)[jnp.maximum(example, 0)]
-    size = len(example)
-    target = jnp.where(whole["loss_mask"], example * longest + place, count * longest)
+    completion = (whole["segment_ids"] - 1) * K + (whole["sides"] - 1 if K > 1 else 0)
+    before = prompt_lengths.ravel().astype(jnp.int32)
+    place = whole["positions"] - before[jnp.maximum(completion, 0)]
+    size = len(completion)
+    target = jnp.where(whole["loss_mask"], completion * longest + place, count * longest)
     beyond = size + jnp.arange(count * longest, dtype=jnp.int32)
     # every token has a target of its own, so the order of the writes does not matter
     places = beyond.at[target].set(jnp.arange(size, dtype=jnp.int32), mode="drop")

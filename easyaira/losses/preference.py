@@ -1,11 +1,13 @@
 """Preference losses over pairs of answers, in float32.
 
-Shapes: R rows, T tokens, B pairs. Losses are not reduced: the caller knows the denominator. To add
-a loss, write a function and add a line to PREFERENCE_LOSSES."""
+Shapes: R rows, T tokens, B examples or pairs, K answers to a prompt, P pairs of them. Losses are
+not reduced: the caller knows the denominator. To add a loss, write a function and add a line to
+PREFERENCE_LOSSES."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,43 +22,87 @@ PerPair = Float[Array, "B"]
 IsDesirable = Bool[Array, "B"]
 
 
-def pair_sums(
+def answer_sums(
     values: PerToken,
     loss_mask: Bool[Array, "R T"],
     segment_ids: Int[Array, "R T"],
     sides: Int[Array, "R T"],
     *,
-    pairs: int,
+    examples: int,
+    answers: int = 2,
     tail: float = 1.0,
-) -> Float[Array, "B 2"]:
-    """Sum values over the learned tokens of each answer: column 0 chosen, column 1 rejected.
+) -> Float[Array, "B K"]:
+    """Sum values over the learned tokens of each answer; of a pair, column 0 is chosen, column 1
+    rejected.
 
     With another `tail`, tokens of the longer answer beyond the length of the shorter one have this
     weight: Liu et al. (2024), Length Desensitization in Direct Preference Optimization.
 
-    Pair b has segment id b + 1; its chosen tokens have side 1, its rejected tokens side 2. Each
-    device holds all tokens of its pairs. Each sum masks all tokens of the device. A scatter-add
+    Example b has segment id b + 1, and its answer k has side k + 1. Each device holds all tokens of
+    its examples. Each sum masks all tokens of the device. A scatter-add
     would be cheaper, but its order on GPUs varies, so results would not be bitwise deterministic.
     """
     rows, length = values.shape
     shards = parts_of(rows, BATCH_AXES)
-    shards = shards if pairs % shards == 0 else 1
-    local = pairs // shards
+    shards = shards if examples % shards == 0 else 1
+    local = examples // shards
 
     def by_shard(x: jax.Array) -> jax.Array:  # [S, tokens per shard]
         x = x.reshape(shards, rows // shards * length)
         return constrain(x, BATCH_AXES, None)
 
-    answer = jnp.where(loss_mask, (segment_ids - 1) * 2 + sides - 1, -1)
-    first = jnp.arange(shards)[:, None] * 2 * local
-    wanted = first + jnp.arange(2 * local)  # [S, answers per shard]
+    answer = jnp.where(loss_mask, (segment_ids - 1) * answers + sides - 1, -1)
+    first = jnp.arange(shards)[:, None] * answers * local
+    wanted = first + jnp.arange(answers * local)  # [S, answers per shard]
     selected = by_shard(answer)[:, None] == wanted[..., None]
     terms = jnp.where(selected, by_shard(values)[:, None], 0)
     if tail != 1:
-        lengths = selected.sum(-1).reshape(shards, local, 2)
-        shared = jnp.repeat(lengths.min(-1), 2, axis=1)  # [S, answers per shard]
+        lengths = selected.sum(-1).reshape(shards, local, answers)
+        shared = jnp.repeat(lengths.min(-1), answers, axis=1)  # [S, answers per shard]
         terms *= jnp.where(selected.cumsum(-1) > shared[..., None], tail, 1)
-    return terms.sum(-1).reshape(pairs, 2)
+    return terms.sum(-1).reshape(examples, answers)
+
+
+def pairs_of(answers: int, best_rest: bool = False) -> list[tuple[int, int]]:
+    """Answers to compare, of those stored best first: the better one of each pair, the other one.
+
+    Args:
+        best_rest: the first answer with each other one, instead of all pairs.
+    """
+    pairs = itertools.combinations(range(answers), 2)
+    return [(i, j) for i, j in pairs if i == 0 or not best_rest]
+
+
+def shares(ranks: Int[Array, "B K"], pairs: Sequence[tuple[int, int]]) -> Float[Array, "B P"]:
+    """Weight of each pair: 1 / (the prompt's pairs that are not tied), or 0."""
+    better = jnp.stack([ranks[:, i] < ranks[:, j] for i, j in pairs], axis=1)
+    return better / jnp.maximum(better.sum(1, keepdims=True), 1)
+
+
+def sides(values: Float[Array, "B K"], pairs: Sequence[tuple[int, int]]) -> Float[Array, "N 2"]:
+    """Values of answers by pair, [B * P, 2]. By slices: the gradient of an indexed read is a
+    scatter-add, whose order varies on GPUs."""
+    if values.shape[1] == 2:
+        return values
+    chosen, rejected = (jnp.stack([values[:, of[n]] for of in pairs], axis=1) for n in (0, 1))
+    return jnp.stack([chosen.ravel(), rejected.ravel()], axis=1)
+
+
+def plackett_luce(rewards: Float[Array, "B K"], ranks: Int[Array, "B K"]) -> PerPair:
+    """-sum_k log(exp r_k / (exp r_k + sum of exp r_j over the answers j below k)), with r = beta h:
+    Rafailov et al. (2023), Direct Preference Optimization, appendix A.3, eq. 20.
+
+    For two answers it is `sigmoid`. Tied answers do not compete with each other; of K answers
+    without ties, it is log K! where all rewards are equal.
+
+    Args:
+        ranks: lower is better; -1: there is no such answer.
+    """
+    below = ranks[:, :, None] < ranks[:, None, :]
+    below &= ranks[:, :, None] >= 0
+    competing = below | jnp.eye(ranks.shape[1], dtype=bool)
+    sums = jax.nn.logsumexp(jnp.where(competing, rewards[:, None, :], -jnp.inf), axis=-1)
+    return (sums - rewards).sum(1)
 
 
 def wpo_weights(aligned: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PerPair:

@@ -22,6 +22,7 @@ from easyaira.distributed.sharding import by_device, constrain
 from easyaira.models.cache import MASKED, Cache, attend
 from easyaira.models.flash import ends, flash
 from easyaira.models.layers import Compute, Dropout, Scores, by_features
+from easyaira.models.layout import UNATTENDED
 from easyaira.models.product import einsum
 from easyaira.models.splash import splash
 
@@ -57,15 +58,15 @@ def visible(
     """The attention mask [R, T, S], query by key; every implementation must agree with it.
 
     A token attends to keys of its own segment that have side 0 (the shared prompt) or its own side,
-    and if `causal` only to keys up to itself. No token attends to padding (segment 0) or side 3,
-    nor to keys as far behind it as `near.window` or farther.
+    and if `causal` only to keys up to itself. No token attends to padding (segment 0), to
+    unattended keys, nor to keys as far behind it as `near.window` or farther.
     """
     query_segment, key_segment = segment_ids_RT[:, queries, None], segment_ids_RT[:, None, keys]
     query_side, key_side = sides_RT[:, queries, None], sides_RT[:, None, keys]
     mask = (
         (query_segment == key_segment)
         & (key_segment > 0)
-        & ((key_side == 0) | ((key_side == query_side) & (key_side != 3)))
+        & ((key_side == 0) | ((key_side == query_side) & (key_side != UNATTENDED)))
     )
     if causal:
         place = jnp.arange(segment_ids_RT.shape[1])
@@ -108,12 +109,12 @@ def attention(
     how = compute.attention if plain and not drop else "xla"
     sixteen_bits = q_RTHN.dtype.itemsize == 2
     if how == "splash" and causal:
-        out = splash(*rows, shared=compute.shared_prompt)
+        out = splash(*rows, answers=compute.shared_prompt)
     elif how == "pallas" and causal:
         out = _flash(*rows)
     elif how == "cudnn" and sixteen_bits and T % 2 == 0 and N % 8 == 0 and N <= 128:
         # masked queries attend to themselves: cuDNN's gradients may not be finite without any key
-        unreal = (segment_ids_RT == 0) | (sides_RT == 3)
+        unreal = (segment_ids_RT == 0) | (sides_RT == UNATTENDED)
         mask = visible(segment_ids_RT, sides_RT, causal=causal)
         mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
         out = jax.nn.dot_product_attention(*rows[:3], mask=mask[:, None], implementation="cudnn")

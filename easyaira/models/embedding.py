@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, parts_of
 from easyaira.models.layers import whole
+from easyaira.models.token_rows import trained
 
 
 class Embedding(nn.Module):
@@ -31,7 +32,8 @@ class Embedding(nn.Module):
             rows = jax.random.normal(key, (self.size, self.width), dtype) * self.std
             return jnp.zeros(shape, dtype).at[: self.size].set(rows)
 
-        self.embedding = self.param("embedding", init, (self.padded_size or self.size, self.width))
+        shape = (self.padded_size or self.size, self.width)
+        self.embedding = trained(self, self.param("embedding", init, shape))
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         # token tables are sharded over tp, like the head; position tables are small and replicated

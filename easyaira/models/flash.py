@@ -31,6 +31,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from easyaira.models.layout import UNATTENDED
+
 FLOOR = -1e30  # below any score, but finite, so that differences are never NaN
 MASKED = 2 * FLOOR  # exp2(MASKED - FLOOR) is 0, so a fully masked row has weight 0
 LOG2_E = math.log2(math.e)  # the kernels use exp2, a single instruction
@@ -62,19 +64,20 @@ def ends(segment_ids_RT: jax.Array, sides_RT: jax.Array) -> jax.Array:
     """One past the last query that attends to each key, int32 [R, T]; 0 for a masked key.
 
     A prompt's key (side 0) ends with its segment; an answer's key ends with its side. Padding and
-    side 3 are masked. The mask `k <= q < end[k]` equals `visible` of attention.py for the layouts
-    of data/batches.py: a segment with side 0 is contiguous, and so is each side of any segment.
-    The two answers of a pair without side 0 may be anywhere in the row.
+    unattended keys are masked. The mask `k <= q < end[k]` equals `visible` of attention.py for the
+    layouts of data/batches.py: a segment with side 0 is contiguous, and so is each side of any
+    segment. Answers without side 0 may be anywhere in the row.
     """
     R, T = segment_ids_RT.shape
 
-    def run_ends(ids):
-        last = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    def run_ends(*ids):
+        changes = [x[:, 1:] != x[:, :-1] for x in ids]
+        last = jnp.pad(jnp.any(jnp.stack(changes), 0), ((0, 0), (0, 1)), constant_values=True)
         bounds = jnp.where(last, jnp.arange(1, T + 1, dtype=jnp.int32), T)
         return lax.cummin(bounds, axis=1, reverse=True)
 
-    whole, side = run_ends(segment_ids_RT), run_ends(segment_ids_RT * 4 + sides_RT)
-    visible = (segment_ids_RT > 0) & (sides_RT != 3)
+    whole, side = run_ends(segment_ids_RT), run_ends(segment_ids_RT, sides_RT)
+    visible = (segment_ids_RT > 0) & (sides_RT != UNATTENDED)
     return jnp.where(visible, jnp.where(sides_RT == 0, whole, side), 0)
 
 

@@ -15,7 +15,9 @@ from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import Rules, constrain, parts_of
 from easyaira.hf.table import TRANSPOSE, VOCAB_TRANSPOSE, Row
 from easyaira.models.layers import Compute, whole
+from easyaira.models.layout import UNATTENDED
 from easyaira.models.linear import Linear
+from easyaira.models.token_rows import trained
 
 
 class Kernel(nn.Module):
@@ -31,7 +33,7 @@ class Kernel(nn.Module):
             drawn = jax.random.normal(key, (shape[0], self.columns), dtype) * self.std
             return jax.numpy.zeros(shape, dtype).at[:, : self.columns].set(drawn)
 
-        return self.param("kernel", init, self.shape)
+        return trained(self, self.param("kernel", init, self.shape), axis=1)
 
 
 class CausalLM(nn.Module):
@@ -170,9 +172,9 @@ def answer_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden state of each answer's first or last token [B, A, D], and whether the answer exists.
 
-    Example b has segment id b + 1. With two answers, the first has side 1 and the second side 2.
-    A shared prompt (side 0 of a pair) belongs to neither answer; side 3 is padding. Each device
-    gathers only from its own rows, which contain all of its examples.
+    Example b has segment id b + 1; of several answers, answer k has side k + 1. A shared prompt
+    (side 0) belongs to none of them, and unattended tokens are padding. Each device gathers only
+    from its own rows, which contain all of its examples.
     """
     R, T, D = hidden_RTD.shape
     shards = parts_of(R, BATCH_AXES)
@@ -184,9 +186,9 @@ def answer_states(
         return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
 
     def take(hidden, segment_ids, sides, shard):
-        side = sides - 1 if answers == 2 else 0 * sides
+        side = sides - 1 if answers > 1 else 0 * sides
         answer = (segment_ids - 1) * answers + side - shard * local
-        is_text = (segment_ids > 0) & (sides != 3) & (side >= 0)
+        is_text = (segment_ids > 0) & (sides != UNATTENDED) & (side >= 0)
         answer = jnp.where(is_text, answer, local)
         place = jnp.arange(len(answer))
         reduce = jax.ops.segment_min if first_token else jax.ops.segment_max

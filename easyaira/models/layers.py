@@ -55,7 +55,7 @@ class Compute:
     gradient_checkpointing: str = "none"  # none | dots | full
     dropout: float = 0.0
     attention: str = "xla"  # xla | cudnn | pallas | splash, see attention.py
-    shared_prompt: bool = False  # rows may hold a prompt followed by two answers
+    shared_prompt: int = 0  # most answers that may follow a prompt in a row; 0: none is shared
     tf32: bool = False  # float32 products may round to 10-bit mantissas
     cached: bool = False  # attention stores keys and values, see cache.py
     unroll_up_to: int = 0  # models of at most so many layers have no loop over layers

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -186,7 +186,7 @@ class Model:
 
         Args:
             examples: B, the capacity of a batch in examples.
-            answers: A, answers per example, 1 or 2.
+            answers: A, answers per example.
         """
         rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
@@ -230,23 +230,33 @@ def resize(
         how: `mean`: new rows are the mean of the old ones; `normal`: new rows are drawn with the
             model's standard deviation, from `key`.
     """
-    resized = replace(model, config=replace(model.config, vocab_size=vocab_size))
+    resized = with_vocabulary(model, vocab_size)
+    leaf = partial(resized_leaf, model, resized, how, key)
+    return resized, jax.tree_util.tree_map_with_path(leaf, params, resized.shapes)
+
+
+def with_vocabulary(model: Model, vocab_size: int) -> Model:
+    """The same model with a vocabulary of another size."""
+    return replace(model, config=replace(model.config, vocab_size=vocab_size))
+
+
+def resized_leaf(
+    model: Model, resized: Model, how: str, key: jax.Array, path: tuple, old: Any, new: Any
+) -> Any:
+    """One parameter of `model` in the shape `new` that it has in `resized`; see `resize`."""
+    vocab_size = resized.vocab_size
     kept = min(model.vocab_size, vocab_size)
     vocab_axes = {row.ours: row.op.vocab_axis for row in model.rows}
-
-    def leaf(path, old, new):
-        axis = vocab_axes[path_of(path)]
-        if axis is None:
-            return old
-        table, shape = jnp.moveaxis(old, axis, 0), (vocab_size - kept, old.shape[1 - axis])
-        # select row by row: writing to slices of a sharded array has lost rows at shard edges
-        place = jnp.arange(new.shape[axis])
-        added = jnp.broadcast_to(table[: model.vocab_size].mean(0), (len(place), shape[1]))
-        if how == "normal" and shape[0]:
-            drawn = jax.random.normal(key, shape) * model.config.initializer_range
-            added = drawn[jnp.clip(place - kept, 0, shape[0] - 1)]
-        stays, is_new = (place < kept)[:, None], (place < vocab_size)[:, None]
-        rows = jnp.where(stays, table[jnp.minimum(place, kept - 1)], jnp.where(is_new, added, 0))
-        return jnp.moveaxis(rows, 0, axis)
-
-    return resized, jax.tree_util.tree_map_with_path(leaf, params, resized.shapes)
+    axis = vocab_axes[path_of(path)]
+    if axis is None:
+        return old
+    table, shape = jnp.moveaxis(old, axis, 0), (vocab_size - kept, old.shape[1 - axis])
+    # select row by row: writing to slices of a sharded array has lost rows at shard edges
+    place = jnp.arange(new.shape[axis])
+    added = jnp.broadcast_to(table[: model.vocab_size].mean(0), (len(place), shape[1]))
+    if how == "normal" and shape[0]:
+        drawn = jax.random.normal(key, shape) * model.config.initializer_range
+        added = drawn[jnp.clip(place - kept, 0, shape[0] - 1)]
+    stays, is_new = (place < kept)[:, None], (place < vocab_size)[:, None]
+    rows = jnp.where(stays, table[jnp.minimum(place, kept - 1)], jnp.where(is_new, added, 0))
+    return jnp.moveaxis(rows, 0, axis)

@@ -11,37 +11,47 @@ import numpy as np
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import by_device
+from easyaira.models.layout import UNATTENDED
 
 LANES = 128  # width of a TPU's vector unit
+GROUP = 1024  # ids per segment, more than it has answers
 
 
-def splash(q, k, v, segment_ids, sides, *, shared: bool):
+def splash(q, k, v, segment_ids, sides, *, answers: int):
     """Attention by the splash kernel, whose mask is causality and equal ids of query and key.
     `_ids` expresses `visible` in these ids.
 
+    Args:
+        answers: most answers that follow a shared prompt; 0: prompts are not shared.
+
     The compiler cannot partition a kernel, so each device computes its own rows and heads.
     """
-    q_ids, k_ids = _ids(segment_ids, sides, shared)
-    if shared:
-        k, v = (jnp.concatenate([x, x], axis=1) for x in (k, v))
-    compute = partial(_splash_rows, copies=2 if shared else 1)
+    q_ids, k_ids = _ids(segment_ids, sides, answers)
+    copies = max(answers, 1)
+    if copies > 1:
+        k, v = (jnp.concatenate([x] * copies, axis=1) for x in (k, v))
+    compute = partial(_splash_rows, copies=copies)
     rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
     return by_device(compute, (heads, heads, heads, rows, rows))(q, k, v, q_ids, k_ids)
 
 
-def _ids(segment_ids, sides, shared):
+def _ids(segment_ids, sides, answers):
     """Ids of queries [R, T] and keys [R, S], equal where `visible(causal=False)` is true.
 
-    With a shared prompt, the keys are stored twice: one copy for the chosen answer, one for the
-    rejected answer. No query attends to side 3; padding attends to padding.
+    With a shared prompt, the keys are stored once for each answer. A prompt's queries have the id
+    of the first one. No query attends to unattended keys; padding attends to padding.
     """
-    group = segment_ids * 4
-    if not shared:
-        return group + jnp.where(sides == 3, 0, sides), group + sides
-    chosen = jnp.where(sides <= 1, group + 1, group)  # no query has the id `group`
-    rejected = jnp.where(sides % 2 == 0, group + 2, group)
-    queries = jnp.where(sides == 2, group + 2, group + 1)
-    return queries, jnp.concatenate([chosen, rejected], axis=1)
+    group = segment_ids * GROUP
+    unseen = sides == UNATTENDED
+    queries = group + jnp.maximum(sides, min(answers, 1))
+    nothing = group + GROUP - 1  # no query has this id
+    if not answers:
+        return queries, jnp.where(unseen, nothing, group + sides)
+    copies = [
+        jnp.where((sides == 0) | (sides == side), group + side, nothing)
+        for side in range(1, answers + 1)
+    ]
+    return queries, jnp.concatenate(copies, axis=1)
 
 
 def _splash_rows(q, k, v, q_ids, k_ids, *, copies: int, interpret: bool = False):

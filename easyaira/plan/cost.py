@@ -82,7 +82,9 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
     batch = batches[batches.largest()]
     arrays, shape = dict(batch.arrays), batch.shape
     for name, sizes in algorithm.known(setup).items():
-        arrays[name] = np.zeros((batches.accumulation, setup.micro_batch, *sizes), np.float32)
+        arrays[name] = np.zeros(
+            (batches.accumulation, batches.size // batches.accumulation, *sizes), np.float32
+        )
     mask = arrays["loss_mask"].reshape(batches.accumulation, batches.shards, -1)
     chunk = token_logps.chunk_size(
         shape.rows * (shape.length - 1), padded_vocab(setup.model.vocab_size)
@@ -154,7 +156,7 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
         columns, width = vocab // setup.mesh.shape["tp"], _head(setup.model) // vocab
         chunk, itemsize = update.chunks[1], setup.model.compute.dtype.itemsize
         most = -(-update.rows * (update.length - 1) // chunk)
-        kept = min(token_logps.KEPT_CHUNKS, most) if setup.data.train.answers == 2 else 0
+        kept = min(token_logps.KEPT_CHUNKS, most) if setup.data.train.answers > 1 else 0
         sizes["logits"] = columns * (chunk * (4 + kept * itemsize) + width * (4 + itemsize))
     return sizes
 
@@ -218,7 +220,7 @@ def _keys(model: Model, length: int) -> float:
     if model.compute.dropout or not causal or how == "cudnn":
         return length
     if how == "splash":
-        return (length + LONG_BLOCK) / 2 * (2 if model.compute.shared_prompt else 1)
+        return (length + LONG_BLOCK) / 2 * max(model.compute.shared_prompt, 1)
     block = block_of(length)
     ends = [min(start + block, length) for start in range(0, length, block)]
     starts = [0, *ends[:-1]]

@@ -21,7 +21,8 @@ def describe(setup: Setup) -> str:
     held_out = f", {len(setup.held_out.examples):,} held out" if setup.held_out else ""
     dropped = f"; dropped {_counts(counts['dropped'])}" if counts["dropped"] else ""
     noted = f"; {_counts(counts['noted'])}" if counts["noted"] else ""
-    shared = "; each pair's prompt stored once" if setup.batches.share_prompt else ""
+    who = "pair's" if setup.batches.examples.answers == 2 else "group's"
+    shared = f"; each {who} prompt stored once" if setup.batches.share_prompt else ""
     learned = "" if model.scorer else f", {counts['learned_tokens']:,} of them learned"
     warmup = optimizer.warmup_steps(config.optimizer, setup.total_steps)
     return (

@@ -99,7 +99,7 @@ def _settings(setup: Setup) -> tuple[Any, ...]:
 
 def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:
     """Every combination of settings that the model and the batch size allow."""
-    count, size = setup.mesh.size, setup.config.train_batch_size
+    count, size = setup.mesh.size, setup.batches.size
     for tp in (n for n in range(1, count + 1) if count % n == 0):
         for fsdp in (n for n in range(1, count // tp + 1) if count // tp % n == 0):
             shards = count // tp

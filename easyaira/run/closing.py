@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from easyaira.run import hacking
 from easyaira.train.energy import Used
 
 MEASURES = {  # metric: words
@@ -21,7 +20,12 @@ SHOWN = 2
 
 
 def lines(
-    rows: Sequence[Mapping[str, Any]], seconds: float, used: Used | None, folder: str, scorer: bool
+    rows: Sequence[Mapping[str, Any]],
+    seconds: float,
+    used: Used | None,
+    folder: str,
+    scorer: bool,
+    warnings: Iterable[str] = (),
 ) -> Iterator[str]:
     """Closing lines of a run.
 
@@ -30,14 +34,14 @@ def lines(
         seconds: duration of this command.
         used: energy of all commands of the run; None: not tracked.
         scorer: the model scores texts, and so cannot generate.
+        warnings: lines to show before the last one.
     """
     parts = [f"{words} {change}" for words, change in measured(rows)]
     parts.append(str(timedelta(seconds=round(seconds))))
     if used is not None:
         parts.append(f"{used.kwh:.2g} kWh")
     yield f"after   {', '.join(parts)}"
-    for warning in hacking.warnings(rows):
-        yield f"warning {warning}"
+    yield from warnings
     if not scorer:
         yield f"next    easyaira generate {folder} --chat"
 

@@ -58,7 +58,7 @@ def sums() -> str:
     mask = np.ones((rows, length), bool)
     values = rng.normal(size=(1, rows * length, 64)).astype(np.float32)
     ids = rng.zipf(1.3, (1, rows * length)).clip(0, 4095).astype(np.int32)
-    of_pairs = jax.jit(partial(preference.pair_sums, pairs=pairs))
+    of_pairs = jax.jit(partial(preference.answer_sums, examples=pairs))
     of_rows = jax.jit(partial(sum_by_id, size=4096))
 
     rows_of_pairs = [jnp.asarray(x) for x in (logps, mask, segment_ids, sides)]
@@ -131,7 +131,7 @@ def attention_by(name: str, dtype: str) -> str:
 
     def fault(case: tuple[kernel_check.Heads, str, tuple[Any, Any]]) -> str | None:
         heads, shape, (segment_ids, sides) = case
-        shared = name == "splash" and "shared" in shape
+        shared = 2 * (name == "splash" and "shared" in shape)
         compute = Compute(jnp.dtype(dtype), attention=name, shared_prompt=shared)
         problem = kernel_check.problem(segment_ids, sides, heads, compute)
         return problem and f"{problem} ({shape}; heads of {heads.width})"

@@ -38,51 +38,67 @@ class Limits(NamedTuple):
 LIMITS = Limits()
 
 
-def warnings(rows: Sequence[Mapping[str, Any]], limits: Limits = LIMITS) -> list[str]:
-    """Sentences with the evidence of each sign and what to try; empty while the reward does not
-    rise.
+def warnings(rows: Sequence[Mapping[str, Any]], limits: Limits = LIMITS) -> dict[str, str]:
+    """Metric -> sentence with the evidence of its sign and what to try; empty while the reward does
+    not rise.
 
     Args:
         rows: of the metrics.jsonl of an on-policy run.
     """
     rows = [row for row in rows if isinstance(row.get("reward"), int | float)]
     if len(rows) < FEWEST:
-        return []
+        return {}
     size = max(len(rows) // PHASE, 1)
-    first, last = (_means(part) for part in (rows[:size], rows[-size:]))
+    first, last = (means(part) for part in (rows[:size], rows[-size:]))
     if last["reward"] - first["reward"] <= limits.rise * first.get("reward_std", 0.0):
-        return []
+        return {}
     begin = f"The reward rose from {first['reward']:.3g} to {last['reward']:.3g}"
     end = f"read {COMPLETIONS} before you trust the reward"
-    return [f"{begin}, but {sign}; {end}" for sign in _signs(first, last, limits)]
+    signs = _signs(first, last, limits)
+    return {metric: f"{begin}, but {sign}; {end}" for metric, sign in signs}
 
 
-def _signs(first: dict[str, float], last: dict[str, float], limits: Limits) -> Iterator[str]:
+def _signs(
+    first: dict[str, float], last: dict[str, float], limits: Limits
+) -> Iterator[tuple[str, str]]:
     entropy, length = "entropy", "completions/mean_length"
     cut, divergence = "completions/clipped_ratio", "objective/kl"
     if entropy in last and last[entropy] < limits.entropy * first[entropy]:
         yield (
-            f"entropy fell from {first[entropy]:.2g} to {last[entropy]:.2g} nats a token, so "
-            "answers resemble each other: raise rl.beta or lower optimizer.learning_rate"
+            entropy,
+            (
+                f"entropy fell from {first[entropy]:.2g} to {last[entropy]:.2g} nats a token, so "
+                "answers resemble each other: raise rl.beta or lower optimizer.learning_rate"
+            ),
         )
     if length in last and last[length] >= limits.length * first[length]:
         yield (
-            f"answers grew from {first[length]:.0f} to {last[length]:.0f} tokens: check that the "
-            "reward does not grow with the length"
+            length,
+            (
+                f"answers grew from {first[length]:.0f} to {last[length]:.0f} tokens: check that "
+                "the reward does not grow with the length"
+            ),
         )
     if length in last and last.get(divergence, 0.0) > limits.divergence * last[length]:
         yield (
-            f"the model is {last[divergence] / last[length]:.2g} nats a token away from its "
-            "reference: raise rl.beta or lower optimizer.learning_rate"
+            divergence,
+            (
+                f"the model is {last[divergence] / last[length]:.2g} nats a token away from its "
+                "reference: raise rl.beta or lower optimizer.learning_rate"
+            ),
         )
     if cut in last and last[cut] >= max(limits.cut, first[cut] + limits.cut_more):
         yield (
-            f"{last[cut]:.0%} of the answers are cut, {first[cut]:.0%} at first: raise "
-            "rl.max_completion_length or set rl.missing_eos_penalty"
+            cut,
+            (
+                f"{last[cut]:.0%} of the answers are cut, {first[cut]:.0%} at first: raise "
+                "rl.max_completion_length or set rl.missing_eos_penalty"
+            ),
         )
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of each number over the rows that have it."""
     names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
     return {
         name: float(np.mean([row[name] for row in rows if name in row])) for name in sorted(names)

@@ -41,14 +41,15 @@ SHOWN_UPDATES = 6  # whose answers are shown
 COLOURS = {"chosen": "c3", "rejected": "c4", "reward_std": "c2", "value_loss": "c2"}
 COLOURS |= {"eval_auc": "c3"}  # by the end of a metric's name; other held-out ones: c2
 BODY = """{% if running %}<p class="warning">{{ running }}</p>
-{% endif %}<div class="figures">
+{% endif %}{% if warnings %}<h2>What looks wrong</h2>
+{% for warning in warnings %}<p class="warning">{{ warning }}.</p>
+{% endfor %}{% endif %}<div class="figures">
 {% for name, value in figures %}<div><b>{{ value }}</b><span>{{ name }}</span></div>
 {% endfor %}</div>
 <p>{% for name, place in links %}<a href="{{ place }}">{{ name }}</a>{{ " · " if not loop.last }}
 {%- endfor %}</p>
 <p class="quiet"><code>tensorboard --logdir {{ folder }}</code></p>
-{% for warning in warnings %}<p class="warning">{{ warning }}.</p>
-{% endfor %}{{ table([], facts) }}
+{{ table([], facts) }}
 <h2>Curves</h2>
 <div class="plots">{% for panel in curves %}{{ panel }}{% endfor %}</div>
 {% if samples %}<h2>Answers to held-out prompts</h2>
@@ -73,10 +74,10 @@ RELOAD = 30  # seconds
 
 
 class AtMostEvery:
-    """Calls a function unless it was called, or this was made, less than `seconds` ago."""
+    """Calls a function unless it was called less than `seconds` ago."""
 
     def __init__(self, seconds: float, function: Callable[[], None]):
-        self.seconds, self.function, self.last = seconds, function, time.monotonic()
+        self.seconds, self.function, self.last = seconds, function, -math.inf
 
     def __call__(self) -> None:
         if time.monotonic() - self.last >= self.seconds:
@@ -126,7 +127,8 @@ def write(
     changed: Mapping[str, Any] = {},
     last: int = 0,
     schedule: plots.Points = (),
-) -> None:
+    signs: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]] = hacking.warnings,
+) -> Mapping[str, str]:
     """Write report.html into a run folder, from its metrics.jsonl and config.yaml. It reloads
     itself while the run goes on.
 
@@ -139,12 +141,17 @@ def write(
         changed: options that differ from their defaults.
         last: number of updates of the run; 0: those that were logged.
         schedule: see `curves`.
+        signs: rows of the metrics -> sentences about what looks wrong, by the name of the sign.
+
+    Returns:
+        those sentences.
     """
     rows = log.read(folder / "metrics.jsonl")
     done = max((row["step"] for row in rows), default=0)
     going = done < last
     measured = {words: change.replace("->", "→") for words, change in closing.measured(rows)}
     head, answers = samples
+    warnings = signs(rows)
     content = pages.page(
         title,
         BODY,
@@ -153,7 +160,7 @@ def write(
         figures=[*measured.items(), *_spent(rows), *figures.items()],
         links=[(name, place) for name, place in LINKS.items() if (folder / place).exists()],
         folder=folder,
-        warnings=list(hacking.warnings(rows)),
+        warnings=list(warnings.values()),
         facts=facts.items(),
         curves=curves(rows, last or done, schedule),
         samples=[
@@ -165,6 +172,7 @@ def write(
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     write_file(folder / "report.html", content)
+    return warnings
 
 
 def _spent(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -35,6 +35,7 @@ from easyaira.run import closing, provenance
 from easyaira.run import folder as run_folder
 from easyaira.run import report as run_report
 from easyaira.run.samples import Samples
+from easyaira.run.signs import Signs
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.train import energy, kernel_check, loader, loop, metrics, trackers
 from easyaira.train import log as logs
@@ -138,12 +139,14 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
             print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
             return
         with energy.track(config.energy if not done else None, folder):
-            result = _updates(setup, algorithm, stop, checkpoints, facts, checked)
+            signs = Signs(setup)
+            result = _updates(setup, algorithm, stop, checkpoints, facts, checked, signs)
         params, samples, step = result
-        _finish(setup, params, samples, facts, step)
+        warnings = signs.new(_finish(setup, params, samples, facts, step, signs))
         rows, used = logs.read(folder / "metrics.jsonl"), energy.used(folder)
         seconds = time.perf_counter() - began
-        for line in closing.lines(rows, seconds, used, str(folder), setup.model.scorer):
+        scorer = setup.model.scorer
+        for line in closing.lines(rows, seconds, used, str(folder), scorer, warnings):
             print(folded(line), flush=True)
 
 
@@ -161,6 +164,7 @@ def _updates(
     checkpoints: Checkpoints,
     facts: Facts,
     checked: Mapping[str, str],
+    signs: Signs,
 ) -> tuple[Any, Samples, int]:
     """Run the remaining updates.
 
@@ -212,6 +216,11 @@ def _updates(
     options = trainable.compiler_options
     best = Best(config, window, partial(setattr, checkpoints.kept, "best"))
     train_step = steps.jit_train_step(loss_fn, setup.tx, state, options)
+
+    def evaluated() -> None:
+        for line in signs.new(report(setup, samples, signs)):
+            log.say(line)
+
     try:
         state = loop.fit(
             state,
@@ -228,6 +237,7 @@ def _updates(
                 summary=algorithm.summary,
                 answer=samples,
                 stop=stop,
+                best=best,
             ),
             record=Record(
                 log,
@@ -241,7 +251,7 @@ def _updates(
                 flops=cost.flops_per_token(setup.model, beginning.frozen is not None, trainable),
                 peak=peak and peak * mesh.size,
                 latest=checkpoints.latest,
-                evaluated=run_report.AtMostEvery(REPORT_SECONDS, lambda: report(setup, samples)),
+                evaluated=run_report.AtMostEvery(REPORT_SECONDS, evaluated),
             ),
             save=Save(
                 checkpoints,
@@ -256,7 +266,6 @@ def _updates(
                 saved=trainable.saved,
             ),
             stop=stop,
-            best=best,
         )
         params, step = state.params, int(state.step)
         if best.exhausted:
@@ -269,7 +278,7 @@ def _updates(
             params, _ = trainable.restored(checkpoints.restore_params(best.step, target), None)
             step = best.step
     except Preempted:
-        report(setup, samples)
+        report(setup, samples, signs)
         raise
     finally:
         log.close()
@@ -277,10 +286,12 @@ def _updates(
     return params, samples, step
 
 
-def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts, step: int) -> None:
-    """Write the report and export the parameters of update `step`."""
+def _finish(
+    setup: Setup, params: Any, samples: Samples, facts: Facts, step: int, signs: Signs
+) -> Mapping[str, str]:
+    """Write the report and export the parameters of update `step`; return the signs of the run."""
     config, folder = setup.config, Path(setup.config.output_dir)
-    report(setup, samples)
+    seen = report(setup, samples, signs)
     setup.trainable.free()
     if config.export:
         print(f"export  to {folder / 'hf'}", flush=True)
@@ -303,11 +314,12 @@ def _finish(setup: Setup, params: Any, samples: Samples, facts: Facts, step: int
             exported = release.export(folder / "hf", model=setup.model, facts=facts, **common)
         if exported:
             print(folded(f"export  {release.summary(exported)}"), flush=True)
-            report(setup, samples)  # with links to the release
+            report(setup, samples, signs)  # with links to the release
             if config.push_to_hub:
                 url = hub.push(folder / "hf", config.push_to_hub, config.hub_private_repo)
                 print(f"pushed  {url}", flush=True)
     print(f"done    {folder / 'report.html'}", flush=True)
+    return seen
 
 
 def _export_value(setup: Setup, params: Any, folder: Path, common: Mapping[str, Any]) -> None:
@@ -323,10 +335,11 @@ def _export_value(setup: Setup, params: Any, folder: Path, common: Mapping[str, 
         print(f"value   {release.summary(exported)}, in {folder}", flush=True)
 
 
-def report(setup: Setup, samples: Samples) -> None:
-    """Write report.html with the main facts of the run, on the first host."""
+def report(setup: Setup, samples: Samples, signs: Signs) -> Mapping[str, str]:
+    """Write report.html with the main facts of the run, on the first host; return the signs that it
+    shows."""
     if not hosts.first():
-        return
+        return {}
     config, data, folder = setup.config, setup.data, Path(setup.config.output_dir)
     used = energy.used(folder)
     last, points = setup.total_steps, min(setup.total_steps, 200)
@@ -334,7 +347,7 @@ def report(setup: Setup, samples: Samples) -> None:
     trained = setup.trainable.parameter_count()
     whole = trained == setup.model.parameter_count()
     sources = ", ".join(s.path for s in dataset.sources_of(config.data, config.data.train))
-    run_report.write(
+    return run_report.write(
         folder,
         title=folder.name,
         figures={} if used is None else {"energy": f"{used.kwh:.2g} kWh"},
@@ -351,4 +364,5 @@ def report(setup: Setup, samples: Samples) -> None:
         changed=changed(config),
         last=last,
         schedule=[(step, float(setup.schedule(max(step - 1, 0)))) for step in at],
+        signs=signs.of,
     )

@@ -34,14 +34,13 @@ from easyaira.files import check_links, read_json, read_yaml, reason
 from easyaira.hf import safetensors, transfer
 from easyaira.hf.lazy import Lazy
 from easyaira.lora.adapter import Adapter, nested, of_record
-from easyaira.lora.base import check_base
 from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
+from easyaira.storage.base import as_stored, load_base
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.chosen import chosen
 from easyaira.storage.hub import TEXTS, download
-from easyaira.storage.integrity import fingerprint
 
 TOKENIZER = "tokenizer"  # subfolder of a run folder
 CHECKPOINTS = "checkpoints"
@@ -161,7 +160,7 @@ class Pretrained:
         if self.step is None:
             return _missing(model, self._matched(model))
         if self.adapter is not None:
-            self.base.check(self._saved)
+            self.base.check(as_stored(self.base, self._saved))
         if self._saved.scorer and not model.scorer:
             raise WeightsError(
                 f"{self.name}: is a scorer, which has no language model head; name a language model"
@@ -261,19 +260,7 @@ class Pretrained:
         if self.adapter is None:
             return self._restore(model.target(mesh))
         adapter = of_record(self.adapter, model)
-        return adapter.merge(self.load_base(adapter, mesh), self.load_adapter(adapter, mesh))
-
-    def load_base(self, adapter: Adapter, mesh: Any) -> Any:
-        """Load the float32 base of the adapters. A missing score head is initialised; the adapter's
-        head replaces it.
-
-        Raises:
-            WeightsError: see `load`; or the base has changed since the adapters were trained.
-        """
-        params = self.base.load(adapter.model, mesh, head_key=jax.random.key(0))
-        frozen, _ = adapter.parted(params)
-        check_base(self.adapter, fingerprint(frozen), self.name)
-        return params
+        return adapter.merge(load_base(self, adapter, mesh), self.load_adapter(adapter, mesh))
 
     def load_adapter(self, adapter: Adapter, mesh: Any) -> Any:
         """Load only the parameters of the adapters."""

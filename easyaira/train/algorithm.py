@@ -36,13 +36,17 @@ class OnPolicy(NamedTuple):
     """Batches that the current weights make, by answering the prompts of the data.
 
     Attributes:
-        largest: prompts -> examples of the largest update, with answers as long as allowed.
+        largest: (prompts, answers of an example) -> examples of the largest update, with answers as
+            long as allowed.
+        together: answers of a micro-batch on a device -> numbers of a prompt's answers that an
+            example may hold, the least first.
         epoch: prompts -> updates in an epoch.
         cycle: updates per roll-out; only between roll-outs is there a state to resume from.
         source: (Setup, run folder, first update, asks whether to stop) -> see loader.Stored.
     """
 
-    largest: Callable[[Examples], Examples]
+    largest: Callable[[Examples, int], Examples]
+    together: Callable[[int], list[int]]
     epoch: Callable[[Examples], int]
     cycle: int
     source: Callable[[Setup, Path, int, Callable[[], bool]], Any]

@@ -7,7 +7,6 @@ from typing import Any
 
 from easyaira.config.run import RunConfig
 from easyaira.errors import ConfigError, did_you_mean
-from easyaira.train.evaluation import Evaluation
 from easyaira.train.metrics import Window
 
 
@@ -49,22 +48,22 @@ class Best:
         """The metric has not improved for `patience` evaluations."""
         return self.patience is not None and self.record["waited"] >= self.patience
 
-    def look(self, number: int, evaluation: Evaluation) -> None:
-        """Compare an evaluation with the best; that of update 0 has no checkpoint and only shows
-        which metrics there are.
+    def look(self, number: int, measured: dict[str, float | None]) -> None:
+        """Compare the metrics of an evaluation with the best; those of update 0 have no checkpoint
+        and only show which metrics there are.
 
         Raises:
             ConfigError: the metric is not among those of the evaluation.
         """
         self.improved = False
-        if not self.wanted or not evaluation.complete:
+        if not self.wanted:
             return
-        value = evaluation.metrics.get(self.name)
+        value = measured.get(self.name)
         if value is None:
-            near = did_you_mean(self.name, evaluation.metrics)
+            near = did_you_mean(self.name, measured)
             raise ConfigError(
                 f"metric_for_best_model: {self.name} is not measured{near}; choose one of "
-                f"{', '.join(evaluation.metrics)}"
+                f"{', '.join(measured)}"
             )
         if number == 0:
             return

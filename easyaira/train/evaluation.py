@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from easyaira.data.batches import Batches
 from easyaira.train import loader, metrics
+from easyaira.train.best import Best
 from easyaira.train.saving import Stop, due
 from easyaira.train.step import Summary
 
@@ -32,6 +33,7 @@ class Evaluate:
         answer: (number of updates, params, whether to stop) -> False if interrupted; answers
             prompts, before the first update and after the last even if nothing is held out.
         stop: checked after each batch; interrupts the evaluation.
+        best: compares each evaluation with the best so far.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Evaluate:
         summary: Summary | None = None,
         answer: Callable[[int, Any, Callable[[], bool]], bool],
         stop: Stop,
+        best: Best,
     ):
         self.step, self.held_out, self.mesh = step, held_out, mesh
-        self.every, self.until = every, until
+        self.every, self.until, self.best = every, until, best
         self.summary, self.answer, self.stop = summary, answer, stop
 
     def due(self, number: int) -> bool:
@@ -55,6 +58,13 @@ class Evaluate:
         return due(number, every, self.until)
 
     def __call__(self, number: int, params: Any, frozen: Any) -> Evaluation:
+        """Measure, and compare with the best so far."""
+        evaluation = self.measure(number, params, frozen)
+        if evaluation.complete:
+            self.best.look(number, evaluation.metrics)
+        return evaluation
+
+    def measure(self, number: int, params: Any, frozen: Any) -> Evaluation:
         """Average over all held-out examples; skipped if the run is about to stop."""
         if self.stop.stopping or not self.answer(number, params, self.stop.look_now):
             return Evaluation({}, complete=False)

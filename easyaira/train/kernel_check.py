@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from easyaira.distributed.compiler import REPRODUCIBLE, UNTIMED
 from easyaira.models.attention import attention
 from easyaira.models.layers import Compute
+from easyaira.models.layout import UNATTENDED
 from easyaira.models.model import Model
 from easyaira.train import loader
 from easyaira.train.resolve import KERNELS, obstacle
@@ -161,7 +162,7 @@ def _program(heads: Heads, causal: bool, dtype: Any, compute: Compute, backend: 
 
 
 def _real(segment_ids, sides) -> jax.Array:
-    return ((segment_ids > 0) & (sides != 3))[..., None]
+    return ((segment_ids > 0) & (sides != UNATTENDED))[..., None]
 
 
 @jax.jit

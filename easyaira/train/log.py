@@ -165,6 +165,9 @@ class NoLog:
     def advance(self, steps: int) -> None:
         pass
 
+    def say(self, line: str) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from easyaira.errors import RewardError
-from easyaira.train.best import Best
 from easyaira.train.evaluation import Evaluate
 from easyaira.train.loader import Ready
 from easyaira.train.record import Record
@@ -25,7 +24,6 @@ def fit(
     record: Record,
     save: Save,
     stop: Stop,
-    best: Best,
 ) -> State:
     """Train from `state` to update `until`.
 
@@ -34,11 +32,10 @@ def fit(
         frozen: frozen weights.
         source: (update, parameters) -> its batch, see loader.Stored.
         step: (state, frozen, arrays of a batch) -> (state, sums).
-        evaluate: computes held-out metrics when due.
+        evaluate: computes held-out metrics when due; the loop ends when its best is exhausted.
         record: logs metrics to files and the terminal.
         save: writes checkpoints when due.
         stop: whether a signal requests a stop; agrees on every host.
-        best: follows the held-out metric; ends the loop when it no longer improves.
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite. The parameters are unchanged by it.
@@ -49,10 +46,8 @@ def fit(
     number = start = int(state.step)
     problem = None
     if record.wants_evaluation(start):
-        evaluation = evaluate(start, state.params, frozen)
-        best.look(start, evaluation)
-        record.before(start, evaluation)
-    while number < until and not best.exhausted:
+        record.before(start, evaluate(start, state.params, frozen))
+    while number < until and not evaluate.best.exhausted:
         try:
             ready = source(number, state.params)
         except RewardError as error:
@@ -68,10 +63,8 @@ def fit(
         stop.look(number)
         if evaluate.due(number):
             record.pause()
-            evaluation = evaluate(number, state.params, frozen)
-            best.look(number, evaluation)
-            record.evaluation(number, evaluation)
-            wanted = best.improved or best.exhausted
+            record.evaluation(number, evaluate(number, state.params, frozen))
+            wanted = evaluate.best.improved or evaluate.best.exhausted
         if save.due(number) or stop.stopping or wanted:
             save(number, state, record.to_save())
         if stop.stopping:

@@ -12,7 +12,7 @@ from easyaira.config.run import RunConfig
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, TokenizerError
 from easyaira.models.layers import Compute, Scores, hiding
-from easyaira.models.model import Model
+from easyaira.models.model import Model, with_vocabulary
 from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
@@ -189,4 +189,6 @@ def _resized(config: RunConfig, stored: Model, template: Template) -> Model:
             )
         return stored
     rows = max(template.tokenizer.get_vocab().values()) + 1  # ids may have holes
-    return replace(stored, config=replace(stored.config, vocab_size=rows))
+    if config.lora is not None:
+        rows = max(rows, stored.vocab_size)  # the base keeps its rows
+    return with_vocabulary(stored, rows)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from easyaira.config.run import RunConfig
 from easyaira.data import dataset
 from easyaira.data.batches import Batches
+from easyaira.data.examples import Examples
 from easyaira.data.packing import attention_cost, shares_prompt
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
@@ -27,7 +28,7 @@ from easyaira.models.model import Model
 from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import optimizer
-from easyaira.train.algorithm import Algorithm
+from easyaira.train.algorithm import Algorithm, OnPolicy
 from easyaira.train.critic import ActorCritic, Critic, make_optimizer
 from easyaira.train.resolve import ROW_MULTIPLE, Resolved, find
 from easyaira.train.trainable import Adapters, FullWeights, Trainable
@@ -164,23 +165,15 @@ def prepare(
         "shards": shards,
         "local": meshes.local_shards(mesh),
         "packing": config.data.packing,
-        "share_prompt": not model.architecture.encoder
-        and shares_prompt(config.data.share_prompt, data.train),
         "together": algorithm.together,
         "attention": attention_cost(model.config.width, model.config.heads),
         "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
     }
-    compute = replace(model.compute, shared_prompt=layout["share_prompt"])
-    model = replace(model, compute=compute)
-    own = algorithm.on_policy
-    batches = Batches(
-        own.largest(data.train) if own else data.train,
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        seed=config.seed,
-        drop_last=config.data.drop_last,
-        **layout,
-    )
+    own, encoder = algorithm.on_policy, model.architecture.encoder
+    batches = _batches(config, own, data.train, layout, encoder)
+    layout["share_prompt"] = batches.share_prompt
+    shared = batches.examples.answers * batches.share_prompt
+    model = replace(model, compute=replace(model.compute, shared_prompt=shared))
     if not len(batches):
         raise ConfigError(
             f"train_batch_size: {config.train_batch_size} is more than the {len(data.train)} "
@@ -214,6 +207,36 @@ def prepare(
     )
 
 
+def _batches(
+    config: RunConfig,
+    own: OnPolicy | None,
+    train: Examples,
+    layout: Mapping[str, Any],
+    encoder: bool,
+) -> Batches:
+    """The batches of a run; on-policy, the largest update. More than two answers share their prompt
+    where that costs less: sharing saves tokens, and makes rows longer."""
+    choice, shards = config.data.share_prompt, layout["shards"]
+    whole = partial(
+        Batches,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        drop_last=config.data.drop_last,
+        **layout,
+    )
+    size = config.train_batch_size
+    if own is None:
+        share = not encoder and shares_prompt(choice, train)
+        plans = [whole(train, size, share_prompt=share)]
+        if share and train.answers > 2 and choice == "auto":
+            plans.append(replace(plans[0], share_prompt=False))
+    else:
+        counts = own.together(size // config.gradient_accumulation_steps // shards)
+        counts = {"never": counts[:1], "always": counts[-1:]}.get(choice, counts)
+        plans = [whole(own.largest(train, n), size // n, share_prompt=n > 1) for n in counts]
+    return plans[0] if len(plans) == 1 else min(plans, key=Batches.sampled_cost)
+
+
 def updates(config: RunConfig, epoch: int) -> int:
     """Number of updates of a run, given that of an epoch."""
     if config.max_steps != -1:
@@ -228,21 +251,11 @@ def updates(config: RunConfig, epoch: int) -> int:
 
 
 def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
-    """Adapter of a run, checked against the stored adapter that it starts from, if any."""
-    if resolved.model.vocab_size != resolved.stored.vocab_size:
-        if resolved.stored.scorer and config.model.resize is None:
-            raise ConfigError(
-                "lora: the tokenizer has no padding token of its own, and adapters cannot add one; "
-                "set pad_token in its tokenizer_config.json to a control token that no text ends "
-                "with, or name a tokenizer that has one in model.tokenizer"
-            )
-        added = resolved.model.vocab_size - resolved.stored.vocab_size
-        raise ConfigError(
-            f"lora: the tokenizer's {added:+} tokens would have embeddings that adapters do not "
-            "train; use a template without new tokens, such as plain, or start from a model that "
-            "was trained with them"
-        )
-    adapter = adapter_of(config.lora, resolved.model)
+    """Adapter of a run, which trains the vectors of new tokens, too; checked against the stored
+    adapter that it starts from, if any."""
+    new = {*resolved.template.added, *range(resolved.stored.vocab_size, resolved.model.vocab_size)}
+    ids = sorted(new.union(config.lora.trainable_token_indices or ()))
+    adapter = adapter_of(replace(config.lora, trainable_token_indices=ids or None), resolved.model)
     if config.lora.adapter is not None:
         peft.read_peft(adapter, pretrained.find(config.lora.adapter).folder)
     return adapter

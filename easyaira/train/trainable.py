@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 
 from easyaira.config.run import RunConfig
 from easyaira.distributed import compiler, sharding
-from easyaira.distributed.tree import path_of
+from easyaira.distributed.tree import by_path, path_of
 from easyaira.lora import peft
-from easyaira.lora.adapter import Adapter, joined, module_of, to_record
+from easyaira.lora.adapter import Adapter, joined, to_record
 from easyaira.lora.base import Base, check_base
+from easyaira.lora.targets import module_of
 from easyaira.models.model import Model, resize
 from easyaira.storage import pretrained
+from easyaira.storage.base import load_resized
 from easyaira.storage.integrity import Fingerprint
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train.step import LossFn
@@ -141,7 +143,8 @@ class Adapters(Saved):
 
     @property
     def added(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.adapter.shapes["model"]))
+        shapes = by_path(self.adapter.shapes)
+        return sum(leaf.size for path, leaf in shapes.items() if "/lora_" in path)
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
@@ -169,6 +172,8 @@ class Adapters(Saved):
         names = ", ".join(module_of(row).partition("{}.")[2] for row in adapter.targets)
         if adapter.head:
             names += f", and all of {', '.join(adapter.head_modules)}"
+        if adapter.tokens:
+            names += f", and the vectors of {len(adapter.tokens)} tokens"
         kind = adapter.config.quantize or self.model.compute.dtype.name
         return (
             f"lora    {count:,} trainable parameters ({count / total:.4%}): rank "
@@ -180,7 +185,7 @@ class Adapters(Saved):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.target)
         if self.config.lora.adapter is None:
             key = jax.random.key(self.config.seed)
-            return jax.jit(self.adapter.init, out_shardings=shardings)(key, self.base.head)
+            return jax.jit(self.adapter.init, out_shardings=shardings)(key, self.base.start)
         folder = pretrained.find(self.config.lora.adapter).folder
         return jax.device_put(peft.read_peft(self.adapter, folder), shardings)
 
@@ -190,14 +195,22 @@ class Adapters(Saved):
         hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
         fingerprint = Fingerprint()
 
-        def each(path: tuple, leaf: jax.Array) -> Any:
+        def stored(path: tuple, leaf: jax.Array) -> None:
             if not self.adapter.replaces(path_of(path)):
                 fingerprint.add(path, leaf)
-            return hold(path, leaf)
 
-        key = jax.random.key(self.config.seed)
-        params = self.origin.load(self.model, self.mesh, head_key=key, each=each)
-        return Base(*self.adapter.parted(params), fingerprint.digest())
+        params = load_resized(
+            self.origin,
+            self.model,
+            self.mesh,
+            key=jax.random.key(self.config.seed),
+            how=self.config.model.resize or "mean",
+            stored=stored,
+            each=hold,
+        )
+        base, head = self.adapter.parted(params)
+        start = joined(head, jax.jit(self.adapter.rows)(base))
+        return Base(base, start, fingerprint.digest())
 
     def weights(self, params: Any) -> Any:
         return self.adapter.on(self.base.params, params)

@@ -30,7 +30,7 @@ def data(args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:
             for pairs, share in ((False, False), (True, False), (True, True)):
-                examples = synthetic(kind, args.rows, pairs, Path(folder), KINDS[kind].longest)
+                examples = synthetic(kind, args.rows, 1 + pairs, Path(folder), KINDS[kind].longest)
                 how = "sft" if not pairs else "pairs, prompt " + ("once" if share else "twice")
                 for size in UPDATES:
                     measured = serving(examples, KINDS[kind].longest, size, share)

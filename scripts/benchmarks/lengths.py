@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from easyaira.data.examples import PER_EXAMPLE, Examples
+from easyaira.data.examples import PER_EXAMPLE, Examples, Parts, of_parts
+from easyaira.losses.preference import pairs_of
 
 
 class Kind(NamedTuple):
@@ -33,12 +35,13 @@ KINDS = {
 }
 
 
-def synthetic(kind: str, rows: int, pairs: bool, folder: Path, longest: int) -> Examples:
-    """Examples with log-normal lengths, cut to `longest` tokens; tokens on disk, fixed seed."""
+def synthetic(kind: str, rows: int, answers: int, folder: Path, longest: int) -> Examples:
+    """Examples of so many answers with log-normal lengths, cut to `longest` tokens; tokens on disk,
+    fixed seed."""
     rng = np.random.default_rng(0)
     (prompt, prompt_spread), (answer, answer_spread) = KINDS[kind][:2]
-    medians = [prompt] + [answer] * (2 if pairs else 1)
-    spreads = [prompt_spread] + [answer_spread] * (2 if pairs else 1)
+    medians = [prompt] + [answer] * answers
+    spreads = [prompt_spread] + [answer_spread] * answers
     lengths = rng.lognormal(np.log(medians), spreads, (rows, len(medians))).astype(np.int64) + 1
     lengths[:, 0] = np.minimum(lengths[:, 0], longest // 2)
     lengths[:, 1:] = np.minimum(lengths[:, 1:], longest - lengths[:, :1])
@@ -47,9 +50,20 @@ def synthetic(kind: str, rows: int, pairs: bool, folder: Path, longest: int) -> 
     bounds = starts[np.arange(rows)[:, None] * per_row + np.arange(per_row + 1)]
     arrays = {name: np.zeros(rows, dtype) for name, dtype in PER_EXAMPLE.items()}
     arrays["rows"] = np.arange(rows)
+    arrays["ranks"] = np.tile(np.arange(answers, dtype=np.int16), (rows, 1))
     for name, dtype in (("tokens", np.int32), ("learned", np.bool_)):
-        held = np.memmap(folder / f"{kind}-{pairs}-{name}", dtype, "w+", shape=(int(starts[-1]),))
+        held = np.memmap(folder / f"{kind}-{answers}-{name}", dtype, "w+", shape=(int(starts[-1]),))
         for begin in range(0, len(held), 10**7):
             held[begin : begin + 10**7] = rng.integers(0, 2, len(held[begin : begin + 10**7]))
         arrays[name] = held.view(np.ndarray)
     return Examples(**arrays | {"bounds": bounds})
+
+
+def written_out(examples: Examples, best_rest: bool) -> Examples:
+    """Each pair of a prompt's answers as an example of its own, in order."""
+    pairs, parts = pairs_of(examples.answers, best_rest), []
+    for bounds in examples.bounds.tolist():
+        spans = [slice(a, b) for a, b in pairwise(bounds)]
+        prompt, *own = [(examples.tokens[at], examples.learned[at]) for at in spans]
+        parts += [Parts(*prompt, [own[i], own[j]]) for i, j in pairs]
+    return of_parts(parts)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import tracing
-from benchmarks.lengths import KINDS, synthetic
+from benchmarks.lengths import KINDS, synthetic, written_out
 from easyaira.data.batches import Batch, Batches
 from easyaira.data.examples import Examples
 from easyaira.data.packing import Shape
@@ -84,7 +84,8 @@ def examples_of(work: Mapping[str, Any]) -> Examples:
     count = work["examples"] * work["updates"]
     folder = Path(tempfile.mkdtemp())
     longest = min(KINDS[work["lengths"]].longest, max_length(work))
-    examples = synthetic(work["lengths"], count, work["task"] == "dpo", folder, longest)
+    answers = work.get("answers", 2) if work["task"] == "dpo" else 1
+    examples = synthetic(work["lengths"], count, answers, folder, longest)
     examples.learned[:] = True
     for start, end in examples.bounds[:, :2]:
         examples.learned[start:end] = False
@@ -96,8 +97,9 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
 
     Args:
         options: packing, share_prompt, dtype, gradient_checkpointing, attention, unroll_up_to;
-            `in_step`: compute the reference in every step; `naive`: pad to the recipe's length,
-            compute full logits, and compute the reference in every step.
+            `written_out`: each pair of answers as an example (best_rest or all_pairs); `answers`:
+            as in dpo.answers; `in_step`: compute the reference in every step; `naive`: pad to the
+            recipe's length, compute full logits, and compute the reference in every step.
     """
     import jax
     import jax.numpy as jnp
@@ -114,6 +116,9 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.train.resolve import KERNELS, ROW_MULTIPLE, UNROLL_UP_TO
 
     examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
+    if how := options.get("written_out"):
+        whole, examples = len(examples), written_out(examples, how == "best_rest")
+        size *= len(examples) // whole
     naive = options.get("naive", False)
     in_step = pairs and (naive or options.get("in_step", False))
     platform = jax.default_backend()
@@ -123,6 +128,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         attention=options.get("attention", (*KERNELS.get(platform, ()), "xla")[0]),
         unroll_up_to=options.get("unroll_up_to", UNROLL_UP_TO.get(platform, 0)),
     )
+    share = shares_prompt(options.get("share_prompt", "auto"), examples)
+    compute = replace(compute, shared_prompt=examples.answers * share)
     model = model_of(MODELS[work["model"]], work["model"], compute)
     mesh = meshes.make_mesh("fsdp=-1")
     batches = Batches(
@@ -130,27 +137,32 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         size,
         shards=meshes.data_shards(mesh),
         packing=options.get("packing", True),
-        share_prompt=shares_prompt(options.get("share_prompt", "auto"), examples),
+        share_prompt=share,
         attention=attention_cost(model.config.width, model.config.heads),
         multiple=ROW_MULTIPLE.get(platform, 8),
     )
+    if share and examples.answers > 2:  # as a run chooses
+        batches = min(batches, replace(batches, share_prompt=False), key=Batches.sampled_cost)
     with model.on(mesh):
         shardings = sharding.shardings(model.shapes, model.rules, mesh)
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
         frozen = jax.tree.map(jnp.copy, params) if in_step else None
         if pairs and not in_step:
-            score = make_score(model, size)
-            logps = np.zeros((len(examples), 2), np.float32)
+            score = make_score(model, size, examples.answers)
+            logps = np.zeros(examples.ranks.shape, np.float32)
             for ready in loader.ahead(batches, 0, len(batches), mesh):
                 scored = np.asarray(score(params, ready.arrays).logps)
                 logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
-            batches = replace(batches, known={"ref_logps": logps})
+            known = {"ranks": examples.ranks} if examples.answers > 2 else {}
+            batches = replace(batches, known={"ref_logps": logps, **known})
     if naive:
         one_a_row = replace(batches, packing=False, share_prompt=False)
         batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model, examples.answers)
     elif pairs:
         reference = model if in_step else None
-        loss_fn = dpo(model, DPOConfig(beta=BETA), pairs=size, reference=reference)
+        config = DPOConfig(beta=BETA, answers=options.get("answers", "all_pairs"))
+        counts = {"examples": size, "answers": examples.answers}
+        loss_fn = dpo(model, config, **counts, reference=reference)
     else:
         loss_fn = sft.sft(model)
     return _stepping(model, batches, loss_fn, params, frozen, mesh)

@@ -68,9 +68,15 @@ AGAINST = {  # one optimisation, off and on; naive: all of them
         Entry("reference in the step", options={"in_step": True}),
         Entry("reference once, before"),
     ),
+    "pairs": (
+        Entry("best with each other, as pairs", options={"written_out": "best_rest"}),
+        Entry("all pairs, as pairs", options={"written_out": "all_pairs"}),
+        Entry("answers together, best with each other", options={"answers": "best_rest"}),
+        Entry("answers together, all pairs", options={"answers": "all_pairs"}),
+    ),
     "bfloat16": (Entry("float32", options={"dtype": "float32"}), Entry("bfloat16")),
 }
-PAIRED = ("share_prompt", "reference")  # need pairs
+PAIRED = ("share_prompt", "reference", "pairs")  # need answers to compare
 CHECKPOINTING = ("none", "dots", "full")
 
 
@@ -173,7 +179,8 @@ def measure(
     processes on the same cores disturb them less; those slow both sides of a round alike.
     """
     work = {
-        name: getattr(args, name) for name in ("task", "model", "lengths", "examples", "updates")
+        name: getattr(args, name)
+        for name in ("task", "model", "lengths", "examples", "answers", "updates")
     }
     workers = [Worker(entry, work, args.debug) for entry in sides_of(args)]
     rounds: list[list[dict[str, float]]] = [[] for _ in workers]

@@ -412,6 +412,20 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict]:
     ]
 
 
+def ranked_rows(count: int, seed: int = 0) -> list[dict]:
+    """Two to four answers with scores, some of them tied, worst first: of the same texts, the same
+    are better."""
+    rng = np.random.default_rng(seed)
+    texts = ["no", "no, no", "yes, I like red", "I like Paris and blue and red", "yes"]
+    rows = []
+    for i in range(count):
+        order = np.sort(rng.permutation(len(texts))[: 2 + i % 3])
+        scores = sorted([1.0, 2.5, *rng.integers(0, 4, i % 3).tolist()])
+        answers = [" " + texts[n] for n in order]
+        rows.append({"prompt": f"what do you like {i}?", "answers": answers, "scores": scores})
+    return rows
+
+
 def weighted_rows(count: int) -> list[dict]:
     """Pairs, of which two in three have a margin and three in four a weight."""
     numbers = [((None, 0.2, 0.7)[i % 3], (None, 0.5, 2, 0)[i % 4]) for i in range(count)]

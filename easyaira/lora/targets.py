@@ -1,0 +1,90 @@
+"""What an adapter adapts: linear layers by Hugging Face names, and vectors of a few tokens."""
+
+from __future__ import annotations
+
+import re
+
+from easyaira.config.model import LoraConfig
+from easyaira.distributed.tree import by_path
+from easyaira.errors import ConfigError
+from easyaira.hf.table import Row
+from easyaira.models.model import Model
+
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
+
+
+def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
+    """Rows of the weight table whose kernels `lora.target_modules` names.
+
+    Raises:
+        ConfigError: a target module is not in the model, or only in some of its layers.
+    """
+    rows = linear_layers(model)
+    if names == ALL_LINEAR:
+        return tuple(rows)
+    kernels = by_path(model.shapes)
+
+    def fits(module: str, name: str) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(name, module) is not None
+        return module == name or module.endswith(f".{name}")
+
+    wanted = [names] if isinstance(names, str) else names
+    matches: dict[str, list[Row]] = {name: [] for name in wanted}
+    for row in rows:
+        modules = [module_of(row).format(i) for i in range(kernels[row.ours].shape[0])]
+        for name in wanted:
+            try:
+                fitting = sum(fits(module, name) for module in modules)
+            except re.error as error:
+                raise ConfigError(f"lora.target_modules: {name!r}: {error}") from error
+            if 0 < fitting < len(modules):
+                raise ConfigError(
+                    f"lora.target_modules: {name!r} matches {fitting} of {len(modules)} layers of "
+                    f"{module_of(row)}; adapters on only some layers are not supported"
+                )
+            if fitting:
+                matches[name].append(row)
+    if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
+        available = sorted({module_of(row).rpartition(".")[2] for row in rows})
+        raise ConfigError(
+            f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
+            f"choose from {', '.join(available)}"
+        )
+    return tuple(row for row in rows if any(row in match for match in matches.values()))
+
+
+def tables_of(config: LoraConfig, model: Model) -> tuple[Row, ...]:
+    """Rows of the tables with a vector for each token: the embedding, and an untied head. Empty if
+    no token is trained.
+
+    Raises:
+        ConfigError: an id is beyond the vocabulary.
+    """
+    ids = config.trainable_token_indices or []
+    if ids and max(ids) >= model.vocab_size:
+        raise ConfigError(
+            f"lora.trainable_token_indices: {max(ids)} is beyond the {model.vocab_size} tokens of "
+            "the model"
+        )
+    return tuple(row for row in model.rows if ids and row.op.vocab_axis is not None)
+
+
+def linear_layers(model: Model) -> list[Row]:
+    """Rows of the linear layers in the blocks; these are stacked."""
+    return [row for row in model.rows if row.stacked and row.ours.endswith("/kernel")]
+
+
+def module_of(row: Row) -> str:
+    """Hugging Face's name of a linear layer, with {} for the block number; or of a table."""
+    return row.theirs.removesuffix(".weight")
+
+
+def rows_of(row: Row) -> str:
+    """Path of the trained rows of a table."""
+    return beside(row, "token_rows")
+
+
+def beside(row: Row, name: str) -> str:
+    """Path of a parameter in the same layer as that of `row`."""
+    return f"{row.ours.rpartition('/')[0]}/{name}"

@@ -1,0 +1,35 @@
+"""The signs of all kinds that a run shows. The report has them all, the terminal each of them once.
+
+A sign is a name and a sentence with the evidence and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from easyaira.run import hacking, health
+from easyaira.run.health_facts import of_setup
+from easyaira.train.setup import Setup
+
+
+class Signs:
+    """Signs of one run.
+
+    Args:
+        setup: the run's.
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._shown = {*health.SHOWN_WITH_DATA}
+
+    def of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Name -> sentence of each sign in the rows of a metrics.jsonl."""
+        return hacking.warnings(rows) | health.warnings(of_setup(self._setup, rows))
+
+    def new(self, signs: Mapping[str, str]) -> Iterator[str]:
+        """Lines for the terminal: signs that were not shown before."""
+        for name, sentence in signs.items():
+            if name not in self._shown:
+                self._shown.add(name)
+                yield f"warning {sentence}"
