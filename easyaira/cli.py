@@ -79,7 +79,12 @@ def dry_run_options(parser: ArgumentParser, what: str) -> None:
 def computing_options(parser: ArgumentParser) -> None:
     """Add the options of commands that use a model without training it."""
     add = parser.add_argument
-    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="To compute in.")
+    add(
+        "--dtype",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="Precision to compute in.",
+    )
     add("--mesh", default="fsdp=-1", help="Devices, as for training.")
     debug_option(parser)
 

@@ -37,7 +37,7 @@ def parser():
         type=CountOrZero,
         help="Examples in each prompt; default: as the task says, or 0.",
     )
-    add("--data", help="Folder of data files to use in the place of the hub's data.")
+    add("--data", help="Folder of data files to use instead of the hub's data.")
     add("--rows", help="Pairs, or texts with labels, to score: file, folder or hub id.")
     add("--split", help="Split of --rows; default: train.")
     add("--by", help="Column of --rows whose values get a line each, such as target.")

@@ -64,16 +64,26 @@ def sampling_options(parser: Any) -> None:
 
     add = parser.add_argument
     add("--template", default="chat", help="As data.template; chat: the model's own.")
-    add("--max_new_tokens", type=Count, help=f"Longest answer; {AS_FOLDER} 200.")
-    add("--min_new_tokens", type=CountOrZero, help=f"Shortest answer; {AS_FOLDER} 0.")
-    add("--temperature", type=NonNegative, help=f"0: greedy; {AS_FOLDER} greedy.")
-    add("--top_k", type=CountOrZero, help=f"Sample from the k likeliest; {AS_FOLDER} 0: off.")
-    add("--top_p", type=TopP, help=f"Nucleus sampling; {AS_FOLDER} 1: off.")
-    add("--min_p", type=Share, help=f"Least share of the likeliest one; {AS_FOLDER} 0: off.")
-    add("--repetition_penalty", type=Positive, help=f"Above 1: repeat less; {AS_FOLDER} 1: off.")
+    add("--max_new_tokens", type=Count, help=f"Longest answer in tokens; {AS_FOLDER} 200.")
+    add("--min_new_tokens", type=CountOrZero, help=f"Shortest answer in tokens; {AS_FOLDER} 0.")
+    add("--temperature", type=NonNegative, help=f"Divisor of the logits, 0: greedy; {AS_FOLDER} 0.")
+    add(
+        "--top_k", type=CountOrZero, help=f"Sample from the k likeliest tokens; {AS_FOLDER} 0: off."
+    )
+    add(
+        "--top_p",
+        type=TopP,
+        help=f"Sample from the likeliest tokens that add up to this; {AS_FOLDER} 1: off.",
+    )
+    add(
+        "--min_p",
+        type=Share,
+        help=f"Leave out tokens below this share of the likeliest; {AS_FOLDER} 0: off.",
+    )
+    add("--repetition_penalty", type=Positive, help=f"Above 1, repeat less; {AS_FOLDER} 1: off.")
     add("--stop", action="append", help="Text that ends an answer and is cut off; may be repeated.")
-    add("--seed", type=Seed, default=0, help="Seed of the sampling.")
-    add("--batch_size", type=Count, default=64, help="Answers at a time, as memory allows.")
+    add("--seed", type=Seed, default=0, help="Random seed of the sampling.")
+    add("--batch_size", type=Count, default=64, help="Answers that are generated together.")
     cli.computing_options(parser)
 
 

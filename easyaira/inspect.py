@@ -75,10 +75,12 @@ def main(argv: list[str]) -> None:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
     for name, account in data.accounts.items():
         print(f"\n{name}: {escaped(account.summary())}")
+        for source, count in data.report[name].get("examples by source", {}).items():
+            print(f"  {count:,} examples of source {escaped(source)}")
         for noted, count in account.noted.items():
-            print(f"  {count} {noted}")
+            print(f"  {count:,} {noted}")
         for unread, count in account.unread.items():
-            print(f"  {count} {escaped(unread)} filled and not used")
+            print(f"  {count:,} {escaped(unread)} filled and not used")
         print(report.terminal(account, part=name, rows=ROWS, colour=sys.stdout.isatty()))
     print(f"\ndone    {folder / report.FILES[1]}")
 

@@ -36,6 +36,10 @@ class Formatter(DefaultHelpFormatter):
             text = re.sub(r"; default: [^(]*\. \(", ". (", text)
         return re.sub(r" \((, )?", " (", text).replace(" ()", "")
 
+    def _expand_help(self, action: Action) -> str:
+        text = super()._expand_help(action).replace("(default: True)", "(default: true)")
+        return re.sub(r"\(default: (\[.*\])\)", lambda m: m[0].replace("'", ""), text)
+
 
 class Parser(ArgumentParser):
     """A parser whose --help is short if it has --help_all; groups of options have theirs whole.

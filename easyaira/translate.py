@@ -36,8 +36,8 @@ def parser() -> Parser:
     made = Parser(description=__doc__)
     add = made.add_argument
     add("source", choices=SOURCES, help="Trainer that the file is for.")
-    add("file", help="Its YAML file; of easylm, the command line as one word.")
-    add("--task", type=Literal["sft", "dpo", "reward"], help="Default: what its keys tell.")
+    add("file", help="Its YAML file; for easylm, the command line in quotes.")
+    add("--task", type=Literal["sft", "dpo", "reward"], help="Default: as the keys say.")
     add("--devices", type=Count, default=1, help="Number of devices that the file is run on.")
     add("--drop", action="append", default=[], metavar="KEY",
         help="Leave out a key that is not supported; may be repeated.")  # fmt: skip

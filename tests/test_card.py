@@ -244,7 +244,7 @@ def test_the_card_quotes_complete_evaluations_of_these_weights(runs, tmp_path, c
         "wikitext": ["perplexity", "31.5", "1,000"],
     }
     (index,) = card.stated(text)["front"]["model-index"]  # as `verify` compares it
-    assert index["name"] == folder.name
+    assert index["name"] == "Our model"  # card.title
     assert [one["metrics"] for one in index["results"]] == [
         [{"type": "acc_norm", "value": 24.661}],
         [{"type": "acc", "value": 50.0}],

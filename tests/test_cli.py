@@ -412,10 +412,10 @@ def test_help_of_other_commands_has_no_python(name, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(f"easyaira.{name}").main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert not re.search(r"Literal|type:|null|False\)|Args:|python -m", shown)
+    assert not re.search(r"Literal|type:|null|True\)|False\)|Args:|python -m", shown)
     if name == "best_of":  # its own default, and not that of generate
         assert (
-            "0: greedy. (default: 0.6)" in shown and "Seed of the sampling. (default: 0)" in shown
+            "0: greedy. (default: 0.6)" in shown and "seed of the sampling. (default: 0)" in shown
         )
 
 

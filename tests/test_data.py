@@ -137,9 +137,13 @@ def test_an_id_without_an_embedding_is_an_error(tmp_path):
 def test_weights_say_how_often_an_epoch_shows_a_source(tmp_path):
     a = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(10))
     b = tiny.write_rows(tmp_path / "b.jsonl", tiny.sft_rows(20, seed=1))
-    whole = load([Source(str(a)), Source(str(b))]).train
-    assert np.bincount(whole.sources).tolist() == [10, 20]
-    mixed = load([Source(str(a), weight=2.5), Source(str(b), weight=0.25)]).train
+    whole = load([Source(str(a)), Source(str(b))])
+    assert np.bincount(whole.train.sources).tolist() == [10, 20]
+    data = load([Source(str(a), weight=2.5), Source(str(b), weight=0.25)])
+    mixed, report = data.train, data.report["train"]
+    assert report["duplicates"] == whole.report["train"]["duplicates"]  # copies are none
+    assert sum(report["examples by source"].values()) == report["examples"] == len(mixed)
+    assert [*report["examples by source"]] == [f"1 {a}", f"2 {b}"]
     assert np.bincount(mixed.sources).tolist() == [25, 5]
     counts = np.bincount(mixed.rows[mixed.sources == 0])
     assert sorted(set(counts)) == [2, 3] and len(counts) == 10

@@ -109,8 +109,10 @@ class CardConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Multi-process runs: one process per TPU host, per GPU, or per machine of GPUs. TPU VMs, GKE,
-    SLURM and Open MPI are detected; elsewhere, set the first three options."""
+    """Several processes: TPU VMs, GKE, SLURM and Open MPI are detected.
+
+    Start one process per TPU host, per GPU, or per machine of GPUs. Where no launcher is detected,
+    set the first three options."""
 
     coordinator_address: str | None = None
     """Address and free port of process 0, such as 10.0.0.1:1234."""

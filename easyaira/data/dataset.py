@@ -64,13 +64,20 @@ def load(
     elif config.eval:
         held_out, accounts["held out"] = _read(config, config.eval, recipe, template, "held-out")
         check_embedded(held_out.tokens, vocab_size, RESIZE)
+    once = train  # each row once, whatever its weight
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
     if held_out is not None and train.answers > 1 < held_out.answers:
         most = max(train.answers, held_out.answers)
         train, held_out = train.widened(most), held_out.widened(most)
     report = {name: _account_report(account) for name, account in accounts.items()}
-    report["train"] |= _statistics(train)
+    report["train"] |= _statistics(train) | {"duplicates": _duplicates(once)}
+    if len(sources := sources_of(config, config.train)) > 1:
+        counts = np.bincount(train.sources, minlength=len(sources)).tolist()
+        report["train"]["examples by source"] = {
+            f"{number + 1} {source.path}": count
+            for number, (source, count) in enumerate(zip(sources, counts, strict=True))
+        }
     if held_out is not None:
         report.setdefault("held out", {})
         report["held out"] |= _statistics(held_out) | _overlap(train, held_out)
@@ -258,13 +265,17 @@ def _statistics(part: Examples) -> dict[str, Any]:
     return {
         "examples": len(part),
         **({"examples by answers": {str(n): counts[n] for n in sorted(counts)}} if counts else {}),
-        "duplicates": len(part) - len(np.unique(part.ids)),
+        "duplicates": _duplicates(part),
         "prompts": len(np.unique(part.prompt_ids)),
         "tokens": int(lengths.sum()),
         "learned_tokens": int(part.learned_counts.sum()),
         "length": _quantiles(lengths),
         "prompt_length": _quantiles(prompts),
     }
+
+
+def _duplicates(part: Examples) -> int:
+    return len(part) - len(np.unique(part.ids))
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:

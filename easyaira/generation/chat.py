@@ -9,7 +9,7 @@ from easyaira.errors import escaped
 from easyaira.generation.programs import Weights
 from easyaira.generation.sampler import Answer, Sampler
 
-CUT = "the answer was cut: it has max_new_tokens, or the model's positions are full"
+CUT = "the answer was cut at max_new_tokens, or at the model's last position"
 
 
 def text_of(answer: Answer, template: Template, stop_strings: Sequence[str]) -> str:
