@@ -30,9 +30,10 @@ from jaxtyping import install_import_hook
 
 # argument types are checked in modules that take arrays; in others beartype rejects valid values,
 # such as jsonargparse's restricted numbers
-CHECKED = [
-    f"easyaira.{name}" for name in ("losses", "models.attention", "data.batches", "train.optimizer")
-]
+CHECKED = """
+    losses models.attention models.embedding data.batches generation.processors train.optimizer
+""".split()
+CHECKED = [f"easyaira.{name}" for name in CHECKED]
 install_import_hook(CHECKED, "beartype.beartype")
 
 from easyaira.distributed import mesh as meshes
