@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # XLA compiles the same operations in half the time; 0 tests its optimized machine code
 QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
-# and in half of that as one module a program, without MLIR's emitters of fusions
-ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+# and in less as one module of machine code a program
+ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {ONE_MODULE * QUICK}"
 gc.set_threshold(200_000, 20, 100)  # the collector takes a tenth of the time of tracing
 

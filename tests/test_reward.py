@@ -564,6 +564,17 @@ def test_flops_are_those_of_products_with_every_token():
     assert cost.flops_per_token(model, False) == 6 * (12 * layer + 2 * D)
 
 
+@pytest.mark.slow
+def test_adapters_of_a_scorer_hold_the_padding_token_that_it_lacked(ground, tmp_path):
+    options = {"lora.target_modules": "[q_proj]", "max_steps": 4, "export": True}
+    train(*reward(ground, "llama", "pair"), tmp_path / "run", **options)
+    hf = tmp_path / "run/hf"
+    assert json.loads((hf / "export_report.json").read_text())["logits"]["compared"]
+    written = json.loads((hf / "adapter_config.json").read_text())
+    assert written["trainable_token_indices"] == [tiny.VOCAB]
+    assert AutoTokenizer.from_pretrained(hf).pad_token_id == tiny.VOCAB
+
+
 @pytest.mark.parametrize(
     "kind, data, options, error, message",
     [
@@ -572,7 +583,6 @@ def test_flops_are_those_of_products_with_every_token():
         ("gpt2", "label", {"data.share_prompt": "always"}, ConfigError, "only pairs have a prompt"),
         ("bert", "pair", {"num_samples": 2}, ConfigError, "num_samples: a reward model"),
         ("bert", "pair", {"generation.top_k": 3}, ConfigError, "generation: a reward model"),
-        ("llama", "pair", {"lora.target_modules": "[q_proj]"}, ConfigError, "no padding token of"),
         ("bert", "pair", {"data.reverse": True}, ConfigError, "data.reverse: is for SFT"),
         ("roberta", "pair", {"model.tokenizer": "bert"}, TokenizerError, "pads with 0"),
         ("bert", "pair", {"model.tokenizer": "gpt2"}, TokenizerError, "pads with None"),

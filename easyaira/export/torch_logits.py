@@ -45,14 +45,14 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
     name = (config.architectures or [""])[0]
     scorer = name.endswith("ForSequenceClassification")
     value = name.endswith("ForTokenClassification")
-    options, replaced = {}, ()
+    options, replaced, pad = {}, (), None
     if base:
         with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
             adapter = json.load(file)
         scorer = adapter["task_type"] == "SEQ_CLS"
         if scorer:
             pad = AutoTokenizer.from_pretrained(folder).pad_token_id
-            options = {"num_labels": 1, "pad_token_id": pad}
+            options = {"num_labels": 1}
             replaced = tuple(adapter["modules_to_save"])
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     auto = AutoModelForTokenClassification if value else auto
@@ -78,6 +78,8 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
         if longest := max(_trained(adapter), default=-1) + 1:  # as AutoPeftModel does
             rows = model.get_input_embeddings().weight.shape[0]
             model.resize_token_embeddings(max(rows, longest), mean_resizing=False)
+        if pad is not None:
+            model.config.pad_token_id = pad  # may be one of the new tokens
         model = PeftModel.from_pretrained(model, folder)
     model.eval()
 

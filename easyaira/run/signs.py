@@ -25,7 +25,12 @@ class Signs:
 
     def of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """Name -> sentence of each sign in the rows of a metrics.jsonl."""
-        return hacking.warnings(rows) | health.warnings(of_setup(self._setup, rows))
+        # a metric without a value, such as a rate before the first update, is null
+        numbers = [
+            {name: value for name, value in row.items() if isinstance(value, int | float)}
+            for row in rows
+        ]
+        return hacking.warnings(numbers) | health.warnings(of_setup(self._setup, numbers))
 
     def new(self, signs: Mapping[str, str]) -> Iterator[str]:
         """Lines for the terminal: signs that were not shown before."""
