@@ -14,6 +14,7 @@ from easyaira.config.dpo import DPOConfig
 from easyaira.data import pairs
 from easyaira.data.template import Template
 from easyaira.run import health, report
+from easyaira.run import signs as run_signs
 from easyaira.run.health_facts import Run
 from easyaira.run.signs import Signs
 from helpers import tiny
@@ -122,6 +123,15 @@ def test_each_illness_is_named_alone(name):
     (sentence,) = health.warnings(ILL[name]).values()
     assert list(health.warnings(ILL[name])) == [name]
     assert sentence.endswith(LIMITS[name].do)
+
+
+def test_metrics_that_are_not_there_or_have_no_value_are_left_out(monkeypatch):
+    healthy = made()
+    assert health.warnings(replace(healthy, rows=[])) == {}
+    monkeypatch.setattr(run_signs, "of_setup", lambda setup, rows: replace(healthy, rows=rows))
+    rows = [row | {"mfu": None, "tokens_per_second": None} for row in healthy.rows]
+    rows[0] |= {"mfu": 0.5, "tokens_per_second": 100.0}
+    assert Signs(None).of(rows) == {}
 
 
 @pytest.mark.parametrize("name", ILL)

@@ -64,7 +64,7 @@ class Run:
     @property
     def half(self) -> bool:
         """At least half of the run is done."""
-        return max(row["step"] for row in self.rows) >= self.planned / 2
+        return max((row["step"] for row in self.rows), default=-1) >= self.planned / 2
 
     @cached_property
     def held_out(self) -> list[Mapping[str, Any]]:
