@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 GREEDY = 1e-5  # temperatures below it would overflow float32
 BLOCK = 128  # tokens whose probabilities are summed at once, to find the drawn one
@@ -136,7 +136,7 @@ def _from(logits: Logits, enough: Callable[[jax.Array], jax.Array]) -> Logits:
     return jnp.where(order >= low[:, None], logits, -jnp.inf)
 
 
-def uniform(seed: jax.Array, streams: Int[Array, " R"], places: Int[Array, " R"]) -> Array:
+def uniform(seed: jax.Array, streams: Integer[Array, " R"], places: Int[Array, " R"]) -> Array:
     """A number from [0, 1) for each row [R]: a function of the seed, the row's stream and the place
     of the token in its answer."""
     key = jax.random.key(seed)
