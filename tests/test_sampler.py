@@ -306,7 +306,7 @@ def test_draws_have_the_exact_distribution(name):
     normed = theirs.LogitNormalization()(None, torch.tensor(wanted))
     exact = normed.double().softmax(-1)[0].numpy()
     rows, places = np.divmod(np.arange(20_000), 100)
-    numbers = processors.uniform(0, rows, places)
+    numbers = processors.uniform(0, jnp.asarray(rows), jnp.asarray(places))
     tokens = processors.draw(jnp.broadcast_to(ours, (20_000, 50)), numbers)
     counts = np.bincount(np.asarray(tokens), minlength=50)
     assert counts[exact == 0].sum() == 0

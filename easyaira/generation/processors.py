@@ -136,7 +136,9 @@ def _from(logits: Logits, enough: Callable[[jax.Array], jax.Array]) -> Logits:
     return jnp.where(order >= low[:, None], logits, -jnp.inf)
 
 
-def uniform(seed: jax.Array, streams: Integer[Array, " R"], places: Int[Array, " R"]) -> Array:
+def uniform(
+    seed: jax.Array | int, streams: Integer[Array, " R"], places: Int[Array, " R"]
+) -> Float[Array, " R"]:
     """A number from [0, 1) for each row [R]: a function of the seed, the row's stream and the place
     of the token in its answer."""
     key = jax.random.key(seed)
