@@ -291,7 +291,7 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     """The adapter described by `config`.
 
     Raises:
-        ConfigError: see `targets.targets` and `targets.tables`.
+        ConfigError: see `targets_of` and `tables_of`.
     """
     targets, tables = targets_of(config.target_modules, model), tables_of(config, model)
     return Adapter(config, model, targets, tuple(model.score_rows), tables)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 
-from easyaira.run.hacking import means
 from easyaira.run.health_facts import FEWEST, Run
 
 SURE = 2  # standard errors
@@ -55,9 +54,9 @@ def chosen_falls(run: Run, limit: float) -> str | None:
 def at_chance(run: Run, limit: float) -> str | None:
     if not run.learned or not run.half:
         return None
-    rows = run.learned[len(run.learned) // 2 :]
-    accuracy = means(rows)["rewards/accuracies"]
-    pairs = run.batch * (rows[-1]["step"] - run.learned[len(run.learned) // 2 - 1]["step"])
+    accuracy = run.late["rewards/accuracies"]
+    first = run.learned[len(run.learned) // 2 - 1]
+    pairs = run.batch * (run.learned[-1]["step"] - first["step"])
     bound = 0.5 + limit * 0.5 / math.sqrt(max(pairs, 1))
     if accuracy >= bound:
         return None
