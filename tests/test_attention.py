@@ -10,7 +10,7 @@ import pytest
 
 from easyaira.distributed.mesh import make_mesh
 from easyaira.models import attention as attentions
-from easyaira.models import splash
+from easyaira.models import splash, tiles
 from easyaira.models.attention import DOT_PRODUCT, Near, attention, visible
 from easyaira.models.layers import Compute, Scores
 from easyaira.models.layout import UNATTENDED
@@ -141,18 +141,48 @@ def test_a_window_counts_tokens_of_the_text_and_not_places_in_the_row():
     assert np.array_equal(part, near[:, 8:24, :24])
 
 
-@pytest.mark.parametrize("how", ["xla", "splash", "pallas", "cudnn"])
+@pytest.mark.parametrize("how", ["xla", "splash", "pallas", "cudnn", "tiles"])
 @pytest.mark.parametrize(
     "scores, window",
     [(Scores(), 5), (Scores(cap=0.7), None), (Scores(divisor=1.5), None), (Scores(1.5, 0.7), 5)]
     + [(Scores(slopes=SLOPES), None), (Scores(1.5, 0.7, SLOPES), 5)],
 )
 def test_windows_soft_caps_and_biases_whatever_was_asked_for(how, scores, window, monkeypatch):
-    """No kernel has them, so XLA computes them."""
+    """Tiles have all but biases. XLA computes the rest."""
+    monkeypatch.setattr(tiles, "TILE", 16)
     monkeypatch.setattr(attentions, "BLOCK", 16)
     arrays, segments, sides = rows(40, shared=True)
     near = Near(positions_of(segments, sides), window)
     check(Compute(attention=how), arrays, segments, sides, scores=scores, near=near)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [17, 31, 32, 33, 200])
+def test_tiles_equal_the_whole_softmax(length, causal, monkeypatch):
+    monkeypatch.setattr(attentions, "BLOCK", 16)
+    monkeypatch.setattr(tiles, "TILE", 16)
+    arrays, segments, sides = rows(length, shared=causal and length % 2 == 0)
+    check(Compute(attention="tiles"), arrays, segments, sides, causal)
+
+
+@pytest.mark.parametrize("answers", [1, 2, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_are_those_that_hold_a_visible_key(answers, causal, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 8)
+    for seed in range(20):
+        _, segments, sides = rows(160, shared=answers > 1, answers=answers, seed=seed)
+        keys = tiles.needed(tiles.Tokens(segments[0], sides[0], None, None), causal)
+        mask = visible(segments[:1], sides[:1], causal=causal)[0].reshape(20, 8, 20, 8).any((1, 3))
+        for i, count in enumerate(keys.count.tolist()):
+            chosen = [int(keys.tile(i, t)) for t in range(count)]
+            assert chosen == np.flatnonzero(mask[i]).tolist()
+
+
+def test_a_window_hides_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 8)
+    place = jnp.arange(64)
+    tokens = tiles.Tokens(1 + 0 * place, 0 * place, place, jnp.int32(10))
+    assert tiles.needed(tokens, True).count.tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 200])

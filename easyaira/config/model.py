@@ -37,7 +37,7 @@ class ModelConfig:
     gradient_checkpointing: Literal["none", "dots", "full"] = "none"
     """Activations stored for the backward pass: none: all; dots: results of matrix products;
     full: only each layer's input."""
-    attention: Literal["auto", "xla", "cudnn", "pallas", "splash"] = "auto"
+    attention: Literal["auto", "xla", "tiles", "cudnn", "pallas", "splash"] = "auto"
     """Attention implementation: xla on any device; EasyAira's own pallas kernel or cudnn (bfloat16)
     on GPUs; splash on TPUs. auto: pallas or splash if it agrees with XLA on the run's own rows,
     otherwise xla."""

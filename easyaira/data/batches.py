@@ -84,6 +84,8 @@ class Batches:
         shards: data shards of a micro-batch, with equal numbers of rows and of examples.
         local: shards that this host builds; default: all.
         packing: put several examples into one row.
+        one_row: put all examples of a shard into one row; for attention that costs the same in rows
+            of any length.
         share_prompt: store several answers as one sequence, with their prompt once.
         seed: seed of a new permutation in every epoch; None keeps the order of the examples.
         drop_last: drop an epoch's last update if it is smaller than the others.
@@ -102,6 +104,7 @@ class Batches:
     shards: int = 1
     local: Sequence[int] | None = None
     packing: bool = True
+    one_row: bool = False
     share_prompt: bool = False
     seed: int | None = None
     drop_last: bool = False
@@ -148,9 +151,19 @@ class Batches:
 
     def rows_of(self, groups: list[list[int]], length: int) -> list[list[list[int]]]:
         """For each group, the indices of the blocks in each row."""
+        if self.one_row:
+            return [[list(filter(group.__getitem__, range(len(group))))] for group in groups]
         if not self.packing:
             return [[[i] for i, length in enumerate(group) if length] for group in groups]
         return [pack(group, length) for group in groups]
+
+    def longest(self, groups: list[list[int]]) -> int:
+        """Length of the longest piece that must fit into a row."""
+        return max(sum(group) if self.one_row else max(group, default=1) for group in groups)
+
+    def bucket(self, length: int) -> int:
+        """A row length of at least `length`, and little more in a row that is not filled up."""
+        return bucket(length, self.multiple, 64 if self.one_row else 4)
 
     def _sampled(self) -> list[int]:
         """A sample of updates: some of the first epoch, and the largest of several epochs."""
@@ -175,17 +188,17 @@ class Batches:
         the same programs.
         """
         if self.length:
-            return [Shape(1, bucket(self.length, self.multiple))]
+            return [Shape(1, self.bucket(self.length))]
         if self.drop_last:
             return replace(self, drop_last=False).shapes
         sample = [self.groups(update) for update in self._sampled()]
-        longest = np.array([max(max(group, default=1) for group in groups) for groups in sample])
+        longest = np.array([self.longest(groups) for groups in sample])
         totals = np.array([max(sum(group) for group in groups) for groups in sample])
         limit = max(int(longest.max()), MAX_PACKED_LENGTH if self.packing else 0)
         sizes = {int(n) for n in (*longest, *totals) if n <= limit}
         sizes |= {size for size in (2**i + 2**j for i in range(3, 12) for j in (i - 1, i))}
         useful = {n for n in sizes if longest.min() <= n <= min(limit, totals.max())}
-        lengths = sorted({bucket(n, self.multiple) for n in useful | {int(longest.max())}})
+        lengths = sorted({self.bucket(n) for n in useful | {int(longest.max())}})
         needed = np.full((len(lengths), len(sample)), np.inf)  # rows per update; inf if too short
         for i, length in enumerate(lengths):
             for j, groups in enumerate(sample):
@@ -216,7 +229,7 @@ class Batches:
     def arrange(self, groups: list[list[int]]) -> tuple[Shape, list[list[list[int]]]]:
         """The cheapest shape that fits an update, and the blocks in each row of each group. If no
         shape of the run fits, a new one is made."""
-        longest = max(max(group, default=1) for group in groups)
+        longest = self.longest(groups)
         total = max(sum(group) for group in groups)
         packed: dict[int, list[list[list[int]]]] = {}
         for shape in self.shapes:

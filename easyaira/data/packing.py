@@ -96,7 +96,8 @@ def shares_prompt(choice: str, examples: Examples) -> bool:
     return choice == "always" or saved > WORTH_SHARING * int(examples.lengths().sum())
 
 
-def attention_cost(width: int, heads: int) -> float:
-    """Attention cost of a position per position it attends to, relative to the products with
-    weights: 4 D against 24 D^2 operations per layer, and about 30 operations per score."""
-    return (4 * width + 30 * heads) / (24 * width**2)
+def attention_cost(width: int, heads: int, kernel: str) -> float:
+    """Attention cost of a position per position of its row, relative to the products with weights:
+    4 D against 24 D^2 operations per layer, and about 30 operations per score. Zero for tiles,
+    which depend on the length of the text alone."""
+    return 0.0 if kernel == "tiles" else (4 * width + 30 * heads) / (24 * width**2)

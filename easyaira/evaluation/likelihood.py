@@ -120,7 +120,7 @@ class Likelihoods:
                 if lengths[group[0]] < length:
                     needed[i, j] = -(-len(packed(group, length)) // shards)
         config = self.model.config
-        attention = attention_cost(config.width, config.heads)
+        attention = attention_cost(config.width, config.heads, self.model.compute.attention)
 
         def cost(shape: Shape) -> float:
             return shape.rows * shape.length * (1 + attention * shape.length)

@@ -1,8 +1,9 @@
-"""Attention within the rows of a batch: one function, one mask (`visible`), four implementations.
+"""Attention within the rows of a batch: one function, one mask (`visible`), five implementations.
 Shapes: see layers.py; S keys.
 
 - `xla`: any device. A longer row is split into blocks of queries, each with the keys up to its end.
   The backward pass recomputes the scores of a block, so memory is linear in the length.
+- `tiles`: flash attention for CPUs, in loops that skip masked tiles; see tiles.py.
 - `cudnn`: cuDNN's flash attention on NVIDIA GPUs, in 16 bits, with a dense mask.
 - `pallas`: EasyAira's flash attention for GPUs, with one integer per key as the mask; see flash.py.
 - `splash`: JAX's Pallas kernel for TPUs, which masks by segment and skips fully masked blocks.
@@ -22,9 +23,10 @@ from easyaira.distributed.sharding import by_device, constrain
 from easyaira.models.cache import MASKED, Cache, attend
 from easyaira.models.flash import ends, flash
 from easyaira.models.layers import Compute, Dropout, Scores, by_features
-from easyaira.models.layout import UNATTENDED
-from easyaira.models.product import einsum
+from easyaira.models.layout import UNATTENDED, sees
+from easyaira.models.product import einsum, row_dot
 from easyaira.models.splash import splash
+from easyaira.models.tiles import attention_by_tiles
 
 BLOCK, LONG_BLOCK = 128, 512  # queries, see `block_of`
 MAX_BLOCKS = 16  # per row: blocks are unrolled in the program
@@ -63,11 +65,7 @@ def visible(
     """
     query_segment, key_segment = segment_ids_RT[:, queries, None], segment_ids_RT[:, None, keys]
     query_side, key_side = sides_RT[:, queries, None], sides_RT[:, None, keys]
-    mask = (
-        (query_segment == key_segment)
-        & (key_segment > 0)
-        & ((key_side == 0) | ((key_side == query_side) & (key_side != UNATTENDED)))
-    )
+    mask = sees(query_segment, key_segment, query_side, key_side)
     if causal:
         place = jnp.arange(segment_ids_RT.shape[1])
         mask &= place[queries, None] >= place[keys]
@@ -91,8 +89,9 @@ def attention(
     """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K.
 
     The output at padding is finite and meaningless. `compute.attention` selects the implementation.
-    XLA replaces it where it is unsupported: with dropout, other scores or a window, without a
-    causal mask (splash, pallas), in 32 bits or with an odd length (cudnn).
+    XLA replaces it where it is unsupported: with dropout or other scores (tiles: only biases), a
+    window (but for tiles), without a causal mask (splash, pallas), in 32 bits or with an odd length
+    (cudnn); and where a block holds the row (tiles).
 
     With `compute.cached`, keys and values are cached. Rows of one new token then have the row's
     length in `segment_ids`, and the cache's clock in `sides`; see cache.py.
@@ -106,7 +105,8 @@ def attention(
     rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None
     plain = scores == DOT_PRODUCT and (near is None or near.window is None)
-    how = compute.attention if plain and not drop else "xla"
+    tiles = compute.attention == "tiles" and not scores.slopes and T > BLOCK
+    how = compute.attention if (plain or tiles) and not drop else "xla"
     sixteen_bits = q_RTHN.dtype.itemsize == 2
     if how == "splash" and causal:
         out = splash(*rows, answers=compute.shared_prompt)
@@ -118,6 +118,8 @@ def attention(
         mask = visible(segment_ids_RT, sides_RT, causal=causal)
         mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
         out = jax.nn.dot_product_attention(*rows[:3], mask=mask[:, None], implementation="cudnn")
+    elif how == "tiles" and tiles:
+        out = _by_tiles(*rows, causal=causal, scores=scores, near=near)
     else:
         out = _by_blocks(*rows, causal=causal, drop=drop, scores=scores, near=near)
     return by_features(out.reshape(R, T, H * N))
@@ -190,7 +192,7 @@ def _attend_backward(scores, saved, d_out):
     d_weights = einsum("rqkgn,rtkn->rkgqt", d_out, v, jnp.float32)
     if kept is not None:
         d_weights *= kept
-    delta = (d_out.astype(jnp.float32) * out).sum(-1).transpose(0, 2, 3, 1)[..., None]
+    delta = row_dot(d_out, out).transpose(0, 2, 3, 1)[..., None]
     d_products = weights * (d_weights - delta) / (scores.divisor or math.sqrt(q.shape[-1]))
     if scores.cap is not None:
         capped = _scores(q, k, scores._replace(slopes=None))
@@ -208,3 +210,12 @@ def _flash(q, k, v, segment_ids, sides):
     rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
     per_device = by_device(flash, (heads, heads, heads, rows))
     return per_device(q, k, v, ends(segment_ids, sides))
+
+
+def _by_tiles(q, k, v, segment_ids, sides, *, causal, scores, near):
+    rows, heads = (BATCH_AXES, None), (BATCH_AXES, None, "tp", None)
+    arrays, axes = [q, k, v, segment_ids, sides], [heads, heads, heads, rows, rows]
+    if near is not None and near.window is not None:
+        arrays += [near.positions, jnp.asarray(near.window)]
+        axes += [rows, ()]
+    return by_device(partial(attention_by_tiles, scores=scores, causal=causal), axes)(*arrays)

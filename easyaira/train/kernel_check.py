@@ -31,13 +31,13 @@ BOUND = 4  # largest allowed relative error, in units of the compute dtype's eps
 def choose(setup: Setup) -> tuple[Setup, dict[str, str]]:
     """Select the first kernel that agrees with XLA's attention, and print why others were rejected.
 
-    Nothing is checked if the configuration names a kernel or if XLA computes attention.
+    Nothing is checked if the configuration names a kernel, if XLA computes attention, or on a CPU.
 
     Returns:
         the setup with the kernel, and the fact for metrics.jsonl.
     """
     compute, device = setup.model.compute, setup.mesh.devices.flat[0]
-    if setup.config.model.attention != "auto" or compute.attention == "xla":
+    if setup.config.model.attention != "auto" or compute.attention in ("xla", "tiles"):
         return setup, {}
     updates = setup.batches.of_each_shape()
     problems = []

@@ -77,7 +77,8 @@ def has_weights(origin: Pretrained) -> bool:
     return origin.step is not None or any(origin.folder.glob("*.safetensors"))
 
 
-KERNELS = {"tpu": ("splash",), "gpu": ("pallas",)}  # attention kernels, in order of preference
+# attention kernels, in order of preference
+KERNELS = {"tpu": ("splash",), "gpu": ("pallas",), "cpu": ("tiles",)}
 BY_NAME = {"gpu": ("cudnn",)}  # not chosen by `auto`: slower than pallas, see docs/gpus.md
 # cuDNN's backward pass gives NaN if length % 128 == 64, a mask is passed and a query is fully
 # masked: pytorch/pytorch#196678
@@ -129,6 +130,8 @@ def obstacle(kernel: str, model: Model, compute: Compute) -> str | None:
     if compute.dropout:
         return "has no dropout, and model.dropout is set"
     scores = getattr(config, "scores", Scores())
+    if kernel == "tiles":
+        return "has no biases, and this model's scores do" if scores.slopes else None
     if scores != Scores():
         return "computes plain scores, and this model's are scaled, capped or biased"
     if windows := hiding(getattr(config, "windows", None), compute):

@@ -30,6 +30,14 @@ MODELS = {  # config.json; missing fields have Hugging Face's defaults
         "n_head": 4,
         "n_positions": 1024,
     },
+    "gpt2-small-8k": {
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 1024,
+        "vocab_size": 8192,
+    },
     "gpt2-124m": {"model_type": "gpt2", "n_positions": 1024},
     "opt-125m": {
         "model_type": "opt",
@@ -52,6 +60,7 @@ MODELS = {  # config.json; missing fields have Hugging Face's defaults
     "llama-2-7b": {"model_type": "llama", "max_position_embeddings": 4096},
 }
 BETA, LEARNING_RATE = 0.1, 1e-5
+PLANNED = 400  # updates of the run whose shapes are chosen; a round runs its first ones
 
 
 class Side(NamedTuple):
@@ -79,9 +88,9 @@ def max_length(work: Mapping[str, Any]) -> int:
     return min(KINDS[work["lengths"]].max_length, positions)
 
 
-def examples_of(work: Mapping[str, Any]) -> Examples:
-    """Examples of a round, equal for all sides, with the loss on answers only."""
-    count = work["examples"] * work["updates"]
+def examples_of(work: Mapping[str, Any], updates: int) -> Examples:
+    """Examples of so many updates, equal for all sides, with the loss on answers only."""
+    count = work["examples"] * updates
     folder = Path(tempfile.mkdtemp())
     longest = min(KINDS[work["lengths"]].longest, max_length(work))
     answers = work.get("answers", 2) if work["task"] == "dpo" else 1
@@ -115,7 +124,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.train import loader
     from easyaira.train.resolve import KERNELS, ROW_MULTIPLE, UNROLL_UP_TO
 
-    examples, size, pairs = examples_of(work), work["examples"], work["task"] == "dpo"
+    updates, size, pairs = work["updates"], work["examples"], work["task"] == "dpo"
+    examples = examples_of(work, max(updates, PLANNED))
     if how := options.get("written_out"):
         whole, examples = len(examples), written_out(examples, how == "best_rest")
         size *= len(examples) // whole
@@ -136,9 +146,10 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         examples,
         size,
         shards=meshes.data_shards(mesh),
-        packing=options.get("packing", True),
+        packing=(packing := options.get("packing", True)),
+        one_row=packing and compute.attention == "tiles",
         share_prompt=share,
-        attention=attention_cost(model.config.width, model.config.heads),
+        attention=attention_cost(model.config.width, model.config.heads, compute.attention),
         multiple=ROW_MULTIPLE.get(platform, 8),
     )
     if share and examples.answers > 2:  # as a run chooses
@@ -150,7 +161,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         if pairs and not in_step:
             score = make_score(model, size, examples.answers)
             logps = np.zeros(examples.ranks.shape, np.float32)
-            for ready in loader.ahead(batches, 0, len(batches), mesh):
+            for ready in loader.ahead(batches, 0, updates, mesh):
                 scored = np.asarray(score(params, ready.arrays).logps)
                 logps[ready.batch.examples] = scored[tuple(ready.batch.slots.T)]
             known = {"ranks": examples.ranks} if examples.answers > 2 else {}
@@ -165,11 +176,11 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         loss_fn = dpo(model, config, **counts, reference=reference)
     else:
         loss_fn = sft.sft(model)
-    return _stepping(model, batches, loss_fn, params, frozen, mesh)
+    return _stepping(model, batches, updates, loss_fn, params, frozen, mesh)
 
 
-def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
-    """Run the updates of `batches`; each shape is a program whose name identifies it in a trace."""
+def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
+    """Run the first `count` updates of `batches`; each shape is a program whose name identifies it in a trace."""
     import jax
     import optax
 
@@ -211,7 +222,7 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
 
     def run() -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
-        updates(0, len(batches))
+        updates(0, count)
         return time.perf_counter() - wall, time.process_time() - cpu
 
     def peak() -> float:
@@ -222,12 +233,13 @@ def _stepping(model, batches, loss_fn, params, frozen, mesh) -> Side:
         with tracing.recording(folder):
             run()
         texts = {program_name(shape): program.as_text() for shape, program in programs.items()}
-        return tracing.costs(folder, texts, len(batches))
+        return tracing.costs(folder, texts, count)
 
     updates(0, 1)
     first = time.time()
-    updates(1, len(batches))
-    tokens = int(batches.examples.lengths().sum())
+    updates(1, count)
+    run_of = np.concatenate([batches.members(update) for update in range(count)])
+    tokens = int(batches.examples.lengths()[run_of].sum())
     temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs.values()]
     facts = {
         "tokens": tokens,
@@ -336,7 +348,7 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     rng = np.random.default_rng(0)
     names = ["prompt", "chosen", "rejected"] if work["task"] == "dpo" else ["prompt", "completion"]
     rows = []
-    examples = examples_of(work)
+    examples = examples_of(work, work["updates"])
     for lengths in np.diff(examples.bounds).tolist():
         lengths[1:] = [length - 1 for length in lengths[1:]]  # the trainer adds the end token
         texts = [" ".join(f"w{i}" for i in rng.integers(0, 9999, n)) for n in lengths]
@@ -367,10 +379,12 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
             self.wall = time.perf_counter() - self.wall
             self.cpu = time.process_time() - self.cpu
 
-    clock = Clock()
+    clock, size = Clock(), work["examples"]
+    if options.get("packing"):  # as many tokens an update as the other sides
+        size = max(1, round(examples.lengths().sum() / work["updates"] / max_length(work)))
     settings = settings_class(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=work["examples"],
+        per_device_train_batch_size=size,
         num_train_epochs=1,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
