@@ -165,9 +165,13 @@ class Batches:
         """A row length of at least `length`, and little more in a row that is not filled up."""
         return bucket(length, self.multiple, 64 if self.one_row else 4)
 
+    def _regular(self) -> set[int]:
+        count = min(len(self), SAMPLED_UPDATES)
+        return {int(update) for update in np.linspace(0, len(self) - 1, count)}
+
     def _sampled(self) -> list[int]:
         """A sample of updates: some of the first epoch, and the largest of several epochs."""
-        chosen = set(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_UPDATES)).astype(int))
+        chosen = self._regular()
         per_example = self.block_lengths.sum(1), self.block_lengths.max(1)
         for epoch in range(SAMPLED_EPOCHS if self.seed is not None else 1):
             starts = np.arange(len(self)) * self.size
@@ -191,7 +195,8 @@ class Batches:
             return [Shape(1, self.bucket(self.length))]
         if self.drop_last:
             return replace(self, drop_last=False).shapes
-        sample = [self.groups(update) for update in self._sampled()]
+        sampled, regular = self._sampled(), self._regular()
+        sample = [self.groups(update) for update in sampled]
         longest = np.array([self.longest(groups) for groups in sample])
         totals = np.array([max(sum(group) for group in groups) for groups in sample])
         limit = max(int(longest.max()), MAX_PACKED_LENGTH if self.packing else 0)
@@ -204,7 +209,10 @@ class Batches:
             for j, groups in enumerate(sample):
                 if length >= longest[j]:
                     needed[i, j] = max(map(len, self.rows_of(groups, length)))
-        shapes = choose_shapes(lengths, needed, self.cost, updates=len(self))
+        # a regular update stands for many of all epochs, an extreme one for itself
+        extreme = len(regular) / len(self) / SAMPLED_EPOCHS
+        weights = np.array([1.0 if update in regular else extreme for update in sampled])
+        shapes = choose_shapes(lengths, needed, self.cost, updates=len(self), weights=weights)
         return sorted(shapes, key=self.cost)
 
     def of_each_shape(self) -> list[int]:

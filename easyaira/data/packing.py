@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,14 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int) -> list[Shape]:
+def choose_shapes(
+    lengths: list[int],
+    needed: np.ndarray,
+    cost: Callable[[Shape], float],
+    *,
+    updates: int,
+    weights: np.ndarray | float = 1.0,
+) -> list[Shape]:
     """Choose a few shapes that fit all updates at low cost.
 
     Args:
@@ -58,6 +65,7 @@ def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int)
             length is too short.
         cost: function from a shape to its cost.
         updates: number of updates that will use the shapes.
+        weights: [sampled updates] how many updates each stands for.
     """
     candidates, fits = [], []
     for length, row in zip(lengths, needed, strict=True):
@@ -68,7 +76,8 @@ def choose_shapes(lengths: list[int], needed: np.ndarray, cost, *, updates: int)
         for rows in counts[sampled] if len(counts) else []:
             candidates.append(Shape(int(rows), length))
             fits.append(row <= rows)
-    costs = np.where(np.array(fits), np.array([[cost(shape)] for shape in candidates]), np.inf)
+    costs = np.array([[cost(shape)] for shape in candidates]) * weights
+    costs = np.where(np.array(fits), costs, np.inf)
     chosen = [int(np.argmin(costs.sum(1)))]
     enough = COMPILATION / max(updates, 1)  # as a share of an update's mean cost
     while len(chosen) < MAX_SHAPES:
