@@ -93,7 +93,8 @@ class Batches:
             of a position.
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
-        length: length of the rows, unless an example is longer; None: chosen by cost.
+        length: length of the rows, unless an example is longer; None: chosen by cost. With
+            `one_row`, each update's is chosen as it comes.
         together: consecutive examples that stay together on a shard, in their order; divides the
             examples of a shard and the number of all.
     """
@@ -192,7 +193,7 @@ class Batches:
         the same programs.
         """
         if self.length:
-            return [Shape(1, self.bucket(self.length))]
+            return [] if self.one_row else [Shape(1, self.bucket(self.length))]
         if self.drop_last:
             return replace(self, drop_last=False).shapes
         sampled, regular = self._sampled(), self._regular()
@@ -247,7 +248,8 @@ class Batches:
                 rows = packed[shape.length]
                 if max(map(len, rows)) <= shape.rows:
                     return shape, rows
-        length = bucket(max(longest, self.shapes[-1].length), self.multiple)
+        least = self.shapes[-1].length if self.shapes else 1
+        length = bucket(max(longest, least), self.multiple)
         rows = self.rows_of(groups, length)
         return Shape(bucket(max(map(len, rows))), length), rows
 

@@ -21,6 +21,7 @@ from easyaira.losses import token_logps
 from easyaira.models.attention import LONG_BLOCK, block_of
 from easyaira.models.layers import Scores, padded_vocab
 from easyaira.models.model import Model
+from easyaira.models.tiles import TILE
 from easyaira.plan.counted import counted
 from easyaira.plan.hlo import Program, compiled
 from easyaira.train import loader
@@ -195,7 +196,7 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     )
     positions = update.parts * update.rows * update.length
     learned = update.parts * math.prod(update.chunks) * _head(model)
-    scores = 4 * depth * heads * _keys(model, update.length) * positions
+    scores = 4 * depth * heads * _keys(setup, update.length) * positions
     forward = 2 * (inner * positions + learned) + scores
     recompute = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
     # fused kernels recompute the scores for each gradient; blocks are recomputed
@@ -214,9 +215,14 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
     return {name: operations / setup.mesh.shape["tp"] for name, operations in work.items()}
 
 
-def _keys(model: Model, length: int) -> float:
+def _keys(setup: Setup, length: int) -> float:
     """Average number of keys per query that attention computes, masked ones included."""
+    model = setup.model
     how, causal = model.compute.attention, not model.architecture.encoder
+    if how == "tiles" and not model.compute.dropout:
+        texts = setup.batches.block_lengths.astype(float)
+        own = (texts**2).sum() / max(texts.sum(), 1)
+        return min(length, (own / 2 if causal else own) + TILE / 2)
     if model.compute.dropout or not causal or how == "cudnn":
         return length
     if how == "splash":

@@ -180,7 +180,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
 
 
 def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
-    """Run the first `count` updates of `batches`; each shape is a program whose name identifies it in a trace."""
+    """Run the first updates of `batches`; each shape is a program, named for the trace."""
     import jax
     import optax
 
