@@ -93,16 +93,22 @@ def choose_shapes(
     return [candidates[i] for i in dict.fromkeys(chosen)]
 
 
-WORTH_SHARING = 0.15  # share of tokens saved; below it, longer rows cost more than sharing saves
+# Share of tokens saved, below which longer rows, or masked tiles, cost more than sharing saves
+WORTH_SHARING, WORTH_SHARING_TILES = 0.15, 0.03
 
 
-def shares_prompt(choice: str, examples: Examples) -> bool:
-    """Whether to store the answers to a prompt with their prompt once."""
+def shares_prompt(choice: str, examples: Examples, kernel: str) -> bool:
+    """Whether to store the answers to a prompt with their prompt once.
+
+    Args:
+        kernel: attention implementation, see models/attention.py.
+    """
     if examples.answers < 2 or choice == "never":
         return False
     prompts = examples.bounds[:, 1] - examples.bounds[:, 0]
     saved = int((prompts * (examples.exists.sum(1) - 1)).sum())
-    return choice == "always" or saved > WORTH_SHARING * int(examples.lengths().sum())
+    worth = WORTH_SHARING_TILES if kernel == "tiles" else WORTH_SHARING
+    return choice == "always" or saved > worth * int(examples.lengths().sum())
 
 
 def attention_cost(width: int, heads: int, kernel: str) -> float:

@@ -106,7 +106,7 @@ def judge(
     resolved = find(config, devices, scorer=True)
     part, account, groups, ties = _read(source, data, resolved, by, limit)
     model = resolved.model
-    shared = not model.architecture.encoder and shares_prompt("auto", part)
+    shared = not model.architecture.encoder and shares_prompt("auto", part, model.compute.attention)
     model = replace(model, compute=replace(model.compute, shared_prompt=part.answers * shared))
     shards = meshes.data_shards(devices)
     batches = Batches(

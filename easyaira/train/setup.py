@@ -228,7 +228,9 @@ def _batches(
     )
     size = config.train_batch_size
     if own is None:
-        share = not model.architecture.encoder and shares_prompt(choice, train)
+        share = not model.architecture.encoder and shares_prompt(
+            choice, train, model.compute.attention
+        )
         plans = [whole(train, size, share_prompt=share)]
         if share and train.answers > 2 and choice == "auto":
             plans.append(replace(plans[0], share_prompt=False))

@@ -138,7 +138,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         attention=options.get("attention", (*KERNELS.get(platform, ()), "xla")[0]),
         unroll_up_to=options.get("unroll_up_to", UNROLL_UP_TO.get(platform, 0)),
     )
-    share = shares_prompt(options.get("share_prompt", "auto"), examples)
+    share = shares_prompt(options.get("share_prompt", "auto"), examples, compute.attention)
     compute = replace(compute, shared_prompt=examples.answers * share)
     model = model_of(MODELS[work["model"]], work["model"], compute)
     mesh = meshes.make_mesh("fsdp=-1")
