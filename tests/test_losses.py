@@ -136,7 +136,7 @@ def test_memory_does_not_grow_with_the_vocabulary(core):
         tokens = jax.ShapeDtypeStruct((8, 513), jnp.int32)
 
         def total(hidden, head, tokens):
-            out = core(hidden, head, tokens, vocab_size=columns, cap=None, chunk_logits=2**22)
+            out = core(hidden, head, tokens, vocab_size=columns, cap=None, chunk_logits=2**21)
             return out.logps.sum() if core is token_logps.token_logps else out[0]
 
         step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))

@@ -126,6 +126,19 @@ def parts_of(size: int, axes: Any) -> int:
     return parts if size % parts == 0 else 1
 
 
+def on_cpu() -> bool:
+    """True if the mesh is of CPUs; without a mesh, if JAX computes on them by default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend() == "cpu"
+    return getattr(mesh.abstract_device, "device_kind", None) == "cpu"
+
+
+def on_one_cpu() -> bool:
+    """True if the mesh, or JAX without a mesh, is a single CPU: nothing is sharded."""
+    return on_cpu() and jax.sharding.get_abstract_mesh().size <= 1  # 0: no mesh
+
+
 def _parts(mesh: Any, entry: Any) -> int:
     """Number of shards that an entry of a PartitionSpec makes."""
     axes = (entry,) if isinstance(entry, str) else entry or ()

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import constrain, parts_of
+from easyaira.distributed.sharding import constrain, on_cpu, parts_of
 from easyaira.models.layers import capped
 from easyaira.models.product import einsum
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
-KEPT_CHUNKS = 4  # chunks whose logit gradients are cached for the backward pass
+KEPT_CHUNKS = 4  # chunks of that size whose logit gradients are cached for the backward pass
+# Most positions in a CPU's chunk. Its caches hold their logits, and few positions of the last chunk
+# have no loss; with fewer, adding to the head's gradient costs more than that saves.
+CPU_CHUNK = 256
 
 PerToken = Float[Array, "R T"]
 
@@ -47,7 +50,7 @@ def token_logps(
     """log p(token | the tokens before it in its row), without storing the logits of whole rows.
 
     Only tokens in `loss_mask` are projected, in a dynamic number of chunks. The logit gradients of
-    the first KEPT_CHUNKS are cached for the backward pass; those of the other chunks are
+    the first chunks are cached for the backward pass (`kept_chunks`); those of the others are
     recomputed. So small batches cost no more than with full logits, and memory is bounded. Liger's
     linear cross-entropy (Hsu et al., 2024) applies the same idea to one loss.
 
@@ -91,7 +94,24 @@ def token_nll(
     return total, unflatten(parts)
 
 
+def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
+    """Number of positions that a device projects at a time."""
+    most = max(1, min(positions, chunk_logits // columns))
+    return min(most, CPU_CHUNK) if on_cpu() else most
+
+
+def kept_chunks(chunk: int, positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
+    """Number of chunks of this size whose logit gradients are cached for the backward pass."""
+    most = KEPT_CHUNKS * max(1, chunk_logits // columns) // chunk
+    return min(most, -(-positions // chunk))
+
+
 # Shapes below: S shards, N positions per shard, C positions per chunk.
+
+
+class _Sizes(NamedTuple):
+    chunk: int
+    kept: int
 
 
 class _Positions(NamedTuple):
@@ -102,7 +122,7 @@ class _Positions(NamedTuple):
     head: jax.Array
     targets: jax.Array  # [S, N]
     wanted: jax.Array  # [S, N]
-    chunk: int
+    sizes: _Sizes
 
 
 def _positions(hidden, head, tokens, loss_mask, chunk_logits):
@@ -118,14 +138,10 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
         parts = (part.reshape(rows, length - 1) for part in parts)
         return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
 
-    chunk = chunk_size(rows // shards * (length - 1), head.shape[1], chunk_logits)
+    most = rows // shards * (length - 1), head.shape[1], chunk_logits
+    chunk = chunk_size(*most)
     flattened = flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:])
-    return _Positions(*flattened, chunk), unflatten
-
-
-def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
-    """Number of positions that a device projects at a time."""
-    return max(1, min(positions, chunk_logits // columns))
+    return _Positions(*flattened, _Sizes(chunk, kept_chunks(chunk, *most))), unflatten
 
 
 class _Chunks(NamedTuple):
@@ -169,19 +185,23 @@ def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
 def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
     """For a chunk: the values of TokenLogps [S, C]; and the gradient of logps with respect to the
     product of states and head [S, C, V]."""
+    shape = targets.shape
+    # one axis for shards and positions: along an axis of size 1, XLA's sum of a product takes ten
+    # times as long on a CPU
+    states, targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1, 1)
     columns = jnp.arange(kernel.shape[1])
     real = columns < vocab_size
-    logits = capped(einsum("scd,dv->scv", states, kernel, jnp.float32), cap)
-    mean = jnp.where(real, logits, 0).sum(-1) / vocab_size
+    logits = capped(einsum("nd,dv->nv", states, kernel, jnp.float32), cap)
+    mean = (logits * real).sum(-1) / vocab_size
     bent = 1 if cap is None else 1 - (logits / cap) ** 2  # tanh' = 1 - tanh^2
-    logits = jnp.where(real, logits, -jnp.inf)
     # a masked sum instead of a gather: it stays local when the vocabulary is sharded
-    is_target = columns == targets[..., None]
+    is_target = columns == targets
     target = jnp.where(is_target, logits, 0).sum(-1)
-    largest = logits.max(-1)
-    exps = jnp.exp(logits - largest[..., None])
+    # an array is masked once, where it is written: a CPU would store a copy for each sum
+    largest = (logits + jnp.where(real, 0, -jnp.inf)).max(-1)
+    exps = jnp.exp(jnp.where(real, logits - largest[:, None], -jnp.inf))
     total = exps.sum(-1)
-    expected = (exps * jnp.where(real, logits, 0)).sum(-1) / total
+    expected = (exps * logits).sum(-1) / total
     lse = largest + jnp.log(total)
     logps, labels = target - lse, is_target
     if smoothing:
@@ -189,7 +209,8 @@ def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
         labels = (1 - smoothing) * is_target + smoothing / vocab_size * real
     squares = jnp.log((exps**2).sum(-1)) - 2 * jnp.log(total)
     values = (logps, (target >= largest) * 1.0, mean, lse - expected, squares)
-    return values, (labels - exps / total[..., None]) * bent
+    slope = (labels - exps / total[:, None]) * bent
+    return tuple(x.reshape(shape) for x in values), slope.reshape(*shape, -1)
 
 
 def _gradients(states, kernel, d_logits):
@@ -212,13 +233,13 @@ def _zero_gradients(states, head):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _logps(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
+def _logps(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
     """The values of TokenLogps, [S, N] each."""
-    return _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothing)[0]
+    return _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing)[0]
 
 
-def _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
-    chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
+def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
+    chunks, kernel = _chunks(wanted, sizes.chunk), _kernel(head, states.dtype)
 
     def body(i, carry):
         parts, kept = carry
@@ -230,16 +251,16 @@ def _logps_forward(states, head, targets, wanted, chunk, vocab_size, cap, smooth
         return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
 
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
-    count = min(KEPT_CHUNKS, chunks.order.shape[1] // chunk)
-    kept = jnp.zeros((count, states.shape[0], chunk, head.shape[1]), states.dtype)
+    shape = sizes.kept, states.shape[0], sizes.chunk, head.shape[1]
+    kept = jnp.zeros(shape, states.dtype)
     kept = constrain(kept, None, BATCH_AXES, None, "tp")
     parts, kept = jax.lax.fori_loop(0, chunks.count, body, (zeros, kept))
     return parts, (states, head, targets, wanted, kept)
 
 
-def _logps_backward(chunk, vocab_size, cap, smoothing, saved, cotangents):
+def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
     states, head, targets, wanted, kept = saved
-    chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
+    chunks, kernel = _chunks(wanted, sizes.chunk), _kernel(head, states.dtype)
 
     def recompute(chunk_states, index):
         _, slope = _token_statistics(
@@ -270,14 +291,14 @@ _logps.defvjp(_logps_forward, _logps_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _nll(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
+def _nll(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
     """-sum of logps; then the values of TokenLogps, [S, N] each."""
-    parts = _logps(states, head, targets, wanted, chunk, vocab_size, cap, smoothing)
+    parts = _logps(states, head, targets, wanted, sizes, vocab_size, cap, smoothing)
     return -parts[0].sum(), parts
 
 
-def _nll_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothing):
-    chunks, kernel = _chunks(wanted, chunk), _kernel(head, states.dtype)
+def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
+    chunks, kernel = _chunks(wanted, sizes.chunk), _kernel(head, states.dtype)
 
     def body(i, carry):
         parts, (d_states, d_head) = carry
@@ -296,7 +317,7 @@ def _nll_forward(states, head, targets, wanted, chunk, vocab_size, cap, smoothin
     return (-parts[0].sum(), parts), (d_states, _reduce_head(d_head, head))
 
 
-def _nll_backward(chunk, vocab_size, cap, smoothing, gradients, cotangents):
+def _nll_backward(sizes, vocab_size, cap, smoothing, gradients, cotangents):
     return *(jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)), None, None
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from easyaira.distributed.sharding import on_one_cpu
+
 
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """einsum of two arrays of one dtype, with a result in `dtype`."""
@@ -52,11 +54,22 @@ def _backward(precision, saved, d_y):
     x_, kernel_, y_ = _letters(x, kernel)
     with jax.default_matmul_precision(precision):
         d_x = einsum(f"{y_},{kernel_}->{x_}", d_y, kernel.astype(x.dtype), x.dtype)
-        if x.shape[-1] <= math.prod(kernel.shape[1:]):
-            return d_x, einsum(f"{x_},{y_}->{kernel_}", x, d_y, kernel.dtype)
-        # XLA's CPU transposes the first factor of such products, so the narrower one comes first
-        turned = einsum(f"{y_},{x_}->{kernel_[1:]}k", d_y, x, kernel.dtype)
-        return d_x, jnp.moveaxis(turned, -1, 0)
+        return d_x, _of_kernel(x, d_y, kernel)
+
+
+def _of_kernel(x: jax.Array, d_y: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Gradient of the kernel."""
+    if not on_one_cpu():
+        x_, kernel_, y_ = _letters(x, kernel)
+        return einsum(f"{x_},{y_}->{kernel_}", x, d_y, kernel.dtype)
+    # Over several axes, XLA's product transposes a copy of x in memory first; with more rows than
+    # columns, its own transposition takes longer than that of the result.
+    rows, columns = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, math.prod(kernel.shape[1:]))
+    if rows.shape[1] <= columns.shape[1]:
+        return einsum("nk,nu->ku", rows, columns, kernel.dtype).reshape(kernel.shape)
+    transposed = einsum("nu,nk->uk", columns, rows, kernel.dtype)
+    # without the barrier, XLA would swap the factors back
+    return jax.lax.optimization_barrier(transposed).T.reshape(kernel.shape)
 
 
 _linear.defvjp(_forward, _backward)

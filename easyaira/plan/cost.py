@@ -87,9 +87,10 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
             (batches.accumulation, batches.size // batches.accumulation, *sizes), np.float32
         )
     mask = arrays["loss_mask"].reshape(batches.accumulation, batches.shards, -1)
-    chunk = token_logps.chunk_size(
-        shape.rows * (shape.length - 1), padded_vocab(setup.model.vocab_size)
-    )
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+        chunk = token_logps.chunk_size(
+            shape.rows * (shape.length - 1), padded_vocab(setup.model.vocab_size)
+        )
     chunks = max(1, -(-int(mask.sum(-1).max()) // chunk))
     return Update(arrays, batches.accumulation, *shape, (chunks, chunk))
 
@@ -156,8 +157,9 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
         vocab = padded_vocab(setup.model.vocab_size)
         columns, width = vocab // setup.mesh.shape["tp"], _head(setup.model) // vocab
         chunk, itemsize = update.chunks[1], setup.model.compute.dtype.itemsize
-        most = -(-update.rows * (update.length - 1) // chunk)
-        kept = min(token_logps.KEPT_CHUNKS, most) if setup.data.train.answers > 1 else 0
+        kept = 0
+        if setup.data.train.answers > 1:
+            kept = token_logps.kept_chunks(chunk, update.rows * (update.length - 1), vocab)
         sizes["logits"] = columns * (chunk * (4 + kept * itemsize) + width * (4 + itemsize))
     return sizes
 
