@@ -8,6 +8,7 @@
     python scripts/benchmark.py train --task dpo --lengths ultrafeedback --answers 4 --against pairs
     python scripts/benchmark.py train --task sft --gradient_checkpointing none,dots,full
     python scripts/benchmark.py train --task dpo --lengths hh --profile trace
+    python scripts/benchmark.py matrix --model gpt2-small-8k --output matrix.md   # against TRL
     python scripts/benchmark.py core                                   # the log-probabilities
     python scripts/benchmark.py generate --model gpt2-small            # beside transformers
     python scripts/benchmark.py evaluate --folder MODEL --data DATA    # beside lm-eval's hf
@@ -22,9 +23,11 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import core, data, evaluation, generation, show, training
+from benchmarks import core, data, evaluation, generation, matrix, show, training
 from benchmarks.lengths import KINDS
 from benchmarks.sides import MODELS
+
+DTYPES = ["float32", "bfloat16"]
 
 
 def checkpointing(text: str) -> list[str]:
@@ -50,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lengths", choices=list(KINDS), default="aira", help="data set whose lengths to imitate")
     add("--examples", type=int, default=8, help="examples of an update (DPO: pairs)")
     add("--answers", type=int, default=2, help="DPO: answers to a prompt")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of products, on all sides")
     add("--updates", type=int, default=8, help="updates of a round")
     add("--rounds", type=int, default=5)
     add("--peer", choices=list(training.PEERS), help="pip install trl, and liger-kernel on GPUs")
@@ -66,13 +70,22 @@ def parser() -> argparse.ArgumentParser:
     add("--profile", type=Path, metavar="FOLDER", help="trace a round of our last side")
     add("--plot", type=Path, metavar="FILE.png", help="bar chart of tokens per CPU second")
     add("--debug", action="store_true", help="show the standard error of the sides")
+    of_matrix = commands.add_parser("matrix", help="training against TRL's best, as Markdown")
+    add = of_matrix.add_argument
+    add("--model", nargs="+", choices=list(MODELS), default=["gpt2-small-8k", "gpt2-124m"])
+    add("--task", nargs="+", choices=["sft", "dpo"], default=["sft", "dpo"])
+    add("--lengths", nargs="+", choices=list(KINDS), default=list(KINDS))
+    add("--examples", nargs="+", type=int, default=[8], help="examples of an update")
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--updates", type=int, default=6, help="updates of a round")
+    add("--rounds", type=int, default=3)
+    add("--output", type=Path, required=True, metavar="FILE.md", help="and a picture beside it")
+    add("--debug", action="store_true", help="show the standard error of the sides")
     of_core = commands.add_parser("core", help="log-probabilities, against full logits")
     of_generation = commands.add_parser("generate", help="answers, against transformers")
     of_generation.add_argument("--model", choices=list(generation.SIZES), default="small")
     of_generation.add_argument("--rounds", type=int, default=3)
-    of_generation.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
-    )
+    of_generation.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     of_evaluation = commands.add_parser("evaluate", help="log-likelihoods, against lm-eval's hf")
     of_evaluation.add_argument("--folder", type=Path, required=True, help="language model")
     of_evaluation.add_argument("--data", type=Path, required=True, help="files of the tasks")
@@ -80,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     of_evaluation.add_argument("--num_fewshot", type=int, default=25)
     of_evaluation.add_argument("--limit", type=int, help="first questions only")
     of_evaluation.add_argument("--rounds", type=int, default=2)
-    for command in (of_data, of_training, of_core, of_generation, of_evaluation):
+    for command in (of_data, of_training, of_matrix, of_core, of_generation, of_evaluation):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
     return top
 
@@ -92,6 +105,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.what == "data":
         figures = data.data(args)
+    elif args.what == "matrix":
+        figures = matrix.matrix(args)
     elif args.what == "generate":
         figures = generation.generation(args)
         show.table(figures)

@@ -509,14 +509,15 @@ def test_a_run_is_the_same_however_it_is_laid_out(task, ground, tmp_path, device
 
 
 def test_a_prompt_is_shared_where_it_costs_less(ground, tmp_path):
-    """Attention of a tiny model costs much, so rows with long answers are cheaper apart."""
+    """XLA's attention costs much in a tiny model, so rows with long answers are cheaper apart;
+    tiles cost the same in any row."""
     scored = {"answers": [f" red and blue and red and blue {i}" for i in range(4)], "scores": FIRST}
     short = [{"prompt": f"what? {i}", **scored} for i in range(8)]
     scored = {"answers": FOUR, "scores": FIRST}
     long = [{"prompt": f"{i}: " + 6 * "red and blue ", **scored} for i in range(8)]
 
-    def plan(name, share):
-        options = {"data.share_prompt": share}
+    def plan(name, share, attention="xla"):
+        options = {"data.share_prompt": share, "model.attention": attention}
         args = (ground / "gpt2", tmp_path / f"{name}.jsonl", tmp_path / "x")
         return prepare(*configure("dpo", *args, **options)).batches
 
@@ -526,6 +527,7 @@ def test_a_prompt_is_shared_where_it_costs_less(ground, tmp_path):
         assert always.share_prompt and not never.share_prompt
         assert auto.sampled_cost() == min(always.sampled_cost(), never.sampled_cost())
         assert auto.share_prompt == (name == "long")
+        assert plan(name, "auto", "tiles").share_prompt
 
 
 def test_lengths_of_more_than_two_answers_are_not_compared(ground, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from helpers import tiny
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from benchmarks import show, sides, tracing, training
+from benchmarks import matrix, show, sides, tracing, training
 from benchmarks.lengths import Kind
 
 from easyaira.algorithms import sft
@@ -135,6 +135,7 @@ ARGUMENTS = {
     "examples": 2,
     "answers": 2,
     "updates": 2,
+    "dtype": "float32",
     "rounds": 3,
     "ladder": False,
     "against": "share_prompt",
@@ -143,6 +144,32 @@ ARGUMENTS = {
     "profile": None,
     "debug": False,
 }
+
+
+def test_float32_is_of_both_sides():
+    given = {**ARGUMENTS, "against": None, "peer": "trl", "dtype": "float32"}
+    ours, best, _ = training.sides_of(SimpleNamespace(**given))
+    assert ours.options == {"dtype": "float32"}
+    assert best.options == {**training.FAST, "bf16": False}
+
+
+def test_the_matrix_names_the_better_of_trls_sides(monkeypatch, tmp_path):
+    def measure(args):
+        assert args.peer == ("trl-packed" if args.task == "sft" else "trl-fast")
+        figures = {"positions/token": 1.05, "peak MiB": 2e3, "system": 0.01}
+        rates = {"EasyAira": 300.0, "TRL, best": 100.0, "TRL, packed": 200.0}
+        return [figures | {"side": n, "tokens/CPU s": rate} for n, rate in rates.items()], None
+
+    monkeypatch.setattr(training, "measure", measure)
+    given = {"model": ["gpt2-124m"], "task": ["sft", "dpo"], "lengths": ["chat"], "examples": [4]}
+    given |= {"dtype": ["float32"], "output": tmp_path / "m.md", "updates": 1, "rounds": 1}
+    matrix.matrix(SimpleNamespace(**given))
+    lines = (tmp_path / "m.md").read_text().splitlines()
+    assert lines[2] == (
+        "| SFT gpt2-124m, chat, 4 examples, float32 | 300 | 200 (TRL, packed) | **1.50** | 1.05 "
+        "| 2,000 / 2,000 | 1.0% / 1.0% |"
+    )
+    assert len(lines) == 4 and (tmp_path / "m.png").stat().st_size > 1000
 
 
 def test_ratios_are_medians_of_rounds(monkeypatch, tmp_path, capsys):
@@ -160,7 +187,13 @@ def test_ratios_are_medians_of_rounds(monkeypatch, tmp_path, capsys):
 
         def ask(self, what):
             asked.append(self.place)
-            return {"wall": 2.0, "cpu": next(self.cpu), "peak MiB": 5.0, "joules": 32.0}
+            return {
+                "wall": 2.0,
+                "cpu": next(self.cpu),
+                "system": 0.1,
+                "peak MiB": 5.0,
+                "joules": 32.0,
+            }
 
         def close(self):
             pass

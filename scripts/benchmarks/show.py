@@ -46,3 +46,18 @@ def bars(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
+
+
+def ratios(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
+    """Draw the `ratio` of each side, beside a line at 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.3 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh([row["side"] for row in rows], [row["ratio"] for row in rows], height=0.65)
+    axes.bar_label(drawn, [f"{row['ratio']:.2f}" for row in rows], padding=4)
+    axes.axvline(1, color="0.4", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.sides import ENGINES
+from benchmarks.peer import trl
+from benchmarks.sides import ours
 from easyaira.allocator import keep_memory
 from easyaira.train.metrics import peak_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
+ENGINES = {"ours": ours, "trl": trl}
 MARK = "benchmark: "  # prefix of a worker's answers
 
 
@@ -36,6 +38,7 @@ FAST = {"bf16": True, "gradient_checkpointing": False, "precompute_ref_log_probs
 PACKED = FAST | {"packing": True, "packing_strategy": "wrapped"}  # SFT; needs no flash-attn
 LIGER = {"use_liger_kernel": True}  # CUDA
 PEERS = {
+    "trl-fast": (Entry("TRL, best", "trl", FAST),),
     "trl": (Entry("TRL, best", "trl", FAST), Entry("TRL, defaults", "trl")),
     "trl-packed": (Entry("TRL, best", "trl", FAST), Entry("TRL, packed", "trl", PACKED)),
     "trl-liger": (Entry("TRL, best", "trl", FAST), Entry("TRL, Liger", "trl", FAST | LIGER)),
@@ -99,7 +102,14 @@ def sides_of(args: argparse.Namespace) -> list[Entry]:
             Entry(f"checkpointing {how}", options={"gradient_checkpointing": how})
             for how in args.gradient_checkpointing
         ]
-    return sides + list(PEERS.get(args.peer, ()))
+    sides += PEERS.get(args.peer, ())
+    return [in_float32(side) for side in sides] if args.dtype == "float32" else sides
+
+
+def in_float32(side: Entry) -> Entry:
+    """The side with float32 products, which many CPUs multiply faster than bfloat16."""
+    dtype = {"dtype": "float32"} if side.engine == "ours" else {"bf16": False}
+    return side._replace(options={**side.options, **dtype})
 
 
 class Worker:
@@ -150,10 +160,12 @@ def worker(request: Mapping[str, Any]) -> None:
         if what == "trace":
             answer(side.trace(Path(folder)))
         else:
-            before = joules()
+            before, times = joules(), os.times()
             wall, cpu = side.run()
-            energy = joules() - before
-            answer({"wall": wall, "cpu": cpu, "peak MiB": side.peak(), "joules": energy})
+            energy, now = joules() - before, os.times()
+            system = (now.system - times.system) / cpu
+            figures = {"wall": wall, "cpu": cpu, "system": system, "joules": energy}
+            answer(figures | {"peak MiB": side.peak()})
 
 
 def joules() -> float:
@@ -215,6 +227,7 @@ def row_of(
         "tokens/CPU s": facts["tokens"] / middle["cpu"],
         "update s": middle["wall"] / updates,
         "to first s": facts["to first s"],
+        "system": middle["system"],
         "positions/token": facts["positions per token"],
         "peak MiB": middle["peak MiB"],
         "GPU J/example": middle["joules"] / updates / examples,
