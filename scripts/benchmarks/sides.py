@@ -197,6 +197,7 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
     train_step = steps.make_train_step(jax.named_scope(tracing.LOSS)(loss_fn), tx)
     programs: dict[Shape, Any] = {}
     positions: list[int] = []  # of every update so far
+    tokens: list[int] = []
     with jax.set_mesh(mesh):
         state = init_state(params, tx, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -219,6 +220,7 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
                     programs[shape] = compiled(shape, ready.arrays)
                 state, _ = programs[shape](state, frozen, ready.arrays, None)
                 positions.append(ready.batch.positions)
+                tokens.append(ready.batch.num_tokens)
             jax.block_until_ready(state.step)
 
     def run() -> tuple[float, float]:
@@ -239,12 +241,11 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
     updates(0, 1)
     first = time.time()
     updates(1, count)
-    run_of = np.concatenate([batches.members(update) for update in range(count)])
-    tokens = int(batches.examples.lengths()[run_of].sum())
+    of_a_round = sum(tokens)
     temporaries = [program.memory_analysis().temp_size_in_bytes for program in programs.values()]
     facts = {
-        "tokens": tokens,
-        "positions per token": sum(positions) / tokens,
+        "tokens": of_a_round,
+        "positions per token": sum(positions) / of_a_round,
         "temporaries MiB": max(temporaries) / 2**20,
         "operations per token": cost.flops_per_token(model, frozen is not None),
         "device": mesh.devices.flat[0].device_kind,
