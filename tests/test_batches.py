@@ -33,12 +33,14 @@ def sequences(batch):
 
 
 @pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("accumulation, shards", [(1, 1), (2, 1), (1, 4), (2, 2)])
 def test_packing_changes_where_sequences_lie_and_nothing_else(
-    pairs, accumulation, shards, tmp_path
+    pairs, accumulation, shards, one_row, tmp_path
 ):
     kwargs = {"pairs": pairs, "accumulation": accumulation, "shards": shards}
-    packed, plain = (batches(tmp_path, packing=p, **kwargs) for p in (True, False))
+    plain = batches(tmp_path, packing=False, **kwargs)
+    packed = batches(tmp_path, one_row=one_row, **kwargs)
     for update in range(6):
         a, b = packed[update], plain[update]
         assert sequences(a) == sequences(b)
@@ -47,6 +49,7 @@ def test_packing_changes_where_sequences_lie_and_nothing_else(
         for batch in (a, b):
             segments = batch.arrays["segment_ids"]
             assert segments.shape[1] % shards == 0
+            assert segments.shape[1] == shards or not (one_row and batch is a)
             assert not batch.arrays["tokens"][segments == 0].any()
             assert not batch.arrays["loss_mask"][segments == 0].any()
             per_shard = np.split(segments, shards, axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from easyaira.models.attention import attention, visible
-from easyaira.models.layers import Compute, LayerNorm
+from easyaira.models.layers import Compute, LayerNorm, RMSNorm
 from easyaira.models.product import linear
 from easyaira.plan import cost
 from easyaira.train.setup import prepare
@@ -142,3 +142,43 @@ def test_freed_memory_stays_in_the_process():
         return int(pages) * resource.getpagesize()
 
     assert held("as it is") < 2**28 <= held("kept")
+
+
+@pytest.mark.parametrize("shape", [(1, 70, 24), (3, 5, 4, 8)])
+@pytest.mark.parametrize("norm", [LayerNorm(1e-2), RMSNorm(1e-2), RMSNorm(1e-2, offset=1.0)])
+def test_the_derivative_of_a_norm_is_that_of_its_formula(norm, shape):
+    """At an epsilon that counts, with JAX's own derivative of the equation."""
+    rng = np.random.default_rng(0)
+    x, d_y = (jnp.asarray(rng.normal(0, 0.3, shape), F32) for _ in range(2))
+    params = norm.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 1, p.shape), F32), params)
+
+    def formula(params, x):
+        given = params["params"]
+        if isinstance(norm, LayerNorm):
+            x = x - x.mean(-1, keepdims=True)
+        normed = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-2)
+        return normed * (getattr(norm, "offset", 0.0) + given["scale"]) + given.get("bias", 0)
+
+    def gradients(of):
+        return jax.grad(lambda params, x: (of(params, x) * d_y).sum(), (0, 1))(params, x)
+
+    np.testing.assert_allclose(norm.apply(params, x), formula(params, x), rtol=1e-5, atol=1e-6)
+    wanted = jax.tree.leaves(gradients(formula))
+    for grad, other in zip(jax.tree.leaves(gradients(norm.apply)), wanted, strict=True):
+        np.testing.assert_allclose(grad, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("kernel", [(24, 7), (7, 24), (8, 3, 5), (16, 3, 2)])
+def test_gradients_of_wide_and_narrow_kernels(kernel, dtype):
+    """Against float64; a narrow kernel's is computed transposed."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 50, kernel[0]))
+    d_y = rng.normal(size=(1, 50, *kernel[1:]))
+    x, d_y = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, d_y))
+    given = [jnp.asarray(a, dtype) for a in (x, d_y)]
+    weights = jnp.asarray(rng.normal(size=kernel), F32)
+    _, pull = jax.vjp(lambda kernel: jax.jit(linear)(given[0], kernel), weights)
+    wanted = np.tensordot(x, d_y, [(0, 1), (0, 1)])
+    np.testing.assert_allclose(pull(given[1])[0], wanted, rtol=1e-5, atol=1e-5)
