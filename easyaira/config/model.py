@@ -38,9 +38,9 @@ class ModelConfig:
     """Activations stored for the backward pass: none: all; dots: results of matrix products;
     full: only each layer's input."""
     attention: Literal["auto", "xla", "tiles", "cudnn", "pallas", "splash"] = "auto"
-    """Attention implementation: xla on any device; EasyAira's own pallas kernel or cudnn (bfloat16)
-    on GPUs; splash on TPUs. auto: pallas or splash if it agrees with XLA on the run's own rows,
-    otherwise xla."""
+    """Attention implementation: xla on any device; tiles on CPUs; EasyAira's own pallas kernel or
+    cudnn (bfloat16) on GPUs; splash on TPUs. auto: tiles; pallas or splash if it agrees with XLA on
+    the run's own rows; otherwise xla."""
     dropout: Share = 0.0
     """Dropout on embeddings, attention and residual branches. The model's config.json does not
     set it; DPO refuses it."""
