@@ -89,9 +89,9 @@ def attention(
     """Scaled dot-product attention within segments, [R, T, H * N]; H may be a multiple of K.
 
     The output at padding is finite and meaningless. `compute.attention` selects the implementation.
-    XLA replaces it where it is unsupported: with dropout or other scores (tiles: only biases), a
-    window (but for tiles), without a causal mask (splash, pallas), in 32 bits or with an odd length
-    (cudnn); and where a block holds the row (tiles).
+    XLA replaces it where it is unsupported: with dropout or biases; for all but tiles, with other
+    scores or a window; without a causal mask (splash, pallas), in 32 bits or with an odd length
+    (cudnn). It also replaces tiles in rows of at most BLOCK tokens, where one product is faster.
 
     With `compute.cached`, keys and values are cached. Rows of one new token then have the row's
     length in `segment_ids`, and the cache's clock in `sides`; see cache.py.
@@ -105,10 +105,11 @@ def attention(
     rows = (*heads, segment_ids_RT, sides_RT)
     drop = Dropout(compute.dropout) if compute.dropout else None
     plain = scores == DOT_PRODUCT and (near is None or near.window is None)
-    tiles = compute.attention == "tiles" and not scores.slopes and T > BLOCK
-    how = compute.attention if (plain or tiles) and not drop else "xla"
+    how = compute.attention if plain and not drop else "xla"
     sixteen_bits = q_RTHN.dtype.itemsize == 2
-    if how == "splash" and causal:
+    if compute.attention == "tiles" and T > BLOCK and not (drop or scores.slopes):
+        out = _by_tiles(*rows, causal=causal, scores=scores, near=near)
+    elif how == "splash" and causal:
         out = splash(*rows, answers=compute.shared_prompt)
     elif how == "pallas" and causal:
         out = _flash(*rows)
@@ -118,8 +119,6 @@ def attention(
         mask = visible(segment_ids_RT, sides_RT, causal=causal)
         mask |= unreal[..., None] & jnp.eye(T, dtype=bool)
         out = jax.nn.dot_product_attention(*rows[:3], mask=mask[:, None], implementation="cudnn")
-    elif how == "tiles" and tiles:
-        out = _by_tiles(*rows, causal=causal, scores=scores, near=near)
     else:
         out = _by_blocks(*rows, causal=causal, drop=drop, scores=scores, near=near)
     return by_features(out.reshape(R, T, H * N))

@@ -63,8 +63,8 @@ class Needed(NamedTuple):
 
 
 def needed(tokens: Tokens, causal: bool) -> Needed:
-    """Texts are contiguous, and so is each side of a text. So a tile's first token alone may see
-    keys of earlier tiles, and its last token keys of later ones."""
+    """Find the tiles of keys. Texts are contiguous, and so is each side of a text, so only a tile's
+    first text may reach into earlier tiles, and only its last text into later ones."""
     place = jnp.arange(len(tokens.segments), dtype=jnp.int32)
 
     def runs(*ids: jax.Array) -> tuple[jax.Array, jax.Array]:  # first and last place of each run
