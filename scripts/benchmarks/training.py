@@ -131,8 +131,11 @@ class Worker:
         self.facts = self._answer()
 
     def ask(self, command: str) -> Any:
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `_answer` says so
         return self._answer()
 
     def close(self) -> None:
@@ -143,7 +146,9 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
-        raise SystemExit(f"{self.entry.name}: failed; --debug shows why")
+        raise SystemExit(
+            f"{self.entry.name}: failed, or was killed for its memory; --debug shows why"
+        )
 
 
 def worker(request: Mapping[str, Any]) -> None:
