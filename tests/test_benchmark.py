@@ -83,7 +83,7 @@ def test_one_row_an_update_leaves_little_padding(task, lengths, size, most):
     """In a run of 2,000 updates, whose few row lengths are worth compiling."""
     work = {"task": task, "model": "gpt2-124m", "lengths": lengths, "examples": size, "updates": 0}
     examples = sides.examples_of(work, 2000)
-    plan = Batches(examples, size, one_row=True, attention=0.0, share_prompt=task == "dpo", seed=0)
+    plan = Batches(examples, size, attention=0.0, share_prompt=task == "dpo", seed=0)
     served = [plan[update] for update in range(0, 2000, 20)]
     assert len(plan.shapes) <= 8 and {batch.shape.rows for batch in served} == {1}
     assert sum(batch.positions for batch in served) < most * sum(batch.filled for batch in served)

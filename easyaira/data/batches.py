@@ -84,13 +84,11 @@ class Batches:
         shards: data shards of a micro-batch, with equal numbers of rows and of examples.
         local: shards that this host builds; default: all.
         packing: put several examples into one row.
-        one_row: put all examples of a shard into one row; for attention that costs the same in rows
-            of any length.
         share_prompt: store several answers as one sequence, with their prompt once.
         seed: seed of a new permutation in every epoch; None keeps the order of the examples.
         drop_last: drop an epoch's last update if it is smaller than the others.
         attention: attention cost of a position per position of its row, relative to all other cost
-            of a position.
+            of a position; 0: `one_row`.
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
         length: length of the rows, unless an example is longer; None: chosen by cost. With
@@ -105,7 +103,6 @@ class Batches:
     shards: int = 1
     local: Sequence[int] | None = None
     packing: bool = True
-    one_row: bool = False
     share_prompt: bool = False
     seed: int | None = None
     drop_last: bool = False
@@ -119,6 +116,11 @@ class Batches:
         """Updates in an epoch."""
         whole, rest = divmod(len(self.examples), self.size)
         return whole + bool(rest and not self.drop_last)
+
+    @property
+    def one_row(self) -> bool:
+        """Whether all examples of a shard lie in one row, as where long rows cost nothing."""
+        return self.packing and not self.attention
 
     def order(self, epoch: int) -> np.ndarray:
         return _order(self.seed, epoch, len(self.examples), self.together)

@@ -114,7 +114,6 @@ def judge(
         ROWS * shards,
         shards=shards,
         share_prompt=shared,
-        one_row=model.compute.attention == "tiles",
         attention=attention_cost(model.config.width, model.config.heads, model.compute.attention),
     )
 

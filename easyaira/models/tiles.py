@@ -142,6 +142,13 @@ def _mask(tokens: Tokens, i: jax.Array, j: jax.Array, causal: bool) -> jax.Array
     return mask
 
 
+def _scores(q_tile, k_tile, scores, mask):
+    """Scores of a tile [K, G, Q, T], without and with the mask."""
+    products = einsum("kgqn,ktn->kgqt", q_tile, k_tile, jnp.float32)
+    unmasked = scores.of(products, q_tile.shape[-1], None)
+    return unmasked, jnp.where(mask, unmasked, MASKED)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q_KGSN, k_KSN, v_KSN, tokens, scores, causal):
     """Attention of the stream, [K, G, S, N]."""
@@ -158,9 +165,7 @@ def _forward(q, k, v, tokens, scores, causal):
         def keys(t, sums):
             largest, total, out = sums
             j = tiles.tile(i, t)
-            products = einsum("kgqn,ktn->kgqt", q_tile, _cut(k, j), jnp.float32)
-            here = scores.of(products, q.shape[-1], None)
-            here = jnp.where(_mask(tokens, i, j, causal), here, MASKED)
+            _, here = _scores(q_tile, _cut(k, j), scores, _mask(tokens, i, j, causal))
             new = jnp.maximum(largest, here.max(-1))
             weights, fade = jnp.exp(here - new[..., None]), jnp.exp(largest - new)
             out_tile = einsum("kgqt,ktn->kgqn", weights.astype(v.dtype), _cut(v, j), jnp.float32)
@@ -192,9 +197,7 @@ def _backward(scores, causal, saved, d_out):
             d_q_tile, d_k, d_v = sums
             j = tiles.tile(i, t)
             k_tile = _cut(k, j)
-            products = einsum("kgqn,ktn->kgqt", q_tile, k_tile, jnp.float32)
-            capped = scores.of(products, q.shape[-1], None)
-            here = jnp.where(_mask(tokens, i, j, causal), capped, MASKED)
+            capped, here = _scores(q_tile, k_tile, scores, _mask(tokens, i, j, causal))
             weights = jnp.exp(here - lse_tile)
             of_value = einsum("kgqt,kgqn->ktn", weights.astype(q.dtype), d_tile, jnp.float32)
             d_weights = einsum("kgqn,ktn->kgqt", d_tile, _cut(v, j), jnp.float32)

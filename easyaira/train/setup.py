@@ -161,14 +161,14 @@ def prepare(
     parts = (data.train, data.held_out)
     train, held_out = (p and algorithm.arrange(p, resolved.max_length) for p in parts)
     data = replace(data, train=train, held_out=held_out)
-    kernel = model.compute.attention
     layout = {
         "shards": shards,
         "local": meshes.local_shards(mesh),
         "packing": config.data.packing,
-        "one_row": config.data.packing and kernel == "tiles",
         "together": algorithm.together,
-        "attention": attention_cost(model.config.width, model.config.heads, kernel),
+        "attention": attention_cost(
+            model.config.width, model.config.heads, model.compute.attention
+        ),
         "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
     }
     own = algorithm.on_policy

@@ -33,8 +33,11 @@ def matrix(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row_of(cell | {"dtype": dtype}, sides))
         print(line_of(rows[-1]), end="", flush=True)
         args.output.write_text(HEADER + "".join(map(line_of, rows)))
-    bars = [{"side": row["work"], "ratio": row["ratio"]} for row in rows]
-    show.ratios(bars, "tokens per CPU second, TRL's best = 1", args.output.with_suffix(".png"))
+    show.ratios(
+        {row["work"]: row["ratio"] for row in rows},
+        "tokens per CPU second, TRL's best = 1",
+        args.output.with_suffix(".png"),
+    )
     return rows
 
 
@@ -42,14 +45,8 @@ def row_of(cell: Mapping[str, Any], sides: Sequence[Mapping[str, Any]]) -> dict[
     ours, *others = sides
     best = max(others, key=lambda side: side["tokens/CPU s"])
     unit = "pairs" if cell["task"] == "dpo" else "examples"
-    work = "{} {}, {}, {} {}, {}".format(
-        cell["task"].upper(),
-        cell["model"],
-        cell["lengths"],
-        cell["examples"],
-        unit,
-        cell["dtype"],
-    )
+    work = f"{cell['task'].upper()} {cell['model']}, {cell['lengths']}"
+    work += f", {cell['examples']} {unit}, {cell['dtype']}"
     return {
         "work": work,
         "ours": ours["tokens/CPU s"],

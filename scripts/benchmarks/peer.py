@@ -46,11 +46,12 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     rng = np.random.default_rng(0)
     names = ["prompt", "chosen", "rejected"] if work["task"] == "dpo" else ["prompt", "completion"]
+    words_used = min(9999, config.vocab_size - 1)
     rows = []
     examples = examples_of(work)
     for lengths in np.diff(examples.bounds).tolist():
         lengths[1:] = [length - 1 for length in lengths[1:]]  # the trainer adds the end token
-        texts = [" ".join(f"w{i}" for i in rng.integers(0, 9999, n)) for n in lengths]
+        texts = [" ".join(f"w{i}" for i in rng.integers(0, words_used, n)) for n in lengths]
         rows.append({name: f"{text} " for name, text in zip(names, texts, strict=True)})
     data = Dataset.from_list(
         [{k: v if k == "prompt" else v.strip() for k, v in r.items()} for r in rows]

@@ -26,38 +26,34 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def bars(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
     """Draw tokens per CPU second of each side, labelled with its ratio to the first."""
-    from matplotlib.figure import Figure
-
-    names = [row["side"] for row in rows]
     heights = [row["tokens/CPU s"] for row in rows]
-    figure = Figure(figsize=(10, 1.3 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    drawn = axes.barh(names, heights, height=0.65)
     labels = [f"{height:,.0f}" for height in heights]
     if len(rows) > 1:
         labels = [
             f"{label}  ({row['speed, first = 1']:.2f} x)"
             for label, row in zip(labels, rows, strict=True)
         ]
-    axes.bar_label(drawn, labels, padding=4)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(heights))
+    axes = _chart([row["side"] for row in rows], heights, labels, title)
     axes.set_xlabel("real tokens per CPU second (a prompt counts once with each answer)")
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
+    axes.figure.savefig(file, dpi=150)
 
 
-def ratios(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
-    """Draw the `ratio` of each side, beside a line at 1."""
+def ratios(values: Mapping[str, float], title: str, file: Path) -> None:
+    """Draw the ratio of each name, beside a line at 1."""
+    axes = _chart(list(values), list(values.values()), [f"{x:.2f}" for x in values.values()], title)
+    axes.axvline(1, color="0.4", linewidth=1)
+    axes.figure.savefig(file, dpi=150)
+
+
+def _chart(names: list[str], heights: list[float], labels: list[str], title: str) -> Any:
+    """Axes of a bar chart, first name on top."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.3 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.3 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.barh([row["side"] for row in rows], [row["ratio"] for row in rows], height=0.65)
-    axes.bar_label(drawn, [f"{row['ratio']:.2f}" for row in rows], padding=4)
-    axes.axvline(1, color="0.4", linewidth=1)
+    axes.bar_label(axes.barh(names, heights, height=0.65), labels, padding=4)
     axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * max(heights))
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
+    return axes

@@ -147,8 +147,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         examples,
         size,
         shards=meshes.data_shards(mesh),
-        packing=(packing := options.get("packing", True)),
-        one_row=packing and compute.attention == "tiles",
+        packing=options.get("packing", True),
         share_prompt=share,
         attention=attention_cost(model.config.width, model.config.heads, compute.attention),
         multiple=ROW_MULTIPLE.get(platform, 8),
@@ -168,7 +167,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
             known = {"ranks": examples.ranks} if examples.answers > 2 else {}
             batches = replace(batches, known={"ref_logps": logps, **known})
     if naive:
-        one_a_row = replace(batches, packing=False, one_row=False, share_prompt=False)
+        one_a_row = replace(batches, packing=False, share_prompt=False)
         batches, loss_fn = Padded(one_a_row, max_length(work)), full_logits(model, examples.answers)
     elif pairs:
         reference = model if in_step else None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,11 +132,9 @@ class Worker:
         self.facts = self._answer()
 
     def ask(self, command: str) -> Any:
-        try:
+        with suppress(BrokenPipeError):  # `_answer` says so
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # `_answer` says so
         return self._answer()
 
     def close(self) -> None:
