@@ -8,6 +8,8 @@ import os
 import resource
 import tempfile
 
+from easyaira.distributed.compiler import keep_order
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -22,6 +24,7 @@ QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 # and in less as one module of machine code a program
 ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {ONE_MODULE * QUICK}"
+keep_order()
 gc.set_threshold(200_000, 20, 100)  # the collector takes a tenth of the time of tracing
 
 import jax

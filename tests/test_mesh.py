@@ -1,6 +1,7 @@
 """Mesh forms, how devices of several hosts lie on it, and partition rules that cover every
 parameter."""
 
+import os
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +19,21 @@ from easyaira.models.layers import Compute
 from easyaira.models.model import resize
 from easyaira.models.registry import model_of
 from helpers import tiny
+
+
+def test_a_cpus_devices_run_collectives_in_one_order(monkeypatch):
+    """In different orders, a third of such runs deadlocked."""
+    option = "--xla_cpu_enable_concurrency_optimized_scheduler"
+    assert f"{option}=false" in os.environ["XLA_FLAGS"]  # in these tests
+    monkeypatch.undo()  # also the number of devices
+    monkeypatch.setattr(jax, "devices", lambda: [])  # would start JAX with these flags
+    for given, wanted in {"": f"{option}=false", "--a=1": f"--a=1 {option}=false"}.items():
+        monkeypatch.setenv("XLA_FLAGS", given)
+        meshes.all_devices()
+        assert os.environ["XLA_FLAGS"] == wanted
+    monkeypatch.setenv("XLA_FLAGS", f"{option}=true")
+    meshes.all_devices()
+    assert os.environ["XLA_FLAGS"] == f"{option}=true"
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,9 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.config.run import DistributedConfig
 from easyaira.distributed import watchdog
+from easyaira.distributed.compiler import keep_order
 from easyaira.errors import ConfigError, HostError
 
-# XLA's concurrency-optimised CPU scheduler can start collectives in a different order on each host
-# and deadlock: seen in three of six runs of 100 updates.
-IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 _shared = itertools.count()
 
 
@@ -93,8 +91,7 @@ def _connect(config: DistributedConfig) -> Any:
     explicit = None not in (config.coordinator_address, config.num_processes, config.process_id)
     # JAX's SIGTERM handler would replace ours
     jax.config.update("jax_enable_preemption_service", False)
-    if IN_ORDER not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{IN_ORDER}=false"
+    keep_order()
     try:
         jax.distributed.initialize(
             config.coordinator_address,
