@@ -9,6 +9,6 @@ def __getattr__(name: str):
 
     if name == "load":
         return importlib.import_module("easyaira.loaded").load
-    if name in ("train_sft", "train_dpo", "train_reward"):
+    if name in ("train_sft", "train_dpo", "train_reward", "train_rl"):
         return importlib.import_module(f"easyaira.{name}")
     raise AttributeError(f"module 'easyaira' has no attribute {name!r}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, get_type_hints
 from unittest import mock
 
@@ -414,7 +415,9 @@ def test_the_commands_of_a_page_run_one_after_another(page, ground, tmp_path, mo
         run(Command(name_of(page), 0, tuple(shlex.split(line))), ground)
     for block in blocks_of(page):
         if block.language == "python":
-            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
+            script = ModuleType("__main__")
+            monkeypatch.setitem(sys.modules, "__main__", script)
+            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), vars(script))
         if block.language == "bash":
             for command in commands_of(block):
                 if split(command.words) and not why_parsed(command):

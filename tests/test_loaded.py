@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import easyaira
+from easyaira.algorithms import rollouts
 from easyaira.errors import ConfigError, DataError
 from helpers import tiny
 
@@ -154,3 +155,29 @@ def test_a_run_in_python(folder, tmp_path):
     assert [row["step"] for row in run.metrics] == [1, 2] and run.metrics[1]["loss"] > 0
     assert len(run.model.generate(["Who?"], max_new_tokens=2)[0][0]) <= 20
     assert run.model.template.text([]) == ""
+
+
+def test_an_on_policy_run_in_python(folder, tmp_path, monkeypatch):
+    """Its reward is a function of the script."""
+
+    def short(prompts, completions):
+        return [-len(completion) for completion in completions]
+
+    monkeypatch.setattr(sys.modules["__main__"], "short", short, raising=False)
+    rows = [{"prompt": f"what do you like {i}?"} for i in range(8)]
+    config = {
+        "model": {"name_or_path": str(folder)},
+        "data": {"train": str(tiny.write_rows(tmp_path / "rows.jsonl", rows)), "template": "plain"},
+        "rl": {"reward": "__main__:short", "num_generations": 2, "max_completion_length": 4},
+        "train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "num_samples": 0,
+        "export": False,
+        "output_dir": str(tmp_path / "run"),
+    }
+    run = easyaira.train_rl(config)
+    assert [row["step"] for row in run.metrics] == [1, 2]
+    for row in rollouts.read(run.folder / rollouts.COMPLETIONS):
+        assert row["reward"] == -len(row["completion"])
+    assert run.metrics[0]["reward"] < 0
