@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -62,11 +63,12 @@ TABLE = """<table{% if not head %} class="facts"{% endif %}>
 {%- endfor %}</table>"""
 
 _jinja = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+_compiled = cache(_jinja.from_string)
 
 
 def render(template: str, **values: Any) -> Markup:
     """Fill a Jinja template. Values are escaped, unless they are Markup."""
-    return Markup(_jinja.from_string(template).render(values))
+    return Markup(_compiled(template).render(values))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:

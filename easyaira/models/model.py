@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from easyaira.models.heads import LM_HEAD_ROWS, LM_HEAD_RULES, CausalLM, ScoreHe
 from easyaira.models.layers import Compute, capped
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: each is made once
 class Architecture:
     config: type
     backbone: type[nn.Module]  # its name is the start of Hugging Face's class names
@@ -143,9 +143,10 @@ class Model:
         targets = by_path(target)
         return jax.jit(draw, out_shardings={path: targets[path].sharding for path in paths})(key)
 
-    @cached_property
+    @property
     def shapes(self) -> Any:
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """Shapes of the parameters, however they are computed."""
+        return _shapes(replace(self, compute=Compute()))
 
     def target(self, mesh: Mesh) -> Any:
         """Shapes, dtypes and shardings of the parameters on a mesh."""
@@ -260,3 +261,8 @@ def resized_leaf(
     stays, is_new = (place < kept)[:, None], (place < vocab_size)[:, None]
     rows = jnp.where(stays, table[jnp.minimum(place, kept - 1)], jnp.where(is_new, added, 0))
     return jnp.moveaxis(rows, 0, axis)
+
+
+@lru_cache(maxsize=64)
+def _shapes(model: Model) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0))
