@@ -10,6 +10,7 @@ import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -32,6 +33,7 @@ LISTED = r"\s*\[\s*\{"  # how a list of sources begins; other brackets are patte
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+@cache
 def parser_of(config_class: type) -> ArgumentParser:
     """Parser of a training command: a flag for every option, and --config files of options."""
     parser = Parser(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from easyaira.errors import Preempted
 from easyaira.run.run import run
 from easyaira.storage.integrity import fingerprint
 from easyaira.train import loader
+from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.damage import DAMAGES
 from helpers.runs import configure, same_bits, stop_after, train
@@ -32,6 +34,17 @@ def scored(monkeypatch):
 
     monkeypatch.setattr(reference_cache, "score_all", counted)
     return counts
+
+
+def begun(*run):
+    """Log-probabilities of a run's training and held-out examples, without an update."""
+    config, algorithm = configure("dpo", *run[:3], **FEW, **(run[3] if run[3:] else {}))
+    setup, folder = prepare(config, algorithm), Path(config.output_dir)
+    folder.mkdir()
+    with setup.model.on(setup.mesh):
+        beginning = algorithm.begin(setup, setup.trainable.start(), folder, True)
+    parts = (beginning.known, beginning.known_held_out)
+    return [np.array(known["ref_logps"]) for known in parts]  # no longer mapped from the cache
 
 
 def kept(config):
@@ -63,16 +76,16 @@ def test_later_runs_read_what_the_first_has_computed(models, data, tmp_path, sco
     ],
 )
 def test_whatever_changes_their_bits_has_another_key(change, models, data, tmp_path, scored):
-    train("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
-    train("dpo", models / "gpt2", data, tmp_path / "2", **FEW, **change)
+    begun(models / "gpt2", data, tmp_path / "1")
+    begun(models / "gpt2", data, tmp_path / "2", change)
     assert len(scored) == 4
 
 
 @pytest.mark.slow
 def test_other_weights_have_another_key(models, data, tmp_path, scored):
-    train("dpo", models / "gpt2", data, tmp_path / "1", **FEW)
+    begun(models / "gpt2", data, tmp_path / "1")
     tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"], std=0.19)
-    train("dpo", tmp_path / "other", data, tmp_path / "2", **FEW)
+    begun(tmp_path / "other", data, tmp_path / "2")
     assert len(scored) == 4
 
 
@@ -131,17 +144,17 @@ def test_damaged_log_probabilities_are_computed_again(
     interrupted, models, data, tmp_path, scored, capsys
 ):
     go_on, keys, root = interrupted()
-    straight, params = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
+    _, params = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
+    right = begun(models / "gpt2", data, tmp_path / "read")
     files = ("logps.npy", "decides.json", "sha256.json")
     for number, (name, damage) in enumerate((n, d) for n in files for d in DAMAGES):
         for key in (keys["train"], keys["held_out"]):
             DAMAGES[damage](root / key / name)
         capsys.readouterr()
         scored.clear()
-        rows, recomputed = train("dpo", models / "gpt2", data, tmp_path / str(number), **FEW)
+        recomputed = begun(models / "gpt2", data, tmp_path / str(number))
         assert len(scored) == 2 and capsys.readouterr().out.count(" is damaged (") == 2
-        same_bits(recomputed, params)
-        assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in straight[1:]]
+        same_bits(recomputed, right)
     DAMAGES["flip"](root / keys["train"] / "logps.npy")  # of a run that is continued
     same_bits(go_on()[1], params)
 

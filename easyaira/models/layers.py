@@ -255,6 +255,7 @@ def layers(
         in_axes=in_axes,
         length=length,
         unroll=length if compute.cached or length <= compute.unroll_up_to else 1,
+        check_constancy_invariants=False,  # would trace the block once more
     )
 
 
