@@ -131,25 +131,28 @@ def test_a_new_adapter_changes_no_bit(kind, models):
     assert not any(np.array_equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}]
+
+
+@pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_merged_is_unmerged(kind, rslora, models):
+def test_merged_is_unmerged(kind, options, models):
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model, rslora=rslora)
-    assert adapter.scale == (4.0 if rslora else 2.0)
+    adapter = adapter_for(kind, model, **options)
+    assert adapter.scale == (4.0 if "rslora" in options else 2.0)
     params = drawn(adapter)
     tuned = logits(model, adapter.on(base, params), rows_of())
     near(logits(model, adapter.merge(base, params), rows_of()), tuned)
     assert np.abs(tuned - logits(model, base, rows_of())).max() > 0.1
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_path, recwarn):
+def test_peft_loads_ours_and_gives_the_same_logits(kind, options, models, tmp_path, recwarn):
     from peft import PeftModel
 
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model, rslora=rslora)
+    adapter = adapter_for(kind, model, **options)
     params = drawn(adapter)
     folder = saved_adapter(tmp_path / "a", kind, adapter, params)
     theirs = PeftModel.from_pretrained(
@@ -160,23 +163,28 @@ def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_pat
     with torch.no_grad():
         wanted = theirs(input_ids=torch.tensor(np.array(rows["tokens"]))).logits.numpy()
     near(logits(model, adapter.on(base, params), rows), wanted)
+    same_bits(peft.read_peft(adapter, folder), params)
 
 
 TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
 
 
 @pytest.mark.parametrize(
-    "kind, tokens",
-    [(kind, None) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]
-    + [("gpt2", TOKENS), ("llama", {"embed_tokens": TOKENS, "lm_head": TOKENS})],
+    "kind, options",
+    [(kind, {}) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]
+    + [(kind, {"use_dora": True}) for kind in (*tiny.CONFIGS, "bloom")]
+    + [
+        ("gpt2", {"trainable_token_indices": TOKENS}),
+        ("llama", {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}}),
+    ],
 )
-def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, tokens, models, tmp_path):
-    theirs = peft_model(
-        models / kind, kind, **{"trainable_token_indices": tokens} if tokens else {}
-    )
+def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, models, tmp_path):
+    theirs = peft_model(models / kind, kind, **options)
     theirs.save_pretrained(tmp_path)
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model, trainable_token_indices=tokens and TOKENS)
+    tokens = options.get("trainable_token_indices") and TOKENS
+    dora = options.get("use_dora", False)
+    adapter = adapter_for(kind, model, trainable_token_indices=tokens, dora=dora)
     params = peft.read_peft(adapter, tmp_path)
     rows = rows_of()
     ids = torch.tensor(np.array(rows["tokens"]))
@@ -199,6 +207,13 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, tokens, models
             seen += 1
     merged = adapter.merge(base, params)
     near(logits(model, merged, rows), out.detach().numpy())
+    if dora:
+        state = theirs.merge_and_unload().state_dict()
+        for row in adapter.targets:
+            stacked = transfer.to_hf(merged, [row])
+            assert stacked
+            for name, tensor in stacked.items():
+                near(tensor, state[name].numpy())
     assert seen == len(ours) > 10
 
 

@@ -68,6 +68,8 @@ class LoraConfig:
     """Scale the output of an adapter by alpha / r."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    dora: bool = False
+    """Train also the norm of each output's weights, as a vector of magnitudes (DoRA)."""
     dropout: Share = 0.0
     """Dropout on the input of the adapters; DPO refuses it, as TRL turns it off."""
     quantize: Literal["int8", "nf4"] | None = None
