@@ -79,4 +79,4 @@ class LoraConfig:
     that the template adds to the vocabulary."""
     adapter: str | None = None
     """Adapter to start from: a folder in PEFT's format, written by EasyAira or peft, or its hub
-    id. Its rank, alpha and targets must equal those set here."""
+    id. Its rank, alpha, targets and dora must equal those set here."""
