@@ -39,8 +39,8 @@ from easyaira.config.model import LoraConfig
 from easyaira.distributed.sharding import like, partition_specs, sharding_of
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.hf.table import Row
+from easyaira.lora import dora
 from easyaira.lora.base import Frozen
-from easyaira.lora.dora import gains, merged, norms
 from easyaira.lora.targets import (
     ALL_LINEAR,
     beside,
@@ -160,7 +160,8 @@ class Adapter:
             )
             tree[b] = tree[b] * self.scale
             if self.config.dora:
-                tree[gain] = gains(tree.pop(m), _at(base, row), tree[a], tree[b], self._dtype)
+                held = _at(base, row)
+                tree[gain] = dora.gains(tree.pop(m), held, tree[a], tree[b], self._dtype)
             if self.config.dropout:
                 tree[dropout] = jnp.full(tree[a].shape[:1], self.config.dropout)
         for row in self.tables:
@@ -211,7 +212,7 @@ class Adapter:
 
         def measured(row: Row) -> jax.Array:
             a, b = (jnp.zeros_like(shapes[beside(row, f"lora_{m}")]) for m in "ab")
-            return norms(_at(base, row), a, b, self._dtype)
+            return dora.norms(_at(base, row), a, b, self._dtype)
 
         flat = {rows_of(row): taken(row) for row in self.tables}
         if self.config.dora:
@@ -297,7 +298,7 @@ class Adapter:
                 flat.get(path_of(path).replace("/kernel", f"/lora_{name}"))
                 for name in ("a", "b", "magnitude")
             )
-            return kernel if a is None else merged(kernel, a, b * self.scale, m)
+            return kernel if a is None else dora.merged(kernel, a, b * self.scale, m)
 
         return jax.tree_util.tree_map_with_path(leaf, base)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +50,11 @@ def _peft_names(row: Row, layer: int) -> dict[str, str]:
     }
 
 
+def _peft_layout(name: str, leaf: np.ndarray) -> np.ndarray:
+    """A layer's A as [r, in], its B as [out, r], or its magnitudes as [out]."""
+    return leaf.reshape(-1) if name == "lora_magnitude" else leaf.reshape(len(leaf), -1).T
+
+
 def _peft_rows(row: Row) -> str:
     """Name of the trained vectors [n, D] of a table, which peft calls a delta."""
     return f"{PEFT_PREFIX}{module_of(row)}.token_adapter.trainable_tokens_delta"
@@ -63,9 +67,7 @@ def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
     for row in adapter.targets:
         for name in _own(adapter):
             for i, leaf in enumerate(np.asarray(flat[beside(row, name)])):
-                tensors[_peft_names(row, i)[name]] = np.ascontiguousarray(
-                    leaf.reshape(-1) if name == "lora_magnitude" else leaf.reshape(len(leaf), -1).T
-                )
+                tensors[_peft_names(row, i)[name]] = np.ascontiguousarray(_peft_layout(name, leaf))
     for row in adapter.head:
         tensor = row.op.to_theirs(np.asarray(flat[row.ours]))
         tensors[PEFT_PREFIX + row.theirs] = np.ascontiguousarray(tensor)
@@ -100,11 +102,9 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
     for row in adapter.targets:
         for name in _own(adapter):
             layers, *shape = shapes[beside(row, name)].shape
-            first = () if name == "lora_magnitude" else (shape[0],)
-            layout = (math.prod(shape[len(first) :]), *first)
-            flat[beside(row, name)] = np.stack(
-                [take(_peft_names(row, i)[name], layout).T.reshape(shape) for i in range(layers)]
-            )
+            layout = _peft_layout(name, np.empty(shape)).shape
+            own = (take(_peft_names(row, i)[name], layout) for i in range(layers))
+            flat[beside(row, name)] = np.stack([tensor.T.reshape(shape) for tensor in own])
     for row in adapter.head:
         layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
         flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
