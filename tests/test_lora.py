@@ -178,6 +178,7 @@ TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
         ("gpt2", {"trainable_token_indices": TOKENS}),
         ("llama", {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}}),
     ],
+    ids=str,
 )
 def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, models, tmp_path):
     theirs = peft_model(models / kind, kind, **options)
@@ -722,7 +723,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(dora, models, data, tmp_pat
         ({"lora.dora": not dora}, f"lora.dora: is {not dora}, but .* has {dora};"),
     ):
         with pytest.raises(ConfigError, match=message):
-            prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options, **change)))
+            prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options | change)))
     fewer = {"lora.target_modules": "[q_proj]"}
     with pytest.raises(WeightsError, match="which is not in lora.target_modules"):
         prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
