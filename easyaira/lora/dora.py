@@ -36,7 +36,8 @@ def norms(held: Any, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
         held, a, b = layer
         quantized = isinstance(held, Mapping)
         kernel = dequantize(held, len(a), dtype) if quantized else held.astype(dtype)
-        tuned = kernel.astype(jnp.float32) + _product(a, b)
+        # without the barrier, XLA's CPU takes longer for this sum than for a small model's update
+        tuned = jax.lax.optimization_barrier(kernel.astype(jnp.float32) + _product(a, b))
         return jnp.maximum(jnp.sqrt(jnp.square(tuned).sum(0)), TINY)
 
     return jax.lax.map(of_layer, (held, a, b))
