@@ -16,7 +16,7 @@ from easyaira.config.data import DataConfig
 from easyaira.config.model import LoraConfig, PolicyConfig
 from easyaira.config.run import TrainDPO
 from easyaira.distributed import mesh as meshes
-from easyaira.distributed.tree import path_of
+from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import ConfigError, Preempted, WeightsError
 from easyaira.lora import peft
 from easyaira.lora.adapter import adapter_of, module_of
@@ -112,18 +112,19 @@ def peft_model(folder, kind, **options):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_a_new_adapter_changes_no_bit(kind, models):
+def test_a_new_adapter_changes_no_bit(kind, dora, models):
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model)
-    params = adapter.init(jax.random.key(0))
+    adapter = adapter_for(kind, model, dora=dora)
+    params = adapter.init(jax.random.key(0), adapter.of_base(base))
     np.testing.assert_array_equal(
         logits(model, adapter.on(base, params), rows_of()), logits(model, base, rows_of())
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "lora_b":
             assert not leaf.any()
-        else:  # torch.nn.init.kaiming_uniform_(A, a=sqrt(5)) of A [r, in]
+        elif path[-1].key == "lora_a":  # torch.nn.init.kaiming_uniform_(A, a=sqrt(5)) of A [r, in]
             bound = leaf.shape[1] ** -0.5
             assert bound * 0.9 < np.abs(leaf).max() <= bound
             assert not np.array_equal(leaf[0], leaf[1])  # every layer draws its own
@@ -131,25 +132,28 @@ def test_a_new_adapter_changes_no_bit(kind, models):
     assert not any(np.array_equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}]
+
+
+@pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_merged_is_unmerged(kind, rslora, models):
+def test_merged_is_unmerged(kind, options, models):
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model, rslora=rslora)
-    assert adapter.scale == (4.0 if rslora else 2.0)
+    adapter = adapter_for(kind, model, **options)
+    assert adapter.scale == (4.0 if "rslora" in options else 2.0)
     params = drawn(adapter)
     tuned = logits(model, adapter.on(base, params), rows_of())
     near(logits(model, adapter.merge(base, params), rows_of()), tuned)
     assert np.abs(tuned - logits(model, base, rows_of())).max() > 0.1
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_path, recwarn):
+def test_peft_loads_ours_and_gives_the_same_logits(kind, options, models, tmp_path, recwarn):
     from peft import PeftModel
 
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model, rslora=rslora)
+    adapter = adapter_for(kind, model, **options)
     params = drawn(adapter)
     folder = saved_adapter(tmp_path / "a", kind, adapter, params)
     theirs = PeftModel.from_pretrained(
@@ -160,23 +164,29 @@ def test_peft_loads_ours_and_gives_the_same_logits(kind, rslora, models, tmp_pat
     with torch.no_grad():
         wanted = theirs(input_ids=torch.tensor(np.array(rows["tokens"]))).logits.numpy()
     near(logits(model, adapter.on(base, params), rows), wanted)
+    same_bits(peft.read_peft(adapter, folder), params)
 
 
 TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
 
 
 @pytest.mark.parametrize(
-    "kind, tokens",
-    [(kind, None) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]
-    + [("gpt2", TOKENS), ("llama", {"embed_tokens": TOKENS, "lm_head": TOKENS})],
+    "kind, options",
+    [(kind, {}) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]
+    + [(kind, {"use_dora": True}) for kind in ("gpt2", "llama")]
+    + [
+        ("gpt2", {"trainable_token_indices": TOKENS}),
+        ("llama", {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}}),
+    ],
+    ids=str,
 )
-def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, tokens, models, tmp_path):
-    theirs = peft_model(
-        models / kind, kind, **{"trainable_token_indices": tokens} if tokens else {}
-    )
+def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, models, tmp_path):
+    theirs = peft_model(models / kind, kind, **options)
     theirs.save_pretrained(tmp_path)
     model, base = tiny.load(models / kind)
-    adapter = adapter_for(kind, model, trainable_token_indices=tokens and TOKENS)
+    tokens = options.get("trainable_token_indices") and TOKENS
+    dora = options.get("use_dora", False)
+    adapter = adapter_for(kind, model, trainable_token_indices=tokens, dora=dora)
     params = peft.read_peft(adapter, tmp_path)
     rows = rows_of()
     ids = torch.tensor(np.array(rows["tokens"]))
@@ -195,15 +205,22 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, tokens, models
     seen = 0
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None:
-            near(ours[name.replace(".default", "")], parameter.grad.numpy())
+            name = name.replace(".default", "").replace("vector.weight", "vector")
+            near(ours[name], parameter.grad.numpy())
             seen += 1
     merged = adapter.merge(base, params)
     near(logits(model, merged, rows), out.detach().numpy())
     assert seen == len(ours) > 10
+    if dora:
+        wanted = theirs.merge_and_unload().state_dict()
+        kernels = by_path(merged)
+        for row in adapter.targets:
+            for i, kernel in enumerate(np.asarray(kernels[row.ours])):
+                near(row.op.to_theirs(kernel), wanted[row.theirs.format(i)].numpy())
 
 
 def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
-    adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"))
+    adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"), dora=True)
     assert all(jax.tree.leaves(optimizer.decays(adapter.shapes)))
 
 
@@ -234,6 +251,54 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     np.testing.assert_allclose(np.asarray(y)[kept], 1 / 0.75, rtol=1e-6)
     share, deviation = kept.mean(), (0.75 * 0.25 / kept.size) ** 0.5
     assert abs(share - 0.75) < 5 * deviation
+
+
+def test_dropout_in_front_of_magnitudes_is_pefts():
+    """With the mask that our key draws in the place of peft's own."""
+    from peft import LoraConfig as PeftConfig
+    from peft.tuners.lora import Linear as PeftLinear
+
+    from easyaira.models.linear import Linear
+
+    rng = np.random.default_rng(0)
+    draws = {"kernel": (16, 12), "bias": (12,), "lora_a": (16, 4), "lora_b": (4, 12)}
+    params = {name: rng.normal(0, 0.5, shape) for name, shape in draws.items()}
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+    x = rng.normal(size=(7, 16)).astype(np.float32)
+    layer, key = Linear(12, 0.02, use_bias=True), {"dropout": jax.random.key(0)}
+
+    base = torch.nn.Linear(16, 12)
+    settings = PeftConfig(lora_dropout=0.3, use_dora=True)
+    theirs = PeftLinear(base, "default", config=settings, r=4, lora_alpha=4)
+    ones = {"kernel": np.zeros((16, 16)), "lora_a": np.eye(16), "lora_b": np.eye(16)}
+    rate = {"lora_dropout": jnp.float32(0.3)}
+    kept = Linear(16, 0.02).apply({"params": ones | rate}, np.ones((7, 16), np.float32), rngs=key)
+    assert 0 < np.mean(np.asarray(kept) == 0) < 1
+    theirs.lora_dropout["default"] = Masked(torch.tensor(np.array(kept)))
+    magnitude = theirs.lora_magnitude_vector["default"].weight
+    for target, value in (
+        (base.weight, params["kernel"].T), (base.bias, params["bias"]),
+        (theirs.lora_A["default"].weight, params["lora_a"].T),
+        (theirs.lora_B["default"].weight, params["lora_b"].T),
+    ):  # fmt: skip
+        target.data = torch.tensor(value)
+    tuned = params["kernel"] + params["lora_a"] @ params["lora_b"]
+    gain = magnitude.detach().numpy() / np.linalg.norm(tuned, axis=0)
+    for training, rngs in ((True, key), (False, {})):
+        wanted = theirs.train(training)(torch.tensor(x)).detach().numpy()
+        ours = layer.apply({"params": params | rate | {"lora_gain": gain}}, x, rngs=rngs)
+        near(np.asarray(ours), wanted)
+
+
+class Masked(torch.nn.Module):
+    """Dropout with a given mask."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x):
+        return x * self.kept
 
 
 @pytest.mark.parametrize(
@@ -428,18 +493,23 @@ def test_a_base_in_bfloat16_computes_what_one_in_float32_does(models):
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_adapters_are_divided_as_their_kernels_are(kind, devices):
     model = model_of(tiny.CONFIGS[kind], "here")
-    specs = adapter_for(kind, model).specs()
+    specs = adapter_for(kind, model, dora=True).specs()
     P = jax.sharding.PartitionSpec
     if kind == "gpt2":
         attention = specs["model"]["h"]["attn"]
         assert attention["c_attn"] == {
             "lora_a": P(None, "fsdp", None),
             "lora_b": P(None, None, None, "tp"),
+            "lora_magnitude": P(None, None, "tp"),
         }
         assert attention["c_proj"]["lora_a"] == P(None, "tp", None)
     if kind == "llama":
         mlp = specs["model"]["layers"]["mlp"]["down_proj"]
-        assert mlp == {"lora_a": P(None, "tp", None), "lora_b": P(None, None, "fsdp")}
+        assert mlp == {
+            "lora_a": P(None, "tp", None),
+            "lora_b": P(None, None, "fsdp"),
+            "lora_magnitude": P(None, "fsdp"),
+        }
     devices(8)
     adapter_for(kind, model).target(meshes.make_mesh("fsdp=4,tp=2"))
 
@@ -500,10 +570,16 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, quantized", [("gpt2", None), ("llama", "nf4")])
-def test_dpo_starts_at_the_base_and_is_held_to_it(kind, quantized, models, data, tmp_path):
-    options = adapted(kind, **{"data.eval": 0.2, "max_steps": 10})
-    options |= {"lora.quantize": quantized} if quantized else {}
+@pytest.mark.parametrize(
+    "kind, own",
+    [
+        ("gpt2", {}),
+        ("llama", {"lora.quantize": "nf4"}),
+        ("llama", {"lora.quantize": "nf4", "lora.dora": True}),
+    ],
+)
+def test_dpo_starts_at_the_base_and_is_held_to_it(kind, own, models, data, tmp_path):
+    options = adapted(kind, **{"data.eval": 0.2, "max_steps": 10}) | own
     args = ("dpo", models / kind, data)
     rows, params = train(*args, tmp_path / "before", **options)
     in_step, other = train(
@@ -583,11 +659,12 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_path, capsys):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_run_exports_an_adapter_and_merges_and_is_a_model(dora, models, data, tmp_path, capsys):
     """The adapter's folder, the merged folder, and the run itself say the same."""
     from peft import PeftModel
 
-    out, options = tmp_path / "run", {"export": True, "max_steps": 10}
+    out, options = tmp_path / "run", {"export": True, "max_steps": 10, "lora.dora": dora}
     rows, params = train("sft", models / "gpt2", data, out, **adapted("gpt2", **options))
     proof = json.loads((out / "hf/export_report.json").read_text())
     assert proof["logits"]["compared"]
@@ -615,16 +692,17 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
 
 
 @pytest.mark.slow
-def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_runs_stand_on_runs_and_adapters_on_adapters(dora, models, data, tmp_path):
     """A run goes on from a LoRA run's merged weights; another from the exported adapter itself."""
-    first, options = tmp_path / "first", {"export": True, "max_steps": 10}
+    first, options = tmp_path / "first", {"export": True, "max_steps": 10, "lora.dora": dora}
     _, params = train("sft", models / "llama", data, first, **adapted("llama", **options))
     config, algorithm = configure(
         "sft", first, data, tmp_path / "second", max_steps=4, **LORA,
         **{"lora.target_modules": "[q_proj]"},
     )  # fmt: skip
     setup = prepare(config, algorithm)
-    adapter = adapter_for("llama", setup.model)
+    adapter = adapter_for("llama", setup.model, dora=dora)
     wanted = logits(setup.model, adapter.merge(tiny.load(models / "llama")[1], params), rows_of())
     near(logits(setup.model, setup.start_weights(), rows_of()), wanted)
     run(config, algorithm, dry_run=False)
@@ -632,7 +710,8 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
     assert origin.adapter["base"]["name"] == str(first / "checkpoints/10")
     near(logits(setup.model, origin.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
 
-    args, options = ("dpo", models / "llama", data), {"lora.adapter": first / "hf", "max_steps": 4}
+    args = ("dpo", models / "llama", data)
+    options = {"lora.adapter": first / "hf", "max_steps": 4, "lora.dora": dora}
     resumed, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
     assert resumed[0]["rewards/margins"] == 0  # the reference is what the policy starts from
     setup = prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
@@ -641,9 +720,10 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
         ({"lora.r": 2}, "lora.r: is 2, but .* has 4;"),
         ({"lora.alpha": 4}, "lora.alpha: is 4.0, but .* has 8;"),
         ({"lora.rslora": True}, "lora.rslora: is True, but .* has False;"),
+        ({"lora.dora": not dora}, f"lora.dora: is {not dora}, but .* has {dora};"),
     ):
         with pytest.raises(ConfigError, match=message):
-            prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options, **change)))
+            prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options | change)))
     fewer = {"lora.target_modules": "[q_proj]"}
     with pytest.raises(WeightsError, match="which is not in lora.target_modules"):
         prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options) | fewer))
@@ -702,7 +782,7 @@ def test_vectors_of_tokens_that_the_template_adds_are_trained_and_released(
     "key, value, message",
     [
         ("bias", "all", "is not supported"),
-        ("use_dora", True, "is not supported"),
+        ("lora_bias", True, "is not supported"),
         ("rank_pattern", {"q_proj": 2}, "is not supported"),
         ("use_a_new_method", {"of": 1}, "is not supported"),
         ("init_lora_weights", "pissa", "changes the base"),

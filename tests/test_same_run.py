@@ -18,7 +18,7 @@ RUNS = {  # algorithm, model, data, options
     "sft": ("sft", "gpt2", "sft", {"model.dropout": 0.3}),
     "dpo": ("dpo", "gpt2", "dpo", {}),
     "reward": ("reward", "bert", "label", {"model.dropout": 0.2, "eval_steps": 2}),
-    "sft-nf4": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4"}),
+    "sft-nf4-dora": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4", "lora.dora": True}),
     "dpo-lora": ("dpo", "gpt2", "dpo", GPT2 | {"lora.dropout": 0}),
     "reward-lora": ("reward", "bert", "dpo", BERT),
 }
@@ -85,6 +85,7 @@ DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
     ("sft", "gpt2", "sft", PLAIN, ["2,2,2"]),
     ("sft", "gpt2", "sft", INT8, ["1,8,1"]),
     ("sft", "gpt2", "sft", NF4, ["2,2,2"]),
+    ("sft", "gpt2", "sft", NF4 | {"lora.dora": True}, ["1,2,2"]),
 ]
 
 

@@ -228,6 +228,7 @@ def test_bfloat16_answers_have_the_log_probabilities_of_its_own_training_forward
 def test_adapters_on_a_quantised_base_generate_what_their_training_forward_says(folder, tmp_path):
     rows = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
     flags = ["--lora.r=4", "--lora.target_modules=all-linear", "--lora.quantize=nf4"]
+    flags += ["--lora.dora=true"]
     setup = prepare(*configure("sft", folder, rows, tmp_path / "run", *flags))
     (prompt,) = prompts_of(5)
     with setup.model.on(setup.mesh):

@@ -413,16 +413,17 @@ TULU_DPO = {
 ALPACA_QLORA = {
     "base_model": "m", "datasets": [{"path": "o/alpaca", "type": "alpaca", "split": "train[:9]"}],
     "val_set_size": 0.05, "adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_alpha": 16,
-    "lora_target_linear": True, "sequence_len": 4096, "sample_packing": True, "micro_batch_size": 2,
-    "gradient_accumulation_steps": 4, "num_epochs": 4, "optimizer": "adamw_bnb_8bit",
-    "lr_scheduler": "cosine", "learning_rate": 0.0002, "bf16": "auto", "tf32": False,
-    "warmup_steps": 10, "evals_per_epoch": 4, "saves_per_epoch": 1, "output_dir": "out",
+    "lora_target_linear": True, "peft_use_dora": True, "sequence_len": 4096, "sample_packing": True,
+    "micro_batch_size": 2, "gradient_accumulation_steps": 4, "num_epochs": 4,
+    "optimizer": "adamw_bnb_8bit", "lr_scheduler": "cosine", "learning_rate": 0.0002,
+    "bf16": "auto", "tf32": False, "warmup_steps": 10, "evals_per_epoch": 4,
+    "saves_per_epoch": 1, "output_dir": "out",
     "special_tokens": {"pad_token": "<pad>"}, "wandb_project": None,
 }  # fmt: skip
 FACTORY = {
     "model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "lora_rank": 4,
     "lora_target": "q_proj, v_proj", "dataset": "a,b", "template": "llama3", "cutoff_len": 512,
-    "max_samples": 1000, "learning_rate": 1e-4, "bf16": True, "output_dir": "out",
+    "max_samples": 1000, "learning_rate": 1e-4, "bf16": True, "output_dir": "out", "use_dora": True,
 }  # fmt: skip
 EASYLM_LINE = (
     "python3 -m EasyLM.models.llama.llama_train_dpo --mesh_dim='-1,16,16' --dtype='bf16' "
@@ -456,6 +457,7 @@ def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys
     assert (config.train_batch_size, config.data.eval, config.eval_steps) == (8, 0.05, 0)
     assert (config.lora.quantize, config.lora.target_modules) == ("nf4", "all-linear")
     assert (config.lora.dropout, config.model.dtype) == (0.0, "bfloat16")
+    assert config.lora.dora
     assert "### Instruction:" in config.data.train[0].template
     assert config.data.train[0].split == "train[:9]" and config.sft.completion_only_loss
     assert "the optimizer's state is float32 (optimizer: adamw_bnb_8bit)" in text
@@ -466,6 +468,7 @@ def test_llama_factory_splits_its_lists(tmp_path, capsys):
     config, text = ours(capsys, "llama-factory", write(tmp_path / "a.yaml", **FACTORY))
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     assert (config.lora.r, config.lora.alpha) == (4, 8)  # twice the rank, unless it is set
+    assert config.lora.dora
     assert [source.path for source in config.data.train] == ["a", "b"]
     assert config.data.max_length == 512 and "write that" in text
 

@@ -68,6 +68,8 @@ class LoraConfig:
     """Scale the output of an adapter by alpha / r."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    dora: bool = False
+    """Train also the norm of each output's weights, as a vector of magnitudes (DoRA)."""
     dropout: Share = 0.0
     """Dropout on the input of the adapters; DPO refuses it, as TRL turns it off."""
     quantize: Literal["int8", "nf4"] | None = None
@@ -77,4 +79,4 @@ class LoraConfig:
     that the template adds to the vocabulary."""
     adapter: str | None = None
     """Adapter to start from: a folder in PEFT's format, written by EasyAira or peft, or its hub
-    id. Its rank, alpha and targets must equal those set here."""
+    id. Its rank, alpha, targets and dora must equal those set here."""

@@ -7,13 +7,17 @@ The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out]. L
 optimizer state and checkpoints. The base is an argument of the step, in storage precision
 (`Adapter.hold`).
 
+With `dora`, there is also the norm of each output's weights, `lora_magnitude` [L, out]. The model's
+parameters hold factors of the outputs in its place, `lora_gain` (lora/dora.py).
+
 Of a few tokens, the vectors in the token table and in an untied head may be trained, too:
 `token_rows` [n, D] beside the frozen table, as peft's trainable_token_indices.
 
 The score head is trained in full, as in peft. Its parameters belong to the adapter, under their own
 paths, and not to the base.
 
-Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA.
+Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA; Liu et al.
+(2024), DoRA.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from easyaira.config.model import LoraConfig
 from easyaira.distributed.sharding import like, partition_specs, sharding_of
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.hf.table import Row
+from easyaira.lora import dora
 from easyaira.lora.base import Frozen
 from easyaira.lora.targets import (
     ALL_LINEAR,
@@ -83,8 +88,11 @@ class Adapter:
         tree = {row.ours: kernels[row.ours] for row in self.head}
         for row in self.targets:
             layers, inputs, *outputs = kernels[row.ours].shape
-            for name, shape in (("a", (inputs, self.config.r)), ("b", (self.config.r, *outputs))):
-                path = row.ours.replace("/kernel", f"/lora_{name}")
+            sizes = {"a": (inputs, self.config.r), "b": (self.config.r, *outputs)}
+            if self.config.dora:
+                sizes["magnitude"] = tuple(outputs)
+            for name, shape in sizes.items():
+                path = beside(row, f"lora_{name}")
                 tree[path] = jax.ShapeDtypeStruct((layers, *shape), jnp.float32)
         for row in self.tables:
             width = kernels[row.ours].shape[1 - row.op.vocab_axis]
@@ -97,8 +105,8 @@ class Adapter:
     def specs(self) -> Any:
         """PartitionSpecs, derived from those of the kernels.
 
-        `lora_a` is sharded like the kernel's inputs and `lora_b` like its outputs; the rank is
-        never sharded. The head keeps its own specs."""
+        `lora_a` is sharded like the kernel's inputs, `lora_b` and magnitudes like its outputs; the
+        rank is never sharded. The head keeps its own specs."""
         kernels = by_path(partition_specs(self.model.shapes, self.model.rules))
         tables = {rows_of(row): kernels[row.ours][1 - row.op.vocab_axis] for row in self.tables}
 
@@ -109,7 +117,11 @@ class Adapter:
             if path_of(path) in tables:
                 return P(None, tables[path_of(path)])
             layer, inputs, *outputs = kernels[f"{folder}/kernel"]
-            return P(layer, inputs, None) if name == "lora_a" else P(layer, None, *outputs)
+            return {
+                "lora_a": P(layer, inputs, None),
+                "lora_b": P(layer, None, *outputs),
+                "lora_magnitude": P(layer, *outputs),
+            }[name]
 
         return jax.tree_util.tree_map_with_path(spec, self.shapes)
 
@@ -118,44 +130,51 @@ class Adapter:
         shardings = jax.tree.map(partial(NamedSharding, mesh), self.specs(), is_leaf=_is_spec)
         return like(self.shapes, shardings)
 
-    def init(self, key: jax.Array, head: Any = None) -> Any:
+    def init(self, key: jax.Array, given: Any = None) -> Any:
         """Initial parameters: A uniform in +-1/sqrt(in), B zero, and the given score head (see
-        `parted`) and vectors of trained tokens (see `rows`).
+        `parted`), vectors of trained tokens and magnitudes (see `of_base`).
 
         The bound equals that of peft's Kaiming initialisation with a = sqrt(5)."""
-        paths, given = sorted(by_path(self.shapes)), by_path(head)
+        paths, given = sorted(by_path(self.shapes)), by_path(given)
 
         def leaf(path, shape):
             if path_of(path) in given:
                 return given[path_of(path)]
             if path[-1].key == "lora_b":
                 return jnp.zeros(shape.shape)
+            if path[-1].key == "lora_magnitude":
+                raise ValueError(f"{path_of(path)} depends on the base; see of_base")
             bound = 1 / math.sqrt(shape.shape[1])
             own = jax.random.fold_in(key, paths.index(path_of(path)))
             return jax.random.uniform(own, shape.shape, minval=-bound, maxval=bound)
 
         return jax.tree_util.tree_map_with_path(leaf, self.shapes)
 
-    def applied(self, params: Any) -> Any:
-        """The adapter as model parameters: `lora_b` times the scale, the dropout rates, and the ids
-        of the trained tokens."""
-
-        def leaf(path, value):
-            return value * self.scale if path[-1].key == "lora_b" else value
-
-        tree = jax.tree_util.tree_map_with_path(leaf, params)
-        constants = {
-            path.replace("lora_a", "lora_dropout"): jnp.full(leaf.shape[:1], self.config.dropout)
-            for path, leaf in by_path(tree).items()
-            if path.endswith("lora_a") and self.config.dropout
-        }
+    def applied(self, base: Any, params: Any) -> Any:
+        """The adapter as model parameters: `lora_b` times the scale, gains in the place of
+        magnitudes, the dropout rates, and the ids of the trained tokens."""
+        tree = by_path(params)
+        for row in self.targets:
+            a, b, m, gain, dropout = (
+                beside(row, f"lora_{name}") for name in ("a", "b", "magnitude", "gain", "dropout")
+            )
+            tree[b] = tree[b] * self.scale
+            if self.config.dora:
+                held = _at(base, row)
+                tree[gain] = dora.gains(tree.pop(m), held, tree[a], tree[b], self._dtype)
+            if self.config.dropout:
+                tree[dropout] = jnp.full(tree[a].shape[:1], self.config.dropout)
         for row in self.tables:
-            constants[beside(row, "token_ids")] = jnp.asarray(self.tokens, jnp.int32)
-        return joined(tree, nested(constants))
+            tree[beside(row, "token_ids")] = jnp.asarray(self.tokens, jnp.int32)
+        return nested(tree)
+
+    @property
+    def _dtype(self) -> Any:
+        return self.model.compute.dtype
 
     def on(self, base: Any, params: Any) -> Any:
         """Parameters of the tuned model: the base, by reference, plus the adapter."""
-        return joined(base, self.applied(params))
+        return joined(base, self.applied(base, params))
 
     def over_base(self, loss_fn: Callable) -> Callable:
         """Turn a loss of all weights into a loss of the adapter, with the base as frozen weights.
@@ -182,15 +201,23 @@ class Adapter:
         """Whether the parameter at this path belongs to the head."""
         return any(row.ours == path for row in self.head)
 
-    def rows(self, base: Any) -> Any:
-        """The vectors of the trained tokens in a base; float32."""
-        tables, ids = by_path(base), jnp.asarray(self.tokens, jnp.int32)
+    def of_base(self, base: Any) -> Any:
+        """Initial parameters that are the base's: vectors of trained tokens, and magnitudes, which
+        are the norms of the stored kernels; float32."""
+        shapes, ids = by_path(self.shapes), jnp.asarray(self.tokens, jnp.int32)
 
         def taken(row: Row) -> jax.Array:
-            vectors = jnp.take(tables[row.ours], ids, axis=row.op.vocab_axis)
+            vectors = jnp.take(_at(base, row), ids, axis=row.op.vocab_axis)
             return (vectors.T if row.op.vocab_axis else vectors).astype(jnp.float32)
 
-        return nested({rows_of(row): taken(row) for row in self.tables})
+        def measured(row: Row) -> jax.Array:
+            a, b = (jnp.zeros_like(shapes[beside(row, f"lora_{m}")]) for m in "ab")
+            return dora.norms(_at(base, row), a, b, self._dtype)
+
+        flat = {rows_of(row): taken(row) for row in self.tables}
+        if self.config.dora:
+            flat |= {beside(row, "lora_magnitude"): measured(row) for row in self.targets}
+        return nested(flat)
 
     def parted(self, tree: Any) -> tuple[Any, Any]:
         """Split a tree of all the model's weights into the base and the head."""
@@ -251,8 +278,8 @@ class Adapter:
         return hold
 
     def merge(self, base: Any, params: Any) -> Any:
-        """Merge the adapter into plain weights: kernel + scale A B in float32, plus the head and
-        the vectors of the trained tokens.
+        """Merge the adapter into plain weights: kernel + scale A B in float32 (with magnitudes,
+        see lora/dora.py), plus the head and the vectors of the trained tokens.
 
         Args:
             base: the original float32 weights, never quantised; for a scorer, with any head.
@@ -267,8 +294,11 @@ class Adapter:
             if row := tables.get(path_of(path)):
                 ids = jnp.asarray(self.tokens)
                 return _with_rows(kernel, flat[rows_of(row)], ids, row.op.vocab_axis)
-            a, b = (flat.get(path_of(path).replace("/kernel", f"/lora_{m}")) for m in "ab")
-            return kernel if a is None else _add_product(kernel, a, b * self.scale)
+            a, b, m = (
+                flat.get(path_of(path).replace("/kernel", f"/lora_{name}"))
+                for name in ("a", "b", "magnitude")
+            )
+            return kernel if a is None else dora.merged(kernel, a, b * self.scale, m)
 
         return jax.tree_util.tree_map_with_path(leaf, base)
 
@@ -311,9 +341,11 @@ def to_record(adapter: Adapter, base: Mapping[str, Any], fingerprint: str) -> di
 _with_rows = jax.jit(with_rows, static_argnums=3)
 
 
-@jax.jit
-def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return kernel + jnp.einsum("lir,lr...->li...", a, b, precision="highest")
+def _at(base: Any, row: Row) -> Any:
+    """The weight of a row in a base; if quantised, its codes and scales."""
+    for key in row.ours.split("/"):
+        base = base[key]
+    return base
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from easyaira.files import read_json
 from easyaira.hf import safetensors
 from easyaira.hf.table import TRANSPOSE, Row
 from easyaira.lora.adapter import Adapter, nested
-from easyaira.lora.targets import module_of, rows_of
+from easyaira.lora.targets import beside, module_of, rows_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -29,7 +28,7 @@ PEFT_HARMLESS = set(
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode layers_pattern loftq_config lora_alpha lora_dropout lora_ga_config
     megatron_config megatron_core modules_to_save peft_version qalora_group_size r revision
-    runtime_config target_modules task_type trainable_token_indices use_rslora
+    runtime_config target_modules task_type trainable_token_indices use_dora use_rslora
     """.split()
 )
 # keys that change the numbers: their supported values. Any other key must be empty.
@@ -41,9 +40,19 @@ PEFT_NEUTRAL: dict[str, tuple] = {
 EMPTY = (None, False, 0, [], {}, "")
 
 
-def _peft_names(row: Row, layers: int) -> list[tuple[str, str]]:
-    modules = [PEFT_PREFIX + module_of(row).format(i) for i in range(layers)]
-    return [(f"{module}.lora_A.weight", f"{module}.lora_B.weight") for module in modules]
+def _peft_names(row: Row, layer: int) -> dict[str, str]:
+    """peft's names of a layer's tensors, by ours."""
+    module = PEFT_PREFIX + module_of(row).format(layer)
+    return {
+        "lora_a": f"{module}.lora_A.weight",
+        "lora_b": f"{module}.lora_B.weight",
+        "lora_magnitude": f"{module}.lora_magnitude_vector",
+    }
+
+
+def _peft_layout(name: str, leaf: np.ndarray) -> np.ndarray:
+    """A layer's A as [r, in], its B as [out, r], or its magnitudes as [out]."""
+    return leaf.reshape(-1) if name == "lora_magnitude" else leaf.reshape(len(leaf), -1).T
 
 
 def _peft_rows(row: Row) -> str:
@@ -52,14 +61,13 @@ def _peft_rows(row: Row) -> str:
 
 
 def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
-    """Tensors with peft's names and layout: A [r, in] and B [out, r] for each layer, those of the
-    head, and vectors [n, D] of trained tokens."""
+    """Tensors with peft's names and layout: A [r, in], B [out, r] and magnitudes [out] for each
+    layer, those of the head, and vectors [n, D] of trained tokens."""
     flat, tensors = by_path(params), {}
     for row in adapter.targets:
-        a, b = (np.asarray(flat[row.ours.replace("/kernel", f"/lora_{m}")]) for m in "ab")
-        for i, (name_a, name_b) in enumerate(_peft_names(row, len(a))):
-            tensors[name_a] = np.ascontiguousarray(a[i].T)
-            tensors[name_b] = np.ascontiguousarray(b[i].reshape(adapter.config.r, -1).T)
+        for name in _own(adapter):
+            for i, leaf in enumerate(np.asarray(flat[beside(row, name)])):
+                tensors[_peft_names(row, i)[name]] = np.ascontiguousarray(_peft_layout(name, leaf))
     for row in adapter.head:
         tensor = row.op.to_theirs(np.asarray(flat[row.ours]))
         tensors[PEFT_PREFIX + row.theirs] = np.ascontiguousarray(tensor)
@@ -92,17 +100,11 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
         return tensor.astype(np.float32)
 
     for row in adapter.targets:
-        a, b = (shapes[row.ours.replace("/kernel", f"/lora_{m}")] for m in "ab")
-        of_a, of_b = [], []
-        for name_a, name_b in _peft_names(row, a.shape[0]):
-            for name, shape, layers in (
-                (name_a, a.shape[1:], of_a),
-                (name_b, b.shape[1:], of_b),
-            ):
-                tensor = take(name, (math.prod(shape[1:]), shape[0]))
-                layers.append(tensor.T.reshape(shape))
-        flat[row.ours.replace("/kernel", "/lora_a")] = np.stack(of_a)
-        flat[row.ours.replace("/kernel", "/lora_b")] = np.stack(of_b)
+        for name in _own(adapter):
+            layers, *shape = shapes[beside(row, name)].shape
+            layout = _peft_layout(name, np.empty(shape)).shape
+            own = (take(_peft_names(row, i)[name], layout) for i in range(layers))
+            flat[beside(row, name)] = np.stack([tensor.T.reshape(shape) for tensor in own])
     for row in adapter.head:
         layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
         flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
@@ -118,6 +120,11 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
             f"{where}: has {sorted(left)[0]}, which is not in lora.target_modules; add it"
         )
     return nested(flat)
+
+
+def _own(adapter: Adapter) -> tuple[str, ...]:
+    """Our names of the tensors of a linear layer's adapter."""
+    return ("lora_a", "lora_b", *(("lora_magnitude",) if adapter.config.dora else ()))
 
 
 def _modules_hint(adapter: Adapter) -> str:
@@ -136,6 +143,7 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": adapter.config.dropout,
         "use_rslora": adapter.config.rslora,
+        "use_dora": adapter.config.dora,
         "target_modules": adapter.target_modules,
         "fan_in_fan_out": any(row.op is not TRANSPOSE for row in adapter.targets),
         "bias": "none",
@@ -156,7 +164,7 @@ def _token_indices(adapter: Adapter) -> list[int] | dict[str, list[int]] | None:
 
 
 def check_features(config: Mapping[str, Any], file: Path) -> None:
-    """Check that an adapter is plain LoRA on the base as it is stored.
+    """Check that an adapter is LoRA or DoRA on the base as it is stored.
 
     Raises:
         ConfigError: a feature that is not supported, or a key that is unknown and filled.
@@ -179,7 +187,7 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
 
     Raises:
         ConfigError: adapter_config.json cannot be read, uses an unsupported feature, or differs
-            from `adapter` in rank or scale.
+            from `adapter` in rank, scale or magnitudes.
         WeightsError: see `from_peft`.
     """
     file = folder / ADAPTER_CONFIG
@@ -194,7 +202,8 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
             f"{file}: modules_to_save: {sorted(saved)[0]!r} is not supported; only "
             f"{adapter.head_modules or None}"
         )
-    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
+    names = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+    for ours, theirs in names.items():
         wanted, stored = getattr(adapter.config, ours), config.get(theirs, False)
         if wanted != stored:
             raise ConfigError(

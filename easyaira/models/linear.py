@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import flax.linen as nn
@@ -17,7 +17,8 @@ class Linear(nn.Module):
     """x @ kernel + bias; `features` may have several axes, for fused products.
 
     A frozen kernel may be quantised (models/quantize.py). If the parameters include an adapter
-    (lora/adapter.py), its product is added: Hu et al. (2021), LoRA, eq. 3.
+    (lora/adapter.py), its product is added: Hu et al. (2021), LoRA, eq. 3. If they include gains
+    (lora/dora.py), the sum is multiplied by them: Liu et al. (2024), DoRA, eq. 5.
     """
 
     features: int | tuple[int, ...]
@@ -27,18 +28,31 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else self.features
-        if isinstance(quantized := self.get_variable("params", "kernel"), Mapping):
-            y = _quantized_product(x, quantized)
+        if isinstance(held := self.get_variable("params", "kernel"), Mapping):
+            product = partial(_quantized_product, held)
         else:
             init = nn.initializers.normal(self.std)
             kernel = self.param("kernel", init, (x.shape[-1], *features))
-            y = linear(x, kernel)
+            product = partial(_product, kernel)
+        y = product(x)
+        if self.has_variable("params", "lora_a"):
+            y = self._adapted(x, y, product)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, features).astype(x.dtype)
-        if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", f"lora_{m}") for m in "ab")
-            y += linear(linear(self._drop(x), a), b)
         return y
+
+    def _adapted(self, x: jax.Array, y: jax.Array, product: Callable) -> jax.Array:
+        """Add the adapter to y = x @ kernel."""
+        a, b, gain = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "gain"))
+        dropped = self._drop(x)
+        added = linear(linear(dropped, a), b)
+        if gain is None:
+            return y + added
+        if dropped is x:
+            return _scaled(y + added, gain)
+        # as in peft, dropout acts on all that is multiplied by the gain, and not on the base
+        of_dropped = product(dropped)
+        return y - of_dropped + _scaled(of_dropped + added, gain)
 
     def _drop(self, x: jax.Array) -> jax.Array:
         """Apply `Dropout` to the adapter's input; the rate is stored with the adapter."""
@@ -49,8 +63,18 @@ class Linear(nn.Module):
         return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
 
 
+def _product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return linear(x, kernel)
+
+
 @partial(jax.checkpoint, prevent_cse=False)
-def _quantized_product(x: jax.Array, quantized: Mapping[str, jax.Array]) -> jax.Array:
+def _scaled(y: jax.Array, gain: jax.Array) -> jax.Array:
+    """gain * y in float32, rounded once. The backward pass stores y in its own dtype."""
+    return (y.astype(jnp.float32) * gain).astype(y.dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _quantized_product(held: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
     """x @ kernel. The backward pass stores the codes and recomputes the kernel, instead of storing
     the dequantised kernel of every layer."""
-    return linear(x, dequantize(quantized, x.shape[-1], x.dtype))
+    return linear(x, dequantize(held, x.shape[-1], x.dtype))

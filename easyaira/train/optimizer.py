@@ -60,8 +60,10 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-    """Mask of weight decay: True for matrices and embeddings, False for norms and biases."""
-    matrices = ("kernel", "embedding", "lora_a", "lora_b", "token_rows")
+    """Mask of weight decay: True for matrices and embeddings, False for norms and biases.
+
+    Magnitudes of DoRA decay, too: transformers leaves out only norms and biases."""
+    matrices = ("kernel", "embedding", "lora_a", "lora_b", "lora_magnitude", "token_rows")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path_of(path).endswith(matrices), params
     )

@@ -209,7 +209,7 @@ class Adapters(Saved):
             each=hold,
         )
         base, head = self.adapter.parted(params)
-        start = joined(head, jax.jit(self.adapter.rows)(base))
+        start = joined(head, jax.jit(self.adapter.of_base)(base))
         return Base(base, start, fingerprint.digest())
 
     def weights(self, params: Any) -> Any:
@@ -224,7 +224,7 @@ class Adapters(Saved):
     def frozen_target(self, reference: Model | None) -> Any:
         target = reference and reference.target(self.mesh)
         if reference is self.model:
-            target = jax.eval_shape(self.adapter.applied, self.target)
+            target = jax.eval_shape(self.adapter.applied, self._base_target, self.target)
         return self.adapter.frozen(self._base_target, target)
 
     def to_meta(self) -> dict[str, Any]:

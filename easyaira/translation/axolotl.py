@@ -47,7 +47,7 @@ COMMON: Table = {
         sequence_len=max_length sample_packing=packing
         adapter load_in_8bit load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules
         load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
-        lora_target_linear peft_use_rslora=use_rslora
+        lora_target_linear peft_use_rslora=use_rslora peft_use_dora=use_dora
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
     """),
@@ -104,7 +104,7 @@ COMMON: Table = {
                   "added_tokens_overrides", (None, [])),
     **unsupported("adapters alone are trained", "lora_modules_to_save "
                   "unfrozen_parameters", (None, [])),
-    **unsupported("adapters are plain LoRA on linear layers", "peft_use_dora "
+    **unsupported("adapters are LoRA or DoRA on linear layers",
                   "lora_target_parameters peft_layers_to_transform peft_layer_replication "
                   "loraplus_lr_ratio peft relora "
                   "relora_prune_ratio relora_cpu_offload jagged_restart_steps lora_on_cpu "

@@ -223,6 +223,7 @@ def adapters(run: Recipe) -> None:
         "lora.alpha": run.get("lora_alpha", 32),
         "lora.dropout": dropout,
         "lora.rslora": run.get("use_rslora", False),
+        "lora.dora": run.get("use_dora", False),
     }
 
 

@@ -104,7 +104,7 @@ MODEL: Table = {
     """),
     **computed("""
         model_revision dtype torch_dtype=dtype use_peft lora_r lora_alpha lora_dropout
-        lora_target_modules use_rslora load_in_8bit load_in_4bit bnb_4bit_quant_type
+        lora_target_modules use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type
         chat_template
     """),
     **no_effect(
@@ -112,7 +112,7 @@ MODEL: Table = {
         "use_bnb_nested_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype",
     ),
     **no_effect("follows from the command", "lora_task_type"),
-    **unsupported("adapters are plain LoRA on linear layers", "use_dora lora_target_parameters"),
+    **unsupported("adapters are LoRA or DoRA on linear layers", "lora_target_parameters"),
     **unsupported("adapters alone are trained", "lora_modules_to_save", (None, [])),
     **unsupported(
         "the file it names cannot be read here; pass it as chat_template", "chat_template_path"
