@@ -25,6 +25,7 @@ from easyaira.distributed.sharding import parts_of
 BLOCK = 256
 SMALLEST = 4096  # parameters of a layer with fewer values keep float32 moments
 SHORTEST = 16  # as do those with a shorter last axis, as blocks would be as short
+PIECES = 16
 DECADES = 7
 
 
@@ -123,9 +124,13 @@ def _parts(x: jax.Array) -> jax.Array:
     length = x.shape[-1]
     size = length
     if length > BLOCK:
-        shards = (parts_of(length, axes) for axes in ("fsdp", "tp", ("fsdp", "tp")))
-        size = math.gcd(BLOCK, *(length // n for n in shards))
+        size = math.gcd(BLOCK, *(length // n for n in _possible_shards(length)))
     return x.reshape(*x.shape[:-1], length // size, size)
+
+
+def _possible_shards(size: int) -> list[int]:
+    """Numbers of shards that the mesh may make of an axis of this size."""
+    return [parts_of(size, axes) for axes in ("fsdp", "tp", ("fsdp", "tp"))]
 
 
 def _parts_per_block(parts: jax.Array) -> int:
@@ -151,6 +156,15 @@ def shardings_of(moment: Any, sharding: NamedSharding) -> Any:
 def _stacked(leaf: jax.Array) -> bool:
     """Whether the first axis of a matrix counts layers."""
     return leaf.ndim > 2
+
+
+def _pieces(leaf: jax.Array) -> int:
+    """Number of slices along the first axis that are updated one after the other, so that float32
+    moments of one slice exist at a time: layers, or parts of an embedding that is not sharded."""
+    if _stacked(leaf):
+        return leaf.shape[0]
+    sharded = max(_possible_shards(leaf.shape[0])) > 1
+    return 1 if sharded else math.gcd(leaf.shape[0], PIECES)
 
 
 class AdamState(NamedTuple):
@@ -203,10 +217,13 @@ def scale_by_adam(
             return update, mu, nu
 
         def of_leaf(grad, mu, nu):
-            if not is_quantized(mu) or not _stacked(grad):
+            if not is_quantized(mu) or (count := _pieces(grad)) == 1:
                 return of_array(grad, mu, nu)
+            stacks = grad, mu, nu
+            if not _stacked(grad):
+                stacks = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), stacks)
 
-            def of_layer(i, stacks):
+            def of_piece(i, stacks):
                 one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), stacks)
                 return jax.tree.map(
                     lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0),
@@ -214,7 +231,8 @@ def scale_by_adam(
                     of_array(*one),
                 )
 
-            return jax.lax.fori_loop(0, grad.shape[0], of_layer, (grad, mu, nu))
+            stacks = jax.lax.fori_loop(0, count, of_piece, stacks)
+            return jax.tree.map(lambda new, x: new.reshape(x.shape), stacks, (grad, mu, nu))
 
         triples = jax.tree.map(of_leaf, grads, state.mu, state.nu)
         updates, mu, nu = (
