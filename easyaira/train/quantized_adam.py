@@ -223,15 +223,7 @@ def scale_by_adam(
             if not _stacked(grad):
                 stacks = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), stacks)
 
-            def of_piece(i, stacks):
-                one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), stacks)
-                return jax.tree.map(
-                    lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0),
-                    stacks,
-                    of_array(*one),
-                )
-
-            stacks = jax.lax.fori_loop(0, count, of_piece, stacks)
+            stacks = jax.lax.map(lambda piece: of_array(*piece), stacks)
             return jax.tree.map(lambda new, x: new.reshape(x.shape), stacks, (grad, mu, nu))
 
         triples = jax.tree.map(of_leaf, grads, state.mu, state.nu)
