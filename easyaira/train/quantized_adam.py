@@ -4,7 +4,9 @@ Shapes: L is the size of a parameter's last axis. Blocks of 256 values along tha
 their largest magnitude; the last block may be shorter. Codes are places in a map of 256 levels, the
 dynamic map of the paper's section 2.1 and appendix F: signed for the first moment, unsigned for the
 second. As in bitsandbytes, small parameters keep float32 moments, and an update uses the moments
-before they are quantised again. Embeddings are quantised, too.
+before they are quantised again. Embeddings are quantised, too. Unlike there, a second moment is
+never rounded to 0, which would make the next update of that value hundreds of times too large: Li
+et al. (2023), Memory Efficient Optimizers with 4-bit States, section 4.1.
 """
 
 from __future__ import annotations
@@ -75,13 +77,14 @@ class Map:
         self.places = np.searchsorted(self.middles, starts).astype(np.uint8)
 
     def encode(self, values: jax.Array) -> jax.Array:
-        """uint8 places of the levels nearest to float32 `values` in [-1, 1]."""
+        """uint8 places of the levels nearest to float32 `values` in [-1, 1]. Unsigned: never 0,
+        since Adam divides by the root of the second moment."""
         size = jnp.abs(values)
         bits = jax.lax.bitcast_convert_type(size, jnp.int32) >> 16
         place = _look_up(self.places, jnp.clip(bits, self.FIRST, self.LAST) - self.FIRST)
         place += size > _look_up(self.middles, place)
         if not self.signed:
-            return place
+            return jnp.maximum(place, 1)
         below = self.zero - jnp.minimum(place, self.zero)  # -1 is no level
         return jnp.where(values < 0, below, self.zero + place)
 
