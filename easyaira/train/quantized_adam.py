@@ -106,8 +106,9 @@ def is_quantized(node: Any) -> bool:
 def quantize(values: jax.Array, levels: Map) -> Quantized:
     """Quantise float32 values [.., L]."""
     parts, count = _parts(values), -(-values.shape[-1] // BLOCK)
-    largest = jnp.abs(parts).max(-1)
-    each = _parts_per_block(parts)
+    largest, each = jnp.abs(parts).max(-1), _parts_per_block(parts)
+    if each > 1:
+        largest = _whole(largest)
     largest = jnp.pad(largest, [(0, 0)] * (largest.ndim - 1) + [(0, count * each - parts.shape[-2])])
     scale = largest.reshape(*largest.shape[:-1], count, each).max(-1)
     shares = parts / _of_parts(jnp.where(scale > 0, scale, 1), parts)
@@ -142,17 +143,30 @@ def _parts_per_block(parts: jax.Array) -> int:
 
 def _of_parts(scale: jax.Array, parts: jax.Array) -> jax.Array:
     """The scale of each part, [.., parts, 1]."""
-    return jnp.repeat(scale, _parts_per_block(parts), -1)[..., : parts.shape[-2], None]
+    each = _parts_per_block(parts)
+    if each > 1:
+        scale = _whole(jnp.repeat(scale, each, -1)[..., : parts.shape[-2]])
+    return scale[..., None]
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Gather the last axis of a small array at once. Otherwise XLA pads and cuts it in pieces, with
+    a transfer for each."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = P(*(P.UNCONSTRAINED,) * (x.ndim - 1), None)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def shardings_of(moment: Any, sharding: NamedSharding) -> Any:
     """Shardings of a moment, given its parameter's. Scales are sharded alike, except that the last
-    axis is whole where the mesh does not divide the number of blocks."""
+    axis is whole where blocks cross devices."""
     if not is_quantized(moment):
         return sharding
     spec = (*sharding.spec, *(None,) * (moment.codes.ndim - len(sharding.spec)))
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        last = spec[-1] if parts_of(moment.scale.shape[-1], spec[-1]) > 1 else None
+        on_device = moment.codes.shape[-1] // parts_of(moment.codes.shape[-1], spec[-1])
+    last = spec[-1] if on_device % BLOCK == 0 else None
     return Quantized(sharding, NamedSharding(sharding.mesh, P(*spec[:-1], last)))
 
 
