@@ -157,7 +157,9 @@ def updated(mesh, state, grads):
 @pytest.fixture(scope="module")
 def alone():
     """The state after four updates on one device."""
-    return jax.device_get(updated(meshes.make_mesh("fsdp=1", jax.devices()[:1]), None, gradients(4)))
+    return jax.device_get(
+        updated(meshes.make_mesh("fsdp=1", jax.devices()[:1]), None, gradients(4))
+    )
 
 
 @pytest.mark.parametrize("axes", ["fsdp=8", "fsdp=2,tp=4"])
@@ -217,7 +219,9 @@ def test_a_short_run_ends_beside_that_of_float32(tmp_path):
     losses = {}
     for dtype in ("float32", "8bit"):
         options = {"optimizer.state_dtype": dtype, "max_steps": 20}
-        losses[dtype] = losses_of(train("sft", ground / "gpt2", ground, tmp_path / dtype, **options)[0])
+        losses[dtype] = losses_of(
+            train("sft", ground / "gpt2", ground, tmp_path / dtype, **options)[0]
+        )
     assert losses["float32"][-1] < losses["float32"][0] - 3
     np.testing.assert_allclose(losses["8bit"], losses["float32"], atol=5e-3)  # 8e-4 was seen
     assert losses["8bit"] != losses["float32"]

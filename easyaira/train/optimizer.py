@@ -80,9 +80,7 @@ def make_optimizer(
             optax.scale_by_learning_rate(schedule),
         )
     else:
-        adamw = optax.adamw(
-            schedule, **constants, weight_decay=config.weight_decay, mask=decays
-        )
+        adamw = optax.adamw(schedule, **constants, weight_decay=config.weight_decay, mask=decays)
     if not config.max_grad_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

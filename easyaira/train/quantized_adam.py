@@ -109,7 +109,9 @@ def quantize(values: jax.Array, levels: Map) -> Quantized:
     largest, each = jnp.abs(parts).max(-1), _parts_per_block(parts)
     if each > 1:
         largest = _whole(largest)
-    largest = jnp.pad(largest, [(0, 0)] * (largest.ndim - 1) + [(0, count * each - parts.shape[-2])])
+    largest = jnp.pad(
+        largest, [(0, 0)] * (largest.ndim - 1) + [(0, count * each - parts.shape[-2])]
+    )
     scale = largest.reshape(*largest.shape[:-1], count, each).max(-1)
     shares = parts / _of_parts(jnp.where(scale > 0, scale, 1), parts)
     return Quantized(levels.encode(shares).reshape(values.shape), scale)
