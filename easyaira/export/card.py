@@ -252,10 +252,8 @@ def _precision(lora: Mapping[str, Any] | None, state: str) -> str:
     both = f"float32 {trained} and optimizer"
     if state == "8bit":
         both = f"float32 {trained}, 8-bit state of the optimizer"
-    held = (
-        f", frozen linear layers held in {lora['quantize']}" if (lora or {}).get("quantize") else ""
-    )
-    return both + held
+    quantize = (lora or {}).get("quantize")
+    return both + (f", frozen linear layers held in {quantize}" if quantize else "")
 
 
 def _rows(data: Mapping[str, Any], unit: str) -> str:

@@ -1,12 +1,13 @@
 """AdamW's moments in 8 bits: Dettmers et al. (2022), 8-bit Optimizers via Block-wise Quantization.
 
-Shapes: L is the size of a parameter's last axis. Blocks of 256 values along that axis share a scale,
-their largest magnitude; the last block may be shorter. Codes are places in a map of 256 levels, the
-dynamic map of the paper's section 2.1 and appendix F: signed for the first moment, unsigned for the
-second. As in bitsandbytes, small parameters keep float32 moments, and an update uses the moments
-before they are quantised again. Embeddings are quantised, too. Unlike there, a second moment is
-never rounded to 0, which would make the next update of that value hundreds of times too large: Li
-et al. (2023), Memory Efficient Optimizers with 4-bit States, section 4.1.
+Shapes: L is the size of a parameter's last axis. Blocks of 256 values along that axis share a
+scale, their largest magnitude; the last block may be shorter. Codes are places in the paper's
+dynamic map of 256 levels: signed for the first moment, unsigned for the second.
+
+As in bitsandbytes, small parameters keep float32 moments, embeddings are quantised, and an update
+uses the moments before they are quantised again. Unlike there, a second moment is never rounded to
+0, which would make the next update of that value hundreds of times too large: Li et al. (2023),
+Memory Efficient Optimizers with 4-bit States, section 4.1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from easyaira.distributed.sharding import parts_of
 BLOCK = 256
 SMALLEST = 4096  # parameters of a layer with fewer values keep float32 moments
 SHORTEST = 16  # as do those with a shorter last axis, as blocks would be as short
-PIECES = 16
+PIECES = 16  # slices of an embedding
 DECADES = 7
 
 
@@ -109,9 +110,8 @@ def quantize(values: jax.Array, levels: Map) -> Quantized:
     largest, each = jnp.abs(parts).max(-1), _parts_per_block(parts)
     if each > 1:
         largest = _whole(largest)
-    largest = jnp.pad(
-        largest, [(0, 0)] * (largest.ndim - 1) + [(0, count * each - parts.shape[-2])]
-    )
+    missing = count * each - parts.shape[-2]
+    largest = jnp.pad(largest, [(0, 0)] * (largest.ndim - 1) + [(0, missing)])
     scale = largest.reshape(*largest.shape[:-1], count, each).max(-1)
     shares = parts / _of_parts(jnp.where(scale > 0, scale, 1), parts)
     return Quantized(levels.encode(shares).reshape(values.shape), scale)
