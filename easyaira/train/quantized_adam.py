@@ -28,7 +28,6 @@ from easyaira.distributed.sharding import parts_of
 BLOCK = 256
 SMALLEST = 4096  # parameters of a layer with fewer values keep float32 moments
 SHORTEST = 16  # as do those with a shorter last axis, as blocks would be as short
-PIECES = 16  # slices of an embedding
 DECADES = 7
 
 
@@ -130,13 +129,9 @@ def _parts(x: jax.Array) -> jax.Array:
     length = x.shape[-1]
     size = length
     if length > BLOCK:
-        size = math.gcd(BLOCK, *(length // n for n in _possible_shards(length)))
+        shards = (parts_of(length, axes) for axes in ("fsdp", "tp", ("fsdp", "tp")))
+        size = math.gcd(BLOCK, *(length // n for n in shards))
     return x.reshape(*x.shape[:-1], length // size, size)
-
-
-def _possible_shards(size: int) -> list[int]:
-    """Numbers of shards that the mesh may make of an axis of this size."""
-    return [parts_of(size, axes) for axes in ("fsdp", "tp", ("fsdp", "tp"))]
 
 
 def _parts_per_block(parts: jax.Array) -> int:
@@ -172,20 +167,6 @@ def shardings_of(moment: Any, sharding: NamedSharding) -> Any:
     return Quantized(sharding, NamedSharding(sharding.mesh, P(*spec[:-1], last)))
 
 
-def _stacked(leaf: jax.Array) -> bool:
-    """Whether the first axis of a matrix counts layers."""
-    return leaf.ndim > 2
-
-
-def _pieces(leaf: jax.Array) -> int:
-    """Number of slices along the first axis that are updated one after the other, so that float32
-    moments of one slice exist at a time: layers, or parts of an embedding that is not sharded."""
-    if _stacked(leaf):
-        return leaf.shape[0]
-    sharded = max(_possible_shards(leaf.shape[0])) > 1
-    return 1 if sharded else math.gcd(leaf.shape[0], PIECES)
-
-
 class AdamState(NamedTuple):
     """Attributes:
     count: number of updates.
@@ -207,7 +188,7 @@ def scale_by_adam(
     """
 
     def zeros(leaf, matrix):
-        each = leaf.size // (leaf.shape[0] if _stacked(leaf) else 1)
+        each = leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1)  # of a layer
         if not matrix or each < SMALLEST or leaf.shape[-1] < SHORTEST:
             return jnp.zeros_like(leaf), jnp.zeros_like(leaf)
         scale = jnp.zeros((*leaf.shape[:-1], -(-leaf.shape[-1] // BLOCK)), jnp.float32)
@@ -225,7 +206,7 @@ def scale_by_adam(
         del params
         count = optax.safe_increment(state.count)
 
-        def of_array(grad, mu, nu):
+        def of_leaf(grad, mu, nu):
             quantized = is_quantized(mu)
             if quantized:
                 mu, nu = dequantize(mu, SIGNED), dequantize(nu, UNSIGNED)
@@ -234,16 +215,6 @@ def scale_by_adam(
             if quantized:
                 mu, nu = quantize(mu, SIGNED), quantize(nu, UNSIGNED)
             return update, mu, nu
-
-        def of_leaf(grad, mu, nu):
-            if not is_quantized(mu) or (count := _pieces(grad)) == 1:
-                return of_array(grad, mu, nu)
-            stacks = grad, mu, nu
-            if not _stacked(grad):
-                stacks = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), stacks)
-
-            stacks = jax.lax.map(lambda piece: of_array(*piece), stacks)
-            return jax.tree.map(lambda new, x: new.reshape(x.shape), stacks, (grad, mu, nu))
 
         triples = jax.tree.map(of_leaf, grads, state.mu, state.nu)
         updates, mu, nu = (
