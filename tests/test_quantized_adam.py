@@ -180,7 +180,7 @@ def test_a_mesh_gives_the_state_of_one_device_without_gathering_it(axes, alone):
     assert moved and {kind for kind, _ in moved} == {"f32"}  # no codes
     parts = {"fsdp=8": 16, "fsdp=2,tp=4": 64}[axes]  # size of parts of 640 and 768 on a device
     for _, sizes in moved:
-        assert math.prod(map(int, sizes.split(","))) <= 768 * 640 // parts
+        assert math.prod(map(int, sizes.split(","))) <= 3 * 768 * 640 // parts
 
 
 def test_a_state_is_saved_on_one_mesh_and_restored_on_another(tmp_path, alone):
@@ -199,7 +199,7 @@ def test_a_state_is_saved_on_one_mesh_and_restored_on_another(tmp_path, alone):
 
 
 def test_the_state_takes_two_bytes_a_parameter():
-    """Scales take 8 bytes per 256 values. Norms, biases, and small or thin matrices take 8 bytes."""
+    """Scales take 8 bytes per 256 values. Norms, biases, small and thin matrices take 8 each."""
     shapes = {"h/kernel": (16, 256, 1024), "wte/embedding": (512, 512)}
     exempt = {"h/scale": (16, 1024), "small/kernel": (16, 63, 64), "thin/kernel": (4096, 8)}
     params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in (shapes | exempt).items()}
