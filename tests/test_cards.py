@@ -116,7 +116,8 @@ def test_a_plan_needs_no_weights_and_says_what_would_fit(ground, capsys):
     out = capsys.readouterr().out
     assert "counting the memory of the largest update, as no compiler for GPU is installed" in out
     assert re.search(r"does not fit: about 0\.\d+ GiB of 0\.00 GiB", out)
-    flags = ["gradient_checkpointing full", "gradient_accumulation_steps 8", "lora.r 16", "nf4"]
+    flags = ["gradient_checkpointing full", "gradient_accumulation_steps 8", "state_dtype 8bit"]
+    flags += ["lora.r 16", "nf4"]
     places = [out.index(flag) for flag in flags]
     assert places == sorted(places) and out.rstrip().endswith("larger devices")
 

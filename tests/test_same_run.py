@@ -19,6 +19,7 @@ RUNS = {  # algorithm, model, data, options
     "dpo": ("dpo", "gpt2", "dpo", {}),
     "reward": ("reward", "bert", "label", {"model.dropout": 0.2, "eval_steps": 2}),
     "sft-nf4-dora": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4", "lora.dora": True}),
+    "sft-8bit": ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}),
     "dpo-lora": ("dpo", "gpt2", "dpo", GPT2 | {"lora.dropout": 0}),
     "reward-lora": ("reward", "bert", "dpo", BERT),
 }
@@ -28,7 +29,7 @@ RUNS = {  # algorithm, model, data, options
 def ground(tmp_path_factory):
     models = {kind: tiny.CONFIGS[kind] for kind in ("gpt2", "llama")}
     rows = {"sft": tiny.sft_rows(40), "dpo": tiny.dpo_rows(40), "label": tiny.label_rows(40)}
-    models["bert"] = tiny.SCORERS["bert"]
+    models |= {"bert": tiny.SCORERS["bert"], "wide": tiny.CONFIGS["gpt2"] | {"n_embd": 64}}
     return tiny.ground(tmp_path_factory.mktemp("ground"), models, **rows)
 
 
@@ -82,6 +83,7 @@ DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
     ("dpo", "llama", "dpo", {}, ["2,2,2"]),  # it has two key/value heads
     ("reward", "bert", "label", {}, ["2,2,2"]),
     ("reward", "llama", "dpo", {}, ["2,2,2"]),
+    ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}, ["2,2,2"]),
     ("sft", "gpt2", "sft", PLAIN, ["2,2,2"]),
     ("sft", "gpt2", "sft", INT8, ["1,8,1"]),
     ("sft", "gpt2", "sft", NF4, ["2,2,2"]),

@@ -98,6 +98,9 @@ class OptimizerConfig:
     """Constant added to the root of the squared gradient's running mean."""
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this global norm; 0: no clipping."""
+    state_dtype: Literal["float32", "8bit"] = "float32"
+    """Precision of both running means. 8bit: codes with a scale per 256 values, as in bitsandbytes,
+    2 bytes a parameter instead of 8; norms, biases and small matrices stay float32."""
 
     def __post_init__(self):
         if self.warmup_steps and self.warmup_ratio:

@@ -234,7 +234,8 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
         "Adapter": f"LoRA: {_options(config['lora'])}{_trained(report)}"
         if config["lora"]
         else None,
-        "Precision": f"{made['compute']} computation, " + _precision(config["lora"]),
+        "Precision": f"{made['compute']} computation, "
+        + _precision(config["lora"], optimizer.get("state_dtype", "float32")),
         "Attention": escape(last["attention"]) if "attention" in last else None,
         "Seed": str(config["seed"]),
         "Hardware": f"{devices['count']} x {escape(devices['kind'])}"
@@ -246,11 +247,13 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in rows.items() if value is not None}
 
 
-def _precision(lora: Mapping[str, Any] | None) -> str:
-    if lora is None:
-        return "float32 weights and optimizer"
-    held = f", frozen linear layers held in {lora['quantize']}" if lora.get("quantize") else ""
-    return f"float32 adapters and optimizer{held}"
+def _precision(lora: Mapping[str, Any] | None, state: str) -> str:
+    trained = "weights" if lora is None else "adapters"
+    both = f"float32 {trained} and optimizer"
+    if state == "8bit":
+        both = f"float32 {trained}, 8-bit state of the optimizer"
+    quantize = (lora or {}).get("quantize")
+    return both + (f", frozen linear layers held in {quantize}" if quantize else "")
 
 
 def _rows(data: Mapping[str, Any], unit: str) -> str:

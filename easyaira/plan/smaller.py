@@ -55,6 +55,10 @@ def steps(setup: Setup) -> Iterator[tuple[str, RunConfig]]:
     if config.gradient_accumulation_steps < parts:
         config = replace(config, gradient_accumulation_steps=parts)
         yield f"+ --gradient_accumulation_steps {parts}", config
+    if config.lora is None and config.optimizer.state_dtype != "8bit":
+        optimizer = replace(config.optimizer, state_dtype="8bit")
+        config = replace(config, optimizer=optimizer)
+        yield "+ --optimizer.state_dtype 8bit", config
     if config.lora is None:
         config = replace(config, lora=LoraConfig(target_modules="all-linear", r=16, alpha=32))
         yield "+ --lora.target_modules all-linear --lora.r 16 --lora.alpha 32", config

@@ -11,6 +11,7 @@ import optax
 from easyaira.config.algorithms import OptimizerConfig
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
+from easyaira.train import quantized_adam
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -73,14 +74,15 @@ def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
     """Clip, then AdamW: Loshchilov and Hutter (2019), Decoupled Weight Decay, algorithm 2."""
-    adamw = optax.adamw(
-        schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
+    constants = {"b1": config.adam_beta1, "b2": config.adam_beta2, "eps": config.adam_epsilon}
+    if config.state_dtype == "8bit":
+        adamw = optax.chain(
+            quantized_adam.scale_by_adam(**constants, matrices=decays),
+            optax.add_decayed_weights(config.weight_decay, decays),
+            optax.scale_by_learning_rate(schedule),
+        )
+    else:
+        adamw = optax.adamw(schedule, **constants, weight_decay=config.weight_decay, mask=decays)
     if not config.max_grad_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.distributed.sharding import constrain, like
 from easyaira.distributed.tree import abstract
+from easyaira.train.quantized_adam import is_quantized, shardings_of
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array | None], Sums]
@@ -56,10 +57,11 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
     opt_shapes = jax.eval_shape(tx.init, params)
     opt_shardings = optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        shardings_of,
         opt_shapes,
         jax.tree.map(lambda leaf: leaf.sharding, params),
         transform_non_params=lambda _: replicated,
+        is_leaf=is_quantized,
     )
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return State(scalar, abstract(params), like(opt_shapes, opt_shardings), scalar)

@@ -96,7 +96,9 @@ def schedule(run: Recipe) -> None:
 def optimizer(run: Recipe) -> None:
     name = run.get("optim", "adamw")
     if name in ADAMW_8BIT:
-        run.note(f"the optimizer's state is float32 ({run.keys['optim']}: {name})")
+        run.options["optimizer.state_dtype"] = "8bit"
+        if "4bit" in name:
+            run.note(f"the optimizer's state is 8-bit ({run.keys['optim']}: {name})")
     elif name not in ADAMW:
         run.refuse("optim", f"{name} is no AdamW, the only optimizer here")
 
