@@ -1,10 +1,13 @@
 """Plans for GPUs that are not there, by name or by their memory alone."""
 
+import importlib.util
+import os
 import re
 from dataclasses import replace
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from easyaira.config.ranges import bytes_of
 from easyaira.config.run import DryRun
@@ -132,3 +135,31 @@ def test_adapters_are_planned_without_weights(ground, capsys):
     assert re.search(r"cost    at most about [\d.e-]+ device hours \(estimate\): 4 updates", out)
     with pytest.raises(WeightsError, match="no model.safetensors"):
         prepare(replace(config, lora=None), algorithm)
+
+
+def test_a_plan_for_gpus_needs_none_here(ground, monkeypatch):
+    """With JAX's CUDA plugin but no driver: the plugin must not check for one, and flags are those
+    that this version of XLA knows; an unknown one ends the process."""
+    seen = {}
+
+    def compiled_for(**_):
+        seen["flags"] = os.environ["XLA_FLAGS"]
+        raise InterruptedError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
+    monkeypatch.setattr(topologies, "get_topology_desc", compiled_for)
+    monkeypatch.setattr(jax.config, "update", lambda *option: seen.setdefault("first", option))
+    started = cards.planned_devices
+
+    def planned_devices(*args):
+        assert seen["first"] == ("jax_platforms", "cpu")
+        return started(*args)
+
+    monkeypatch.setattr("easyaira.run.run.planned_devices", planned_devices)
+    for version, known in {(0, 10, 2): False, (0, 11, 0): True}.items():
+        monkeypatch.setenv("XLA_FLAGS", "")
+        monkeypatch.setattr(jax.version, "__version_info__", version)
+        with pytest.raises(InterruptedError):
+            run(*planned(ground), dry_run=DryRun("h100"))
+        assert "autotune_level=0" in seen["flags"]
+        assert ("deviceless" in seen["flags"]) == known

@@ -127,8 +127,8 @@ def _compiled_for(card: Card, count: int) -> list[Any]:
     """Devices that XLA compiles for without a driver."""
     from jax.experimental import topologies
 
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *UNTIMED])
-    jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
+    flags = UNTIMED if jax.version.__version_info__ >= (0, 11) else UNTIMED[:-1]  # unknown before
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=_target(card), topology=f"1x1x{count}"
     )

@@ -56,6 +56,8 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
     """Run a training command, or plan it if `dry_run` is given."""
     if not dry_run:
         run_folder.refuse_taken(Path(config.output_dir))
+    elif dry_run.topology:
+        jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
     # a second signal kills the process even while it waits for the other hosts
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(provenance.made_with(config))
