@@ -41,6 +41,7 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")  # its 120 updates take longer than their compilation
 def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,8 +9,6 @@ from easyaira.train import metrics
 from helpers import tiny
 from helpers.runs import close, losses_of, same_bits, stop_after, train
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 LORA = {"lora.r": 4, "lora.alpha": 8, "lora.dropout": 0.3, "optimizer.learning_rate": 2e-2}
 GPT2 = LORA | {"lora.target_modules": "[c_attn, c_proj, c_fc]"}
 BERT = LORA | {"lora.target_modules": "[query, dense]"}
@@ -40,6 +38,7 @@ def untimed(rows):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", RUNS)
 def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, monkeypatch):
     """Eight updates, two epochs; stopped after one of them, or while numbers are fetched."""
@@ -61,6 +60,7 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, monkeypatch):
     args, options = ("sft", ground / "gpt2", ground), {"data.eval": 0.2, "eval_steps": 2}
     options |= {"max_steps": 4}
