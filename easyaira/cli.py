@@ -22,6 +22,7 @@ from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
 from easyaira.config.ranges import WORDS, bytes_of
 from easyaira.config.run import PROVENANCE, DryRun
+from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, did_you_mean, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
@@ -378,6 +379,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """Run `command` on the command line; exit with the status of its error, if there is one."""
     argv = sys.argv[1:] if argv is None else argv
     keep_memory()
+    keep_order()
     try:
         with StopSignal():
             command(argv)

@@ -15,6 +15,7 @@ from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.examples import Parts, check_embedded, of_parts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
+from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.mesh import data_shards
 from easyaira.errors import ConfigError, DataError
 from easyaira.generation.chat import text_of
@@ -47,6 +48,7 @@ def load(
     Raises:
         EasyAiraError: the folder cannot be read, or is an encoder without a score head.
     """
+    keep_order()
     origin = pretrained.find(name)
     if model_of(origin.config, origin.where).scorer:
         return RewardModel(origin, meshes.make_mesh(mesh), dtype, template).load()

@@ -10,30 +10,47 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import easyaira
+from easyaira import cli
+from easyaira.config.run import DistributedConfig
+from easyaira.distributed import hosts as processes
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed import sharding as placement
+from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.sharding import constrain, partition_specs, shardings
 from easyaira.errors import ConfigError, WeightsError
 from easyaira.losses.token_logps import token_nll
 from easyaira.models.layers import Compute
 from easyaira.models.model import resize
 from easyaira.models.registry import model_of
+from easyaira.storage import pretrained
 from helpers import tiny
 
 
 def test_a_cpus_devices_run_collectives_in_one_order(monkeypatch):
-    """In different orders, a third of such runs deadlocked."""
+    """In different orders, a third of such runs deadlocked. XLA reads its flags when JAX starts."""
     option = "--xla_cpu_enable_concurrency_optimized_scheduler"
     assert f"{option}=false" in os.environ["XLA_FLAGS"]  # in these tests
-    monkeypatch.undo()  # also the number of devices
-    monkeypatch.setattr(jax, "devices", lambda: [])  # would start JAX with these flags
-    for given, wanted in {"": f"{option}=false", "--a=1": f"--a=1 {option}=false"}.items():
+
+    def started(*_):
+        assert os.environ["XLA_FLAGS"] == f"{option}=false"
+        raise InterruptedError
+
+    monkeypatch.setattr(processes, "_connect", started)
+    monkeypatch.setattr(pretrained, "find", started)
+    begins = (
+        lambda: processes.joined(DistributedConfig()).__enter__(),  # a run
+        lambda: cli.run_command(started, []),  # any other command
+        lambda: easyaira.load("folder"),
+    )
+    for begin in begins:
+        monkeypatch.setenv("XLA_FLAGS", "")
+        with pytest.raises(InterruptedError):
+            begin()
+    for given, wanted in {"--a=1": f"--a=1 {option}=false", f"{option}=true": None}.items():
         monkeypatch.setenv("XLA_FLAGS", given)
-        meshes.all_devices()
-        assert os.environ["XLA_FLAGS"] == wanted
-    monkeypatch.setenv("XLA_FLAGS", f"{option}=true")
-    meshes.all_devices()
-    assert os.environ["XLA_FLAGS"] == f"{option}=true"
+        keep_order()
+        assert os.environ["XLA_FLAGS"] == (wanted or given)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ UNTIMED = {  # for programs that run once: no timing of cuBLAS's algorithms, eit
 
 
 def keep_order() -> None:
-    """Start a CPU's collectives in one order on all devices. Call it before JAX's first program.
+    """Start a CPU's collectives in one order on all devices. Call it before JAX looks for devices:
+    XLA reads its flags then.
 
     XLA's concurrency-optimised CPU scheduler can start them in a different order on each device and
     deadlock, on several hosts and on several devices of a process. It is not faster: GPT-2 small

@@ -55,6 +55,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         ConfigError: the other processes cannot be determined.
         HostError: the other processes do not join in time.
     """
+    keep_order()
     watchdog.beat("starting")
     client = _connect(config)
     if not first():
@@ -91,7 +92,6 @@ def _connect(config: DistributedConfig) -> Any:
     explicit = None not in (config.coordinator_address, config.num_processes, config.process_id)
     # JAX's SIGTERM handler would replace ours
     jax.config.update("jax_enable_preemption_service", False)
-    keep_order()
     try:
         jax.distributed.initialize(
             config.coordinator_address,

@@ -15,7 +15,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from easyaira.distributed.compiler import keep_order
 from easyaira.errors import ConfigError
 
 AXES = ("dp", "fsdp", "tp")
@@ -170,7 +169,6 @@ def _check_tp(arranged: np.ndarray) -> None:
 
 
 def all_devices() -> list[jax.Device]:
-    keep_order()
     return jax.devices()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.peer import trl
 from benchmarks.sides import ours
 from easyaira.allocator import keep_memory
+from easyaira.distributed.compiler import keep_order
 from easyaira.train.metrics import peak_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
@@ -157,6 +158,7 @@ def worker(request: Mapping[str, Any]) -> None:
         print(MARK + json.dumps(content), flush=True)
 
     keep_memory()  # in runs, the command line does it; TRL gets it, too
+    keep_order()  # as runs do
     side = ENGINES[request["engine"]](request["work"], request["options"])
     answer(side.facts | {"to first s": side.first - request["begin"]})
     for line in sys.stdin:
