@@ -136,18 +136,23 @@ def test_errors_name_the_option_and_the_text(model):
         model.logps(["x", "x"], ["y", "y " * 200])
 
 
-def test_a_run_in_python(folder, tmp_path):
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.sft_rows(8))
-    config = {
+def short_run(folder, tmp_path, rows, **options):
+    """Configuration of two updates on rows."""
+    return {
         "model": {"name_or_path": str(folder)},
-        "data": {"train": str(rows), "template": "plain"},
+        "data": {"train": str(tiny.write_rows(tmp_path / "rows.jsonl", rows)), "template": "plain"},
         "train_batch_size": 4,
         "max_steps": 2,
         "logging_steps": 1,
         "num_samples": 0,
         "export": False,
         "output_dir": str(tmp_path / "run"),
+        **options,
     }
+
+
+def test_a_run_in_python(folder, tmp_path):
+    config = short_run(folder, tmp_path, tiny.sft_rows(8))
     with pytest.raises(ConfigError, match="data.tran: no such option; did you mean data.train"):
         easyaira.train_sft(config | {"data": {"tran": "x"}})
     run = easyaira.train_sft(config)
@@ -165,17 +170,8 @@ def test_an_on_policy_run_in_python(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys.modules["__main__"], "short", short, raising=False)
     rows = [{"prompt": f"what do you like {i}?"} for i in range(8)]
-    config = {
-        "model": {"name_or_path": str(folder)},
-        "data": {"train": str(tiny.write_rows(tmp_path / "rows.jsonl", rows)), "template": "plain"},
-        "rl": {"reward": "__main__:short", "num_generations": 2, "max_completion_length": 4},
-        "train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "num_samples": 0,
-        "export": False,
-        "output_dir": str(tmp_path / "run"),
-    }
+    reward = {"reward": "__main__:short", "num_generations": 2, "max_completion_length": 4}
+    config = short_run(folder, tmp_path, rows, rl=reward)
     run = easyaira.train_rl(config)
     assert [row["step"] for row in run.metrics] == [1, 2]
     for row in rollouts.read(run.folder / rollouts.COMPLETIONS):

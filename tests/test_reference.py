@@ -36,9 +36,9 @@ def scored(monkeypatch):
     return counts
 
 
-def begun(*run):
+def begun(model, data, out, **options):
     """Log-probabilities of a run's training and held-out examples, without an update."""
-    config, algorithm = configure("dpo", *run[:3], **FEW, **(run[3] if run[3:] else {}))
+    config, algorithm = configure("dpo", model, data, out, **FEW, **options)
     setup, folder = prepare(config, algorithm), Path(config.output_dir)
     folder.mkdir()
     with setup.model.on(setup.mesh):
@@ -77,7 +77,7 @@ def test_later_runs_read_what_the_first_has_computed(models, data, tmp_path, sco
 )
 def test_whatever_changes_their_bits_has_another_key(change, models, data, tmp_path, scored):
     begun(models / "gpt2", data, tmp_path / "1")
-    begun(models / "gpt2", data, tmp_path / "2", change)
+    begun(models / "gpt2", data, tmp_path / "2", **change)
     assert len(scored) == 4
 
 

@@ -61,8 +61,8 @@ UNNAMED = Card("GPU")  # of which the memory alone is known
 UNTIMED = (  # without a device no variant of a product can be timed
     "--xla_gpu_enable_triton_gemm=false",
     "--xla_gpu_autotune_level=0",
-    "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS",
 )
+DEVICELESS = "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS"
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,10 @@ def _compiled_for(card: Card, count: int) -> list[Any]:
     """Devices that XLA compiles for without a driver."""
     from jax.experimental import topologies
 
-    flags = UNTIMED if jax.version.__version_info__ >= (0, 11) else UNTIMED[:-1]  # unknown before
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    flags = [os.environ.get("XLA_FLAGS", ""), *UNTIMED]
+    if jax.version.__version_info__ >= (0, 11):  # unknown before
+        flags.append(DEVICELESS)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=_target(card), topology=f"1x1x{count}"
     )

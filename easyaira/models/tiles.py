@@ -90,7 +90,7 @@ def needed(tokens: Tokens, causal: bool) -> Needed:
     return Needed(start, shared, own, shared + end - own)
 
 
-@partial(jax.jit, static_argnames=("scores", "causal"), inline=True)
+@partial(jax.jit, static_argnames=("scores", "causal"), inline=True)  # traced once per shape
 def attention_by_tiles(
     q_RTHN: jax.Array,
     k_RTKN: jax.Array,

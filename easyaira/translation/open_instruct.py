@@ -80,7 +80,7 @@ DPO: Table = {
         label_smoothing dpo.label_smoothing
     """),
     **computed("dpo_loss_type=loss_type loss_type dpo_gamma_beta_ratio=gamma_beta_ratio"),
-    "dpo_use_paged_optimizer": Unsupported("its state is not paged", (None, False, True)),
+    "dpo_use_paged_optimizer": Unsupported("no optimizer state is paged", (None, False, True)),
 }  # fmt: skip
 
 DEFAULTS = {
