@@ -2,6 +2,7 @@
 
 python -m easyaira.convert to_hf   RUN_OR_CHECKPOINT OUT_FOLDER
 python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
+python -m easyaira.convert from_easylm CHECKPOINT HF_FOLDER_OR_ID OUT_FOLDER
 """
 
 from __future__ import annotations
@@ -110,11 +111,87 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     print(f"{out}: {model.parameter_count():,} parameters from {source}")
 
 
+def from_easylm(
+    source: str,
+    like: str,
+    out: str,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write a checkpoint of EasyLM's StreamingCheckpointer as a verified Hugging Face folder.
+
+    Args:
+        source: EasyLM's file streaming_params or streaming_train_state.
+        like: Hugging Face folder or hub id of a model of the same sizes, for config.json and
+            tokenizer.
+        out: New folder.
+        dtype: Data type of the stored weights; default: that of the checkpoint.
+        revision: Branch, tag or commit of a hub id.
+    """
+    import jax
+
+    from easyaira.distributed import mesh as meshes
+    from easyaira.errors import ConfigError
+    from easyaira.export import release
+    from easyaira.export.hf_config import Facts, with_dtype
+    from easyaira.export.records import Records
+    from easyaira.hf import easylm, transfer
+    from easyaira.models.registry import model_of
+    from easyaira.storage import pretrained
+
+    origin = pretrained.find(like, revision, weights_wanted=False)
+    model = model_of(origin.config, origin.where)
+    known = model.architecture.easylm_rows
+    ours = {row.ours: row for row in model.rows}
+    rows = [row for row in (known(model.config) if known else ()) if row.ours in ours]
+    if lacking := ours.keys() - {row.ours for row in rows}:
+        raise ConfigError(
+            f"{origin.where}: describes a model with {min(lacking)}, which EasyLM's checkpoints "
+            "lack; name the model that EasyLM trained"
+        )
+    tensors = transfer.match(
+        easylm.open_stream(Path(source)),
+        model.shapes,
+        rows,
+        vocab_size=model.vocab_size,
+        prefix="",
+        ignored=(),
+        renamed={},
+        optional=(),
+        tied=False,
+        where=source,
+    )
+    paired = transfer.pair_rows(model.shapes, rows)
+    dtypes = pretrained.without_most_common(
+        {
+            theirs: tensors[name].dtype.name
+            for row, leaf in paired
+            for theirs, name in zip(ours[row.ours].names(leaf), row.names(leaf), strict=True)
+        }
+    )
+    mesh = meshes.make_mesh("fsdp=-1")
+    with jax.set_mesh(mesh):
+        report = release.export(
+            Path(out),
+            model=model,
+            params=transfer.lazy_from_hf(tensors, model.shapes, rows, where=source),
+            facts=Facts(with_dtype(origin.config, dtypes[""]), origin.generation_config, dtypes),
+            tokenizer=origin.tokenizer(),
+            mesh=mesh,
+            records=Records(Path(source), 0),
+            dtype=dtype,
+        )
+    print(f"{out}: {release.summary(report)}")
+
+
+COMMANDS = (to_hf, from_hf, from_easylm)
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     cli.debug_option(parser)
     commands = parser.add_subcommands(required=True, dest="command")
-    for command in (to_hf, from_hf):
+    for command in COMMANDS:
         sub = Parser(description=command.__doc__)
         sub.add_function_arguments(command, as_positional=True, skip={"merge"})
         if command is to_hf:
@@ -122,7 +199,7 @@ def main(argv: list[str]) -> None:
         cli.debug_option(sub)
         commands.add_subcommand(command.__name__, sub, help=command.__doc__.splitlines()[0])
     args = cli.parse_args(parser, argv)
-    command = {"to_hf": to_hf, "from_hf": from_hf}[args.command]
+    command = {command.__name__: command for command in COMMANDS}[args.command]
     options = vars(args[args.command])
     del options["debug"]  # read by cli.run_command
     command(**options)

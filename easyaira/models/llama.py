@@ -3,7 +3,7 @@ MLP, grouped-query attention. Other families differ in a few fields. Shapes: see
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from easyaira.hf.table import TRANSPOSE, VOCAB, Row
+from easyaira.hf.table import SAME, TRANSPOSE, VOCAB, Op, Row
 from easyaira.models import layers
 from easyaira.models.attention import Near, attention
 from easyaira.models.embedding import Embedding
@@ -218,3 +219,33 @@ HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer in old files, derived fro
 
 # unsupported config.json keys that change the numbers, with their only accepted value
 HF_NEUTRAL = {"sliding_window": None, "rope_interleaved": False}
+
+
+def easylm_rows(config: LlamaConfig) -> tuple[Row, ...]:
+    """Weight table of EasyLM's checkpoints, whose kernels are [in, out] like ours.
+
+    They rotate neighbouring features of a head, (0, 1), (2, 3), ...; `layers.rotate` and Hugging
+    Face rotate (0, N/2), (1, N/2 + 1), ... So the columns of q and k are reordered."""
+    half = config.head_width // 2
+
+    def reordered(kernel: np.ndarray, *pairs: int) -> np.ndarray:
+        shape = kernel.shape
+        return kernel.reshape(shape[0], -1, *pairs).swapaxes(2, 3).reshape(shape)
+
+    rotated = Op(lambda x: reordered(x, half, 2), lambda x: reordered(x, 2, half))
+    layer, h = "model/layers/", "transformer/h/{}/"
+    return (
+        Row("model/embed_tokens/embedding", "transformer/wte/embedding", VOCAB),
+        Row(f"{layer}input_layernorm/scale", h + "attention_norm/kernel"),
+        Row(f"{layer}self_attn/q_proj/kernel", h + "attention/wq/kernel", rotated),
+        Row(f"{layer}self_attn/k_proj/kernel", h + "attention/wk/kernel", rotated),
+        Row(f"{layer}self_attn/v_proj/kernel", h + "attention/wv/kernel"),
+        Row(f"{layer}self_attn/o_proj/kernel", h + "attention/wo/kernel"),
+        Row(f"{layer}post_attention_layernorm/scale", h + "ffn_norm/kernel"),
+        Row(f"{layer}mlp/gate_proj/kernel", h + "feed_forward/w1/kernel"),
+        Row(f"{layer}mlp/down_proj/kernel", h + "feed_forward/w2/kernel"),
+        Row(f"{layer}mlp/up_proj/kernel", h + "feed_forward/w3/kernel"),
+        Row("model/norm/scale", "transformer/ln_f/kernel"),
+        Row("lm_head/kernel", "lm_head/kernel", replace(SAME, vocab_axis=1)),
+        Row("score/linear/kernel", "score/kernel"),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -34,6 +34,7 @@ class Architecture:
     score_head: ScoreHead
     renamed: Mapping[str, str]  # endings of tensor names in old files -> today's
     aliases: Mapping[str, str]  # further names of config.json keys -> those of the config
+    easylm_rows: Callable[[Any], Sequence[Row]] | None  # by config: table of EasyLM's checkpoints
 
     @property
     def encoder(self) -> bool:

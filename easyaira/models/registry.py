@@ -45,6 +45,7 @@ def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Archi
         getattr(module, "SCORE_HEAD", LAST_TOKEN),
         getattr(module, "HF_RENAMED", {}),
         getattr(module, "HF_ALIASES", {}),
+        getattr(module, "easylm_rows", None),
     )
 
 
@@ -53,7 +54,8 @@ LLAMA = _architecture(llama, llama.LlamaConfig, llama.Llama)
 
 def _like_llama(module: Any, config: type, backbone: type[nn.Module]) -> Architecture:
     """An architecture with Llama's tables; rows and rules that do not apply are left out."""
-    return replace(LLAMA, config=config, backbone=backbone, neutral=module.HF_NEUTRAL)
+    neutral = module.HF_NEUTRAL
+    return replace(LLAMA, config=config, backbone=backbone, neutral=neutral, easylm_rows=None)
 
 
 MODELS = {

@@ -126,9 +126,7 @@ class Pretrained:
         """Map from tensor name to stored dtype; "" stands for all other tensors."""
         if self.step is not None:
             return self._recorded("stored_dtypes")
-        names = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
-        kinds = sorted(set(names.values()), key=list(names.values()).count)
-        return {n: kind for n, kind in names.items() if kind != kinds[-1]} | {"": kinds[-1]}
+        return without_most_common({name: t.dtype.name for name, t in self._tensors.items()})
 
     @property
     def adapter(self) -> dict[str, Any] | None:
@@ -306,6 +304,12 @@ class Pretrained:
                 "model.tokenizer"
             )
         return tokenizer
+
+
+def without_most_common(dtypes: Mapping[str, str]) -> dict[str, str]:
+    """Names of dtypes by tensor; "" stands for all tensors of the most common one."""
+    kinds = sorted(set(dtypes.values()), key=list(dtypes.values()).count)
+    return {n: kind for n, kind in dtypes.items() if kind != kinds[-1]} | {"": kinds[-1]}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
