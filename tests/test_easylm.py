@@ -8,7 +8,7 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from easyaira import cli, convert
 from easyaira.export import torch_check
@@ -127,9 +127,7 @@ def converted(content, like, tmp_path, *options):
 def test_every_tensor_is_hugging_faces_bit_for_bit(dtype, state, like, tmp_path):
     rounded = {name: x.astype(ml_dtypes.finfo(dtype).dtype) for name, x in state.items()}
     out = converted(stream(as_easylm(rounded)), like, tmp_path)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        out, dtype="auto", output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
     tensors = model.state_dict()
     assert tensors.keys() == rounded.keys()
@@ -150,3 +148,108 @@ def test_logits_are_those_that_easylm_computes(state, like, tmp_path):
     np.testing.assert_allclose(logits, forward(params, tokens), atol=1e-5, rtol=1e-5)
     wrong = {k: v[:, ::-1] if k[-2:] == ("wk", "kernel") else v for k, v in params.items()}
     assert np.abs(logits - forward(wrong, tokens)).max() > 0.1
+
+
+def test_a_train_state_gives_its_parameters(state, like, tmp_path):
+    """Also arrays above 1 GiB, which Flax cuts into chunks: here above 64 bytes."""
+    params = {("params", "params", *key): value for key, value in as_easylm(state).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
+        content = stream({("step",): np.int32(7), ("opt_state", "0", "mu"): np.ones(3)} | params)
+    out = converted(content, like, tmp_path)
+    for name, tensor in AutoModelForCausalLM.from_pretrained(out).state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), state[name], err_msg=name)
+    assert r"Converted from streaming\_params" in (out / "README.md").read_text()
+
+
+def test_a_reward_model_keeps_its_head(tmp_path):
+    config = tiny.scorer(CONFIG)
+    tiny.save_config(tmp_path / "like", config)
+    state = {name: p.numpy() for name, p in tiny.torch_model(config).state_dict().items()}
+    out = converted(stream(as_easylm(state)), tmp_path / "like", tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), state[name], err_msg=name)
+
+
+WQ = ("transformer", "h", "1", "attention", "wq", "kernel")
+
+
+def record(value, key=WQ) -> bytes:
+    return msgpack.packb((key, value))
+
+
+def array(*fields, kind=1) -> bytes:
+    """A record with an array of Flax that holds these fields."""
+    return record(msgpack.packb(msgpack.ExtType(kind, msgpack.packb(fields))))
+
+
+BROKEN = {  # content that stands alone -> the reason
+    "is empty": b"",
+    "expected a list, found 0x61": b"another file",
+    "expected a pair of key and array": msgpack.packb((WQ, b"", b"")),
+    "a text of length 999; at most 256": record(b"", ["x" * 999]),
+    "a list of length 99; at most 16": record(b"", ["x"] * 99),
+    "4294967295 bytes must follow, 0 do": msgpack.packb(WQ).join(
+        [b"\x92", b"\xc6\xff\xff\xff\xff"]
+    ),
+    "a list of length 4294967295; at most 16": b"\x92\xdd\xff\xff\xff\xff",
+    "expected a text, found 0x01": record(b"", [1]),
+    "has no array": record(b""),
+    "is no array of Flax": array([1], "float32", bytes(4), kind=3),
+    "an array of 'object'": array([1], "object", bytes(4)),
+    "an array of 'int8'": array([4], "int8", bytes(4)),
+    "shape [2, 3] needs 24 bytes, 4 are stored": array([2, 3], "float32", bytes(4)),
+    f"needs {4 * (2**64 - 1) ** 2} bytes, 4 are stored": array(
+        [2**64 - 1, 2**64 - 1], "float32", bytes(4)
+    ),
+    "a list of length 9; at most 8": array([1] * 9, "float32", bytes(4)),
+    "expected a number, found 0xff": array([-1], "float32", bytes(4)),
+    "transformer/h/1/attention/wq/kernel stands twice": 2 * array([1], "float32", bytes(4)),
+    "bytes follow the array": record(flax.serialization.to_bytes(np.ones(2, np.float32)) + b"more"),
+    "not a regular file": None,
+}
+
+
+def refusal(content, like, tmp_path, capsys) -> str:
+    """The one line of a refusal, after which there is no folder."""
+    with pytest.raises(SystemExit) as end:
+        converted(content, like, tmp_path)
+    line = capsys.readouterr().err.rstrip("\n")
+    assert end.value.code == 2 and line.startswith("error: ") and "\n" not in line, line
+    assert len(line) < 500 and "streaming_params: " in line
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    return line
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_broken_stream_is_refused_in_one_line(reason, like, tmp_path, capsys, monkeypatch):
+    content = BROKEN[reason]
+    if content is None:
+        (tmp_path / "streaming_params").mkdir()
+        monkeypatch.setattr(type(tmp_path), "write_bytes", lambda *_: None)
+        content = b""
+    assert reason in refusal(content, like, tmp_path, capsys)
+
+
+def test_other_weights_are_refused_in_one_line(state, like, tmp_path, capsys):
+    params = as_easylm(state)
+    nan = np.full_like(params[WQ], np.nan)
+    for changed, reason in (
+        ({k: v for k, v in params.items() if k != WQ}, f"missing {'/'.join(WQ)}"),
+        (params | {("lora",): np.ones(2, "f")}, "unknown to this architecture lora"),
+        (params | {WQ: params[WQ][:-1]}, f"{'/'.join(WQ)} has shape [15, 32], config.json exp"),
+        (params | {WQ: nan}, f"{'/'.join(WQ)}: contains NaN or infinity"),
+    ):
+        assert reason in refusal(stream(changed), like, tmp_path, capsys)
+    content = stream(params)
+    assert "bytes must follow" in refusal(content[: len(content) // 2], like, tmp_path, capsys)
+
+
+def test_another_architecture_is_refused_in_one_line(state, tmp_path, capsys):
+    for case in ("qwen3", "llama-3.1"):
+        tiny.save_config(tmp_path / case, tiny.CASES[case])
+        with pytest.raises(SystemExit):
+            converted(b"", tmp_path / case, tmp_path)
+        line = capsys.readouterr().err
+        assert f"{case}: describes a model with " in line and line.count("\n") == 1

@@ -41,6 +41,7 @@ COMMANDS = {
     "verify": verify.main,
     "translate": translate.main,
     "push": push.main,
+    "convert from_easylm": lambda argv: convert.main(["from_easylm", *argv]),
     "convert from_hf": lambda argv: convert.main(["from_hf", *argv]),
     **{
         f"backtranslate {step}": lambda argv, step=step: backtranslate.main([step, *argv])

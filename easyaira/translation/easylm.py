@@ -164,7 +164,10 @@ def facts(run: Recipe) -> None:
     if not checkpoint:
         run.refuse("load_checkpoint", "names no weights, and training starts from a model")
     run.options["model.name_or_path"] = checkpoint.partition("::")[2] or checkpoint
-    run.note("model.name_or_path is EasyLM's checkpoint; write that model's Hugging Face folder")
+    run.note(
+        "model.name_or_path is EasyLM's checkpoint; convert it (easyaira convert from_easylm), and "
+        "name the new folder"
+    )
     if run.get("kind") not in TULU:
         run.refuse("kind", f"{run.get('kind')} holds plain text, which is no form of rows here")
     run.facts |= {"completion_only_loss": True, "assistant_only_loss": True}
