@@ -19,11 +19,13 @@ class Lazy:
     Attributes:
         pieces: reads the array anew, in consecutive parts along axis 0; all but the last have the
             same number of rows.
+        entry: reads one entry along axis 0; None: only whole pieces can be read.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: Callable[[], Iterable[Any]]
+    entry: Callable[[int], Any] | None = None
 
     @property
     def size(self) -> int:
@@ -40,7 +42,7 @@ class Lazy:
 
     def then(self, convert: Callable[[Any], Any]) -> Lazy:
         """The same array with `convert` applied to each piece, which keeps its shape and dtype."""
-        return replace(self, pieces=lambda: map(convert, self.pieces()))
+        return replace(self, pieces=lambda: map(convert, self.pieces()), entry=None)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)

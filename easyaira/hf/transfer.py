@@ -154,7 +154,12 @@ def lazy_from_hf(
         rest = [slice(None)] * (leaf.ndim - 1)
         read = partial(_read, rows_by_path[path_of(path)], leaf, tensors, where)
         pieces = [(piece, *rest) for piece in slices(leaf.shape, 4)]
-        return Lazy(leaf.shape, np.dtype(np.float32), lambda: map(read, pieces))
+        return Lazy(
+            leaf.shape,
+            np.dtype(np.float32),
+            lambda: map(read, pieces),
+            lambda i: read((slice(i, i + 1), *rest))[0],
+        )
 
     return jax.tree_util.tree_map_with_path(lazy, tree)
 
@@ -211,11 +216,14 @@ def lazy_to_hf(
 
     def read(row: Row, leaf: Any, layer: int, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
         watchdog.beat(f"collecting {name}")
-        if row.ours not in last:
-            last.clear()  # before the next one is read
-            last[row.ours] = loaded(leaf)
-        array = last[row.ours]
-        array = hosts.fetch(array[layer] if row.stacked else array)
+        if row.stacked and isinstance(leaf, Lazy) and leaf.entry:
+            array = leaf.entry(layer)
+        else:
+            if row.ours not in last:
+                last.clear()  # before the next one is read
+                last[row.ours] = loaded(leaf)
+            array = last[row.ours]
+            array = hosts.fetch(array[layer] if row.stacked else array)
         with np.errstate(over="ignore"):  # rounds before it transposes, which then moves less
             tensor = np.ascontiguousarray(row.cut(array.astype(dtype), vocab_size))
         if not np.isfinite(tensor.astype(np.float32)).all():
