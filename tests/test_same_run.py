@@ -18,6 +18,7 @@ RUNS = {  # algorithm, model, data, options
     "reward": ("reward", "bert", "label", {"model.dropout": 0.2, "eval_steps": 2}),
     "sft-nf4-dora": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4", "lora.dora": True}),
     "sft-8bit": ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}),
+    "sft-muon": ("sft", "gpt2", "sft", {"optimizer.name": "muon"}),
     "dpo-lora": ("dpo", "gpt2", "dpo", GPT2 | {"lora.dropout": 0}),
     "reward-lora": ("reward", "bert", "dpo", BERT),
 }
@@ -84,6 +85,7 @@ DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
     ("reward", "bert", "label", {}, ["2,2,2"]),
     ("reward", "llama", "dpo", {}, ["2,2,2"]),
     ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}, ["2,2,2"]),
+    ("sft", "gpt2", "sft", {"optimizer.name": "muon"}, ["8,1,1", "2,2,2"]),
     ("sft", "gpt2", "sft", PLAIN, ["2,2,2"]),
     ("sft", "gpt2", "sft", INT8, ["1,8,1"]),
     ("sft", "gpt2", "sft", NF4, ["2,2,2"]),

@@ -65,8 +65,11 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, without weight decay on norms and biases."""
+    """AdamW or Muon, without weight decay on norms and biases."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of layers, at AdamW's learning rate; AdamW for
+    embeddings, head, norms and biases. Without adapters."""
     learning_rate: NonNegative = 5e-5
     """Peak of the learning-rate schedule."""
     lr_scheduler_type: Literal[
@@ -103,6 +106,11 @@ class OptimizerConfig:
     2 bytes a parameter instead of 8; norms, biases and small matrices stay float32."""
 
     def __post_init__(self):
+        if self.name == "muon" and self.state_dtype == "8bit":
+            raise ConfigError(
+                "optimizer.state_dtype: 8bit is AdamW's, and muon has half of that state already; set "
+                "it to float32"
+            )
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError("optimizer.warmup_steps and optimizer.warmup_ratio: set one of them")
         if self.min_lr_rate and self.lr_scheduler_type not in WITH_FLOOR:

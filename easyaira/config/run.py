@@ -219,6 +219,11 @@ class RunConfig:
                 "lora: needs pretrained weights, since random ones are not saved and the adapter "
                 "would be useless; set model.init to pretrained, or lora to null"
             )
+        if self.lora is not None and self.optimizer.name == "muon":
+            raise ConfigError(
+                "optimizer.name: muon trains whole matrices, and adapters are factors of them; "
+                "choose adamw, or set lora to null"
+            )
         self._check_best()
         if self.push_to_hub is not None and not is_repo(self.push_to_hub):
             raise ConfigError(f"push_to_hub: expected owner/name, got {self.push_to_hub!r:.80}")

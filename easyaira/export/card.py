@@ -220,7 +220,8 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
         "Tokens": f"{last['num_tokens']:,}, without padding" if "num_tokens" in last else None,
         "Longest example": f"{train['length']['longest']:,} tokens" if train else None,
         "Objective": f"{algorithm}: {_options(config[algorithm])}",
-        "Optimizer": f"AdamW, betas {optimizer['adam_beta1']} and {optimizer['adam_beta2']}, "
+        "Optimizer": f"{_algorithm(optimizer)}, "
+        f"betas {optimizer['adam_beta1']} and {optimizer['adam_beta2']}, "
         f"epsilon {optimizer['adam_epsilon']}, weight decay {optimizer['weight_decay']} "
         "(not on norms and biases), "
         + (
@@ -245,6 +246,12 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
         "Fingerprint of the data": escape(made["data_fingerprint"]),
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _algorithm(optimizer: Mapping[str, Any]) -> str:
+    if optimizer.get("name", "adamw") == "muon":
+        return "Muon for the matrices of layers, for the rest AdamW"
+    return "AdamW"
 
 
 def _precision(lora: Mapping[str, Any] | None, state: str) -> str:

@@ -56,9 +56,10 @@ def steps(setup: Setup) -> Iterator[tuple[str, RunConfig]]:
         config = replace(config, gradient_accumulation_steps=parts)
         yield f"+ --gradient_accumulation_steps {parts}", config
     if config.lora is None and config.optimizer.state_dtype != "8bit":
-        optimizer = replace(config.optimizer, state_dtype="8bit")
+        adamw = "" if config.optimizer.name == "adamw" else "--optimizer.name adamw "
+        optimizer = replace(config.optimizer, name="adamw", state_dtype="8bit")
         config = replace(config, optimizer=optimizer)
-        yield "+ --optimizer.state_dtype 8bit", config
+        yield f"+ {adamw}--optimizer.state_dtype 8bit", config
     if config.lora is None:
         config = replace(config, lora=LoraConfig(target_modules="all-linear", r=16, alpha=32))
         yield "+ --lora.target_modules all-linear --lora.r 16 --lora.alpha 32", config

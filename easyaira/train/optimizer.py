@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with decoupled decay, a schedule, and clipping by the global norm."""
+"""The optimizer: AdamW or Muon, decoupled decay, a schedule, clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 from easyaira.config.algorithms import OptimizerConfig
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
-from easyaira.train import quantized_adam
+from easyaira.train import muon, quantized_adam
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -73,7 +73,8 @@ def decays(params: Any) -> Any:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW: Loshchilov and Hutter (2019), Decoupled Weight Decay, algorithm 2."""
+    """Clip, then AdamW: Loshchilov and Hutter (2019), Decoupled Weight Decay, algorithm 2; or Muon
+    (see muon.py), with this AdamW for the parameters that are no matrices of hidden layers."""
     constants = {"b1": config.adam_beta1, "b2": config.adam_beta2, "eps": config.adam_epsilon}
     if config.state_dtype == "8bit":
         adamw = optax.chain(
@@ -83,6 +84,14 @@ def make_optimizer(
         )
     else:
         adamw = optax.adamw(schedule, **constants, weight_decay=config.weight_decay, mask=decays)
+    tx = adamw
+    if config.name == "muon":
+        hidden = optax.chain(
+            muon.scale_by_muon(),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+        tx = optax.partition({"muon": hidden, "adamw": adamw}, muon.labels)
     if not config.max_grad_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+        return tx
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)

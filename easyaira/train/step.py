@@ -57,14 +57,19 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
     opt_shapes = jax.eval_shape(tx.init, params)
     opt_shardings = optax.tree.map_params(
         tx,
-        shardings_of,
+        lambda moment, of: moment if _is_masked(moment) else shardings_of(moment, of),
         opt_shapes,
         jax.tree.map(lambda leaf: leaf.sharding, params),
         transform_non_params=lambda _: replicated,
-        is_leaf=is_quantized,
+        is_leaf=lambda moment: is_quantized(moment) or _is_masked(moment),
     )
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return State(scalar, abstract(params), like(opt_shapes, opt_shardings), scalar)
+
+
+def _is_masked(moment: Any) -> bool:
+    """Whether it stands for a parameter that this part of the optimizer does not train."""
+    return isinstance(moment, optax.MaskedNode)
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
