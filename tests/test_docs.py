@@ -25,7 +25,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.export import torch_check
 from easyaira.inspect import Inspect
-from helpers import tasks, tiny
+from helpers import easylm, tasks, tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -336,7 +336,12 @@ def run(command: Command, ground: Path) -> None:
         arguments += ["--max_new_tokens=4"]
     if module == "evaluate" and "--data" in arguments:
         tasks.write_data(Path(arguments[arguments.index("--data") + 1]))
-    if module == "convert":
+    if module == "convert" and arguments[0] == "from_easylm":
+        state = tiny.torch_model(tiny.CONFIGS["llama"]).state_dict()
+        params = easylm.params_of({name: tensor.numpy() for name, tensor in state.items()}, head=4)
+        Path(arguments[1]).write_bytes(easylm.stream(params))
+        arguments[2] = str(ground / "llama")
+    elif module == "convert":
         arguments[1] = newest(arguments[1])
     if module == "translate":
         return translated(arguments, ground)

@@ -12,51 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from easyaira import cli, convert
 from easyaira.export import torch_check
-from helpers import tiny
+from helpers import easylm, tiny
 
 CONFIG = tiny.CASES["llama-theta-eps-head"]  # of a head dimension of its own, and grouped heads
 HEAD, THETA, EPS = CONFIG["head_dim"], CONFIG["rope_theta"], CONFIG["rms_norm_eps"]
-LAYER = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention/wq",
-    "self_attn.k_proj": "attention/wk",
-    "self_attn.v_proj": "attention/wv",
-    "self_attn.o_proj": "attention/wo",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "feed_forward/w1",
-    "mlp.down_proj": "feed_forward/w2",
-    "mlp.up_proj": "feed_forward/w3",
-}
-REST = {"model.embed_tokens": "transformer/wte", "model.norm": "transformer/ln_f"}
-
-
-def as_easylm(state: dict[str, np.ndarray]) -> dict[tuple, np.ndarray]:
-    """Hugging Face's tensors under EasyLM's keys, as its `convert_hf_to_easylm` makes them."""
-    params = {}
-    for name, tensor in state.items():
-        module = name.removesuffix(".weight")
-        if module.startswith("model.layers."):
-            _, _, layer, module = module.split(".", 3)
-            key = f"transformer/h/{layer}/{LAYER[module]}"
-        else:
-            key = REST.get(module, module)
-        if key.endswith(("wq", "wk")):  # undo the permutation of `convert_llama_weights_to_hf`
-            out, inner = tensor.shape
-            heads = tensor.reshape(out // HEAD, 2, HEAD // 2, inner)
-            tensor = heads.transpose(0, 2, 1, 3).reshape(out, inner)
-        if tensor.ndim == 2 and "wte" not in key:
-            tensor = tensor.T
-        kind = "embedding" if "wte" in key else "kernel"
-        params[(*key.split("/"), kind)] = np.ascontiguousarray(tensor)
-    return params
-
-
-def stream(params: dict[tuple, np.ndarray]) -> bytes:
-    """What StreamingCheckpointer writes."""
-    packer = msgpack.Packer()
-    return b"".join(
-        packer.pack((key, flax.serialization.to_bytes(value))) for key, value in params.items()
-    )
 
 
 def forward(params: dict[tuple, np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -126,7 +85,7 @@ def converted(content, like, tmp_path, *options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_tensor_is_hugging_faces_bit_for_bit(dtype, state, like, tmp_path):
     rounded = {name: x.astype(ml_dtypes.finfo(dtype).dtype) for name, x in state.items()}
-    out = converted(stream(as_easylm(rounded)), like, tmp_path)
+    out = converted(easylm.stream(easylm.params_of(rounded, HEAD)), like, tmp_path)
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
     tensors = model.state_dict()
@@ -140,8 +99,8 @@ def test_every_tensor_is_hugging_faces_bit_for_bit(dtype, state, like, tmp_path)
 
 
 def test_logits_are_those_that_easylm_computes(state, like, tmp_path):
-    params = as_easylm(state)
-    model = AutoModelForCausalLM.from_pretrained(converted(stream(params), like, tmp_path))
+    params = easylm.params_of(state, HEAD)
+    model = AutoModelForCausalLM.from_pretrained(converted(easylm.stream(params), like, tmp_path))
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 24)
     with torch.no_grad():
         logits = model(torch.tensor(tokens)[None]).logits[0].numpy()
@@ -152,10 +111,14 @@ def test_logits_are_those_that_easylm_computes(state, like, tmp_path):
 
 def test_a_train_state_gives_its_parameters(state, like, tmp_path):
     """Also arrays above 1 GiB, which Flax cuts into chunks: here above 64 bytes."""
-    params = {("params", "params", *key): value for key, value in as_easylm(state).items()}
+    params = {
+        ("params", "params", *key): value for key, value in easylm.params_of(state, HEAD).items()
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
-        content = stream({("step",): np.int32(7), ("opt_state", "0", "mu"): np.ones(3)} | params)
+        content = easylm.stream(
+            {("step",): np.int32(7), ("opt_state", "0", "mu"): np.ones(3)} | params
+        )
     out = converted(content, like, tmp_path)
     for name, tensor in AutoModelForCausalLM.from_pretrained(out).state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), state[name], err_msg=name)
@@ -166,7 +129,7 @@ def test_a_reward_model_keeps_its_head(tmp_path):
     config = tiny.scorer(CONFIG)
     tiny.save_config(tmp_path / "like", config)
     state = {name: p.numpy() for name, p in tiny.torch_model(config).state_dict().items()}
-    out = converted(stream(as_easylm(state)), tmp_path / "like", tmp_path)
+    out = converted(easylm.stream(easylm.params_of(state, HEAD)), tmp_path / "like", tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(out)
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), state[name], err_msg=name)
@@ -233,7 +196,7 @@ def test_a_broken_stream_is_refused_in_one_line(reason, like, tmp_path, capsys, 
 
 
 def test_other_weights_are_refused_in_one_line(state, like, tmp_path, capsys):
-    params = as_easylm(state)
+    params = easylm.params_of(state, HEAD)
     nan = np.full_like(params[WQ], np.nan)
     for changed, reason in (
         ({k: v for k, v in params.items() if k != WQ}, f"missing {'/'.join(WQ)}"),
@@ -241,8 +204,8 @@ def test_other_weights_are_refused_in_one_line(state, like, tmp_path, capsys):
         (params | {WQ: params[WQ][:-1]}, f"{'/'.join(WQ)} has shape [15, 32], config.json exp"),
         (params | {WQ: nan}, f"{'/'.join(WQ)}: contains NaN or infinity"),
     ):
-        assert reason in refusal(stream(changed), like, tmp_path, capsys)
-    content = stream(params)
+        assert reason in refusal(easylm.stream(changed), like, tmp_path, capsys)
+    content = easylm.stream(params)
     assert "bytes must follow" in refusal(content[: len(content) // 2], like, tmp_path, capsys)
 
 

@@ -582,14 +582,14 @@ def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     np.testing.assert_allclose(before[0], [values[0, 1], values[0, 2], 0, 0, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_policy_and_value_model_have_optimizers_of_their_own(clip):
-    options = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=clip)
+@pytest.mark.parametrize("clip, name", [(0.0, "adamw"), (0.1, "adamw"), (0.1, "muon")])
+def test_policy_and_value_model_have_optimizers_of_their_own(clip, name):
+    options = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=clip)
     schedule = make_schedule(options, 10)
     both = critic.make_optimizer(options, schedule, 3e-2)
     alone = {"policy": options, "value": replace(options, learning_rate=3e-2)}
     rng = np.random.default_rng(0)
-    params = {name: {"kernel": rng.normal(size=(2, 3)).astype(np.float32)} for name in alone}
+    params = {name: {"kernel": rng.normal(size=(1, 2, 3)).astype(np.float32)} for name in alone}
     grads = jax.tree.map(lambda x: x * 5 + 1, params)
     state = both.init(params)
     states, own = {}, {}

@@ -363,7 +363,7 @@ def test_keys_without_effect_are_named(tmp_path, capsys):
     "keys, message",
     [
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha (is no loss of EasyAira)"),
-        ({"optim": "adafactor"}, "optim (adafactor is no AdamW"),
+        ({"optim": "adafactor"}, "optim (adafactor is neither AdamW"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type (polynomial is none of"),
         (
             {"learning_rat": 1},
@@ -473,13 +473,21 @@ def test_llama_factory_splits_its_lists(tmp_path, capsys):
     assert config.data.max_length == 512 and "write that" in text
 
 
+def test_llama_factorys_muon_is_ours(tmp_path, capsys):
+    keys = {"finetuning_type": "full", "use_muon": True, "optim": "adamw_8bit", "use_dora": False}
+    file = write(tmp_path / "a.yaml", **FACTORY | keys)
+    config, text = ours(capsys, "llama-factory", file)
+    assert (config.optimizer.name, config.optimizer.state_dtype) == ("muon", "float32")
+    assert "norms and biases do not decay here" in text
+
+
 def test_easylm_flags_are_read_from_the_line(capsys):
     config, text = ours(capsys, "easylm", EASYLM_LINE)
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (32, 4)
     assert (config.mesh, config.num_train_epochs) == ("-1,16,16", 3)
     assert (config.optimizer.learning_rate, config.optimizer.adam_beta2) == (5e-7, 0.95)
     assert config.data.train[0].split == "train_prefs" and config.checkpoint_dir == "gs://out"
-    assert "write that model's Hugging Face folder" in text
+    assert "convert it (easyaira convert from_easylm)" in text
 
 
 @pytest.mark.parametrize(
@@ -491,7 +499,9 @@ def test_easylm_flags_are_read_from_the_line(capsys):
         ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type (freeze has no"),
-        ("llama-factory", {"use_galore": True}, "use_galore (the one optimizer is AdamW"),
+        ("llama-factory", {"use_muon": True}, "use_muon (adapters are trained by AdamW"),
+        ("axolotl", {"optimizer": "muon"}, "optimizer (its updates have another scale"),
+        ("llama-factory", {"use_galore": True}, "use_galore (the optimizers are AdamW and Muon"),
     ],
 )
 def test_other_sources_refuse_by_name(source, keys, message, tmp_path):

@@ -108,8 +108,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name == "muon" and self.state_dtype == "8bit":
             raise ConfigError(
-                "optimizer.state_dtype: 8bit is AdamW's, and muon has half of that state already; set "
-                "it to float32"
+                "optimizer.state_dtype: 8bit is AdamW's, and muon has half of that state already; "
+                "set it to float32"
             )
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError("optimizer.warmup_steps and optimizer.warmup_ratio: set one of them")

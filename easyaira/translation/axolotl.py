@@ -112,7 +112,7 @@ COMMON: Table = {
                   "lisa_step_interval lisa_layers_attribute", (None, False, [])),
     **unsupported("is no loss of EasyAira", "neftune_noise_alpha noisy_embedding_alpha use_eaft "
                   "eaft_alpha eaft_k diffusion ebft label_smoothing_factor"),
-    **unsupported("the one optimizer is AdamW over all trainable weights", "optim_args "
+    **unsupported("the optimizers are AdamW and Muon over all trainable weights", "optim_args "
                   "optim_target_modules lr_groups embedding_lr embedding_lr_scale eta_min "
                   "lr_quadratic_warmup cosine_constant_lr_ratio"),
     **unsupported("the model is loaded as it is stored", "model_config "

@@ -80,10 +80,8 @@ COMMON: Table = {
     **no_effect("the checkpoint's own config.json says it", "load_llama_config"),
     **no_effect("columns are known by their names", "train_dataset.text_processor.fields"),
     **unsupported("the checkpoint's own config.json says it", "update_llama_config", (None, "")),
-    "optimizer.type": Unsupported("there is one optimizer, AdamW", (None, "adamw")),
-    ADAMW + "multiply_by_parameter_scale": Unsupported(
-        "there is one optimizer, AdamW", (None, False)
-    ),
+    "optimizer.type": Unsupported("the optimizer is AdamW", (None, "adamw")),
+    ADAMW + "multiply_by_parameter_scale": Unsupported("the optimizer is AdamW", (None, False)),
     **{
         f"train_dataset.{name}.remove_truncated_samples": computed("remove_truncated_samples")[
             "remove_truncated_samples"

@@ -26,7 +26,7 @@ COMMON: Table = {
         use_dora lora_target quantization_bit pure_bf16=bf16 infer_dtype=dtype
         dataset=dataset_names eval_dataset=held_out_names template cutoff_len=max_length
         val_size=test_split_size mask_history train_on_prompt packing neat_packing
-        use_dft_loss
+        use_dft_loss use_muon
     """),
     **no_effect(
         "says how PyTorch computes, and not what",
@@ -54,12 +54,12 @@ COMMON: Table = {
     **unsupported("adapters alone are trained", "additional_target", (None, [], "")),
     **unsupported("adapters are LoRA or DoRA on linear layers", "loraplus_lr_ratio "
                   "pissa_init pissa_convert create_new_adapter pissa_iter"),
-    **unsupported("the one optimizer is AdamW over all trainable weights", "use_galore "
+    **unsupported("the optimizers are AdamW and Muon over all trainable weights", "use_galore "
                   "galore_layerwise galore_target galore_rank galore_update_interval "
                   "galore_scale use_apollo "
                   "apollo_layerwise apollo_target apollo_rank apollo_scale apollo_update_interval "
                   "apollo_scale_type use_badam badam_mode badam_switch_mode badam_switch_interval "
-                  "badam_verbose badam_start_block use_adam_mini use_muon use_llama_pro "
+                  "badam_verbose badam_start_block use_adam_mini use_llama_pro "
                   "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules fp8 "
                   "fp8_backend"),
     **unsupported("sets of data are used whole", "mix_strategy interleave_probs",
@@ -112,6 +112,15 @@ def facts(run: Recipe) -> None:
         [name.strip() for name in targets.split(",")] if isinstance(targets, str) else targets
     )  # fmt: skip
     run.facts.setdefault("lora_alpha", 2 * run.get("lora_r"))
+    if run.get("use_muon"):
+        run.options["optimizer.name"] = "muon"
+        run.facts["optim"] = "adamw"  # use_muon goes before it
+        run.note(
+            "Muon trains the matrices of layers, and in LLaMA-Factory a score head, too; norms and "
+            "biases do not decay here; Newton-Schulz is computed in float32, there in bfloat16"
+        )
+        if kind == "lora":
+            run.refuse("use_muon", "adapters are trained by AdamW")
     if bits := run.get("quantization_bit"):
         run.facts[{4: "load_in_4bit", 8: "load_in_8bit"}.get(bits, "load_in_4bit")] = True
         if bits not in (4, 8):

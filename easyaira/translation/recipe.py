@@ -99,8 +99,14 @@ def optimizer(run: Recipe) -> None:
         run.options["optimizer.state_dtype"] = "8bit"
         if "4bit" in name:
             run.note(f"the optimizer's state is 8-bit ({run.keys['optim']}: {name})")
+    elif name == "muon":
+        run.refuse(
+            "optim",
+            "its updates have another scale; drop it, set optimizer.name to muon in the translated "
+            "file, and choose a rate for AdamW",
+        )
     elif name not in ADAMW:
-        run.refuse("optim", f"{name} is no AdamW, the only optimizer here")
+        run.refuse("optim", f"{name} is neither AdamW nor Muon")
 
 
 def precision(run: Recipe) -> None:

@@ -82,7 +82,7 @@ TRAINING: Table = {
         "hub_revision push_to_hub_revision push_to_hub_model_id",
     ),
     **unsupported(
-        "there is one optimizer, AdamW over all trainable weights",
+        "the optimizers are AdamW and Muon over all trainable weights",
         "optim_args optim_target_modules",
     ),
     **unsupported("is no loss of EasyAira", "label_smoothing_factor neftune_noise_alpha"),
