@@ -158,6 +158,8 @@ BROKEN = {  # content that stands alone -> the reason
     ),
     "a list of length 4294967295; at most 16": b"\x92\xdd\xff\xff\xff\xff",
     "expected a text, found 0x01": record(b"", [1]),
+    "byte 2: a text that is not UTF-8": b"\x92\x91\xa1\xff\xc4\x00",
+    "a longer key, or more of them": record(b"", ["x" * 200] * 2),
     "has no array": record(b""),
     "is no array of Flax": array([1], "float32", bytes(4), kind=3),
     "an array of 'object'": array([1], "object", bytes(4)),

@@ -71,7 +71,11 @@ class _Reader:
         return count
 
     def text(self) -> str:
-        return self.take(self.length("a text", LONGEST_TEXT)).bytes().decode("utf-8")
+        at = self.at
+        try:
+            return self.take(self.length("a text", LONGEST_TEXT)).bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Broken(f"byte {at}: a text that is not UTF-8") from error
 
     def expect(self, *words: str) -> None:
         for word in words:
@@ -156,8 +160,10 @@ def open_stream(file: Path) -> dict[str, np.ndarray]:
             while parts and parts[0] == WRAPPER:
                 del parts[0]
             key = "/".join(parts)
-            if key in arrays or len(arrays) == MOST_RECORDS:
-                raise Broken(f"byte {at}: {key} stands twice, or after {MOST_RECORDS} others")
+            if len(key) > LONGEST_TEXT or len(arrays) == MOST_RECORDS:
+                raise Broken(f"byte {at}: a longer key, or more of them, than a model has")
+            if key in arrays:
+                raise Broken(f"byte {at}: {key} stands twice")
             if value.at == value.end:
                 raise Broken(f"byte {at}: {key} has no array")
             arrays[key] = value.chunked() if value.is_next("a map") else value.array()
