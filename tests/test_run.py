@@ -120,7 +120,7 @@ def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
     call(train_sft.main, command(ground, "sft", tmp_path / "run", "--export=false"), capsys)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     rows = logs.read(tmp_path / "run" / "metrics.jsonl")
-    written = {event.step: event.value for event in board.Scalars("loss")}
+    written = {event.step: event.value for event in board.Scalars("train/loss")}
     assert written.keys() == {2, 4}
     for row in rows[1:]:
         np.testing.assert_allclose(written[row["step"]], row["loss"], rtol=1e-6)
