@@ -21,6 +21,7 @@ from easyaira.data.examples import of_tokens
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, Preempted, RewardError, WeightsError
 from easyaira.losses.completions import completion_places, take
+from easyaira.plan import cost
 from easyaira.rewards.model import RewardModel
 from easyaira.rewards.reward import function_of
 from easyaira.run import report
@@ -580,6 +581,20 @@ def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     rows |= {"prompt_lengths": jnp.array([[2.0]])}
     before = values_of(setup.trainable.value, params["value"], rows, config)
     np.testing.assert_allclose(before[0], [values[0, 1], values[0, 2], 0, 0, 0], atol=1e-6)
+
+
+def test_an_update_costs_the_products_of_policy_and_value_model(ground, tmp_path):
+    """Six operations per weight and token; no layer of a GPT-2 but the embeddings is free."""
+    config = tiny.CONFIGS["gpt2"]
+    D, layers, vocab = config["n_embd"], config["n_layer"], config["vocab_size"]
+    body = layers * (12 * D * D + 13 * D) + 2 * D  # kernels, biases and norms
+    positions = config["n_positions"] * D
+    for algorithm, value in {"grpo": 0, "ppo": body + D + 1}.items():
+        options = options_of(ground, **{"rl.algorithm": algorithm})
+        args = ("rl", ground / "gpt2", ground, tmp_path / algorithm)
+        setup = prepare(*configure(*args, **options))
+        policy = vocab * D + positions + body  # the tied embedding is the head
+        assert cost.flops_of(setup, False) == 6 * (policy + value)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])

@@ -250,7 +250,7 @@ def _updates(
                 until=until,
                 facts={**beginning.metrics, **checked},
                 schedule=setup.schedule,
-                flops=cost.flops_per_token(setup.model, beginning.frozen is not None, trainable),
+                flops=cost.flops_of(setup, beginning.frozen is not None),
                 peak=peak and peak * mesh.size,
                 latest=checkpoints.latest,
                 evaluated=run_report.AtMostEvery(REPORT_SECONDS, evaluated),
