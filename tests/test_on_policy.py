@@ -259,6 +259,9 @@ def test_a_save_is_put_off_to_the_end_of_a_cycle():
 # Runs
 
 FUNCTIONS = """
+import json
+import os
+
 def count(prompts, completions):
     return [float(text.count("e")) for text in completions]
 
@@ -273,6 +276,19 @@ def words(prompts, completions):
 
 def fails(prompts, completions):
     raise KeyError("score")
+
+def kept(prompts, completions):
+    with open(__file__ + ".held_out", "a") as file:
+        file.write(json.dumps([prompts, completions]) + "\\n")
+    return [float(len(text)) for text in completions]
+
+seen = []
+
+def late_held_out(prompts, completions):
+    seen.append(1)
+    if len(seen) == 2 and not os.path.exists(__file__ + ".mended"):
+        return nan(prompts, completions)
+    return kept(prompts, completions)
 
 calls = []
 
@@ -685,6 +701,41 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
     assert [row["reward"] for row in rows] == [row["reward"] for row in whole_rows]
 
 
+HELD_OUT = CYCLES["grpo"] | {"max_steps": 4, "data.eval": 3, "eval_steps": 1}
+
+
+@pytest.mark.slow
+def test_held_out_prompts_are_answered_between_roll_outs(ground, tmp_path):
+    """By a reward of their own, and without a trace in the training."""
+    (kept := ground / "reward.py.held_out").unlink(missing_ok=True)
+    judge = {"rl.eval_reward": f"{ground / 'reward.py'}:kept"}
+    rows, params = trained(ground, tmp_path / "run", **HELD_OUT, **judge)
+    measured = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
+    answered = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert list(measured) == [0, 2, 4] and len(answered) == 3
+    for reward, (prompts, answers) in zip(measured.values(), answered, strict=True):
+        assert reward == pytest.approx(np.mean([len(text) for text in answers]))
+        assert len(prompts) == 3 and prompts == answered[0][0]
+    trained_on = {row["prompt"] for row in rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)}
+    assert not trained_on & {*answered[0][0]}
+    rows, plain = trained(ground, tmp_path / "plain", **HELD_OUT | {"eval_steps": 0})
+    same_bits(params, plain)
+    assert rows[0]["eval_reward"] != measured[0]  # of the reward that is trained on
+
+
+@pytest.mark.slow
+def test_a_bad_held_out_reward_loses_no_update(ground, tmp_path):
+    late = HELD_OUT | {"rl.eval_reward": f"{ground / 'reward.py'}:late_held_out"}
+    with pytest.raises(RewardError):
+        trained(ground, tmp_path / "run", **late)  # at the evaluation after update 2
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
+    (ground / "reward.py.mended").touch()
+    rows, params = trained(ground, tmp_path / "run", **late)
+    _, whole = trained(ground, tmp_path / "whole", **HELD_OUT)
+    same_bits(params, whole)
+    assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 4]
+
+
 @pytest.mark.parametrize(
     "options, problem",
     [
@@ -703,7 +754,8 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
             {"rl.algorithm": "online_dpo", "train_batch_size": 2, "gradient_accumulation_steps": 2},
             "online_dpo needs pairs",
         ),
-        ({"data.eval": 0.1}, "data.eval: on-policy training reports"),
+        ({"rl.eval_reward": "none.py:f"}, "rl.eval_reward: there are no held-out prompts"),
+        ({"rl.eval_reward": "none.py:f", "data.eval": 2}, "none.py cannot be imported"),
         ({"model.dropout": 0.1}, "set it to 0 for on-policy training"),
         ({"rl.max_completion_length": 64}, "64 leaves no room for a prompt in 64 positions"),
         ({"train_batch_size": 64}, "10 prompts are fewer than the 16 of a roll-out"),

@@ -240,6 +240,8 @@ def _updates(
                 answer=samples,
                 stop=stop,
                 best=best,
+                own=own and source.held_out,
+                cycle=cycle,
             ),
             record=Record(
                 log,
