@@ -1,4 +1,4 @@
-"""Reward and toxicity models: how often a score agrees with rows of answers or of labelled texts."""
+"""Reward and toxicity models: how often a score agrees with rows of answers or of texts."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Judged(NamedTuple):
         return sum(count for why, count in noted.items() if any(word in why for word in CUT))
 
     def metrics(self) -> dict[str, float]:
-        """Share of comparisons or texts that are judged rightly (0 is wrong); area under the ROC curve of
-        labelled texts."""
+        """Share of comparisons or texts that are judged rightly (0 is wrong); area under the ROC
+        curve of labelled texts."""
         metrics = {"accuracy": float((self.margins > 0).mean())}
         auc = roc_auc(self.scores[self.is_better], self.scores[~self.is_better])
         if self.scores.shape[1] == 1 and auc is not None:
