@@ -13,12 +13,13 @@ import yaml
 from safetensors import SafetensorError
 
 from easyaira import cli, convert, generate, train_dpo, train_sft
-from easyaira.config.run import TrainSFT, completed, to_dict
+from easyaira.config.run import TrainSFT, to_dict
 from easyaira.errors import StorageError
 from easyaira.generation import sampler
 from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
+from easyaira.run.provenance import completed
 from easyaira.storage import pretrained
 from easyaira.train import log as logs
 from easyaira.train import step as steps

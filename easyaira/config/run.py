@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -353,38 +352,6 @@ def _refuse_dropout(config: RunConfig, where: str) -> None:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain values, as in config.yaml."""
     return json.loads(json.dumps(asdict(config)))  # jsonargparse's number types become plain ones
-
-
-def completed(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The options of a run as plain values, with defaults for those that did not exist when it
-    began, which is how it was made.
-
-    Args:
-        saved: options of the same kind of run as `config`, from `to_dict` of any version.
-    """
-    full = dict(saved)
-    for option in fields(config):
-        if option.name not in full:
-            if option.default_factory is not MISSING:
-                full[option.name] = _plain(option.default_factory())
-            elif option.default is not MISSING:
-                full[option.name] = _plain(option.default)
-            continue
-        old, now = full[option.name], getattr(config, option.name)
-        if isinstance(old, list) and isinstance(now, list) and len(old) == len(now):
-            full[option.name] = [_completed(*both) for both in zip(old, now, strict=True)]
-        else:
-            full[option.name] = _completed(old, now)
-    return full
-
-
-def _completed(saved: Any, now: Any) -> Any:
-    """A group of options, completed; anything else as it is."""
-    return completed(saved, now) if isinstance(saved, Mapping) and is_dataclass(now) else saved
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))
 
 
 def changed(config: Any, group: str = "") -> dict[str, Any]:

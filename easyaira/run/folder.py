@@ -21,14 +21,13 @@ from easyaira.config.run import (
     MAY_CHANGE,
     PROVENANCE,
     RunConfig,
-    completed,
     to_dict,
 )
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
 from easyaira.files import read_yaml, reason, write_file
-from easyaira.run.provenance import flattened, identity, provenance
+from easyaira.run.provenance import completed, flattened, identity, provenance
 from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek, records
 from easyaira.train.setup import Setup, updates
