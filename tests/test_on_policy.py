@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from easyaira.algorithms import grpo, online_dpo, ppo, rloo, rollouts
+from easyaira.algorithms.held_out import HeldOut
 from easyaira.algorithms.on_policy import VECTORS, Completions, loss_of, values_of
 from easyaira.config.algorithms import OptimizerConfig
 from easyaira.config.rl import RLConfig
@@ -23,7 +24,7 @@ from easyaira.errors import ConfigError, Preempted, RewardError, WeightsError
 from easyaira.losses.completions import completion_places, take
 from easyaira.plan import cost
 from easyaira.rewards.model import RewardModel
-from easyaira.rewards.reward import function_of
+from easyaira.rewards.reward import Reward, function_of
 from easyaira.run import report
 from easyaira.run.run import run
 from easyaira.train import critic
@@ -702,6 +703,34 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
 
 
 HELD_OUT = CYCLES["grpo"] | {"max_steps": 4, "data.eval": 3, "eval_steps": 1}
+
+
+@pytest.mark.parametrize("source", ["share", "file"])
+def test_the_held_out_reward_gets_the_prompts_that_are_answered(source, ground, tmp_path):
+    other = tiny.write_rows(tmp_path / "other.jsonl", [{"prompt": f"why {i}?"} for i in range(4)])
+    options = options_of(ground, **{"data.eval": 0.3 if source == "share" else other})
+    args = ("rl", ground / "gpt2", ground, tmp_path / "run")
+    setup = prepare(*configure(*args, **options))
+    reward = Reward(setup.config.rl.rewards, None, setup.mesh, "float32")
+    held_out = HeldOut(setup, rollouts.make_sampler(setup), reward)
+    asked = [messages[0]["content"] for messages in held_out.questions]
+    assert asked == [setup.template.text(tokens) for tokens in held_out.prompts]
+    assert len(asked) == {"share": 3, "file": 4}[source] and held_out.reward is reward
+    assert setup.held_out is None  # nothing to compute a loss of
+
+
+@pytest.mark.slow
+def test_a_run_stopped_while_held_out_prompts_are_answered_is_the_same_run(
+    ground, tmp_path, monkeypatch
+):
+    rows, params = trained(ground, tmp_path / "whole", **HELD_OUT)
+    with monkeypatch.context() as patch:  # at the evaluation after update 2
+        stop_after(patch, 2, HeldOut, "__call__")
+        with pytest.raises(Preempted):
+            trained(ground, tmp_path / "run", **HELD_OUT)
+    resumed_rows, resumed = trained(ground, tmp_path / "run", **HELD_OUT)
+    same_bits(resumed, params)
+    assert logged(resumed_rows) == logged(rows)
 
 
 @pytest.mark.slow
