@@ -30,7 +30,7 @@ class Signs:
             {name: value for name, value in row.items() if isinstance(value, int | float)}
             for row in rows
         ]
-        held_out = len(self._setup.data.held_out or ())
+        held_out = len(self._setup.data.held_out or ()) if self._setup else 0
         hacked = hacking.warnings(numbers, prompts=max(held_out, 1))
         return hacked | health.warnings(of_setup(self._setup, numbers))
 
