@@ -192,16 +192,15 @@ def of_rows(args: Any, origin: Any):
     )
     left_out = dict(judged.account.dropped) | ({"tie": judged.ties} if judged.ties else {})
     metrics = judged.metrics()
-    share, count = metrics["accuracy"], len(judged.margins)
     return Result(
         task=Path(args.rows).name,
         metric="accuracy",
         metrics=metrics,
         better="higher",
-        examples=count,
+        examples=len(judged.margins),
         data=Path(args.rows).name,
         dtype=args.dtype,
-        stderr=(share * (1 - share) / (count - 1)) ** 0.5 if count > 1 else None,
+        stderr=judged.stderr(),
         limit=args.limit,
         truncated=judged.truncated,
         left_out=left_out,

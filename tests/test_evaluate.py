@@ -355,6 +355,58 @@ def test_a_decoder_scores_pairs_with_a_shared_prompt(scorers, tmp_path):
     assert judged.scores.shape == (7, 2) and judged.account.read == 7
 
 
+def test_every_two_answers_are_compared_unless_tied(scorers, tmp_path, capsys):
+    """In all three forms; the scores are those of the same answers as pairs."""
+    answers = ["yes", "no", "I like red", "the capital of France"]
+    numbers = [[4, 1, 4, 2], [1, 2, 3], [5, 5, 5], [2, 1]]  # the third row is a tie
+    rows = {"scores": [], "ranks": [], "completions": []}
+    pairs = []
+    for i, scores in enumerate(numbers):
+        ask, own = f"what do you like {i}?", answers[: len(scores)]
+        row = {"prompt": ask, "answers": own, "lang": "ab"[i % 2]}
+        rows["scores"].append(row | {"scores": scores})
+        rows["ranks"].append(row | {"ranks": [5 - score for score in scores]})
+        parts = [
+            {"response": answer, "overall_score": score}
+            for answer, score in zip(own, scores, strict=True)
+        ]
+        rows["completions"].append({"instruction": ask, "completions": parts, "lang": "ab"[i % 2]})
+        pairs += [
+            {"prompt": ask, "chosen": own[a], "rejected": own[b]}
+            for a in range(len(own))
+            for b in range(len(own))
+            if scores[a] > scores[b]
+        ]
+    file = tiny.write_rows(tmp_path / "pairs.jsonl", pairs)
+    options = {"template": "plain"}
+    wanted = judges.judge(str(scorers / "gpt2"), Source(str(file)), **options)
+    assert len(pairs) == 5 + 3 + 1
+    for name, form in rows.items():
+        file = tiny.write_rows(tmp_path / f"{name}.jsonl", form)
+        judged = judges.judge(str(scorers / "gpt2"), Source(str(file)), by="lang", **options)
+        np.testing.assert_allclose(sorted(judged.margins), sorted(wanted.margins), atol=1e-5)
+        assert judged.metrics() == wanted.metrics() and judged.ties == 1
+        assert judged.account.dropped == {"all answers tied": 1}
+        assert {name: group["examples"] for name, group in judged.by_group().items()} == {
+            "a": 5, "b": 3 + 1,
+        }  # fmt: skip
+        off = [
+            (judged.margins[judged.rows == row] > 0).sum()
+            - judged.metrics()["accuracy"] * (judged.rows == row).sum()
+            for row in (0, 1, 3)
+        ]
+        assert judged.stderr() == pytest.approx((1.5 * sum(np.square(off))) ** 0.5 / 9)
+    command(scorers / "gpt2", "--rows", file, "--template", "plain", "--output", tmp_path / "out")
+    (result,) = results.read(tmp_path / "out")
+    assert (result.examples, result.left_out) == (9, {"all answers tied": 1, "tie": 1})
+
+
+def test_the_error_of_single_comparisons_is_that_of_a_share():
+    margins = np.array([1.0, -1, 1, 1])
+    judged = judges.Judged(margins, np.arange(4), *[None] * 5)
+    assert judged.stderr() == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+
+
 @pytest.mark.parametrize(
     "rows, options, message",
     [

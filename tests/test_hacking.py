@@ -42,6 +42,31 @@ def test_each_sign_is_named_while_the_reward_rises(ends, sign):
     assert warnings(run(**ends)[:4]) == {}  # too short to say
 
 
+def evaluated(rewards):
+    """Sound rows, among them evaluations with these held-out rewards; that before the first update
+    has no other metric."""
+    rows = [{"step": 0}, *run()]
+    for row, reward in zip(rows[:: len(rows) // len(rewards)], rewards, strict=False):
+        row |= {"eval_reward": reward, "eval_reward_std": 0.4}
+    return rows
+
+
+def test_a_held_out_reward_that_falls_is_named():
+    (warning,) = warnings(evaluated([0.2, 0.9, 0.6]), prompts=64).values()
+    assert warning.startswith(
+        "The reward rose from 0.256 to 1.14, but that of held-out prompts fell from 0.9 after "
+        "update 3 to 0.6: stop there (load_best_model_at_end"
+    )
+    assert warnings(evaluated([0.2, 0.9, 0.75]), prompts=64) == {}  # 0.375 deviations
+    assert warnings(evaluated([0.2, 0.9, 1.1]), prompts=64) == {}
+    assert warnings(evaluated([0.9]), prompts=64) == {}
+    # eight prompts: three errors of a difference are 1.5 deviations
+    assert warnings(evaluated([0.2, 0.9, 0.4]), prompts=8) == {}
+    assert "eval_reward" in warnings(evaluated([0.2, 0.9, 0.2]), prompts=8)
+    flat = [row | ({"reward": 0.2} if "reward" in row else {}) for row in evaluated([0.9, 0.1])]
+    assert warnings(flat, prompts=64) == {}  # nothing to game
+
+
 def test_sound_runs_are_not_accused():
     assert warnings(run()) == {}
     assert warnings(run(completions__clipped_ratio=(0.9, 0.95))) == {}  # it was so at first

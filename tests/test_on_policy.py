@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from easyaira.algorithms import grpo, online_dpo, ppo, rloo, rollouts
+from easyaira.algorithms.held_out import HeldOut
 from easyaira.algorithms.on_policy import VECTORS, Completions, loss_of, values_of
 from easyaira.config.algorithms import OptimizerConfig
 from easyaira.config.rl import RLConfig
@@ -21,8 +22,9 @@ from easyaira.data.examples import of_tokens
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, Preempted, RewardError, WeightsError
 from easyaira.losses.completions import completion_places, take
+from easyaira.plan import cost
 from easyaira.rewards.model import RewardModel
-from easyaira.rewards.reward import function_of
+from easyaira.rewards.reward import Reward, function_of
 from easyaira.run import report
 from easyaira.run.run import run
 from easyaira.train import critic
@@ -258,6 +260,9 @@ def test_a_save_is_put_off_to_the_end_of_a_cycle():
 # Runs
 
 FUNCTIONS = """
+import json
+import os
+
 def count(prompts, completions):
     return [float(text.count("e")) for text in completions]
 
@@ -272,6 +277,19 @@ def words(prompts, completions):
 
 def fails(prompts, completions):
     raise KeyError("score")
+
+def kept(prompts, completions):
+    with open(__file__ + ".held_out", "a") as file:
+        file.write(json.dumps([prompts, completions]) + "\\n")
+    return [float(len(text)) for text in completions]
+
+seen = []
+
+def late_held_out(prompts, completions):
+    seen.append(1)
+    if len(seen) == 2 and not os.path.exists(__file__ + ".mended"):
+        return nan(prompts, completions)
+    return kept(prompts, completions)
 
 calls = []
 
@@ -582,6 +600,20 @@ def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     np.testing.assert_allclose(before[0], [values[0, 1], values[0, 2], 0, 0, 0], atol=1e-6)
 
 
+def test_an_update_costs_the_products_of_policy_and_value_model(ground, tmp_path):
+    """Six operations per weight and token; no layer of a GPT-2 but the embeddings is free."""
+    config = tiny.CONFIGS["gpt2"]
+    D, layers, vocab = config["n_embd"], config["n_layer"], config["vocab_size"]
+    body = layers * (12 * D * D + 13 * D) + 2 * D  # kernels, biases and norms
+    positions = config["n_positions"] * D
+    for algorithm, value in {"grpo": 0, "ppo": body + D + 1}.items():
+        options = options_of(ground, **{"rl.algorithm": algorithm})
+        args = ("rl", ground / "gpt2", ground, tmp_path / algorithm)
+        setup = prepare(*configure(*args, **options))
+        policy = vocab * D + positions + body  # the tied embedding is the head
+        assert cost.flops_of(setup, False) == 6 * (policy + value)
+
+
 @pytest.mark.parametrize("clip, name", [(0.0, "adamw"), (0.1, "adamw"), (0.1, "muon")])
 def test_policy_and_value_model_have_optimizers_of_their_own(clip, name):
     options = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=clip)
@@ -670,6 +702,69 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
     assert [row["reward"] for row in rows] == [row["reward"] for row in whole_rows]
 
 
+HELD_OUT = CYCLES["grpo"] | {"max_steps": 4, "data.eval": 3, "eval_steps": 1}
+
+
+@pytest.mark.parametrize("source", ["share", "file"])
+def test_the_held_out_reward_gets_the_prompts_that_are_answered(source, ground, tmp_path):
+    other = tiny.write_rows(tmp_path / "other.jsonl", [{"prompt": f"why {i}?"} for i in range(4)])
+    options = options_of(ground, **{"data.eval": 0.3 if source == "share" else other})
+    args = ("rl", ground / "gpt2", ground, tmp_path / "run")
+    setup = prepare(*configure(*args, **options))
+    reward = Reward(setup.config.rl.rewards, None, setup.mesh, "float32")
+    held_out = HeldOut(setup, rollouts.make_sampler(setup), reward)
+    asked = [messages[0]["content"] for messages in held_out.questions]
+    assert asked == [setup.template.text(tokens) for tokens in held_out.prompts]
+    assert len(asked) == {"share": 3, "file": 4}[source] and held_out.reward is reward
+    assert setup.held_out is None  # nothing to compute a loss of
+
+
+@pytest.mark.slow
+def test_a_run_stopped_while_held_out_prompts_are_answered_is_the_same_run(
+    ground, tmp_path, monkeypatch
+):
+    rows, params = trained(ground, tmp_path / "whole", **HELD_OUT)
+    with monkeypatch.context() as patch:  # at the evaluation after update 2
+        stop_after(patch, 2, HeldOut, "__call__")
+        with pytest.raises(Preempted):
+            trained(ground, tmp_path / "run", **HELD_OUT)
+    resumed_rows, resumed = trained(ground, tmp_path / "run", **HELD_OUT)
+    same_bits(resumed, params)
+    assert logged(resumed_rows) == logged(rows)
+
+
+@pytest.mark.slow
+def test_held_out_prompts_are_answered_between_roll_outs(ground, tmp_path):
+    """By a reward of their own, and without a trace in the training."""
+    (kept := ground / "reward.py.held_out").unlink(missing_ok=True)
+    judge = {"rl.eval_reward": f"{ground / 'reward.py'}:kept"}
+    rows, params = trained(ground, tmp_path / "run", **HELD_OUT, **judge)
+    measured = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
+    answered = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert list(measured) == [0, 2, 4] and len(answered) == 3
+    for reward, (prompts, answers) in zip(measured.values(), answered, strict=True):
+        assert reward == pytest.approx(np.mean([len(text) for text in answers]))
+        assert len(prompts) == 3 and prompts == answered[0][0]
+    trained_on = {row["prompt"] for row in rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)}
+    assert not trained_on & {*answered[0][0]}
+    rows, plain = trained(ground, tmp_path / "plain", **HELD_OUT | {"eval_steps": 0})
+    same_bits(params, plain)
+    assert rows[0]["eval_reward"] != measured[0]  # of the reward that is trained on
+
+
+@pytest.mark.slow
+def test_a_bad_held_out_reward_loses_no_update(ground, tmp_path):
+    late = HELD_OUT | {"rl.eval_reward": f"{ground / 'reward.py'}:late_held_out"}
+    with pytest.raises(RewardError):
+        trained(ground, tmp_path / "run", **late)  # at the evaluation after update 2
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
+    (ground / "reward.py.mended").touch()
+    rows, params = trained(ground, tmp_path / "run", **late)
+    _, whole = trained(ground, tmp_path / "whole", **HELD_OUT)
+    same_bits(params, whole)
+    assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 4]
+
+
 @pytest.mark.parametrize(
     "options, problem",
     [
@@ -688,7 +783,8 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
             {"rl.algorithm": "online_dpo", "train_batch_size": 2, "gradient_accumulation_steps": 2},
             "online_dpo needs pairs",
         ),
-        ({"data.eval": 0.1}, "data.eval: on-policy training reports"),
+        ({"rl.eval_reward": "none.py:f"}, "rl.eval_reward: there are no held-out prompts"),
+        ({"rl.eval_reward": "none.py:f", "data.eval": 2}, "none.py cannot be imported"),
         ({"model.dropout": 0.1}, "set it to 0 for on-policy training"),
         ({"rl.max_completion_length": 64}, "64 leaves no room for a prompt in 64 positions"),
         ({"train_batch_size": 64}, "10 prompts are fewer than the 16 of a roll-out"),

@@ -13,11 +13,13 @@ import yaml
 from safetensors import SafetensorError
 
 from easyaira import cli, convert, generate, train_dpo, train_sft
+from easyaira.config.run import TrainSFT, to_dict
 from easyaira.errors import StorageError
 from easyaira.generation import sampler
 from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
+from easyaira.run.provenance import completed
 from easyaira.storage import pretrained
 from easyaira.train import log as logs
 from easyaira.train import step as steps
@@ -120,7 +122,7 @@ def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
     call(train_sft.main, command(ground, "sft", tmp_path / "run", "--export=false"), capsys)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     rows = logs.read(tmp_path / "run" / "metrics.jsonl")
-    written = {event.step: event.value for event in board.Scalars("loss")}
+    written = {event.step: event.value for event in board.Scalars("train/loss")}
     assert written.keys() == {2, 4}
     for row in rows[1:]:
         np.testing.assert_allclose(written[row["step"]], row["loss"], rtol=1e-6)
@@ -204,6 +206,48 @@ def test_another_runs_folder_is_refused(extra, message, ground, tmp_path, capsys
     status, _, err = call(train_sft.main, command(ground, "sft", out, *extra), capsys)
     assert status == 2 and re.search(message, err), err
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_run_from_before_an_option_goes_on_with_its_default(ground, tmp_path, capsys):
+    out, lora = tmp_path / "run", ["--lora.r=2", "--lora.target_modules=[c_attn]"]
+    data = f"--data.train=[{{path: {ground / 'sft.jsonl'}}}]"
+    arguments = command(ground, "sft", out, "--export=false", data, *lora)
+    assert call(train_sft.main, arguments, capsys)[0] == 0
+    record = yaml.safe_load((out / "config.yaml").read_text())
+    for name in ("early_stopping_patience", "sft"):  # an option, and a group
+        del record[name]
+    for group, name in (("optimizer", "state_dtype"), ("data", "share_prompt"), ("lora", "dora")):
+        del record[group][name]
+    del record["data"]["train"][0]["weight"]
+    (out / "config.yaml").write_text(yaml.safe_dump(record))
+    written = (out / "config.yaml").read_text()
+    for option, message in (  # today's defaults are how it was made
+        ("--optimizer.state_dtype=8bit", "optimizer.state_dtype: the run in .* 'float32'"),
+        ("--sft.loss_type=dft", "sft.loss_type: the run in .* 'nll'"),
+        ("--lora.dora=true", "lora.dora: the run in .* False"),
+        (data.replace("}", ", weight: 0.5}"), "data.train: the run in .* was started with"),
+        ("--lora.r=4", "lora.r: the run in .* 2"),
+    ):
+        status, _, err = call(train_sft.main, [*arguments, option], capsys)
+        assert status == 2 and re.search(message, err), (option, err)
+    (out / "config.yaml").write_text(written)
+    status, text, _ = call(train_sft.main, arguments, capsys)
+    assert status == 0 and "finished after 4 updates" in text
+
+
+def test_a_group_that_a_run_did_not_have_is_none_of_its_options():
+    """Defaults stand for options that did not exist, and not for a group that was left out."""
+    model = {"name_or_path": "m"}
+    data = {"train": "d"}
+    with_lora = cli.configuration(
+        TrainSFT, {"model": model, "data": data, "lora": {"target_modules": ["a"]}}
+    )
+    without = cli.configuration(TrainSFT, {"model": model, "data": data})
+    assert completed({}, with_lora)["lora"] is None
+    assert completed({"lora": None}, with_lora)["lora"] is None
+    assert completed({"lora": {"r": 4}}, with_lora)["lora"]["alpha"] == with_lora.lora.alpha
+    assert completed({"model": model, "data": data}, without) == to_dict(without)
 
 
 @pytest.mark.slow

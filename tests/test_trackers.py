@@ -5,6 +5,7 @@ import types
 
 import jax
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
@@ -60,11 +61,35 @@ def test_each_tracker_gets_every_row(ground, packages, tmp_path):
         logged = [(call[1], call[-1]["step"]) for call in packages[name] if call[0] == log]
         assert [step for _, step in logged] == [0, 1, 2, 3], name
         for (values, _), row in zip(logged, rows, strict=True):
-            expected = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-            assert values == expected, name
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+            assert values == {trackers.tag(k): v for k, v in numbers.items()}, name
     opened = packages["wandb"][0][-1]
     assert opened["name"] == "run" and opened["config"]["max_steps"] == 3
     assert [packages[name][-1][0] for name in packages] == ["finish", "finish", "end_run"]
+
+
+@pytest.mark.parametrize(
+    "metric, tag",
+    [
+        ("loss", "train/loss"),
+        ("rewards/chosen", "train/rewards/chosen"),
+        ("eval_loss", "eval/loss"),
+        ("eval_rewards/chosen", "eval/rewards/chosen"),
+        ("compilations", "perf/compilations"),
+        ("tokens_per_second", "perf/tokens_per_second"),
+    ],
+)
+def test_tags_are_grouped(metric, tag):
+    assert trackers.tag(metric) == tag
+
+
+def test_a_value_that_is_unknown_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "to_dict", lambda config: {})
+    several = trackers.Trackers(types.SimpleNamespace(report_to=["tensorboard"]), tmp_path)
+    several.write(1, {"loss": 2.0, "mfu": None})
+    several.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["train/loss"]
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(packages, tmp_path):

@@ -61,6 +61,12 @@ FIELDS = {  # of TRL 1.16 and transformers 5.24
         discopop_tau activation_offloading sync_ref_model ref_model_mixup_alpha
         ref_model_sync_steps pad_token
     """,
+    "kto": """
+        model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout
+        dataset_num_proc max_length pad_to_multiple_of precompute_ref_log_probs
+        precompute_ref_batch_size loss_type beta desirable_weight undesirable_weight
+        activation_offloading sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
+    """,
     "reward": """
         model_init_kwargs trust_remote_code chat_template_path disable_dropout
         dataset_num_proc eos_token max_length pad_to_multiple_of center_rewards_coefficient
@@ -78,6 +84,7 @@ FIELDS = {  # of TRL 1.16 and transformers 5.24
     """,
 }
 OF_TASK = {task: ("training", task, "model", "data") for task in ("sft", "dpo", "reward")}
+OF_TASK["dpo"] += ("kto",)
 
 
 def write(path, **keys):
@@ -155,7 +162,8 @@ def test_the_frozen_fields_are_those_of_trl():
         pytest.skip(f"the tables are those of TRL 1.16, and this is {trl.__version__}")
     data = (trl.ScriptArguments, trl.DatasetMixtureConfig)
     training = names_of(transformers.TrainingArguments)
-    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig}
+    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig}
+    classes["reward"] = trl.RewardConfig
     now = {task: names_of(kind) - training for task, kind in classes.items()}
     now |= {"training": training, "model": names_of(trl.ModelConfig)}
     now |= {"data": set().union(*map(names_of, data))}
@@ -490,11 +498,86 @@ def test_easylm_flags_are_read_from_the_line(capsys):
     assert "convert it (easyaira convert from_easylm)" in text
 
 
+RATED = {"path": "o/d", "type": "chatml.argilla"}
+KTO = {  # the same run, of each source that has one
+    "trl": MINIMAL | {
+        "beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 0.5,
+        "per_device_train_batch_size": 4, "loss_type": "kto",
+    },
+    "axolotl": ALPACA_QLORA | {
+        "rl": "kto", "rl_beta": 0.2, "kto_desirable_weight": 1.5, "kto_undesirable_weight": 0.5,
+        "micro_batch_size": 4, "gradient_accumulation_steps": 1, "datasets": [RATED],
+    },
+    "llama-factory": FACTORY | {
+        "stage": "kto", "pref_beta": 0.2, "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.5,
+        "per_device_train_batch_size": 4, "pref_loss": "simpo",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", KTO)
+def test_kto_keeps_its_weights(source, tmp_path, capsys):
+    config, text = ours(capsys, source, write(tmp_path / "a.yaml", **KTO[source]), "--devices", "2")
+    dpo = config.dpo
+    assert (dpo.loss_type, dpo.beta) == ("kto", 0.2)
+    assert (dpo.desirable_weight, dpo.undesirable_weight) == (1.5, 0.5)
+    assert (dpo.kto_group, config.train_batch_size) == (4, 8)
+    assert "is estimated from 4 examples, not from all devices'" in text
+    if source == "axolotl":
+        assert config.data.train[0].template == "chatml"
+        assert config.data.train[0].columns == {"prompt": "instruction"}
+
+
+def test_weights_of_kto_tell_its_loss(tmp_path, capsys):
+    weights = MINIMAL | {"desirable_weight": 1.5}
+    config, _ = ours(capsys, "trl", write(tmp_path / "a.yaml", **weights))
+    assert (config.dpo.loss_type, config.dpo.desirable_weight) == ("kto", 1.5)
+    assert config.dpo.kto_group == 8  # TRL's default batch of a device
+    for keys, message in (
+        ({"loss_type": ["hinge"]}, "desirable_weight (weighs answers of kto"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size (kto needs other"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            translate.main(["trl", write(tmp_path / "a.yaml", **weights | keys)])
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source, base", [("trl", MINIMAL), ("llama-factory", FACTORY)], ids=["trl", "llama-factory"]
+)
+def test_smoothed_labels_are_those_of_sft(source, base, tmp_path, capsys):
+    """Of transformers' LabelSmoother: (1 - e) nll + e x the mean over the vocabulary."""
+    base = base | {"label_smoothing_factor": 0.1}
+    config, _ = ours(capsys, source, write(tmp_path / "a.yaml", **base), "--task", "sft")
+    assert config.sft.label_smoothing == 0.1
+    dft = {"trl": {"loss_type": "dft"}, "llama-factory": {"use_dft_loss": True}}[source]
+    file = write(tmp_path / "b.yaml", **base | dft)
+    config, text = ours(capsys, source, file, "--task", "sft")
+    assert config.sft.label_smoothing == 0 and "dft does not read 0.1" in text
+    base = {key: value for key, value in base.items() if key != "stage"}
+    for task in ("dpo", "reward"):
+        _, text = ours(capsys, source, write(tmp_path / "c.yaml", **base), "--task", task)
+        assert "# - label_smoothing_factor: only the loss of SFT reads it" in text
+
+
+def test_trained_tokens_are_those_of_peft(tmp_path, capsys):
+    for given in ([5, 7], {"embed_tokens": [5, 7], "lm_head": [5, 7]}):
+        file = write(tmp_path / "a.yaml", **ALPACA_QLORA, peft_trainable_token_indices=given)
+        config, text = ours(capsys, "axolotl", file)
+        assert config.lora.trainable_token_indices == [5, 7] and "untied head" in text
+    apart = {"embed_tokens": [5, 7], "lm_head": [5]}
+    file = write(tmp_path / "a.yaml", **ALPACA_QLORA, peft_trainable_token_indices=apart)
+    with pytest.raises(ConfigError, match="peft_trainable_token_indices .trains other tokens"):
+        translate.main(["axolotl", file])
+
+
 @pytest.mark.parametrize(
     "source, keys, message",
     [
         ("open-instruct", {"dpo_loss_type": "wpo"}, "dpo_loss_type (wpo is none of"),
-        ("axolotl", {"rl": "kto"}, "rl (is no algorithm"),
+        ("axolotl", {"rl": "grpo"}, "rl (is no algorithm"),
+        ("axolotl", {"rl": "kto"}, "type alpaca has no translation for kto"),
+        ("llama-factory", {"stage": "ppo"}, "stage (is no stage that is translated"),
         ("axolotl", {"datasets": [{"path": "p", "type": "completion"}]}, "type completion has no"),
         ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from easyaira.algorithms import grpo, online_dpo, ppo, rloo
+from easyaira.algorithms.held_out import HeldOut
 from easyaira.algorithms.on_policy import Objective, known_of, logps_of, loss_of, values_of
 from easyaira.algorithms.reference import reference_model, reference_weights
 from easyaira.config.run import TrainRL
@@ -74,7 +75,8 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
                 f"data.train: {len(prompts)} prompts are fewer than the {count} of a roll-out; "
                 "lower train_batch_size or raise rl.num_generations"
             )
-        Reward(rl.rewards, rl.reward_weights, None, "float32")  # raises if there is none
+        for names in (rl.rewards, rl.eval_rewards or []):
+            Reward(names, None, None, "float32")  # raises if there is none
         return len(prompts) // count * config.cycle
 
     def together(answers: int) -> list[int]:
@@ -152,7 +154,7 @@ class Rollouts:
         count = config.answers // self.rl.answers_per_prompt
         data = setup.data.train
         self.prompts = Batches(data, count, seed=config.seed, drop_last=True)
-        self.questions = questions_of(config.data, data)
+        self.questions = questions_of(config.data, data, config.data.train)
         reward = Reward(
             self.rl.rewards, self.rl.reward_weights, setup.mesh, setup.model.compute.dtype
         )
@@ -170,6 +172,7 @@ class Rollouts:
             self.reference = reference_weights(setup)
         self.together = setup.batches.examples.answers
         self.batches: Batches | None = None
+        self.held_out = setup.data.held_out and HeldOut(setup, self.sampler, self.reward)
         self.log = Log(folder / COMPLETIONS, start) if hosts.first() else None
 
     def __len__(self) -> int:

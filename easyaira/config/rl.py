@@ -21,6 +21,9 @@ class RLConfig:
     prompts and completions (lists of texts) and returns a list of numbers."""
     reward_weights: list[float] | None = None
     """Weight of each reward; default: 1."""
+    eval_reward: str | list[str] | None = None
+    """Reward of the answers to data.eval, such as another reward model, which nothing is trained
+    on; default: reward."""
     algorithm: Literal["grpo", "rloo", "online_dpo", "ppo"] = "grpo"
     """grpo: advantages relative to the answers of the same prompt, clipped ratios per token; rloo:
     leave-one-out baseline, clipped ratios per answer, KL in the reward; online_dpo: the DPO loss of
@@ -109,6 +112,11 @@ class RLConfig:
     @property
     def rewards(self) -> list[str]:
         return [self.reward] if isinstance(self.reward, str) else self.reward
+
+    @property
+    def eval_rewards(self) -> list[str] | None:
+        """Rewards of held-out answers; None: those of the training."""
+        return [self.eval_reward] if isinstance(self.eval_reward, str) else self.eval_reward
 
     @property
     def clip(self) -> tuple[float, float]:

@@ -308,10 +308,8 @@ class TrainRL(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         _refuse_dropout(self, "on-policy training")
-        if self.data.eval:
-            raise ConfigError(
-                "data.eval: on-policy training reports the rewards of its own answers; leave it out"
-            )
+        if self.rl.eval_reward and not self.data.eval:
+            raise ConfigError("rl.eval_reward: there are no held-out prompts; set data.eval, too")
         answers, size = self.answers, self.train_batch_size
         for name, divisor in (
             ("train_batch_size", size),

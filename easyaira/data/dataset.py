@@ -126,11 +126,13 @@ def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Sou
     return [Source(what, config.split, config.columns)] if isinstance(what, str) else what
 
 
-def questions_of(config: DataConfig, examples: Examples) -> list[list[Message]]:
-    """Messages of each prompt of `config.train`, read again: examples hold only tokens."""
+def questions_of(
+    config: DataConfig, examples: Examples, what: str | Sequence[Source]
+) -> list[list[Message]]:
+    """Messages of each prompt of the sources `what`, read again: examples hold only tokens."""
     wanted = list(zip(examples.sources.tolist(), examples.rows.tolist(), strict=True))
     needed, questions = set(wanted), {}
-    for number, source in enumerate(sources_of(config, config.train)):
+    for number, source in enumerate(sources_of(config, what)):
         for row, located in enumerate(sources.read(source)):
             if (number, row) in needed:
                 questions[number, row] = question(Record(located.row))

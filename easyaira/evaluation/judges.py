@@ -1,4 +1,4 @@
-"""Reward and toxicity models: how often a score agrees with rows of pairs or of labelled texts."""
+"""Reward and toxicity models: how often a score agrees with rows of answers or of texts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from easyaira.data.packing import attention_cost, shares_prompt
 from easyaira.data.recipe import recipe_of
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import DataError, WeightsError
+from easyaira.losses import preference
 from easyaira.losses.scores import roc_auc
 from easyaira.train import loader
 from easyaira.train.resolve import Resolved, find
@@ -34,14 +35,17 @@ class Judged(NamedTuple):
     """Scores of rows.
 
     Attributes:
-        margins: [n] lead of the better text; or distance from 0 towards the right side.
-        scores, is_better: [n, answers].
+        margins: [n] lead of the better text, for every two answers to a prompt of which one is
+            better; or distance from 0 towards the right side.
+        rows: [n] row of each of them.
+        scores, is_better: [rows, answers]; is_better: the best answers to a prompt.
         groups: [n] value of the column to group by.
         account: rows read, dropped and cut.
         ties: comparisons without a better answer, which are left out.
     """
 
     margins: np.ndarray
+    rows: np.ndarray
     scores: np.ndarray
     is_better: np.ndarray
     groups: list[str]
@@ -54,16 +58,28 @@ class Judged(NamedTuple):
         return sum(count for why, count in noted.items() if any(word in why for word in CUT))
 
     def metrics(self) -> dict[str, float]:
-        """Share of pairs or texts that are judged rightly (0 is wrong); area under the ROC curve of
-        labelled texts."""
+        """Share of comparisons or texts that are judged rightly (0 is wrong); area under the ROC
+        curve of labelled texts."""
         metrics = {"accuracy": float((self.margins > 0).mean())}
         auc = roc_auc(self.scores[self.is_better], self.scores[~self.is_better])
         if self.scores.shape[1] == 1 and auc is not None:
             metrics["auc"] = auc
         return metrics
 
+    def stderr(self) -> float | None:
+        """Standard error of the accuracy. Comparisons of one row are not independent: Liang and
+        Zeger (1986), Longitudinal data analysis using generalized linear models, with G / (G - 1).
+        """
+        right = self.margins > 0
+        _, at = np.unique(self.rows, return_inverse=True)
+        off = np.bincount(at, weights=right - right.mean())
+        count = len(off)
+        if count < 2:
+            return None
+        return float(((off**2).sum() * count / (count - 1)) ** 0.5 / len(right))
+
     def by_group(self) -> dict[str, dict[str, float]]:
-        """Rows and accuracy of each group, largest group first."""
+        """Comparisons (or texts) and accuracy of each group, largest group first."""
         names, groups = np.unique(self.groups, return_inverse=True)
         by_name = {
             str(name): {
@@ -90,7 +106,8 @@ def judge(
 
     Args:
         name: a scorer: run folder, Hugging Face folder or hub id.
-        source: pairs, labelled texts, or comparisons as openai/webgpt_comparisons.
+        source: pairs, several answers with scores or ranks, labelled texts, or comparisons as
+            openai/webgpt_comparisons.
         by: column to group by.
         limit: read at most this many rows.
         template: as `data.template`; encoders have their own.
@@ -131,14 +148,18 @@ def judge(
     scores = np.concatenate(parts)
     if not np.isfinite(scores).all():
         raise WeightsError(f"{name}: scores are not finite; its weights hold NaN")
-    if part.answers == 2:
-        is_better = np.broadcast_to([True, False], scores.shape)
-        margins = scores[:, 0] - scores[:, 1]
+    if part.answers > 1:
+        is_better = part.ranks == 0
+        first, second = np.array(preference.pairs_of(part.answers)).T  # best answers come first
+        ranks, others = part.ranks[:, first], part.ranks[:, second]
+        of, pair = np.nonzero((ranks >= 0) & (ranks < others))
+        margins = scores[of, first[pair]] - scores[of, second[pair]]
+        ties += int(((ranks >= 0) & (ranks == others)).sum())
     else:
         is_better = (part.labels == positive_label)[:, None]
-        margins = np.where(is_better, scores, -scores)[:, 0]
-    kept = [groups[row] for row in part.rows]
-    return Judged(margins, scores, is_better, kept, account, ties)
+        margins, of = np.where(is_better, scores, -scores)[:, 0], np.arange(len(part))
+    kept = [groups[row] for row in part.rows[of]]
+    return Judged(margins, part.rows[of], scores, is_better, kept, account, ties)
 
 
 def _read(
@@ -166,7 +187,7 @@ def _read(
     if not located:
         raise DataError(f"{source.path}: every comparison is a tie; there is nothing to judge")
     task = _task(located[0])
-    recipe = recipe_of(task, data, resolved.max_length, compared="best_worst")
+    recipe = recipe_of(task, data, resolved.max_length)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         tokenise.build(iter(located), path, recipe=recipe, template=resolved.template, label="rows")

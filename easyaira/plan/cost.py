@@ -294,13 +294,22 @@ def flops_per_token(
     """Floating-point operations of an update per real token.
 
     Per weight of a product: two forward, four backward (two if frozen), and two more for a
-    reference computed in the step. Attention scores are left out, and so is the score head, which
-    is applied once per text."""
+    reference computed in the step. Attention scores are left out, and so is a score head that is
+    applied once per text."""
     if model.scorer:
-        leaves = by_path(model.shapes["model"])
+        every = model.architecture.score_head.every_token
+        leaves = by_path(model.shapes if every else model.shapes["model"])
         products = sum(leaf.size for at, leaf in leaves.items() if not at.endswith("embedding"))
     else:
         tied = model.config.tie_word_embeddings
         products = model.parameter_count() - (0 if tied else model.vocab_size * model.config.width)
     forward = 4 if reference_in_step else 2
     return (forward + 2 * trainable.backward) * products + (forward + 4) * trainable.added
+
+
+def flops_of(setup: Setup, reference_in_step: bool) -> float:
+    """Operations of an update of a run per real token; with a value model, those of both models."""
+    policy = flops_per_token(setup.model, reference_in_step, setup.trainable)
+    if setup.critic is None:
+        return policy
+    return policy + flops_per_token(setup.trainable.value, False)

@@ -54,7 +54,8 @@ def measure(setup: Setup) -> RollOut:
     own = config.model.ref_name_or_path is None
     if config.rl.beta and not (own and setup.adapter):  # the base of adapters is their reference
         reference = per_device(reference_model(setup).target(setup.mesh))
-    reward = Reward(config.rl.rewards, None, setup.mesh, setup.model.compute.dtype)
+    names = config.rl.rewards + (config.rl.eval_rewards or [])
+    reward = Reward(names, None, setup.mesh, setup.model.compute.dtype)
     models = [scorer.model for scorer in reward.scorers if isinstance(scorer, RewardModel)]
     rewards = sum(per_device(model.target(setup.mesh)) for model in models)
     sampler = rollouts.make_sampler(setup)

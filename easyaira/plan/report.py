@@ -18,7 +18,7 @@ def describe(setup: Setup) -> str:
     """Summary of the run in three to five lines."""
     config, model, counts = setup.config, setup.model, setup.data.report["train"]
     sizes = ",".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
-    held_out = f", {len(setup.held_out.examples):,} held out" if setup.held_out else ""
+    held_out = f", {len(setup.data.held_out):,} held out" if setup.data.held_out else ""
     dropped = f"; dropped {_counts(counts['dropped'])}" if counts["dropped"] else ""
     noted = f"; {_counts(counts['noted'])}" if counts["noted"] else ""
     who = "pair's" if setup.batches.examples.answers == 2 else "group's"

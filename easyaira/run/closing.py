@@ -13,6 +13,7 @@ MEASURES = {  # metric: words
     "eval_rewards/accuracies": "held-out reward accuracy",
     "eval_accuracy": "held-out accuracy",
     "eval_mean_token_accuracy": "held-out token accuracy",
+    "eval_reward": "held-out reward of answers",
     "reward": "reward of answers",
     "loss": "loss",
 }

@@ -16,12 +16,18 @@ from typing import Any, TextIO
 
 import yaml
 
-from easyaira.config.run import GROUPS_MAY_CHANGE, MAY_CHANGE, PROVENANCE, RunConfig, to_dict
+from easyaira.config.run import (
+    GROUPS_MAY_CHANGE,
+    MAY_CHANGE,
+    PROVENANCE,
+    RunConfig,
+    to_dict,
+)
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
 from easyaira.files import read_yaml, reason, write_file
-from easyaira.run.provenance import flattened, identity, provenance
+from easyaira.run.provenance import completed, flattened, identity, provenance
 from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek, records
 from easyaira.train.setup import Setup, updates
@@ -226,10 +232,11 @@ def _foreign_files(folder: Path) -> list[Path]:
 
 
 def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
-    """Refuse a place if its run's saved `identity` differs in results from this run's."""
+    """Refuse a place if its run's saved `identity` differs in results from this run's. An option
+    that did not exist then counts as its default."""
     then, now = (
         flattened({k: v for k, v in content.items() if k not in GROUPS_MAY_CHANGE})
-        for content in (saved, identity(setup))
+        for content in (completed(saved, setup.config), identity(setup))
     )
     other_rows = then.pop("data_fingerprint", None) != now.pop("data_fingerprint")
     may_change = {*MAY_CHANGE, *(LENGTH if _added(then, setup) else ())}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,38 @@ def identity(setup: Setup) -> dict[str, Any]:
     """Identity of a run, for its checkpoints: configuration and fingerprint of the data."""
     fingerprint = setup.data.report["fingerprint"]
     return to_dict(setup.config) | {"data_fingerprint": fingerprint}
+
+
+def completed(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The options of a run as plain values, with defaults for those that did not exist when it
+    began, which is how it was made.
+
+    Args:
+        saved: options of the same kind of run as `config`, from `to_dict` of any version.
+    """
+    full = dict(saved)
+    for option in fields(config):
+        if option.name not in full:
+            if option.default_factory is not MISSING:
+                full[option.name] = _plain(option.default_factory())
+            elif option.default is not MISSING:
+                full[option.name] = _plain(option.default)
+            continue
+        old, now = full[option.name], getattr(config, option.name)
+        if isinstance(old, list) and isinstance(now, list) and len(old) == len(now):
+            full[option.name] = [_completed(*both) for both in zip(old, now, strict=True)]
+        else:
+            full[option.name] = _completed(old, now)
+    return full
+
+
+def _completed(saved: Any, now: Any) -> Any:
+    """A group of options, completed; anything else as it is."""
+    return completed(saved, now) if isinstance(saved, Mapping) and is_dataclass(now) else saved
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

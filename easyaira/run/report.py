@@ -25,7 +25,7 @@ PANELS = (  # title, and metrics that share an axis
     ("reward margin", ("rewards/margins", "eval_rewards/margins")),
     ("rewards", ("rewards/chosen", "rewards/rejected")),
     ("log-probabilities", ("logps/chosen", "logps/rejected")),
-    ("reward of answers", ("reward", "reward_std")),
+    ("reward of answers", ("reward", "reward_std", "eval_reward")),
     ("losses of policy and values", ("policy_loss", "value_loss")),
     ("variance that the values explain", ("value_explained_variance",)),
     ("prompts whose answers all scored the same", ("frac_reward_zero_std",)),

@@ -240,6 +240,8 @@ def _updates(
                 answer=samples,
                 stop=stop,
                 best=best,
+                own=own and source.held_out,
+                cycle=cycle,
             ),
             record=Record(
                 log,
@@ -250,7 +252,7 @@ def _updates(
                 until=until,
                 facts={**beginning.metrics, **checked},
                 schedule=setup.schedule,
-                flops=cost.flops_per_token(setup.model, beginning.frozen is not None, trainable),
+                flops=cost.flops_of(setup, beginning.frozen is not None),
                 peak=peak and peak * mesh.size,
                 latest=checkpoints.latest,
                 evaluated=run_report.AtMostEvery(REPORT_SECONDS, evaluated),

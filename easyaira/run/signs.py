@@ -30,7 +30,9 @@ class Signs:
             {name: value for name, value in row.items() if isinstance(value, int | float)}
             for row in rows
         ]
-        return hacking.warnings(numbers) | health.warnings(of_setup(self._setup, numbers))
+        held_out = len(self._setup.data.held_out or ()) if self._setup else 0
+        hacked = hacking.warnings(numbers, prompts=max(held_out, 1))
+        return hacked | health.warnings(of_setup(self._setup, numbers))
 
     def new(self, signs: Mapping[str, str]) -> Iterator[str]:
         """Lines for the terminal: signs that were not shown before."""

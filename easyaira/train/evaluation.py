@@ -34,6 +34,8 @@ class Evaluate:
             prompts, before the first update and after the last even if nothing is held out.
         stop: checked after each batch; interrupts the evaluation.
         best: compares each evaluation with the best so far.
+        own: (params, whether to stop) -> metrics, or None if interrupted; in the place of `step`.
+        cycle: evaluations are put off to the end of a cycle of so many updates.
     """
 
     def __init__(
@@ -48,14 +50,17 @@ class Evaluate:
         answer: Callable[[int, Any, Callable[[], bool]], bool],
         stop: Stop,
         best: Best,
+        own: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None = None,
+        cycle: int = 1,
     ):
         self.step, self.held_out, self.mesh = step, held_out, mesh
         self.every, self.until, self.best = every, until, best
         self.summary, self.answer, self.stop = summary, answer, stop
+        self.own, self.cycle = own, cycle
 
     def due(self, number: int) -> bool:
-        every = self.every if self.held_out is not None else 0
-        return due(number, every, self.until)
+        measured = self.held_out is not None or self.own
+        return due(number, self.every if measured else 0, self.until, self.cycle)
 
     def __call__(self, number: int, params: Any, frozen: Any) -> Evaluation:
         """Measure, and compare with the best so far."""
@@ -68,6 +73,10 @@ class Evaluate:
         """Average over all held-out examples; skipped if the run is about to stop."""
         if self.stop.stopping or not self.answer(number, params, self.stop.look_now):
             return Evaluation({}, complete=False)
+        row: dict[str, float | None] = {}
+        if self.own:
+            of_answers = self.own(params, self.stop.look_now)
+            return Evaluation(row | (of_answers or {}), complete=of_answers is not None)
         if self.held_out is None:
             return Evaluation({})
         sums: metrics.Sums = {}
@@ -80,7 +89,7 @@ class Evaluate:
             sums = metrics.add(sums, batch_sums)
             for name, values in examples.items():
                 known.setdefault(name, []).append(values[ready.batch.slots[:, 1]])
-        row: dict[str, float | None] = dict(metrics.averages(sums, "eval_"))
+        row |= metrics.averages(sums, "eval_")
         if self.summary is not None:
             of_all = {name: np.concatenate(parts) for name, parts in known.items()}
             row |= {f"eval_{name}": value for name, value in self.summary(of_all).items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from easyaira.errors import RewardError
-from easyaira.train.evaluation import Evaluate
+from easyaira.train.evaluation import Evaluate, Evaluation
 from easyaira.train.loader import Ready
 from easyaira.train.record import Record
 from easyaira.train.saving import Save, Stop
@@ -63,11 +63,16 @@ def fit(
         stop.look(number)
         if evaluate.due(number):
             record.pause()
-            record.evaluation(number, evaluate(number, state.params, frozen))
+            try:
+                evaluation = evaluate(number, state.params, frozen)
+            except RewardError as error:
+                evaluation, problem = Evaluation({}, complete=False), error
+            record.evaluation(number, evaluation)
             wanted = evaluate.best.improved or evaluate.best.exhausted
-        if save.due(number) or stop.stopping or wanted:
+        ending = stop.stopping or problem is not None
+        if save.due(number) or ending or wanted:
             save(number, state, record.to_save())
-        if stop.stopping:
+        if ending:
             break
         record.resume()
     save.wait()

@@ -182,7 +182,7 @@ def prepare(
             "examples, and data.drop_last leaves out smaller updates"
         )
     held_out = None
-    if data.held_out is not None:
+    if data.held_out is not None and not own:
         held_out = Batches(data.held_out, micro_batch, **layout)
     total_steps = updates(config, own.epoch(data.train) if own else len(batches))
     schedule = optimizer.make_schedule(config.optimizer, total_steps)

@@ -151,6 +151,22 @@ class MLflow(Other):
         self.mlflow.end_run()
 
 
+# what an update costs, and not what it learns
+COSTS = frozenset(
+    "compilations cpu_time data_wait mfu num_tokens padding positions step_time "
+    "tokens_per_second".split()
+)
+
+
+def tag(metric: str) -> str:
+    """Name of a metric in a tracker, which groups by the first part: train/ or eval/ as in
+    transformers, perf/ for costs."""
+    held_out = metric.removeprefix("eval_")
+    if held_out != metric:
+        return f"eval/{held_out}"
+    return f"perf/{metric}" if metric in COSTS else f"train/{metric}"
+
+
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}
 
 
@@ -191,7 +207,8 @@ class Trackers:
                 ) from error
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        known = {name: value for name, value in values.items() if value is not None}
+        """Give the known values of a row to the trackers, under their tags."""
+        known = {tag(name): value for name, value in values.items() if value is not None}
         self._each("write", step, known)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:

@@ -47,6 +47,7 @@ COMMON: Table = {
         sequence_len=max_length sample_packing=packing
         adapter load_in_8bit load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules
         load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
+        peft_trainable_token_indices=trainable_token_indices
         lora_target_linear peft_use_rslora=use_rslora peft_use_dora=use_dora
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
@@ -95,6 +96,8 @@ COMMON: Table = {
         "a run folder always holds what resuming needs, and resumes by the same command",
         "resume_from_checkpoint auto_resume_from_checkpoints save_safetensors save_only_model",
     ),
+    **no_effect("axolotl 0.19 does not read it", "label_smoothing_factor"),
+    **no_effect("a tied head always follows the embedding", "peft_ensure_weight_tying"),
     **no_effect("a loss that is not finite ends the run", "loss_watchdog_threshold "
                 "loss_watchdog_patience"),
     "plugins": Unsupported("only those that change no number have a translation", (None, *FAST)),
@@ -111,13 +114,13 @@ COMMON: Table = {
                   "jagged_restart_warmup_steps jagged_restart_anneal_steps lisa_n_layers "
                   "lisa_step_interval lisa_layers_attribute", (None, False, [])),
     **unsupported("is no loss of EasyAira", "neftune_noise_alpha noisy_embedding_alpha use_eaft "
-                  "eaft_alpha eaft_k diffusion ebft label_smoothing_factor"),
+                  "eaft_alpha eaft_k diffusion ebft"),
     **unsupported("the optimizers are AdamW and Muon over all trainable weights", "optim_args "
                   "optim_target_modules lr_groups embedding_lr embedding_lr_scale eta_min "
                   "lr_quadratic_warmup cosine_constant_lr_ratio"),
     **unsupported("the model is loaded as it is stored", "model_config "
                   "overrides_of_model_config model_kwargs overrides_of_model_kwargs reinit_weights "
-                  "cls_model_config resize_token_embeddings_to_32x",
+                  "fix_untrained_tokens cls_model_config resize_token_embeddings_to_32x",
                   (None, False, {})),
     **unsupported("weights are bfloat16, int8 or nf4 at rest", "gptq gptq_disable_exllama qat fp8 "
                   "fp8_enable_fsdp_float8_all_gather quantization llmcompressor nvfp4_merge_aware"),
@@ -135,8 +138,7 @@ COMMON: Table = {
     )),
     **unsupported("the template is rendered without arguments", "chat_template_kwargs "
                   "default_system_message", (None, {})),
-    **unsupported("on-policy training and KTO are not translated", "trl vllm "
-                  "kto_desirable_weight kto_undesirable_weight process_reward_model "
+    **unsupported("on-policy training is not translated", "trl vllm process_reward_model "
                   "gemma4_hybrid_attn_impl"),
     "rl": Unsupported(
         "is no algorithm that is translated", (None, False, "dpo", "ipo", "simpo", "orpo")
@@ -155,7 +157,10 @@ DPO: Table = {
         dpo_use_weighting dpo.use_weighting
         simpo_gamma dpo.simpo_gamma
     """),
-    **computed("rl=loss_type"),
+    **computed("""
+        rl=loss_type kto_desirable_weight=desirable_weight
+        kto_undesirable_weight=undesirable_weight
+    """),
     **no_effect("the reference's log-probabilities are computed once, before training",
                 "precompute_ref_log_probs"),
     **unsupported("is no loss of EasyAira", "cpo_alpha dpo_norm_loss"),
@@ -223,6 +228,9 @@ def facts(run: Recipe) -> None:
             run.options["dpo.sft_weight"] = 1.0
     elif run.get("loss_type") == "dpo":
         run.facts["loss_type"] = "sigmoid"
+    for weight in ("desirable_weight", "undesirable_weight"):
+        if run.facts.get(weight) == 0:  # which it takes for not set
+            run.facts[weight] = None
     template = run.get("axolotl_template")
     if run.get("chat_template_jinja"):
         run.facts["chat_template"] = run.get("chat_template_jinja")
@@ -246,12 +254,28 @@ FORMS = {  # type -> template
     "chat_template": None, "chat_template.default": None, "chat_template.argilla": None,
     "sharegpt": None, "bradley_terry.chat_template": None, "chat_template.llama3": None,
 }  # fmt: skip
+RATED_FORMS = {  # form of rated answers -> column of the prompt
+    "argilla": "instruction", "intel": "question", "prompt_pairs": "prompt", "ultra": "prompt",
+}  # fmt: skip
+
+
+def _rated(run: Recipe, kind: str, made: dict[str, Any]) -> dict[str, Any]:
+    """A source of KTO, whose rows have a prompt, a completion and a label."""
+    template, _, form = kind.partition(".")
+    if template not in ("chatml", "llama3") or form not in RATED_FORMS:
+        run.refuse("axolotl_datasets", f"type {kind} has no translation for kto")
+        return made
+    made["template"] = "chatml" if template == "chatml" else "chat"
+    if (column := RATED_FORMS[form]) != "prompt":
+        made["columns"] = {"prompt": column}
+    return made
 
 
 def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
     """A source of ours from one of axolotl's."""
     kind = entry.get("type")
-    if not isinstance(kind, str) or kind not in FORMS:
+    rated = run.get("loss_type") == "kto" and isinstance(kind, str)
+    if not rated and (not isinstance(kind, str) or kind not in FORMS):
         run.refuse("axolotl_datasets", f"type {kind} has no translation")
         return {}
     if unknown := entry.keys() - set(READ):
@@ -262,6 +286,8 @@ def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
     for key, ours in (("split", "split"), ("name", "subset")):
         if entry.get(key) not in (None, "train", "default"):
             made[ours] = entry[key]
+    if rated:
+        return _rated(run, str(kind), made)
     if template := FORMS[kind]:
         made["template"] = template
         run.note(
@@ -287,7 +313,7 @@ AXOLOTL = Source(
     defaults={task: DEFAULTS for task in ("sft", "dpo", "reward")},
     differences={"sft": (ORDER, DROPOUT), "dpo": (ORDER,), "reward": (ORDER,)},
     telling={
-        "rl": {"dpo": "dpo", "ipo": "dpo", "simpo": "dpo", "orpo": "dpo"},
+        "rl": dict.fromkeys(("dpo", "ipo", "simpo", "orpo", "kto"), "dpo"),
         "reward_model": {True: "reward"},
     },
     otherwise="sft",

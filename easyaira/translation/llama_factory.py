@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from easyaira.translation.recipe import Recipe
-from easyaira.translation.trl import TRAINING
+from easyaira.translation.trl import TRAINING, UNSMOOTHED
 from easyaira.translation.verdicts import (
     Source,
     Table,
@@ -65,10 +65,12 @@ COMMON: Table = {
     **unsupported("sets of data are used whole", "mix_strategy interleave_probs",
                   (None, "concat")),
     "stage": Unsupported("is no stage that is translated", (None, "sft", "dpo", "rm")),
+    **UNSMOOTHED,
     "quantization_method": Unsupported("4 bits are nf4", (None, "bnb", "bitsandbytes")),
     "enable_thinking": Unsupported("the template is rendered without arguments", (None, True)),
 }  # fmt: skip
 
+SFT: Table = computed("label_smoothing_factor")
 DPO: Table = {
     **same("""
         pref_beta dpo.beta
@@ -80,7 +82,10 @@ DPO: Table = {
         simpo_gamma dpo.simpo_gamma
         ref_model model.ref_name_or_path
     """),
-    **computed("pref_loss=loss_type dpo_loss=loss_type"),
+    **computed("""
+        pref_loss=loss_type dpo_loss=loss_type stage kto_chosen_weight=desirable_weight
+        kto_rejected_weight=undesirable_weight
+    """),
     **unsupported("is no loss of EasyAira", "pref_bco_weight"),
 }
 
@@ -132,13 +137,20 @@ def facts(run: Recipe) -> None:
         run.facts["loss_type"] = "dft"
     if run.task == "sft" and run.get("mask_history"):
         run.options["sft.last_turn_only"] = True
+    stage = run.get("stage", "dpo")
+    if stage == "kto":  # which does not read pref_loss
+        run.facts["loss_type"] = "kto"
+    elif stage != "dpo":
+        run.refuse("stage", f"{stage} is no stage of pairs or of rated answers")
+    else:  # the other stages do not read them
+        run.facts |= {"desirable_weight": None, "undesirable_weight": None}
     loss = run.get("loss_type", "sigmoid")
     if loss in ("orpo", "simpo"):
         run.options["dpo.reference"] = "none"
         if loss == "orpo":  # beside the likelihood, in its trainer, too
             run.options["dpo.sft_weight"] = 1.0
     elif loss == "kto_pair":
-        run.refuse("loss_type", "kto_pair is no loss of EasyAira")
+        run.refuse("loss_type", "kto_pair takes pairs; kto is of rated answers")
     if run.get("template") not in (None, "default", "empty"):
         run.note(f"data.template chat: the tokenizer's own, in the place of {run.get('template')}")
     else:
@@ -157,14 +169,14 @@ def facts(run: Recipe) -> None:
 
 LLAMA_FACTORY = Source(
     name="LLaMA-Factory",
-    tables={"sft": COMMON, "dpo": COMMON | DPO, "reward": COMMON},
+    tables={"sft": COMMON | SFT, "dpo": COMMON | DPO, "reward": COMMON},
     defaults={
         "sft": DEFAULTS,
         "dpo": DEFAULTS | {"pref_beta": 0.1},
         "reward": DEFAULTS,
     },
     differences={"sft": (ORDER,), "dpo": (ORDER,), "reward": (ORDER,)},
-    telling={"stage": {"sft": "sft", "dpo": "dpo", "rm": "reward"}},
+    telling={"stage": {"sft": "sft", "dpo": "dpo", "kto": "dpo", "rm": "reward"}},
     otherwise="sft",
     prepare=facts,
 )

@@ -221,6 +221,14 @@ def adapters(run: Recipe) -> None:
             "is not set, and peft's choice depends on the model; name the "
             "linear layers, such as [q_proj, v_proj], or all-linear",
         )
+    tokens = run.get("trainable_token_indices")
+    if isinstance(tokens, dict):  # table: ids
+        if len({*map(tuple, tokens.values())}) > 1:
+            run.refuse("trainable_token_indices", "trains other tokens in each table")
+        tokens = next(iter(tokens.values()), None)
+    if tokens:
+        run.options["lora.trainable_token_indices"] = tokens
+        run.note("of trained tokens, the vectors of an untied head are trained, too")
     dropout = run.get("lora_dropout", 0.0)
     if dropout and run.task == "dpo":
         run.note(f"lora.dropout is 0 ({dropout} there), as TRL's DPO turns dropout off")
@@ -241,13 +249,24 @@ def revision(run: Recipe) -> None:
 
 
 def objective(run: Recipe) -> None:
+    smoothing = run.get("label_smoothing_factor")
     if run.task == "sft" and run.get("loss_type") == "dft":
         run.options["sft.loss_type"] = "dft"
+        if smoothing:
+            run.note(f"sft.label_smoothing is 0: dft does not read {smoothing} there either")
+    elif run.task == "sft" and smoothing:
+        run.options["sft.label_smoothing"] = smoothing
     if run.task == "sft" and run.get("loss_type", "nll") not in ("nll", "chunked_nll", "dft"):
         run.refuse("loss_type", "is no loss of EasyAira")
     if run.task != "dpo":
         return
-    losses = run.get("loss_type", ["sigmoid"])
+    weights = {name: run.get(name) for name in ("desirable_weight", "undesirable_weight")}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    losses = run.get("loss_type", "kto" if weights else ["sigmoid"])
+    if losses in ("kto", ["kto"]):
+        return kto(run, weights)
+    for name in weights:
+        run.refuse(name, f"weighs answers of kto, and loss_type is {losses}")
     run.options["dpo.loss_type"] = losses
     if weights := run.get("loss_weights"):
         run.options["dpo.loss_weights"] = weights
@@ -263,6 +282,19 @@ def objective(run: Recipe) -> None:
             )
     if run.options.get("dpo.f_divergence_type") == "alpha_divergence":
         run.options["dpo.f_alpha_divergence_coef"] = run.get("f_alpha_divergence_coef", 0.5)
+
+
+def kto(run: Recipe, weights: dict[str, Any]) -> None:
+    """The loss of single answers. TRL compares them with those of a device, and takes the mean of
+    that over all devices."""
+    group = run.get("per_device_train_batch_size", 8)
+    if group == 1:
+        run.refuse("per_device_train_batch_size", "kto needs other examples beside each one")
+    run.options |= {"dpo.loss_type": "kto", "dpo.kto_group": group}
+    run.options |= {f"dpo.{name}": weight for name, weight in weights.items()}
+    run.note("the examples whose answers estimate the KL divergence (dpo.kto_group) are drawn once")
+    if run.devices > 1:
+        run.note(f"the KL divergence is estimated from {group} examples, not from all devices'")
 
 
 STEPS = (

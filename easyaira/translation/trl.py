@@ -1,5 +1,5 @@
-"""Keys of TRL 1.16's SFTConfig, DPOConfig, RewardConfig, ModelConfig, ScriptArguments and
-DatasetMixtureConfig, with those that they inherit from transformers 5.24, and those of the
+"""Keys of TRL 1.16's SFTConfig, DPOConfig, KTOConfig, RewardConfig, ModelConfig, ScriptArguments
+and DatasetMixtureConfig, with those that they inherit from transformers 5.24, and those of the
 alignment handbook and of TRL since 0.7 that have gone."""
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ TRAINING: Table = {
         "the optimizers are AdamW and Muon over all trainable weights",
         "optim_args optim_target_modules",
     ),
-    **unsupported("is no loss of EasyAira", "label_smoothing_factor neftune_noise_alpha"),
+    **unsupported("is no loss of EasyAira", "neftune_noise_alpha"),
     **unsupported("the batch is what the file says", "auto_find_batch_size"),
     **unsupported("mixtures of experts are no family of EasyAira", "router_aux_loss_coef"),
     **unsupported("the model is loaded as it is stored", "model_init_kwargs", (None, {})),
@@ -96,6 +96,8 @@ TRAINING: Table = {
         "rows come in a random order, packed by length within an update", (None, False)
     ),
 }
+
+UNSMOOTHED = no_effect("only the loss of SFT reads it, there too", "label_smoothing_factor")
 
 MODEL: Table = {
     **same("""
@@ -130,7 +132,10 @@ DATA: Table = {
 }
 
 SFT: Table = {
-    **computed("packing completion_only_loss assistant_only_loss truncation_mode loss_type"),
+    **computed("""
+        packing completion_only_loss assistant_only_loss truncation_mode loss_type
+        label_smoothing_factor
+    """),
     **no_effect("packing changes padding only", "eval_packing"),
     **no_effect("rows of plain text are refused", "dataset_text_field"),
     "packing_strategy": Unsupported("cuts examples to fill rows", (None, "bfd", "ffd")),
@@ -151,6 +156,7 @@ SFT: Table = {
 }
 
 DPO: Table = {
+    **UNSMOOTHED,
     **same("""
         beta dpo.beta
         f_divergence_type dpo.f_divergence_type
@@ -160,7 +166,10 @@ DPO: Table = {
         simpo_gamma dpo.simpo_gamma
         max_prompt_length data.max_prompt_length
     """),
-    **computed("label_smoothing loss_type loss_weights f_alpha_divergence_coef truncation_mode"),
+    **computed("""
+        label_smoothing loss_type loss_weights f_alpha_divergence_coef truncation_mode
+        desirable_weight undesirable_weight
+    """),
     **no_effect(
         "the reference's log-probabilities are computed once, before training",
         "precompute_ref_log_probs precompute_ref_batch_size precompute_ref_eval_batch_size",
@@ -176,6 +185,7 @@ DPO: Table = {
 }
 
 REWARD: Table = {
+    **UNSMOOTHED,
     **same("center_rewards_coefficient reward.center_rewards_coefficient"),
     "disable_dropout": Unsupported("set model.dropout in the translated file", (None, True)),
     **no_effect("the ends of rows are kept", "truncation_mode"),
@@ -218,6 +228,7 @@ TRL = Source(
     telling={
         "loss_weights": "dpo", "precompute_ref_log_probs": "dpo",
         "label_smoothing": "dpo", "rpo_alpha": "dpo",
+        "desirable_weight": "dpo", "undesirable_weight": "dpo",
         "packing": "sft", "completion_only_loss": "sft", "assistant_only_loss": "sft",
         "dataset_text_field": "sft", "packing_strategy": "sft",
         "center_rewards_coefficient": "reward",
