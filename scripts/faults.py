@@ -89,6 +89,8 @@ class Command:
 
     def __init__(self, words: Sequence[str], cache: Path, module: str = TRAIN, new: bool = False):
         self.log = cache.with_name(f"{cache.name}-log")
+        for end in (".out", ".err"):  # a kill can strike before the process opens them
+            self.log.with_suffix(end).touch()
         self.process = FORKED.Process(target=_run, args=(module, list(words), cache, self.log, new))
         self.process.start()
 
