@@ -336,7 +336,12 @@ def trained(ground, folder, **options):
 
 CYCLES = {  # two roll-outs and a half, of two updates each
     "grpo": {"rl.generation_batch_size": 16, "max_steps": 5},
-    "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2, "max_steps": 5},
+    "rloo": {
+        "rl.algorithm": "rloo",
+        "rl.num_iterations": 2,
+        "optimizer.name": "muon",
+        "max_steps": 5,
+    },
     "ppo": {
         "rl.algorithm": "ppo",
         "rl.num_generations": 2,
