@@ -16,13 +16,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from easyaira.config.run import (
-    GROUPS_MAY_CHANGE,
-    MAY_CHANGE,
-    PROVENANCE,
-    RunConfig,
-    to_dict,
-)
+from easyaira.config.run import GROUPS_MAY_CHANGE, MAY_CHANGE, PROVENANCE, RunConfig, to_dict
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
