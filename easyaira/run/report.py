@@ -38,8 +38,9 @@ PANELS = (  # title, and metrics that share an axis
     ("learning rate", ("learning_rate",)),
 )
 SHOWN_UPDATES = 6  # whose answers are shown
+# By the end of a metric's name; other held-out ones: c2
 COLOURS = {"chosen": "c3", "rejected": "c4", "reward_std": "c2", "value_loss": "c2"}
-COLOURS |= {"eval_auc": "c3"}  # by the end of a metric's name; other held-out ones: c2
+COLOURS |= {"eval_auc": "c3", "eval_reward": "c3"}
 BODY = """{% if running %}<p class="warning">{{ running }}</p>
 {% endif %}{% if warnings %}<h2>What looks wrong</h2>
 {% for warning in warnings %}<p class="warning">{{ warning }}.</p>
