@@ -15,7 +15,8 @@ import pytest
 
 from easyaira import cli
 from easyaira.algorithms import reference, reference_cache
-from easyaira.algorithms.dpo import make_score
+from easyaira.algorithms.dpo import answer_scores
+from easyaira.algorithms.reference import make_score
 from easyaira.config.model import ModelConfig
 from easyaira.distributed import compiler
 from easyaira.distributed import mesh as meshes
@@ -107,8 +108,8 @@ def test_no_step_adds_in_an_order_that_is_left_to_the_gpu(
 def test_scoring_adds_in_one_order_too(models, data, tmp_path):
     config, algorithm = configured("dpo", models / "gpt2", data / "dpo.jsonl", tmp_path / "run")
     setup = prepare(config, algorithm)
-    score = make_score(setup.model, setup.micro_batch)
-    traced = score.trace(setup.model.shapes, setup.batches[0].arrays)
+    score = make_score(partial(answer_scores, setup.model, examples=setup.micro_batch))
+    traced = jax.jit(score).trace(setup.model.shapes, setup.batches[0].arrays)
     assert "scatter" in (text := traced.lower(lowering_platforms=("cuda",)).as_text())
     assert not unordered_scatters(text)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from easyaira.algorithms import reference_cache
+from easyaira.algorithms import dpo, reference_cache
 from easyaira.data import cache
 from easyaira.errors import Preempted
 from easyaira.run.run import run
@@ -79,6 +79,21 @@ def test_whatever_changes_their_bits_has_another_key(change, models, data, tmp_p
     begun(models / "gpt2", data, tmp_path / "1")
     begun(models / "gpt2", data, tmp_path / "2", **change)
     assert len(scored) == 4
+
+
+@pytest.mark.slow
+def test_the_reference_and_the_first_batch_are_scored_by_one_program(
+    models, data, tmp_path, monkeypatch
+):
+    traced, answer_scores = [], dpo.answer_scores
+
+    def counted(model, weights, part, **options):
+        traced.append(part["tokens"].shape)
+        return answer_scores(model, weights, part, **options)
+
+    monkeypatch.setattr(dpo, "answer_scores", counted)
+    begun(models / "gpt2", data, tmp_path / "1")
+    assert len(traced) == len(set(traced)) == 2  # training and held-out examples
 
 
 @pytest.mark.slow

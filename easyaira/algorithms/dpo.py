@@ -14,15 +14,13 @@ import jax.numpy as jnp
 from easyaira.algorithms import reference as references
 from easyaira.algorithms import reference_cache, row_numbers
 from easyaira.algorithms.kto import kto_sums
-from easyaira.algorithms.reference import reference_model
+from easyaira.algorithms.reference import make_score, reference_model
 from easyaira.algorithms.reference_cache import check_equal
 from easyaira.config.dpo import LOSSES, DPOConfig
 from easyaira.config.run import TrainDPO
-from easyaira.data.batches import LAYOUT
 from easyaira.data.examples import Examples
 from easyaira.data.mismatch import mismatched
 from easyaira.data.recipe import Recipe, recipe_of
-from easyaira.distributed.sharding import constrain
 from easyaira.errors import ConfigError
 from easyaira.losses import preference, token_logps
 from easyaira.models.model import Model
@@ -250,10 +248,12 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     if config.dpo.reference == "none":
         return Beginning(None, known, known_held_out)
     own = config.model.ref_name_or_path is None
-    options = {"answers": setup.batches.examples.answers, "tail": config.dpo.tail}
-    score_by = partial(make_score, examples=setup.micro_batch, **options)
-    score = score_by(setup.model)
-    score_ref = score if own else score_by(reference_model(setup))
+    options = {"examples": setup.micro_batch, "answers": setup.batches.examples.answers}
+    options |= {"tail": config.dpo.tail}
+    score = make_score(partial(answer_scores, setup.model, **options))
+    score_ref = score
+    if not own:
+        score_ref = make_score(partial(answer_scores, reference_model(setup), **options))
     frozen = None
     if config.dpo.precompute_ref_log_probs:
         weights = (
@@ -280,34 +280,23 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     if own:
         repeated = score(params, arrays).logps
         check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, repeated)))
-    of_part = sums_of(config.dpo)
-    sums = jax.vmap(lambda scores, ref, numbers: of_part(scores, ref, config.dpo, **numbers))(
-        policy, ref_logps, numbers_in(arrays)
-    )
-    totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
-    if not config.dpo.unpaired:
-        real = policy.lengths[..., 0] > 0
-        totals["logps/end"] = ((policy.ends[..., 0] * real).sum(), real.sum())
+    totals = jax.jit(partial(first_sums, config.dpo))(policy, ref_logps, numbers_in(arrays))
     at_start = metrics.averages(metrics.add({}, totals))
     if not config.dpo.unpaired and "ref_logps" in known and setup.batches.examples.answers == 2:
         at_start |= references.preferences(known["ref_logps"], setup.batches.examples)
     return Beginning(frozen, known, known_held_out, at_start)
 
 
-def make_score(
-    model: Model, examples: int, answers: int = 2, tail: float = 1.0
-) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
-    """(params, batch) -> AnswerScores [A, B, K]: A micro-batches of B prompts.
-
-    Policy and reference use the same compiled program, so that equal weights give equal bits.
-    """
-
-    def score(params, batch):
-        def of_part(part):
-            options = {"examples": examples, "answers": answers, "tail": tail}
-            return answer_scores(model, params, part, **options)
-
-        scores = jax.lax.map(of_part, {name: batch[name] for name in LAYOUT})
-        return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
-
-    return jax.jit(score)
+def first_sums(
+    config: DPOConfig, policy: AnswerScores, ref_logps: jax.Array, numbers: Mapping[str, jax.Array]
+) -> Sums:
+    """Sums and counts of the loss and metrics over all micro-batches of the first update."""
+    of_part = sums_of(config)
+    sums = jax.vmap(lambda scores, ref, own: of_part(scores, ref, config, **own))(
+        policy, ref_logps, numbers
+    )
+    totals = {name: (total.sum(), count.sum()) for name, (total, count) in sums.items()}
+    if not config.unpaired:
+        real = policy.lengths[..., 0] > 0
+        totals["logps/end"] = ((policy.ends[..., 0] * real).sum(), real.sum())
+    return totals

@@ -1,12 +1,17 @@
-"""The reference model of DPO."""
+"""The reference model of DPO and on-policy runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
+from easyaira.data.batches import LAYOUT
 from easyaira.data.examples import Examples
+from easyaira.distributed.sharding import constrain
 from easyaira.errors import ConfigError
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
@@ -40,6 +45,26 @@ def reference_weights(setup: Setup) -> Any:
     if name is None:
         return setup.start_weights()
     return pretrained.find(name).load(reference_model(setup), setup.mesh)
+
+
+def make_score(
+    of_part: Callable[[Any, Mapping[str, jax.Array]], Any], names: Sequence[str] = LAYOUT
+) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
+    """(weights, batch) -> results of `of_part(weights, micro_batch)`, [A, ...]: A micro-batches.
+
+    Policy and reference use the same compiled program, so that equal weights give equal bits.
+
+    Args:
+        names: the batch's arrays that `of_part` reads.
+    """
+
+    @jax.jit
+    def score(weights, parts):
+        scores = jax.lax.map(partial(of_part, weights), parts)
+        return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
+
+    # other arrays, such as known reference log-probabilities, would make another program
+    return lambda weights, batch: score(weights, {name: batch[name] for name in names})
 
 
 FAR = 1.0  # nats per token

@@ -22,7 +22,7 @@ import numpy as np
 from easyaira.algorithms import grpo, online_dpo, ppo, rloo
 from easyaira.algorithms.held_out import HeldOut
 from easyaira.algorithms.on_policy import Objective, known_of, logps_of, loss_of, values_of
-from easyaira.algorithms.reference import reference_model, reference_weights
+from easyaira.algorithms.reference import make_score, reference_model, reference_weights
 from easyaira.config.run import TrainRL
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.dataset import questions_of
@@ -30,7 +30,6 @@ from easyaira.data.examples import Examples, of_tokens
 from easyaira.data.recipe import recipe_of
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
-from easyaira.distributed.sharding import constrain
 from easyaira.errors import ConfigError, StorageError
 from easyaira.files import parse_json, reason, write_file
 from easyaira.generation.processors import Sampling
@@ -161,14 +160,15 @@ class Rollouts:
         reward.check(self.questions)
         self.reward = reward.load()
         self.sampler = make_sampler(setup)
-        self.score = make_score(partial(of_policy, setup.model, config))
+        score_by = partial(make_score, names=(*LAYOUT, "prompt_lengths"))
+        self.score = score_by(partial(of_policy, setup.model, config))
         if setup.critic:
-            self.score_values = make_score(partial(of_critic, setup.trainable.value, config))
+            self.score_values = score_by(partial(of_critic, setup.trainable.value, config))
         self.reference: Any = None
         if self.rl.beta:
             self.score_ref = self.score
             if config.model.ref_name_or_path is not None:
-                self.score_ref = make_score(partial(of_policy, reference_model(setup), config))
+                self.score_ref = score_by(partial(of_policy, reference_model(setup), config))
             self.reference = reference_weights(setup)
         self.together = setup.batches.examples.answers
         self.batches: Batches | None = None
@@ -308,19 +308,6 @@ def of_policy(model: Model, config: TrainRL, weights: Any, part: Mapping[str, ja
 def of_critic(model: Model, config: TrainRL, weights: Any, part: Mapping[str, jax.Array]) -> Any:
     """Values [B, C]."""
     return values_of(model, weights, part, config.rl)
-
-
-def make_score(of_part: Callable) -> Callable[[Any, Mapping[str, jax.Array]], Any]:
-    """(weights, batch) -> values of tokens [A, B, C]; policy and reference use the same program, so
-    that equal weights give equal bits."""
-
-    def score(weights, batch):
-        names = (*LAYOUT, "prompt_lengths")
-        parts = {name: batch[name] for name in names}
-        values = jax.lax.map(lambda part: of_part(weights, part), parts)
-        return constrain(values, None, None, None)
-
-    return jax.jit(score)
 
 
 class Log:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,14 @@ def compare_logits(
     ours = []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         loaded = load()
+        logits = jax.jit(partial(_logits, model.with_dtype(jnp.float32)))
+        width = max(map(len, prompts))  # one program for all
         for ids in prompts:
-            tokens = jnp.array([ids])
-            layout = {"tokens": tokens, "positions": jnp.arange(len(ids))[None]}
-            layout |= {"segment_ids": jnp.ones_like(tokens), "sides": jnp.zeros_like(tokens)}
-            ours.append(np.asarray(_logits(model.with_dtype(jnp.float32), loaded, layout)))
+            tokens = jnp.array([ids + [0] * (width - len(ids))])
+            positions = jnp.arange(width)[None]
+            layout = {"tokens": tokens, "positions": positions, "sides": jnp.zeros_like(tokens)}
+            layout["segment_ids"] = jnp.where(positions < len(ids), 1, 0)
+            ours.append(np.asarray(logits(loaded, layout))[: len(ids)])
         del loaded
     largest = max(float(np.abs(logits).max()) for logits in ours)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
