@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from easyaira.algorithms import dpo, reference_cache
+from easyaira.algorithms.reference import make_score
 from easyaira.data import cache
 from easyaira.errors import Preempted
 from easyaira.run.run import run
@@ -159,19 +161,33 @@ def test_damaged_log_probabilities_are_computed_again(
     interrupted, models, data, tmp_path, scored, capsys
 ):
     go_on, keys, root = interrupted()
-    _, params = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
-    right = begun(models / "gpt2", data, tmp_path / "read")
+    _, trained = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
+    setup = prepare(*configure("dpo", models / "gpt2", data, tmp_path / "read", **FEW))
+    score = make_score(partial(dpo.answer_scores, setup.model, examples=setup.micro_batch))
+    params = setup.trainable.start()
+
+    def read(folder):
+        folder.mkdir()
+        parts = {"train": setup.batches, "held_out": setup.held_out}
+        with setup.model.on(setup.mesh):
+            return [
+                reference_cache.logps_of(setup, part, name, lambda: params, score, folder, True)
+                for name, part in parts.items()
+            ]
+
+    right = [np.array(logps) for logps in read(tmp_path / "right")]  # mapped from the cache
+    assert not scored[2:]
     files = ("logps.npy", "decides.json", "sha256.json")
     for number, (name, damage) in enumerate((n, d) for n in files for d in DAMAGES):
         for key in (keys["train"], keys["held_out"]):
             DAMAGES[damage](root / key / name)
         capsys.readouterr()
         scored.clear()
-        recomputed = begun(models / "gpt2", data, tmp_path / str(number))
+        recomputed = read(tmp_path / str(number))
         assert len(scored) == 2 and capsys.readouterr().out.count(" is damaged (") == 2
         same_bits(recomputed, right)
     DAMAGES["flip"](root / keys["train"] / "logps.npy")  # of a run that is continued
-    same_bits(go_on()[1], params)
+    same_bits(go_on()[1], trained)
 
 
 def partial_of(count):
