@@ -3,6 +3,7 @@
 Fixtures import their own dependencies, so that test files without a model start at once.
 """
 
+import ast
 import gc
 import os
 import resource
@@ -30,7 +31,7 @@ gc.set_threshold(200_000, 20, 100)  # the collector takes a tenth of the time of
 import jax
 import pytest
 from jax._src import compiler
-from jaxtyping import install_import_hook
+from jaxtyping import _import_hook, install_import_hook
 
 # argument types are checked in modules that take arrays; in others beartype rejects valid values,
 # such as jsonargparse's restricted numbers
@@ -38,6 +39,16 @@ CHECKED = """
     losses models.attention models.embedding data.batches generation.processors train.optimizer
 """.split()
 CHECKED = [f"easyaira.{name}" for name in CHECKED]
+visit_function = _import_hook.JaxtypingTransformer.visit_FunctionDef
+
+
+def visit_outer_function(self, node):
+    """Leave out functions inside others: each call of the outer one would build their checks."""
+    inside = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
+    return node if inside else visit_function(self, node)
+
+
+_import_hook.JaxtypingTransformer.visit_FunctionDef = visit_outer_function
 install_import_hook(CHECKED, "beartype.beartype")
 
 from easyaira.distributed import mesh as meshes
