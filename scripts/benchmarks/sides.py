@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,8 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     import jax.numpy as jnp
 
     from easyaira.algorithms import sft
-    from easyaira.algorithms.dpo import dpo, make_score
+    from easyaira.algorithms.dpo import answer_scores, dpo
+    from easyaira.algorithms.reference import make_score
     from easyaira.config.dpo import DPOConfig
     from easyaira.data.packing import attention_cost, shares_prompt
     from easyaira.distributed import mesh as meshes
@@ -154,12 +156,13 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     )
     if share and examples.answers > 2:  # as a run chooses
         batches = min(batches, replace(batches, share_prompt=False), key=Batches.sampled_cost)
+    counts = {"examples": size, "answers": examples.answers}
     with model.on(mesh):
         shardings = sharding.shardings(model.shapes, model.rules, mesh)
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
         frozen = jax.tree.map(jnp.copy, params) if in_step else None
         if pairs and not in_step:
-            score = make_score(model, size, examples.answers)
+            score = make_score(partial(answer_scores, model, **counts))
             logps = np.zeros(examples.ranks.shape, np.float32)
             for ready in loader.ahead(batches, 0, updates, mesh):
                 scored = np.asarray(score(params, ready.arrays).logps)
@@ -172,7 +175,6 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     elif pairs:
         reference = model if in_step else None
         config = DPOConfig(beta=BETA, answers=options.get("answers", "all_pairs"))
-        counts = {"examples": size, "answers": examples.answers}
         loss_fn = dpo(model, config, **counts, reference=reference)
     else:
         loss_fn = sft.sft(model)
