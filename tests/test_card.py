@@ -361,6 +361,23 @@ def test_a_release_names_the_class_of_a_language_model(stated, models, data, tmp
     assert facts.config["architectures"] == ["GPT2LMHeadModel"]
 
 
+@pytest.mark.parametrize("kind", ["olmo2", "smollm3"])
+def test_ids_that_nobody_states_are_none_and_not_the_defaults_of_transformers(kind, data, tmp_path):
+    """SmolLM3's default pad token is 128004, with which a smaller model cannot be built."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {k: v for k, v in tiny.FAMILIES[kind].items() if not k.endswith("_token_id")}
+    tiny.ground(tmp_path, bare={"model": config})
+    arguments = [
+        f"--model.name_or_path={tmp_path / 'model'}", f"--data.train={data / 'sft.jsonl'}",
+        "--model.init=random", "--data.template=plain", f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    run, _ = cli.parse(TrainSFT, arguments)
+    facts = released(prepare(run, sft_algorithm(run)))
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts.config))
+    assert built.config.pad_token_id is None and built.config.eos_token_id == 0
+
+
 def test_settings_that_transformers_refuses_are_refused_before_the_run(
     models, data, tmp_path, capsys
 ):
