@@ -111,13 +111,14 @@ def main(argv: list[str]) -> None:
             show(args.output, curate(Source(args.pairs), folder, args))
         case "iterate":
             for counts in iterate(args):
-                show(f"{args.output}/{counts.pop('round')}", counts)
+                number = counts["round"]
+                show(f"{args.output}/{number}", {k: v for k, v in counts.items() if k != "round"})
 
 
 def show(place: str, counts: Mapping[str, Any]) -> None:
     """Print counts, and measures below them."""
     rows = [f"{name} {count:,}" for name, count in counts.items() if type(count) is int]
-    print(f"{escaped(place)}: {', '.join(rows)}")
+    print(f"{escaped(place)}: {', '.join(rows)}", flush=True)
     for name, measures in counts.items():
         if isinstance(measures, Mapping):
             print(f"{name}: {', '.join(f'{key} {value:.2f}' for key, value in measures.items())}")

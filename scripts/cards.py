@@ -55,7 +55,12 @@ MODELS = {  # from their config.json, smallest first
 }
 TASKS = {"SFT": (TrainSFT, sft_algorithm), "DPO": (TrainDPO, dpo_algorithm)}
 LORA = ["--lora.target_modules=all-linear", "--lora.r=16", "--lora.alpha=32"]
-METHODS = {"full": [], "LoRA": LORA, "QLoRA": [*LORA, "--lora.quantize=nf4"]}
+METHODS = {
+    "full": [],
+    "full, 8-bit": ["--optimizer.state_dtype=8bit"],
+    "LoRA": LORA,
+    "QLoRA": [*LORA, "--lora.quantize=nf4"],
+}
 OLD = ("t4", "v100")  # without bfloat16
 
 

@@ -367,6 +367,8 @@ def test_each_round_learns_seed_rows_and_those_that_the_last_model_kept(
         assert lines(out / f"{number}/train.jsonl") == seed + kept
         asked = json.loads((out / f"{number}/curated/settings.json").read_text())
         assert str(out / f"{number - 1}/run") in asked["model"]["name"]
+        counted = f"{out}/{number}: pairs 5, "
+        assert 0 <= printed.find(counted) < printed.index(f"in {out}/{number}/run")
     rounds = json.loads((out / "counts.json").read_text())["rounds"]
     assert [row["kept rows"] for row in rounds] == [0, 2, 2] and rounds[2]["pairs"] == 5
     status, printed, _ = call(backtranslate.main, words, capsys)

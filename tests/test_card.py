@@ -16,7 +16,7 @@ from easyaira.config.run import TrainSFT
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.evaluation import results
-from easyaira.export import card, torch_check
+from easyaira.export import card, torch_check, usage
 from easyaira.export.hf_config import generation_config, released
 from easyaira.export.records import Records
 from easyaira.storage.pretrained import Pretrained
@@ -192,7 +192,7 @@ def test_hub_models_and_data_are_linked_and_energy_is_in_grams(runs, tmp_path):
 def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     adapters = {"r": 8, "target_modules": ["a", "b"], "quantize": "nf4"}
     front, text = rewritten(runs[0], tmp_path, lora=adapters, data={"reverse": True})
-    assert '"The capital of Brazil is Brasilia."' in text and "held in nf4" in text
+    assert '"A capital do Brasil é Brasília."' in text and "held in nf4" in text
     assert front["library_name"] == "peft" and "AutoPeftModelForCausalLM" in text
     assert table_rows(text, "Details")["Adapter"] == [
         "LoRA: r 8, target\\_modules a b, quantize nf4; 256 trained parameters"
@@ -206,6 +206,19 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     assert front["pipeline_tag"] == "text-classification"
     assert "AutoModelForSequenceClassification" in text and "x none" in text
     assert "apply_chat_template(messages" in text and "{inputs}" not in text
+
+
+@pytest.mark.parametrize("languages", [["pt"], ["pt-BR", "en"], ["en", "pt"], []])
+def test_examples_are_in_the_first_language_if_that_is_portuguese(languages):
+    english, shown = usage.PORTUGUESE.keys(), set()
+    for kind in usage.KINDS:
+        for judged in usage.JUDGED:
+            for reverse in (False, True):
+                *_, code = usage.usage(kind, judged, reverse, languages)
+                compile(code.split("```python\n")[1].split("```")[0], "card", "exec")
+                shown |= {text for text in english if text in code}
+                assert any(text in code for pair in usage.PORTUGUESE.items() for text in pair)
+    assert shown == (set() if languages and languages[0].startswith("pt") else english)
 
 
 def copied(run, tmp_path):
@@ -359,6 +372,23 @@ def test_a_release_names_the_class_of_a_language_model(stated, models, data, tmp
     config, _ = cli.parse(TrainSFT, arguments)
     facts = released(prepare(config, sft_algorithm(config)))
     assert facts.config["architectures"] == ["GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "smollm3"])
+def test_ids_that_nobody_states_are_none_and_not_the_defaults_of_transformers(kind, data, tmp_path):
+    """SmolLM3's default pad token is 128004, with which a smaller model cannot be built."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {k: v for k, v in tiny.FAMILIES[kind].items() if not k.endswith("_token_id")}
+    tiny.ground(tmp_path, bare={"model": config})
+    arguments = [
+        f"--model.name_or_path={tmp_path / 'model'}", f"--data.train={data / 'sft.jsonl'}",
+        "--model.init=random", "--data.template=plain", f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    run, _ = cli.parse(TrainSFT, arguments)
+    facts = released(prepare(run, sft_algorithm(run)))
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts.config))
+    assert built.config.pad_token_id is None and built.config.eos_token_id == 0
 
 
 def test_settings_that_transformers_refuses_are_refused_before_the_run(

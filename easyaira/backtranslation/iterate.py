@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ def mix(seed: Source, kept: Source | None, folder: Path) -> dict[str, int]:
     return counts
 
 
-def iterate(args: Any) -> list[dict[str, Any]]:
+def iterate(args: Any) -> Iterator[dict[str, Any]]:
     """Train model 0 on seed rows; in each round the newest model rates the pairs, and the next
-    one, from the same start, learns from seed rows and those kept. Return the counts of rounds.
+    one, from the same start, learns from seed rows and those kept. Yield each round's counts
+    before its training.
 
     Args:
         args: seed_data, pairs, config, rounds, threshold and output; for the ratings, the options
@@ -74,10 +76,10 @@ def iterate(args: Any) -> list[dict[str, Any]]:
                 )
             kept, row = Source(str(folder / CURATED / name)), row | counts
         rounds.append(row | mix(seed, kept, folder))
+        yield rounds[-1]
         train_sft.main(_training(args.config, folder))
         with sets.writing(output):
             sets.write_counts(output, {"rounds": rounds})
-    return rounds
 
 
 def _training(config: str, folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from easyaira.config.run import PROVENANCE
 from easyaira.evaluation.results import Result, average
 from easyaira.export.records import Records
-from easyaira.export.usage import ASKED, JUDGED, KINDS
+from easyaira.export.usage import usage
 from easyaira.train import energy
 
 logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # `stated` finds no figures
@@ -103,12 +103,12 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
     title = settings.get("title") or records.folder.resolve().name
     adapter = any("lora_" in name for name in report["tensors"])
     kind = ("adapter, " if adapter else "") + ("reward" if algorithm == "reward" else "chat")
-    library, task, usage = KINDS[kind]
     judged = "answer"
     if data and data["recipe"]["task"] == "label":
         judged = "text"
     elif data and data["template"] == "encoder":
         judged = "answer, encoder"
+    library, task, code = usage(kind, judged, config["data"]["reverse"], settings["language"])
     epochs = last.get("epoch")
     cut = (
         {why: n for why, n in train["noted"].items() if "cut" in why or "truncat" in why}
@@ -150,9 +150,7 @@ def _of_run(records: Records, report: Mapping[str, Any]) -> tuple[dict[str, Any]
         ],
         "average": average(records.evaluations),
         "held_out": f"{data['held out']['examples']:,}" if data and results else "the",
-        "usage": usage.replace("{inputs}", JUDGED[judged]).replace(
-            *ASKED[config["data"]["reverse"]]
-        ),
+        "usage": code,
         "longest": f"{train['length']['longest']:,}" if train else None,
         "cut": [f"{count:,} {escape(why)}" for why, count in cut.items()],
         "split_off": isinstance(config["data"]["eval"], float),

@@ -104,6 +104,8 @@ def released(setup: Setup) -> Facts:
     config |= ids | {"architectures": [language_model(config)]}
     if config.get("pad_token_id") == -1:  # of early Llamas: none
         config["pad_token_id"] = None
+    for name in ("bos_token_id", "pad_token_id"):
+        config.setdefault(name, None)  # else transformers takes its own: SmolLM3's pad is 128004
     generation = generation_config(origin.generation_config | asked | ids)
     check_ids(config, "config.json", setup.model.vocab_size)
     check_ids(generation, GENERATION_CONFIG, setup.model.vocab_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 CHAT = """```python
 from transformers import pipeline
 
@@ -57,9 +59,32 @@ ASKED = {  # reversed data: text to replace in the usage code, and its replaceme
     False: ("", ""),
     True: ("What is the capital of Brazil?", "The capital of Brazil is Brasilia."),
 }
+PORTUGUESE = {  # texts of the examples above
+    "What is the capital of Brazil?": "Qual é a capital do Brasil?",
+    "The capital of Brazil is Brasilia.": "A capital do Brasil é Brasília.",
+    "You are welcome.": "Seja bem-vindo.",
+    "How are you?": "Como vai?",
+    "Fine, thank you.": "Vou bem, obrigado.",
+}
 KINDS = {  # kind: library, task on the hub, usage code
     "chat": ("transformers", "text-generation", CHAT),
     "adapter, chat": ("peft", "text-generation", ADAPTER),
     "reward": ("transformers", "text-classification", REWARD),
     "adapter, reward": ("peft", "text-classification", SCORING_ADAPTER),
 }
+
+
+def usage(kind: str, judged: str, reverse: bool, languages: Sequence[str]) -> tuple[str, str, str]:
+    """Library, task on the hub and code; examples are in Portuguese where that is the first of the
+    model's languages.
+
+    Args:
+        kind: a key of KINDS.
+        judged: a key of JUDGED.
+    """
+    library, task, code = KINDS[kind]
+    code = code.replace("{inputs}", JUDGED[judged]).replace(*ASKED[reverse])
+    if languages and languages[0].lower().split("-")[0] == "pt":
+        for english, portuguese in PORTUGUESE.items():
+            code = code.replace(english, portuguese)
+    return library, task, code
