@@ -528,6 +528,38 @@ def test_kto_keeps_its_weights(source, tmp_path, capsys):
         assert config.data.train[0].columns == {"prompt": "instruction"}
 
 
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        ({}, ("drop", 0.05)),
+        ({"excess_length_strategy": "truncate"}, ("keep_start", 0.05)),
+        ({"excess_length_strategy": "raise"}, ("drop", 0.0)),
+    ],
+)
+def test_axolotl_leaves_out_what_is_too_long(keys, expected, tmp_path, capsys):
+    config, _ = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA | keys))
+    assert (config.data.truncation, config.data.max_dropped) == expected
+
+
+@pytest.mark.parametrize("keys, weight", [({}, 1.0), ({"cpo_alpha": 0.0}, 0.0), ({"cpo_alpha": 0.5}, 0.5)])
+def test_axolotls_simpo_adds_the_likelihood_of_its_trainer(keys, weight, tmp_path, capsys):
+    """Of CPOTrainer, whose cpo_alpha is 1 unless the file has it."""
+    pairs = {"datasets": [{"path": "o/d", "type": "chat_template.argilla"}]}
+    simpo = ALPACA_QLORA | pairs | {"rl": "simpo", "simpo_gamma": 1.0, "rl_beta": 2.0} | keys
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **simpo))
+    assert (config.dpo.loss_type, config.dpo.sft_weight) == ("simpo", weight)
+    assert (config.dpo.simpo_gamma, config.dpo.beta) == (1.0, 2.0)
+    assert ("cpo_alpha" in text) == (not keys)
+
+
+def test_axolotls_orpo_says_that_prompts_are_not_learned(tmp_path, capsys):
+    pairs = {"datasets": [{"path": "o/d", "type": "chat_template.argilla"}]}
+    orpo = ALPACA_QLORA | pairs | {"rl": "orpo", "orpo_alpha": 0.1}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **orpo))
+    assert (config.dpo.loss_type, config.dpo.sft_weight) == ("orpo", 1.0)
+    assert "of its prompt, too" in text
+
+
 def test_weights_of_kto_tell_its_loss(tmp_path, capsys):
     weights = MINIMAL | {"desirable_weight": 1.5}
     config, _ = ours(capsys, "trl", write(tmp_path / "a.yaml", **weights))
