@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 
 from easyaira import cli, convert, generate, train_dpo, train_sft
 from easyaira.config.run import TrainSFT, to_dict
-from easyaira.errors import StorageError
+from easyaira.errors import ConfigError, Preempted, StorageError
 from easyaira.generation import sampler
 from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
@@ -23,7 +24,7 @@ from easyaira.run.provenance import completed
 from easyaira.storage import pretrained
 from easyaira.train import log as logs
 from easyaira.train import step as steps
-from helpers import tiny
+from helpers import runs, tiny
 from helpers.processes import call
 from helpers.runs import argv
 
@@ -234,6 +235,52 @@ def test_a_run_from_before_an_option_goes_on_with_its_default(ground, tmp_path, 
     (out / "config.yaml").write_text(written)
     status, text, _ = call(train_sft.main, arguments, capsys)
     assert status == 0 and "finished after 4 updates" in text
+
+
+RL = {
+    "rl.reward": "easyaira.rewards.rules:concise",
+    "rl.max_completion_length": 4,
+    "rl.num_generations": 2,
+}
+ON_THE_WAY = {"dpo.precompute_ref_log_probs": False}
+
+
+@pytest.mark.parametrize(
+    "task, options, refused",
+    [
+        ("sft", {}, False),
+        ("dpo", {}, False),
+        ("dpo", {"data.cache_dir": "gone"}, True),
+        ("dpo", ON_THE_WAY, True),
+        ("rl", RL, True),
+    ],
+    ids=["no reference", "computed before", "to compute again", "in the step", "on-policy"],
+)
+def test_another_reference_in_the_same_folder_is_refused(
+    task, options, refused, tmp_path, monkeypatch
+):
+    """Other runs go on, and say what they began with."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    tiny.save(model, tiny.CONFIGS["llama"])
+    rows = tiny.dpo_rows(40) if task == "dpo" else tiny.sft_rows(40)
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    if "data.cache_dir" in options:
+        options = {"data.cache_dir": tmp_path / "gone"}
+    common = task, model, data, out
+    options = {"max_steps": 4, "optimizer.warmup_steps": 0, **options}
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        runs.stop_after(patch, 2)
+        runs.train(*common, **options)
+    began = yaml.safe_load((out / "config.yaml").read_text())["provenance"]["initial_weights"]
+    tiny.save(model, tiny.CONFIGS["llama"], std=0.1)
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    if refused:
+        with pytest.raises(ConfigError, match="model.name_or_path: .* has other weights than when"):
+            runs.train(*common, **options)
+    else:
+        runs.train(*common, **options)
+    made = yaml.safe_load((out / "config.yaml").read_text())["provenance"]
+    assert made["initial_weights"] == began
 
 
 def test_a_group_that_a_run_did_not_have_is_none_of_its_options():

@@ -541,7 +541,9 @@ def test_axolotl_leaves_out_what_is_too_long(keys, expected, tmp_path, capsys):
     assert (config.data.truncation, config.data.max_dropped) == expected
 
 
-@pytest.mark.parametrize("keys, weight", [({}, 1.0), ({"cpo_alpha": 0.0}, 0.0), ({"cpo_alpha": 0.5}, 0.5)])
+@pytest.mark.parametrize(
+    "keys, weight", [({}, 1.0), ({"cpo_alpha": 0.0}, 0.0), ({"cpo_alpha": 0.5}, 0.5)]
+)
 def test_axolotls_simpo_adds_the_likelihood_of_its_trainer(keys, weight, tmp_path, capsys):
     """Of CPOTrainer, whose cpo_alpha is 1 unless the file has it."""
     pairs = {"datasets": [{"path": "o/d", "type": "chat_template.argilla"}]}

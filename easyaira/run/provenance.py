@@ -26,9 +26,20 @@ from easyaira.train.setup import Setup
 
 
 def identity(setup: Setup) -> dict[str, Any]:
-    """Identity of a run, for its checkpoints: configuration and fingerprint of the data."""
+    """Identity of a run, for its checkpoints: configuration, fingerprint of the data, and samples
+    of the weights that it starts from."""
     fingerprint = setup.data.report["fingerprint"]
-    return to_dict(setup.config) | {"data_fingerprint": fingerprint}
+    return to_dict(setup.config) | {"data_fingerprint": fingerprint} | started_from(setup)
+
+
+def started_from(setup: Setup) -> dict[str, str | None]:
+    """Samples of the initial weights and of the reference's weights, by the option naming them."""
+    random = setup.config.model.init == "random"
+    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO and on-policy
+    return {
+        "initial_weights": None if random else setup.origin.sample(),
+        "reference_weights": pretrained.find(name).sample() if name else None,
+    }
 
 
 def completed(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -93,18 +104,10 @@ def made_of(setup: Setup) -> dict[str, Any]:
         "tokenizer and template": setup.template.fingerprint(),
         "config.json of the model": dict(setup.origin.config),
         "commit of the model": setup.origin.commit,
-        "weights of the model": _weights(setup),
+        "weights of the model": started_from(setup),
         "updates": setup.total_steps,
         "rows and lengths": [list(shape) for shape in setup.batches.shapes],
     }
-
-
-def _weights(setup: Setup) -> list[str]:
-    """Samples of the initial weights and of the reference's weights."""
-    if setup.config.model.init == "random":
-        return []
-    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO only
-    return [setup.origin.sample()] + ([pretrained.find(name).sample()] if name else [])
 
 
 def _versions() -> dict[str, str]:
@@ -122,7 +125,6 @@ def provenance(setup: Setup) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         commit = ""
-    random = setup.config.model.init == "random"
     return {
         "versions": _versions(),
         "git_commit": commit or None,
@@ -137,7 +139,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "warmup_steps": optimizer.warmup_steps(setup.config.optimizer, setup.total_steps),
         "data_fingerprint": setup.data.report["fingerprint"],
         "model_commit": setup.origin.commit,
-        "initial_weights": None if random else setup.origin.sample(),
+        **started_from(setup),
         "base_model": _base_model(setup),
         "parameters": setup.model.parameter_count(),
         "positions": setup.model.config.max_positions,
