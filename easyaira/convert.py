@@ -72,6 +72,9 @@ def to_hf(
                 dtype=dtype,
                 **common,
             )
+    held = origin.adapter and origin.adapter["config"]["quantize"]
+    if merge and held:
+        print(f"note: the adapter was trained on a base in {held}, so expect slightly other logits")
     print(f"{out}: {release.summary(report)}")
 
 

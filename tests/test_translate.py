@@ -2,6 +2,7 @@
 every number is the one that its trainer computes."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -458,6 +459,17 @@ def test_open_instruct_counts_rows_and_names_its_losses(tmp_path, capsys):
     sft = {key: value for key, value in TULU_DPO.items() if "dpo" not in key}
     config, _ = ours(capsys, "open-instruct", write(tmp_path / "b.yaml", **sft), "--task", "sft")
     assert config.sft.completion_only_loss and config.sft.assistant_only_loss
+
+
+def test_open_instruct_keeps_every_entry_of_its_list(tmp_path, capsys):
+    both = {"dataset_mixer_list": ["o/a", "0.5", "o/a", "20"], "dataset_mixer_list_splits": ["x"]}
+    sft = {key: value for key, value in TULU_DPO.items() if not re.search("dpo|mixer", key)} | both
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "a.yaml", **sft), "--task", "sft")
+    rows = [(source.path, source.split, source.weight) for source in config.data.train]
+    assert rows == [("o/a", "x", 0.5), ("o/a", "x[:20]", 1)]
+    file = write(tmp_path / "b.yaml", **sft | {"dataset_mixer_list_splits": ["x", "x", "y", "y"]})
+    with pytest.raises(ConfigError, match="dataset_mixer_list_splits .differ"):
+        translate.main(["open-instruct", file, "--task", "sft"])
 
 
 def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys):
