@@ -253,8 +253,9 @@ ON_THE_WAY = {"dpo.precompute_ref_log_probs": False}
         ("dpo", {"data.cache_dir": "gone"}, True),
         ("dpo", ON_THE_WAY, True),
         ("rl", RL, True),
+        ("rl", RL | {"lora.adapter": "before"}, True),
     ],
-    ids=["no reference", "computed before", "to compute again", "in the step", "on-policy"],
+    ids="none before again in_step on_policy adapter".split(),
 )
 def test_another_reference_in_the_same_folder_is_refused(
     task, options, refused, tmp_path, monkeypatch
@@ -267,15 +268,23 @@ def test_another_reference_in_the_same_folder_is_refused(
     if "data.cache_dir" in options:
         options = {"data.cache_dir": tmp_path / "gone"}
     common = task, model, data, out
+    adapter = tmp_path / "adapter"
+    adapted = {"lora.target_modules": "all-linear", "export": True, "optimizer.warmup_steps": 0}
+    if "lora.adapter" in options:
+        runs.train("sft", model, data, adapter, max_steps=1, **adapted)
+        options = options | adapted | {"lora.adapter": adapter / "hf"}
     options = {"max_steps": 4, "optimizer.warmup_steps": 0, **options}
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         runs.stop_after(patch, 2)
         runs.train(*common, **options)
     began = yaml.safe_load((out / "config.yaml").read_text())["provenance"]["initial_weights"]
-    tiny.save(model, tiny.CONFIGS["llama"], std=0.1)
+    if "lora.adapter" in options:
+        runs.train("sft", model, data, adapter, max_steps=2, **adapted)
+    else:
+        tiny.save(model, tiny.CONFIGS["llama"], std=0.1)
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
     if refused:
-        with pytest.raises(ConfigError, match="model.name_or_path: .* has other weights than when"):
+        with pytest.raises(ConfigError, match="(_path|adapter): .* has other weights than when"):
             runs.train(*common, **options)
     else:
         runs.train(*common, **options)

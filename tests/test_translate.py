@@ -563,7 +563,7 @@ def test_axolotls_simpo_adds_the_likelihood_of_its_trainer(keys, weight, tmp_pat
     config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **simpo))
     assert (config.dpo.loss_type, config.dpo.sft_weight) == ("simpo", weight)
     assert (config.dpo.simpo_gamma, config.dpo.beta) == (1.0, 2.0)
-    assert ("cpo_alpha" in text) == (not keys)
+    assert (f"cpo_alpha {weight}, 1 where" in text) == bool(weight)
 
 
 def test_axolotls_orpo_says_that_prompts_are_not_learned(tmp_path, capsys):

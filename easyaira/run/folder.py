@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +28,11 @@ from easyaira.storage.checkpoints import Checkpoints, peek, records
 from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
-STARTS = {"initial_weights": "name_or_path", "reference_weights": "ref_name_or_path"}
+STARTS = {  # sample of weights that a run begins with: the option that names them
+    "initial_weights": "model.name_or_path",
+    "initial_adapter": "lora.adapter",
+    "reference_weights": "model.ref_name_or_path",
+}
 LENGTH = ("max_steps", "num_train_epochs")  # options that may make a run longer
 
 
@@ -256,9 +261,9 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
     for name, (before, sample) in starts.items() if _reads_start(setup.config) else ():
         if before and before != sample:
             raise ConfigError(
-                f"model.{STARTS[name]}: {getattr(setup.config.model, STARTS[name])} has other "
-                f"weights than when the run in {place} began, and they are its reference; restore "
-                "them to continue, or choose another output_dir"
+                f"{STARTS[name]}: {attrgetter(STARTS[name])(setup.config)} has other weights than "
+                f"when the run in {place} began, and they are its reference; restore them to "
+                "continue, or choose another output_dir"
             )
 
 

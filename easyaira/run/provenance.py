@@ -20,6 +20,8 @@ from easyaira.config.run import PROVENANCE, RunConfig, to_dict
 from easyaira.errors import StorageError
 from easyaira.export.proof import code_hash
 from easyaira.files import read_yaml
+from easyaira.hf import safetensors
+from easyaira.lora.peft import ADAPTER_WEIGHTS
 from easyaira.storage import pretrained
 from easyaira.train import optimizer
 from easyaira.train.setup import Setup
@@ -33,11 +35,14 @@ def identity(setup: Setup) -> dict[str, Any]:
 
 
 def started_from(setup: Setup) -> dict[str, str | None]:
-    """Samples of the initial weights and of the reference's weights, by the option naming them."""
+    """Samples of the initial weights, of the initial adapter and of the reference's weights."""
     random = setup.config.model.init == "random"
     name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO and on-policy
+    adapter = setup.config.lora and setup.config.lora.adapter
+    file = pretrained.find(adapter).folder / ADAPTER_WEIGHTS if adapter else None
     return {
         "initial_weights": None if random else setup.origin.sample(),
+        "initial_adapter": file and pretrained.sampled(safetensors.open_file(file)),
         "reference_weights": pretrained.find(name).sample() if name else None,
     }
 

@@ -227,15 +227,15 @@ def facts(run: Recipe) -> None:
     if run.get("loss_type") == "orpo":  # beside the likelihood, in its trainer, too
         run.options["dpo.sft_weight"] = 1.0
         run.note(
-            "orpo adds the likelihood of the chosen answer; axolotl's trainer adds that of its "
-            "prompt, too"
+            "orpo adds the likelihood of the chosen answer, a mean over answers; there that of its "
+            "prompt, too, a mean over tokens"
         )
     elif run.get("loss_type") == "simpo":  # of TRL's CPOTrainer, whose cpo_alpha is 1
-        run.options["dpo.sft_weight"] = run.get("cpo_alpha", 1.0)
-        if "cpo_alpha" not in run.facts:
+        run.options["dpo.sft_weight"] = weight = run.get("cpo_alpha", 1.0)
+        if weight:
             run.note(
-                "simpo adds the likelihood of the chosen answer (dpo.sft_weight 1), as axolotl's "
-                "trainer does without cpo_alpha; the paper's SimPO has dpo.sft_weight 0"
+                f"simpo adds the likelihood of the chosen answer (cpo_alpha {weight}, 1 where the "
+                "file has none), a mean over answers; there a mean over tokens. The paper has none"
             )
     elif run.get("loss_type") == "dpo":
         run.facts["loss_type"] = "sigmoid"
