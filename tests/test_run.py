@@ -449,7 +449,11 @@ def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys,
 def test_an_export_in_another_dtype_says_so(ground, tmp_path, capsys):
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     arguments = ["to_hf", tmp_path / "ours", tmp_path / "x", "--dtype=bfloat16"]
-    assert call(convert.main, arguments, capsys)[0] == 0
+    status, out, _ = call(convert.main, arguments, capsys)
+    assert status == 0 and "equal the trained ones, rounded to bfloat16, bit for bit" in out
+    assert "rounded to bfloat16" in (tmp_path / "x/README.md").read_text()
+    proof = json.loads((tmp_path / "x/proof.json").read_text())
+    assert proof["compared"]["tensors"].endswith("with the trained one, rounded to bfloat16")
     config = json.loads((tmp_path / "x/config.json").read_text())
     tensors = json.loads((tmp_path / "x/export_report.json").read_text())["tensors"]
     assert config["dtype"] == "bfloat16"

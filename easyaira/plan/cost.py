@@ -97,7 +97,7 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
 
 
 def together_of(setup: Setup, algorithm: Algorithm) -> int:
-    """Of the rows that train_batch_size counts, a micro-batch on a device has a multiple of this."""
+    """A micro-batch on a device has a multiple of so many rows of train_batch_size."""
     if algorithm.on_policy is None:
         return algorithm.together
     return OBJECTIVES[setup.config.rl.algorithm].together  # type: ignore[attr-defined]
