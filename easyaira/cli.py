@@ -280,6 +280,9 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         group = re.search(r"Group '([\w.]+)'", message)
         name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
         return _no_such_option(name, _options(parser))
+    if alone := re.match(r"argument --([\w.]+): expected one argument$", message):
+        value = "true" if _hint(parser, alone[1]) is bool else "VALUE"
+        return f"{alone[1]}: expected a value, got nothing; write --{alone[1]} {value}"
     key = re.match(r'Parser key "([\w.]+)": (.*)', message)
     if key is None:
         return shortened(message, 300)

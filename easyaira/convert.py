@@ -72,6 +72,9 @@ def to_hf(
                 dtype=dtype,
                 **common,
             )
+    held = origin.adapter and origin.adapter["config"]["quantize"]
+    if merge and held:
+        print(f"note: the adapter was trained on a base in {held}, so expect slightly other logits")
     print(f"{out}: {release.summary(report)}")
 
 
@@ -145,9 +148,13 @@ def from_easylm(
     ours = {row.ours: row for row in model.rows}
     rows = [row for row in (known(model.config) if known else ()) if row.ours in ours]
     if lacking := ours.keys() - {row.ours for row in rows}:
+        kind = f"with {min(lacking)}, which EasyLM's checkpoints lack"
+        if known is None:
+            kind = (
+                f"of type {origin.config['model_type']}, and EasyLM's checkpoints are read as llama"
+            )
         raise ConfigError(
-            f"{origin.where}: describes a model with {min(lacking)}, which EasyLM's checkpoints "
-            "lack; name the model that EasyLM trained"
+            f"{origin.where}: describes a model {kind}; name the model that EasyLM trained"
         )
     tensors = transfer.match(
         easylm.open_stream(Path(source)),

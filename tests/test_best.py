@@ -123,6 +123,12 @@ def test_the_run_stops_and_the_best_is_kept_and_released(straight, ground, tmp_p
         np.testing.assert_array_equal(four[name], hf[name], err_msg=name)
 
 
+def test_the_last_lines_are_of_the_released_weights(ground, tmp_path, capsys):
+    train(ground, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "of update 4" in out and f"held-out loss {LOSSES[0]:.4g} -> {LOSSES[4]:.4g}, " in out
+
+
 def test_the_same_command_finds_the_stopped_run_finished(straight, ground, capsys):
     train(ground, straight, export=True)
     assert "is finished after 8 updates" in capsys.readouterr().out

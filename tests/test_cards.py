@@ -14,6 +14,7 @@ from easyaira.config.run import DryRun
 from easyaira.distributed import cards, chips
 from easyaira.errors import ConfigError, WeightsError
 from easyaira.plan import cost, counted
+from easyaira.plan.search import candidates
 from easyaira.run.run import run
 from easyaira.train.setup import prepare
 from helpers import runs, tiny
@@ -123,6 +124,39 @@ def test_a_plan_needs_no_weights_and_says_what_would_fit(ground, capsys):
     flags += ["lora.r 16", "nf4"]
     places = [out.index(flag) for flag in flags]
     assert places == sorted(places) and out.rstrip().endswith("larger devices")
+
+
+RATED = [{"prompt": f"who {i}?", "completion": "yes", "label": i % 2} for i in range(40)]
+ONLINE = {
+    "rl.algorithm": "online_dpo",
+    "rl.reward": "easyaira.rewards.rules:concise",
+    "rl.max_completion_length": 4,
+}
+IN_GROUPS = {
+    "kto": ("dpo", {"dpo.loss_type": "kto", "dpo.kto_group": 4, "train_batch_size": 16}, 4),
+    "online": ("rl", ONLINE | {"train_batch_size": 8}, 4),
+    "random": ("sft", {"model.init": "random"}, 8),
+}
+
+
+@pytest.mark.parametrize("name", IN_GROUPS)
+def test_what_is_proposed_is_a_run(name, ground, tmp_path, capsys):
+    """Examples that belong together stay so, and random weights have no adapters."""
+    task, options, most = IN_GROUPS[name]
+    rows = RATED if name == "kto" else tiny.sft_rows(40)
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    common = task, ground / "two", data, tmp_path / "out"
+    config, algorithm = runs.configure(*common, max_steps=4, **options)
+    with jax.default_matmul_precision("default"):
+        run(config, algorithm, dry_run=DryRun(memory=2**14))
+    _, proposed = capsys.readouterr().out.split("to fit, counted:\n")
+    lines = [line for line in proposed.splitlines() if " --" in line]
+    assert len(lines) > 2 and all("GiB" in line for line in lines), proposed
+    assert f"--gradient_accumulation_steps {most}:" in proposed
+    assert ("--lora" in proposed) == (name != "random")
+    setup = prepare(config, algorithm, planned=True)
+    accumulations = {one.setup.batches.accumulation for one in candidates(setup, algorithm)}
+    assert max(accumulations) == most
 
 
 def test_adapters_are_planned_without_weights(ground, capsys):

@@ -50,6 +50,12 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         ),
         (["--beta", "1"], "beta: no such option; did you mean dpo.beta?"),
         (["--train_batch_size", "many"], "train_batch_size: "),
+        (["--seed"], "seed: expected a value, got nothing; write --seed VALUE"),
+        (
+            ["--load_best_model_at_end", "--seed", "1"],
+            "load_best_model_at_end: expected a value, got nothing; write "
+            "--load_best_model_at_end true",
+        ),
         (
             ["--train_batch_size", "0"],
             "train_batch_size: expected a whole number from 1, below 2**31, got 0",

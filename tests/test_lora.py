@@ -176,6 +176,7 @@ TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
     + [(kind, {"use_dora": True}) for kind in ("gpt2", "llama")]
     + [
         ("gpt2", {"trainable_token_indices": TOKENS}),
+        ("gpt2", {"trainable_token_indices": {"wte": TOKENS}}),
         ("llama", {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}}),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 
 from easyaira import cli, convert, generate, train_dpo, train_sft
 from easyaira.config.run import TrainSFT, to_dict
-from easyaira.errors import StorageError
+from easyaira.errors import ConfigError, Preempted, StorageError
 from easyaira.generation import sampler
 from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
@@ -23,7 +24,7 @@ from easyaira.run.provenance import completed
 from easyaira.storage import pretrained
 from easyaira.train import log as logs
 from easyaira.train import step as steps
-from helpers import tiny
+from helpers import runs, tiny
 from helpers.processes import call
 from helpers.runs import argv
 
@@ -236,6 +237,61 @@ def test_a_run_from_before_an_option_goes_on_with_its_default(ground, tmp_path, 
     assert status == 0 and "finished after 4 updates" in text
 
 
+RL = {
+    "rl.reward": "easyaira.rewards.rules:concise",
+    "rl.max_completion_length": 4,
+    "rl.num_generations": 2,
+}
+ON_THE_WAY = {"dpo.precompute_ref_log_probs": False}
+
+
+@pytest.mark.parametrize(
+    "task, options, refused",
+    [
+        ("sft", {}, False),
+        ("dpo", {}, False),
+        ("dpo", {"data.cache_dir": "gone"}, True),
+        ("dpo", ON_THE_WAY, True),
+        ("rl", RL, True),
+        ("rl", RL | {"lora.adapter": "before"}, True),
+    ],
+    ids="none before again in_step on_policy adapter".split(),
+)
+def test_another_reference_in_the_same_folder_is_refused(
+    task, options, refused, tmp_path, monkeypatch
+):
+    """Other runs go on, and say what they began with."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    tiny.save(model, tiny.CONFIGS["llama"])
+    rows = tiny.dpo_rows(40) if task == "dpo" else tiny.sft_rows(40)
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    if "data.cache_dir" in options:
+        options = {"data.cache_dir": tmp_path / "gone"}
+    common = task, model, data, out
+    adapter = tmp_path / "adapter"
+    adapted = {"lora.target_modules": "all-linear", "export": True, "optimizer.warmup_steps": 0}
+    if "lora.adapter" in options:
+        runs.train("sft", model, data, adapter, max_steps=1, **adapted)
+        options = options | adapted | {"lora.adapter": adapter / "hf"}
+    options = {"max_steps": 4, "optimizer.warmup_steps": 0, **options}
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        runs.stop_after(patch, 2)
+        runs.train(*common, **options)
+    began = yaml.safe_load((out / "config.yaml").read_text())["provenance"]["initial_weights"]
+    if "lora.adapter" in options:
+        runs.train("sft", model, data, adapter, max_steps=2, **adapted)
+    else:
+        tiny.save(model, tiny.CONFIGS["llama"], std=0.1)
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    if refused:
+        with pytest.raises(ConfigError, match="(_path|adapter): .* has other weights than when"):
+            runs.train(*common, **options)
+    else:
+        runs.train(*common, **options)
+    made = yaml.safe_load((out / "config.yaml").read_text())["provenance"]
+    assert made["initial_weights"] == began
+
+
 def test_a_group_that_a_run_did_not_have_is_none_of_its_options():
     """Defaults stand for options that did not exist, and not for a group that was left out."""
     model = {"name_or_path": "m"}
@@ -393,7 +449,11 @@ def test_an_export_that_does_not_verify_leaves_nothing(ground, tmp_path, capsys,
 def test_an_export_in_another_dtype_says_so(ground, tmp_path, capsys):
     call(convert.main, ["from_hf", ground / "gpt2", tmp_path / "ours"], capsys)
     arguments = ["to_hf", tmp_path / "ours", tmp_path / "x", "--dtype=bfloat16"]
-    assert call(convert.main, arguments, capsys)[0] == 0
+    status, out, _ = call(convert.main, arguments, capsys)
+    assert status == 0 and "equal the trained ones, rounded to bfloat16, bit for bit" in out
+    assert "rounded to bfloat16" in (tmp_path / "x/README.md").read_text()
+    proof = json.loads((tmp_path / "x/proof.json").read_text())
+    assert proof["compared"]["tensors"].endswith("with the trained one, rounded to bfloat16")
     config = json.loads((tmp_path / "x/config.json").read_text())
     tensors = json.loads((tmp_path / "x/export_report.json").read_text())["tensors"]
     assert config["dtype"] == "bfloat16"

@@ -2,6 +2,7 @@
 every number is the one that its trainer computes."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -460,6 +461,17 @@ def test_open_instruct_counts_rows_and_names_its_losses(tmp_path, capsys):
     assert config.sft.completion_only_loss and config.sft.assistant_only_loss
 
 
+def test_open_instruct_keeps_every_entry_of_its_list(tmp_path, capsys):
+    both = {"dataset_mixer_list": ["o/a", "0.5", "o/a", "20"], "dataset_mixer_list_splits": ["x"]}
+    sft = {key: value for key, value in TULU_DPO.items() if not re.search("dpo|mixer", key)} | both
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "a.yaml", **sft), "--task", "sft")
+    rows = [(source.path, source.split, source.weight) for source in config.data.train]
+    assert rows == [("o/a", "x", 0.5), ("o/a", "x[:20]", 1)]
+    file = write(tmp_path / "b.yaml", **sft | {"dataset_mixer_list_splits": ["x", "x", "y", "y"]})
+    with pytest.raises(ConfigError, match="dataset_mixer_list_splits .differ"):
+        translate.main(["open-instruct", file, "--task", "sft"])
+
+
 def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys):
     config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA))
     assert (config.train_batch_size, config.data.eval, config.eval_steps) == (8, 0.05, 0)
@@ -526,6 +538,40 @@ def test_kto_keeps_its_weights(source, tmp_path, capsys):
     if source == "axolotl":
         assert config.data.train[0].template == "chatml"
         assert config.data.train[0].columns == {"prompt": "instruction"}
+
+
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        ({}, ("drop", 0.05)),
+        ({"excess_length_strategy": "truncate"}, ("keep_start", 0.05)),
+        ({"excess_length_strategy": "raise"}, ("drop", 0.0)),
+    ],
+)
+def test_axolotl_leaves_out_what_is_too_long(keys, expected, tmp_path, capsys):
+    config, _ = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA | keys))
+    assert (config.data.truncation, config.data.max_dropped) == expected
+
+
+@pytest.mark.parametrize(
+    "keys, weight", [({}, 1.0), ({"cpo_alpha": 0.0}, 0.0), ({"cpo_alpha": 0.5}, 0.5)]
+)
+def test_axolotls_simpo_adds_the_likelihood_of_its_trainer(keys, weight, tmp_path, capsys):
+    """Of CPOTrainer, whose cpo_alpha is 1 unless the file has it."""
+    pairs = {"datasets": [{"path": "o/d", "type": "chat_template.argilla"}]}
+    simpo = ALPACA_QLORA | pairs | {"rl": "simpo", "simpo_gamma": 1.0, "rl_beta": 2.0} | keys
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **simpo))
+    assert (config.dpo.loss_type, config.dpo.sft_weight) == ("simpo", weight)
+    assert (config.dpo.simpo_gamma, config.dpo.beta) == (1.0, 2.0)
+    assert (f"cpo_alpha {weight}, 1 where" in text) == bool(weight)
+
+
+def test_axolotls_orpo_says_that_prompts_are_not_learned(tmp_path, capsys):
+    pairs = {"datasets": [{"path": "o/d", "type": "chat_template.argilla"}]}
+    orpo = ALPACA_QLORA | pairs | {"rl": "orpo", "orpo_alpha": 0.1}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **orpo))
+    assert (config.dpo.loss_type, config.dpo.sft_weight) == ("orpo", 1.0)
+    assert "of its prompt, too" in text
 
 
 def test_weights_of_kto_tell_its_loss(tmp_path, capsys):

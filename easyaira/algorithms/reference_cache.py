@@ -84,12 +84,14 @@ def logps_of(
     results in its folder and resumes from them.
 
     Raises:
+        ConfigError: they are missing, and the reference has other weights than before.
         StorageError: the cache or the run folder cannot be written.
     """
     record, partial = folder / KEYS, folder / f"reference_{part}.partial.npy"
     keys = hosts.share(_recorded(record) if hosts.first() else {})
     root = cache.cache_folder(setup.config.data, "reference")
-    if "weights" not in keys:  # one pass over the weights, shared by all parts
+    recorded = "weights" in keys
+    if not recorded:  # one pass over the weights, shared by all parts
         keys["weights"] = fingerprint(weights())
     decides = _decides(setup, batches, keys["weights"])
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
@@ -117,7 +119,16 @@ def logps_of(
             logps[intact] = rows["logps"][intact]
     logps = hosts.from_first(logps, setup.mesh)
     if np.isnan(logps).any():
-        score_all(score, weights(), batches, setup, logps, rows)
+        params = weights()
+        if recorded and fingerprint(params) != keys["weights"]:
+            name = setup.config.model.ref_name_or_path  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"model.{'ref_' * bool(name)}name_or_path: "
+                f"{name or setup.config.model.name_or_path} has other weights than when the run in "
+                f"{folder} began, and they are its reference; restore them to continue, or choose "
+                "another output_dir"
+            )
+        score_all(score, params, batches, setup, logps, rows)
     if rows is not None:
 
         def build(entry: Path) -> None:

@@ -134,8 +134,8 @@ def largest_cache(setup: Setup, sampler: Sampler) -> tuple[int, int]:
     """Rows and slots that the cache of a roll-out has at most."""
     config: TrainRL = setup.config
     lengths = np.sort(np.diff(setup.data.train.bounds[:, :2])[:, 0])
-    longest = lengths[-(config.answers // config.rl.num_generations) :].tolist()
-    return sampler.largest_cache(longest, int(config.rl.num_generations))
+    own = int(config.rl.answers_per_prompt)
+    return sampler.largest_cache(lengths[-(config.answers // own) :].tolist(), own)
 
 
 class Rollouts:

@@ -140,7 +140,7 @@ class Release:
     def _logits(self) -> tuple[list[str], str]:
         released = self.proof["logits"]
         if not released["compared"]:
-            raise NotMade(f"nor at the release: {released['why']}")
+            raise NotMade(f"they were not compared at the release either ({released['why']})")
         sizes = [math.prod(entry["shape"]) for entry in self.proof["tensors"].values()]
         base = self._base_model() if self.proof["base"] else None
         if base is not None:

@@ -50,7 +50,8 @@ def write(
         "files": {name: _described(folder / name) for name in files(folder)},
         "card": card.stated((folder / CARD).read_text(encoding="utf-8")),
         "compared": {
-            "tensors": "every tensor, read back from the folder, with the trained one",
+            "tensors": "every tensor, read back from the folder, with the trained one"
+            + rounded(report["tensors"]),
             "tensors_tolerance": 0,
             "logits": "transformers' with EasyAira's, in float32, on the tokens of `prompts`",
             "logits_tolerance": logits.get("tolerance"),
@@ -163,6 +164,12 @@ def _described(path: Path) -> dict[str, Any]:
     if path.suffix == ".json" and len(content) <= KEPT_BYTES:
         kept["content"] = parse_json(content)
     return {"sha256": hashlib.sha256(content).hexdigest(), **kept}
+
+
+def rounded(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the stored tensors were rounded, in words; empty if all are float32, as in training."""
+    dtypes = sorted({entry["dtype"] for entry in tensors.values()} - {"float32"})
+    return f", rounded to {' and '.join(dtypes)}" if dtypes else ""
 
 
 def described(tensor: np.ndarray) -> dict[str, Any]:

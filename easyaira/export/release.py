@@ -235,4 +235,7 @@ def _verify(
         raise WeightsError(
             f"{folder}: {sorted(wrong)[:3]} differ from the trained tensors; is the disk sound?"
         )
-    return f"all {len(stored)} tensors equal the trained ones bit for bit"
+    rounded = proof.rounded(written)
+    return (
+        f"all {len(stored)} tensors equal the trained ones{rounded and rounded + ','} bit for bit"
+    )

@@ -210,6 +210,9 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
                 f"lora.{ours}: is {wanted}, but {file} has {stored}; set it to {stored}"
             )
     wanted, stored = _token_indices(adapter), config.get("trainable_token_indices") or None
+    if isinstance(stored, dict) and len(adapter.tables) == 1:  # the embedding, by its name
+        (table,) = adapter.tables
+        stored = stored.get(module_of(table).rpartition(".")[2]) if len(stored) == 1 else stored
     if wanted != stored:
         raise ConfigError(
             f"{file}: trainable_token_indices: is {stored!r:.80}, but the run trains {wanted!r:.80}"

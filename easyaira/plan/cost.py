@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyaira.algorithms.rollouts import OBJECTIVES
 from easyaira.distributed.cards import Absent
 from easyaira.distributed.chips import chip_of
 from easyaira.distributed.sharding import like
@@ -93,6 +94,13 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
         )
     chunks = max(1, -(-int(mask.sum(-1).max()) // chunk))
     return Update(arrays, batches.accumulation, *shape, (chunks, chunk))
+
+
+def together_of(setup: Setup, algorithm: Algorithm) -> int:
+    """A micro-batch on a device has a multiple of so many rows of train_batch_size."""
+    if algorithm.on_policy is None:
+        return algorithm.together
+    return OBJECTIVES[setup.config.rl.algorithm].together  # type: ignore[attr-defined]
 
 
 def measure(setup: Setup, algorithm: Algorithm) -> Plan:

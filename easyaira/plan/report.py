@@ -23,7 +23,9 @@ def describe(setup: Setup) -> str:
     noted = f"; {_counts(counts['noted'])}" if counts["noted"] else ""
     who = "pair's" if setup.batches.examples.answers == 2 else "group's"
     shared = f"; each {who} prompt stored once" if setup.batches.share_prompt else ""
-    learned = "" if model.scorer else f", {counts['learned_tokens']:,} of them learned"
+    # prompts have nothing to learn, nor do texts to score
+    learned = counts["learned_tokens"] and not model.scorer
+    learned = f", {counts['learned_tokens']:,} of them learned" if learned else ""
     warmup = optimizer.warmup_steps(config.optimizer, setup.total_steps)
     return (
         f"model   {config.model.name_or_path}: {model.parameter_count():,} parameters, vocabulary "

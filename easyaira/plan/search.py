@@ -100,6 +100,7 @@ def _settings(setup: Setup) -> tuple[Any, ...]:
 def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:
     """Every combination of settings that the model and the batch size allow."""
     count, size = setup.mesh.size, setup.batches.size
+    rows, together = setup.config.train_batch_size, cost.together_of(setup, algorithm)
     for tp in (n for n in range(1, count + 1) if count % n == 0):
         for fsdp in (n for n in range(1, count // tp + 1) if count // tp % n == 0):
             shards = count // tp
@@ -111,7 +112,9 @@ def candidates(setup: Setup, algorithm: Algorithm) -> Iterator[Candidate]:
                 continue
             if setup.model.config.kv_heads % tp:
                 continue
-            for parts in (n for n in range(1, size // shards + 1) if size % (n * shards) == 0):
+            for parts in range(1, size // shards + 1):
+                if size % (parts * shards) or rows % (parts * shards * together):
+                    continue
                 batches = replace(setup.batches, shards=shards, accumulation=parts)
                 variant = replace(setup, mesh=mesh, batches=batches)
                 variant = _with(variant, mesh=text, gradient_accumulation_steps=parts)

@@ -26,7 +26,7 @@ def smaller(setup: Setup, algorithm: Algorithm, room: float) -> Iterator[str]:
     kind = setup.mesh.devices.flat[0]
     capability = getattr(kind, "compute_capability", None)
     devices = [Absent(i, kind.device_kind, capability) for i in range(setup.mesh.size)]
-    for flags, config in steps(setup):
+    for flags, config in steps(setup, cost.together_of(setup, algorithm)):
         try:
             needed = _needed(config, algorithm, devices)
         except EasyAiraError as error:  # such as rows that a shorter max_length drops
@@ -44,14 +44,18 @@ def _needed(config: RunConfig, algorithm: Algorithm, devices: list[Absent]) -> f
     return cost.measure(setup, algorithm).program.memory
 
 
-def steps(setup: Setup) -> Iterator[tuple[str, RunConfig]]:
-    """Changes of the options, from those that keep the result to those that do not."""
+def steps(setup: Setup, together: int) -> Iterator[tuple[str, RunConfig]]:
+    """Changes of the options, from those that keep the result to those that do not.
+
+    Args:
+        together: see `cost.together_of`.
+    """
     config = setup.config
     if config.model.gradient_checkpointing != "full":
         model = replace(config.model, gradient_checkpointing="full")
         config = replace(config, model=model)
         yield "--model.gradient_checkpointing full", config
-    parts = config.train_batch_size // setup.batches.shards
+    parts = config.train_batch_size // setup.batches.shards // together
     if config.gradient_accumulation_steps < parts:
         config = replace(config, gradient_accumulation_steps=parts)
         yield f"+ --gradient_accumulation_steps {parts}", config
@@ -60,7 +64,7 @@ def steps(setup: Setup) -> Iterator[tuple[str, RunConfig]]:
         optimizer = replace(config.optimizer, name="adamw", state_dtype="8bit")
         config = replace(config, optimizer=optimizer)
         yield f"+ {adamw}--optimizer.state_dtype 8bit", config
-    if config.lora is None:
+    if config.lora is None and config.model.init == "pretrained":
         config = replace(config, lora=LoraConfig(target_modules="all-linear", r=16, alpha=32))
         yield "+ --lora.target_modules all-linear --lora.r 16 --lora.alpha 32", config
     if config.lora and config.lora.quantize is None:

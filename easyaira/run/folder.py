@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,11 @@ from easyaira.storage.checkpoints import Checkpoints, peek, records
 from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
+STARTS = {  # sample of weights that a run begins with: the option that names them
+    "initial_weights": "model.name_or_path",
+    "initial_adapter": "lora.adapter",
+    "reference_weights": "model.ref_name_or_path",
+}
 LENGTH = ("max_steps", "num_train_epochs")  # options that may make a run longer
 
 
@@ -160,8 +166,8 @@ def _identity_of(record: Path) -> dict[str, Any]:
     """The identity of the run that wrote this config.yaml."""
     written = read_yaml(record, error=StorageError)
     made = written.pop(PROVENANCE, None)
-    fingerprint = made.get("data_fingerprint") if isinstance(made, dict) else None
-    return written | {"data_fingerprint": fingerprint}
+    made = made if isinstance(made, dict) else {}
+    return written | {name: made.get(name) for name in ("data_fingerprint", *STARTS)}
 
 
 def _blame(record: Path, error: EasyAiraError, setup: Setup, place: str) -> None:
@@ -184,7 +190,12 @@ def _write(setup: Setup, place: str) -> None:
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
     try:
-        content = to_dict(config) | {PROVENANCE: provenance(setup)}
+        made = provenance(setup)
+        if record.exists() and peek(place)[0] is not None:
+            with suppress(StorageError):  # it is damaged, and the checkpoints are this run's
+                began = _identity_of(record)
+                made |= {name: began[name] for name in STARTS if began[name]}
+        content = to_dict(config) | {PROVENANCE: made}
         content["checkpoint_dir"] = place if config.checkpoint_dir else None
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         data_report.write(folder, setup.data)
@@ -233,6 +244,7 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
         for content in (completed(saved, setup.config), identity(setup))
     )
     other_rows = then.pop("data_fingerprint", None) != now.pop("data_fingerprint")
+    starts = {name: (then.pop(name, None), now.pop(name)) for name in STARTS}
     may_change = {*MAY_CHANGE, *(LENGTH if _added(then, setup) else ())}
     for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
@@ -246,6 +258,21 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
             f"data: the run in {place} was trained on other rows than data.train gives now; "
             "restore them to continue, or choose another output_dir"
         )
+    for name, (before, sample) in starts.items() if _reads_start(setup.config) else ():
+        if before and before != sample:
+            raise ConfigError(
+                f"{STARTS[name]}: {attrgetter(STARTS[name])(setup.config)} has other weights than "
+                f"when the run in {place} began, and they are its reference; restore them to "
+                "continue, or choose another output_dir"
+            )
+
+
+def _reads_start(config: RunConfig) -> bool:
+    """Whether a resumed run reads its reference again. The log-probabilities that are computed
+    before the first update have a check of their own."""
+    dpo, rl = getattr(config, "dpo", None), getattr(config, "rl", None)
+    in_step = dpo and dpo.reference == "model" and not dpo.precompute_ref_log_probs
+    return bool(in_step or rl and rl.beta)
 
 
 def _added(then: Mapping[str, Any], setup: Setup) -> int:

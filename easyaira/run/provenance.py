@@ -20,15 +20,31 @@ from easyaira.config.run import PROVENANCE, RunConfig, to_dict
 from easyaira.errors import StorageError
 from easyaira.export.proof import code_hash
 from easyaira.files import read_yaml
+from easyaira.hf import safetensors
+from easyaira.lora.peft import ADAPTER_WEIGHTS
 from easyaira.storage import pretrained
 from easyaira.train import optimizer
 from easyaira.train.setup import Setup
 
 
 def identity(setup: Setup) -> dict[str, Any]:
-    """Identity of a run, for its checkpoints: configuration and fingerprint of the data."""
+    """Identity of a run, for its checkpoints: configuration, fingerprint of the data, and samples
+    of the weights that it starts from."""
     fingerprint = setup.data.report["fingerprint"]
-    return to_dict(setup.config) | {"data_fingerprint": fingerprint}
+    return to_dict(setup.config) | {"data_fingerprint": fingerprint} | started_from(setup)
+
+
+def started_from(setup: Setup) -> dict[str, str | None]:
+    """Samples of the initial weights, of the initial adapter and of the reference's weights."""
+    random = setup.config.model.init == "random"
+    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO and on-policy
+    adapter = setup.config.lora and setup.config.lora.adapter
+    file = pretrained.find(adapter).folder / ADAPTER_WEIGHTS if adapter else None
+    return {
+        "initial_weights": None if random else setup.origin.sample(),
+        "initial_adapter": file and pretrained.sampled(safetensors.open_file(file)),
+        "reference_weights": pretrained.find(name).sample() if name else None,
+    }
 
 
 def completed(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -93,18 +109,10 @@ def made_of(setup: Setup) -> dict[str, Any]:
         "tokenizer and template": setup.template.fingerprint(),
         "config.json of the model": dict(setup.origin.config),
         "commit of the model": setup.origin.commit,
-        "weights of the model": _weights(setup),
+        "weights of the model": started_from(setup),
         "updates": setup.total_steps,
         "rows and lengths": [list(shape) for shape in setup.batches.shapes],
     }
-
-
-def _weights(setup: Setup) -> list[str]:
-    """Samples of the initial weights and of the reference's weights."""
-    if setup.config.model.init == "random":
-        return []
-    name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO only
-    return [setup.origin.sample()] + ([pretrained.find(name).sample()] if name else [])
 
 
 def _versions() -> dict[str, str]:
@@ -122,7 +130,6 @@ def provenance(setup: Setup) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         commit = ""
-    random = setup.config.model.init == "random"
     return {
         "versions": _versions(),
         "git_commit": commit or None,
@@ -137,7 +144,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "warmup_steps": optimizer.warmup_steps(setup.config.optimizer, setup.total_steps),
         "data_fingerprint": setup.data.report["fingerprint"],
         "model_commit": setup.origin.commit,
-        "initial_weights": None if random else setup.origin.sample(),
+        **started_from(setup),
         "base_model": _base_model(setup),
         "parameters": setup.model.parameter_count(),
         "positions": setup.model.config.max_positions,

@@ -146,6 +146,7 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         params, samples, step = result
         warnings = signs.new(_finish(setup, params, samples, facts, step, signs))
         rows, used = logs.read(folder / "metrics.jsonl"), energy.used(folder)
+        rows = [row for row in rows if row["step"] <= step]  # of the released weights
         seconds = time.perf_counter() - began
         scorer = setup.model.scorer
         for line in closing.lines(rows, seconds, used, str(folder), scorer, warnings):

@@ -110,17 +110,11 @@ class Pretrained:
     def sample(self) -> str:
         """Hash that identifies these weights without reading them all.
 
-        It covers step and meta record of a checkpoint, or the name, dtype, shape and first and
-        last 64 values of each tensor of a Hugging Face folder."""
+        It covers step and meta record of a checkpoint, or is `sampled` of a Hugging Face folder."""
         if self.step is not None:
             record = json.dumps([self.step, self.meta], sort_keys=True)
             return hashlib.sha256(record.encode()).hexdigest()
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._tensors.items()):
-            flat = tensor.reshape(-1)
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-            digest.update(flat[:64].tobytes() + flat[-64:].tobytes())
-        return digest.hexdigest()
+        return sampled(self._tensors)
 
     def stored_dtypes(self) -> dict[str, str]:
         """Map from tensor name to stored dtype; "" stands for all other tensors."""
@@ -304,6 +298,16 @@ class Pretrained:
                 "model.tokenizer"
             )
         return tokenizer
+
+
+def sampled(tensors: Mapping[str, np.ndarray]) -> str:
+    """Hash of the name, dtype, shape and first and last 64 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(flat[:64].tobytes() + flat[-64:].tobytes())
+    return digest.hexdigest()
 
 
 def without_most_common(dtypes: Mapping[str, str]) -> dict[str, str]:

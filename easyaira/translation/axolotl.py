@@ -44,7 +44,7 @@ COMMON: Table = {
         gradient_checkpointing torch_dtype=dtype logging_steps
         eval_strategy evaluation_strategy=eval_strategy eval_steps evals_per_epoch
         save_strategy save_steps saves_per_epoch save_total_limit
-        sequence_len=max_length sample_packing=packing
+        sequence_len=max_length excess_length_strategy sample_packing=packing
         adapter load_in_8bit load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules
         load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
         peft_trainable_token_indices=trainable_token_indices
@@ -158,12 +158,12 @@ DPO: Table = {
         simpo_gamma dpo.simpo_gamma
     """),
     **computed("""
-        rl=loss_type kto_desirable_weight=desirable_weight
+        rl=loss_type cpo_alpha kto_desirable_weight=desirable_weight
         kto_undesirable_weight=undesirable_weight
     """),
     **no_effect("the reference's log-probabilities are computed once, before training",
                 "precompute_ref_log_probs"),
-    **unsupported("is no loss of EasyAira", "cpo_alpha dpo_norm_loss"),
+    **unsupported("is no loss of EasyAira", "dpo_norm_loss"),
 }  # fmt: skip
 REWARD: Table = same("center_rewards_coefficient reward.center_rewards_coefficient")
 
@@ -222,15 +222,30 @@ def facts(run: Recipe) -> None:
         run.refuse("special_tokens", "changes tokens of the tokenizer; save it with them")
     elif own:
         run.note(f"special tokens are the tokenizer's own ({', '.join(own)} in the file)")
-    if run.get("loss_type") == "simpo" or run.get("loss_type") == "orpo":
+    if run.get("loss_type") in ("simpo", "orpo"):
         run.options["dpo.reference"] = "none"
-        if run.get("loss_type") == "orpo":  # beside the likelihood, in its trainer, too
-            run.options["dpo.sft_weight"] = 1.0
+    if run.get("loss_type") == "orpo":  # beside the likelihood, in its trainer, too
+        run.options["dpo.sft_weight"] = 1.0
+        run.note(
+            "orpo adds the likelihood of the chosen answer, a mean over answers; there that of its "
+            "prompt, too, a mean over tokens"
+        )
+    elif run.get("loss_type") == "simpo":  # of TRL's CPOTrainer, whose cpo_alpha is 1
+        run.options["dpo.sft_weight"] = weight = run.get("cpo_alpha", 1.0)
+        if weight:
+            run.note(
+                f"simpo adds the likelihood of the chosen answer (cpo_alpha {weight}, 1 where the "
+                "file has none), a mean over answers; there a mean over tokens. The paper has none"
+            )
     elif run.get("loss_type") == "dpo":
         run.facts["loss_type"] = "sigmoid"
     for weight in ("desirable_weight", "undesirable_weight"):
         if run.facts.get(weight) == 0:  # which it takes for not set
             run.facts[weight] = None
+    excess = run.get("excess_length_strategy", "drop")
+    run.facts["truncation_mode"] = "keep_start" if excess == "truncate" else "drop"
+    if excess == "raise":
+        run.options["data.max_dropped"] = 0.0
     template = run.get("axolotl_template")
     if run.get("chat_template_jinja"):
         run.facts["chat_template"] = run.get("chat_template_jinja")

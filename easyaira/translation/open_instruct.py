@@ -136,11 +136,14 @@ def facts(run: Recipe) -> None:
             ratio = run.get("gamma_beta_ratio", 0.3)
             run.options["dpo.simpo_gamma"] = ratio * run.options["dpo.beta"]
     mixer = run.get("dataset_mixer", {})
-    if isinstance(mixer, list):  # name, amount, name, amount
+    entries = list(mixer.items()) if isinstance(mixer, dict) else []
+    if isinstance(mixer, list):  # name, amount, name, amount; a name may stand twice
         amounts = [float(a) if "." in str(a) else int(a) for a in mixer[1::2]]
-        mixer = dict(zip(mixer[::2], amounts, strict=False))
-    split = (run.get("dataset_splits") or ["train"])[0]
-    run.facts["sources"] = [_source(run, path, n, split) for path, n in mixer.items()]
+        entries = list(zip(mixer[::2], amounts, strict=False))
+    splits = run.get("dataset_splits") or ["train"]
+    if len({*splits}) > 1:
+        run.refuse("dataset_splits", "differ; write one, and the others in the translated file")
+    run.facts["sources"] = [_source(run, path, n, splits[0]) for path, n in entries]
 
 
 def _source(run: Recipe, path: str, amount: float, split: str) -> dict:

@@ -209,6 +209,7 @@ DEFAULTS = {
     "dataset_test_split": "test",
 }
 BATCHES = "the order of rows follows from the seed, by another generator"
+OF_PAIRS = "a file without loss_type is DPOConfig's; one of KTO, ORPO or CPO needs its loss_type"
 DROPOUT = (
     "model.dropout is 0, whatever config.json says (GPT-2 has 0.1; Llama, Mistral, Qwen and Gemma "
     "have none)"
@@ -224,7 +225,7 @@ TRL = Source(
         "dpo": DEFAULTS | {"learning_rate": 1e-6},
         "reward": DEFAULTS | {"learning_rate": 1e-4},
     },
-    differences={"sft": (BATCHES, DROPOUT), "dpo": (BATCHES,), "reward": (BATCHES,)},
+    differences={"sft": (BATCHES, DROPOUT), "dpo": (BATCHES, OF_PAIRS), "reward": (BATCHES,)},
     telling={
         "loss_weights": "dpo", "precompute_ref_log_probs": "dpo",
         "label_smoothing": "dpo", "rpo_alpha": "dpo",
