@@ -553,6 +553,16 @@ def test_axolotl_leaves_out_what_is_too_long(keys, expected, tmp_path, capsys):
     assert (config.data.truncation, config.data.max_dropped) == expected
 
 
+def test_axolotl_may_say_what_is_learned_anyway(tmp_path, capsys):
+    turns = {"path": "o/d", "type": "chat_template", "roles_to_train": ["assistant"]}
+    rows = ALPACA_QLORA | {"datasets": [turns | {"train_on_eos": "turn"}]}
+    config, _ = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **rows))
+    assert config.data.train[0].path == "o/d"
+    file = write(tmp_path / "b.yaml", **rows | {"datasets": [turns | {"train_on_eos": "last"}]})
+    with pytest.raises(ConfigError, match="train_on_eos last of a data set has no translation"):
+        translate.main(["axolotl", file])
+
+
 @pytest.mark.parametrize(
     "keys, weight", [({}, 1.0), ({"cpo_alpha": 0.0}, 0.0), ({"cpo_alpha": 0.5}, 0.5)]
 )

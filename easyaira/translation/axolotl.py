@@ -264,6 +264,11 @@ READ = (  # keys of a source, and values that other keys may have
     "field_chosen field_rejected ds_type revision chat_template field message_field_role "
     "message_field_content conversation drop_system_message"
 ).split()
+AS_HERE = {  # keys of a source -> values that say what a run does anyway
+    "roles_to_train": (None, ["assistant"], ["gpt"]),
+    "train_on_eos": (None, "turn"),
+    "train_on_eot": (None, "turn"),
+}
 FORMS = {  # type -> template
     "alpaca": ALPACA,
     "chat_template": None, "chat_template.default": None, "chat_template.argilla": None,
@@ -293,7 +298,10 @@ def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
     if not rated and (not isinstance(kind, str) or kind not in FORMS):
         run.refuse("axolotl_datasets", f"type {kind} has no translation")
         return {}
-    if unknown := entry.keys() - set(READ):
+    for key, values in AS_HERE.items():
+        if entry.get(key) not in values:
+            run.refuse("axolotl_datasets", f"{key} {entry[key]} of a data set has no translation")
+    if unknown := entry.keys() - {*READ, *AS_HERE}:
         run.refuse("axolotl_datasets", f"{min(unknown)} of a data set has no translation")
     made = {"path": entry.get("data_files") or entry.get("path")}
     if isinstance(made["path"], list):
