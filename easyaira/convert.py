@@ -157,7 +157,7 @@ def from_easylm(
             f"{origin.where}: describes a model {kind}; name the model that EasyLM trained"
         )
     tensors = transfer.match(
-        easylm.open_stream(Path(source)),
+        easylm.open_stream(source),
         model.shapes,
         rows,
         vocab_size=model.vocab_size,

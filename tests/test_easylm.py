@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from easyaira import cli, convert
+from easyaira.errors import WeightsError
 from easyaira.export import torch_check
+from easyaira.hf.easylm import open_stream
 from helpers import easylm, tiny
 
 CONFIG = tiny.CASES["llama-theta-eps-head"]  # of a head dimension of its own, and grouped heads
@@ -185,6 +187,16 @@ def refusal(content, like, tmp_path, capsys) -> str:
     assert len(line) < 500 and "streaming_params: " in line
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     return line
+
+
+def test_the_notation_of_easylm_is_understood(state, like, tmp_path):
+    converted(easylm.stream(easylm.params_of(state, HEAD)), like, tmp_path)
+    file = tmp_path / "streaming_params"
+    for kind in ("params", "trainstate_params"):
+        assert open_stream(f"{kind}::{file}").keys() == open_stream(str(file)).keys()
+    for place in (f"flax_params::{file}", "params::gs://bucket/streaming_params"):
+        with pytest.raises(WeightsError, match=f"{place}: expected a local file of EasyLM's"):
+            open_stream(place)
 
 
 @pytest.mark.parametrize("reason", BROKEN)

@@ -129,11 +129,12 @@ def _same_size(at: int, shape: tuple[int, ...], itemsize: int, stored: int) -> N
         raise Broken(f"byte {at}: shape {sizes} needs {wanted} bytes, {stored} are stored")
 
 
-def open_stream(file: Path) -> dict[str, np.ndarray]:
+def open_stream(place: str) -> dict[str, np.ndarray]:
     """Memory-map every weight of a checkpoint of EasyLM's StreamingCheckpointer, by its key.
 
     Args:
-        file: streaming_params or streaming_train_state; of the latter only the parameters count.
+        place: file streaming_params or streaming_train_state, of which only the parameters count;
+            EasyLM's notation (params::FILE) is understood.
 
     Returns:
         Arrays by key, whose parts are joined by `/`, without the `params` before them.
@@ -141,7 +142,13 @@ def open_stream(file: Path) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: the file is missing, cut or damaged, or holds something else.
     """
-    arrays: dict[str, np.ndarray] = {}
+    kind, _, path = place.rpartition("::")
+    file, arrays = Path(path), {}
+    if kind not in ("", "params", "trainstate_params", "trainstate") or "://" in path:
+        raise WeightsError(
+            f"{place}: expected a local file of EasyLM's StreamingCheckpointer; copy it here, or "
+            "save it as streaming_params"
+        )
     try:
         if file.exists() and not file.is_file():
             raise Broken("not a regular file")
