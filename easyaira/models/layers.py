@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
-from easyaira.models.product import row_dot
+from easyaira.models.product import packed, row_dot, unpacked
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face's names
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -73,7 +73,16 @@ class Compute:
 
 # Activations and norms keep only their input for the backward pass, and compute the rest again: it
 # costs less than to store it.
-_recompute = partial(jax.checkpoint, prevent_cse=False)
+def _recompute(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """f, whose backward pass computes it again from its input."""
+    g = jax.custom_vjp(f)
+    g.defvjp(
+        lambda x: (f(x), packed(x)),
+        lambda saved, d_y: jax.vjp(f, unpacked(saved, d_y.dtype))[1](d_y),
+    )
+    return g
+
+
 ACTIVATIONS = {name: _recompute(f) for name, f in ACTIVATIONS.items()}
 
 
@@ -94,7 +103,7 @@ def _normed(x, eps, centred):
 
 
 def _norm_backward(eps, centred, saved, d_y):
-    x, scale, bias = saved
+    x, scale, bias = unpacked(saved[0], d_y.dtype), *saved[1:]
     normed, inverse = _normed(x, eps, centred)
     d_y = d_y.astype(jnp.float32)
     d_normed, rows = d_y * scale, tuple(range(x.ndim - 1))
@@ -104,9 +113,11 @@ def _norm_backward(eps, centred, saved, d_y):
     return d_x, (d_y * normed).sum(rows), None if bias is None else d_y.sum(rows)
 
 
-_norm.defvjp(
-    lambda x, scale, bias, *how: (_norm(x, scale, bias, *how), (x, scale, bias)), _norm_backward
-)
+def _norm_forward(x, scale, bias, eps, centred):
+    return _norm(x, scale, bias, eps, centred), (packed(x), scale, bias)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
 class LayerNorm(nn.Module):

@@ -22,7 +22,7 @@ from jax import lax
 from easyaira.models.cache import MASKED
 from easyaira.models.layers import Scores
 from easyaira.models.layout import sees
-from easyaira.models.product import einsum, row_dot
+from easyaira.models.product import einsum, packed, row_dot, unpacked
 
 TILE = 64  # queries, and keys: whole tiles are computed, and smaller ones cost more per operation
 FLOOR = -1e30  # below any score, above MASKED: a masked key has weight 0, even alone
@@ -175,16 +175,18 @@ def _forward(q, k, v, tokens, scores, causal):
         zeros = jnp.full(of_query, FLOOR), jnp.zeros(of_query), jnp.zeros(q_tile.shape)
         largest, total, out = lax.fori_loop(0, tiles.count[i], keys, zeros)
         total = jnp.where(total > 0, total, 1)  # no key
-        out = (out / total[..., None]).astype(q.dtype)
+        out = out / total[..., None]
         return _put(carry[0], out, i), _put(carry[1], largest + jnp.log(total), i, -1)
 
-    start = jnp.zeros_like(q), jnp.zeros(q.shape[:-1])
+    start = jnp.zeros(q.shape), jnp.zeros(q.shape[:-1])  # XLA's CPU writes no 16-bit floats
     out, lse = lax.fori_loop(0, len(tiles.count), queries, start)
-    return out, (q, k, v, tokens, out, lse)
+    out = out.astype(q.dtype)
+    return out, (*map(packed, (q, k, v, out)), tokens, lse)
 
 
 def _backward(scores, causal, saved, d_out):
-    q, k, v, tokens, out, lse = saved
+    q, k, v, out = (unpacked(x, d_out.dtype) for x in saved[:4])
+    tokens, lse = saved[4:]
     tiles = needed(tokens, causal)
     delta = row_dot(d_out, out)  # appendix B.2 of Dao et al. (2022)
     divisor = scores.divisor or math.sqrt(q.shape[-1])
@@ -213,11 +215,11 @@ def _backward(scores, causal, saved, d_out):
 
         start = jnp.zeros(q_tile.shape), d_k, d_v
         d_q_tile, d_k, d_v = lax.fori_loop(0, tiles.count[i], keys, start)
-        return _put(d_q, d_q_tile.astype(q.dtype), i), d_k, d_v
+        return _put(d_q, d_q_tile, i), d_k, d_v
 
-    start = jnp.zeros_like(q), jnp.zeros(k.shape), jnp.zeros(v.shape)
+    start = tuple(jnp.zeros(x.shape) for x in (q, k, v))
     d_q, d_k, d_v = lax.fori_loop(0, len(tiles.count), queries, start)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)
