@@ -228,6 +228,7 @@ def equal_grads(one, other):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_answers_with_a_shared_prompt_equal_separate_rows(model, tmp_path):
     """Log-probabilities and gradients, of examples with one answer in a row each."""
     net, params = model
@@ -320,6 +321,7 @@ def plackett_luce_by_hand(rewards, ranks):
     return -np.log(chance)
 
 
+@pytest.mark.slow
 def test_plackett_luce_is_the_formula_of_the_paper():
     ratios, lengths = scores_of(1)
     wanted = [plackett_luce_by_hand(0.1 * h, r) for h, r in zip(ratios, RANKS, strict=True)]
@@ -353,6 +355,7 @@ def as_pairs(e, members):
     return of_tokens(prompts, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True])
 def test_all_pairs_are_the_pairs_written_out(share, model, tmp_path):
     """The loss, the metrics and the gradients; every prompt has three answers without ties."""
@@ -481,6 +484,7 @@ def ground(tmp_path_factory):
     return tiny.ground(tmp_path_factory.mktemp("ground"), models, ranked=tiny.ranked_rows(24))
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_order(ground, tmp_path):
     options = {"dpo.answers": "plackett_luce", "max_steps": 6, "data.eval": 4, "eval_steps": 6}
     options |= {"data.share_prompt": "always"}

@@ -108,6 +108,7 @@ def test_blocks_are_few_and_cover_the_row():
     assert attentions.block_of(640, causal=False) == 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 53, 63, 64, 65, 128, 129, 192, 257])
 def test_blocks_of_queries_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 64)
@@ -125,6 +126,7 @@ def positions_of(segments, sides):
     return jnp.asarray(positions)
 
 
+@pytest.mark.slow
 def test_a_window_counts_tokens_of_the_text_and_not_places_in_the_row():
     _, segments, sides = rows(40, shared=True)
     positions = positions_of(segments, sides)
@@ -141,6 +143,7 @@ def test_a_window_counts_tokens_of_the_text_and_not_places_in_the_row():
     assert np.array_equal(part, near[:, 8:24, :24])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["xla", "splash", "pallas", "cudnn", "tiles"])
 @pytest.mark.parametrize(
     "scores, window",
@@ -156,6 +159,7 @@ def test_windows_soft_caps_and_biases_whatever_was_asked_for(how, scores, window
     check(Compute(attention=how), arrays, segments, sides, scores=scores, near=near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [17, 31, 32, 33, 200])
 def test_tiles_equal_the_whole_softmax(length, causal, monkeypatch):
@@ -165,6 +169,7 @@ def test_tiles_equal_the_whole_softmax(length, causal, monkeypatch):
     check(Compute(attention="tiles"), arrays, segments, sides, causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [1, 2, 4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_are_those_that_hold_a_visible_key(answers, causal, monkeypatch):
@@ -192,6 +197,7 @@ def test_blocks_without_causality(length, monkeypatch):
     check(Compute(), arrays, segments, sides, causal=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, shared", [(n, n % 3 == 0) for n in LENGTHS] + [(200, True)])
 def test_splash_kernel_equals_xla(length, shared, monkeypatch):
     """The TPU's kernel, interpreted."""

@@ -351,6 +351,7 @@ def iterate(ground, pairs, output, *flags):
             f"--pairs={pairs}", f"--output={output}", *flags]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_round_learns_seed_rows_and_those_that_the_last_model_kept(
     ground, tmp_path, capsys, judged
 ):

@@ -76,6 +76,7 @@ def test_examples_fit_into_the_model():
     assert examples.lengths().max() == sides.max_length(work) == 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 @pytest.mark.parametrize("lengths", list(sides.KINDS))
 @pytest.mark.parametrize("size, most", [(4, 1.11), (8, 1.065), (32, 1.045)])

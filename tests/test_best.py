@@ -110,6 +110,7 @@ def weights(folder):
     return safetensors.open_folder(folder)
 
 
+@pytest.mark.slow
 def test_the_run_stops_and_the_best_is_kept_and_released(straight, ground, tmp_path):
     assert steps_of(straight) == [4, 8]  # one by save_total_limit, and the best
     assert find(str(straight)).step == 4
@@ -134,6 +135,7 @@ def test_the_same_command_finds_the_stopped_run_finished(straight, ground, capsy
     assert "is finished after 8 updates" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 7])
 def test_a_resumed_run_decides_the_same(after, straight, ground, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -165,6 +167,7 @@ CONSTANT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_the_run_that_was_longer_from_the_start(ground, tmp_path, capsys):
     _, whole = train(ground, tmp_path / "whole", **CONSTANT)
     train(ground, tmp_path / "run", **CONSTANT | {"max_steps": 6})
@@ -179,6 +182,7 @@ def test_a_longer_run_is_the_run_that_was_longer_from_the_start(ground, tmp_path
     assert "is made longer: 10 -> 12 updates" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_rest_follows_the_schedule_of_the_longer_run(ground, tmp_path):
     linear = CONSTANT | {"optimizer.lr_scheduler_type": "linear", "optimizer.warmup_steps": 0}
     train(ground, tmp_path / "run", **linear | {"max_steps": 4})

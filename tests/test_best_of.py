@@ -161,6 +161,7 @@ def made(ground, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_answer_is_scored_and_counted(made, ground):
     scored, sft, dpo = (lines(made / name) for name in (sets.SCORED, sets.SFT, sets.DPO))
     counts = json.loads((made / COUNTS).read_text())

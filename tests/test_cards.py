@@ -112,6 +112,7 @@ def test_a_count_divides_by_devices_and_grows_with_what_is_kept(ground):
     assert counts[4, "none"].memory < counts[1, "none"].memory / 2
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_weights_and_says_what_would_fit(ground, capsys):
     assert not list((ground / "two").glob("*.safetensors"))
     config, algorithm = planned(ground, "dpo")
@@ -139,6 +140,7 @@ IN_GROUPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_GROUPS)
 def test_what_is_proposed_is_a_run(name, ground, tmp_path, capsys):
     """Examples that belong together stay so, and random weights have no adapters."""

@@ -368,6 +368,7 @@ def test_every_configuration_has_its_case():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_sizes_updates_and_schedule_are_the_published_ones(name, tmp_path):
     case = CASES[name]

@@ -18,6 +18,7 @@ from helpers.processes import call
 SIZES = {"gpt2": (2, 4, 4), "llama": (2, 2, 4), "gemma2": (3, 2, 8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("mesh, rows_apart, heads_apart", [("fsdp=1", 1, 1), ("fsdp=4,tp=2", 4, 2)])
 def test_keys_and_values_take_the_memory_that_is_predicted(

@@ -399,6 +399,7 @@ PACKAGES = {
 RUN = [page for page in PAGES if page.name not in (*RECORDS, "CONTRIBUTING.md")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_commands_of_a_page_run_one_after_another(page, ground, tmp_path, monkeypatch, capfd):
     """In a folder with configs/ and what the quickstart leaves, with its snippets between them."""

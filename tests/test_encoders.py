@@ -98,6 +98,7 @@ def test_every_architecture_is_covered():
     assert {case["model_type"] for case in CASES.values()} == set(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, side",
     [(case, "none") for case in CASES]

@@ -54,6 +54,7 @@ SFT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "not packed"])
 @pytest.mark.parametrize("case", SFT)
 def test_sft_learns_each_sequence_as_if_alone(case, layout, models, tmp_path):

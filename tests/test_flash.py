@@ -116,6 +116,7 @@ CASES = [  # length, heads, key heads, width, dtype, kind
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, heads, key_heads, width, dtype, kind", CASES)
 def test_outputs_and_gradients_equal_those_by_hand(length, heads, key_heads, width, dtype, kind):
     given = arrays(3, length, heads, key_heads, width, dtype)

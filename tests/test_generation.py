@@ -82,6 +82,7 @@ def test_the_settings_of_generation_config_are_those_of_transformers(gpt2, tmp_p
     assert status == 0 and out == tokenizer.decode(answer) + "\n" != tokenizer.decode(plain) + "\n"
 
 
+@pytest.mark.slow
 def test_sampling_settings_count_where_sampling_is_on_and_flags_override_them(
     gpt2, tmp_path, capsys
 ):
@@ -248,6 +249,7 @@ def answer_file(gpt2, source, output, capsys, *flags):
     return call(generate.main, arguments, capsys)
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_becomes_a_file_of_answers(gpt2, answered):
     lines = [json.loads(line) for line in (answered / "out.jsonl").read_text().splitlines()]
     written = {"generated", "finish_reason", "sample"}
@@ -354,6 +356,7 @@ def test_weights_that_are_not_finite_write_nothing(gpt2, answered, tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_conversation_knows_its_turns_and_ends_when_its_context_is_full(
     gpt2, capsys, monkeypatch
 ):
@@ -410,6 +413,7 @@ def test_a_release_with_new_tokens_ends_at_its_own(setup_of):
     assert hf_config.released(setup).config["eos_token_id"] == 301
 
 
+@pytest.mark.slow
 def test_samples_at_every_evaluation_change_no_bit_and_survive_a_stop(gpt2, tmp_path, monkeypatch):
     rows = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(40))
     options = {"data.eval": 0.1, "max_steps": 4, "eval_steps": 2}

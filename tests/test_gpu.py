@@ -88,6 +88,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, kind, options", STEPS)
 def test_no_step_adds_in_an_order_that_is_left_to_the_gpu(
     task, kind, options, models, data, tmp_path, devices
@@ -298,6 +299,7 @@ def test_a_kernel_that_agrees_is_used(setup_of, attention_of, monkeypatch, capsy
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_means_another_kernel(
     setup_of, attention_of, monkeypatch, capsys
 ):
@@ -435,6 +437,7 @@ def test_auto_is_a_kernel_that_can_compute_the_model(options, width, chosen):
     assert of_a_gpu(options, width).attention == chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_on_a_gpu_layers_are_computed_without_a_loop(kind, models, data, tmp_path):
     """And give the numbers of the loop: on an H200 the same bits, here within rounding."""
@@ -470,6 +473,7 @@ def test_one_update_of_each_shape_is_checked(setup_of):
     assert batches.of_each_shape()[0] == 0
 
 
+@pytest.mark.slow
 def test_the_choice_is_in_the_metrics_and_the_card(
     models, data, tmp_path, attention_of, monkeypatch
 ):

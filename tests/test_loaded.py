@@ -63,6 +63,7 @@ def test_logps_of_more_texts_than_a_batch_are_in_order(model):
     assert model.logps([], []).shape == (0,)
 
 
+@pytest.mark.slow
 def test_generated_texts_are_those_of_the_command(model, folder, capsys):
     from easyaira import generate
 
@@ -151,6 +152,7 @@ def short_run(folder, tmp_path, rows, **options):
     }
 
 
+@pytest.mark.slow
 def test_a_run_in_python(folder, tmp_path):
     config = short_run(folder, tmp_path, tiny.sft_rows(8))
     with pytest.raises(ConfigError, match="data.tran: no such option; did you mean data.train"):
@@ -162,6 +164,7 @@ def test_a_run_in_python(folder, tmp_path):
     assert run.model.template.text([]) == ""
 
 
+@pytest.mark.slow
 def test_an_on_policy_run_in_python(folder, tmp_path, monkeypatch):
     """Its reward is a function of the script."""
 

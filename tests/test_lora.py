@@ -170,6 +170,7 @@ def test_peft_loads_ours_and_gives_the_same_logits(kind, options, models, tmp_pa
 TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
     [(kind, {}) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]

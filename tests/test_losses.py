@@ -31,6 +31,7 @@ def head_and_hidden():
     return hidden, head, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("at_once", [10**6, 15, 7, 1])  # all, some or few chunks are kept
 def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
@@ -518,6 +519,7 @@ def test_combinations_without_a_meaning_are_refused(options, message):
         DPOConfig(**options)
 
 
+@pytest.mark.slow
 def test_dynamic_fine_tuning_has_no_smoothing():
     with pytest.raises(ConfigError, match="sft.label_smoothing: dft has no smoothing"):
         SFTConfig(loss_type="dft", label_smoothing=0.1)

@@ -322,6 +322,7 @@ def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
         assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", tiny.FAMILIES)
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(case, devices):
     devices(8)

@@ -387,6 +387,7 @@ def test_the_first_update_of_a_roll_out_has_the_bits_of_its_log_probabilities(gr
         assert (sums["clip_ratio/region_mean"][0] == 0) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm, together", [("grpo", 3), ("rloo", 6), ("online_dpo", 2)])
 def test_completions_that_share_their_prompt_equal_separate_rows(algorithm, together, ground):
     """Loss, metrics and gradients."""
@@ -582,6 +583,7 @@ def test_the_value_model_is_released_as_a_token_classifier(through):
     assert (through["ppo"][0] / "hf" / "proof.json").exists()
 
 
+@pytest.mark.slow
 def test_the_value_model_starts_from_the_reward_model(ground, tmp_path):
     """At the last token of a text, its value is the text's score."""
     tiny.save(tmp_path / "judge", tiny.SCORERS["gpt2"])
@@ -842,6 +844,7 @@ def test_prompts_are_counted(ground, tmp_path):
     assert report["dropped"] == {"prompt leaves no room for an answer": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys):
     """Policy, value model, reference, reward model and the cache, in float32."""
@@ -871,6 +874,7 @@ def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_weights_of_reward_and_value_model(ground, tmp_path, capsys):
     """A run that lacks them says so before its first update."""
     for name in ("bert", "judge"):

@@ -66,6 +66,7 @@ def batch(side: str):
     return tokens, real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_logits_loss_and_gradients(case, side, loaded):
@@ -138,6 +139,7 @@ def test_tied_weights_follow_each_other_after_export(tmp_path):
     assert torch.equal(back.lm_head.weight, back.transformer.wte.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", tiny.ATTENTION)
 def test_no_token_sees_its_future_or_another_segment(case, loaded):

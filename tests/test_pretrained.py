@@ -23,6 +23,7 @@ def reference():
     return json.loads((STORIES / "reference.json").read_text())["cases"]
 
 
+@pytest.mark.slow
 def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
     model, params = tiny.load(STORIES)
     for case in reference:

@@ -56,6 +56,7 @@ def test_slow_operations_are_found():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, kind, options",
     [
@@ -115,6 +116,7 @@ def attended(q, k, v, segment_ids, sides):
     return out.reshape(*q.shape[:2], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
 @pytest.mark.parametrize("heads, length", [((4, 4), 48), ((4, 2), 48), ((4, 2), 700)])
 def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dtype, bound):

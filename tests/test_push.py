@@ -71,6 +71,7 @@ def released(ground, tmp_path_factory):
     return out / "hf"
 
 
+@pytest.mark.slow
 def test_a_run_uploads_its_verified_release(ground, hub, tmp_path, capsys):
     train(ground, tmp_path / "run", hub_private_repo=True)
     assert hub.sent == [(REPO, True), (REPO, True, True)]

@@ -284,6 +284,7 @@ def test_the_results_of_another_run_are_not_taken_and_those_of_another_mesh_are_
     assert not scored and f"reference {keys['train']}, as before; this command would" in out
 
 
+@pytest.mark.slow
 def test_a_fingerprint_sees_every_bit_and_no_mesh(tmp_path, devices):
     devices(8)
     tiny.save(tmp_path, tiny.CONFIGS["llama"])

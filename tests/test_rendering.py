@@ -309,6 +309,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_template_takes_neither_time_nor_memory_without_bound(case):
     jinja, problem = BOMBS[case]
@@ -320,6 +321,7 @@ def test_a_template_takes_neither_time_nor_memory_without_bound(case):
     assert after.ru_maxrss <= max(before.ru_maxrss, 2**20)  # KiB, of the largest child so far
 
 
+@pytest.mark.slow
 def test_a_row_that_makes_a_template_endless_is_named(tmp_path):
     slow = "{% if 'slow' in messages[0].content %}{{ 7 ** (10 ** 9) > messages|length }}{% endif %}"
     slow = slow.replace("7 **", "(messages|length + 5) **")

@@ -245,6 +245,7 @@ RL = {
 ON_THE_WAY = {"dpo.precompute_ref_log_probs": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, options, refused",
     [

@@ -39,6 +39,7 @@ def test_each_decoder_has_a_tiny_model():
     assert decoders <= {config["model_type"] for config in tiny.CASES.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*tiny.CONFIGS, *tiny.FAMILIES, "opt-350m", "llama-3.1"])
 def test_greedy_answers_are_those_of_transformers(name, tmp_path):
     """With prompts of uneven lengths, which no padding separates from their answers."""
@@ -93,6 +94,7 @@ def teacher_forced(llama, prompt, answer):
     return logits[start - 1 : end - 1], logps[start:end]
 
 
+@pytest.mark.slow
 def test_the_cache_changes_nothing_at_any_of_its_sizes(llama, monkeypatch):
     monkeypatch.setattr(sampler, "FEWEST_SLOTS", 8)
     prompts = prompts_of(12, 19)
@@ -127,6 +129,7 @@ def tokens_of(answers):
     return {number: answer.tokens for number, answer in answers.items()}
 
 
+@pytest.mark.slow
 def test_answers_have_uneven_lengths_and_the_log_probabilities_of_training(llama, drawn):
     prompts, answers = drawn
     assert len({len(answer.tokens) for answer in answers.values()}) > 4
@@ -137,6 +140,7 @@ def test_answers_have_uneven_lengths_and_the_log_probabilities_of_training(llama
         assert (answer.content == answer.tokens) == (answer.reason == "length")
 
 
+@pytest.mark.slow
 def test_no_batch_changes_an_answer(llama, drawn):
     """Neither its size, nor refills of it, nor other prompts in it, nor where it begins."""
     prompts, answers = drawn
@@ -155,6 +159,7 @@ def test_no_batch_changes_an_answer(llama, drawn):
     assert all(other_seed[n].tokens != answers[n].tokens for n in other_seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["dp=2,fsdp=2,tp=2", "fsdp=8"])
 def test_no_mesh_changes_an_answer(mesh, folder, drawn, devices):
     devices(8)
@@ -175,6 +180,7 @@ def test_samples_of_a_prompt_share_its_prefill(llama, monkeypatch):
     assert len({tuple(answer.tokens) for answer in answers.values()}) == 10
 
 
+@pytest.mark.slow
 def test_a_penalty_knows_prompt_and_answer_and_an_answer_may_have_to_be_long(folder, llama):
     """As in transformers: no row knows the tokens of the row that had its place before."""
     reference = AutoModelForCausalLM.from_pretrained(folder)
@@ -190,6 +196,7 @@ def test_a_penalty_knows_prompt_and_answer_and_an_answer_may_have_to_be_long(fol
         assert answers[number].tokens == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_an_answer_where_transformers_ends_it(folder, llama):
     reference, tokenizer = (
         kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
@@ -210,6 +217,7 @@ def test_a_stop_string_ends_an_answer_where_transformers_ends_it(folder, llama):
     assert len(answer.logps) == len(answer.tokens) < 20
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_named(llama):
     model, params = llama
     broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
@@ -217,6 +225,7 @@ def test_weights_that_are_not_finite_are_named(llama):
         generate(model, broken, prompts_of(4), Sampling(max_new_tokens=2))
 
 
+@pytest.mark.slow
 def test_bfloat16_answers_have_the_log_probabilities_of_its_own_training_forward(llama):
     model, params = llama[0].with_dtype("bfloat16"), llama[1]
     (prompt,) = prompts_of(7)
@@ -225,6 +234,7 @@ def test_bfloat16_answers_have_the_log_probabilities_of_its_own_training_forward
     np.testing.assert_allclose(answer.logps, logps, atol=0.1)  # 8 bits of mantissa
 
 
+@pytest.mark.slow
 def test_adapters_on_a_quantised_base_generate_what_their_training_forward_says(folder, tmp_path):
     rows = tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
     flags = ["--lora.r=4", "--lora.target_modules=all-linear", "--lora.quantize=nf4"]
@@ -299,6 +309,7 @@ def test_processed_logits_are_those_of_transformers(name):
     np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_draws_have_the_exact_distribution(name):
     """Chi-square of 20,000 draws against transformers' processors, normalised or not."""
@@ -330,6 +341,7 @@ def test_a_vocabulary_of_equal_logits_is_cut_to_the_share(monkeypatch):
     assert kept.sum() == 16
 
 
+@pytest.mark.slow
 def test_the_random_numbers_are_those_of_seed_row_and_place(llama):
     """The formula in the test: two folds of the seed's key, inverted cumulative distribution."""
     model, params = llama

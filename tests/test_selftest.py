@@ -65,6 +65,7 @@ def test_a_signal_is_no_failed_check():
         selftest.timed("one", stop)
 
 
+@pytest.mark.slow
 def test_sums_pass_here_and_noise_is_found(monkeypatch):
     assert "one result" in device_checks.sums()
     answer_sums, calls = preference.answer_sums, []

@@ -51,6 +51,7 @@ def packages(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_each_tracker_gets_every_row(ground, packages, tmp_path):
     names = "[wandb, trackio, mlflow]"
     rows, _ = runs.train(

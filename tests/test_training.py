@@ -50,6 +50,7 @@ def torch_logps(model, prompt, answer):
     return logps[torch.arange(len(ids[0]) - 1), ids[0, 1:]][len(prompt) - 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "opt"))]
 )
