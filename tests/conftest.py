@@ -61,11 +61,11 @@ compile_options = compiler.get_compile_options
 
 def quick_options(*args, env_options_overrides=None, backend=None, **kwargs):
     """XLA's compiler options; quick ones for CPUs without its fusion emitters, which take two
-    thirds of the time, and which JAX 0.12 cannot switch off."""
+    thirds of the time."""
     options = dict(env_options_overrides or {})
     quick = jax.config.read("jax_disable_most_optimizations")
-    old = jax.__version_info__ < (0, 11)
-    if quick and old and getattr(backend, "platform", "") == "cpu":
+    switch = jax.__version_info__ < (0, 11)  # JAX 0.12 has none; 0.11 was not tried
+    if quick and switch and getattr(backend, "platform", "") == "cpu":
         options["xla_cpu_use_fusion_emitters"] = False
     return compile_options(*args, env_options_overrides=options, backend=backend, **kwargs)
 

@@ -133,8 +133,8 @@ def open_stream(place: str) -> dict[str, np.ndarray]:
     """Memory-map every weight of a checkpoint of EasyLM's StreamingCheckpointer, by its key.
 
     Args:
-        place: file streaming_params or streaming_train_state, of which only the parameters count;
-            EasyLM's notation (params::FILE) is understood.
+        place: file streaming_params, or streaming_train_state, whose other arrays are ignored;
+            plain, or in EasyLM's notation (params::FILE).
 
     Returns:
         Arrays by key, whose parts are joined by `/`, without the `params` before them.

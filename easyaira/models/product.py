@@ -44,8 +44,8 @@ def _over_two_axes(spec: str, a: jax.Array, b: jax.Array) -> tuple[str, jax.Arra
 def packed(x: jax.Array) -> jax.Array:
     """What a layer keeps of x for its backward pass: on a CPU, 16-bit floats as integers.
 
-    XLA's CPU has no operations on 16-bit floats. To write a layer's x into the stack of all layers,
-    it would convert the whole stack to float32 and back."""
+    XLA's CPU writes float32. To put a layer's 16-bit x into the stack of all layers, it would
+    convert the whole stack to float32 and back."""
     if on_cpu() and x.dtype in (jnp.bfloat16, jnp.float16):
         return jax.lax.bitcast_convert_type(x, jnp.uint16)
     return x
