@@ -163,7 +163,7 @@ def test_a_model_that_never_ends_gives_no_pairs_and_loses_no_text(ground, tmp_pa
         ("augment", ["--texts=GROUND/bad.jsonl"], "bad.jsonl:2: wanted a column text, or prompt"),
         ("augment", ["--texts=GROUND/number.jsonl"], "number.jsonl:1: column text: wanted text"),
         ("augment", ["--texts=GROUND/empty.jsonl"], "none of 1 rows can be asked: empty text"),
-        ("curate", ["--pairs=GROUND/texts.jsonl"], "texts.jsonl:1: found columns text, source"),
+        ("curate", ["--pairs=GROUND/texts.jsonl"], "none of 6 rows can be asked: does not begin"),
         ("reverse", ["--data=GROUND/seed.jsonl", "--held_out=9"], "none is left to train on"),
         ("iterate", ["--threshold=3"], "threshold"),
         (

@@ -231,7 +231,6 @@ def test_forms_of_conversations(row, text, tmp_path):
          "found a part of type 'image'"),
         ({"messages": [ASKED, turn("assistant", None, tool_calls=[{"id": "c1"}])]},
          "tool calls are not supported"),
-        ({"text": "### Human: Hi### Assistant: Hello"}, "{transcript: text} for ### Human:"),
         ({"prompt": "Why?", "messages": [ASKED, ANSWERED]}, "begins with another question"),
     ],
 )  # fmt: skip

@@ -24,12 +24,14 @@ class Form(NamedTuple):
         prompt: column of the prompt, if the form has one.
         bare: the prompt column is optional.
         detail: column of text that follows the prompt, if it is filled.
+        otherwise: counts only for columns that match no other form.
     """
 
     columns: tuple[str, ...]
     prompt: str | None = None
     bare: bool = False
     detail: str | None = None
+    otherwise: bool = False
 
     def fits(self, columns: Sequence[str]) -> bool:
         needed = {*self.columns} | ({self.prompt} if self.prompt and not self.bare else set())
@@ -47,6 +49,7 @@ FORMS = {
         Form(("transcript",)),
         Form(("output",), "instruction", detail="input"),
         Form(("response",), "instruction", detail="context"),
+        Form(("text",), otherwise=True),  # learned whole, without a template
     ),
     "pair": (
         Form(("chosen", "rejected"), "prompt", bare=True),  # bare: the answers are messages
@@ -147,13 +150,19 @@ def _filled(value: Any) -> bool:
     return False
 
 
+def fitting(columns: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, Form]]:
+    """Forms that the columns match, each with its task."""
+    found = [(task, form) for task in tasks for form in FORMS[task] if form.fits(columns)]
+    return [(task, form) for task, form in found if not form.otherwise] or found
+
+
 def form_of(columns: Sequence[str], task: str) -> Form:
     """The form that the columns match.
 
     Raises:
         DataError: the columns match no form, or several.
     """
-    forms = [form for form in FORMS[task] if form.fits(columns)]
+    forms = [form for _, form in fitting(columns, [task])]
     if len(forms) == 1:
         return forms[0]
     if forms:
@@ -161,11 +170,9 @@ def form_of(columns: Sequence[str], task: str) -> Form:
             f"columns {', '.join(columns)} may mean {' or '.join(f'({f})' for f in forms)}; rename "
             "the unwanted ones with data.columns, such as {unused: messages}"
         )
-    transcript = task == "conversation" and "text" in columns
-    hint = "{transcript: text} for ### Human: ...### Assistant: ..." if transcript else ""
     raise DataError(
         f"found columns {', '.join(columns)}; wanted {' or '.join(f'({f})' for f in FORMS[task])}. "
-        f"Name them in data.columns, such as {hint or '{prompt: question}'}"
+        "Name them in data.columns, such as {prompt: question}"
     )
 
 
@@ -175,7 +182,10 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
     Raises:
         Unreadable: a column is missing or has the wrong type.
     """
-    answer, prompt = form.columns[0], prompt_of(row, form)
+    answer = form.columns[0]
+    if answer == "text":
+        return [{"role": "assistant", "content": _whole(row)}], 0
+    prompt = prompt_of(row, form)
     if answer == "transcript":
         turns = turns_of(row, answer)
     else:
@@ -199,6 +209,14 @@ def question(row: Record) -> list[Message]:
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SPEAKERS |= {"model": "assistant"} | {role: role for role in ("user", "assistant", "system")}
 QUOTED = "a quotation may hold a speaker's marker, and be split there"
+TRANSCRIPT = "a text is a transcript, learned whole; columns {transcript: text} learns its answers"
+
+
+def _whole(row: Record) -> str:
+    text = _text(row, "text")
+    if re.match(r"\s*(### )?(Human|Assistant):", text):
+        row.notes.append(TRANSCRIPT)
+    return text
 
 
 def turns_of(row: Record, name: str, *, bare: bool = False) -> list[Message]:

@@ -14,7 +14,7 @@ import numpy as np
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import pairs, sources
 from easyaira.data.cache import cached_source
-from easyaira.data.columns import FORMS, Message, Record, question
+from easyaira.data.columns import Message, Record, fitting, question
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
@@ -111,7 +111,7 @@ def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
             break
     if not columns and bad:
         raise DataError(f"{bad[0]}. Fix the row, or set data.on_bad_row to skip")
-    fits = [task for task in tasks if any(form.fits(columns) for form in FORMS[task])]
+    fits = list(dict.fromkeys(task for task, _ in fitting(columns, tasks)))
     if len(fits) != 1:
         raise DataError(
             f"{first.path}: found columns {', '.join(columns)}, which fit "

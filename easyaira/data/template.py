@@ -342,6 +342,18 @@ class Template:
         encoded = self._texts.encode({Text(text, False) for text in texts})
         return [np.array(before + encoded[Text(t, False)] + after, np.int32) for t in texts]
 
+    def bare(self, text: str) -> str:
+        """The text without the start and end tokens at its edges that `whole` puts there."""
+        for token in self.tokenizer.convert_ids_to_tokens(self.first):
+            text = text.removeprefix(token)
+        return text.removesuffix(self.tokenizer.convert_ids_to_tokens(self.end))
+
+    def whole(self, texts: Iterable[str]) -> list[list[tuple[np.ndarray, bool]]]:
+        """Encode texts as learned spans, without a template: the start token that the tokenizer
+        adds, the text and the end token."""
+        parts = [Part(Content(0, False, False), True), Part(self.end, True)]
+        return self._encode_plans(self._plan(parts, [{"content": text}]) for text in texts)
+
     def types_control(self, text: str) -> bool:
         """Whether a text spells a control token that is encoded as plain text."""
         return self._typed.search(text) is not None

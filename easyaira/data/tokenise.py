@@ -24,6 +24,7 @@ from easyaira.errors import DataError, TokenizerError
 CHUNK = 1000  # rows to tokenise together, on all cores
 CHUNK_CHARACTERS = 2**21  # of them, at most, since each takes 200 bytes
 LONGEST_TEXT = 2**21  # characters
+FRAMED = "a text begins or ends with the token put there anyway, which is written once"
 REPEATED = "an answer begins with its prompt, which is then learned with it"
 
 
@@ -55,8 +56,8 @@ def build(
             unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
             if unseen:
                 fitted = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
-            judged = [tokens for tokens, _ in parts.answers] if recipe.task == "label" else []
-            prompt_id = digest(parts.prompt, *judged)  # texts to score have no prompt
+            judged = [tokens for tokens, _ in parts.answers] if texts.judged else []
+            prompt_id = digest(parts.prompt, *judged)  # these texts have no prompt
             numbers = {"labels": texts.label, "margins": texts.margin, "weights": texts.weight}
             known = {"rows": row, "prompt_ids": prompt_id, "sources": 0, "unseen": unseen}
             files.add(fitted, **known, **numbers)
@@ -133,7 +134,8 @@ class Texts(NamedTuple):
 
     Attributes:
         conversations: conversations that differ in their last answer.
-        judged, label: texts to score.
+        judged: texts to score, or one that is learned whole.
+        label: that of a text to score.
         margin, weight: those of a pair; NaN: none.
         ranks: of several answers; None: no two are tied.
         context: token ranges of answers that are not learned.
@@ -191,6 +193,8 @@ def _texts(
         texts = [conversation]
         if recipe.reverse:
             texts = [_reversed(texts[0])]
+        if form.columns == ("text",):  # type: ignore[union-attr]
+            return Texts([], [_bare(conversation[0]["content"], row.notes, template)])
     for messages in texts:
         answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
         judged = answers[-1:] if recipe.task == "pair" or recipe.last_turn_only else answers
@@ -213,6 +217,16 @@ def _texts(
     last_only |= unlearned == set(answered[:-1]) != set() and answered[-1] - 1 not in unlearned
     context = [] if last_only or not unlearned else _context(texts[0], unlearned, template)
     return Texts(texts, [], ranks=ranks, context=context, last_only=last_only, **numbers)
+
+
+def _bare(text: str, notes: list[str], template: Template) -> str:
+    """A text that is learned whole; notes start and end tokens that are not written twice."""
+    bare = template.bare(text)
+    if not bare.strip():
+        raise Dropped("empty text")
+    if bare != text:
+        notes.append(FRAMED)
+    return bare
 
 
 def _comparable(
@@ -336,9 +350,10 @@ def _parts(
             tokens = template.prompt(messages)
             yield Parts(tokens, np.zeros(len(tokens), bool), [nothing])
         return
-    encoded = iter(template.encode(conversations))
+    whole = [text for *_, texts in readable for text in texts.judged]
+    encoded = iter(template.whole(whole) or template.encode(conversations))
     for *_, texts in readable:
-        sides = [_split(next(encoded), texts, recipe) for _ in texts.conversations]
+        sides = [_split(next(encoded), texts, recipe) for _ in texts.judged or texts.conversations]
         yield Parts(*sides[0][:2], [answer for *_, answer in sides], ranks=texts.ranks)
 
 

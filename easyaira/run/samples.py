@@ -40,7 +40,8 @@ class Samples:
         self.setup, self.file, self.show = setup, file, show
         shown = setup.data.held_out or setup.data.train
         self.prompts, self.rows = [], []
-        bounds = shown.bounds[shown.bounds[:, 1] > shown.bounds[:, 0]]  # not without a prompt
+        asked = shown.bounds[:, 1] - shown.bounds[:, 0] > len(setup.template.first)
+        bounds = shown.bounds[asked]  # not without a prompt
         for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
             self.prompts.append(shown.tokens[prompt:answer].tolist())
             text = setup.template.text

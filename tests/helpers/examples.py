@@ -11,14 +11,19 @@ from helpers import tiny
 TASK = {False: "conversation", True: "pair"}
 
 
-def load(path, *, task="conversation", max_length=64, vocab_size=tiny.VOCAB, seed=0, **config):
+def load(
+    path, *, task="conversation", max_length=64, vocab_size=tiny.VOCAB, seed=0, tokenizer=None,
+    **config,
+):  # fmt: skip
     sft = SFTConfig(**config.pop("sft", {})) if task == "conversation" else None
     train = path if isinstance(path, list) else str(path)
     settings = DataConfig(train=train, **{"template": "plain"} | config)
     return dataset.load(
         settings,
         recipe_of(task, settings, max_length, sft),
-        template=Template(tiny.tokenizer(), settings.template, "gpt2", settings.allowed_tokens),
+        template=Template(
+            tokenizer or tiny.tokenizer(), settings.template, "gpt2", settings.allowed_tokens
+        ),
         vocab_size=vocab_size,
         seed=seed,
     )
