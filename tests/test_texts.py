@@ -114,14 +114,14 @@ def test_packed_texts_are_the_texts(tmp_path):
 
     def rows(**kwargs):
         arrays = Batches(data, len(TEXTS), seed=0, **kwargs)[0].arrays
-        found = set()
+        texts = set()
         for tokens, segments, mask in zip(
             *(arrays[name][0] for name in ("tokens", "segment_ids", "loss_mask")), strict=True
         ):
             for segment in set(segments.tolist()) - {0}:
                 inside = segments == segment
-                found.add((tuple(tokens[inside].tolist()), tuple(mask[inside].tolist())))
-        return found, len(arrays["tokens"][0])
+                texts.add((tuple(tokens[inside].tolist()), tuple(mask[inside].tolist())))
+        return texts, len(arrays["tokens"][0])
 
     (packed, fewer), (plain, count) = rows(attention=0.0), rows(packing=False)
     assert packed == plain and len(packed) == len(TEXTS)

@@ -152,8 +152,8 @@ def _filled(value: Any) -> bool:
 
 def fitting(columns: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, Form]]:
     """Forms that the columns match, each with its task."""
-    found = [(task, form) for task in tasks for form in FORMS[task] if form.fits(columns)]
-    return [(task, form) for task, form in found if not form.otherwise] or found
+    pairs = [(task, form) for task in tasks for form in FORMS[task] if form.fits(columns)]
+    return [(task, form) for task, form in pairs if not form.otherwise] or pairs
 
 
 def form_of(columns: Sequence[str], task: str) -> Form:
