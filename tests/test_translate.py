@@ -337,6 +337,78 @@ def test_what_is_learned_follows_from_the_columns(
     assert (config.sft.completion_only_loss, config.sft.assistant_only_loss) == learned
 
 
+@pytest.mark.parametrize(
+    "row, options, columns",
+    [
+        ({"text": "a", "id": 1}, {}, {}),
+        ({"body": "a"}, {"dataset_text_field": "body"}, {"text": "body"}),
+        (None, {"dataset_text_field": "body"}, {"text": "body"}),
+    ],
+)
+def test_rows_of_plain_text_are_learned_whole(row, options, columns, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl" if row else "o/d"
+    if row:
+        tiny.write_rows(file, [row])
+    keys = MINIMAL | {"dataset_name": str(file), "eval_strategy": "steps"} | options
+    config, text = ours(capsys, "trl", write(tmp_path / "a.yaml", **keys), "--task", "sft")
+    assert config.data.template == "plain" and "in a row of plain text stays text" in text
+    assert config.data.train[0].columns == config.data.eval[0].columns == columns
+    with pytest.raises(ConfigError, match="truncation_mode .keep_end drops a long text here"):
+        keys["truncation_mode"] = "keep_end"
+        translate.main(["trl", write(tmp_path / "a.yaml", **keys), "--task", "sft"])
+
+
+def test_rows_that_were_not_looked_at_may_be_plain_text(tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **MINIMAL, dataset_text_field="text")
+    config, text = ours(capsys, "trl", file)
+    assert config.data.template == "chat" and config.data.train[0].columns == {}
+    assert "in a row of plain text stays text" in text
+
+
+def test_columns_without_a_form_are_named(tmp_path):
+    file = tiny.write_rows(tmp_path / "rows.jsonl", [{"body": "a", "id": 1}])
+    keys = MINIMAL | {"dataset_name": str(file)}
+    with pytest.raises(ConfigError, match="dataset_name .body and id are no form of rows for SFT"):
+        translate.main(["trl", write(tmp_path / "a.yaml", **keys), "--task", "sft"])
+
+
+def test_axolotls_completions_are_texts(tmp_path, capsys):
+    texts = [{"path": "o/a", "type": "completion", "field": "body"}, {"path": "o/b"}]
+    texts[1]["type"] = "completion"
+    keys = {"datasets": texts, "test_datasets": texts[:1], "excess_length_strategy": "raise"}
+    keys = ALPACA_QLORA | {"val_set_size": 0} | keys
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    assert [source.columns for source in config.data.train] == [{"text": "body"}, {}]
+    assert config.data.eval[0].columns == {"text": "body"}
+    assert (config.data.template, config.data.truncation) == ("plain", "keep_start")
+    assert config.data.max_dropped == 0.05
+    assert "axolotl divides it into several examples" in text
+    mixed = keys | {"datasets": [*ALPACA_QLORA["datasets"], texts[1]], "test_datasets": []}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **mixed))
+    assert (config.data.template, config.data.truncation) == ("chat", "drop")
+    assert "axolotl divides it into several examples" in text
+    assert "in a row of plain text stays text" in text
+
+
+def test_a_form_that_axolotl_names_is_not_doubted(tmp_path, capsys):
+    file = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
+    keys = ALPACA_QLORA | {"datasets": [{"path": str(file), "type": "alpaca"}]}
+    config, _ = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    assert "### Instruction:" in config.data.train[0].template
+
+
+@pytest.mark.parametrize("packing", [None, True, False])
+def test_llama_factorys_pretraining_is_of_texts(packing, tmp_path, capsys):
+    keys = {"model_name_or_path": "m", "stage": "pt", "dataset": "c4", "finetuning_type": "full"}
+    file = write(tmp_path / "a.yaml", **keys, output_dir="out", packing=packing)
+    config, text = ours(capsys, "llama-factory", file)
+    assert (config.data.template, config.data.train[0].path) == ("plain", "c4")
+    assert ("joins texts and cuts them" in text) == (packing is not False)
+    assert "in a row of plain text stays text" in text
+    file = write(tmp_path / "a.yaml", **keys, output_dir="out", template="llama3")
+    assert "there with <|end_of_text|>" in ours(capsys, "llama-factory", file)[1]
+
+
 @pytest.mark.parametrize("size", [0.25, 2000])
 def test_held_out_rows_are_a_share_or_a_number(size, tmp_path, capsys):
     file = write(tmp_path / "a.yaml", **ALPACA_QLORA | {"val_set_size": size})
@@ -634,7 +706,12 @@ def test_trained_tokens_are_those_of_peft(tmp_path, capsys):
         ("axolotl", {"rl": "grpo"}, "rl (is no algorithm"),
         ("axolotl", {"rl": "kto"}, "type alpaca has no translation for kto"),
         ("llama-factory", {"stage": "ppo"}, "stage (is no stage that is translated"),
-        ("axolotl", {"datasets": [{"path": "p", "type": "completion"}]}, "type completion has no"),
+        ("axolotl", {"datasets": [{"path": "p", "type": "metharme"}]}, "type metharme has no"),
+        (
+            "axolotl",
+            {"rl": "dpo", "datasets": [{"path": "p", "type": "completion"}]},
+            "type completion has no answers",
+        ),
         ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type (freeze has no"),

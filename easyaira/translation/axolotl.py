@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from easyaira.translation.recipe import Recipe
+from easyaira.translation.rows import TEXTS
 from easyaira.translation.verdicts import (
     Source,
     Table,
@@ -129,8 +130,10 @@ COMMON: Table = {
     **unsupported("mixtures of experts are no family of EasyAira", "quantize_moe_experts "
                   "use_scattermoe use_sonicmoe experts_implementation llama4_linearized_experts "
                   "expert_parallel_size dsv4_fp4_grouped_mode ple_cpu_offload"),
-    **unsupported("plain text without an answer is no form of rows", "pretraining_dataset "
-                  "streaming", (None, False, [])),
+    **unsupported("joins texts and cuts them into windows; list them in datasets, with type "
+                  "completion", "pretraining_dataset", (None, False, [])),
+    **unsupported("set streaming in the sources of the translated file", "streaming",
+                  (None, False)),
     **unsupported("the tokenizer is read by transformers", "tokenizer_use_mistral_common"),
     **unsupported("rows keep their order and number", "dataset_exact_deduplication min_sample_len"),
     **unsupported("a template ends answers with its own tokens", "eot_tokens", (
@@ -253,8 +256,20 @@ def facts(run: Recipe) -> None:
         run.facts["chat_template"] = "chatml"
     elif template not in (None, "tokenizer_default", "chatml"):
         run.note(f"data.template chat: the tokenizer's own template, in the place of {template}")
-    run.facts["sources"] = [_source(run, entry) for entry in run.get("axolotl_datasets", [])]
+    entries = run.get("axolotl_datasets", [])
+    run.facts["sources"] = [_source(run, entry) for entry in entries]
     run.facts["held_out"] = [_source(run, entry) for entry in run.get("axolotl_held_out", [])]
+    whole = [entry.get("type") == "completion" for entry in entries]
+    run.facts["texts"] = bool(whole) and all(whole)
+    if any(whole):
+        run.note(TEXTS)
+        run.note(
+            "a text above max_length is cut or dropped, and counted; axolotl divides it into "
+            "several examples, so divide long texts before"
+        )
+    if run.facts["texts"]:  # their parts are never too long there
+        run.facts["truncation_mode"] = "keep_start"
+        run.options.pop("data.max_dropped", None)
     if run.facts["held_out"]:
         run.facts.setdefault("eval_strategy", "epoch")
 
@@ -273,6 +288,7 @@ FORMS = {  # type -> template
     "alpaca": ALPACA,
     "chat_template": None, "chat_template.default": None, "chat_template.argilla": None,
     "sharegpt": None, "bradley_terry.chat_template": None, "chat_template.llama3": None,
+    "completion": None,
 }  # fmt: skip
 RATED_FORMS = {  # form of rated answers -> column of the prompt
     "argilla": "instruction", "intel": "question", "prompt_pairs": "prompt", "ultra": "prompt",
@@ -323,6 +339,11 @@ def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
         if entry.get(theirs) not in (None, ours)
     }
     field = entry.get("field_messages")
+    if kind == "completion":
+        if run.task != "sft":
+            run.refuse("axolotl_datasets", "type completion has no answers to compare")
+        columns["text"] = entry.get("field", "text")
+        return made | ({"columns": columns} if columns["text"] != "text" else {})
     if run.task != "sft":
         columns |= {"prompt": field} if field else {}
     elif field not in (None, "messages", "conversations"):

@@ -167,7 +167,7 @@ def facts(run: Recipe) -> None:
         "name the new folder"
     )
     if run.get("kind") not in TULU:
-        run.refuse("kind", f"{run.get('kind')} holds plain text, which is no form of rows here")
+        run.refuse("kind", f"{run.get('kind')} joins texts and cuts them at seq_length")
     run.facts |= {"completion_only_loss": True, "assistant_only_loss": True}
     run.facts["chat_template"] = "tulu"
     source = {"path": run.get("path"), "split": run.get("split")}

@@ -64,13 +64,13 @@ COMMON: Table = {
                   "fp8_backend"),
     **unsupported("sets of data are used whole", "mix_strategy interleave_probs",
                   (None, "concat")),
-    "stage": Unsupported("is no stage that is translated", (None, "sft", "dpo", "rm")),
+    "stage": Unsupported("is no stage that is translated", (None, "dpo", "rm")),
     **UNSMOOTHED,
     "quantization_method": Unsupported("4 bits are nf4", (None, "bnb", "bitsandbytes")),
     "enable_thinking": Unsupported("the template is rendered without arguments", (None, True)),
 }  # fmt: skip
 
-SFT: Table = computed("label_smoothing_factor")
+SFT: Table = computed("label_smoothing_factor stage")
 DPO: Table = {
     **same("""
         pref_beta dpo.beta
@@ -130,15 +130,17 @@ def facts(run: Recipe) -> None:
         run.facts[{4: "load_in_4bit", 8: "load_in_8bit"}.get(bits, "load_in_4bit")] = True
         if bits not in (4, 8):
             run.refuse("quantization_bit", "frozen weights have 4 or 8 bits")
-    run.facts["packing"] = run.get("packing") or run.get("neat_packing")
+    run.facts["packing"] = run.get("neat_packing") or run.get("packing")
     learned = not run.get("train_on_prompt")
     run.facts["completion_only_loss"] = run.facts["assistant_only_loss"] = learned
     if run.task == "sft" and run.get("use_dft_loss"):
         run.facts["loss_type"] = "dft"
     if run.task == "sft" and run.get("mask_history"):
         run.options["sft.last_turn_only"] = True
-    stage = run.get("stage", "dpo")
-    if stage == "kto":  # which does not read pref_loss
+    stage = run.get("stage", "sft" if run.task == "sft" else "dpo")
+    if run.task == "sft":
+        _texts(run, stage)
+    elif stage == "kto":  # which does not read pref_loss
         run.facts["loss_type"] = "kto"
     elif stage != "dpo":
         run.refuse("stage", f"{stage} is no stage of pairs or of rated answers")
@@ -151,11 +153,13 @@ def facts(run: Recipe) -> None:
             run.options["dpo.sft_weight"] = 1.0
     elif loss == "kto_pair":
         run.refuse("loss_type", "kto_pair takes pairs; kto is of rated answers")
-    if run.get("template") not in (None, "default", "empty"):
+    if run.get("texts"):
+        run.facts["chat_template"] = "plain"
+    elif run.get("template") not in (None, "default", "empty"):
         run.note(f"data.template chat: the tokenizer's own, in the place of {run.get('template')}")
     else:
         run.refuse("template", "names no template of the tokenizer; set it to the model's")
-    run.facts["chat_template"] = "chat"
+    run.facts.setdefault("chat_template", "chat")
     for fact, names in (("sources", "dataset_names"), ("held_out", "held_out_names")):
         given = run.get(names, [])
         given = given.split(",") if isinstance(given, str) else given
@@ -167,6 +171,24 @@ def facts(run: Recipe) -> None:
             )
 
 
+def _texts(run: Recipe, stage: str) -> None:
+    """Rows of plain text, of stage pt."""
+    run.facts["texts"] = stage == "pt"
+    if stage not in ("pt", "sft"):
+        return run.refuse("stage", "is no stage that is translated")
+    if stage == "sft":
+        return None
+    run.note("texts stand in the column text; map another name with columns {text: NAME}")
+    if run.facts["packing"] is not False:  # LLaMA-Factory packs at this stage
+        run.facts["packing"] = True
+        run.note(
+            "a text is an example, cut at cutoff_len; LLaMA-Factory joins texts and cuts them at "
+            "cutoff_len, so that a piece holds parts of several, unless packing is false"
+        )
+    if run.get("template") == "llama3":
+        run.note("a text ends with the tokenizer's end token; there with <|end_of_text|>")
+
+
 LLAMA_FACTORY = Source(
     name="LLaMA-Factory",
     tables={"sft": COMMON | SFT, "dpo": COMMON | DPO, "reward": COMMON},
@@ -176,7 +198,7 @@ LLAMA_FACTORY = Source(
         "reward": DEFAULTS,
     },
     differences={"sft": (ORDER,), "dpo": (ORDER,), "reward": (ORDER,)},
-    telling={"stage": {"sft": "sft", "dpo": "dpo", "kto": "dpo", "rm": "reward"}},
+    telling={"stage": {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "dpo", "rm": "reward"}},
     otherwise="sft",
     prepare=facts,
 )

@@ -10,6 +10,7 @@ from easyaira.translation.recipe import Recipe, evaluated
 
 FIRST_LINE = 2**20  # longest first row that is looked at
 CONVERSATION = ("messages", "conversations")
+TEXTS = "a control token in a row of plain text stays text; data.allowed_tokens makes it a token"
 
 
 def columns_of(path: str) -> dict[str, Any] | None:
@@ -79,6 +80,9 @@ def data(run: Recipe) -> None:
     used, held_out = mixture(run)
     if not used:
         return run.refuse("dataset_name", "names no data; add it to the file")
+    if (field := run.get("dataset_text_field", "text")) != "text":
+        used = [{**entry, "columns": {"text": field}} for entry in used]
+        held_out = [{**entry, "columns": {"text": field}} for entry in held_out]
     run.options["data.train"] = used
     if any(entry.get("weight", 1) != 1 for entry in used):
         run.note("of a weighted source, other rows are drawn (weight)")
@@ -86,7 +90,34 @@ def data(run: Recipe) -> None:
         run.options["data.eval"] = size if size < 1 else int(size)  # rows there, prompts here
     elif evaluated(run) and held_out:
         run.options["data.eval"] = held_out
-    _form(run, columns_of(used[0].get("path", "")))
+    row = columns_of(used[0].get("path", ""))
+    if run.task == "sft" and _of_texts(run, row):
+        return _texts(run)
+    _form(run, row)
+
+
+def _of_texts(run: Recipe, row: dict[str, Any] | None) -> bool:
+    """Whether the rows are plain text: the file says so, or the first row, or a name of its own for
+    the column."""
+    if "texts" in run.facts:
+        return run.facts["texts"]
+    field = run.get("dataset_text_field", "text")
+    if row is None:
+        return field != "text"
+    return field in row and not {"prompt", "completion", *CONVERSATION} & row.keys()
+
+
+def _texts(run: Recipe) -> None:
+    """Rows that are learned whole, whatever the template."""
+    run.options["data.template"] = run.get("chat_template", "plain")
+    run.note(TEXTS)
+    if run.options["data.template"] == "plain":
+        run.note(
+            "data.template plain is what the release holds; chat keeps a template that the "
+            "tokenizer has"
+        )
+    if run.options.get("data.truncation") == "keep_end":
+        run.refuse("truncation_mode", "keep_end drops a long text here, and keeps its end there")
 
 
 def _form(run: Recipe, row: dict[str, Any] | None) -> None:
@@ -102,6 +133,8 @@ def _form(run: Recipe, row: dict[str, Any] | None) -> None:
         )
     if run.task != "sft":
         return
+    if row is None and run.get("dataset_text_field"):
+        run.note(TEXTS)
     pairs = row is not None and "completion" in row
     asked = run.get("completion_only_loss")
     only = pairs if asked is None else asked
@@ -113,5 +146,5 @@ def _form(run: Recipe, row: dict[str, Any] | None) -> None:
             "loss on every token, as TRL puts it on rows of messages; on prompt and completion it "
             "puts it on the completion (sft.completion_only_loss true)"
         )
-    if row and not {"completion", *CONVERSATION} & row.keys():
-        run.refuse("dataset_name", "rows of plain text are no form of rows for SFT")
+    if row and "texts" not in run.facts and not {"completion", *CONVERSATION} & row.keys():
+        run.refuse("dataset_name", f"{' and '.join(row)} are no form of rows for SFT")

@@ -134,10 +134,9 @@ DATA: Table = {
 SFT: Table = {
     **computed("""
         packing completion_only_loss assistant_only_loss truncation_mode loss_type
-        label_smoothing_factor
+        label_smoothing_factor dataset_text_field
     """),
     **no_effect("packing changes padding only", "eval_packing"),
-    **no_effect("rows of plain text are refused", "dataset_text_field"),
     "packing_strategy": Unsupported("cuts examples to fill rows", (None, "bfd", "ffd")),
     **unsupported(
         "rows are tokenised in one way",
