@@ -214,7 +214,7 @@ def test_every_verdict_names_an_option_or_says_why(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_computed_fact_is_read(name):
     folder = Path(recipe.__file__).parent
-    files = ("recipe.py", "rows.py", f"{name.replace('-', '_')}.py")
+    files = ("recipe.py", "rows.py", "ends.py", f"{name.replace('-', '_')}.py")
     text = "".join((folder / file).read_text() for file in files)
     facts = {
         verdict.fact
@@ -374,11 +374,12 @@ def test_columns_without_a_form_are_named(tmp_path):
 
 def test_axolotls_completions_are_texts(tmp_path, capsys):
     texts = [{"path": "o/a", "type": "completion", "field": "body"}, {"path": "o/b"}]
-    texts[1]["type"] = "completion"
+    texts[1] |= {"type": "completion", "data_files": ["b.jsonl"]}
     keys = {"datasets": texts, "test_datasets": texts[:1], "excess_length_strategy": "raise"}
     keys = ALPACA_QLORA | {"val_set_size": 0} | keys
     config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
     assert [source.columns for source in config.data.train] == [{"text": "body"}, {}]
+    assert [source.path for source in config.data.train] == ["o/a", "b.jsonl"]
     assert config.data.eval[0].columns == {"text": "body"}
     assert (config.data.template, config.data.truncation) == ("plain", "keep_start")
     assert config.data.max_dropped == 0.05
@@ -395,6 +396,74 @@ def test_a_form_that_axolotl_names_is_not_doubted(tmp_path, capsys):
     keys = ALPACA_QLORA | {"datasets": [{"path": str(file), "type": "alpaca"}]}
     config, _ = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
     assert "### Instruction:" in config.data.train[0].template
+
+
+CHATS, ALPACAS, BODIES = (
+    {"path": "o/d", "type": kind} for kind in ("chat_template", "alpaca", "completion")
+)
+EOT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eot_id|>\n{% endfor %}"
+ANY_END = EOT.replace("<|eot_id|>", "{{ eos_token }}")
+
+
+@pytest.mark.parametrize(
+    "keys, token, accepted",
+    [
+        ({"chat_template": "llama3"}, "<|eot_id|>", "ends an answer and is learned"),
+        ({"chat_template": "chatml"}, "<|im_end|>", "becomes the tokenizer's end token"),
+        ({"chat_template": "chatml", "datasets": [BODIES]}, "<|im_end|>", "becomes the tokenizer"),
+        ({"chat_template": "qwen3", "rl": "dpo"}, "<|im_end|>", "ends an answer and is learned"),
+        ({"chat_template_jinja": EOT}, "<|eot_id|>", "ends an answer and is learned"),
+        ({"chat_template": "llama3"}, "<|end_of_text|>", ""),
+        ({"chat_template": "chatml"}, "<|eot_id|>", ""),
+        ({"chat_template": "tokenizer_default"}, "<|eot_id|>", ""),
+        ({}, "<|eot_id|>", ""),
+        ({"chat_template": "llama3", "datasets": [CHATS, ALPACAS]}, "<|eot_id|>", ""),
+        ({"chat_template": "llama3", "datasets": [CHATS, BODIES]}, "<|eot_id|>", ""),
+        ({"chat_template_jinja": ANY_END}, "<|eot_id|>", ""),
+        ({"chat_template_jinja": "<|eot_id|>{% broken %}"}, "<|eot_id|>", ""),
+        ({"chat_template_jinja": "<|eot_id|>" + ANY_END}, "<|eot_id|>", ""),
+    ],
+)
+def test_an_end_token_is_accepted_where_the_template_writes_it(
+    keys, token, accepted, tmp_path, capsys
+):
+    keys = {"datasets": [CHATS]} | keys
+    keys["special_tokens"] = {"eos_token": token, "pad_token": "<pad>"}
+    file = write(tmp_path / "a.yaml", **ALPACA_QLORA | keys)
+    if accepted:
+        assert f"# - {token} {accepted}" in ours(capsys, "axolotl", file)[1]
+        return
+    with pytest.raises(ConfigError, match="special_tokens .changes tokens of the tokenizer"):
+        translate.main(["axolotl", file])
+
+
+@pytest.mark.parametrize(
+    "keys, accepted",
+    [
+        ({"chat_template": EOT}, True),
+        ({"chat_template": ANY_END}, False),
+        ({}, False),
+        ({"chat_template": EOT, "dataset_text_field": "body"}, False),
+    ],
+)
+def test_trls_end_token_is_accepted_where_the_template_writes_it(keys, accepted, tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **MINIMAL, eos_token="<|eot_id|>", **keys)
+    if accepted:
+        for task in ("sft", "reward"):
+            assert "<|eot_id|> ends an answer" in ours(capsys, "trl", file, "--task", task)[1]
+        return
+    with pytest.raises(ConfigError, match="eos_token .changes tokens of the tokenizer"):
+        translate.main(["trl", file, "--task", "sft"])
+
+
+def test_trls_template_is_not_for_rows_of_text(tmp_path, capsys):
+    tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    keys = MINIMAL | {"dataset_name": str(tmp_path / "rows.jsonl"), "chat_template": EOT}
+    config, text = ours(capsys, "trl", write(tmp_path / "a.yaml", **keys), "--task", "sft")
+    assert config.data.template == "plain" and "chat_template is not used for rows of text" in text
+    file = write(tmp_path / "a.yaml", **keys, eos_token="<|eot_id|>")
+    with pytest.raises(ConfigError, match="eos_token .changes tokens of the tokenizer"):
+        translate.main(["trl", file, "--task", "sft"])
 
 
 @pytest.mark.parametrize("packing", [None, True, False])
@@ -711,6 +780,11 @@ def test_trained_tokens_are_those_of_peft(tmp_path, capsys):
             "axolotl",
             {"rl": "dpo", "datasets": [{"path": "p", "type": "completion"}]},
             "type completion has no answers",
+        ),
+        (
+            "axolotl",
+            {"datasets": [{"path": "p", "data_files": ["a", "b"], "type": "alpaca"}]},
+            "datasets (several data_files: write one source for each)",
         ),
         ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),

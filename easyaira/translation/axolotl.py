@@ -221,6 +221,9 @@ def facts(run: Recipe) -> None:
     run.facts["completion_only_loss"] = not run.get("train_on_inputs")
     run.facts["assistant_only_loss"] = not run.get("train_on_inputs")
     own = {k: v for k, v in run.get("special_tokens", {}).items() if k != "pad_token" and v}
+    if own.get("eos_token") != LLAMA_2["eos_token"]:
+        run.facts["eos_token"] = own.pop("eos_token", None)
+        run.keys["eos_token"] = "special_tokens"
     if own and not own.items() <= LLAMA_2.items():
         run.refuse("special_tokens", "changes tokens of the tokenizer; save it with them")
     elif own:
@@ -260,7 +263,8 @@ def facts(run: Recipe) -> None:
     run.facts["sources"] = [_source(run, entry) for entry in entries]
     run.facts["held_out"] = [_source(run, entry) for entry in run.get("axolotl_held_out", [])]
     whole = [entry.get("type") == "completion" for entry in entries]
-    run.facts["texts"] = bool(whole) and all(whole)
+    run.facts |= {"texts": bool(whole) and all(whole), "has_texts": any(whole)}
+    run.facts["template_name"] = template
     if any(whole):
         run.note(TEXTS)
         run.note(
@@ -321,7 +325,9 @@ def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
         run.refuse("axolotl_datasets", f"{min(unknown)} of a data set has no translation")
     made = {"path": entry.get("data_files") or entry.get("path")}
     if isinstance(made["path"], list):
-        run.refuse("axolotl_datasets", "several data_files: write one source for each")
+        if len(made["path"]) > 1:
+            run.refuse("axolotl_datasets", "several data_files: write one source for each")
+        made["path"] = made["path"][0]
     for key, ours in (("split", "split"), ("name", "subset")):
         if entry.get(key) not in (None, "train", "default"):
             made[ours] = entry[key]

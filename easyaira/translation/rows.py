@@ -110,6 +110,7 @@ def _of_texts(run: Recipe, row: dict[str, Any] | None) -> bool:
 def _texts(run: Recipe) -> None:
     """Rows that are learned whole, whatever the template."""
     run.options["data.template"] = run.get("chat_template", "plain")
+    run.facts["has_texts"] = True
     run.note(TEXTS)
     if run.options["data.template"] == "plain":
         run.note(
@@ -124,6 +125,9 @@ def _form(run: Recipe, row: dict[str, Any] | None) -> None:
     """Choose the template and what is learned by the columns of the rows."""
     spoken = row is None or any(isinstance(value, list) for value in row.values())
     template = run.get("chat_template")
+    if template and not spoken and not run.get("sources"):
+        run.note("chat_template is not used for rows of text, by TRL neither")
+        template = None
     run.options["data.template"] = template or ("chat" if spoken else "plain")
     own = any("template" in entry for entry in run.options["data.train"])
     if row is None and not template and not own:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from easyaira.errors import ConfigError, did_you_mean, escaped
-from easyaira.translation import recipe, rows
+from easyaira.translation import ends, recipe, rows
 from easyaira.translation.recipe import Recipe
 from easyaira.translation.verdicts import Computed, NoEffect, Same, Source, Unsupported
 
@@ -113,7 +113,7 @@ def translate(
                 no_effect[key] = why
     if source.prepare:
         source.prepare(run)
-    for step in (*recipe.STEPS, rows.data):
+    for step in (*recipe.STEPS, rows.data, ends.end_token):
         step(run)
     if run.refused:
         reasons = ", ".join(f"{key} ({why})" for key, why in run.refused.items())

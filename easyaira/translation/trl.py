@@ -107,7 +107,7 @@ MODEL: Table = {
     **computed("""
         model_revision dtype torch_dtype=dtype use_peft lora_r lora_alpha lora_dropout
         lora_target_modules use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type
-        chat_template
+        chat_template eos_token
     """),
     **no_effect(
         "says how bitsandbytes stores, and not what",
@@ -119,7 +119,6 @@ MODEL: Table = {
     **unsupported(
         "the file it names cannot be read here; pass it as chat_template", "chat_template_path"
     ),
-    **unsupported("the template ends answers with the tokenizer's own token", "eos_token"),
 }
 
 DATA: Table = {
