@@ -787,6 +787,7 @@ def test_trained_tokens_are_those_of_peft(tmp_path, capsys):
             "datasets (several data_files: write one source for each)",
         ),
         ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
+        ("axolotl", {"dataset_exact_deduplication": True}, "take them out of the file"),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type (freeze has no"),
         ("llama-factory", {"use_muon": True}, "use_muon (adapters are trained by AdamW"),

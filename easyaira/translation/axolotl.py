@@ -135,7 +135,9 @@ COMMON: Table = {
     **unsupported("set streaming in the sources of the translated file", "streaming",
                   (None, False)),
     **unsupported("the tokenizer is read by transformers", "tokenizer_use_mistral_common"),
-    **unsupported("rows keep their order and number", "dataset_exact_deduplication min_sample_len"),
+    **unsupported("repeated rows stay; take them out of the file (data_report.json counts them as "
+                  "duplicates)", "dataset_exact_deduplication"),
+    **unsupported("short rows stay; take them out of the file", "min_sample_len"),
     **unsupported("a template ends answers with its own tokens", "eot_tokens", (
         None, [], ["<end_of_turn>"], ["<|im_end|>"], ["<|eot_id|>"], ["</s>"],
     )),
