@@ -37,6 +37,7 @@ COMMON = {
 RECIPES = {
     "sft": {"lr_scheduler_type": "cosine", "completion_only_loss": None},
     "sft-whole": {"completion_only_loss": False, "max_grad_norm": 0.3},
+    "sft-texts": {"dataset_text_field": "body", "lr_scheduler_type": "cosine"},
     "sft-floor": {
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     },
@@ -68,7 +69,9 @@ def main() -> None:
     from helpers import tiny
 
     tiny.save(folder / "model", tiny.CONFIGS["llama"])
-    for kind, rows in {"sft": tiny.sft_rows(ROWS), "dpo": tiny.dpo_rows(ROWS)}.items():
+    sets = {"sft": tiny.sft_rows(ROWS), "dpo": tiny.dpo_rows(ROWS)}
+    sets["sft-texts"] = [{"body": row["prompt"] + row["completion"]} for row in sets["sft"]]
+    for kind, rows in sets.items():
         (folder / kind).mkdir(exist_ok=True)
         tiny.write_rows(folder / kind / "train.jsonl", rows)
     worst = 0.0
@@ -84,9 +87,10 @@ def main() -> None:
 
 def both(folder: Path, name: str, keys: dict) -> tuple[list[float], list[float]]:
     kind = name.partition("-")[0]
+    rows = folder / name if (folder / name).is_dir() else folder / kind
     file = folder / f"{name}.yaml"
     content = COMMON | keys | {
-        "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / kind),
+        "model_name_or_path": str(folder / "model"), "dataset_name": str(rows),
         "output_dir": str(folder / f"trl-{name}"),
     }  # fmt: skip
     file.write_text(yaml.safe_dump(content))
