@@ -126,7 +126,7 @@ def _form(run: Recipe, row: dict[str, Any] | None) -> None:
     spoken = row is None or any(isinstance(value, list) for value in row.values())
     template = run.get("chat_template")
     if template and not spoken and not run.get("sources"):
-        run.note("chat_template is not used for rows of text, by TRL neither")
+        run.note("chat_template is not used for rows of text, in TRL either")
         template = None
     run.options["data.template"] = template or ("chat" if spoken else "plain")
     own = any("template" in entry for entry in run.options["data.train"])
