@@ -217,6 +217,10 @@ def test_answers_of_a_prompt_are_context(tmp_path):
         ({"prompt": "Bye?", "completion": "See you.", "history": [ASKED, ANSWERED]}, CHAT),
         ({"prompt": "Hi?", "messages": [ASKED, ANSWERED]}, "<user>Hi?.<assistant>[Hello..]"),
         ({"transcript": "\n\nHuman: Hi?\n\nAssistant: Hello."}, "<user>Hi?.<assistant>[Hello..]"),
+        ({"conversations": [{"from": "human", "content": "Hi?"}, {"from": "gpt", "content":
+          "Hello."}]}, "<user>Hi?.<assistant>[Hello..]"),
+        ({"conversations": [{"role": "user", "value": "Hi?"}, {"role": "assistant", "value":
+          "Hello."}]}, "<user>Hi?.<assistant>[Hello..]"),
     ],
 )  # fmt: skip
 def test_forms_of_conversations(row, text, tmp_path):
@@ -359,6 +363,41 @@ def test_a_transcript_that_may_be_split_in_a_quotation_is_counted(row, task, tmp
     data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]), task=task)
     noted = data.report["train"]["noted"]
     assert noted == {"a quotation may hold a speaker's marker, and be split there": 1}
+
+
+HUMAN = "\n\nHuman: Hi there, you?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row, task",
+    [
+        ({"prompt": HUMAN, "chosen": " Hello.", "rejected": " Go."}, "pair"),
+        ({"prompt": "Hi?", "chosen": HUMAN + " Hello.", "rejected": HUMAN + " Go."}, "pair"),
+        ({"prompt": HUMAN.replace("Human", "### Human"), "completion": "Hello."}, "conversation"),
+        ({"prompt": HUMAN.replace("\n", " "), "completion": "Hello."}, "conversation"),
+    ],
+    ids=["prompt", "answers", "guanaco", "one line"],
+)
+def test_transcripts_in_a_prompts_or_an_answers_column_are_counted(row, task, tmp_path):
+    """The prompts of Dahoas/full-hh-rlhf are such texts. The template plain may be meant for
+    them."""
+    path = tiny.write_rows(tmp_path / "a.jsonl", [row])
+    data = load(path, task=task, template=TAGGED, max_length=400)
+    counted = {"a text names its speakers (Human:), and is not split into their turns": 1}
+    assert data.report["train"]["noted"] == counted
+    assert load(path, task=task, max_length=400).report["train"]["noted"] == {}
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr, lambda turns: "[" + repr(turns[0]) + "\n]"])
+def test_a_list_of_messages_that_became_text_is_told(written, tmp_path):
+    """As pandas writes lists into CSV files."""
+    reason = "a list of messages written as text"
+    sides = {"chosen": written([{"content": "Hi.", "role": "assistant"}]), "rejected": "No."}
+    assert reason in refused(tmp_path, {"prompt": "Hi?"} | sides, task="pair")
+    asked = written([{"from": "human", "value": "Hi?"}])
+    assert reason in refused(tmp_path, {"prompt": asked, "completion": "Hello."})
+    for text in ('[{"role": "admin", "name": "Bo"}]', '[{"role": "user"}] is a list.', "[{}]"):
+        assert read(tmp_path, {"prompt": "Hi?", "completion": text}).endswith(f"[{text}.]")
 
 
 def test_a_transcript_with_quotations_of_its_own_is_not_accused(tmp_path):

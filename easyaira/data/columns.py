@@ -327,6 +327,13 @@ def _checked(text: Any, wanted: str) -> str:
     return text
 
 
+# a list of messages that was turned into text, as JSON or by Python (pandas in a CSV file)
+AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:.*\}\s*\]\s*""", re.DOTALL
+)
+A_ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["'])(?:user|assistant|system|human|gpt)\2""")
+
+
 def messages_of(row: Record, name: str, role: str | None = None) -> list[Message]:
     """Convert a column to messages; a plain text becomes one message of `role`."""
     return as_messages(row, column_of(row, name), name, role)
@@ -334,7 +341,10 @@ def messages_of(row: Record, name: str, role: str | None = None) -> list[Message
 
 def as_messages(row: Record, value: Any, name: str, role: str | None = None) -> list[Message]:
     if isinstance(value, str) and role:
-        return [{"role": role, "content": _checked(value, f"column {name}: wanted text")}]
+        text = _checked(value, f"column {name}: wanted text")
+        if AS_TEXT.fullmatch(text) and A_ROLE.search(text):
+            raise Unreadable(f"column {name}: a list of messages written as text; write it as JSON")
+        return [{"role": role, "content": text}]
     wanted = "text or a list of messages" if role else "a list of messages"
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")
@@ -345,15 +355,16 @@ def _message(turn: Record, name: str) -> Message:
     if turn.filled("tool_calls") or turn.filled("function_call"):
         raise Unreadable(f"column {name}: tool calls are not supported")
     if turn.filled("from") and not turn.filled("role"):
-        speaker, content = turn["from"], turn.get("value")
+        speaker, keys = turn["from"], ("value", "content")
         if speaker not in SPEAKERS:
             raise Unreadable(f"column {name}: wanted from {', '.join(SPEAKERS)}; found {speaker!r}")
         message = {"role": SPEAKERS[speaker]}
     elif isinstance(turn.get("role"), str):
-        message, content = {"role": turn["role"]}, turn.get("content")
+        message, keys = {"role": turn["role"]}, ("content", "value")
     else:
         raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
-    message["content"] = _content(turn, content, name)
+    key = next((key for key in keys if turn.filled(key)), keys[0])
+    message["content"] = _content(turn, turn.get(key), name)
     flags = {_flag(turn[key], f"column {name}: key {key}") for key in WEIGHTS if turn.filled(key)}
     if len(flags) > 1:
         raise Unreadable(f"column {name}: a message is marked to be learned and not to be")

@@ -216,8 +216,8 @@ def _rope(raw: Mapping[str, Any], config: type, where: str) -> dict[str, Any]:
         kinds = [top | _rope_of(entry, where) for entry in (scaling, given) if entry]
         if len(kinds) == 2 and kinds[0] != kinds[1]:
             raise ConfigError(
-                f"{where}: rope_scaling and rope_parameters contradict each other, and transformers "
-                "follows rope_scaling; leave one out"
+                f"{where}: rope_scaling and rope_parameters contradict each other, and "
+                "transformers follows rope_scaling; leave one out"
             )
         return _rope_of(given or scaling, where)
     full, window = (_object(given, kind, where) for kind in LAYER_TYPES)
