@@ -227,6 +227,20 @@ def test_forms_of_conversations(row, text, tmp_path):
     assert read(tmp_path, row) == text
 
 
+def test_a_system_prompt_goes_before_the_messages_to_answer_too():
+    def asked(**row):
+        return columns.question(columns.Record(row))
+
+    wanted = [SYSTEM, ASKED]
+    assert asked(prompt="Hi?", system="Be kind.") == wanted
+    assert asked(messages=[ASKED], system_prompt="Be kind.") == wanted
+    assert asked(messages=[SYSTEM, ASKED], system="Be kind.") == wanted
+    with pytest.raises(columns.Unreadable, match="another system prompt"):
+        asked(messages=[SYSTEM, ASKED], system="Be rude.")
+    with pytest.raises(columns.Unreadable, match="history: stands beside messages"):
+        asked(messages=[AGAIN], history=[["Hi?", "Hello."]])
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [

@@ -188,9 +188,11 @@ def question(row: Record) -> list[Message]:
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) != 1:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
-    turns = (
-        messages_of(row, "messages") if "messages" in row else prompt_of(row, Form((), "prompt"))
-    )
+    turns = prompt_of(row, Form((), names[0] if names[0] == "prompt" else None))
+    if "messages" in row:
+        if row.filled(HISTORY):
+            raise Unreadable(f"column {HISTORY}: stands beside messages; join the two")
+        turns, _ = joined(turns, messages_of(row, "messages"), "messages")
     if not turns or turns[-1]["role"] == "assistant":
         raise Unreadable(f"column {names[0]}: must end in a message to answer")
     return [{name: turn[name] for name in ("role", "content")} for turn in turns]
