@@ -179,6 +179,18 @@ def test_marks_need_a_loss_on_answers_alone(tmp_path):
     assert "neither data.reverse" in refused(tmp_path, row, reverse=True)
 
 
+def test_of_two_answers_in_a_row_the_last_one_alone_is_learned_if_asked_for(tmp_path):
+    """In the template plain, nothing stands between them."""
+    before = [ASKED, ANSWERED]
+    shown = {TAGGED: "<user>Hi?.<assistant>Hello..<assistant>", "plain": "Hi?Hello.."}
+    for template, text in shown.items():
+        config = {"template": template, "sft": {"last_turn_only": True}}
+        assert read(tmp_path, {"messages": [*before, LAST]}, **config) == f"{text}[See you..]"
+        sides = {"chosen": [*before, LAST], "rejected": [*before, turn("assistant", "Go.")]}
+        both = f"{text}[See you..]|{text}[Go..]"
+        assert read(tmp_path, sides, task="pair", template=template) == both
+
+
 def test_answers_of_a_prompt_are_context(tmp_path):
     row = {"prompt": [ASKED, ANSWERED, AGAIN], "completion": [LAST]}
     assert read(tmp_path, row) == CHAT

@@ -217,6 +217,8 @@ def _texts(
         raise Dropped("no answer to learn")
     last_only = recipe.task == "pair" or recipe.last_turn_only
     last_only |= unlearned == set(answered[:-1]) != set() and answered[-1] - 1 not in unlearned
+    if last_only and answered[-1] - 1 in answered:  # no text of the template may lie between
+        unlearned, last_only = {*unlearned, *answered[:-1]}, False
     context = [] if last_only or not unlearned else _context(texts[0], unlearned, template)
     return Texts(texts, [], ranks=ranks, context=context, last_only=last_only, **numbers)
 
