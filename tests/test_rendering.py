@@ -133,6 +133,17 @@ def test_what_a_generation_prompt_lacks_is_learned():
     assert template.prompt(TURNS[:-1]).tolist() == asked
 
 
+def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
+    """That of DeepSeek-R1's distilled models begins the thoughts, which their answers lack."""
+    assert template_of(CHAT).asked_otherwise() is None
+    thinks = template_of(CHAT.replace("'assistant: '", "'assistant: <think>\n'")).asked_otherwise()
+    assert "learned behind '<|endoftext|>assistant:', and its generation prompt is" in thinks
+    assert "'<|endoftext|>assistant: <think>', with which" in thinks
+    assert "generation prompt is '<|endoftext|>'" in template_of(PLAIN).asked_otherwise()
+    for name in TEMPLATES:
+        assert Template(tiny.tokenizer(), name, "gpt2").asked_otherwise() is None
+
+
 MARKED = "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
 ROLES = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'BOT:\n' }}ANSWER"

@@ -23,7 +23,7 @@ from easyaira.data.chat_templates import (
     TEMPLATES,
     find_template,
 )
-from easyaira.data.layout import LEFT, Content, Layout, Part, any_of, layout_of, placeholder
+from easyaira.data.layout import LEFT, PLACE, Content, Layout, Part, any_of, layout_of, placeholder
 from easyaira.data.plain_text import PlainText, Text
 from easyaira.data.rendering import Broken, Child, Ended, Refused, Rendered, render
 from easyaira.errors import ConfigError, DataError, TokenizerError
@@ -315,6 +315,27 @@ class Template:
         start = tokens.get("bos_token") or ""
         one, other = ("".join(text.strip().removeprefix(start).split()) for text in texts)
         return "same" if one == other else "other"
+
+    def asked_otherwise(self) -> str | None:
+        """A warning if the generation prompt, with which others ask the model, is not what answers
+        are learned after."""
+        user = {"role": "user", "content": placeholder(0)}
+        try:
+            parts = self._layout(("user", "assistant")).prompt
+            asked = self._render([user], add_generation_prompt=True).text
+        except DataError:
+            return None
+        names = {index: token for token, index in self.controls.items()}
+        texts = (names.get(item, item) if isinstance(item, int) else item for item, _ in parts)
+        learned = "".join("\0" if isinstance(text, Content) else text for text in texts).rstrip()
+        asked = re.sub(PLACE, "\0", asked).rstrip()
+        if learned == asked:
+            return None
+        before, after = (repr(text.rpartition("\0")[2])[:60] for text in (learned, asked))
+        return (
+            f"data.template: after a question, answers are learned behind {before}, and its "
+            f"generation prompt is {after}, with which other programs ask; make them the same"
+        )
 
     @property
     def end_ids(self) -> list[int]:
