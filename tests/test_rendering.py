@@ -133,15 +133,26 @@ def test_what_a_generation_prompt_lacks_is_learned():
     assert template.prompt(TURNS[:-1]).tolist() == asked
 
 
+def doubts(jinja, scorer=False):
+    return list(template_of(jinja).doubts(scorer))
+
+
 def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
     """That of DeepSeek-R1's distilled models begins the thoughts, which their answers lack."""
-    assert template_of(CHAT).asked_otherwise() is None
-    thinks = template_of(CHAT.replace("'assistant: '", "'assistant: <think>\n'")).asked_otherwise()
-    assert "learned behind '<|endoftext|>assistant:', and its generation prompt is" in thinks
-    assert "'<|endoftext|>assistant: <think>', with which" in thinks
-    assert "generation prompt is '<|endoftext|>'" in template_of(PLAIN).asked_otherwise()
+    thinks = CHAT.replace("'assistant: '", "'assistant: <think>\\n'")
+    assert doubts(CHAT) == doubts(thinks, scorer=True) == []
+    (told,) = doubts(thinks)
+    assert "learned behind '<|endoftext|>assistant:', and its generation prompt is" in told
+    assert "'<|endoftext|>assistant: <think>', with which" in told
+    assert "generation prompt is '<|endoftext|>'" in doubts(PLAIN)[0]
     for name in TEMPLATES:
-        assert Template(tiny.tokenizer(), name, "gpt2").asked_otherwise() is None
+        assert not [*Template(tiny.tokenizer(), name, "gpt2").doubts(scorer=False)]
+
+
+def test_a_template_that_writes_the_date_is_told():
+    """Those of SmolLM3 and Llama 3.2: a run on another day has other tokens."""
+    (told,) = doubts("{{ strftime_now('%d %b %Y') }}" + CHAT, scorer=True)
+    assert "may write the date of today" in told
 
 
 MARKED = "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -33,6 +33,10 @@ ROLE = re.compile(r"\w[\w .-]{0,39}")  # templates write it as it is
 # what tokenizers strip beside a token: Unicode's White_Space, unlike str.strip
 BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
+)
+DATED = (
+    "data.template: may write the date of today, so the same command gives other tokens on "
+    "another day; name a .jinja file with a fixed date"
 )
 
 
@@ -316,26 +320,27 @@ class Template:
         one, other = ("".join(text.strip().removeprefix(start).split()) for text in texts)
         return "same" if one == other else "other"
 
-    def asked_otherwise(self) -> str | None:
-        """A warning if the generation prompt, with which others ask the model, is not what answers
-        are learned after."""
-        user = {"role": "user", "content": placeholder(0)}
+    def doubts(self, scorer: bool) -> Iterator[str]:
+        """Warnings: the template writes the date, or its generation prompt, with which others ask a
+        language model, is not what answers are learned after."""
+        if "strftime_now" in self.jinja:
+            yield DATED
         try:
             parts = self._layout(("user", "assistant")).prompt
+            user = {"role": "user", "content": placeholder(0)}
             asked = self._render([user], add_generation_prompt=True).text
         except DataError:
-            return None
+            return
         names = {index: token for token, index in self.controls.items()}
-        texts = (names.get(item, item) if isinstance(item, int) else item for item, _ in parts)
-        learned = "".join("\0" if isinstance(text, Content) else text for text in texts).rstrip()
+        items = (names.get(item, item) if isinstance(item, int) else item for item, _ in parts)
+        learned = "".join("\0" if isinstance(item, Content) else item for item in items).rstrip()
         asked = re.sub(PLACE, "\0", asked).rstrip()
-        if learned == asked:
-            return None
-        before, after = (repr(text.rpartition("\0")[2])[:60] for text in (learned, asked))
-        return (
-            f"data.template: after a question, answers are learned behind {before}, and its "
-            f"generation prompt is {after}, with which other programs ask; make them the same"
-        )
+        if learned != asked and not scorer:
+            before, after = (repr(text.rpartition("\0")[2])[:60] for text in (learned, asked))
+            yield (
+                f"data.template: after a question, answers are learned behind {before}, and its "
+                f"generation prompt is {after}, with which other programs ask; make them the same"
+            )
 
     @property
     def end_ids(self) -> list[int]:
