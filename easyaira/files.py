@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,6 +99,14 @@ def decoded(text: bytes) -> str:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row of a JSONL file, which `parse_json` reads as it is; what JSON has not becomes text."""
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    if not line.isascii() and any("\ud800" <= c <= "\udfff" for c in line):
+        line = json.dumps(row, default=str)  # lone surrogates are no UTF-8
+    return line + "\n"
 
 
 def parse_json(text: bytes) -> Any:

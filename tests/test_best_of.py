@@ -42,6 +42,10 @@ def ground(tmp_path_factory):
     chat = tiny.tokenizer(pad="<pad>")
     chat.chat_template = CHAT
     chat.save_pretrained(root / "llama")
+    for kind in ("llama", "gpt2"):  # as many reward models are: padded with the end token
+        tiny.save(root / f"{kind}-end", tiny.SCORERS[kind] | {"pad_token_id": 0})
+        chat.pad_token = chat.eos_token
+        chat.save_pretrained(root / f"{kind}-end")
     return root
 
 
@@ -73,7 +77,7 @@ def lines(path):
 ANSWERS = ["yes", "", "I like Paris and blue and red. no", "the capital of France is Paris " * 20]
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "llama-end", "gpt2-end"])
 def test_scores_of_answers_are_those_of_torch(kind, ground):
     """Of uneven answers, the last of which is cut at the model's positions."""
     folder = ground / kind

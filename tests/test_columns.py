@@ -179,6 +179,18 @@ def test_marks_need_a_loss_on_answers_alone(tmp_path):
     assert "neither data.reverse" in refused(tmp_path, row, reverse=True)
 
 
+def test_of_two_answers_in_a_row_the_last_one_alone_is_learned_if_asked_for(tmp_path):
+    """In the template plain, nothing stands between them."""
+    before = [ASKED, ANSWERED]
+    shown = {TAGGED: "<user>Hi?.<assistant>Hello..<assistant>", "plain": "Hi?Hello.."}
+    for template, text in shown.items():
+        config = {"template": template, "sft": {"last_turn_only": True}}
+        assert read(tmp_path, {"messages": [*before, LAST]}, **config) == f"{text}[See you..]"
+        sides = {"chosen": [*before, LAST], "rejected": [*before, turn("assistant", "Go.")]}
+        both = f"{text}[See you..]|{text}[Go..]"
+        assert read(tmp_path, sides, task="pair", template=template) == both
+
+
 def test_answers_of_a_prompt_are_context(tmp_path):
     row = {"prompt": [ASKED, ANSWERED, AGAIN], "completion": [LAST]}
     assert read(tmp_path, row) == CHAT
@@ -217,10 +229,28 @@ def test_answers_of_a_prompt_are_context(tmp_path):
         ({"prompt": "Bye?", "completion": "See you.", "history": [ASKED, ANSWERED]}, CHAT),
         ({"prompt": "Hi?", "messages": [ASKED, ANSWERED]}, "<user>Hi?.<assistant>[Hello..]"),
         ({"transcript": "\n\nHuman: Hi?\n\nAssistant: Hello."}, "<user>Hi?.<assistant>[Hello..]"),
+        ({"conversations": [{"from": "human", "content": "Hi?"}, {"from": "gpt", "content":
+          "Hello."}]}, "<user>Hi?.<assistant>[Hello..]"),
+        ({"conversations": [{"role": "user", "value": "Hi?"}, {"role": "assistant", "value":
+          "Hello."}]}, "<user>Hi?.<assistant>[Hello..]"),
     ],
 )  # fmt: skip
 def test_forms_of_conversations(row, text, tmp_path):
     assert read(tmp_path, row) == text
+
+
+def test_a_system_prompt_goes_before_the_messages_to_answer_too():
+    def asked(**row):
+        return columns.question(columns.Record(row))
+
+    wanted = [SYSTEM, ASKED]
+    assert asked(prompt="Hi?", system="Be kind.") == wanted
+    assert asked(messages=[ASKED], system_prompt="Be kind.") == wanted
+    assert asked(messages=[SYSTEM, ASKED], system="Be kind.") == wanted
+    with pytest.raises(columns.Unreadable, match="another system prompt"):
+        asked(messages=[SYSTEM, ASKED], system="Be rude.")
+    with pytest.raises(columns.Unreadable, match="history: stands beside messages"):
+        asked(messages=[AGAIN], history=[["Hi?", "Hello."]])
 
 
 @pytest.mark.parametrize(
@@ -358,6 +388,41 @@ def test_a_transcript_that_may_be_split_in_a_quotation_is_counted(row, task, tmp
     data = load(tiny.write_rows(tmp_path / "a.jsonl", [row]), task=task)
     noted = data.report["train"]["noted"]
     assert noted == {"a quotation may hold a speaker's marker, and be split there": 1}
+
+
+HUMAN = "\n\nHuman: Hi there, you?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row, task",
+    [
+        ({"prompt": HUMAN, "chosen": " Hello.", "rejected": " Go."}, "pair"),
+        ({"prompt": "Hi?", "chosen": HUMAN + " Hello.", "rejected": HUMAN + " Go."}, "pair"),
+        ({"prompt": HUMAN.replace("Human", "### Human"), "completion": "Hello."}, "conversation"),
+        ({"prompt": HUMAN.replace("\n", " "), "completion": "Hello."}, "conversation"),
+    ],
+    ids=["prompt", "answers", "guanaco", "one line"],
+)
+def test_transcripts_in_a_prompts_or_an_answers_column_are_counted(row, task, tmp_path):
+    """The prompts of Dahoas/full-hh-rlhf are such texts. The template plain may be meant for
+    them."""
+    path = tiny.write_rows(tmp_path / "a.jsonl", [row])
+    data = load(path, task=task, template=TAGGED, max_length=400)
+    counted = {"a text names its speakers (Human:), and is not split into their turns": 1}
+    assert data.report["train"]["noted"] == counted
+    assert load(path, task=task, max_length=400).report["train"]["noted"] == {}
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr, lambda turns: "[" + repr(turns[0]) + "\n]"])
+def test_a_list_of_messages_that_became_text_is_told(written, tmp_path):
+    """As pandas writes lists into CSV files."""
+    reason = "a list of messages written as text"
+    sides = {"chosen": written([{"content": "Hi.", "role": "assistant"}]), "rejected": "No."}
+    assert reason in refused(tmp_path, {"prompt": "Hi?"} | sides, task="pair")
+    asked = written([{"from": "human", "value": "Hi?"}])
+    assert reason in refused(tmp_path, {"prompt": asked, "completion": "Hello."})
+    for text in ('[{"role": "admin", "name": "Bo"}]', '[{"role": "user"}] is a list.', "[{}]"):
+        assert read(tmp_path, {"prompt": "Hi?", "completion": text}).endswith(f"[{text}.]")
 
 
 def test_a_transcript_with_quotations_of_its_own_is_not_accused(tmp_path):

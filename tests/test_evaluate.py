@@ -355,6 +355,19 @@ def test_a_decoder_scores_pairs_with_a_shared_prompt(scorers, tmp_path):
     assert judged.scores.shape == (7, 2) and judged.account.read == 7
 
 
+def test_a_decoder_that_pads_with_its_end_token_scores_before_it(tmp_path):
+    """As transformers does, and as best_of and train_rl do."""
+    theirs = tiny.save(tmp_path / "gpt2", tiny.SCORERS["gpt2"] | {"pad_token_id": 0})
+    tokenizer = tiny.tokenizer()
+    file = tiny.write_rows(tmp_path / "pairs.jsonl", rows := tiny.dpo_rows(5))
+    judged = judges.judge(str(tmp_path / "gpt2"), Source(str(file)), template="plain")
+    for row, (chosen, rejected) in zip(rows, judged.scores, strict=True):
+        for name, score in (("chosen", chosen), ("rejected", rejected)):
+            ids = tokenizer.encode(row["prompt"]) + tokenizer.encode(row[name]) + [0]
+            with torch.no_grad():
+                assert abs(theirs(torch.tensor([ids])).logits.item() - score) < 1e-5
+
+
 def test_every_two_answers_are_compared_unless_tied(scorers, tmp_path, capsys):
     """In all three forms; the scores are those of the same answers as pairs."""
     answers = ["yes", "no", "I like red", "the capital of France"]

@@ -229,7 +229,7 @@ def test_models_that_cannot_generate_are_refused_in_one_line(name, unusable, tmp
 ROWS = [
     {"prompt": "what do you", "id": 7},
     {"messages": [{"role": "user", "content": "the capital"}]},
-    {"prompt": "red <|endoftext|> and"},
+    {"prompt": "red <|endoftext|> and", "id": "half of a pair: \ud83d"},
     {"prompt": "I like blue and red. yes"},
 ]
 ASKED = ("--template=plain", "--max_new_tokens=9", "--temperature=1", "--num_samples=2")

@@ -218,6 +218,7 @@ def test_the_layers_of_a_published_configuration_are_of_the_kinds_of_transformer
         ("bloom", {"offset_alibi": 50}, "offset_alibi: 50 is not supported; only 100"),
         ("gemma2", {"hidden_act": "relu"}, "hidden_act: relu is not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention: True is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "50.0 is not supported; only None"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5}}, "expected full_attention and slid"),
         (
             "gemma3_text",
@@ -248,6 +249,21 @@ def test_other_names_of_an_option_are_understood_as_transformers_does():
     rope = {"rope_theta": 5.0, "rope_type": "default", "partial_rotary_factor": 0.5}
     with pytest.raises(ConfigError, match="partial_rotary_factor is unknown"):
         model_of({"model_type": "llama", "rope_parameters": rope}, "a test")
+
+
+def test_rotary_positions_that_are_written_twice_must_agree():
+    """People add rope_scaling to the config.json of a model whose rope_parameters they overlook."""
+    given = {"rope_type": "default", "rope_theta": 1e6}
+    for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}):
+        raw = {"model_type": "qwen3", "rope_parameters": given, "rope_scaling": scaling}
+        with pytest.raises(ConfigError, match="rope_(scaling and rope_parameters|type 'yarn')"):
+            model_of(raw, "a test")
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = {"rope_parameters": linear | {"rope_theta": 1e6}, "rope_scaling": linear}
+    config = model_of({"model_type": "qwen3", "rope_theta": 1e6} | both, "a test").config
+    assert (config.rope_theta, config.rope_scaling.factor) == (1e6, 2.0)
+    with pytest.raises(ConfigError, match="contradict each other"):  # whose theta counts
+        model_of({"model_type": "qwen3"} | both, "a test")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

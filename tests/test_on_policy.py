@@ -275,6 +275,9 @@ def nan(prompts, completions):
 def words(prompts, completions):
     return ["good" for _ in completions]
 
+def by_number(prompts, completions):
+    return {i: float(text.count("e")) for i, text in enumerate(completions)}
+
 def fails(prompts, completions):
     raise KeyError("score")
 
@@ -687,6 +690,7 @@ def test_reward_models_and_functions_add_up(ground, tmp_path):
         ("length", "length gave 7 numbers for 8 answers; the state is saved"),
         ("nan", "nan gave nan for the answer"),
         ("words", "words gave ['good', "),
+        ("by_number", "by_number gave {0: "),
         ("fails", "fails raised KeyError: 'score'"),
     ],
 )

@@ -133,6 +133,28 @@ def test_what_a_generation_prompt_lacks_is_learned():
     assert template.prompt(TURNS[:-1]).tolist() == asked
 
 
+def doubts(jinja, scorer=False):
+    return list(template_of(jinja).doubts(scorer))
+
+
+def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
+    """That of DeepSeek-R1's distilled models begins the thoughts, which their answers lack."""
+    thinks = CHAT.replace("'assistant: '", "'assistant: <think>\\n'")
+    assert doubts(CHAT) == doubts(thinks, scorer=True) == []
+    (doubt,) = doubts(thinks)
+    assert "learned behind '<|endoftext|>assistant:', and its generation prompt is" in doubt
+    assert "'<|endoftext|>assistant: <think>', with which" in doubt
+    assert "generation prompt is '<|endoftext|>'" in doubts(PLAIN)[0]
+    for name in TEMPLATES:
+        assert not [*Template(tiny.tokenizer(), name, "gpt2").doubts(scorer=False)]
+
+
+def test_a_template_that_writes_the_date_is_told():
+    """Those of SmolLM3 and Llama 3.2: a run on another day has other tokens."""
+    (doubt,) = doubts("{{ strftime_now('%d %b %Y') }}" + CHAT, scorer=True)
+    assert "may write the date of today" in doubt
+
+
 MARKED = "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
 ROLES = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'BOT:\n' }}ANSWER"

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from easyaira.data.template import Template
 from easyaira.errors import TokenizerError
@@ -51,6 +52,60 @@ def test_an_id_beyond_the_embedding_is_refused_with_advice_that_helps(holes, tmp
     with pytest.raises(TokenizerError, match="gives id 319 .* 300 rows; .* or set model.resize"):
         prepare(*configure("sft", folder, rows, tmp_path / "run"))
     prepare(*configure("sft", folder, rows, tmp_path / "run", "--model.resize=mean"))
+
+
+CHAT = "{% for m in messages %}<s>{{ m.role }}\n\n{{ m.content }}</s>\n{% endfor %}"
+
+
+def spaced():
+    """A tokenizer that marks spaces, begins a text with one, and has a token for two line feeds."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.decoder = decoders.Metaspace()
+    controls = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(special_tokens=controls, show_progress=False)
+    trained.train_from_iterator(["user\n\nHi.\n\nassistant Yes"] * 4, trainer)
+    unknown, start, end = controls
+    tokens = {"bos_token": start, "eos_token": end, "unk_token": unknown}
+    return PreTrainedTokenizerFast(tokenizer_object=trained, chat_template=CHAT, **tokens)
+
+
+def ids_of(tokenizer, answer, jinja=CHAT):
+    """Ours, and those of apply_chat_template, up to the answer's end."""
+    tokenizer.chat_template = jinja
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": answer}]
+    spans = Template(tokenizer, "chat", "llama").encode([turns])[0]
+    ours = [int(token) for tokens, _ in spans for token in tokens]
+    theirs = tokenizer.apply_chat_template(turns, return_dict=False)
+    return ours, theirs[: len(ours)]
+
+
+def test_line_feeds_that_merge_with_those_after_them_are_encoded_as_elsewhere():
+    tokenizer = spaced()
+    assert "\n\n" in tokenizer.get_vocab()
+    for answer in ("Yes", "Yes\n\nHi."):
+        ours, theirs = ids_of(tokenizer, answer)
+        assert ours == theirs
+    ours, theirs = ids_of(tokenizer, "\n\nYes", CHAT.replace("\n\n{{", "<s>{{"))
+    assert ours == theirs
+
+
+def test_a_template_may_write_characters_that_the_tokenizer_does_not_know():
+    tokenizer = spaced()
+    ours, theirs = ids_of(tokenizer, "Yes", CHAT.replace("{{ m.role }}", "[{{ m.role }}]"))
+    assert ours == theirs and ours.count(tokenizer.unk_token_id) == 4
+
+
+def test_a_tokenizer_that_strips_texts_or_draws_tokens_is_refused():
+    """Each part of a conversation would lose its blanks; a run would not be repeatable."""
+    strips = tiny.tokenizer()
+    strips.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Strip()])
+    with pytest.raises(TokenizerError, match="strips the blanks around a text"):
+        Template(strips, "plain", "gpt2")
+    draws = tiny.tokenizer()
+    draws.backend_tokenizer.model.dropout = 0.1
+    with pytest.raises(TokenizerError, match="chooses tokens at random"):
+        Template(draws, "plain", "gpt2")
 
 
 def test_two_tokens_with_one_id_are_refused(tmp_path):

@@ -8,7 +8,6 @@ C tokens; A micro-batches of B answers, in examples of `together` answers that s
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,7 +30,7 @@ from easyaira.data.recipe import recipe_of
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, StorageError
-from easyaira.files import parse_json, reason, write_file
+from easyaira.files import json_line, parse_json, reason, write_file
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import ROWS, Answer, Sampler
 from easyaira.generation.settings import end_ids, files_of
@@ -324,7 +323,7 @@ class Log:
         self.path = path
         try:
             kept = [row for row in read(path) if row["update"] < start]
-            write_file(path, "".join(map(_line, kept)))
+            write_file(path, "".join(map(json_line, kept)))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -337,13 +336,9 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as file:
                 for messages, text, score in list(zip(asked, texts, rewards, strict=True))[:SHOWN]:
                     row = {"update": update, "prompt": messages[-1]["content"]}
-                    file.write(_line(row | {"completion": text, "reward": float(score)}))
+                    file.write(json_line(row | {"completion": text, "reward": float(score)}))
         except OSError as error:
             raise self._failed(error) from error
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -158,6 +158,7 @@ DECIDES_TOKENS = (  # files of data/ that determine tokens
     "sources",
     "folders",
     "columns",
+    "record",
     "answers",
     "chat_templates",
     "rendering",

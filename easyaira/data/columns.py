@@ -1,16 +1,16 @@
 """Forms of rows: sets of columns that hold a conversation, answers to compare, or a text to score.
 
-To add a form, add a line to FORMS. A `Record` notes which columns and keys a form reads, so that
-nothing filled is left unread without a word.
+To add a form, add a line to FORMS.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from easyaira.data.record import HISTORY, SYSTEM, WEIGHTS, Record, Unreadable
 from easyaira.errors import DataError
 
 Message = dict[str, Any]  # role, content, and learned if the row says so
@@ -64,90 +64,6 @@ FORMS = {
         Form(("non_toxic", "toxic")),
     ),
 }
-SYSTEM = ("system", "system_prompt")  # columns of text that goes before the prompt
-HISTORY = "history"  # column of turns before the prompt
-WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # keys of a message
-
-# names that say nothing about what is learned, and those that do
-HARMLESS = re.compile(
-    r"(.*_)?(id|ids|uuid|idx|index|hash|url|urls)|unused.*|source|dataset|language|lang|license"
-    r"|created|created_at|timestamp|date"
-)
-MATTERS = frozenset(
-    (*SYSTEM, *WEIGHTS, HISTORY, "prompt", "instruction", "input", "context", "documents")
-    + ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "chat_template_kwargs")
-    + ("reasoning", "reasoning_content", "thinking", "label", "labels", "weights", "margin")
-    + ("mask", "masked", "train_detail", "prefix", "image", "images", "image_url", "image_urls")
-    + ("audio", "audio_url", "input_audio", "video", "videos", "video_url", "file")
-)
-
-
-class Unreadable(Exception):
-    """The content of a row does not match its columns; the message says why."""
-
-
-class Record(Mapping[str, Any]):
-    """A row, or a message of one, that notes which of its columns or keys are read."""
-
-    def __init__(self, content: Mapping[str, Any], name: str = ""):
-        self._content, self._name = content, name
-        self._read: set[str] = set()
-        self._parts: list[Record] = []
-        self.notes: list[str] = []  # what a report should say of this row
-
-    def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
-        return self._content[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._content
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
-
-    def part(self, content: Any, name: str) -> Record:
-        """A message in this row, or a part of this message."""
-        if not isinstance(content, Mapping):
-            raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
-        self._parts.append(Record(content, name))
-        return self._parts[-1]
-
-    def filled(self, key: str) -> bool:
-        return _filled(self._content.get(key))
-
-    def unread(self) -> Iterator[str]:
-        """Filled columns and keys that were not read, less those that are harmless.
-
-        Raises:
-            Unreadable: one of them would change what is learned.
-        """
-        where = f"column {self._name}: key" if self._name else "column"
-        for key in self._content:
-            if key in self._read or not self.filled(key):
-                continue
-            if key in MATTERS:
-                mend = "remove the key" if self._name else f"set data.columns {{unused: {key}}}"
-                raise Unreadable(
-                    f"{where} {key} is filled and would not be used; join it to the text, or {mend}"
-                )
-            if not HARMLESS.fullmatch(str(key)):
-                yield f"{where} {key}"
-        for part in self._parts:
-            yield from part.unread()
-
-
-def _filled(value: Any) -> bool:
-    """Whether there is anything in a value; 0 and false are something."""
-    left = [value]  # grows below: JSON nests deeper than Python calls
-    for value in left:
-        if isinstance(value, Mapping | list | tuple):
-            left += value.values() if isinstance(value, Mapping) else value
-        elif value is not None and value == value and value != "":  # NaN is not itself
-            return True
-    return False
 
 
 def fitting(columns: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, Form]]:
@@ -198,9 +114,11 @@ def question(row: Record) -> list[Message]:
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) != 1:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
-    turns = (
-        messages_of(row, "messages") if "messages" in row else prompt_of(row, Form((), "prompt"))
-    )
+    turns = prompt_of(row, Form((), names[0] if names[0] == "prompt" else None))
+    if "messages" in row:
+        if row.filled(HISTORY):
+            raise Unreadable(f"column {HISTORY}: stands beside messages; join the two")
+        turns, _ = joined(turns, messages_of(row, "messages"), "messages")
     if not turns or turns[-1]["role"] == "assistant":
         raise Unreadable(f"column {names[0]}: must end in a message to answer")
     return [{name: turn[name] for name in ("role", "content")} for turn in turns]
@@ -345,6 +263,13 @@ def _checked(text: Any, wanted: str) -> str:
     return text
 
 
+# a list of messages that was turned into text, as JSON or by Python (pandas in a CSV file)
+AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:.*\}\s*\]\s*""", re.DOTALL
+)
+A_ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["'])(?:user|assistant|system|human|gpt)\2""")
+
+
 def messages_of(row: Record, name: str, role: str | None = None) -> list[Message]:
     """Convert a column to messages; a plain text becomes one message of `role`."""
     return as_messages(row, column_of(row, name), name, role)
@@ -352,7 +277,10 @@ def messages_of(row: Record, name: str, role: str | None = None) -> list[Message
 
 def as_messages(row: Record, value: Any, name: str, role: str | None = None) -> list[Message]:
     if isinstance(value, str) and role:
-        return [{"role": role, "content": _checked(value, f"column {name}: wanted text")}]
+        text = _checked(value, f"column {name}: wanted text")
+        if AS_TEXT.fullmatch(text) and A_ROLE.search(text):
+            raise Unreadable(f"column {name}: a list of messages written as text; write it as JSON")
+        return [{"role": role, "content": text}]
     wanted = "text or a list of messages" if role else "a list of messages"
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")
@@ -363,15 +291,16 @@ def _message(turn: Record, name: str) -> Message:
     if turn.filled("tool_calls") or turn.filled("function_call"):
         raise Unreadable(f"column {name}: tool calls are not supported")
     if turn.filled("from") and not turn.filled("role"):
-        speaker, content = turn["from"], turn.get("value")
+        speaker, keys = turn["from"], ("value", "content")
         if speaker not in SPEAKERS:
             raise Unreadable(f"column {name}: wanted from {', '.join(SPEAKERS)}; found {speaker!r}")
         message = {"role": SPEAKERS[speaker]}
     elif isinstance(turn.get("role"), str):
-        message, content = {"role": turn["role"]}, turn.get("content")
+        message, keys = {"role": turn["role"]}, ("content", "value")
     else:
         raise Unreadable(f"column {name}: a message must be {{role: ..., content: text}}")
-    message["content"] = _content(turn, content, name)
+    key = next((key for key in keys if turn.filled(key)), keys[0])
+    message["content"] = _content(turn, turn.get(key), name)
     flags = {_flag(turn[key], f"column {name}: key {key}") for key in WEIGHTS if turn.filled(key)}
     if len(flags) > 1:
         raise Unreadable(f"column {name}: a message is marked to be learned and not to be")

@@ -17,6 +17,10 @@ from easyaira.errors import DataError
 # spaces around placeholders, to detect stripping; no template writes them
 LEFT, RIGHT = "\u2003", "\u2002"
 PLACE = rf"{LEFT}?\ue000\d+\ue001{RIGHT}?"
+# what tokenizers strip beside a token: Unicode's White_Space, unlike str.strip
+BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 
 
 def placeholder(message: int) -> str:
@@ -183,3 +187,26 @@ def _until_end(parts: Sequence[Part], last: int, end: int) -> Iterator[Part]:
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Pattern that matches any of `words`, longest first; no words match nothing."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+
+
+def stripped(
+    items: Iterable[tuple[int | str, bool]], left: set[int], right: set[int]
+) -> list[tuple[int | str, bool]]:
+    """Strip the texts beside control tokens that take the blanks on their left or right."""
+    kept: list[tuple[int | str, bool]] = []
+    strips = False
+    for item, learned in items:
+        if isinstance(item, str):
+            text = item.lstrip(BLANKS) if strips else item
+            if text or not item:
+                kept.append((text, learned))
+            strips = strips and not text
+            continue
+        while item in left and kept and isinstance(kept[-1][0], str):
+            text, before_learned = kept.pop()
+            if text := text.rstrip(BLANKS):
+                kept.append((text, before_learned))
+                break
+        kept.append((item, learned))
+        strips = item in right
+    return kept

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from easyaira.errors import TokenizerError
 from easyaira.files import reason
 
-ANCHOR = "\n"
+ANCHORS = ("\n", "a")  # the second where a text begins with line feeds that merge with the first
 
 
 class Text(NamedTuple):
@@ -30,7 +30,7 @@ class PlainText:
     Attributes:
         anchored: whether text after a control token (int) and after text (Text) needs an anchor.
             SentencePiece-like tokenizers prepend a space to a text, which is wrong in the middle of
-            a sequence. Such text is encoded after a line feed, whose tokens are then removed.
+            a sequence. Such text is encoded after an anchor, whose tokens are then removed.
 
     Raises:
         TokenizerError: the tokenizer cannot encode in parts.
@@ -38,6 +38,10 @@ class PlainText:
 
     def __init__(self, tokenizer: Any, markers: Sequence[str], end: int):
         self._tokenizer = tokenizer
+        if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+            raise TokenizerError(
+                "tokenizer: chooses tokens at random; set dropout to null in its tokenizer.json"
+            )
         if markers:  # only special tokens can be split
             self._tokenizer = copy.deepcopy(tokenizer)
             self._tokenizer.add_special_tokens({"additional_special_tokens": list(markers)})
@@ -51,6 +55,12 @@ class PlainText:
         if end in self._alone([control])[0]:
             raise TokenizerError(
                 "tokenizer: encodes plain text as control tokens; save and reload it"
+            )
+        bare, *ended, two = self._alone(["b", "b\n", "\nb", "b\nb"])
+        if bare in ended and two != bare + bare:
+            raise TokenizerError(
+                "tokenizer: strips the blanks around a text, which templates need; remove Strip "
+                "from the normalizer in its tokenizer.json"
             )
         if joint not in (alone, anchored):
             raise TokenizerError(
@@ -86,10 +96,20 @@ class PlainText:
             raise
 
     def _behind_anchor(self, texts: Sequence[str]) -> list[list[int]]:
-        anchor, *encoded = self._alone([ANCHOR, *(ANCHOR + text for text in texts)])
-        if any(ids[: len(anchor)] != anchor for ids in encoded):
+        encoded: list[list[int]] = [[]] * len(texts)
+        left = list(range(len(texts)))
+        for anchor in ANCHORS:
+            ids, *behind = self._alone([anchor, *(anchor + texts[i] for i in left)])
+            merged = []
+            for i, tokens in zip(left, behind, strict=True):
+                if tokens[: len(ids)] == ids:
+                    encoded[i] = tokens[len(ids) :]
+                else:
+                    merged.append(i)
+            left = merged
+        if left:
             raise TokenizerError(
                 "tokenizer: a line feed does not stay a token of its own; name another one in "
                 "model.tokenizer"
             )
-        return [ids[len(anchor) :] for ids in encoded]
+        return encoded

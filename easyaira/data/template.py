@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,16 +23,26 @@ from easyaira.data.chat_templates import (
     TEMPLATES,
     find_template,
 )
-from easyaira.data.layout import LEFT, Content, Layout, Part, any_of, layout_of, placeholder
+from easyaira.data.layout import (
+    LEFT,
+    PLACE,
+    Content,
+    Layout,
+    Part,
+    any_of,
+    layout_of,
+    placeholder,
+    stripped,
+)
 from easyaira.data.plain_text import PlainText, Text
 from easyaira.data.rendering import Broken, Child, Ended, Refused, Rendered, render
 from easyaira.errors import ConfigError, DataError, TokenizerError
 
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # spelling of added tokens that are controls
 ROLE = re.compile(r"\w[\w .-]{0,39}")  # templates write it as it is
-# what tokenizers strip beside a token: Unicode's White_Space, unlike str.strip
-BLANKS = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
+DATED = (
+    "data.template: may write the date of today, so the same command gives other tokens on "
+    "another day; name a .jinja file with a fixed date"
 )
 
 
@@ -153,7 +163,8 @@ class Template:
             raise TokenizerError(f"{self._where}: cannot be rendered: {error}") from error
         written = [self.controls[token] for token in re.findall(any_of(self.controls), text)]
         tokens = self.tokenizer(text, add_special_tokens=False).input_ids
-        read = [token for token in tokens if token in self.controls.values()]
+        unknown = {self.tokenizer.unk_token_id}.difference(written)  # of the template's own text
+        read = [t for t in tokens if t in self.controls.values() and t not in unknown]
         if read != written:
             raise TokenizerError(
                 f"tokenizer: reads the control tokens {read} where {self._where} writes {written}; "
@@ -252,33 +263,13 @@ class Template:
                 end = match.end()
             put(text[end:], learned)
         plan: Plan = []
-        for item, learned in self._stripped(items):
+        for item, learned in stripped(items, self._lstrips, self._rstrips):
             if isinstance(item, str):
                 before = plan[-1][0] if plan else Start()
                 anchored = self._texts.anchored[int if isinstance(before, int) else Text]
                 item = Text(item, anchored and not isinstance(before, Start))
             plan.append((item, learned))
         return plan
-
-    def _stripped(self, items: Iterable[tuple[int | str, bool]]) -> list[tuple[int | str, bool]]:
-        """Strip the texts beside control tokens that take the blanks around them."""
-        kept: list[tuple[int | str, bool]] = []
-        strips = False
-        for item, learned in items:
-            if isinstance(item, str):
-                text = item.lstrip(BLANKS) if strips else item
-                if text or not item:
-                    kept.append((text, learned))
-                strips = strips and not text
-                continue
-            while item in self._lstrips and kept and isinstance(kept[-1][0], str):
-                text, before_learned = kept.pop()
-                if text := text.rstrip(BLANKS):
-                    kept.append((text, before_learned))
-                    break
-            kept.append((item, learned))
-            strips = item in self._rstrips
-        return kept
 
     def accepts(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Check that the template writes every turn once, as it is.
@@ -314,6 +305,28 @@ class Template:
         start = tokens.get("bos_token") or ""
         one, other = ("".join(text.strip().removeprefix(start).split()) for text in texts)
         return "same" if one == other else "other"
+
+    def doubts(self, scorer: bool) -> Iterator[str]:
+        """Warnings: the template writes the date, or its generation prompt, with which others ask a
+        language model, is not what answers are learned after."""
+        if "strftime_now" in self.jinja:
+            yield DATED
+        try:
+            parts = self._layout(("user", "assistant")).prompt
+            user = {"role": "user", "content": placeholder(0)}
+            asked = self._render([user], add_generation_prompt=True).text
+        except DataError:
+            return
+        names = {index: token for token, index in self.controls.items()}
+        items = (names.get(item, item) if isinstance(item, int) else item for item, _ in parts)
+        learned = "".join("\0" if isinstance(item, Content) else item for item in items).rstrip()
+        asked = re.sub(PLACE, "\0", asked).rstrip()
+        if learned != asked and not scorer:
+            before, after = (repr(text.rpartition("\0")[2])[:60] for text in (learned, asked))
+            yield (
+                f"data.template: after a question, answers are learned behind {before}, and its "
+                f"generation prompt is {after}, with which other programs ask; make them the same"
+            )
 
     @property
     def end_ids(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,8 @@ CHUNK = 1000  # rows to tokenise together, on all cores
 CHUNK_CHARACTERS = 2**21  # of them, at most, since each takes 200 bytes
 LONGEST_TEXT = 2**21  # characters
 FRAMED = "a text begins or ends with the token put there anyway, which is written once"
+SPOKEN = re.compile(r"\s*(?:###\s*)?Human:.*\bAssistant:", re.DOTALL)
+NOT_SPLIT = "a text names its speakers (Human:), and is not split into their turns"
 REPEATED = "an answer begins with its prompt, which is then learned with it"
 
 
@@ -210,11 +213,16 @@ def _texts(
             raise Dropped(str(error)) from error
     if all(map(_repeats, texts)):
         row.notes.append(REPEATED)
+    plain = template.name == "plain"  # whose texts may hold turns on purpose
+    if not plain and any(SPOKEN.match(turn["content"]) for turns in texts for turn in turns):
+        row.notes.append(NOT_SPLIT)
     answered = [i for i, turn in enumerate(texts[0]) if turn["role"] == "assistant"]
     if unlearned.issuperset(answered) or (recipe.last_turn_only and answered[-1] in unlearned):
         raise Dropped("no answer to learn")
     last_only = recipe.task == "pair" or recipe.last_turn_only
     last_only |= unlearned == set(answered[:-1]) != set() and answered[-1] - 1 not in unlearned
+    if last_only and answered[-1] - 1 in answered:  # no text of the template may lie between
+        unlearned, last_only = {*unlearned, *answered[:-1]}, False
     context = [] if last_only or not unlearned else _context(texts[0], unlearned, template)
     return Texts(texts, [], ranks=ranks, context=context, last_only=last_only, **numbers)
 

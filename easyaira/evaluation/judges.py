@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from easyaira.data.batches import Batches
 from easyaira.data.examples import Account, Examples
 from easyaira.data.packing import attention_cost, shares_prompt
 from easyaira.data.recipe import recipe_of
+from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import DataError, WeightsError
 from easyaira.losses import preference
@@ -121,8 +123,12 @@ def judge(
     data = DataConfig(train=[source], template=template)
     config = TrainReward(model=ModelConfig(name, dtype=dtype), data=data)
     resolved = find(config, devices, scorer=True)
+    if not resolved.model.architecture.encoder:  # as it is, without a padding token for training
+        own = Template(resolved.origin.tokenizer(), template, resolved.origin.config["model_type"])
+        resolved = resolved._replace(model=resolved.stored, template=own)
     part, account, groups, ties = _read(source, data, resolved, by, limit)
     model = resolved.model
+    examples.check_embedded(part.tokens, model.vocab_size)
     shared = not model.architecture.encoder and shares_prompt("auto", part, model.compute.attention)
     model = replace(model, compute=replace(model.compute, shared_prompt=part.answers * shared))
     shards = meshes.data_shards(devices)
@@ -193,8 +199,25 @@ def _read(
         tokenise.build(iter(located), path, recipe=recipe, template=resolved.template, label="rows")
         part, account = examples.open_folder(path)
         part = replace(part, tokens=np.array(part.tokens), learned=np.array(part.learned))
+    pad = resolved.origin.config.get("pad_token_id")
+    if pad is not None and not resolved.model.architecture.encoder:
+        part = _without_padding(part, pad)
     account.check(1.0)
     return part, account, groups, ties
+
+
+def _without_padding(part: Examples, pad: int) -> Examples:
+    """Examples whose answers end before padding tokens, as transformers scores those of a decoder:
+    the end token may be one."""
+    kept = np.ones(len(part.tokens), bool)
+    for bounds in part.bounds.tolist():
+        for start, end in pairwise(bounds[1:]):
+            while end > start + 1 and part.tokens[end - 1] == pad:
+                end -= 1
+                kept[end] = False
+    place = np.concatenate([[0], np.cumsum(kept)])
+    left = {"tokens": part.tokens[kept], "learned": part.learned[kept]}
+    return replace(part, bounds=place[part.bounds], **left)
 
 
 def _compared(row: Mapping[str, Any]) -> dict[str, Any]:

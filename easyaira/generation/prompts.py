@@ -14,7 +14,7 @@ from easyaira.config.data import Source
 from easyaira.data import columns, sources
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, StorageError
-from easyaira.files import parse_json, read_json, reason, write_file
+from easyaira.files import json_line, parse_json, read_json, reason, write_file
 from easyaira.generation.sampler import Answer, Sampler
 
 GENERATED = ("generated", "finish_reason", "sample")  # columns of the output
@@ -125,7 +125,7 @@ class Output:
         row |= {"generated": text, "finish_reason": why}
         if self.num_samples > 1:
             row["sample"] = number % self.num_samples
-        return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+        return json_line(row)
 
     def write(self, answers: Iterator[tuple[int, Answer]], text: Any) -> None:
         """Append the answers as soon as all before them are there.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.errors import ConfigError, StorageError
-from easyaira.files import open_new, read_json, reason, write_file
+from easyaira.files import json_line, open_new, read_json, reason, write_file
 
 SETTINGS, COUNTS = "settings.json", "counts.json"
 Put = Callable[[str, Mapping[str, Any]], None]
@@ -61,7 +61,7 @@ def new_sets(folder: Path, names: Sequence[str]) -> Iterator[Put]:
         files = {name: opened.enter_context(open_new(folder / f"{name}.new")) for name in names}
 
         def put(name: str, row: Mapping[str, Any]) -> None:
-            files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            files[name].write(json_line(row))
 
         yield put
     for name in names:

@@ -70,9 +70,10 @@ def match(
         if not any(re.search(pattern, prefix + name) for pattern in ignored):
             matched[full] = tensor
     if tied and "lm_head.weight" in matched and "lm_head.weight" not in expected:
-        table = matched.get(next(row.theirs for row in rows if row.op is VOCAB))
         head = matched.pop("lm_head.weight")
-        if table is not None and not np.array_equal(head, table):
+        # safetensors' save_model keeps the first name of a shared tensor
+        table = matched.setdefault(next(row.theirs for row in rows if row.op is VOCAB), head)
+        if not np.array_equal(head, table):
             raise WeightsError(
                 f"{where}: config.json ties the head to the embedding, but lm_head.weight differs "
                 "from it; set tie_word_embeddings to false to keep both"

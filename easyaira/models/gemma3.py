@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from easyaira.models.gemma2 import HF_NEUTRAL as HF_NEUTRAL
+from easyaira.models import gemma2
 from easyaira.models.gemma2 import Gemma2Config
 from easyaira.models.llama import Llama
 
@@ -28,6 +28,10 @@ class Gemma3TextConfig(Gemma2Config):
         lambda self: ((self.rope_theta, self.rope_scaling), (self.rope_local_base_freq, None))
     )
     table_of_layer = property(lambda self: tuple(map(int, self.sliding)))
+
+
+# transformers reads a soft cap of attention and does not apply it
+HF_NEUTRAL = gemma2.HF_NEUTRAL | {"attn_logit_softcapping": None}
 
 
 class Gemma3(Llama):

@@ -128,7 +128,7 @@ def model_of(
     aliases = architecture.aliases
     values = {key: value for key, value in raw.items() if key not in aliases}
     values |= {name: raw[key] for key, name in aliases.items() if raw.get(key) is not None}
-    values |= _rope(raw, "rope_local_base_freq" in names, where)
+    values |= _rope(raw, architecture.config, where)
     if "partial_rotary_factor" not in names and values.get("partial_rotary_factor") == 1:
         del values["partial_rotary_factor"]
     # a switch of some families; others have windows whatever it says
@@ -199,11 +199,12 @@ def _check_types(values: Mapping[str, Any], config: type, where: str) -> None:
             raise ConfigError(f"{where}: {name} is {shortened(repr(value))}; expected {wanted}")
 
 
-def _rope(raw: Mapping[str, Any], by_kind: bool, where: str) -> dict[str, Any]:
+def _rope(raw: Mapping[str, Any], config: type, where: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json, which may stand under `rope_parameters`.
 
-    If `by_kind`, these hold one entry for layers with full attention, and one for layers with a
-    window, which becomes `rope_local_base_freq`."""
+    If `config` has a `rope_local_base_freq`, these hold one entry for layers with full attention,
+    and one for layers with a window, which becomes it."""
+    by_kind = hasattr(config, "rope_local_base_freq")
     scaling, given = (_object(raw, key, where) for key in ("rope_scaling", "rope_parameters"))
     if given and bool(given.keys() & set(LAYER_TYPES)) != by_kind:
         raise ConfigError(
@@ -211,6 +212,13 @@ def _rope(raw: Mapping[str, Any], by_kind: bool, where: str) -> dict[str, Any]:
             f"{' and '.join(LAYER_TYPES) if by_kind else 'rope_theta and rope_type'}"
         )
     if not by_kind:
+        top = {"rope_theta": raw.get("rope_theta", getattr(config, "rope_theta", None))}
+        kinds = [top | _rope_of(entry, where) for entry in (scaling, given) if entry]
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            raise ConfigError(
+                f"{where}: rope_scaling and rope_parameters contradict each other, and "
+                "transformers follows rope_scaling; leave one out"
+            )
         return _rope_of(given or scaling, where)
     full, window = (_object(given, kind, where) for kind in LAYER_TYPES)
     local = _rope_of(window, where)

@@ -74,6 +74,9 @@ class RewardModel:
         self.config, model_type = self.origin.config, self.origin.config["model_type"]
         self.template = Template(self.origin.tokenizer(), template, model_type)
         self.tokenizer = self.template.tokenizer
+        # transformers scores a decoder at the last token that is no padding, also where that is the
+        # end token
+        self._pad = None if self.template.encoder else self.config.get("pad_token_id")
         self.params: Any = None
         self._score = jax.jit(self._scores_of)
 
@@ -129,14 +132,18 @@ class RewardModel:
         """
         prompts, answers = [], []
         for prompt, answer in self._encoded(conversations):
-            prompts.append(prompt)
-            answers.append([self._cut(answer, self._room(len(prompt)))])
+            answer = self._cut(answer, self._room(len(prompt)))
+            whole = self._scored(np.concatenate([prompt, answer]))
+            start = min(len(prompt), len(whole) - 1)
+            prompts.append(whole[:start])
+            answers.append([whole[start:]])
         return self._scores(of_tokens(prompts, answers)) if prompts else np.zeros(0, np.float32)
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Scores [n] float32 of texts without a prompt; raises as `of_answers`."""
         positions = self.model.config.max_positions
-        cut = [self._cut(tokens, positions) for tokens in self.template.judged(texts)]
+        judged = self.template.judged(texts)
+        cut = [self._scored(self._cut(tokens, positions)) for tokens in judged]
         empty = np.zeros(0, np.int32)
         if not cut:
             return np.zeros(0, np.float32)
@@ -148,6 +155,13 @@ class RewardModel:
             return tokens
         closing = int(self.template.encoder)
         return np.concatenate([tokens[: room - closing], tokens[len(tokens) - closing :]])
+
+    def _scored(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens up to the one whose score counts."""
+        written = (
+            np.flatnonzero(tokens != self._pad) if self._pad is not None else [len(tokens) - 1]
+        )
+        return tokens[: (written[-1] if len(written) else 0) + 1]
 
     def _encoded(
         self, conversations: Sequence[Sequence[Message]]

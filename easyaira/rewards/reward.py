@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,8 @@ def prompts_of(questions: Sequence[Messages]) -> list[Any]:
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:
     try:
+        if isinstance(given, Mapping | Set | str | bytes):  # in no order, or of characters
+            raise TypeError
         rewards = [float(number) for number in given]
     except (TypeError, ValueError) as error:
         raise RewardError(
