@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -234,10 +234,14 @@ class Adapter:
         no result changes, and a frozen weight needs no float32 copy. Norms and biases are small and
         stay float32.
         """
+        return _held(leaf, self._precision(path, dtype))
+
+    def _precision(self, path: tuple, dtype: Any) -> Any:
+        """That in which a weight of the base is stored: int8, nf4 or a dtype."""
         name = path_of(path)
         if self.config.quantize and name in self._quantized:
-            return quantize(leaf, self.config.quantize, axis=1)
-        return leaf.astype(dtype) if name.endswith(("kernel", "embedding")) else leaf
+            return self.config.quantize
+        return jnp.dtype(dtype if name.endswith(("kernel", "embedding")) else jnp.float32)
 
     @cached_property
     def _quantized(self) -> set[str]:
@@ -273,7 +277,11 @@ class Adapter:
             for key in path:
                 node = node[key.key]
             out = jax.tree.map(lambda shape: shape.sharding, node)
-            return jax.jit(lambda x: self.hold(path, x, dtype), out_shardings=out)(leaf)
+            precision = self._precision(path, dtype)
+            if precision == leaf.dtype and out == leaf.sharding:
+                return leaf
+            shardings, structure = jax.tree.flatten(out)
+            return _holder(precision, structure, *shardings)(leaf)
 
         return hold
 
@@ -339,6 +347,19 @@ def to_record(adapter: Adapter, base: Mapping[str, Any], fingerprint: str) -> di
 
 
 _with_rows = jax.jit(with_rows, static_argnums=3)
+
+
+def _held(leaf: jax.Array, precision: Any) -> Any:
+    if isinstance(precision, str):
+        return quantize(leaf, precision, axis=1)
+    return leaf.astype(precision)
+
+
+@lru_cache
+def _holder(precision: Any, structure: Any, *shardings: NamedSharding) -> Callable:
+    """A compiled `_held`, for all weights that are stored so."""
+    out = jax.tree.unflatten(structure, shardings)
+    return jax.jit(partial(_held, precision=precision), out_shardings=out)
 
 
 def _at(base: Any, row: Row) -> Any:
