@@ -73,16 +73,21 @@ class Compute:
 
 # Activations and norms keep only their input for the backward pass, and compute the rest again: it
 # costs less than to store it.
-def _recompute(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """f, whose backward pass computes it again from its input."""
+def _recompute(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f, whose backward pass computes it again from its inputs."""
     g = jax.custom_vjp(f)
     g.defvjp(
-        lambda x: (f(x), packed(x)),
-        lambda saved, d_y: jax.vjp(f, unpacked(saved, d_y.dtype))[1](d_y),
+        lambda *inputs: (f(*inputs), [packed(x) for x in inputs]),
+        lambda saved, d_y: jax.vjp(f, *(unpacked(x, d_y.dtype) for x in saved))[1](d_y),
     )
     return g
 
 
+def _gated(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return lambda gate, up: f(gate) * up
+
+
+GATES = {name: _recompute(_gated(f)) for name, f in ACTIVATIONS.items()}  # activation(gate) * up
 ACTIVATIONS = {name: _recompute(f) for name, f in ACTIVATIONS.items()}
 
 

@@ -18,7 +18,7 @@ from easyaira.hf.table import SAME, TRANSPOSE, VOCAB, Op, Row
 from easyaira.models import layers
 from easyaira.models.attention import Near, attention
 from easyaira.models.embedding import Embedding
-from easyaira.models.layers import ACTIVATIONS, Compute, Dropout, RMSNorm, RopeScaling, Scores
+from easyaira.models.layers import GATES, Compute, Dropout, RMSNorm, RopeScaling, Scores
 from easyaira.models.linear import Linear
 
 
@@ -114,7 +114,7 @@ class MLP(nn.Module):
         linear = partial(Linear, std=c.initializer_range, use_bias=c.mlp_bias)
         gate_RTF = layers.by_features(linear(c.intermediate_size, name="gate_proj")(x_RTD))
         up_RTF = layers.by_features(linear(c.intermediate_size, name="up_proj")(x_RTD))
-        h_RTF = ACTIVATIONS[c.activation](gate_RTF) * up_RTF
+        h_RTF = GATES[c.activation](gate_RTF, up_RTF)
         return layers.between(linear(x_RTD.shape[-1], name="down_proj")(h_RTF))
 
 
