@@ -22,6 +22,7 @@ from easyaira.algorithms import grpo, online_dpo, ppo, rloo
 from easyaira.algorithms.held_out import HeldOut
 from easyaira.algorithms.on_policy import Objective, known_of, logps_of, loss_of, values_of
 from easyaira.algorithms.reference import make_score, reference_model, reference_weights
+from easyaira.config.rl import RLConfig
 from easyaira.config.run import TrainRL
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.dataset import questions_of
@@ -160,14 +161,14 @@ class Rollouts:
         self.reward = reward.load()
         self.sampler = make_sampler(setup)
         score_by = partial(make_score, names=(*LAYOUT, "prompt_lengths"))
-        self.score = score_by(partial(of_policy, setup.model, config))
+        self.score = score_by(partial(of_policy, setup.model, config.rl))
         if setup.critic:
-            self.score_values = score_by(partial(of_critic, setup.trainable.value, config))
+            self.score_values = score_by(partial(of_critic, setup.trainable.value, config.rl))
         self.reference: Any = None
         if self.rl.beta:
             self.score_ref = self.score
             if config.model.ref_name_or_path is not None:
-                self.score_ref = score_by(partial(of_policy, reference_model(setup), config))
+                self.score_ref = score_by(partial(of_policy, reference_model(setup), config.rl))
             self.reference = reference_weights(setup)
         self.together = setup.batches.examples.answers
         self.batches: Batches | None = None
@@ -299,14 +300,14 @@ class Rollouts:
         return by_answer
 
 
-def of_policy(model: Model, config: TrainRL, weights: Any, part: Mapping[str, jax.Array]) -> Any:
+def of_policy(model: Model, config: RLConfig, weights: Any, part: Mapping[str, jax.Array]) -> Any:
     """Log-probabilities [B, C]."""
-    return logps_of(model, weights, part, config.rl)[0]
+    return logps_of(model, weights, part, config)[0]
 
 
-def of_critic(model: Model, config: TrainRL, weights: Any, part: Mapping[str, jax.Array]) -> Any:
+def of_critic(model: Model, config: RLConfig, weights: Any, part: Mapping[str, jax.Array]) -> Any:
     """Values [B, C]."""
-    return values_of(model, weights, part, config.rl)
+    return values_of(model, weights, part, config)
 
 
 class Log:
