@@ -51,6 +51,10 @@ def visit_outer_function(self, node):
 _import_hook.JaxtypingTransformer.visit_FunctionDef = visit_outer_function
 install_import_hook(CHECKED, "beartype.beartype")
 
+from helpers import programs
+
+programs.share()
+
 from easyaira.distributed import mesh as meshes
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -88,9 +92,7 @@ def children_in_process():
     """Leave out child processes, which import for seconds; the tests of each start it."""
     from helpers import in_process
 
-    with pytest.MonkeyPatch.context() as patch:
-        in_process.use(patch.setattr)
-        yield
+    in_process.use()
 
 
 @pytest.fixture
@@ -118,6 +120,7 @@ def forget():
     yield
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2.5e6:  # kilobytes on Linux
         jax.clear_caches()
+        programs.shared.clear()
 
 
 @pytest.fixture(scope="session")
