@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from easyaira.models.product import row_dot
+
 GREEDY = 1e-5  # temperatures below it would overflow float32
 BLOCK = 128  # tokens whose probabilities are summed at once, to find the drawn one
 
@@ -176,4 +178,7 @@ def _first_beyond(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.
 def logps_of(logits: Logits, tokens: Int[Array, " R"]) -> Float[Array, " R"]:
     """log p(token) of the model's own distribution, before any processing."""
     at = jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0]
-    return at - jax.nn.logsumexp(logits, axis=-1)
+    top = logits.max(-1)
+    weights = jnp.exp(logits - top[:, None])
+    # summed by a product: fused with a sum, XLA's CPU computes one exponential at a time
+    return at - top - jnp.log(row_dot(weights, jnp.ones_like(weights)))

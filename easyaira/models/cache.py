@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
 from easyaira.models.layers import Scores
-from easyaira.models.product import einsum
+from easyaira.models.product import einsum, packed, unpacked
 
 MASKED = jnp.finfo(jnp.float32).min
 
@@ -34,14 +34,14 @@ class Cache(nn.Module):
         decoding = self.has_variable("cache", "keys")
         kept = []
         for name, new_RTKN in (("keys", k_RTKN), ("values", v_RTKN)):
-            new_RKTN = new_RTKN.swapaxes(1, 2)
+            new_RKTN = packed(new_RTKN.swapaxes(1, 2))
             if decoding:
                 cached = self.get_variable("cache", name)
                 slot = clock % cached.shape[2]
                 new_RKTN = jax.lax.dynamic_update_slice_in_dim(cached, new_RKTN, slot, axis=2)
             new_RKTN = constrain(new_RKTN, BATCH_AXES, "tp", None, None)
             self.put_variable("cache", name, new_RKTN)
-            kept.append(new_RKTN)
+            kept.append(unpacked(new_RKTN, new_RTKN.dtype))
         return (kept[0], kept[1]) if decoding else None
 
 

@@ -9,16 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from easyaira.models.product import linear
+from easyaira.models.product import by_rows, linear
 from easyaira.models.quantize import dequantize
 
 
 class Linear(nn.Module):
     """x @ kernel + bias; `features` may have several axes, for fused products.
 
-    A frozen kernel may be quantised (models/quantize.py). If the parameters include an adapter
-    (lora/adapter.py), its product is added: Hu et al. (2021), LoRA, eq. 3. If they include gains
-    (lora/dora.py), the sum is multiplied by them: Liu et al. (2024), DoRA, eq. 5.
+    A frozen kernel may be quantised (models/quantize.py) or held by rows. If the parameters include
+    an adapter (lora/adapter.py), its product is added: Hu et al. (2021), LoRA, eq. 3. If they
+    include gains (lora/dora.py), the sum is multiplied by them: Liu et al. (2024), DoRA, eq. 5.
     """
 
     features: int | tuple[int, ...]
@@ -29,7 +29,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else self.features
         if isinstance(held := self.get_variable("params", "kernel"), Mapping):
-            product = partial(_quantized_product, held)
+            product = partial(_held_product, held)
         else:
             init = nn.initializers.normal(self.std)
             kernel = self.param("kernel", init, (x.shape[-1], *features))
@@ -61,6 +61,15 @@ class Linear(nn.Module):
             return x
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
         return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+
+
+BY_ROWS = "by_rows"  # a kernel [..., K] with the inputs as its last axis
+
+
+def _held_product(held: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    if BY_ROWS in held:
+        return by_rows(x, held[BY_ROWS], x.dtype)
+    return _quantized_product(held, x)
 
 
 def _product(kernel: jax.Array, x: jax.Array) -> jax.Array:

@@ -42,10 +42,11 @@ def _over_two_axes(spec: str, a: jax.Array, b: jax.Array) -> tuple[str, jax.Arra
 
 
 def packed(x: jax.Array) -> jax.Array:
-    """What a layer keeps of x for its backward pass: on a CPU, 16-bit floats as integers.
+    """x as it is put into a larger array, such as the stack of what layers keep for their backward
+    pass: on a CPU, 16-bit floats as integers.
 
-    XLA's CPU writes float32. To put a layer's 16-bit x into the stack of all layers, it would
-    convert the whole stack to float32 and back."""
+    XLA's CPU writes float32. To write 16-bit floats, it would convert the whole array to float32
+    and back."""
     if on_cpu() and x.dtype in (jnp.bfloat16, jnp.float16):
         return jax.lax.bitcast_convert_type(x, jnp.uint16)
     return x
@@ -105,6 +106,17 @@ _linear.defvjp(_forward, _backward)
 def _letters(x: jax.Array, kernel: jax.Array) -> tuple[str, str, str]:
     rows, features = "abcd"[: x.ndim - 1], "uvw"[: kernel.ndim - 1]
     return f"{rows}k", f"k{features}", f"{rows}{features}"
+
+
+def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """x [..., K] times the transpose of kernel [..., K], in `dtype`: the order in which XLA's CPU
+    multiplies a few rows twice as fast."""
+    rows, columns = x.reshape(-1, x.shape[-1]), kernel.reshape(-1, kernel.shape[-1])
+    if len(rows) == 1 and x.dtype != jnp.float32 and on_cpu():
+        # and two rows of 16-bit numbers three times as fast as one
+        rows = jnp.concatenate([rows, rows])
+    y = einsum("nk,uk->nu", rows, columns, dtype)[: math.prod(x.shape[:-1])]
+    return y.reshape(*x.shape[:-1], *kernel.shape[:-1])
 
 
 def row_dot(a: jax.Array, b: jax.Array) -> jax.Array:
