@@ -96,6 +96,7 @@ class ConfigFile(ActionConfigFile):
     """Checks a --config file before jsonargparse reads it, and names the file in each error."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        values = os.path.expanduser(values)
         content = read_yaml(Path(values))
         try:
             _check_names(content, parser)

@@ -19,6 +19,7 @@ from easyaira import __main__, __version__, cli, errors, inspect, train_dpo
 from easyaira.config.data import Source
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT, to_dict
 from easyaira.errors import ConfigError
+from easyaira.files import named_path
 from helpers.processes import call
 
 NEEDED = ["--model.name_or_path", "m", "--data.train", "d"]
@@ -367,6 +368,14 @@ def test_a_reference_is_an_option_of_dpo_alone():
 @pytest.mark.parametrize("mesh", ["-1,1,1", "1,-1,1", "dp=-1", "dp:1,fsdp:-1,mp:2"])
 def test_every_form_of_mesh_passes_the_command_line(mesh):
     assert parse("--mesh", mesh).mesh == parse(f"--mesh={mesh}").mesh == mesh
+
+
+def test_the_home_folder_is_meant_where_no_shell_has_replaced_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("output_dir: ~/runs/a")
+    for given in (["--config=~/a.yaml"], ["--output_dir=~/runs/a"]):
+        assert parse(*given).output_dir == str(tmp_path / "runs/a")
+    assert named_path("~/x") == tmp_path / "x" and named_path("~nobody.txt") == Path("~nobody.txt")
 
 
 def test_a_share_and_a_path_for_held_out_rows():
