@@ -89,7 +89,7 @@ class Pretrained:
             base = read_json(adapter).get("base_model_name_or_path")
             raise ConfigError(
                 f"{self.name}: holds an adapter of {base}; name its run folder, or merge it in "
-                "peft; to train it further, set model.name_or_path to the base and lora.adapter"
+                "peft; to train it, name the base in model.name_or_path and it in lora.adapter"
             )
         with shown_as(self.folder, self.where):
             return read_json(file)
