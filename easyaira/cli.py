@@ -326,7 +326,8 @@ def _value_error(name: str, problem: str) -> str:
         return f"{name}: expected {wanted}, got {shortened(union[2])}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
         choices = plain[1].split(" or ")
-        return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + did_you_mean(
+        wanted = WORDS.get(plain[1], plain[1])
+        return f"{name}: expected {wanted}, got {shortened(plain[2])}" + did_you_mean(
             plain[2], choices
         )
     if number := re.match(r"Not of type (\w+): (.*)$", problem):
