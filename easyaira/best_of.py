@@ -75,10 +75,9 @@ def main(argv: list[str]) -> None:
         counts = best_of.write(folder, args.num_samples, models)
     rows = ", ".join(f"{name} {count:,}" for name, count in counts.items() if type(count) is int)
     print(f"{escaped(args.output)}: {rows}")
-    print(
-        f"mean score {counts['mean score of all']:.4g} of all answers, "
-        f"{counts['mean score of the best']:.4g} of the best"
-    )
+    best = counts["mean score of the best"]
+    of_best = "no best answer" if best is None else f"{best:.4g} of the best"
+    print(f"mean score {counts['mean score of all']:.4g} of all answers, {of_best}")
 
 
 if __name__ == "__main__":

@@ -263,6 +263,16 @@ def test_bad_input_is_refused_before_anything_is_written(flags, problem, ground,
     assert not (tmp_path / "best").exists()
 
 
+def test_without_a_best_answer_there_is_no_mean_of_the_best(ground, tmp_path, capsys):
+    """Its mean was 0, which looked like an answer's score."""
+    words = arguments(ground, tmp_path / "best", "--max_new_tokens=1")
+    words.remove("--stop=e")
+    status, out, _ = call(best_of.main, words, capsys)
+    counts = json.loads((tmp_path / "best" / COUNTS).read_text())
+    assert status == 0 and counts["sft.jsonl"] == 0 and counts["cut"] == counts["scored.jsonl"]
+    assert counts["mean score of the best"] is None and out.endswith("answers, no best answer\n")
+
+
 def test_scores_of_a_reward_model_that_was_replaced_are_not_kept(ground, tmp_path, capsys):
     reward = shutil.copytree(ground / "bert", tmp_path / "reward")
     words = [*arguments(ground, tmp_path / "best"), f"--reward={reward}"]
