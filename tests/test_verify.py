@@ -537,8 +537,8 @@ def test_an_adapter_that_goes_on_on_another_base_is_told(base, ground, tmp_path,
     capsys.readouterr()
     runs.train("sft", model, ground, tmp_path / "run", lora, **options)
     out = " ".join(capsys.readouterr().out.split())
-    told = f"warning: lora.adapter: {adapter} was trained on llama, and {model} holds other weights"
-    assert (told in out) == (base == "other")
+    line = f"warning: lora.adapter: {adapter} was trained on llama, and {model} holds other weights"
+    assert (line in out) == (base == "other")
     assert out.count("warning: lora.adapter") == (base == "other")
 
 
