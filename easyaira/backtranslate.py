@@ -14,6 +14,7 @@ from typing import Any
 
 from easyaira import cli, generate
 from easyaira.errors import escaped
+from easyaira.files import named_path
 
 ROWS = "as for training: .jsonl, .jsonl.gz, .json, .csv, .parquet or hub id."
 FOLDER = "Folder. The same command continues an interrupted one."
@@ -91,15 +92,13 @@ def main(argv: list[str]) -> None:
     whole = cli.parse_args(parser(), argv)
     args = whole[whole.step]
 
-    from pathlib import Path
-
     from easyaira.backtranslation.augment import augment
     from easyaira.backtranslation.curate import curate
     from easyaira.backtranslation.iterate import iterate
     from easyaira.backtranslation.reverse import reverse
     from easyaira.config.data import Source
 
-    folder = Path(args.output)
+    folder = named_path(args.output)
     match whole.step:
         case "reverse":
             show(

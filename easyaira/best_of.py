@@ -5,10 +5,9 @@ python -m easyaira.best_of runs/aira-2-124m --prompts in.jsonl --reward runs/jud
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from easyaira import cli, generate
 from easyaira.errors import ConfigError, DataError, escaped
+from easyaira.files import named_path
 
 AIRA = {"num_samples": 5, "temperature": 0.6, "top_k": 50, "top_p": 0.6}  # its rejection sampling
 
@@ -51,14 +50,14 @@ def main(argv: list[str]) -> None:
     from easyaira.rewards import best_of
     from easyaira.rewards.model import RewardModel
 
-    folder = Path(args.output)
+    folder = named_path(args.output)
     mesh = meshes.make_mesh(args.mesh)
     keep_compiled(DataConfig(train=""))
     reward = RewardModel(args.reward, mesh, args.dtype)
     toxicity = args.toxicity and RewardModel(args.toxicity, mesh, args.dtype)
     settings = {
-        "reward model": reward.origin.location(),
-        "toxicity model": toxicity and toxicity.origin.location(),
+        "reward model": reward.origin.identity(),
+        "toxicity model": toxicity and toxicity.origin.identity(),
     }
     sets.check_folder(folder, settings)
     for place, messages in best_of.questions(args.prompts):
@@ -76,10 +75,9 @@ def main(argv: list[str]) -> None:
         counts = best_of.write(folder, args.num_samples, models)
     rows = ", ".join(f"{name} {count:,}" for name, count in counts.items() if type(count) is int)
     print(f"{escaped(args.output)}: {rows}")
-    print(
-        f"mean score {counts['mean score of all']:.4g} of all answers, "
-        f"{counts['mean score of the best']:.4g} of the best"
-    )
+    best = counts["mean score of the best"]
+    of_best = "no best answer" if best is None else f"{best:.4g} of the best"
+    print(f"mean score {counts['mean score of all']:.4g} of all answers, {of_best}")
 
 
 if __name__ == "__main__":

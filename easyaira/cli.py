@@ -96,6 +96,7 @@ class ConfigFile(ActionConfigFile):
     """Checks a --config file before jsonargparse reads it, and names the file in each error."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        values = os.path.expanduser(values)
         content = read_yaml(Path(values))
         try:
             _check_names(content, parser)
@@ -325,7 +326,8 @@ def _value_error(name: str, problem: str) -> str:
         return f"{name}: expected {wanted}, got {shortened(union[2])}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
         choices = plain[1].split(" or ")
-        return f"{name}: expected {plain[1]}, got {shortened(plain[2])}" + did_you_mean(
+        wanted = WORDS.get(plain[1], plain[1])
+        return f"{name}: expected {wanted}, got {shortened(plain[2])}" + did_you_mean(
             plain[2], choices
         )
     if number := re.match(r"Not of type (\w+): (.*)$", problem):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from easyaira import cli
+from easyaira.files import named_path
 from easyaira.short_help import Parser
 
 MERGE = "Merge adapters into their base weights."
@@ -61,11 +62,11 @@ def to_hf(
             adapter = of_record(origin.adapter, model)
             params = origin.load_adapter(adapter, mesh)
             report = release.export_adapter(
-                Path(out), adapter=adapter, params=params, base=origin.base, **common
+                named_path(out), adapter=adapter, params=params, base=origin.base, **common
             )
         else:
             report = release.export(
-                Path(out),
+                named_path(out),
                 model=model,
                 params=origin.lazy(model, mesh),
                 facts=Facts(origin.config, origin.generation_config, origin.stored_dtypes()),
@@ -94,7 +95,7 @@ def from_hf(source: str, out: str, revision: str | None = None) -> None:
     from easyaira.storage import pretrained
     from easyaira.storage.checkpoints import Checkpoints
 
-    folder = Path(out)
+    folder = named_path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{out}: is not empty; choose another folder")
     origin = pretrained.find(source, revision)
@@ -179,7 +180,7 @@ def from_easylm(
     mesh = meshes.make_mesh("fsdp=-1")
     with jax.set_mesh(mesh):
         report = release.export(
-            Path(out),
+            named_path(out),
             model=model,
             params=transfer.lazy_from_hf(tensors, model.shapes, rows, where=source),
             facts=Facts(with_dtype(origin.config, dtypes[""]), origin.generation_config, dtypes),

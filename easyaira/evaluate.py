@@ -14,6 +14,7 @@ from typing import Any
 
 from easyaira import cli
 from easyaira.errors import ConfigError
+from easyaira.files import named_path
 
 MISSING = "tasks: need lm-evaluation-harness; pip install 'lm-eval>=0.4.13'"
 OF_TASKS = ("num_fewshot", "data")
@@ -74,7 +75,7 @@ def check(args: Any) -> None:
     for name in others[asked[0]]:
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name}: has no effect on --{asked[0]}; leave it out")
-    if args.data and not Path(args.data).is_dir():
+    if args.data and not named_path(args.data).is_dir():
         raise ConfigError(f"data: {args.data}: no such folder; name one with data files")
 
 
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
     from easyaira.storage import pretrained
 
     origin = pretrained.find(args.model)
-    folder = Path(args.output) if args.output else folder_of(origin)
+    folder = named_path(args.output) if args.output else folder_of(origin)
     keep_compiled(DataConfig(train=""))
     finished = []
     for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:
@@ -153,7 +154,7 @@ def of_tasks(args: Any, origin: Any):
     from easyaira.loaded import LoadedModel
 
     names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
-    data = Path(args.data) if args.data else None
+    data = named_path(args.data) if args.data else None
     model = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template="plain")
     tasks = harness.load(names, data)
     likelihoods = Likelihoods(model.model, model.params, model.mesh, tokens=args.batch_tokens)

@@ -19,6 +19,12 @@ MAX_YAML_BYTES = 2**20
 MAX_YAML_NODES = 100_000  # with every alias written out
 
 
+def named_path(text: str) -> Path:
+    """The path of a file or folder that a user names; ~ is the home folder, also where no shell
+    has replaced it, as in a YAML file or after `--output=`."""
+    return Path(os.path.expanduser(text))  # Path.expanduser raises an error for ~nobody
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace `path` atomically: a crash leaves either the old text or the new one.
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from easyaira import cli
 from easyaira.errors import ConfigError, escaped
+from easyaira.files import named_path
 
 AS_FOLDER = "default: as generation_config.json, or"
 
@@ -166,7 +166,6 @@ def main(argv: list[str]) -> None:
     keep_compiled(DataConfig(train=""))
     if args.prompts:
         settings = {
-            "model": loaded.origin.location(),
             "template": args.template,
             "dtype": args.dtype,
         }
@@ -184,7 +183,8 @@ def main(argv: list[str]) -> None:
         print(plan(loaded, sampler, lengths, args.num_samples))
         return
     if args.prompts:
-        output = prompts.Output(Path(args.output), asked, args.num_samples, settings)
+        settings = {"model": loaded.origin.identity(), **settings}
+        output = prompts.Output(named_path(args.output), asked, args.num_samples, settings)
         if output.written == output.total:
             print(f"{args.output}: all {output.total:,} answers are there")
             return

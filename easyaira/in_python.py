@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,15 @@ class Training(ModuleType):
             EasyAiraError: as the command's errors.
         """
         if isinstance(config, Mapping):
-            config = cli.configuration(self.CONFIG, config)
+            config = cli.configuration(self.CONFIG, _plain(config))
         cli.start(config, self.ALGORITHM)
         return Run(config.output_dir, config.data.template)
+
+
+def _plain(value: Any) -> Any:
+    """The same with paths as text, as on a command line."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

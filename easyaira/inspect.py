@@ -3,7 +3,7 @@
 python -m easyaira.inspect --config configs/aira-2-124m.yaml --data.max_examples 1000
 
 Takes the configuration of any training command, writes data_report.json and data_report.html into
-output_dir, and prints a few rows with coloured tokens.
+output_dir, unless a run is there, and prints a few rows with coloured tokens.
 """
 
 from __future__ import annotations
@@ -68,9 +68,11 @@ def main(argv: list[str]) -> None:
     )
     data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
+    of_run = (folder / "config.yaml").exists()  # its report is of the rows it was trained on
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        report.write(folder, data)
+        if not of_run:
+            report.write(folder, data)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
     for name, account in data.accounts.items():
@@ -82,7 +84,10 @@ def main(argv: list[str]) -> None:
         for unread, count in account.unread.items():
             print(f"  {count:,} {escaped(unread)} filled and not used")
         print(report.terminal(account, part=name, rows=ROWS, colour=sys.stdout.isatty()))
-    print(f"\ndone    {folder / report.FILES[1]}")
+    if of_run:
+        print(f"\nkept    the report of the run in {folder}; to write this one, set output_dir")
+    else:
+        print(f"\ndone    {folder / report.FILES[1]}")
 
 
 if __name__ == "__main__":

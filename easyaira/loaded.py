@@ -25,7 +25,7 @@ from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_o
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
-from easyaira.rewards.model import RewardModel
+from easyaira.rewards.model import RewardModel, check_listed
 from easyaira.storage import pretrained
 
 Message = Mapping[str, str]
@@ -144,6 +144,7 @@ class LoadedModel:
             options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
         sampling = self.sampling(**options)
         sampler = self.sampler(sampling)
+        check_listed("generate", prompts)
         tokens = [self.template.prompt(_messages(prompt)).tolist() for prompt in prompts]
         with self.model.on(self.mesh):
             weights = sampler.weights(self.params)
@@ -164,6 +165,12 @@ class LoadedModel:
         Raises:
             DataError: a prompt with its answer exceeds the model's positions.
         """
+        check_listed("logps", prompts, answers)
+        if len(prompts) != len(answers):
+            raise ConfigError(
+                f"logps: found {len(prompts)} prompts and {len(answers)} answers; give each "
+                "prompt one answer"
+            )
         messages = [
             [*_messages(prompt), {"role": "assistant", "content": answer}]
             for prompt, answer in zip(prompts, answers, strict=True)

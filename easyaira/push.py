@@ -5,11 +5,10 @@ python -m easyaira.push FOLDER --repo owner/name [--private]
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from easyaira import cli
 from easyaira.config.run import is_repo
 from easyaira.errors import ConfigError
+from easyaira.files import named_path
 from easyaira.short_help import Parser
 
 
@@ -24,7 +23,7 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> None:
     args = cli.parse_args(parser(), argv)
-    folder = Path(args.folder)
+    folder = named_path(args.folder)
     if not (folder / "proof.json").exists():
         raise ConfigError(f"{folder}: holds no release with a proof.json; name one, such as RUN/hf")
     if not is_repo(args.repo):

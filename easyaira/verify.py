@@ -12,10 +12,10 @@ something is not what was released or saved.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from easyaira import cli
 from easyaira.errors import CheckFailed, ConfigError, escaped
+from easyaira.files import named_path
 from easyaira.short_help import Parser
 
 WORDS = {True: "ok", False: "WRONG", None: "skipped"}
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="Print the checks as a JSON object.")
     cli.debug_option(parser)
     args = cli.parse_args(parser, argv)
-    folder = Path(args.folder)
+    folder = named_path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name a release, such as RUN/hf")
 

@@ -195,3 +195,14 @@ def test_the_rest_follows_the_schedule_of_the_longer_run(ground, tmp_path):
 def test_a_shorter_run_is_refused(straight, ground):
     with pytest.raises(ConfigError, match="max_steps: the run in .* was started with 10"):
         train(ground, straight, max_steps=9, export=True)
+
+
+def test_a_run_that_was_made_longer_cannot_become_shorter(ground, tmp_path):
+    """Its older checkpoint is of a command with fewer updates than are asked for."""
+    options = CONSTANT | {"save_total_limit": 2, "optimizer.warmup_steps": 0}
+    train(ground, tmp_path / "run", **options | {"max_steps": 1})
+    train(ground, tmp_path / "run", **options | {"max_steps": 3})
+    before = (tmp_path / "run/config.yaml").read_text()
+    with pytest.raises(ConfigError, match="max_steps: the run in .* was started with 3"):
+        train(ground, tmp_path / "run", **options | {"max_steps": 2})
+    assert (tmp_path / "run/config.yaml").read_text() == before

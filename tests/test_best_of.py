@@ -2,6 +2,7 @@
 that an interrupted command continues."""
 
 import json
+import shutil
 from collections import Counter
 
 import jax
@@ -260,6 +261,25 @@ def test_bad_input_is_refused_before_anything_is_written(flags, problem, ground,
     status, _, err = call(best_of.main, arguments(ground, tmp_path / "best", *flags), capsys)
     assert status == 2 and problem in err and len(err.splitlines()) == 1
     assert not (tmp_path / "best").exists()
+
+
+def test_without_a_best_answer_there_is_no_mean_of_the_best(ground, tmp_path, capsys):
+    """Its mean was 0, which looked like an answer's score."""
+    words = arguments(ground, tmp_path / "best", "--max_new_tokens=1")
+    words.remove("--stop=e")
+    status, out, _ = call(best_of.main, words, capsys)
+    counts = json.loads((tmp_path / "best" / COUNTS).read_text())
+    assert status == 0 and counts["sft.jsonl"] == 0 and counts["cut"] == counts["scored.jsonl"]
+    assert counts["mean score of the best"] is None and out.endswith("answers, no best answer\n")
+
+
+def test_scores_of_a_reward_model_that_was_replaced_are_not_kept(ground, tmp_path, capsys):
+    reward = shutil.copytree(ground / "bert", tmp_path / "reward")
+    words = [*arguments(ground, tmp_path / "best"), f"--reward={reward}"]
+    assert call(best_of.main, words, capsys)[0] == 0
+    tiny.save(reward, tiny.SCORERS["bert"], std=0.19)
+    status, _, err = call(best_of.main, words, capsys)
+    assert status == 2 and "best was made with another reward model; name another folder" in err
 
 
 def test_a_folder_of_another_command_is_kept(made, ground, tmp_path, capsys):

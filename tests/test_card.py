@@ -17,7 +17,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.evaluation import results
 from easyaira.export import card, torch_check, usage
-from easyaira.export.hf_config import generation_config, released
+from easyaira.export.hf_config import generation_config, released, with_dtype
 from easyaira.export.records import Records
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import energy
@@ -458,7 +458,16 @@ def test_examples_of_the_card_in_another_models_form_are_refused_before_the_run(
 
 def test_end_tokens_that_files_disagree_on_all_end_an_answer(models, data, tmp_path):
     facts = facts_of(
-        models, data, tmp_path, {"eos_token_id": 9, "pad_token_id": -1}, {"eos_token_id": [7, 0]}
-    )
+        models, data, tmp_path, {"eos_token_id": 9, "pad_token_id": -1},
+        {"eos_token_id": [7, 0], "pad_token_id": -1},
+    )  # fmt: skip
     assert facts.config["eos_token_id"] == facts.generation_config["eos_token_id"] == [0, 7]
     assert facts.config["pad_token_id"] is None  # -1 is no token
+    assert facts.generation_config["pad_token_id"] is None
+
+
+def test_both_names_of_the_data_type_say_what_is_stored(models, data, tmp_path):
+    config = {"dtype": "bfloat16", "torch_dtype": "float16"}  # the weights are in float32
+    facts = facts_of(models, data, tmp_path, config)
+    assert facts.config["dtype"] == facts.config["torch_dtype"] == "float32"
+    assert with_dtype(facts.config, "float16")["torch_dtype"] == "float16"

@@ -19,6 +19,7 @@ from easyaira import __main__, __version__, cli, errors, inspect, train_dpo
 from easyaira.config.data import Source
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT, to_dict
 from easyaira.errors import ConfigError
+from easyaira.files import named_path
 from helpers.processes import call
 
 NEEDED = ["--model.name_or_path", "m", "--data.train", "d"]
@@ -116,6 +117,9 @@ def test_what_is_wrong_is_named_in_one_line(argv, message):
         ("data: {packing: true}\ndata.packing: false", "data.packing: write it inside data"),
         ("config: other.yaml", ":1: config: is for the command line; give it there as --config"),
         ("seed: null", ":1: seed: expected a value, got null"),
+        ("report_to: wandb", r"report_to: expected a list such as \[a, b\], got wandb"),
+        ("output_dir: 123", r"output_dir: expected text \(quoted in a file\), got 123"),
+        ("export: 1", "export: expected true or false, got 1"),
         ("data:\n  packing:\n", ":2: data.packing: expected a value, got null"),
         ("data: {train: [{path: a, weight: null}]}", r"data.train\[0\].weight: expected a value"),
         ("lora: {target_modules: [q], r: null}", "lora.r: expected a value, got null"),
@@ -212,7 +216,10 @@ def test_a_file_of_options_is_refused_in_one_short_line(text, message, tmp_path)
         ("data.train=[{path: a}, 3]", "data.train[1]: expected options such as {path: FILE}"),
         ("data.train=[{path: a, weight: b}]", "data.train[0].weight: expected a number above 0"),
         ("data.train=[{path: a, colums: {}}]", "data.train[0].colums: no such option; did you"),
-        ("data.train=[{path: a, columns: {x: 3}}]", "data.train[0].columns: expected str, got 3"),
+        (
+            "data.train=[{path: a, columns: {x: 3}}]",
+            "data.train[0].columns: expected text (quoted in",
+        ),
         ("data.eval=[{path: a, splt: b}]", "data.eval[0].splt: no such option; did you mean"),
         ("data.train={path: a, splt: b}", "data.train: expected a path or a list such as"),
         ("card={infernce: {}}", "card.infernce: no such option; did you mean card.inference?"),
@@ -367,6 +374,14 @@ def test_a_reference_is_an_option_of_dpo_alone():
 @pytest.mark.parametrize("mesh", ["-1,1,1", "1,-1,1", "dp=-1", "dp:1,fsdp:-1,mp:2"])
 def test_every_form_of_mesh_passes_the_command_line(mesh):
     assert parse("--mesh", mesh).mesh == parse(f"--mesh={mesh}").mesh == mesh
+
+
+def test_the_home_folder_is_meant_where_no_shell_has_replaced_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("output_dir: ~/runs/a")
+    for given in (["--config=~/a.yaml"], ["--output_dir=~/runs/a"]):
+        assert parse(*given).output_dir == str(tmp_path / "runs/a")
+    assert named_path("~/x") == tmp_path / "x" and named_path("~nobody.txt") == Path("~nobody.txt")
 
 
 def test_a_share_and_a_path_for_held_out_rows():

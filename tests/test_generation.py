@@ -1,6 +1,7 @@
 """Generation ends where the model's files say, and takes or refuses their settings."""
 
 import json
+import shutil
 import time
 
 import jax
@@ -316,6 +317,20 @@ def test_answers_of_another_command_are_kept(
     status, _, err = answer_file(gpt2, rows, answered / "out.jsonl", capsys, *flags)
     assert status == 2 and problem in err and len(err.splitlines()) == 1
     assert (answered / "out.jsonl").read_bytes() == before
+
+
+def test_answers_of_weights_that_were_replaced_are_not_gone_on_with(
+    gpt2, answered, tmp_path, capsys
+):
+    model, output = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(gpt2, model)
+    assert answer_file(model, answered / "in.jsonl", output, capsys)[0] == 0
+    before = output.read_bytes()
+    output.write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
+    tiny.save(model, tiny.CONFIGS["gpt2"], std=0.19)
+    status, _, err = answer_file(model, answered / "in.jsonl", output, capsys)
+    assert status == 2 and "exists with model" in err.splitlines()[-1]
+    assert len(output.read_bytes().splitlines()) == 3
 
 
 def test_an_output_that_is_not_ours_is_kept(gpt2, answered, tmp_path, capsys):

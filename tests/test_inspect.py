@@ -50,6 +50,15 @@ def test_it_needs_no_weights_and_says_that_held_out_rows_are_not_trained_on(grou
     assert page.count("<h2>held out</h2>") == 1
 
 
+def test_the_report_of_a_run_is_kept(ground, capsys):
+    """The card of the run quotes it."""
+    before = look(ground, "sft")
+    (ground / "look/config.yaml").write_text("max_steps: 2")
+    assert look(ground, "sft", "--data.max_examples=5") == before
+    out = capsys.readouterr().out
+    assert "train: 5 of 5 rows" in out and f"kept    the report of the run in {ground}" in out
+
+
 def test_learned_tokens_stand_in_brackets_where_there_is_no_colour(ground, capsys):
     look(ground, "sft")
     out = capsys.readouterr().out

@@ -137,6 +137,22 @@ def test_errors_name_the_option_and_the_text(model):
         model.logps(["x", "x"], ["y", "y " * 200])
 
 
+def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
+    """Each of its characters was answered."""
+    asked = [{"role": "user", "content": "Why"}]
+    for call, message in (
+        (lambda: model.generate("Why"), r"generate: expected a list, got one text; write \[text\]"),
+        (lambda: model.generate(asked), "generate: expected a list, got one conversation; write"),
+        (lambda: model.logps(["Why"], "B"), "logps: expected a list, got one text"),
+        (lambda: model.logps(["Why", "x"], ["B"]), "logps: found 2 prompts and 1 answers; give"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    tiny.save(tmp_path, tiny.SCORERS["bert"])
+    with pytest.raises(ConfigError, match="score: expected a list, got one text"):
+        easyaira.load(str(tmp_path)).score("Why")
+
+
 def short_run(folder, tmp_path, rows, **options):
     """Configuration of two updates on rows."""
     return {
@@ -157,7 +173,8 @@ def test_a_run_in_python(folder, tmp_path):
     config = short_run(folder, tmp_path, tiny.sft_rows(8))
     with pytest.raises(ConfigError, match="data.tran: no such option; did you mean data.train"):
         easyaira.train_sft(config | {"data": {"tran": "x"}})
-    run = easyaira.train_sft(config)
+    paths = {"model": {"name_or_path": folder}, "output_dir": tmp_path / "run"}  # no text
+    run = easyaira.train_sft(config | paths)
     assert run.folder == tmp_path / "run"
     assert [row["step"] for row in run.metrics] == [1, 2] and run.metrics[1]["loss"] > 0
     assert len(run.model.generate(["Who?"], max_new_tokens=2)[0][0]) <= 20

@@ -656,7 +656,7 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
         origin.load(model, meshes.make_mesh("fsdp=-1"))
     shutil.rmtree(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match="gpt2: no such folder"):
+    with pytest.raises(ConfigError, match="run: put the base of .*gpt2: no such folder"):
         find(str(tmp_path / "run")).check(model)
 
 

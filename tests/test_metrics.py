@@ -69,4 +69,6 @@ def test_a_run_ends_with_what_it_changed():
         "after   held-out loss 4.14 -> 3.431, loss 3.9 -> 3.5, 0:01:44, 0.00071 kWh",
         "next    easyaira generate runs/x --chat",
     ]
+    *_, last = closing.lines([], 1, None, "runs/x #2", scorer=False)
+    assert last == "next    easyaira generate 'runs/x #2' --chat"
     assert list(closing.lines([], 1, None, "runs/x", scorer=True)) == ["after   0:00:01"]

@@ -524,6 +524,24 @@ def test_an_adapter_on_an_adapter_says_before_the_first_update_what_its_base_nee
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["llama", "other"])
+def test_an_adapter_that_goes_on_on_another_base_is_told(base, ground, tmp_path, capsys):
+    model = ground / "llama"
+    if base == "other":
+        model = tmp_path / "llama"  # the same name, and other weights
+        tiny.save(model, tiny.CONFIGS["llama"], std=0.19)
+    adapter = ground / "adapter/hf"
+    lora = f"--lora={{r: 4, alpha: 8, target_modules: [q_proj, v_proj], adapter: {adapter}}}"
+    options = {"max_steps": 1, "optimizer.warmup_steps": 0}
+    capsys.readouterr()
+    runs.train("sft", model, ground, tmp_path / "run", lora, **options)
+    out = " ".join(capsys.readouterr().out.split())
+    line = f"warning: lora.adapter: {adapter} was trained on llama, and {model} holds other weights"
+    assert (line in out) == (base == "other")
+    assert out.count("warning: lora.adapter") == (base == "other")
+
+
 def converted_run(folder):
     return to_hf(folder / "run", folder / "merged", "--merge")
 

@@ -44,7 +44,7 @@ def ask(
         DataError: no question can be asked.
     """
     loaded, sampling = generate.load(args)
-    settings = {**settings, "model": loaded.origin.location(), "template": args.template}
+    settings = {**settings, "model": loaded.origin.identity(), "template": args.template}
     sets.check_folder(folder, settings)
     if not (folder / ASKED).exists():
         rows = list(_checked(questions, loaded, loaded.sampler(sampling)))

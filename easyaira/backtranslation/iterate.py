@@ -13,6 +13,7 @@ from easyaira.backtranslation.rows import exchanges
 from easyaira.config.data import Source
 from easyaira.data import sources
 from easyaira.errors import DataError
+from easyaira.files import named_path
 from easyaira.generation import sets
 
 # Li et al. (2023), section 2.4: what follows an instruction says where its answer comes from
@@ -51,7 +52,7 @@ def iterate(args: Any) -> Iterator[dict[str, Any]]:
         DataError: no pair reaches the threshold.
         EasyAiraError: as `curate` and train_sft.
     """
-    output, seed, pairs = Path(args.output), Source(args.seed_data), Source(args.pairs)
+    output, seed, pairs = named_path(args.output), Source(args.seed_data), Source(args.pairs)
     settings = {"step": "iterate", "seed_data": sources.content_key(seed)}
     settings |= {"pairs": sources.content_key(pairs), "threshold": args.threshold}
     sets.check_folder(output, settings)

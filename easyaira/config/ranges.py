@@ -14,6 +14,9 @@ from easyaira.errors import ConfigError, shortened
 
 WORDS = {  # name of a type -> its values, for messages
     "PositiveInt": "a whole number from 1",
+    "str": "text (quoted in a file)",
+    "list": "a list such as [a, b]",
+    "bool": "true or false",
     "LoraConfig": "options as `name: value`",
     "EnergyConfig": "options as `name: value`",
 }

@@ -7,6 +7,7 @@ value; `__post_init__` checks combinations. The string below an option is its `-
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
@@ -214,6 +215,7 @@ class RunConfig:
     card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self):
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
         if self.lora is not None and self.model.init == "random":
             raise ConfigError(
                 "lora: needs pretrained weights, since random ones are not saved and the adapter "

@@ -28,7 +28,7 @@ from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.distributed import hosts
 from easyaira.errors import StorageError
-from easyaira.files import parse_json, read_file, reason, write_file
+from easyaira.files import named_path, parse_json, read_file, reason, write_file
 
 HASHES = "sha256.json"  # key of an entry and hashes of its files
 
@@ -36,10 +36,10 @@ HASHES = "sha256.json"  # key of an entry and hashes of its files
 def cache_root(config: DataConfig) -> Path:
     """Root folder of the cache."""
     if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
+        return named_path(config.cache_dir)
     if root := os.environ.get("EASYAIRA_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "easyaira"
+        return named_path(root)
+    return named_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "easyaira"
 
 
 def cache_folder(config: DataConfig, *names: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.errors import ConfigError, TokenizerError
-from easyaira.files import read_file, reason
+from easyaira.files import named_path, read_file, reason
 
 PLAIN = (
     "{% for m in messages %}{{ m['content'] }}"
@@ -85,7 +85,7 @@ def find_template(name: str, tokenizer: Any) -> tuple[str, str]:
         return _own(tokenizer)
     if "{{" in name or "{%" in name:
         return name, "data.template"
-    path = Path(name).expanduser()
+    path = named_path(name)
     if path.suffix in (".jinja", ".j2") and path.exists():
         try:
             return read_file(path).decode(), str(path)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from easyaira.config.data import Source
 from easyaira.data import folders
 from easyaira.errors import DataError, EasyAiraError
-from easyaira.files import no_key_twice, parse_json, reason
+from easyaira.files import named_path, no_key_twice, parse_json, reason
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer row is an error, or an attack
 ROWS_AT_ONCE = 1000  # batch size for columnar files
@@ -103,7 +103,7 @@ def _files(source: Source) -> list[Path]:
     Raises:
         DataError: no file exists, or its format is unknown, or an option does not apply to it.
     """
-    path = Path(source.path).expanduser()
+    path = named_path(source.path)
     if not path.exists() and folders.is_pattern(source.path):
         return folders.files_matching(path, source.split, tuple(READERS))
     if not path.exists() and not _looks_like_hub_id(source.path):
@@ -353,7 +353,7 @@ def _read_with_datasets(source: Source) -> Iterator[Located]:
 
 
 def _load_with_datasets(source: Source) -> Any:
-    path = Path(source.path).expanduser()
+    path = named_path(source.path)
     try:
         import datasets
     except ImportError as error:

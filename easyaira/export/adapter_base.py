@@ -10,7 +10,7 @@ from easyaira.errors import ConfigError
 from easyaira.export import proof
 from easyaira.models.model import Model
 from easyaira.storage.integrity import fingerprint
-from easyaira.storage.pretrained import Pretrained
+from easyaira.storage.pretrained import Pretrained, find
 
 
 def loadable(base: Pretrained) -> Pretrained | None:
@@ -57,4 +57,20 @@ def warning(base: Pretrained) -> str | None:
         f"hf/ will hold an adapter on {place}, which peft cannot load. To use it, run "
         f"`{to_convert(base, place)}` and name BASE in its adapter_config.json, or export this run "
         "with convert to_hf --merge"
+    )
+
+
+def moved(adapter: str, base: Pretrained) -> str | None:
+    """What to say of an adapter that a run continues, if its release is on other weights than this
+    base. Releases on a checkpoint, and adapters of other programs, hold no hash of weights."""
+    try:
+        of = proof.read(find(adapter).folder).get("base") or {}
+    except ConfigError:
+        return None
+    stored = None if of.get("name", "").isdigit() else loadable(base)
+    if stored is None or of.get("sha256") in (None, proof.base_hash(stored)):
+        return None
+    return (
+        f"lora.adapter: {adapter} was trained on {of['name']}, and {base.name} holds other "
+        "weights; name that model in model.name_or_path, unless you mean this one"
     )

@@ -63,10 +63,11 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """config.json with this dtype, under whichever key it uses (`dtype` or `torch_dtype`)."""
+    """config.json with this dtype, under the keys that it uses (`dtype`, `torch_dtype` or both)."""
     if dtype is None:
         return dict(config)
-    return dict(config) | {"dtype" if "dtype" in config else "torch_dtype": dtype}
+    keys = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}
+    return dict(config) | dict.fromkeys(keys, dtype)
 
 
 def released(setup: Setup) -> Facts:
@@ -82,8 +83,7 @@ def released(setup: Setup) -> Facts:
     origin, tokenizer, options = setup.origin, setup.tokenizer, to_dict(setup.config)
     random = setup.config.model.init == "random"
     dtypes = {"": "float32"} if random else origin.stored_dtypes()
-    config: dict[str, Any] = dict(origin.config) | {"vocab_size": setup.model.vocab_size}
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
+    config = with_dtype(origin.config, dtypes[""]) | {"vocab_size": setup.model.vocab_size}
     if positions := options["model"]["max_positions"]:
         config["max_position_embeddings"] = positions
     if setup.model.scorer:
@@ -102,11 +102,13 @@ def released(setup: Setup) -> Facts:
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     asked = {k: v for k, v in options["generation"].items() if v is not None}
     config |= ids | {"architectures": [language_model(config)]}
-    if config.get("pad_token_id") == -1:  # of early Llamas: none
-        config["pad_token_id"] = None
+    settings = dict(origin.generation_config)
+    for file in (config, settings):
+        if file.get("pad_token_id") == -1:  # of early Llamas: none
+            file["pad_token_id"] = None
     for name in ("bos_token_id", "pad_token_id"):
         config.setdefault(name, None)  # else transformers takes its own: SmolLM3's pad is 128004
-    generation = generation_config(origin.generation_config | asked | ids)
+    generation = generation_config(settings | asked | ids)
     check_ids(config, "config.json", setup.model.vocab_size)
     check_ids(generation, GENERATION_CONFIG, setup.model.vocab_size)
     return Facts(config, generation, dtypes)
@@ -132,17 +134,17 @@ def value_released(setup: Setup) -> Facts | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
     critic = setup.critic
-    config = dict(critic.origin.config)  # type: ignore[union-attr]
+    config = critic.origin.config  # type: ignore[union-attr]
     if config["model_type"] not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
         return None
-    config.pop("problem_type", None)
     name = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]
-    config |= {"architectures": [name], "id2label": {"0": "value"}, "label2id": {"value": 0}}
-    config["pad_token_id"] = setup.tokenizer.pad_token_id
     dtypes = {"": "float32"}
     if not critic.random:  # type: ignore[union-attr]
         dtypes = critic.origin.stored_dtypes()  # type: ignore[union-attr]
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtypes[""]
+    config = with_dtype(config, dtypes[""])
+    config.pop("problem_type", None)
+    config |= {"architectures": [name], "id2label": {"0": "value"}, "label2id": {"value": 0}}
+    config["pad_token_id"] = setup.tokenizer.pad_token_id
     return Facts(config, {}, dtypes)
 
 

@@ -112,7 +112,10 @@ def write(folder: Path, num_samples: int, models: Sequence[RewardModel]) -> Mapp
                 pair = {"chosen": best.text, "rejected": worst.text}
                 put(DPO, prompt | pair | _scores(best, "chosen_") | _scores(worst, "rejected_"))
         of = {"all": counts[SCORED], "the best": counts[SFT]}
-        means = {f"mean score of {name}": total / max(of[name], 1) for name, total in sums.items()}
+        means = {
+            f"mean score of {name}": total / of[name] if of[name] else None
+            for name, total in sums.items()
+        }
         numbers = {name: counts[name] for name in ("prompts", *names)} | dict(counts) | means
         write_counts(folder, numbers)
     return numbers

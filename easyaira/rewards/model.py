@@ -114,6 +114,7 @@ class RewardModel:
         Returns:
             [n] float32. Raises and cuts as `of_answers`.
         """
+        check_listed("score", texts)
         scores = np.zeros(len(texts), np.float32)
         alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
         pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
@@ -205,3 +206,19 @@ class RewardModel:
 def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]:
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [*asked, {"role": "assistant", "content": answer}]
+
+
+def check_listed(name: str, *given: Any) -> None:
+    """Refuse one text or conversation in the place of a list, whose characters or messages would
+    be taken for texts of their own.
+
+    Args:
+        name: the function, for the message.
+
+    Raises:
+        ConfigError: see above.
+    """
+    for texts in given:
+        if isinstance(texts, str) or any(isinstance(text, Mapping) for text in texts):
+            one = "text" if isinstance(texts, str) else "conversation"
+            raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")

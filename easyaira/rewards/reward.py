@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, DataError, RewardError, WeightsError, shortened
+from easyaira.files import named_path
 from easyaira.rewards.model import RewardModel
 
 Messages = Sequence[Mapping[str, str]]
@@ -28,7 +28,7 @@ def function_of(name: str) -> Callable[..., Any]:
     place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
-            path = Path(place).expanduser()
+            path = named_path(place)
             spec = importlib.util.spec_from_file_location(path.stem, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)

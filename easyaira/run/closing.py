@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -44,7 +45,7 @@ def lines(
     yield f"after   {', '.join(parts)}"
     yield from warnings
     if not scorer:
-        yield f"next    easyaira generate {folder} --chat"
+        yield f"next    easyaira generate {shlex.quote(folder)} --chat"
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -21,10 +21,10 @@ from easyaira.config.run import GROUPS_MAY_CHANGE, MAY_CHANGE, PROVENANCE, RunCo
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
-from easyaira.files import read_yaml, reason, write_file
+from easyaira.files import named_path, read_yaml, reason, write_file
 from easyaira.run.provenance import completed, flattened, identity, provenance
 from easyaira.storage import pretrained
-from easyaira.storage.checkpoints import Checkpoints, peek, records
+from easyaira.storage.checkpoints import Checkpoints, peek
 from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
@@ -120,7 +120,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _place(config: RunConfig) -> str:
     """Location of the checkpoints: an absolute path or a URL."""
     place = config.checkpoint_dir or str(Path(config.output_dir) / pretrained.CHECKPOINTS)
-    return place if "://" in place else str(Path(place).expanduser().absolute())
+    return place if "://" in place else str(named_path(place).absolute())
 
 
 def _check_seen(folder: Path) -> None:
@@ -171,9 +171,11 @@ def _identity_of(record: Path) -> dict[str, Any]:
 
 
 def _blame(record: Path, error: EasyAiraError, setup: Setup, place: str) -> None:
-    """Raise the error of a config.yaml, unless the checkpoints say that the file is at fault."""
-    for _, meta in records(place):
-        with suppress(ConfigError):
+    """Raise the error of a config.yaml, unless the newest checkpoint shows that the file is wrong.
+    Older ones may be of a time when the run was shorter."""
+    step, meta = peek(place)
+    with suppress(ConfigError):
+        if step is not None:
             _compare(meta.get("run") or {}, setup, place)
             print(f"run     {record} is damaged or missing; written again: {error}", flush=True)
             return

@@ -79,6 +79,9 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
                 print("warning: optimizer.learning_rate is 0, so no weight will change", flush=True)
             if setup.adapter and config.export and (need := adapter_base.warning(setup.origin)):
                 print(folded(f"warning: {need}"), flush=True)
+            if setup.adapter and (start := setup.adapter.config.adapter):
+                if moved := adapter_base.moved(start, setup.origin):
+                    print(folded(f"warning: {moved}"), flush=True)
             for doubt in setup.template.doubts(setup.model.scorer):
                 print(folded(f"warning: {doubt}"), flush=True)
             train(setup, algorithm, stop, checked)

@@ -30,7 +30,7 @@ from easyaira.errors import (
     shortened,
     shown_as,
 )
-from easyaira.files import check_links, read_json, read_yaml, reason
+from easyaira.files import check_links, named_path, read_json, read_yaml, reason
 from easyaira.hf import safetensors, transfer
 from easyaira.hf.lazy import Lazy
 from easyaira.lora.adapter import Adapter, nested, of_record
@@ -88,8 +88,8 @@ class Pretrained:
         if adapter.exists() and not file.exists():
             base = read_json(adapter).get("base_model_name_or_path")
             raise ConfigError(
-                f"{self.name}: holds an adapter of {base}; name its run folder, or that model in "
-                "model.name_or_path and this folder in lora.adapter"
+                f"{self.name}: holds an adapter of {base}; name its run folder, or merge it in "
+                "peft; to train it, name the base in model.name_or_path and it in lora.adapter"
             )
         with shown_as(self.folder, self.where):
             return read_json(file)
@@ -131,7 +131,10 @@ class Pretrained:
     def base(self) -> Pretrained:
         """The base model of a run's adapters."""
         base = self.adapter["base"]
-        return find(base["name"], base["commit"])
+        try:
+            return find(base["name"], base["commit"])
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: put the base of its adapters back: {error}") from error
 
     def location(self) -> dict[str, Any]:
         """Name and commit that identify this model from any working directory."""
@@ -140,6 +143,10 @@ class Pretrained:
         folder = self.folder.resolve()
         at = folder if self.step is None else folder / CHECKPOINTS / str(self.step)
         return {"name": str(at), "commit": None}
+
+    def identity(self) -> dict[str, Any]:
+        """Location and hash of the weights, which may be replaced in their folder."""
+        return self.location() | {"weights": self.sample()[:16]}
 
     def check(self, model: Model) -> list[str]:
         """Check names and shapes of the stored tensors before reading any. Returns the paths of
@@ -354,7 +361,7 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     Raises:
         ConfigError: no model is found.
     """
-    path = Path(name).expanduser()
+    path = named_path(name)
     if revision and path.is_dir():
         raise ConfigError(
             f"model.revision: {name} is a local folder without revisions; leave it out"
