@@ -827,6 +827,17 @@ def test_a_missing_reward_function_is_one_line(name, problem):
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("arguments", ["p, c", "prompts, completions", "completions, prompts",
+                                       "completions, **others", "completions, *, prompts"])  # fmt: skip
+def test_a_function_gets_its_arguments_by_name(arguments, tmp_path):
+    """In any order, as TRL calls it; those of other names in the order of prompts, completions."""
+    body = "[float(len(text)) for text in (c if 'c' in locals() else completions)]"
+    (tmp_path / "own.py").write_text(f"def f({arguments}):\n    return {body}\n")
+    reward = Reward([f"{tmp_path / 'own.py'}:f"], None, meshes.make_mesh("fsdp=1"), "float32")
+    asked = [[{"role": "user", "content": "four"}]] * 2
+    assert reward(asked, ["a", "bc"]).tolist() == [1.0, 2.0]
+
+
 def test_example_rewards():
     concise = function_of("easyaira.rewards.rules:concise")
     assert concise(["a"] * 3, ["yes", "w " * 45, "w " * 90]) == [1.0, 0.5, -1.0]

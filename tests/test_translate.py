@@ -608,6 +608,9 @@ def test_open_instruct_keeps_every_entry_of_its_list(tmp_path, capsys):
     config, _ = ours(capsys, "open-instruct", write(tmp_path / "a.yaml", **sft), "--task", "sft")
     rows = [(source.path, source.split, source.weight) for source in config.data.train]
     assert rows == [("o/a", "x", 0.5), ("o/a", "x[:20]", 1)]
+    file = write(tmp_path / "c.yaml", **sft | {"dataset_mixer_list": ["o/a", "0.5", "o/b"]})
+    with pytest.raises(ConfigError, match="dataset_mixer_list .is a list of names, each with its"):
+        translate.main(["open-instruct", file, "--task", "sft"])
     file = write(tmp_path / "b.yaml", **sft | {"dataset_mixer_list_splits": ["x", "x", "y", "y"]})
     with pytest.raises(ConfigError, match="dataset_mixer_list_splits .differ"):
         translate.main(["open-instruct", file, "--task", "sft"])

@@ -139,6 +139,8 @@ def facts(run: Recipe) -> None:
     entries = list(mixer.items()) if isinstance(mixer, dict) else []
     if isinstance(mixer, list):  # name, amount, name, amount; a name may stand twice
         amounts = [float(a) if "." in str(a) else int(a) for a in mixer[1::2]]
+        if len(mixer) % 2:
+            run.refuse("dataset_mixer", "is a list of names, each with its amount; one lacks it")
         entries = list(zip(mixer[::2], amounts, strict=False))
     splits = run.get("dataset_splits") or ["train"]
     if len({*splits}) > 1:
