@@ -115,8 +115,10 @@ def facts(run: Recipe) -> None:
         run.keys["optim"] = "use_8bit_optimizer"
     saved = run.get("checkpointing_steps")
     run.facts["save_strategy"] = "epoch" if saved == "epoch" else "steps" if saved else "no"
-    if saved not in (None, "epoch"):
+    if str(saved).isdecimal():
         run.facts["save_steps"] = int(saved)
+    elif saved not in (None, "epoch"):
+        run.refuse("checkpointing_steps", f"{saved!r} is neither a number of updates nor epoch")
     if run.get("save_total_limit", 1) < 1:
         run.facts["save_total_limit"] = None
     template = run.get("chat_template_name")
@@ -128,9 +130,9 @@ def facts(run: Recipe) -> None:
         run.note("the loss is a mean and not a sum over tokens, which AdamW's steps do not tell")
     if run.task == "dpo":
         loss = run.get("loss_type", "dpo")
-        if loss not in LOSSES:
-            run.refuse("loss_type", f"{loss} is none of {', '.join(LOSSES)}")
-        run.facts["loss_type"] = LOSSES.get(loss)
+        if not isinstance(loss, str) or loss not in LOSSES:
+            return run.refuse("loss_type", f"{loss} is none of {', '.join(LOSSES)}")
+        run.facts["loss_type"] = LOSSES[loss]
         if loss == "simpo":
             run.options["dpo.reference"] = "none"
             ratio = run.get("gamma_beta_ratio", 0.3)
