@@ -72,6 +72,9 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
         (["--data.template", "null"], "data.template: expected a value, got null"),
         (["--output_dir=null"], "output_dir: expected a value, got null"),
         (["--data.train=[]"], "data.train: names no data"),
+        (["--data.train", ""], "data.train: names no data"),  # a variable that was not set
+        (["--data.eval", " "], "data.eval: names no data"),
+        (["--output_dir", ""], "output_dir: found an empty text; name a folder"),
         (["--dpo.beta", "0"], "dpo.beta: expected a number above 0"),
         (["--dpo.label_smoothing", "0.1", "--dpo.loss_type", "ipo"], "ipo has no smoothing"),
         (["--dpo.loss_type", "exo_pair"], "exo_pair needs a value above 0"),
