@@ -260,6 +260,13 @@ def test_options_that_contradict_each_other(argv, message):
         command(*argv)
 
 
+def test_an_empty_choice_is_named_with_its_row(tmp_path):
+    row = {"query": "Question: what?", "choices": ["a", ""], "gold": 0}
+    path = tiny.write_rows(tmp_path / "arc.jsonl", [row])
+    with pytest.raises(DataError, match="arc.jsonl:1: .*an empty choice"):
+        local.read(path, local.LOCAL["arc_easy"].rows)
+
+
 @pytest.mark.parametrize(
     "names, message",
     [

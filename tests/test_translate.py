@@ -662,6 +662,13 @@ def test_open_instruct_keeps_every_entry_of_its_list(tmp_path, capsys):
     file = write(tmp_path / "c.yaml", **sft | {"dataset_mixer_list": ["o/a", "0.5", "o/b"]})
     with pytest.raises(ConfigError, match="dataset_mixer_list .is a list of names, each with its"):
         translate.main(["open-instruct", file, "--task", "sft"])
+    file = write(tmp_path / "d.yaml", **sft | {"dataset_mixer_list": ["o/a", "all"]})
+    with pytest.raises(ConfigError, match="'all' is neither a share nor a number of rows"):
+        translate.main(["open-instruct", file, "--task", "sft"])
+    quoted = TULU_DPO | {"dataset_mixer": {"o/a": "0.5", "o/b": "7"}}
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "e.yaml", **quoted))
+    rows = [(source.path, source.split, source.weight) for source in config.data.train]
+    assert rows == [("o/a", "train", 0.5), ("o/b", "train[:7]", 1)]
     file = write(tmp_path / "b.yaml", **sft | {"dataset_mixer_list_splits": ["x", "x", "y", "y"]})
     with pytest.raises(ConfigError, match="dataset_mixer_list_splits .differ"):
         translate.main(["open-instruct", file, "--task", "sft"])
