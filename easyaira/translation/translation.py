@@ -57,12 +57,12 @@ def task_of(source: Source, given: Mapping[str, Any], asked: str | None, place: 
     Raises:
         ConfigError: the keys tell none, or several, or the trainer has no such task.
     """
-    told = set()
+    by_keys = set()
     for key in source.telling.keys() & given.keys():
         task = source.telling[key]
         value = given[key] if isinstance(given[key], str | bool) else None
-        told.add(task.get(value) if isinstance(task, dict) else task)
-    tasks = {asked} if asked else told - {None} or {source.otherwise}
+        by_keys.add(task.get(value) if isinstance(task, dict) else task)
+    tasks = {asked} if asked else by_keys - {None} or {source.otherwise}
     if len(tasks) != 1 or not tasks <= source.tables.keys():
         choices = ", ".join(source.tables)
         raise ConfigError(f"{place}: its keys do not tell the task; add --task, one of {choices}")
