@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     folder = named_path(args.output)
     mesh = meshes.make_mesh(args.mesh)
-    keep_compiled(DataConfig(train=""))
+    keep_compiled(DataConfig(train="unused"))
     reward = RewardModel(args.reward, mesh, args.dtype)
     toxicity = args.toxicity and RewardModel(args.toxicity, mesh, args.dtype)
     settings = {

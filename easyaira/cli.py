@@ -313,6 +313,7 @@ def _choices(literal: re.Match[str]) -> str:
 
 def _value_error(name: str, problem: str) -> str:
     """Describe an invalid value of an option in one line."""
+    problem = re.sub(r"((?:Given|Got) value:)\s*$", r"\1 an empty text", problem)
     problem = re.sub(r"Literal\[([^]]*)\]", _choices, problem)
     if name in SOURCES:
         if inner := re.search(r"given class_path '([\w.]+Source)': (.*?) Given value", problem):
@@ -332,7 +333,7 @@ def _value_error(name: str, problem: str) -> str:
         )
     if number := re.match(r"Not of type (\w+): (.*)$", problem):
         value = re.search(r"(.*) does not conform|'(.*)'$|(\S+) not an integer", number[2])
-        got = next(filter(None, value.groups())) if value else number[2]
+        got = next(filter(None, value.groups()), "an empty text") if value else number[2]
         return f"{name}: expected {WORDS.get(number[1], number[1])}, got {shortened(got)}"
     if group := re.match(r"Unable to load config ['\"](.*?)['\"]( - |$)", problem):
         return f"{name}: expected options as `name: value`, got {shortened(group[1])}"

@@ -48,7 +48,7 @@ def build(args: Any) -> Any:
     from easyaira.loaded import LoadedModel, load
     from easyaira.rewards.model import RewardModel
 
-    keep_compiled(DataConfig(train=""))
+    keep_compiled(DataConfig(train="unused"))
     search = Search(args.search) if args.search else None
     model = load(args.model, mesh=args.mesh, dtype=args.dtype, template=args.template)
     if not isinstance(model, LoadedModel):

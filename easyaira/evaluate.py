@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
 
     origin = pretrained.find(args.model)
     folder = named_path(args.output) if args.output else folder_of(origin)
-    keep_compiled(DataConfig(train=""))
+    keep_compiled(DataConfig(train="unused"))
     finished = []
     for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:
         print(f"{results.write(folder, result)}: {result.label} {result.shown}", flush=True)

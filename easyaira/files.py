@@ -21,7 +21,13 @@ MAX_YAML_NODES = 100_000  # with every alias written out
 
 def named_path(text: str) -> Path:
     """The path of a file or folder that a user names; ~ is the home folder, also where no shell
-    has replaced it, as in a YAML file or after `--output=`."""
+    has replaced it, as in a YAML file or after `--output=`.
+
+    Raises:
+        ConfigError: the name is empty, which would be the current folder.
+    """
+    if not text.strip():
+        raise ConfigError("found an empty text where a file or folder is named; name it")
     return Path(os.path.expanduser(text))  # Path.expanduser raises an error for ~nobody
 
 

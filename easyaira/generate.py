@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
     def text(answer):
         return loaded.text(answer, sampling)
 
-    keep_compiled(DataConfig(train=""))
+    keep_compiled(DataConfig(train="unused"))
     if args.prompts:
         settings = {
             "template": args.template,

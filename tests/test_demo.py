@@ -131,6 +131,11 @@ def test_the_search_gives_the_cosine_similarity_of_scikit_learn(tmp_path):
     pairs = [{"prompt": "who?", "chosen": "she", "rejected": "he"}]
     (hit,) = Search(str(tiny.write_rows(tmp_path / "pairs.jsonl", pairs))).find("she", "completion")
     assert hit.completion == "she" and hit.prompt == "who?"
+    texts = Search(str(tiny.write_rows(tmp_path / "texts.jsonl", [{"text": "a tree"}])))
+    assert texts.find("tree", "completion")[0].completion == "a tree"
+    assert texts.find("tree", "prompt") == []  # plain text has none
+    with pytest.raises(DataError, match="no words"):
+        Search(str(tiny.write_rows(tmp_path / "bare.jsonl", [{"text": "?"}])))
     with pytest.raises(DataError, match="wanted"):
         Search(str(tiny.write_rows(tmp_path / "other.jsonl", [{"a": "b"}])))
 

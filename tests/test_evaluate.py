@@ -202,6 +202,16 @@ def test_requests_that_no_model_can_answer_are_refused(ours):
         ours.loglikelihood([Asked("a", "red " * 300)])
 
 
+def test_an_error_has_the_unit_of_its_value():
+    """A share is shown in percent; a score such as BLEU is not."""
+    score = {"better": "higher", "examples": 4, "data": "x", "dtype": "float32"}
+    bleu = Result("gen", "bleu_max", {"bleu_max": 12.5}, stderr=0.25, **score)
+    share = Result("arc", "acc", {"acc": 0.5}, stderr=0.25, **score)
+    rows = [line.split() for line in results.table([bleu, share]).splitlines()]
+    assert rows[1][:4] == ["gen", "bleu_max", "12.5", "0.25"]
+    assert rows[2][:4] == ["arc", "acc", "50.00", "25.00"]
+
+
 # The command
 
 
@@ -248,6 +258,13 @@ def test_an_encoder_has_no_tasks(tmp_path):
 def test_options_that_contradict_each_other(argv, message):
     with pytest.raises(ConfigError, match=message):
         command(*argv)
+
+
+def test_an_empty_choice_is_named_with_its_row(tmp_path):
+    row = {"query": "Question: what?", "choices": ["a", ""], "gold": 0}
+    path = tiny.write_rows(tmp_path / "arc.jsonl", [row])
+    with pytest.raises(DataError, match="arc.jsonl:1: .*an empty choice"):
+        local.read(path, local.LOCAL["arc_easy"].rows)
 
 
 @pytest.mark.parametrize(

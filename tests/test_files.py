@@ -10,6 +10,11 @@ from easyaira.generation import sets
 from easyaira.storage import pretrained
 
 
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(ConfigError, match="found an empty text where a file or folder is named"):
+        files.named_path("")
+
+
 def test_write_replaces_links_and_leaves_their_targets(tmp_path):
     victim, path = tmp_path / "victim", tmp_path / "config.yaml"
     victim.write_text("mine")

@@ -112,7 +112,7 @@ def imports(tree):
 
 def ours(tree, known):
     """The files of the package that a file imports."""
-    inner = {imported.removeprefix("easyaira.") for imported in imports(tree)}
+    inner = {name.removeprefix("easyaira.") for name in imports(tree) if "easyaira." in name}
     return sorted(inner & known)
 
 

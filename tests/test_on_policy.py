@@ -646,6 +646,13 @@ def test_policy_and_value_model_have_optimizers_of_their_own(clip, name):
 
 
 @pytest.mark.slow
+def test_the_reward_of_a_single_answer_has_no_spread(ground, tmp_path):
+    options = {"rl.algorithm": "ppo", "train_batch_size": 1, "max_steps": 1, "export": False}
+    (row,), _ = trained(ground, tmp_path / "run", **options)
+    assert row["reward_std"] == 0
+
+
+@pytest.mark.slow
 def test_adapters_learn_beside_a_value_model(ground, tmp_path):
     lora = {"lora.r": 4, "lora.alpha": 8, "lora.target_modules": "[c_attn, c_proj, c_fc]"}
     options = CYCLES["ppo"] | lora | {"max_steps": 3, "export": False}
@@ -825,6 +832,25 @@ def test_a_missing_reward_function_is_one_line(name, problem):
     with pytest.raises(ConfigError, match="rl.reward: ") as error:
         function_of(name)
     assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "p, c",
+        "prompts, completions",
+        "completions, prompts",
+        "completions, **others",
+        "completions, *, prompts",
+    ],
+)
+def test_a_function_gets_its_arguments_by_name(arguments, tmp_path):
+    """In any order, as TRL calls it; those of other names get prompts, then completions."""
+    body = "[float(len(text)) for text in (c if 'c' in locals() else completions)]"
+    (tmp_path / "own.py").write_text(f"def f({arguments}):\n    return {body}\n")
+    reward = Reward([f"{tmp_path / 'own.py'}:f"], None, meshes.make_mesh("fsdp=1"), "float32")
+    asked = [[{"role": "user", "content": "four"}]] * 2
+    assert reward(asked, ["a", "bc"]).tolist() == [1.0, 2.0]
 
 
 def test_example_rewards():

@@ -546,6 +546,25 @@ def test_a_stream_that_breaks_off_is_an_error_with_its_place(error, hub):
     assert "owner/data" in error_of([Source("owner/data", streaming=True)])
 
 
+class Endless:
+    """A stream that must not be read to its end."""
+
+    def __iter__(self):
+        yield from ({"prompt": f"what {n}?"} for n in range(9))
+        raise ConnectionError("read on")
+
+
+def test_the_texts_of_prompts_are_read_up_to_the_last_one(hub):
+    """On-policy training and its held-out prompts read the rows of max_examples again."""
+    hub.rows, train = Endless(), [Source("owner/data", streaming=True)]
+    config = {"max_examples": 4, "eval": 2}
+    data = load(train, task="prompt", **config)
+    config = DataConfig(train=train, **config)
+    parts = [dataset.questions_of(config, part, train) for part in (data.train, data.held_out)]
+    asked = [[messages[0]["content"] for messages in part] for part in parts]
+    assert sorted(sum(asked, [])) == [f"what {n}?" for n in range(4)] and len(asked[1]) == 2
+
+
 def test_a_local_file_is_not_streamed(tmp_path):
     file = tiny.write_rows(tmp_path / "a.jsonl", ROWS)
     assert "streaming is for hub data sets" in error_of([Source(str(file), streaming=True)])

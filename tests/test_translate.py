@@ -13,6 +13,7 @@ from easyaira.config.model import LoraConfig
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
 from easyaira.translation import recipe
+from easyaira.translation.easylm import flags_of
 from easyaira.translation.translation import translate as translated
 from easyaira.translation.verdicts import Computed, NoEffect, Same, Unsupported
 from helpers import tiny
@@ -590,6 +591,56 @@ EASYLM_LINE = (
 )
 
 
+ODD = [None, "", "5", "0.5", "abc", 0, -1, 0.5, True, [], ["a"], {}, {"a": 1}, [{"path": "x"}]]
+ODD += [[1, 2], [None], "auto", "1e-4"]
+
+
+@pytest.mark.parametrize("source", ["trl", "open-instruct", "axolotl", "llama-factory", "easylm"])
+def test_a_value_of_any_kind_is_translated_or_refused(source):
+    """YAML has lists, mappings and texts where a file should have a number; none is a fault."""
+    trl = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "out"}
+    axolotl = [{"path": "d", "type": "chat_template"}]
+    bases = {
+        "trl": {"sft": trl, "dpo": trl, "reward": trl},
+        "open-instruct": {"dpo": TULU_DPO},
+        "axolotl": {"sft": ALPACA_QLORA, "dpo": {"base_model": "m", "datasets": axolotl}},
+        "llama-factory": {"sft": FACTORY, "dpo": FACTORY | {"stage": "dpo"}},
+        "easylm": {"dpo": flags_of(EASYLM_LINE)},
+    }
+    for task, base in bases[source].items():
+        translated(SOURCES[source], base, place="x", task=task)
+        keys = SOURCES[source].tables[task].items()
+        for key in [key for key, verdict in keys if isinstance(verdict, Same | Computed)]:
+            for value in ODD:
+                try:
+                    translated(SOURCES[source], base | {key: value}, place="x", task=task)
+                except ConfigError as error:
+                    assert "\n" not in str(error)
+
+
+def test_a_number_or_mapping_in_quotes_is_read():
+    given = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "out"}
+    given |= {
+        "warmup_steps": "5",
+        "max_grad_norm": "0.5",
+        "lr_scheduler_type": "cosine_with_min_lr",
+    }
+    given |= {"lr_scheduler_kwargs": '{"min_lr_rate": 0.1}', "save_steps": "abc"}
+    with pytest.raises(ConfigError, match="x: save_steps: wanted a number, found 'abc'$"):
+        translated(SOURCES["trl"], given, place="x", task="sft")
+    options = translated(SOURCES["trl"], given | {"save_steps": "7"}, place="x", task="sft").options
+    made = options["optimizer"]
+    assert (made["warmup_steps"], made["max_grad_norm"], made["min_lr_rate"]) == (5, 0.5, 0.1)
+    assert options["save_steps"] == 7
+
+
+def test_data_sets_without_a_config_are_not_lost():
+    given = {"model_name_or_path": "m", "dataset_mixer": {"o/a": 1.0, "o/b": 0.5}}
+    given |= {"dataset_configs": ["main"], "output_dir": "out"}
+    with pytest.raises(ConfigError, match="dataset_configs .names 1 for 2 data sets"):
+        translated(SOURCES["trl"], given, place="x", task="sft")
+
+
 def test_open_instruct_counts_rows_and_names_its_losses(tmp_path, capsys):
     file = write(tmp_path / "a.yaml", **TULU_DPO)
     config, text = ours(capsys, "open-instruct", file, "--devices", "8")
@@ -608,6 +659,16 @@ def test_open_instruct_keeps_every_entry_of_its_list(tmp_path, capsys):
     config, _ = ours(capsys, "open-instruct", write(tmp_path / "a.yaml", **sft), "--task", "sft")
     rows = [(source.path, source.split, source.weight) for source in config.data.train]
     assert rows == [("o/a", "x", 0.5), ("o/a", "x[:20]", 1)]
+    file = write(tmp_path / "c.yaml", **sft | {"dataset_mixer_list": ["o/a", "0.5", "o/b"]})
+    with pytest.raises(ConfigError, match="dataset_mixer_list .is a list of names, each with its"):
+        translate.main(["open-instruct", file, "--task", "sft"])
+    file = write(tmp_path / "d.yaml", **sft | {"dataset_mixer_list": ["o/a", "all"]})
+    with pytest.raises(ConfigError, match="'all' is neither a share nor a number of rows"):
+        translate.main(["open-instruct", file, "--task", "sft"])
+    quoted = TULU_DPO | {"dataset_mixer": {"o/a": "0.5", "o/b": "7"}}
+    config, _ = ours(capsys, "open-instruct", write(tmp_path / "e.yaml", **quoted))
+    rows = [(source.path, source.split, source.weight) for source in config.data.train]
+    assert rows == [("o/a", "train", 0.5), ("o/b", "train[:7]", 1)]
     file = write(tmp_path / "b.yaml", **sft | {"dataset_mixer_list_splits": ["x", "x", "y", "y"]})
     with pytest.raises(ConfigError, match="dataset_mixer_list_splits .differ"):
         translate.main(["open-instruct", file, "--task", "sft"])

@@ -303,6 +303,19 @@ FAULTS = {  # fault: (release, what is done to it, check, what its line says)
         "sft", lambda folder: edited(folder, "export_report.json", tensors={}),
         "proof", "proof.json and export_report.json are of different releases",
     ),
+    "other safetensors added": (
+        "sft",
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors"),
+        "files", "model-2.safetensors: was not released",
+    ),
+    "other safetensors added to shards": (
+        "shards", lambda folder: (folder / "consolidated.safetensors").write_bytes(b"x"),
+        "files", "consolidated.safetensors: was not released",
+    ),
+    "a whole model added": (
+        "adapter", lambda folder: (folder / "model.safetensors").write_bytes(b"x"),
+        "files", "model.safetensors: was not released",
+    ),
     "pickled weights added": (
         "sft", lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"),
         "files", "pytorch_model.bin: was not released",

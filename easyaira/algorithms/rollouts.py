@@ -233,7 +233,10 @@ class Rollouts:
         else:
             advantages = objective.advantages(groups, kl.reshape(-1, K), self.rl)
             learned = {"advantages": advantages.ravel()}
-        of_all = {"reward_std": rewards.std(ddof=1), "mean_length": lengths.mean()}
+        of_all = {
+            "reward_std": rewards.std(ddof=1) if len(rewards) > 1 else 0.0,
+            "mean_length": lengths.mean(),
+        }
         known = {
             "rewards": rewards,
             "zero_std": np.repeat(groups.std(1) == 0, K),

@@ -25,7 +25,7 @@ class Search:
     """An index of the prompts and one of the completions of a data set.
 
     Args:
-        path: file, folder or hub id of prompts with completions, or of pairs or
+        path: file, folder or hub id of prompts with completions, of texts, or of pairs or
             ranked answers (the best ones).
 
     Raises:
@@ -44,12 +44,16 @@ class Search:
             vectorizer = TfidfVectorizer()
             try:
                 matrix = vectorizer.fit_transform([row[number] for row in self.rows])
-            except ValueError as error:
-                raise DataError(f"{path}: its {side}s hold no words to search") from error
+            except ValueError:  # no words: plain text has no prompts
+                continue
             self.indices[side] = vectorizer, matrix
+        if not self.indices:
+            raise DataError(f"{path}: its rows hold no words to search")
 
     def find(self, text: str, side: str) -> list[Hit]:
         """The SHOWN rows whose `side` has the highest cosine similarity to the text."""
+        if side not in self.indices:
+            return []
         vectorizer, matrix = self.indices[side]
         similarity = (matrix @ vectorizer.transform([text]).T).toarray()[:, 0]  # of unit vectors
         order = (-similarity).argsort(kind="stable")[:SHOWN]

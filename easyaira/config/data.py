@@ -96,7 +96,7 @@ class DataConfig:
                     f"options, got {shortened(value)}"
                 )
         for name, value in (("data.train", self.train), ("data.eval", self.eval)):
-            if value == []:
+            if value == [] or isinstance(value, str) and not value.strip():
                 raise ConfigError(f"{name}: names no data; give a path or a list with sources")
         if isinstance(self.eval, list) and any(source.weight != 1 for source in self.eval):
             raise ConfigError("data.eval: held-out rows are evaluated once each; leave out weight")

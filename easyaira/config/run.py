@@ -215,6 +215,8 @@ class RunConfig:
     card: CardConfig = field(default_factory=CardConfig)
 
     def __post_init__(self):
+        if not self.output_dir.strip():
+            raise ConfigError("output_dir: found an empty text; name a folder")
         object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
         if self.lora is not None and self.model.init == "random":
             raise ConfigError(

@@ -133,9 +133,12 @@ def questions_of(
     wanted = list(zip(examples.sources.tolist(), examples.rows.tolist(), strict=True))
     needed, questions = set(wanted), {}
     for number, source in enumerate(sources_of(config, what)):
-        for row, located in enumerate(sources.read(source)):
+        last = max((row for of, row in needed if of == number), default=None)
+        for row, located in enumerate(sources.read(source) if last is not None else ()):
             if (number, row) in needed:
                 questions[number, row] = question(Record(located.row))
+                if row == last:
+                    break  # a stream may have no end
     return [questions[key] for key in wanted]
 
 

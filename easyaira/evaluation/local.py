@@ -22,6 +22,8 @@ def _as_is(row: Row) -> Row:
 
 def _arc(row: Row) -> Row:
     """Rows of llm-foundry, `query, choices, gold`, as those of allenai/ai2_arc."""
+    if not all(choice.strip() for choice in row["choices"]):
+        raise ValueError("an empty choice")
     letters = list(string.ascii_uppercase[: len(row["choices"])])
     return {
         "question": row["query"].removeprefix("Question: "),
@@ -117,7 +119,7 @@ def read(path: Path, rows: Callable[[Row], Row]) -> Any:
             raise DataError(f"{place}: {row.reason}")
         try:
             content.append(rows(row))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(
                 f"{place}: is no row of this task: {type(error).__name__} {error}"
             ) from error

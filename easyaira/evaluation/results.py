@@ -68,6 +68,12 @@ class Result:
         return f"{100 * self.value:.2f}" if self.is_share else f"{self.value:.4g}"
 
     @property
+    def shown_stderr(self) -> str:
+        if self.stderr is None:
+            return ""
+        return f"{100 * self.stderr:.2f}" if self.is_share else f"{self.stderr:.2g}"
+
+    @property
     def label(self) -> str:
         return self.task + (f", {self.num_fewshot}-shot" if self.num_fewshot else "")
 
@@ -126,7 +132,7 @@ def table(results: Sequence[Result]) -> str:
             escaped(result.label),
             result.metric,
             result.shown,
-            "" if result.stderr is None else f"{100 * result.stderr:.2f}",
+            result.shown_stderr,
             f"{result.examples:,}",
             f"{result.truncated:,}",
         ]

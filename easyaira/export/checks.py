@@ -85,6 +85,14 @@ class Release:
             return safetensors.open_file(self.folder / peft.ADAPTER_WEIGHTS)
         return safetensors.open_folder(self.folder)
 
+    def _unread(self) -> list[str]:
+        """Weights that are no part of the release: other programs read every .safetensors."""
+        if self.proof["base"]:
+            own = {peft.ADAPTER_WEIGHTS}
+        else:
+            own = safetensors.weight_files(self.folder)
+        return [path.name for path in self.folder.glob("*.safetensors") if path.name not in own]
+
     def _tensors(self) -> tuple[list[str], str]:
         released, stored = self.proof["tensors"], self._stored()
         names = {entry["sha256"]: name for name, entry in released.items()}
@@ -111,6 +119,7 @@ class Release:
         released, present = self.proof["files"], proof.files(self.folder)
         problems = [f"{name}: is missing" for name in released if name not in present]
         problems += [f"{name}: was not released" for name in present if name not in released]
+        problems += [f"{name}: was not released" for name in self._unread()]
         for name in released.keys() & set(present):
             was = released[name]
             if proof.file_hash(self.folder / name) == was["sha256"]:

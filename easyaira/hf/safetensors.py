@@ -28,6 +28,9 @@ SHARD_BYTES = 5 * 10**9
 REPORT = "export_report.json"
 
 
+RETRY = "; download it again"
+
+
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Memory-map every tensor of a folder's safetensors files, by name; reads happen on access.
 
@@ -52,10 +55,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
             else "; to start from config.json alone, set model.init to random"
         )
         raise WeightsError(f"{folder}: no model.safetensors{hint}")
-    retry = "; download it again"
-    weight_map = read_json(index_file, error=WeightsError, hint=retry).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise WeightsError(f"{index_file}: weight_map must map tensors to files{retry}")
+    weight_map = _weight_map(index_file)
     files = set(weight_map.values())
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(files):
@@ -64,12 +64,27 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
         shard = open_file(folder / name)
         if wrong := [t for t in shard if weight_map.get(t) != name]:
             raise WeightsError(
-                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{retry}"
+                f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{RETRY}"
             )
         tensors |= shard
     if missing := sorted(set(weight_map) - set(tensors)):
-        raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{retry}")
+        raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{RETRY}")
     return tensors
+
+
+def _weight_map(index_file: Path) -> dict[str, str]:
+    weight_map = read_json(index_file, error=WeightsError, hint=RETRY).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise WeightsError(f"{index_file}: weight_map must map tensors to files{RETRY}")
+    return weight_map
+
+
+def weight_files(folder: Path) -> set[str]:
+    """Names of the files that `open_folder` reads."""
+    index_file = folder / "model.safetensors.index.json"
+    if not index_file.exists():
+        return {"model.safetensors"}
+    return set(_weight_map(index_file).values())
 
 
 # pickles could run code; the others need libraries of their own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -109,7 +110,8 @@ class Reward:
         rewards, problem = np.zeros(len(answers), np.float32), None
         if hosts.first():
             try:
-                rewards[:] = _numbers(name, function(prompts_of(questions), list(answers)), answers)
+                given = _called(function, prompts_of(questions), list(answers))
+                rewards[:] = _numbers(name, given, answers)
             except RewardError as error:
                 problem = str(error)
             except Exception as error:  # of any kind: it is the user's code
@@ -127,6 +129,21 @@ def prompts_of(questions: Sequence[Messages]) -> list[Any]:
         messages[0]["content"] if len(messages) == 1 else [dict(turn) for turn in messages]
         for messages in questions
     ]
+
+
+def _called(function: Callable[..., Any], prompts: list[Any], completions: list[str]) -> Any:
+    """Call a function by the names of its arguments, which may come in any order, as in TRL; one
+    that has other names gets prompts and completions in this order."""
+    try:
+        signature = inspect.signature(function)
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        named = {"prompts": prompts, "completions": completions}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            named = {name: texts for name, texts in named.items() if name in signature.parameters}
+        by_name = "completions" in signature.parameters and signature.bind(**named)
+    except (TypeError, ValueError):  # it has none, or other arguments, too
+        by_name = None
+    return function(**named) if by_name else function(prompts, completions)
 
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:

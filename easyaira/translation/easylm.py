@@ -140,7 +140,9 @@ def facts(run: Recipe) -> None:
     run.note(
         f"train_batch_size {size * steps} is {size} over all devices x {steps} accumulation steps"
     )
-    end, rate = run.get("end_lr", 0), run.options["optimizer.learning_rate"]
+    end, rate = run.get("end_lr", 0), run.options.get("optimizer.learning_rate")
+    if not rate:
+        return run.refuse(ADAMW + "lr", "is the peak rate; set it above 0")
     run.facts["lr_scheduler_type"] = "cosine_with_min_lr" if end else "cosine"
     run.facts["lr_scheduler_kwargs"] = {"min_lr_rate": end / rate} if end else {}
     if run.get("warmup_ratio") is not None and not end:  # of the fork, whose decay is linear
@@ -153,7 +155,7 @@ def facts(run: Recipe) -> None:
         run.options |= {"output_dir": "runs/easylm", "checkpoint_dir": place}
         run.note(f"output_dir is a folder of this machine; checkpoints go to {place}")
     run.facts["save_steps"], run.facts["logging_steps"] = (
-        run.options.pop("save_steps"), run.options.pop("logging_steps"),
+        run.options.pop("save_steps", 0), run.options.pop("logging_steps", 50),
     )  # fmt: skip
     run.facts["save_strategy"] = "steps" if run.facts["save_steps"] else "no"
     if run.get("remove_truncated_samples"):

@@ -116,7 +116,7 @@ def facts(run: Recipe) -> None:
         "all-linear" if targets == "all" else
         [name.strip() for name in targets.split(",")] if isinstance(targets, str) else targets
     )  # fmt: skip
-    run.facts.setdefault("lora_alpha", 2 * run.get("lora_r"))
+    run.facts.setdefault("lora_alpha", 2 * run.get("lora_r", 8))
     if run.get("use_muon"):
         run.options["optimizer.name"] = "muon"
         run.facts["optim"] = "adamw"  # use_muon goes before it

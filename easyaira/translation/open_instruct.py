@@ -3,6 +3,8 @@ names that they had before."""
 
 from __future__ import annotations
 
+import re
+
 from easyaira.translation.recipe import Recipe
 from easyaira.translation.verdicts import (
     Source,
@@ -102,6 +104,7 @@ MEAN = "the loss is a mean over the tokens of an update, and not of means over d
 ORDER = "the order of rows follows from the seed, by another generator"
 
 LOSSES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "simpo": "simpo"}
+AMOUNT = re.compile(r"\d+|\d*\.\d+|\d+\.")
 TEMPLATES = ("tulu", "zephyr", "chatml")
 
 
@@ -115,8 +118,10 @@ def facts(run: Recipe) -> None:
         run.keys["optim"] = "use_8bit_optimizer"
     saved = run.get("checkpointing_steps")
     run.facts["save_strategy"] = "epoch" if saved == "epoch" else "steps" if saved else "no"
-    if saved not in (None, "epoch"):
+    if str(saved).isdecimal():
         run.facts["save_steps"] = int(saved)
+    elif saved not in (None, "epoch"):
+        run.refuse("checkpointing_steps", f"{saved!r} is neither a number of updates nor epoch")
     if run.get("save_total_limit", 1) < 1:
         run.facts["save_total_limit"] = None
     template = run.get("chat_template_name")
@@ -128,9 +133,9 @@ def facts(run: Recipe) -> None:
         run.note("the loss is a mean and not a sum over tokens, which AdamW's steps do not tell")
     if run.task == "dpo":
         loss = run.get("loss_type", "dpo")
-        if loss not in LOSSES:
-            run.refuse("loss_type", f"{loss} is none of {', '.join(LOSSES)}")
-        run.facts["loss_type"] = LOSSES.get(loss)
+        if not isinstance(loss, str) or loss not in LOSSES:
+            return run.refuse("loss_type", f"{loss} is none of {', '.join(LOSSES)}")
+        run.facts["loss_type"] = LOSSES[loss]
         if loss == "simpo":
             run.options["dpo.reference"] = "none"
             ratio = run.get("gamma_beta_ratio", 0.3)
@@ -138,8 +143,13 @@ def facts(run: Recipe) -> None:
     mixer = run.get("dataset_mixer", {})
     entries = list(mixer.items()) if isinstance(mixer, dict) else []
     if isinstance(mixer, list):  # name, amount, name, amount; a name may stand twice
-        amounts = [float(a) if "." in str(a) else int(a) for a in mixer[1::2]]
-        entries = list(zip(mixer[::2], amounts, strict=False))
+        if len(mixer) % 2:
+            run.refuse("dataset_mixer", "is a list of names, each with its amount; one lacks it")
+        entries = list(zip(mixer[::2], mixer[1::2], strict=False))
+    wrong = [amount for _, amount in entries if not AMOUNT.fullmatch(str(amount))]
+    if wrong:
+        return run.refuse("dataset_mixer", f"{wrong[0]!r} is neither a share nor a number of rows")
+    entries = [(path, float(n) if "." in str(n) else int(n)) for path, n in entries]
     splits = run.get("dataset_splits") or ["train"]
     if len({*splits}) > 1:
         run.refuse("dataset_splits", "differ; write one, and the others in the translated file")

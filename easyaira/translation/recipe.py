@@ -223,6 +223,8 @@ def adapters(run: Recipe) -> None:
         )
     tokens = run.get("trainable_token_indices")
     if isinstance(tokens, dict):  # table: ids
+        if not all(isinstance(ids, list) for ids in tokens.values()):
+            return run.refuse("trainable_token_indices", "gives a table no list of tokens")
         if len({*map(tuple, tokens.values())}) > 1:
             run.refuse("trainable_token_indices", "trains other tokens in each table")
         tokens = next(iter(tokens.values()), None)

@@ -42,10 +42,13 @@ def mixture(run: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     splits = run.get("dataset_splits", [])
     train, test = run.get("dataset_train_split", "train"), run.get("dataset_test_split", "test")
     streaming = run.get("dataset_streaming") or None
-    if mixer := run.get("dataset_mixer"):  # name: share of its rows
+    mixer = run.get("dataset_mixer")
+    if isinstance(mixer, dict) and mixer:  # name: share of its rows
         held_out = [split for split in splits if "test" in split]
         names = [split for split in splits if "test" not in split] or [train]
         configs = run.get("dataset_configs") or [None] * len(mixer)
+        if len(configs) != len(mixer):
+            run.refuse("dataset_configs", f"names {len(configs)} for {len(mixer)} data sets")
         pairs = list(zip(mixer.items(), configs, strict=False))
         used = [
             source({"path": path, "split": split, "weight": share, "subset": config})

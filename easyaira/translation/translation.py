@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from easyaira.errors import ConfigError, did_you_mean, escaped
-from easyaira.translation import ends, recipe, rows
+from easyaira.errors import ConfigError, did_you_mean, escaped, shortened
+from easyaira.translation import ends, kinds, recipe, rows
 from easyaira.translation.recipe import Recipe
 from easyaira.translation.verdicts import Computed, NoEffect, Same, Source, Unsupported
 
@@ -57,11 +57,12 @@ def task_of(source: Source, given: Mapping[str, Any], asked: str | None, place: 
     Raises:
         ConfigError: the keys tell none, or several, or the trainer has no such task.
     """
-    kinds = set()
+    by_keys = set()
     for key in source.telling.keys() & given.keys():
         task = source.telling[key]
-        kinds.add(task.get(given[key]) if isinstance(task, dict) else task)
-    tasks = {asked} if asked else kinds - {None} or {source.otherwise}
+        value = given[key] if isinstance(given[key], str | bool) else None
+        by_keys.add(task.get(value) if isinstance(task, dict) else task)
+    tasks = {asked} if asked else by_keys - {None} or {source.otherwise}
     if len(tasks) != 1 or not tasks <= source.tables.keys():
         choices = ", ".join(source.tables)
         raise ConfigError(f"{place}: its keys do not tell the task; add --task, one of {choices}")
@@ -104,8 +105,9 @@ def translate(
     for key, value in (source.defaults[task] | given).items():
         match table[key]:
             case Same(option) if value is not None:
-                run.options[option] = value
+                run.options[option] = _fitting(option, value, f"{place}: {key}")
             case Computed(fact):
+                value = _fitting(fact, value, f"{place}: {key}")
                 run.facts[fact], run.keys[fact] = value, key
             case Unsupported(why, unless) if value not in unless:
                 run.refused[key] = why
@@ -121,6 +123,13 @@ def translate(
     return Translation(
         task, _nested(run.options), [*run.notes, *source.differences[task]], no_effect, [*drop]
     )
+
+
+def _fitting(name: str, value: Any, where: str) -> Any:
+    try:
+        return kinds.fitting(name, value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {shortened(str(error))}") from error
 
 
 def _number(value: Any) -> Any:
