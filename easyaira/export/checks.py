@@ -86,7 +86,7 @@ class Release:
         return safetensors.open_folder(self.folder)
 
     def _unread(self) -> list[str]:
-        """Weights that are no part of the release: other programs read every .safetensors."""
+        """Weights that are no part of the release; a program may read all files of a folder."""
         if self.proof["base"]:
             own = {peft.ADAPTER_WEIGHTS}
         else:
