@@ -43,7 +43,6 @@ def main(argv: list[str]) -> None:
     if not args.temperature:
         raise ConfigError("--temperature: found 0, which gives equal answers; set it above 0")
 
-    from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
     from easyaira.distributed import mesh as meshes
     from easyaira.generation import sets
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
 
     folder = named_path(args.output)
     mesh = meshes.make_mesh(args.mesh)
-    keep_compiled(DataConfig(train="unused"))
+    keep_compiled()
     reward = RewardModel(args.reward, mesh, args.dtype)
     toxicity = args.toxicity and RewardModel(args.toxicity, mesh, args.dtype)
     settings = {

@@ -43,12 +43,11 @@ def build(args: Any) -> Any:
     from easyaira.chat.answers import Answers
     from easyaira.chat.search import Search
     from easyaira.chat.words import WORDS
-    from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
     from easyaira.loaded import LoadedModel, load
     from easyaira.rewards.model import RewardModel
 
-    keep_compiled(DataConfig(train="unused"))
+    keep_compiled()
     search = Search(args.search) if args.search else None
     model = load(args.model, mesh=args.mesh, dtype=args.dtype, template=args.template)
     if not isinstance(model, LoadedModel):

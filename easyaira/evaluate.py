@@ -86,14 +86,13 @@ def main(argv: list[str]) -> None:
         compare(args.compare)
         return
 
-    from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
     from easyaira.evaluation import results
     from easyaira.storage import pretrained
 
     origin = pretrained.find(args.model)
     folder = named_path(args.output) if args.output else folder_of(origin)
-    keep_compiled(DataConfig(train="unused"))
+    keep_compiled()
     finished = []
     for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:
         print(f"{results.write(folder, result)}: {result.label} {result.shown}", flush=True)

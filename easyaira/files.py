@@ -28,7 +28,7 @@ def named_path(text: str) -> Path:
     """
     if not text.strip():
         raise ConfigError("found an empty text where a file or folder is named; name it")
-    return Path(os.path.expanduser(text))  # Path.expanduser raises an error for ~nobody
+    return Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
 
 
 def write_file(path: Path, text: str) -> None:

@@ -150,7 +150,6 @@ def main(argv: list[str]) -> None:
 
     from dataclasses import asdict
 
-    from easyaira.config.data import DataConfig
     from easyaira.data.cache import keep_compiled
     from easyaira.distributed.chips import pod
     from easyaira.generation import prompts
@@ -163,7 +162,7 @@ def main(argv: list[str]) -> None:
     def text(answer):
         return loaded.text(answer, sampling)
 
-    keep_compiled(DataConfig(train="unused"))
+    keep_compiled()
     if args.prompts:
         settings = {
             "template": args.template,

@@ -248,7 +248,7 @@ def test_typed_control_tokens_are_counted_and_allowed_by_name(tmp_path):
 
 def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypatch):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(20))
-    root = cache.cache_root(DataConfig(train="x")) / "tokens"
+    root = cache.cache_root() / "tokens"
     first = load(file)
     assert len(list(root.iterdir())) == 1
     assert isinstance(first.train.tokens.base, np.memmap)
@@ -278,7 +278,7 @@ def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypat
 def test_a_damaged_cache_is_built_anew(tmp_path, capsys):
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(20))
     first = load(file).train.tokens.copy()
-    (tokens,) = cache.cache_root(DataConfig(train="x")).glob("tokens/*/tokens.bin")
+    (tokens,) = cache.cache_root().glob("tokens/*/tokens.bin")
     tokens.write_bytes(tokens.read_bytes()[:-4])
     np.testing.assert_array_equal(load(file).train.tokens, first)
     assert "made again" in capsys.readouterr().out
@@ -301,7 +301,7 @@ def test_processes_that_build_the_same_cache_at_once_all_get_it(tmp_path):
     outputs = {process.communicate()[0] for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(outputs) == 1 and outputs != {""}
-    assert len(list((cache.cache_root(DataConfig(train="x")) / "tokens").iterdir())) == 1
+    assert len(list((cache.cache_root() / "tokens").iterdir())) == 1
 
 
 def test_the_page_shows_what_is_learned_masked_and_cut(tmp_path):

@@ -50,7 +50,7 @@ def begun(model, data, out, **options):
 
 
 def kept(config):
-    return sorted((cache.cache_root(config.data) / "reference").iterdir())
+    return sorted((cache.cache_root(config.data.cache_dir) / "reference").iterdir())
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def logps_of(
     """
     record, partial = folder / KEYS, folder / f"reference_{part}.partial.npy"
     keys = hosts.share(_recorded(record) if hosts.first() else {})
-    root = cache.cache_folder(setup.config.data, "reference")
+    root = cache.cache_folder(setup.config.data.cache_dir, "reference")
     recorded = "weights" in keys
     if not recorded:  # one pass over the weights, shared by all parts
         keys["weights"] = fingerprint(weights())

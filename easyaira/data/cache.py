@@ -33,22 +33,22 @@ from easyaira.files import named_path, parse_json, read_file, reason, write_file
 HASHES = "sha256.json"  # key of an entry and hashes of its files
 
 
-def cache_root(config: DataConfig) -> Path:
-    """Root folder of the cache."""
-    if config.cache_dir:
-        return named_path(config.cache_dir)
+def cache_root(cache_dir: str | None = None) -> Path:
+    """Root folder of the cache; `cache_dir` is data.cache_dir."""
+    if cache_dir:
+        return named_path(cache_dir)
     if root := os.environ.get("EASYAIRA_CACHE"):
         return named_path(root)
     return named_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "easyaira"
 
 
-def cache_folder(config: DataConfig, *names: str) -> Path:
+def cache_folder(cache_dir: str | None, *names: str) -> Path:
     """Create a folder of the cache, accessible only by the user: compiled programs in it are run.
 
     Raises:
         StorageError: the folder cannot be created.
     """
-    folder = cache_root(config).joinpath(*names)
+    folder = cache_root(cache_dir).joinpath(*names)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -56,14 +56,14 @@ def cache_folder(config: DataConfig, *names: str) -> Path:
     return folder
 
 
-def keep_compiled(config: DataConfig) -> None:
+def keep_compiled(cache_dir: str | None = None) -> None:
     """Enable JAX's compilation cache for later commands on this machine, unless it is configured.
 
     Compiled programs are code, so the folder is private to the user. With several processes, JAX
     lets only the first one write, so a cache needs a folder that all hosts see: the user must
     configure it."""
     if jax.config.jax_compilation_cache_dir is None and not hosts.several():
-        folder = cache_folder(config, "programs", platform.node())
+        folder = cache_folder(cache_dir, "programs", platform.node())
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -144,7 +144,7 @@ def cached_source(
     limit: int | None,
 ) -> tuple[Examples, Account]:
     """Examples of a source from the cache; on a miss, build them first."""
-    root = cache_folder(config, "tokens")
+    root = cache_folder(config.cache_dir, "tokens")
     key = _key(source, recipe, template, limit)
 
     def build(folder: Path) -> None:

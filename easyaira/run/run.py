@@ -71,7 +71,7 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         setup = prepare(config, algorithm)
         if hosts.several():  # samples the weights and resolves the reference
             hosts.agree(provenance.made_of(setup))
-        keep_compiled(config.data)
+        keep_compiled(config.data.cache_dir)
         with setup.model.on(setup.mesh), memory_explained(config):
             setup, checked = kernel_check.choose(setup)
             print(folded(plan_report.describe(setup)), flush=True)
