@@ -11,6 +11,7 @@ from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -20,15 +21,15 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from easyaira.allocator import keep_memory
 from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
-from easyaira.config.ranges import WORDS, bytes_of
+from easyaira.config.ranges import bytes_of
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, EasyAiraError, did_you_mean, one_line, shortened
+from easyaira.errors import ConfigError, EasyAiraError, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
+from easyaira.option_errors import SOURCES, no_such_option, options_of, reworded, type_of
 from easyaira.short_help import USAGE, HelpAll, Parser
 
-SOURCES = ("data.train", "data.eval")  # options that name data
 LISTED = r"\s*\[\s*\{"  # how a list of sources begins; other brackets are patterns of files
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -104,14 +105,14 @@ class ConfigFile(ActionConfigFile):
         except (ArgumentError, TypeError, ValueError, ConfigError) as error:
             problem = str(error)
             if not isinstance(error, ConfigError):
-                problem = _one_line(problem, parser)
+                problem = reworded(problem, parser)
             line = yaml_line(Path(values), re.findall(r"\w+", problem.partition(":")[0]))
             raise ConfigError(f"{values}{f':{line}' if line else ''}: {problem}") from error
 
 
 def _check_names(content: Any, parser: Any, group: str = "") -> None:
     """Refuse unknown options in a mapping, and groups of options that are no mapping."""
-    options = _options(parser)
+    options = options_of(parser)
     groups = {option.rpartition(".")[0] for option in options}
     for key, value in content.items():
         name = f"{group}{key}"
@@ -120,14 +121,14 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
         if beside := [other for other in content if f"{key}".startswith(f"{other}.")]:
             raise ConfigError(f"{name}: write it inside {group}{beside[0]}, which stands beside it")
         if name in options:
-            _check_null(name, value, _hint(parser, name))
+            _check_null(name, value, type_of(parser, name))
         if name in SOURCES:
             _check_sources(name, value)
         elif name == "lora" and isinstance(value, dict):
             hints = {f"lora.{key}": hint for key, hint in get_type_hints(LoraConfig).items()}
             for key, inner in value.items():
                 if f"lora.{key}" not in hints:
-                    raise ConfigError(_no_such_option(f"lora.{key}", list(hints)))
+                    raise ConfigError(no_such_option(f"lora.{key}", list(hints)))
                 _check_null(f"lora.{key}", inner, hints[f"lora.{key}"])
         elif name in groups:
             if not isinstance(value, dict):
@@ -135,7 +136,7 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
                 raise ConfigError(f"{name}: expected options as `name: value`, got {given}")
             _check_names(value, parser, f"{name}.")
         elif name not in options and name != PROVENANCE:
-            raise ConfigError(_no_such_option(name, options))
+            raise ConfigError(no_such_option(name, options))
         elif isinstance(value, dict) and name != PROVENANCE:
             for part, inner in value.items():
                 if isinstance(inner, dict):
@@ -148,12 +149,6 @@ def _check_null(name: str, value: Any, hint: Any) -> None:
         raise ConfigError(
             f"{name}: expected a value, got null; give it one, or leave it out for its default"
         )
-
-
-def _hint(parser: ArgumentParser, name: str) -> Any:
-    """Type of an option; of one without a type, that of null."""
-    action = next(action for action in parser._actions if action.dest == name)
-    return getattr(action, "_typehint", None) or action.type or type(None)
 
 
 def _check_sources(name: str, value: Any) -> None:
@@ -174,12 +169,12 @@ def _check_sources(name: str, value: Any) -> None:
         except ConfigError as error:
             raise ConfigError(f"{place}.{error}") from error
         except (ArgumentError, TypeError, ValueError) as error:
-            raise ConfigError(f"{place}.{_one_line(str(error), parser)}") from error
+            raise ConfigError(f"{place}.{reworded(str(error), parser)}") from error
 
 
 def _expanded(argv: list[str], parser: ArgumentParser) -> list[str]:
     """Check maps and lists on the command line; rewrite a map of options as one flag for each."""
-    options = _options(parser)
+    options = options_of(parser)
     groups = {option.rpartition(".")[0] for option in options} - {""}
     left, expanded = list(argv), []
     while left:
@@ -192,7 +187,7 @@ def _expanded(argv: list[str], parser: ArgumentParser) -> list[str]:
             given, value = "=", left.pop(0)
         if value == "null":
             _check_names({name: None}, parser)
-        plain = name in options and _hint(parser, name) is str  # a template may begin with {
+        plain = name in options and type_of(parser, name) is str  # a template may begin with {
         if plain or not re.match(LISTED if name in SOURCES else r"\s*\{", value):
             expanded.append(f"{flag}{given}{value}")
             continue
@@ -219,10 +214,24 @@ def parse(config_class: type, argv: list[str]) -> tuple[Any, DryRun | None]:
             of range, or options that contradict each other.
     """
     parser = parser_of(config_class)
-    parsed = parse_args(parser, _expanded(_join_negative_mesh(argv), parser))
+    expanded = _expanded(_join_negative_mesh(argv), parser)
+    parsed = parse_args(parser, [*_run_folder(expanded), *expanded])
     asked = DryRun(parsed.topology, parsed.search, bytes_of(parsed.memory))
     dry_run = asked if parsed.dry_run or any(asked) else None
     return _instantiated(config_class, parser, parsed), dry_run
+
+
+def _run_folder(argv: list[str]) -> list[str]:
+    """The flag that names the run folder after the last --config file, unless one is named."""
+    files = [
+        Path(os.path.expanduser(following if flag == "--config" else flag.partition("=")[2]))
+        for flag, following in pairwise([*argv, "--"])
+        if flag.startswith("--config=") or flag == "--config" and not following.startswith("--")
+    ]
+    named = any(argument.partition("=")[0] == "--output_dir" for argument in argv)
+    if named or not files or any("output_dir" in read_yaml(file) for file in files):
+        return []
+    return [f"--output_dir=runs/{files[-1].stem}"]
 
 
 def configuration(config_class: type, values: Mapping[str, Any]) -> Any:
@@ -236,7 +245,7 @@ def configuration(config_class: type, values: Mapping[str, Any]) -> Any:
     try:
         parsed = parser.parse_object(values)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), parser)) from error
+        raise ConfigError(reworded(str(error), parser)) from error
     return _instantiated(config_class, parser, parsed)
 
 
@@ -255,7 +264,7 @@ def parse_args(parser: ArgumentParser, argv: list[str]) -> Any:
     try:
         return parser.parse_args(argv)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), parser)) from error
+        raise ConfigError(reworded(str(error), parser)) from error
 
 
 def _join_negative_mesh(argv: list[str]) -> list[str]:
@@ -267,94 +276,6 @@ def _join_negative_mesh(argv: list[str]) -> list[str]:
         else:
             joined.append(argument)
     return joined
-
-
-def _one_line(message: str, parser: ArgumentParser) -> str:
-    """Rewrite jsonargparse's message as `key: expected ..., got ...`, with the nearest name."""
-    message = re.sub(r"\s+", " ", message).strip()
-    message = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", message).replace("typing.", "")
-    unknown = re.search(
-        r"(?:not accept (?:nested key|option)|nrecognized arguments?:|^Option) '?-*([\w.]+)",
-        message,
-    )
-    if unknown:
-        group = re.search(r"Group '([\w.]+)'", message)
-        name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
-        return _no_such_option(name, _options(parser))
-    if alone := re.match(r"argument --([\w.]+): expected one argument$", message):
-        value = "true" if _hint(parser, alone[1]) is bool else "VALUE"
-        return f"{alone[1]}: expected a value, got nothing; write --{alone[1]} {value}"
-    key = re.match(r'Parser key "([\w.]+)": (.*)', message)
-    if key is None:
-        return shortened(message, 300)
-    name, problem = key.groups()
-    if group := re.search(r"given class_path '([\w.]+)': (.*) - Expected a NoneType", problem):
-        return _group_error(name, group[1], group[2])
-    return _value_error(name, problem)
-
-
-def _options(parser: ArgumentParser) -> list[str]:
-    names = [
-        a.dest for a in parser._actions if not a.dest.endswith("help") and a.dest != PROVENANCE
-    ]
-    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-
-
-def _no_such_option(name: str, options: list[str]) -> str:
-    same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
-    return f"{name}: no such option" + (
-        did_you_mean(name, same_leaf or options) or "; --help lists them"
-    )
-
-
-def _choices(literal: re.Match[str]) -> str:
-    return literal[1].replace("'", "").replace(", ", " or ")
-
-
-def _value_error(name: str, problem: str) -> str:
-    """Describe an invalid value of an option in one line."""
-    problem = re.sub(r"((?:Given|Got) value:)\s*$", r"\1 an empty text", problem)
-    problem = re.sub(r"Literal\[([^]]*)\]", _choices, problem)
-    if name in SOURCES:
-        if inner := re.search(r"given class_path '([\w.]+Source)': (.*?) Given value", problem):
-            return _group_error(name, inner[1], inner[2])
-        value = re.search(r"(?:Given|Got) value: (.*?)(?: Subclass types|$)", problem)
-        got = f", got {shortened(value[1])}" if value else ""
-        return f"{name}: expected a path or a list such as [{{path: FILE}}]{got}"
-    if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
-        kinds = union[1].replace("NoneType", "null").split(", ")
-        wanted = " or ".join(WORDS.get(kind, kind) for kind in kinds)
-        return f"{name}: expected {wanted}, got {shortened(union[2])}"
-    if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
-        choices = plain[1].split(" or ")
-        wanted = WORDS.get(plain[1], plain[1])
-        return f"{name}: expected {wanted}, got {shortened(plain[2])}" + did_you_mean(
-            plain[2], choices
-        )
-    if number := re.match(r"Not of type (\w+): (.*)$", problem):
-        value = re.search(r"(.*) does not conform|'(.*)'$|(\S+) not an integer", number[2])
-        got = next(filter(None, value.groups()), "an empty text") if value else number[2]
-        return f"{name}: expected {WORDS.get(number[1], number[1])}, got {shortened(got)}"
-    if group := re.match(r"Unable to load config ['\"](.*?)['\"]( - |$)", problem):
-        return f"{name}: expected options as `name: value`, got {shortened(group[1])}"
-    return shortened(f"{name}: {problem}", 300)
-
-
-def _group_error(name: str, class_path: str, problem: str) -> str:
-    """Describe an error inside a nullable group of options in one line."""
-    module, _, name_of_class = class_path.rpartition(".")
-    if not hasattr(sys.modules.get(module), name_of_class):  # a value that is no group
-        return _value_error(name, f"Expected a group of options. Got value: {class_path}")
-    options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
-    if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
-        options = [f"{name}.{option}" for option in options]
-        return _no_such_option(f"{name}.{unknown[1]}", options)
-    if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
-        needs = "each entry needs it" if name in SOURCES else f"required where {name} is not null"
-        return f"{name}.{missing[1]}: {needs}"
-    if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
-        return _value_error(f"{name}.{inner[1]}", inner[2])
-    return f"{name}: {problem}"
 
 
 def command(config_class: type, algorithm: str) -> Callable[[list[str]], None]:

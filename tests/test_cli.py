@@ -42,6 +42,25 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
     assert (config.seed, config.dpo.beta) == (3, 0.3)
 
 
+def test_a_run_without_a_folder_is_named_after_the_last_configuration(tmp_path, capsys):
+    (plain := tmp_path / "mine.v2.yaml").write_text("seed: 1")
+    (other := tmp_path / "other.yaml").write_text("seed: 2")
+    (named := tmp_path / "named.yaml").write_text("output_dir: runs/run")
+    assert parse().output_dir == "runs/run"
+    assert parse("--config", f"{plain}").output_dir == "runs/mine.v2"
+    assert parse(f"--config={plain}", "--seed", "3", "--config", f"{other}").output_dir == (
+        "runs/other"
+    )
+    assert parse(f"--config={named}", f"--config={other}").output_dir == "runs/run"
+    assert parse("--output_dir", "runs/run", f"--config={other}").output_dir == "runs/run"
+    assert parse(f"--config={other}", "--output_dir=here").output_dir == "here"
+    with pytest.raises(ConfigError, match="config: expected a value, got nothing"):
+        parse("--config", "--seed", "3")
+    with pytest.raises(SystemExit):
+        parse(f"--config={other}", "--print_config")
+    assert "output_dir: runs/other" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

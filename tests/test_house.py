@@ -36,7 +36,7 @@ FLOORS = """
     export/
     plan/
     run/
-    short_help
+    short_help option_errors
     cli
     translation/
     loaded
@@ -53,7 +53,8 @@ MAY_BE_ABSENT = {"selftest", "__main__"}
 # Imports of a higher floor that are made late: the command line is read before anything is loaded.
 LATE = {("cli", "run.run")}
 NO_JAX = set(
-    "allocator errors files pages plots config/ short_help cli translation/ translate".split()
+    "allocator errors files pages plots config/ short_help option_errors cli".split()
+    + "translation/ translate".split()
 )
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "optax", "orbax", "transformers", "datasets"}
 FLAX = {"models/", "lora/"}

@@ -12,6 +12,7 @@ from easyaira import cli, translate
 from easyaira.config.model import LoraConfig
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
+from easyaira.option_errors import options_of
 from easyaira.translation import recipe
 from easyaira.translation.easylm import flags_of
 from easyaira.translation.translation import translate as translated
@@ -200,7 +201,7 @@ def test_a_default_of_trl_is_ours_or_written_out(task):
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_verdict_names_an_option_or_says_why(name):
     for task, table in SOURCES[name].tables.items():
-        known = set(cli._options(cli.parser_of(translate.CONFIGS[task])))
+        known = set(options_of(cli.parser_of(translate.CONFIGS[task])))
         known |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
         for key, verdict in table.items():
             match verdict:

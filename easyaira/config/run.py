@@ -195,7 +195,8 @@ class RunConfig:
     """Parts of a mesh axis that span the network, one per TPU slice, or per host without slices.
     dp=2: a copy of the weights on each of two; fsdp=2: a half on each. tp cannot span it."""
     output_dir: str = "runs/run"
-    """Run folder. The same command resumes the run in it."""
+    """Run folder. If it is not set, the last --config file names it: runs/NAME. The same command
+    resumes the run in it."""
     checkpoint_dir: str | None = None
     """Checkpoint storage; default: output_dir/checkpoints. A folder or URL (gs://bucket/path,
     s3://bucket/path) that every host can access."""

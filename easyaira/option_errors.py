@@ -1,0 +1,108 @@
+"""Errors of command lines in one line each: jsonargparse's messages in the words of options."""
+
+import re
+import sys
+from dataclasses import fields
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from easyaira.config.ranges import WORDS
+from easyaira.config.run import PROVENANCE
+from easyaira.errors import did_you_mean, shortened
+
+SOURCES = ("data.train", "data.eval")  # options that name data
+
+
+def reworded(message: str, parser: ArgumentParser) -> str:
+    """Rewrite jsonargparse's message as `key: expected ..., got ...`, with the nearest name."""
+    message = re.sub(r"\s+", " ", message).strip()
+    message = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", message).replace("typing.", "")
+    unknown = re.search(
+        r"(?:not accept (?:nested key|option)|nrecognized arguments?:|^Option) '?-*([\w.]+)",
+        message,
+    )
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", message)
+        name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+        return no_such_option(name, options_of(parser))
+    if alone := re.match(r"argument --([\w.]+): expected one argument$", message):
+        value = "true" if type_of(parser, alone[1]) is bool else "VALUE"
+        return f"{alone[1]}: expected a value, got nothing; write --{alone[1]} {value}"
+    key = re.match(r'Parser key "([\w.]+)": (.*)', message)
+    if key is None:
+        return shortened(message, 300)
+    name, problem = key.groups()
+    if group := re.search(r"given class_path '([\w.]+)': (.*) - Expected a NoneType", problem):
+        return _group_error(name, group[1], group[2])
+    return _value_error(name, problem)
+
+
+def options_of(parser: ArgumentParser) -> list[str]:
+    names = [
+        a.dest for a in parser._actions if not a.dest.endswith("help") and a.dest != PROVENANCE
+    ]
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+
+
+def no_such_option(name: str, options: list[str]) -> str:
+    same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"{name}: no such option" + (
+        did_you_mean(name, same_leaf or options) or "; --help lists them"
+    )
+
+
+def _choices(literal: re.Match[str]) -> str:
+    return literal[1].replace("'", "").replace(", ", " or ")
+
+
+def _value_error(name: str, problem: str) -> str:
+    """Describe an invalid value of an option in one line."""
+    problem = re.sub(r"((?:Given|Got) value:)\s*$", r"\1 an empty text", problem)
+    problem = re.sub(r"Literal\[([^]]*)\]", _choices, problem)
+    if name in SOURCES:
+        if inner := re.search(r"given class_path '([\w.]+Source)': (.*?) Given value", problem):
+            return _group_error(name, inner[1], inner[2])
+        value = re.search(r"(?:Given|Got) value: (.*?)(?: Subclass types|$)", problem)
+        got = f", got {shortened(value[1])}" if value else ""
+        return f"{name}: expected a path or a list such as [{{path: FILE}}]{got}"
+    if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
+        kinds = union[1].replace("NoneType", "null").split(", ")
+        wanted = " or ".join(WORDS.get(kind, kind) for kind in kinds)
+        return f"{name}: expected {wanted}, got {shortened(union[2])}"
+    if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
+        choices = plain[1].split(" or ")
+        wanted = WORDS.get(plain[1], plain[1])
+        return f"{name}: expected {wanted}, got {shortened(plain[2])}" + did_you_mean(
+            plain[2], choices
+        )
+    if number := re.match(r"Not of type (\w+): (.*)$", problem):
+        value = re.search(r"(.*) does not conform|'(.*)'$|(\S+) not an integer", number[2])
+        got = next(filter(None, value.groups()), "an empty text") if value else number[2]
+        return f"{name}: expected {WORDS.get(number[1], number[1])}, got {shortened(got)}"
+    if group := re.match(r"Unable to load config ['\"](.*?)['\"]( - |$)", problem):
+        return f"{name}: expected options as `name: value`, got {shortened(group[1])}"
+    return shortened(f"{name}: {problem}", 300)
+
+
+def _group_error(name: str, class_path: str, problem: str) -> str:
+    """Describe an error inside a nullable group of options in one line."""
+    module, _, name_of_class = class_path.rpartition(".")
+    if not hasattr(sys.modules.get(module), name_of_class):  # a value that is no group
+        return _value_error(name, f"Expected a group of options. Got value: {class_path}")
+    options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
+    if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
+        options = [f"{name}.{option}" for option in options]
+        return no_such_option(f"{name}.{unknown[1]}", options)
+    if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
+        needs = "each entry needs it" if name in SOURCES else f"required where {name} is not null"
+        return f"{name}.{missing[1]}: {needs}"
+    if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
+        return _value_error(f"{name}.{inner[1]}", inner[2])
+    return f"{name}: {problem}"
+
+
+def type_of(parser: ArgumentParser, name: str) -> Any:
+    """Type of an option; of one without a type, that of null."""
+    action = next(action for action in parser._actions if action.dest == name)
+    return getattr(action, "_typehint", None) or action.type or type(None)
