@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyaira.models import cache
 from easyaira.models.attention import attention, visible
-from easyaira.models.layers import Compute, LayerNorm, RMSNorm
+from easyaira.models.layers import Compute, LayerNorm, RMSNorm, Scores
 from easyaira.models.llama import MLP, LlamaConfig
-from easyaira.models.product import linear
+from easyaira.models.product import linear, packed
 from easyaira.plan import cost
 from easyaira.train.setup import prepare
 from helpers import runs, tiny
@@ -139,6 +140,37 @@ def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dty
         (out, *pull(grad)), (wanted, *formula_pull(grad.astype(F32))), strict=True
     ):
         assert actual.dtype == dtype and relative(actual, exact) < bound
+
+
+@pytest.mark.parametrize("few, G", [(1, 1), (4, 1), (8, 1), (4, 3)])
+@pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
+def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
+    few, G, dtype, bound, monkeypatch
+):
+    """A 16-bit cache is converted to float32 a few rows at a time, however many there are."""
+    rng = np.random.default_rng(0)
+    R, K, W, N = 8, 2, 48, 16
+    monkeypatch.setattr(cache, "CACHED", few * K * W * N)
+    q = jnp.asarray(rng.normal(size=(R, 1, K * G, N)), dtype)
+    kept = [jnp.asarray(rng.normal(size=(R, K, W, N)), dtype) for _ in range(2)]
+    lengths, clock = jnp.array([1, 48, 17, 30, 5, 40, 2, 33]), jnp.int32(100)
+
+    def attend(q, *kept):
+        kept = tuple(map(packed, kept))
+        return cache.attend(q, kept, lengths, clock, Scores(), window=32)
+
+    age = (100 - np.arange(W)) % W
+    visible = (age < np.array(lengths)[:, None]) & (age < 32)
+    k, v = (np.repeat(np.asarray(x, np.float64), G, axis=1) for x in kept)
+    scores = np.einsum("rhn,rhwn->rhw", np.asarray(q, np.float64)[:, 0], k) / math.sqrt(N)
+    weights = np.where(visible[:, None], np.exp(scores), 0)
+    exact = np.einsum("rhw,rhwn->rhn", weights / weights.sum(-1, keepdims=True), v)[:, None]
+    assert relative(jax.jit(attend)(q, *kept), exact) < bound
+    if G == 1:  # 16-bit products of several rows are not converted
+        program = jax.jit(attend).lower(q, *kept).compile().as_text()
+        shapes = re.findall(r"f32\[([\d,]+),48,16\]", program)
+        at_a_time = max(math.prod(map(int, shape.split(","))) for shape in shapes) // K
+        assert at_a_time == (R if dtype == F32 else few)
 
 
 def test_a_norm_keeps_its_input_and_nothing_as_large():

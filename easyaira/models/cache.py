@@ -8,23 +8,27 @@ the last n slots up to the clock, newest last. Keys are rotated before they are 
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import constrain
+from easyaira.distributed.sharding import constrain, on_one_cpu
 from easyaira.models.layers import Scores
 from easyaira.models.product import einsum, packed, unpacked
 
 MASKED = jnp.finfo(jnp.float32).min
+CACHED = 2**18  # numbers of the keys of rows that are worked on at a time, see `attend`
 
 
 class Cache(nn.Module):
     """Keys and values of one layer, [R, K, W, N] each, in the collection `cache`.
 
     Without a cache, store those of a prompt and return None. With one, write those of the next
-    token to the slot at the clock, and return all of them.
+    token to the slot at the clock, and return all of them, packed (see product.py).
     """
 
     @nn.compact
@@ -41,7 +45,7 @@ class Cache(nn.Module):
                 new_RKTN = jax.lax.dynamic_update_slice_in_dim(cached, new_RKTN, slot, axis=2)
             new_RKTN = constrain(new_RKTN, BATCH_AXES, "tp", None, None)
             self.put_variable("cache", name, new_RKTN)
-            kept.append(unpacked(new_RKTN, new_RTKN.dtype))
+            kept.append(new_RKTN)
         return (kept[0], kept[1]) if decoding else None
 
 
@@ -56,19 +60,32 @@ def attend(
     """Attention of each row's newest token to all tokens of its row, [R, 1, H, N].
 
     Args:
-        kept: keys and values of all slots, [R, K, W, N].
+        kept: keys and values of all slots, [R, K, W, N], packed.
         lengths_R: tokens of each row, with the newest.
         clock: tokens written to the ring before the newest.
         scores, window: see attention.py.
     """
-    k_RKWN, v_RKWN = kept
-    R, K, W, N = k_RKWN.shape
-    q_RKGN = q_R1HN.reshape(R, K, -1, N)
-    products = einsum("rkgn,rkwn->rkgw", q_RKGN, k_RKWN, jnp.float32)
+    R, K, W, N = kept[0].shape
     age_W = (clock - jnp.arange(W)) % W  # 0: the newest; the key's position is lengths - 1 - age
-    mask_RW = age_W < lengths_R[:, None]
-    if window is not None:
-        mask_RW &= age_W < window
-    visible = jnp.where(mask_RW[:, None, None], scores.of(products, N, age_W), MASKED)
-    weights = jax.nn.softmax(visible, axis=-1).astype(v_RKWN.dtype)
-    return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype).reshape(q_R1HN.shape)
+
+    def of_rows(q_RKGN, k_RKWN, v_RKWN, lengths_R):
+        k_RKWN, v_RKWN = (unpacked(x, q_R1HN.dtype) for x in (k_RKWN, v_RKWN))
+        products = einsum("rkgn,rkwn->rkgw", q_RKGN, k_RKWN, jnp.float32)
+        mask_RW = age_W < lengths_R[:, None]
+        if window is not None:
+            mask_RW &= age_W < window
+        visible = jnp.where(mask_RW[:, None, None], scores.of(products, N, age_W), MASKED)
+        weights = jax.nn.softmax(visible, axis=-1).astype(v_RKWN.dtype)
+        return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype)
+
+    rows = (q_R1HN.reshape(R, K, -1, N), *kept, lengths_R)
+    if on_one_cpu() and kept[0].dtype != q_R1HN.dtype:
+        # XLA converts 16-bit factors to float32 in memory: of a few rows, that is the core's cache
+        few = math.gcd(R, 1 << max(0, (CACHED // (K * W * N)).bit_length() - 1))
+        take = partial(jax.lax.dynamic_slice_in_dim, slice_size=few)
+        out_RKGN = jax.lax.map(
+            lambda first: packed(of_rows(*(take(x, first) for x in rows))), jnp.arange(0, R, few)
+        )
+    else:
+        out_RKGN = of_rows(*rows)
+    return unpacked(out_RKGN, q_R1HN.dtype).reshape(q_R1HN.shape)
