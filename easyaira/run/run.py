@@ -117,15 +117,16 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     print(folded(plan_report.method(setup)), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         plan = cost.measure(setup, algorithm)
-        print(f"{plan_report.table(setup)}\n\n{plan_report.show(setup, plan, room)}", flush=True)
+        told = folded(plan_report.show(setup, plan, room))
+        print(f"{plan_report.table(setup)}\n\n{told}", flush=True)
         if room and plan.program.memory > room and setup.mesh.devices.flat[0].platform == "gpu":
             print("to fit, counted:", flush=True)
             for line in smaller(setup, algorithm, room):
-                print(line, flush=True)
+                print(folded(line), flush=True)
         if algorithm.on_policy:
             held = sum(plan.sizes[name] for name in ("weights", "optimizer", "frozen"))
             for line in on_policy.show(setup, plan.program, held, room):
-                print(line, flush=True)
+                print(folded(line), flush=True)
         for line in search(setup, algorithm, room) if dry_run.search else ():
             print(line, flush=True)
 
