@@ -142,11 +142,11 @@ def test_options_that_save_nothing_are_not_proposed(ground, monkeypatch):
     monkeypatch.setattr(smaller, "_needed", needed)
     config, algorithm = planned(ground)
     setup = prepare(config, algorithm, cards.absent(cards.CARDS["h100"]), planned=True)
-    told = list(smaller.smaller(setup, algorithm, 3 * 2**30))
+    proposed = list(smaller.smaller(setup, algorithm, 3 * 2**30))
     assert asked == list(sizes)
     words = ["full: about 9", "8bit: about 6", "32: about 5", "8: about 4", "nf4: about 3"]
-    assert len(told) == 5 and all(w in line for w, line in zip(words, told, strict=True))
-    assert "accumulation_steps" in told[3] and told[-1].endswith("which fits")
+    assert len(proposed) == 5 and all(w in line for w, line in zip(words, proposed, strict=True))
+    assert "accumulation_steps" in proposed[3] and proposed[-1].endswith("which fits")
 
 
 RATED = [{"prompt": f"who {i}?", "completion": "yes", "label": i % 2} for i in range(40)]

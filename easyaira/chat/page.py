@@ -181,7 +181,7 @@ def _search_panel(gr: Any, search: Search, words: dict) -> None:
                 [(names[side], side) for side in SIDES], value=SIDES[0], label=words["side"]
             )
             find = gr.Button(words["find"], elem_id="find")
-        found = gr.HTML(elem_id="rows")
+        results = gr.HTML(elem_id="rows")
 
         def best(text: str, side: str) -> Markup | str:
             if not text.strip():
@@ -193,7 +193,7 @@ def _search_panel(gr: Any, search: Search, words: dict) -> None:
             ]
             return table("", words["found"], hits, {1, 2}) or words["nothing"]
 
-        gr.on([find.click, wanted.submit], best, [wanted, side], found, api_name=False)
+        gr.on([find.click, wanted.submit], best, [wanted, side], results, api_name=False)
 
 
 def serve(page: Any, host: str, port: int) -> str:

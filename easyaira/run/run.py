@@ -117,8 +117,8 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     print(folded(plan_report.method(setup)), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         plan = cost.measure(setup, algorithm)
-        told = folded(plan_report.show(setup, plan, room))
-        print(f"{plan_report.table(setup)}\n\n{told}", flush=True)
+        costs = folded(plan_report.show(setup, plan, room))
+        print(f"{plan_report.table(setup)}\n\n{costs}", flush=True)
         if room and plan.program.memory > room and setup.mesh.devices.flat[0].platform == "gpu":
             print("to fit, counted:", flush=True)
             for line in smaller(setup, algorithm, room):
