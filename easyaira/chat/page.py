@@ -27,10 +27,11 @@ SAMPLING = {  # control: least, most, step
 KEPT = 2000  # characters of a refused question
 NEEDS_TEMPERATURE = ("top_k", "top_p", "min_p")
 CSS = """.rows table { border-collapse: collapse; width: 100%; }
+.rows table, .rows tr, .rows th, .rows td { border: 0 none !important; }
 .rows caption { text-align: left; font-size: .85em; opacity: .7; padding: .3em .6em; }
-.rows th, .rows td { text-align: left; vertical-align: top; padding: .35em .6em; border: 0 none; }
+.rows th, .rows td { text-align: left; vertical-align: top; padding: .35em .6em; }
 .rows th, .rows td { white-space: nowrap; }
-.rows table tr { border: 0 none; border-bottom: 1px solid var(--border-color-primary); }
+.rows tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .rows td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 50%; }
 @media (max-width: 600px) { .rows tr { display: grid; grid-template-columns: 5em repeat(3, 1fr); }
 .rows { font-size: .85em; } .rows th, .rows td { padding: .2em; } .rows th.text { display: none; }
