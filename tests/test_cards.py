@@ -127,6 +127,13 @@ def test_a_plan_needs_no_weights_and_says_what_would_fit(ground, capsys):
     assert places == sorted(places) and out.rstrip().endswith("larger devices")
 
 
+def test_a_search_without_a_known_chip_ends_before_the_plan(ground, monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *_: pytest.fail("planned"))
+    config, algorithm = planned(ground)
+    with pytest.raises(ConfigError, match="search: the chip cpu is unknown"):
+        run(config, algorithm, dry_run=DryRun(search=True))
+
+
 def test_options_that_save_nothing_are_not_proposed(ground, monkeypatch):
     """One example in micro-batches of its own: the copy of the gradients costs more than it saves;
     with adapters, whose gradients are small, it saves."""

@@ -29,7 +29,7 @@ from easyaira.export.records import Records
 from easyaira.plan import cost, on_policy
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
-from easyaira.plan.search import search
+from easyaira.plan.search import check_chip, search
 from easyaira.plan.smaller import smaller
 from easyaira.run import closing, provenance
 from easyaira.run import folder as run_folder
@@ -113,6 +113,8 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     devices = planned_devices(dry_run.topology, dry_run.memory)
     setup = prepare(config, algorithm, devices, planned=True)
     room = dry_run.memory or memory_of(setup.mesh.devices.flat[0])
+    if dry_run.search:
+        check_chip(setup, room)
     print(folded(plan_report.describe(setup)), flush=True)
     print(folded(plan_report.method(setup)), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
@@ -128,7 +130,7 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
             for line in on_policy.show(setup, plan.program, held, room):
                 print(folded(line), flush=True)
         for line in search(setup, algorithm, room) if dry_run.search else ():
-            print(line, flush=True)
+            print(line if line.startswith("propose") else folded(line), flush=True)
 
 
 def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping[str, str]) -> None:
