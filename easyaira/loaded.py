@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyaira.data.batches import LAYOUT, Batches
+from easyaira.data.chat_templates import as_argument
 from easyaira.data.examples import Parts, check_embedded, of_parts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
@@ -72,7 +73,8 @@ class LoadedModel:
         self.origin = origin
         self.model = model_of(origin.config, origin.where, compute, scorer=False)
         origin.check(self.model)
-        self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
+        with as_argument():
+            self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
         self.mesh = meshes.make_mesh(mesh, devices)
         self.config, self.tokenizer = origin.config, self.template.tokenizer
         self._logps = jax.jit(self._logps_of)

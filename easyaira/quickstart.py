@@ -98,12 +98,14 @@ SHOWN = 6  # held-out questions to print with their answers
 PAGE = """<p>A GPT-2 of 3 million parameters, trained from scratch to answer questions about
 countries (SFT), then trained to prefer courteous answers (DPO). All figures are on held-out
 questions.</p>
-{{ table(["", "right answers", "courteous answers"], summary) }}
+{{ table([], summary) }}
 <p>Preferred answer ranked first (held-out rewards/accuracies): {{ before }} before DPO, when policy
 and reference are equal, and {{ after }} after.</p>
 <h2>Answers</h2>
-{{ table(["question"] + stages, samples) }}
-{% for run, panels in curves.items() %}<h2>{{ run }}</h2>
+{% for question, texts in samples %}<div class="card"><p><b>{{ question }}</b></p>
+{% for stage, text in texts.items() %}<p><span class="quiet">{{ stage }}:</span> {{ text }}</p>
+{% endfor %}</div>
+{% endfor %}{% for run, panels in curves.items() %}<h2>{{ run }}</h2>
 <div class="plots">{% for panel in panels %}{{ panel }}{% endfor %}</div>
 {% endfor %}<h2>The model in PyTorch</h2><pre>{{ load }}</pre>"""
 
@@ -279,19 +281,23 @@ def show(
     rows = log.read(out / "dpo" / "metrics.jsonl")
     preferred = [row[name] for row in rows if (name := "eval_rewards/accuracies") in row]
     summary = [
-        [stage, f"{right[stage]} of {len(questions)}", f"{courteous[stage]} of {len(questions)}"]
+        [
+            stage,
+            f"{right[stage]} of {len(questions)} right",
+            f"{courteous[stage]} of {len(questions)} courteous",
+        ]
         for stage in stages
     ]
     samples = [
-        [question["prompt"], *(shortened(texts[i]) for texts in stages.values())]
+        (question["prompt"], {stage: shortened(texts[i]) for stage, texts in stages.items()})
         for i, question in enumerate(questions[:SHOWN])
     ]
     for stage, *counts in summary:
-        print(f"{stage:12} {counts[0]:>10} right, {counts[1]:>10} courteous")
+        print(f"{stage:12} {counts[0]:>16}, {counts[1]:>20}")
     print(f"held-out rewards/accuracies {preferred[0]:.3f} before DPO, {preferred[-1]:.3f} after")
-    for prompt, *texts in samples:
+    for prompt, texts in samples:
         print(f"\n{prompt}")
-        for stage, text in zip(stages, texts, strict=True):
+        for stage, text in texts.items():
             print(f"  {stage:12} {text}")
     metrics = {run: log.read(out / run / "metrics.jsonl") for run in ("sft", "dpo")}
     curves = {run.upper(): run_report.curves(r, r[-1]["step"]) for run, r in metrics.items()}
@@ -304,7 +310,6 @@ print(chat([{{"role": "user", "content": "{questions[0]["prompt"]}"}}], do_sampl
         summary=summary,
         before=f"{preferred[0]:.3f}",
         after=f"{preferred[-1]:.3f}",
-        stages=list(stages),
         samples=samples,
         curves=curves,
         load=load,

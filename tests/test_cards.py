@@ -13,7 +13,7 @@ from easyaira.config.ranges import bytes_of
 from easyaira.config.run import DryRun
 from easyaira.distributed import cards, chips
 from easyaira.errors import ConfigError, WeightsError
-from easyaira.plan import cost, counted
+from easyaira.plan import cost, counted, smaller
 from easyaira.plan.search import candidates
 from easyaira.run.run import run
 from easyaira.train.setup import prepare
@@ -127,11 +127,40 @@ def test_a_plan_needs_no_weights_and_says_what_would_fit(ground, capsys):
     assert places == sorted(places) and out.rstrip().endswith("larger devices")
 
 
+def test_a_search_without_a_known_chip_ends_before_the_plan(ground, monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *_: pytest.fail("planned"))
+    config, algorithm = planned(ground)
+    with pytest.raises(ConfigError, match="search: the chip cpu is unknown"):
+        run(config, algorithm, dry_run=DryRun(search=True))
+
+
+def test_options_that_save_nothing_are_not_proposed(ground, monkeypatch):
+    """One example in micro-batches of its own: the copy of the gradients costs more than it saves;
+    with adapters, whose gradients are small, it saves."""
+    sizes = {"----": 9, "x---": 10, "-x--": 6, "-xx-": 5, "xxx-": 4, "xxxx": 3}
+    asked = []
+
+    def needed(config, *_):
+        on = [config.gradient_accumulation_steps > 1, config.optimizer.state_dtype == "8bit"]
+        on += [config.lora, config.lora and config.lora.quantize]
+        asked.append("".join("x" if one else "-" for one in on))
+        return sizes[asked[-1]] * 2.0**30
+
+    monkeypatch.setattr(smaller, "_needed", needed)
+    config, algorithm = planned(ground)
+    setup = prepare(config, algorithm, cards.absent(cards.CARDS["h100"]), planned=True)
+    proposed = list(smaller.smaller(setup, algorithm, 3 * 2**30))
+    assert asked == list(sizes)
+    words = ["full: about 9", "8bit: about 6", "32: about 5", "8: about 4", "nf4: about 3"]
+    assert len(proposed) == 5 and all(w in line for w, line in zip(words, proposed, strict=True))
+    assert "accumulation_steps" in proposed[3] and proposed[-1].endswith("which fits")
+
+
 RATED = [{"prompt": f"who {i}?", "completion": "yes", "label": i % 2} for i in range(40)]
 ONLINE = {
     "rl.algorithm": "online_dpo",
     "rl.reward": "easyaira.rewards.rules:concise",
-    "rl.max_completion_length": 4,
+    "rl.max_completion_length": 40,
 }
 IN_GROUPS = {
     "kto": ("dpo", {"dpo.loss_type": "kto", "dpo.kto_group": 4, "train_batch_size": 16}, 4),
@@ -154,6 +183,8 @@ def test_what_is_proposed_is_a_run(name, ground, tmp_path, capsys):
     _, proposed = capsys.readouterr().out.split("to fit, counted:\n")
     lines = [line for line in proposed.splitlines() if " --" in line]
     assert len(lines) > 2 and all("GiB" in line for line in lines), proposed
+    needed = [float(re.search("about (.*) GiB", line)[1].replace(",", "")) for line in lines]
+    assert needed == sorted(needed, reverse=True)
     assert f"--gradient_accumulation_steps {most}:" in proposed
     assert ("--lora" in proposed) == (name != "random")
     setup = prepare(config, algorithm, planned=True)

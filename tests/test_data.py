@@ -64,8 +64,19 @@ def test_many_cuts_are_a_warning_with_the_lengths_that_keep_the_rows(tmp_path, c
         f"warning: train: {cut} of 30 rows ({cut / 30:.0%}) exceed data.max_length {lengths[14]}"
         f", lose their end and teach no end token; {most} keeps 95 % whole, {lengths[-1]} all"
     ) in capsys.readouterr().out
+    load(file, max_length=int(lengths[14]), max_dropped=0.9, positions=int(lengths[-1]) - 1)
+    limit = f"{lengths[-1]} all; the model has {lengths[-1] - 1} positions"
+    assert limit in capsys.readouterr().out
     load(file, max_length=int(lengths[-2]), max_dropped=0.9)
     assert "warning: train" not in capsys.readouterr().out
+    with pytest.raises(DataError, match="rows, or raise data.max_length, or raise data.max_drop"):
+        load(file, max_length=int(lengths[2]), max_dropped=0.1, truncation="drop")
+
+
+def test_a_number_is_no_hub_id(tmp_path):
+    """The hub would be asked for half a minute."""
+    with pytest.raises(DataError, match="0: no such file, and no hub id"):
+        load("0")
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -333,6 +344,17 @@ def test_the_rows_of_the_page_are_a_sample_that_does_not_depend_on_the_folder(tm
         places.append([int(place.rpartition(":")[2]) for place, *_ in shown])
     assert places[0] == places[1] == sorted(places[0]) and len(places[0]) == 12
     assert max(places[0]) > 150  # of 300 rows, not the first
+
+
+def test_the_sample_holds_cut_rows_as_often_as_the_data(tmp_path):
+    """Four of five rows are cut; the sample is drawn from all, after the first two that are."""
+    rows = tiny.sft_rows(300)
+    for i, row in enumerate(rows):
+        row["completion"] = "the capital of France is Paris. " * (2 if i % 5 == 0 else 20)
+    account = load(tiny.write_rows(tmp_path / "a.jsonl", rows), max_length=64).accounts["train"]
+    cut = [int(place.rpartition(":")[2]) for place, outcome, _ in account.shown if "cut" in outcome]
+    assert account.cut.total() == 240 and len(account.shown) == 14
+    assert cut[:2] == [2, 3] and 7 <= len(cut) - 2 <= 12 and max(cut) > 150
 
 
 def test_rows_that_are_cut_are_drawn_at_their_length_before(tmp_path):

@@ -75,6 +75,7 @@ def test_a_failing_scorer_lets_nothing_pass(reward, guard, on, answer):
     state = answers.chosen("q", ["a", "b", "c"], controls(on))
     assert state.answer == answer
     assert bool(state.problem) == (answer == SORRY and guard != [0, 0, 0])
+    assert not state.problem.startswith("error")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,18 @@ def test_rows_show_why_an_answer_was_chosen():
     ]
 
 
+def test_the_status_says_why_every_candidate_was_dropped():
+    from easyaira.chat.page import shown
+
+    dropped = State(["a"], [1], [4.9], order=[], answer=SORRY)
+    turns, left, note = shown(dropped, [], "who?", WORDS["en"])
+    assert (turns, left) == ([("who?", SORRY)], "")
+    assert note.startswith("Every candidate was dropped: the guard scored it below 5")
+    dropped.problem = "no memory"
+    assert shown(dropped, [], "who?", WORDS["en"])[2] == "no memory"
+    assert shown(State(["a"], order=[0], answer="a"), [], "who?", WORDS["en"])[2] == ""
+
+
 # In a browser
 
 
@@ -235,13 +248,13 @@ def use(window):
     def find(name, tag):
         return window.find_element(By.CSS_SELECTOR, f"#{name} {tag}")
 
+    def fill(name, value):
+        box = find(name, "textarea")
+        changed = "arguments[0].dispatchEvent(new Event('input'))"
+        window.execute_script(f"arguments[0].value = arguments[1]; {changed}", box, value)
+
     def ask(question):
-        box = find("question", "textarea")
-        window.execute_script(
-            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))",
-            box,
-            question,
-        )
+        fill("question", question)
         window.find_element(By.ID, "ask").click()
 
     wait(lambda: window.find_elements(By.CSS_SELECTOR, "#question textarea"))
@@ -256,7 +269,21 @@ def use(window):
         assert not window.find_elements(By.CSS_SELECTOR, f"#{name} img[src=x], #{name} b")
     assert window.title == "Ask runs/x"
     ask("x" * 200_000)
-    wait(lambda: "too long" in find("status", "textarea").get_attribute("value"))
+    wait(lambda: "too long" in text("status"))
+    ask(" ")
+    wait(lambda: text("status") == "Type a question.")
+    assert not window.find_elements(By.CSS_SELECTOR, "#candidates td")
+    window.set_window_size(500, 1100)  # the least of Chromium
+    ask("who?")
+    wait(lambda: "chosen" in text("candidates"))
+    broken = "return [...document.querySelectorAll('#candidates th')].map(e => e.clientHeight)"
+    assert max(window.execute_script(broken)) < 60  # no heading breaks inside a word
+    window.execute_script("document.querySelector('#search button').click()")
+    for words, wanted in (("blue", "a colour"), ("zzz", "No row holds these words.")):
+        fill("wanted", words)
+        window.find_element(By.ID, "find").click()
+        wait(lambda wanted=wanted: wanted in text("rows"))
+    assert "number" not in text("rows")
     hosts = window.execute_script(
         "return performance.getEntriesByType('resource').map(e => new URL(e.name).hostname)"
     )

@@ -446,6 +446,7 @@ def test_samples_at_every_evaluation_change_no_bit_and_survive_a_stop(gpt2, tmp_
     whole = sampled("whole")
     assert [list(row["answers"]) for row in whole] == [["0", "2", "4"]] * 2
     assert whole[0]["answers"]["0"] != whole[0]["answers"]["4"]
+    assert whole[0]["answers"]["0"].endswith(" ...")  # noise without an end
     board = EventAccumulator(str(tmp_path / "whole/tensorboard")).Reload()
     shown = [
         (text.step, text.tensor_proto.string_val[0].decode()) for text in board.Tensors("answers/1")
@@ -467,6 +468,13 @@ def test_samples_leave_out_examples_without_a_prompt(setup_of, tmp_path):
     rows = [{"prompt": "", "completion": f"I like {i}"} for i in range(3)]
     setup = setup_of([*rows, {"prompt": "what?", "completion": "red"}])
     assert len(samples.Samples(setup, tmp_path / "samples.json").prompts) == 1
+
+
+def test_samples_say_what_was_cut(setup_of, tmp_path):
+    rows = [{"prompt": "what?", "completion": text} for text in ("red", "red and blue " * 9)]
+    shown = samples.Samples(setup_of(rows, "--data.max_length=16"), tmp_path / "samples.json")
+    short, long = sorted(row["wanted"] for row in shown.rows)
+    assert short == "red" and long.startswith("red and") and long.endswith(" ...")
 
 
 def test_a_prompt_without_tokens_is_refused(gpt2):

@@ -130,7 +130,9 @@ def test_options_are_checked_as_the_commands(model):
             model.generate(["x"], **options)
 
 
-def test_errors_name_the_option_and_the_text(model):
+def test_errors_name_the_option_and_the_text(model, folder):
+    with pytest.raises(ConfigError, match="^template: no template 'nothing'; choose plain, "):
+        easyaira.load(str(folder), template="nothing")
     with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
         model.generate(["x"], top_q=1)
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):

@@ -71,4 +71,5 @@ def test_a_run_ends_with_what_it_changed():
     ]
     *_, last = closing.lines([], 1, None, "runs/x #2", scorer=False)
     assert last == "next    easyaira generate 'runs/x #2' --chat"
-    assert list(closing.lines([], 1, None, "runs/x", scorer=True)) == ["after   0:00:01"]
+    *_, last = closing.lines([], 1, None, "runs/x", scorer=True)
+    assert last == "next    easyaira evaluate runs/x --rows FILE"

@@ -1,12 +1,14 @@
 """Messages to tokens: what each template shows, what is learned, and what text can never become."""
 
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from easyaira.data.chat_templates import AIRA_TOKENS, TEMPLATES
 from easyaira.data.layout import LEFT, RIGHT
@@ -466,6 +468,19 @@ def test_pieces_join_to_the_text(name, prompt, answer):
     pieces = template.pieces(tokens)
     assert len(pieces) == len(tokens)
     assert "".join(pieces) == template.tokenizer.decode(tokens)
+
+
+def test_pieces_of_bytes_are_whole_characters():
+    """Llama's tokens of single bytes: text that begins inside a character cannot be decoded."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    bytewise.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    template = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=bytewise))
+    for start in range(17):
+        text = "x" * start + "preocupação definição 日本語" * 3
+        tokens = [1 + byte for byte in text.encode()]
+        assert "".join(Template.pieces(template, tokens)) == text
 
 
 @pytest.mark.parametrize("text", ["a\ufffd", "\ufffd" * 40, "cut 😀"], ids=["one", "many", "cut"])

@@ -522,6 +522,7 @@ def test_an_adapter_on_an_adapter_says_before_the_first_update_what_its_base_nee
     needed = f"`easyaira convert to_hf {place} BASE --merge` and name BASE in its adapter_config"
     assert place == str(ground / "adapter/checkpoints/3")
     assert needed in out and out.index(needed) < out.index("step 1: ")
+    assert "name its base in model.name_or_path and its hf/ in lora.adapter" in out
     card = (tmp_path / "run/hf/README.md").read_text()
     assert card.index("to_hf adapter/checkpoints/3 BASE --merge`") < card.index("AutoPeftModel")
     convert.main(["to_hf", place, str(tmp_path / "base"), "--merge"])  # as told

@@ -76,7 +76,7 @@ class Answers:
                 state = State(texts)
                 yield state
         except Exception as error:  # shown on the page, whatever it is
-            yield State([], problem=one_line(error)[0])
+            yield State([], problem=_reason(error))
             return
         yield self.chosen(question, state.texts, controls)
 
@@ -94,7 +94,7 @@ class Answers:
             state.answer = choose(texts, rewards, guards, self.apology, controls.threshold)
         except Exception as error:  # without scores, nothing may be given
             state.order, state.answer = [], self.apology
-            state.problem = one_line(error)[0]
+            state.problem = _reason(error)
         return state
 
     def _rewards(self, question: str, texts: Sequence[str]) -> list[float]:
@@ -158,3 +158,7 @@ class Answers:
         finally:
             gone.set()
             thread.join()
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error)[0].removeprefix("error: ")

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from easyaira import pages
 from easyaira.chat.answers import Answers, Controls, State
 from easyaira.chat.choice import GUARD_THRESHOLD
 from easyaira.chat.search import SIDES, Search
@@ -25,6 +26,21 @@ SAMPLING = {  # control: least, most, step
 }
 KEPT = 2000  # characters of a refused question
 NEEDS_TEMPERATURE = ("top_k", "top_p", "min_p")
+CSS = """.rows table { border-collapse: collapse; width: 100%; }
+.rows table, .rows tr, .rows th, .rows td { border: 0 none !important; }
+.rows caption { text-align: left; font-size: .85em; opacity: .7; padding: .3em .6em; }
+.rows th, .rows td { text-align: left; vertical-align: top; padding: .35em .6em; }
+.rows th, .rows td { white-space: nowrap; }
+.rows tr { border-bottom: 1px solid var(--border-color-primary) !important; }
+.rows td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 50%; }
+@media (max-width: 600px) { .rows tr { display: grid; grid-template-columns: 5em repeat(3, 1fr); }
+.rows { font-size: .85em; } .rows th, .rows td { padding: .2em; } .rows th.text { display: none; }
+.rows td.text { grid-column: 1 / -1; order: 1; width: auto; } }"""  # texts below their scores
+TABLE = """<div class="rows"><table><caption>{{ title }}</caption>
+{% for row in rows %}{% set tag = "th" if loop.first else "td" %}<tr>{% for cell in row -%}
+<{{ tag }}{% if loop.index0 in texts %} class="text"{% endif %}>{{ cell }}</{{ tag }}>
+{%- endfor %}</tr>
+{% endfor %}</table></div>"""
 
 
 def build(answers: Answers, search: Search | None, name: str, language: str, default: Any) -> Any:
@@ -43,7 +59,6 @@ def build(answers: Answers, search: Search | None, name: str, language: str, def
     except ImportError as error:
         raise ConfigError('easyaira demo: needs gradio; pip install ".[demo]"') from error
     words = WORDS[language]
-    columns = [*words["columns"], ""]
     with gr.Blocks(title=words["title"].format(model=name), analytics_enabled=False) as page:
         head = Markup("<h1 style='font-size: 1.5em'>{}</h1><p>{}</p>")
         gr.HTML(head.format(words["title"].format(model=name), words["note"]))
@@ -53,16 +68,8 @@ def build(answers: Answers, search: Search | None, name: str, language: str, def
             question = gr.Textbox(label=words["question"], lines=1, scale=6, elem_id="question")
             ask = gr.Button(words["ask"], variant="primary", elem_id="ask")
             clear = gr.Button(words["clear"], elem_id="clear")
-        status = gr.Textbox(show_label=False, elem_id="status", visible=True, max_lines=3)
-        table = gr.Dataframe(
-            label=words["candidates"],
-            headers=columns,
-            datatype="str",
-            wrap=True,
-            interactive=False,
-            elem_id="candidates",
-            column_widths=["9%", "55%", "12%", "12%", "12%"],
-        )
+        status = gr.HTML(elem_id="status")
+        candidates = gr.HTML(elem_id="candidates")
         with gr.Accordion(words["controls"], open=False):
             with gr.Row():
                 samples = gr.Slider(1, 10, 2, step=1, label=words["samples"])
@@ -89,18 +96,19 @@ def build(answers: Answers, search: Search | None, name: str, language: str, def
         ):
             """Values of `outputs` while the answer is made."""
             if not text.strip():
-                yield turns, conversation(turns), text, words["empty"], []
+                yield turns, conversation(turns), text, words["empty"], ""
                 return
             options = sampling_of(values)
             controls = Controls(int(samples), guard, int(seed), options)
             for state in answers.ask(text, controls):
                 now, left, note = shown(state, turns, text, words)
-                yield now, conversation(now), left, note, rows(state, words)
+                made = table(words["candidates"], [*words["columns"], ""], rows(state, words), {1})
+                yield now, conversation(now), left, Markup.escape(escaped(note)), made
 
         inputs = [question, turns, samples, seed, guard, *sliders]
-        outputs = [turns, talk, question, status, table]
+        outputs = [turns, talk, question, status, candidates]
         gr.on([ask.click, question.submit], answered, inputs, outputs, api_name=False)
-        clear.click(lambda: ([], "", "", "", []), None, outputs, api_name=False)
+        clear.click(lambda: ([], "", "", "", ""), None, outputs, api_name=False)
         if search is not None:
             _search_panel(gr, search, words)
     return page
@@ -124,7 +132,8 @@ def shown(
         return turns, question[:KEPT], f"{words['failed']}: {state.problem}"
     if state.answer is None:
         return [*turns, (question, "")], "", words["writing"]
-    return [*turns, (question, state.answer)], "", state.problem
+    none = "" if state.order else words["none"].format(threshold=GUARD_THRESHOLD)
+    return [*turns, (question, state.answer)], "", state.problem or none
 
 
 def conversation(turns: list[Turn]) -> Markup:
@@ -136,6 +145,17 @@ def conversation(turns: list[Turn]) -> Markup:
         for mark, text in zip(("?", "\u2192"), turn, strict=True)
         if text
     )
+
+
+def table(title: str, head: list[str], rows: list[list[str]], texts: set[int]) -> Markup:
+    """Rows as HTML, escaped; nothing without rows.
+
+    Args:
+        texts: columns that hold texts, and so may wrap.
+    """
+    if not rows:
+        return Markup()
+    return pages.render(TABLE, title=title, rows=[head, *rows], texts=texts)
 
 
 def rows(state: State, words: dict) -> list[list[str]]:
@@ -162,20 +182,19 @@ def _search_panel(gr: Any, search: Search, words: dict) -> None:
                 [(names[side], side) for side in SIDES], value=SIDES[0], label=words["side"]
             )
             find = gr.Button(words["find"], elem_id="find")
-        table = gr.Dataframe(
-            headers=words["found"],
-            datatype="str",
-            wrap=True,
-            interactive=False,
-            elem_id="rows",
-            column_widths=["18%", "41%", "41%"],
-        )
+        results = gr.HTML(elem_id="rows")
 
-        def best(text: str, side: str) -> list[list[str]]:
-            hits = search.find(text, side) if text.strip() else []
-            return [[f"{hit.similarity:.4f}", hit.prompt, hit.completion] for hit in hits]
+        def best(text: str, side: str) -> Markup | str:
+            if not text.strip():
+                return ""
+            hits = [
+                [f"{hit.similarity:.4f}", *(escaped(part, keep="\n\t") for part in hit[1:])]
+                for hit in search.find(text, side)
+                if hit.similarity > 0
+            ]
+            return table("", words["found"], hits, {1, 2}) or words["nothing"]
 
-        gr.on([find.click, wanted.submit], best, [wanted, side], table, api_name=False)
+        gr.on([find.click, wanted.submit], best, [wanted, side], results, api_name=False)
 
 
 def serve(page: Any, host: str, port: int) -> str:
@@ -197,6 +216,7 @@ def serve(page: Any, host: str, port: int) -> str:
             prevent_thread_lock=True,
             footer_links=[],
             theme=theme,
+            css=CSS,
         )
     except OSError as error:
         raise ConfigError(f"--port: {port} cannot be used on {host}; choose another") from error

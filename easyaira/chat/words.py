@@ -29,10 +29,13 @@ WORDS: dict[str, dict[str, Any]] = {
         "sides": {"Prompts": "prompt", "Completions": "completion"},
         "find": "Search",
         "found": ["similarity", "prompt", "completion"],
+        "nothing": "No row holds these words.",
         "empty": "Type a question.",
         "writing": "writing...",
         "failed": "No answer",
         "apology": "I have no suitable and safe answer to this question. Please rephrase it.",
+        "none": "Every candidate was dropped: the guard scored it below {threshold:g}, or a score "
+        "is no number.",
         "note": "Each question is answered by itself: earlier turns are shown, and not read.",
     },
     "pt": {
@@ -61,11 +64,14 @@ WORDS: dict[str, dict[str, Any]] = {
         "sides": {"Perguntas": "prompt", "Respostas": "completion"},
         "find": "Buscar",
         "found": ["similaridade", "pergunta", "resposta"],
+        "nothing": "Nenhuma linha contém estas palavras.",
         "empty": "Escreva uma pergunta.",
         "writing": "escrevendo...",
         "failed": "Sem resposta",
         "apology": "Não tenho uma resposta adequada e segura para esta pergunta. Reformule-a, "
         "por favor.",
+        "none": "Todas as candidatas foram descartadas: nota da proteção abaixo de {threshold:g}, "
+        "ou nota que não é um número.",
         "note": "Cada pergunta é respondida por si só: as anteriores são exibidas, mas não lidas.",
     },
 }

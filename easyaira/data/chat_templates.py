@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,15 @@ def find_template(name: str, tokenizer: Any) -> tuple[str, str]:
         f"data.template: no template {name!r}; choose {', '.join(TEMPLATES)}, chat, a .jinja "
         "file or a Jinja template"
     )
+
+
+@contextlib.contextmanager
+def as_argument() -> Iterator[None]:
+    """Errors name the argument `template`, where there is no `data.template`."""
+    try:
+        yield
+    except (ConfigError, TokenizerError) as error:
+        raise type(error)(str(error).removeprefix("data.")) from error
 
 
 def _own(tokenizer: Any) -> tuple[str, str]:

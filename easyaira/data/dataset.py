@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,18 @@ class Data:
 
 
 def load(
-    config: DataConfig, recipe: Recipe, *, template: Template, vocab_size: int, seed: int
+    config: DataConfig,
+    recipe: Recipe,
+    *,
+    template: Template,
+    vocab_size: int,
+    seed: int,
+    positions: int | None = None,
 ) -> Data:
     """Read, tokenise, count and split all sources of `config`.
+
+    Args:
+        positions: of the model, the longest max_length; for a warning.
 
     Raises:
         DataError: no row is usable, or the dropped share exceeds config.max_dropped.
@@ -55,14 +65,15 @@ def load(
         raise TokenizerError(
             "tokenizer: data.compat needs a pad_token; set one in its tokenizer_config.json"
         )
-    train, account = _read(config, config.train, recipe, template, "train", config.max_examples)
+    read = partial(_read, config, recipe, template, positions)
+    train, account = read(config.train, "train", config.max_examples)
     check_embedded(train.tokens, vocab_size, RESIZE)
     accounts = {"train": account}
     held_out = None
     if isinstance(config.eval, int | float) and config.eval:
         train, held_out = hold_out(train, config.eval, seed)
     elif config.eval:
-        held_out, accounts["held out"] = _read(config, config.eval, recipe, template, "held-out")
+        held_out, accounts["held out"] = read(config.eval, "held-out")
         check_embedded(held_out.tokens, vocab_size, RESIZE)
     once = train  # each row once, whatever its weight
     if not isinstance(config.train, str):
@@ -144,9 +155,10 @@ def questions_of(
 
 def _read(
     config: DataConfig,
-    what: str | Sequence[Source],
     recipe: Recipe,
     template: Template,
+    positions: int | None,
+    what: str | Sequence[Source],
     label: str,
     limit: int | None = None,
 ) -> tuple[Examples, Account]:
@@ -163,7 +175,7 @@ def _read(
         parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
         account += source_account
     account.check(config.max_dropped)
-    _warn_of_cuts(account, config.truncation, recipe.max_length, label)
+    _warn_of_cuts(account, config.truncation, recipe.max_length, positions, label)
     if account.unread:
         first = itertools.islice(account.unread.items(), SHOWN)
         shown = [f"{shortened(name)} ({count:,} rows)" for name, count in first]
@@ -174,7 +186,9 @@ def _read(
     return _joined(parts), account
 
 
-def _warn_of_cuts(account: Account, truncation: str, max_length: int, label: str) -> None:
+def _warn_of_cuts(
+    account: Account, truncation: str, max_length: int, positions: int | None, label: str
+) -> None:
     """Warn if more than CUT_SHARE of the rows are cut, with the lengths that would keep them."""
     cut = account.cut.total()
     if cut <= CUT_SHARE * account.kept:
@@ -187,6 +201,8 @@ def _warn_of_cuts(account: Account, truncation: str, max_length: int, label: str
         f"data.max_length {max_length:,}{loss}; {account.length_for(0.95):,} keeps 95 % "
         f"whole, {max(account.cut):,} all"
     )
+    if positions and max(account.cut) > positions:
+        warning += f"; the model has {positions:,} positions"
     print(folded(warning), flush=True)
 
 

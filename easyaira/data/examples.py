@@ -178,6 +178,8 @@ class Account:
             mend = ["Fix the rows"]
             if any(reason.startswith("the template") for reason in self.dropped):
                 mend.append("choose another data.template")
+            if any("max_length" in reason or "no room" in reason for reason in self.dropped):
+                mend.append("raise data.max_length")
             if self.kept:
                 mend.append("raise data.max_dropped")
             raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,30 @@ from easyaira.data.examples import Account, Parts
 from easyaira.data.template import Template
 
 ROWS = 12  # that are trained on
+FIRST = 2  # of every other outcome, beside the sample
 LONGEST = 2000  # tokens of a span
 KEPT = "trained on"
 STATES = {True: "trained", False: "masked"}
 
 
 def show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
-    """Record a random sample of the kept rows, and the first two of every other outcome, for a
-    report. The sample holds the rows whose places have the smallest hashes."""
-    recorded = [row for row in account.shown if row[1] == outcome]
-    if outcome != KEPT and len(recorded) >= 2:
-        return
-    if len(recorded) >= ROWS:
-        last = max(recorded, key=lambda row: _hash(row[0]))
-        if _hash(place) >= _hash(last[0]):
+    """Record a random sample of the kept rows, changed ones too, and the first two of every outcome
+    but the plain one, for a report. The sample holds the rows whose places have the smallest
+    hashes."""
+    seen: Counter[str] = Counter()
+    sample = []
+    for row in account.shown:
+        seen[row[1]] += 1
+        if row[1].startswith(KEPT) and (row[1] == KEPT or seen[row[1]] > FIRST):
+            sample.append(row)
+    if outcome == KEPT or seen[outcome] >= FIRST:
+        if not outcome.startswith(KEPT):
             return
-        account.shown.remove(last)
+        if len(sample) >= ROWS:
+            last = max(sample, key=lambda row: _hash(row[0]))
+            if _hash(place) >= _hash(last[0]):
+                return
+            account.shown.remove(last)
     cut = parts.cut or (np.zeros(0, np.int32),) * (1 + len(parts.answers))
     before = [_abridged(cut[0], None), _abridged(parts.prompt, parts.prompt_learned)]
     shown: list[list[Any]] = []

@@ -354,6 +354,8 @@ def _read_with_datasets(source: Source) -> Iterator[Located]:
 
 def _load_with_datasets(source: Source) -> Any:
     path = named_path(source.path)
+    if source.path.isdecimal() and not path.exists():  # the hub would be asked for half a minute
+        raise DataError(f"{source.path}: no such file, and no hub id; name a file or owner/name")
     try:
         import datasets
     except ImportError as error:

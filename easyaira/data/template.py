@@ -373,7 +373,7 @@ class Template:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text that each token adds; a character of several tokens belongs to the last one."""
-        texts, start, before = [], 0, ""
+        texts, start, before, first = [], 0, "", 0
         for i in range(len(tokens)):
             text = self.tokenizer.decode(list(tokens[start : i + 1]))
             if text.endswith("\ufffd") and i + 1 < len(tokens):
@@ -381,8 +381,9 @@ class Template:
                 continue
             texts.append(text[len(before) :])
             before = text
-            if i - start >= 16:  # restart: a window is enough context
-                start, before = i, self.tokenizer.decode([tokens[i]])
+            if i - start >= 16:  # restart at a whole character: a window is enough context
+                start, before = first, self.tokenizer.decode(list(tokens[first : i + 1]))
+            first = i + 1
         return texts
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ from easyaira.config.model import ModelConfig
 from easyaira.config.run import TrainReward
 from easyaira.data import columns, examples, sources, tokenise
 from easyaira.data.batches import Batches
+from easyaira.data.chat_templates import as_argument
 from easyaira.data.examples import Account, Examples
 from easyaira.data.packing import attention_cost, shares_prompt
 from easyaira.data.recipe import recipe_of
@@ -122,7 +123,8 @@ def judge(
     devices = meshes.make_mesh(mesh)
     data = DataConfig(train=[source], template=template)
     config = TrainReward(model=ModelConfig(name, dtype=dtype), data=data)
-    resolved = find(config, devices, scorer=True)
+    with as_argument():
+        resolved = find(config, devices, scorer=True)
     if not resolved.model.architecture.encoder:  # as it is, without a padding token for training
         own = Template(resolved.origin.tokenizer(), template, resolved.origin.config["model_type"])
         resolved = resolved._replace(model=resolved.stored, template=own)

@@ -62,12 +62,15 @@ def _new_head(setup: Setup) -> str:
 
 
 def table(setup: Setup) -> str:
-    """Every parameter with its shape and the mesh axes that shard it."""
-    lines = ["", f"{'parameter':44}{'shape':28}sharded by"]
+    """Every parameter with its shape and, on several devices, the mesh axes that shard it."""
+    rows = [("parameter", "shape", "sharded by")]
     for path, leaf in by_path(setup.trainable.held).items():
         spec = ", ".join(str(axes or "-") for axes in leaf.sharding.spec)
-        lines.append(f"{path:44}{str(leaf.shape):28}{spec}")
-    return "\n".join(lines)
+        rows.append((path, str(leaf.shape), spec))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    shown = 3 if setup.mesh.size > 1 else 2
+    lines = ["".join(map(str.ljust, row[:shown], widths)).rstrip() for row in rows]
+    return "\n".join(["", *lines])
 
 
 def method(setup: Setup) -> str:

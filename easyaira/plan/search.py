@@ -42,22 +42,31 @@ class Candidate(NamedTuple):
         )
 
 
-def search(setup: Setup, algorithm: Algorithm, room: float | None) -> Iterator[str]:
+def check_chip(setup: Setup, room: float | None) -> None:
+    """Raise ConfigError if the chip is unknown.
+
+    Args:
+        room: bytes of a device, if they are known.
+    """
+    kind = setup.mesh.devices.flat[0].device_kind
+    if room is None or chips.chip_of(kind) is None:
+        raise ConfigError(
+            f"search: the chip {kind} is unknown, so settings cannot be compared; use --topology "
+            "with a known pod or GPU"
+        )
+
+
+def search(setup: Setup, algorithm: Algorithm, room: float) -> Iterator[str]:
     """Yield a table of the fastest candidates, a log line per compiled one, and finally the
     proposed settings.
 
     Args:
-        room: bytes of a device, if they are known.
+        room: bytes of a device.
 
     Raises:
-        ConfigError: no candidate fits, or the chip is unknown.
+        ConfigError: no candidate fits.
     """
     devices = list(setup.mesh.devices.flat)
-    if room is None or chips.chip_of(devices[0].device_kind) is None:
-        raise ConfigError(
-            f"search: the chip {devices[0].device_kind} is unknown, so settings cannot be "
-            "compared; use --topology with a known pod"
-        )
     ranked = sorted(candidates(setup, algorithm), key=lambda candidate: candidate.seconds)
     may_fit = [candidate for candidate in ranked if candidate.least <= room]
     yield f"search  {len(ranked)} settings; {len(may_fit)} may fit in {room / 2**30:,.2f} GiB"

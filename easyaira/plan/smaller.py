@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from easyaira.config.model import LoraConfig
 from easyaira.config.run import RunConfig
@@ -13,7 +15,10 @@ from easyaira.plan import cost
 from easyaira.train.algorithm import Algorithm
 from easyaira.train.setup import Setup, prepare
 
+Changes = dict[str, Any]  # section: another one, or a dictionary of its options
+
 SHORTEST = 256  # data.max_length that is still worth proposing
+ACCUMULATION = "gradient_accumulation_steps"
 
 
 def smaller(setup: Setup, algorithm: Algorithm, room: float) -> Iterator[str]:
@@ -26,12 +31,22 @@ def smaller(setup: Setup, algorithm: Algorithm, room: float) -> Iterator[str]:
     kind = setup.mesh.devices.flat[0]
     capability = getattr(kind, "compute_capability", None)
     devices = [Absent(i, kind.device_kind, capability) for i in range(setup.mesh.size)]
-    for flags, config in steps(setup, cost.together_of(setup, algorithm)):
+    together = cost.together_of(setup, algorithm)
+    parts = setup.config.train_batch_size // setup.batches.shards // together
+    length = setup.config.data.max_length or setup.model.config.max_positions
+    config, least = setup.config, math.inf
+    for flags, changes in steps(setup.config, parts, length):
+        changed = _with(config, changes)
+        if changed == config:
+            continue
         try:
-            needed = _needed(config, algorithm, devices)
+            needed = _needed(changed, algorithm, devices)
         except EasyAiraError as error:  # such as rows that a shorter max_length drops
             yield f"        {flags}: {error}"
             continue
+        if needed >= least:  # micro-batches add a copy of the gradients
+            continue
+        config, least = changed, needed
         fits = ", which fits" if needed <= room else ""
         yield f"        {flags}: about {needed / 2**30:,.2f} GiB{fits}"
         if fits:
@@ -44,34 +59,35 @@ def _needed(config: RunConfig, algorithm: Algorithm, devices: list[Absent]) -> f
     return cost.measure(setup, algorithm).program.memory
 
 
-def steps(setup: Setup, together: int) -> Iterator[tuple[str, RunConfig]]:
+def _with(config: RunConfig, changes: Changes) -> RunConfig:
+    """The configuration with other values, by section; a section that is null stays so."""
+    for section, values in changes.items():
+        if isinstance(values, dict):
+            part = getattr(config, section)
+            values = part and replace(part, **values)
+        config = replace(config, **{section: values})
+    return config
+
+
+def steps(config: RunConfig, parts: int, length: int) -> Iterator[tuple[str, Changes]]:
     """Changes of the options, from those that keep the result to those that do not.
 
     Args:
-        together: see `cost.together_of`.
+        parts: micro-batches of which none could be smaller.
+        length: longest example.
     """
-    config = setup.config
-    if config.model.gradient_checkpointing != "full":
-        model = replace(config.model, gradient_checkpointing="full")
-        config = replace(config, model=model)
-        yield "--model.gradient_checkpointing full", config
-    parts = config.train_batch_size // setup.batches.shards // together
-    if config.gradient_accumulation_steps < parts:
-        config = replace(config, gradient_accumulation_steps=parts)
-        yield f"+ --gradient_accumulation_steps {parts}", config
-    if config.lora is None and config.optimizer.state_dtype != "8bit":
+    accumulated = (f"+ --gradient_accumulation_steps {parts}", {ACCUMULATION: parts})
+    yield "--model.gradient_checkpointing full", {"model": {"gradient_checkpointing": "full"}}
+    yield accumulated
+    if config.lora is None:
         adamw = "" if config.optimizer.name == "adamw" else "--optimizer.name adamw "
-        optimizer = replace(config.optimizer, name="adamw", state_dtype="8bit")
-        config = replace(config, optimizer=optimizer)
-        yield f"+ {adamw}--optimizer.state_dtype 8bit", config
-    if config.lora is None and config.model.init == "pretrained":
-        config = replace(config, lora=LoraConfig(target_modules="all-linear", r=16, alpha=32))
-        yield "+ --lora.target_modules all-linear --lora.r 16 --lora.alpha 32", config
-    if config.lora and config.lora.quantize is None:
-        config = replace(config, lora=replace(config.lora, quantize="nf4"))
-        yield "+ --lora.quantize nf4", config
-    length = (config.data.max_length or setup.model.config.max_positions) // 2
-    while length >= SHORTEST:
-        config = replace(config, data=replace(config.data, max_length=length))
-        yield f"+ --data.max_length {length}", config
-        length //= 2
+        optimizer = {"name": "adamw", "state_dtype": "8bit"}
+        yield f"+ {adamw}--optimizer.state_dtype 8bit", {"optimizer": optimizer}
+        if config.model.init == "pretrained":
+            lora = LoraConfig(target_modules="all-linear", r=16, alpha=32)
+            yield "+ --lora.target_modules all-linear --lora.r 16 --lora.alpha 32", {"lora": lora}
+            yield accumulated
+    if config.lora is None or config.lora.quantize is None:
+        yield "+ --lora.quantize nf4", {"lora": {"quantize": "nf4"}}
+    while (length := length // 2) >= SHORTEST:
+        yield f"+ --data.max_length {length}", {"data": {"max_length": length}}

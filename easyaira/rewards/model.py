@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyaira.data.batches import Batches
+from easyaira.data.chat_templates import as_argument
 from easyaira.data.examples import Examples, check_embedded, of_tokens
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
@@ -72,7 +73,8 @@ class RewardModel:
                 raise ConfigError("template: encoders have one form; leave it out")
             template = "encoder"
         self.config, model_type = self.origin.config, self.origin.config["model_type"]
-        self.template = Template(self.origin.tokenizer(), template, model_type)
+        with as_argument():
+            self.template = Template(self.origin.tokenizer(), template, model_type)
         self.tokenizer = self.template.tokenizer
         # transformers scores a decoder at the last token that is no padding, also where that is the
         # end token

@@ -35,7 +35,7 @@ def lines(
         rows: of metrics.jsonl.
         seconds: duration of this command.
         used: energy of all commands of the run; None: not tracked.
-        scorer: the model scores texts, and so cannot generate.
+        scorer: the model scores texts, and so cannot generate; FILE has pairs or labelled texts.
         warnings: lines to show before the last one.
     """
     parts = [f"{words} {change}" for words, change in measured(rows)]
@@ -44,8 +44,8 @@ def lines(
         parts.append(f"{used.kwh:.2g} kWh")
     yield f"after   {', '.join(parts)}"
     yield from warnings
-    if not scorer:
-        yield f"next    easyaira generate {shlex.quote(folder)} --chat"
+    command = "evaluate {} --rows FILE" if scorer else "generate {} --chat"
+    yield f"next    easyaira {command.format(shlex.quote(folder))}"
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

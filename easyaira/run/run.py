@@ -29,7 +29,7 @@ from easyaira.export.records import Records
 from easyaira.plan import cost, on_policy
 from easyaira.plan import report as plan_report
 from easyaira.plan.hlo import lacking
-from easyaira.plan.search import search
+from easyaira.plan.search import check_chip, search
 from easyaira.plan.smaller import smaller
 from easyaira.run import closing, provenance
 from easyaira.run import folder as run_folder
@@ -113,21 +113,24 @@ def show(config: RunConfig, algorithm: Algorithm, dry_run: DryRun) -> None:
     devices = planned_devices(dry_run.topology, dry_run.memory)
     setup = prepare(config, algorithm, devices, planned=True)
     room = dry_run.memory or memory_of(setup.mesh.devices.flat[0])
+    if dry_run.search:
+        check_chip(setup, room)
     print(folded(plan_report.describe(setup)), flush=True)
     print(folded(plan_report.method(setup)), flush=True)
     with jax.default_matmul_precision(setup.model.compute.matmul_precision):
         plan = cost.measure(setup, algorithm)
-        print(f"{plan_report.table(setup)}\n\n{plan_report.show(setup, plan, room)}", flush=True)
+        costs = folded(plan_report.show(setup, plan, room))
+        print(f"{plan_report.table(setup)}\n\n{costs}", flush=True)
         if room and plan.program.memory > room and setup.mesh.devices.flat[0].platform == "gpu":
             print("to fit, counted:", flush=True)
             for line in smaller(setup, algorithm, room):
-                print(line, flush=True)
+                print(folded(line), flush=True)
         if algorithm.on_policy:
             held = sum(plan.sizes[name] for name in ("weights", "optimizer", "frozen"))
             for line in on_policy.show(setup, plan.program, held, room):
-                print(line, flush=True)
+                print(folded(line), flush=True)
         for line in search(setup, algorithm, room) if dry_run.search else ():
-            print(line, flush=True)
+            print(line if line.startswith("propose") else folded(line), flush=True)
 
 
 def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from easyaira.generation.settings import end_ids, files_of
 from easyaira.train.setup import Setup
 
 SAMPLE_TOKENS = 64
+CUT = " ..."  # after a text that was cut
 
 
 class Samples:
@@ -42,12 +43,14 @@ class Samples:
         self.prompts, self.rows = [], []
         asked = shown.bounds[:, 1] - shown.bounds[:, 0] > len(setup.template.first)
         bounds = shown.bounds[asked]  # not without a prompt
+        longest = setup.data.report["recipe"]["max_length"]
         for prompt, answer, end, *_ in bounds[: setup.config.num_samples]:
             self.prompts.append(shown.tokens[prompt:answer].tolist())
             text = setup.template.text
+            ended = end - prompt < longest or shown.tokens[end - 1] in setup.template.end_ids
             row = {
                 "prompt": text(shown.tokens[prompt:answer]),
-                "wanted": text(shown.tokens[answer:end]),
+                "wanted": text(shown.tokens[answer:end]) + ("" if ended else CUT),
             }
             self.rows.append(row | {"answers": {}})
         if hosts.first() and file.exists() and start:
@@ -85,7 +88,8 @@ class Samples:
                 return False
             answers[i] = answer
         for i, row in enumerate(self.rows):
-            row["answers"][str(number)] = self.setup.template.text(answers[i].content)
+            cut = CUT if answers[i].reason == "length" else ""
+            row["answers"][str(number)] = self.setup.template.text(answers[i].content) + cut
         if hosts.first():
             write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
             texts = [f"{row['prompt']}\n\n{row['answers'][str(number)]}" for row in self.rows]

@@ -108,6 +108,7 @@ def read_data(config: RunConfig, resolved: Resolved, recipe: Recipe) -> dataset.
         template=resolved.template,
         vocab_size=resolved.model.vocab_size,
         seed=config.seed,
+        positions=resolved.model.config.max_positions,
     )
 
 

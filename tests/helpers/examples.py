@@ -13,7 +13,7 @@ TASK = {False: "conversation", True: "pair"}
 
 def load(
     path, *, task="conversation", max_length=64, vocab_size=tiny.VOCAB, seed=0, tokenizer=None,
-    **config,
+    positions=None, **config,
 ):  # fmt: skip
     sft = SFTConfig(**config.pop("sft", {})) if task == "conversation" else None
     train = path if isinstance(path, list) else str(path)
@@ -26,6 +26,7 @@ def load(
         ),
         vocab_size=vocab_size,
         seed=seed,
+        positions=positions,
     )
 
 
