@@ -22,6 +22,7 @@ Update n is a pure function of (seed, n), so the only state of the data order is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -31,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from easyaira.data.examples import Examples
-from easyaira.data.packing import Shape, bucket, choose_shapes, pack
+from easyaira.data.packing import COMPILATION, Shape, bucket, choose_shapes, pack
 from easyaira.models.layout import UNATTENDED
 
 LAYOUT = ("tokens", "positions", "segment_ids", "sides", "loss_mask")
@@ -89,6 +90,8 @@ class Batches:
         drop_last: drop an epoch's last update if it is smaller than the others.
         attention: attention cost of a position per position of its row, relative to all other cost
             of a position; 0: `one_row`.
+        compilation: cost of compiling one more program, in positions of a shard; at most that of
+            `packing.COMPILATION` updates.
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
         length: length of the rows, unless an example is longer; None: chosen by cost. With
@@ -107,6 +110,7 @@ class Batches:
     seed: int | None = None
     drop_last: bool = False
     attention: float = 1 / 2048
+    compilation: float = math.inf
     multiple: int = 8
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
     length: int | None = None
@@ -215,7 +219,14 @@ class Batches:
         # a regular update stands for many of all epochs, an extreme one for itself
         extreme = len(regular) / len(self) / SAMPLED_EPOCHS
         weights = np.array([1.0 if update in regular else extreme for update in sampled])
-        shapes = choose_shapes(lengths, needed, self.cost, updates=len(self), weights=weights)
+        shapes = choose_shapes(
+            lengths,
+            needed,
+            self.cost,
+            updates=len(self),
+            compilation=min(COMPILATION, self.compilation / (self.accumulation * totals.mean())),
+            weights=weights,
+        )
         return sorted(shapes, key=self.cost)
 
     def of_each_shape(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +20,8 @@ class Shape(NamedTuple):
 
 
 MAX_SHAPES = 8
-COMPILATION = 10  # cost of compiling one more program, in updates
+COMPILATION = 10  # cost of compiling one more program, in updates, unless it is less
+CPU_COMPILATION = 1.6e12  # the same in operations: 8 seconds at 200 GFLOP/s
 ROW_COUNTS = 24  # row counts to try per length
 
 
@@ -55,6 +57,7 @@ def choose_shapes(
     cost: Callable[[Shape], float],
     *,
     updates: int,
+    compilation: float = COMPILATION,
     weights: np.ndarray | float = 1.0,
 ) -> list[Shape]:
     """Choose a few shapes that fit all updates at low cost.
@@ -65,6 +68,7 @@ def choose_shapes(
             length is too short.
         cost: function from a shape to its cost.
         updates: number of updates that will use the shapes.
+        compilation: cost of compiling one more program, in updates.
         weights: [sampled updates] how many updates each stands for.
     """
     candidates, fits = [], []
@@ -79,7 +83,7 @@ def choose_shapes(
     costs = np.array([[cost(shape)] for shape in candidates]) * weights
     costs = np.where(np.array(fits), costs, np.inf)
     chosen = [int(np.argmin(costs.sum(1)))]
-    enough = COMPILATION / max(updates, 1)  # as a share of an update's mean cost
+    enough = compilation / max(updates, 1)  # as a share of an update's mean cost
     while len(chosen) < MAX_SHAPES:
         best = costs[chosen].min(0)
         totals = np.minimum(costs, best).sum(1)
@@ -116,3 +120,9 @@ def attention_cost(width: int, heads: int, kernel: str) -> float:
     4 D against 24 D^2 operations per layer, and about 30 operations per score. Zero for tiles,
     which depend on the length of the text alone."""
     return 0.0 if kernel == "tiles" else (4 * width + 30 * heads) / (24 * width**2)
+
+
+def compilation_cost(parameters: int, platform: str) -> float:
+    """Positions whose computing takes as long as compiling one more program. An update takes six
+    operations a parameter and position: Kaplan et al. (2020), table 1."""
+    return CPU_COMPILATION / (6 * parameters) if platform == "cpu" else math.inf

@@ -16,7 +16,7 @@ from easyaira.config.run import RunConfig
 from easyaira.data import dataset
 from easyaira.data.batches import Batches
 from easyaira.data.examples import Examples
-from easyaira.data.packing import attention_cost, shares_prompt
+from easyaira.data.packing import attention_cost, compilation_cost, shares_prompt
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
@@ -162,6 +162,7 @@ def prepare(
     parts = (data.train, data.held_out)
     train, held_out = (p and algorithm.arrange(p, resolved.max_length) for p in parts)
     data = replace(data, train=train, held_out=held_out)
+    platform = mesh.devices.flat[0].platform
     layout = {
         "shards": shards,
         "local": meshes.local_shards(mesh),
@@ -170,10 +171,12 @@ def prepare(
         "attention": attention_cost(
             model.config.width, model.config.heads, model.compute.attention
         ),
-        "multiple": ROW_MULTIPLE.get(mesh.devices.flat[0].platform, 8),
+        "multiple": ROW_MULTIPLE.get(platform, 8),
     }
     own = algorithm.on_policy
-    batches = _batches(config, own, data.train, layout, model)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.shapes))
+    cost = {"compilation": compilation_cost(parameters, platform)}
+    batches = _batches(config, own, data.train, layout | cost, model)
     layout["share_prompt"] = batches.share_prompt
     shared = batches.examples.answers * batches.share_prompt
     model = replace(model, compute=replace(model.compute, shared_prompt=shared))

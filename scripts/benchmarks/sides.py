@@ -119,7 +119,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.algorithms.dpo import answer_scores, dpo
     from easyaira.algorithms.reference import make_score
     from easyaira.config.dpo import DPOConfig
-    from easyaira.data.packing import attention_cost, shares_prompt
+    from easyaira.data.packing import attention_cost, compilation_cost, shares_prompt
     from easyaira.distributed import mesh as meshes
     from easyaira.distributed import sharding
     from easyaira.models.layers import Compute
@@ -152,6 +152,9 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         packing=options.get("packing", True),
         share_prompt=share,
         attention=attention_cost(model.config.width, model.config.heads, compute.attention),
+        compilation=compilation_cost(
+            sum(leaf.size for leaf in jax.tree.leaves(model.shapes)), platform
+        ),
         multiple=ROW_MULTIPLE.get(platform, 8),
     )
     if share and examples.answers > 2:  # as a run chooses
