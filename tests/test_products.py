@@ -17,7 +17,7 @@ from easyaira.models import cache
 from easyaira.models.attention import attention, visible
 from easyaira.models.layers import Compute, LayerNorm, RMSNorm, Scores
 from easyaira.models.llama import MLP, LlamaConfig
-from easyaira.models.product import linear, packed
+from easyaira.models.product import by_rows, linear, packed
 from easyaira.plan import cost
 from easyaira.train.setup import prepare
 from helpers import runs, tiny
@@ -106,6 +106,18 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(feat
     assert (y.dtype, d_x.dtype, d_kernel.dtype) == (BF16, BF16, F32)
     assert relative(y, exact) < 2**-9 and relative(d_x, exact_x) < 2**-9
     assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (16,), (17,)])
+@pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 2**-9)])
+def test_few_rows_and_many_times_a_kernel_by_rows(rows, dtype, bound):
+    """One row of 16 bits is multiplied twice, and up to 16 stand second in their product."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(*rows, 40)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(3, 24, 40)), dtype)
+    y = jax.jit(by_rows, static_argnums=2)(x, kernel, dtype)
+    exact = np.tensordot(np.asarray(x, np.float64), np.asarray(kernel, np.float64), (-1, -1))
+    assert (y.shape, y.dtype) == ((*rows, 3, 24), dtype) and relative(y, exact) < bound
 
 
 def attended(q, k, v, segment_ids, sides):
