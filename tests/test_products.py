@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyaira.models import cache
+from easyaira.models import cache, product
 from easyaira.models.attention import attention, visible
 from easyaira.models.layers import Compute, LayerNorm, RMSNorm, Scores
 from easyaira.models.llama import MLP, LlamaConfig
@@ -162,7 +162,7 @@ def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
     """A 16-bit cache is converted to float32 a few rows at a time, however many there are."""
     rng = np.random.default_rng(0)
     R, K, W, N = 8, 2, 48, 16
-    monkeypatch.setattr(cache, "CACHED", few * K * W * N)
+    monkeypatch.setattr(product, "CACHED", few * K * W * N)
     q = jnp.asarray(rng.normal(size=(R, 1, K * G, N)), dtype)
     kept = [jnp.asarray(rng.normal(size=(R, K, W, N)), dtype) for _ in range(2)]
     lengths, clock = jnp.array([1, 48, 17, 30, 5, 40, 2, 33]), jnp.int32(100)

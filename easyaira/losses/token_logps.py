@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import constrain, on_cpu, parts_of
+from easyaira.distributed.sharding import constrain, on_cpu, on_one_cpu, parts_of
 from easyaira.models.layers import capped
-from easyaira.models.product import einsum
+from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpacked
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
 KEPT_CHUNKS = 4  # chunks of that size whose logit gradients are cached for the backward pass
@@ -184,42 +184,60 @@ def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
 
 def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
     """For a chunk: the values of TokenLogps [S, C]; and the gradient of logps with respect to the
-    product of states and head [S, C, V]."""
-    shape = targets.shape
+    product of states and head [S, C, V], in the dtype of the states."""
+    shape, columns = targets.shape, kernel.shape[1]
     # one axis for shards and positions: along an axis of size 1, XLA's sum of a product takes ten
     # times as long on a CPU
     states, targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1, 1)
-    columns = jnp.arange(kernel.shape[1])
-    real = columns < vocab_size
     logits = capped(einsum("nd,dv->nv", states, kernel, jnp.float32), cap)
-    mean = (logits * real).sum(-1) / vocab_size
+
+    def of_logits(logits, targets):
+        values, slope = _of_logits(logits, targets, vocab_size, cap, smoothing)
+        return values, slope.astype(states.dtype)
+
+    values, slope = few_at_a_time(of_logits, (logits, targets), 4 * columns)
+    slope = unpacked(slope, states.dtype).reshape(*shape, columns)
+    return tuple(x.reshape(shape) for x in values), slope
+
+
+def _of_logits(logits, targets, vocab_size, cap, smoothing):
+    """The values of TokenLogps [N] and the gradient [N, V], as above, of logits [N, V]."""
+    columns = jnp.arange(logits.shape[1])
+    real = columns < vocab_size
+    mean = row_dot(logits, real) / vocab_size
     bent = 1 if cap is None else 1 - (logits / cap) ** 2  # tanh' = 1 - tanh^2
-    # a masked sum instead of a gather: it stays local when the vocabulary is sharded
     is_target = columns == targets
-    target = jnp.where(is_target, logits, 0).sum(-1)
+    if on_one_cpu():
+        target = jnp.take_along_axis(logits, targets, 1)[:, 0]
+    else:  # stays local when the vocabulary is sharded
+        target = jnp.where(is_target, logits, 0).sum(-1)
     # an array is masked once, where it is written: a CPU would store a copy for each sum
     largest = (logits + jnp.where(real, 0, -jnp.inf)).max(-1)
     exps = jnp.exp(jnp.where(real, logits - largest[:, None], -jnp.inf))
-    total = exps.sum(-1)
-    expected = (exps * logits).sum(-1) / total
+    if on_cpu():  # XLA would compute them again for each use
+        exps = jax.lax.optimization_barrier(exps)
+    total = row_dot(exps, jnp.ones(len(columns)))
+    expected = row_dot(exps, logits) / total
     lse = largest + jnp.log(total)
-    logps, labels = target - lse, is_target
+    logps, labels = target - lse, jnp.where(is_target, 1.0, 0.0)
     if smoothing:
         logps = (1 - smoothing) * target + smoothing * mean - lse
-        labels = (1 - smoothing) * is_target + smoothing / vocab_size * real
-    squares = jnp.log((exps**2).sum(-1)) - 2 * jnp.log(total)
+        labels = (1 - smoothing) * labels + smoothing / vocab_size * real
+    squares = jnp.log(row_dot(exps, exps)) - 2 * jnp.log(total)
     values = (logps, (target >= largest) * 1.0, mean, lse - expected, squares)
-    slope = (labels - exps / total[:, None]) * bent
-    return tuple(x.reshape(shape) for x in values), slope.reshape(*shape, -1)
+    return values, (labels - exps / total[:, None]) * bent
 
 
-def _gradients(states, kernel, d_logits):
+def _gradients(states, kernel, slope, scale=None):
     """Gradients of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in
-    float32."""
-    d_logits = d_logits.astype(states.dtype)
-    d_states = einsum("scv,dv->scd", d_logits, kernel, states.dtype)
-    d_head = einsum("scd,scv->sdv", states, d_logits, jnp.float32)
-    return d_states, d_head
+    float32; `scale` [S, C] multiplies those of each position. It multiplies the states and not the
+    slope [S, C, V], of which there is more."""
+    d_states = einsum("scv,dv->scd", slope, kernel, jnp.float32)
+    scaled = states
+    if scale is not None:
+        d_states *= scale[..., None]
+        scaled = (states * scale[..., None]).astype(states.dtype)
+    return d_states.astype(states.dtype), einsum("scd,scv->sdv", scaled, slope, jnp.float32)
 
 
 def _reduce_head(d_head, head):
@@ -248,11 +266,11 @@ def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smooth
             _take(states, index), kernel, _take(targets, index), vocab_size, cap, smoothing
         )
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
-        return parts, kept.at[i].set(slope.astype(kept.dtype), mode="drop")
+        return parts, kept.at[i].set(packed(slope), mode="drop")
 
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
     shape = sizes.kept, states.shape[0], sizes.chunk, head.shape[1]
-    kept = jnp.zeros(shape, states.dtype)
+    kept = packed(jnp.zeros(shape, states.dtype))
     kept = constrain(kept, None, BATCH_AXES, None, "tp")
     parts, kept = jax.lax.fori_loop(0, chunks.count, body, (zeros, kept))
     return parts, (states, head, targets, wanted, kept)
@@ -266,18 +284,18 @@ def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
         _, slope = _token_statistics(
             chunk_states, kernel, _take(targets, index), vocab_size, cap, smoothing
         )
-        return slope.astype(kept.dtype)
+        return slope
 
     def body(i, gradients, slope_of):
         d_states, d_head = gradients
         index = chunks.index(i)
         chunk_states = _take(states, index)
-        scale = _take(cotangents[0], index)[..., None]
-        d_logits = slope_of(i, chunk_states, index) * scale
-        d_chunk, d_kernel = _gradients(chunk_states, kernel, d_logits)
+        scale = _take(cotangents[0], index)
+        slope = slope_of(i, chunk_states, index)
+        d_chunk, d_kernel = _gradients(chunk_states, kernel, slope, scale)
         return _put(d_states, index, d_chunk), d_head + d_kernel
 
-    cached = partial(body, slope_of=lambda i, chunk_states, index: kept[i])
+    cached = partial(body, slope_of=lambda i, *_: unpacked(kept[i], states.dtype))
     recomputed = partial(
         body, slope_of=lambda i, chunk_states, index: recompute(chunk_states, index)
     )
@@ -307,7 +325,7 @@ def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothin
         values, slope = _token_statistics(
             chunk_states, kernel, _take(targets, index), vocab_size, cap, smoothing
         )
-        d_chunk, d_kernel = _gradients(chunk_states, kernel, -slope)
+        d_chunk, d_kernel = _gradients(chunk_states, kernel, slope)
         parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, (_put(d_states, index, d_chunk), d_head + d_kernel)
 
@@ -318,7 +336,7 @@ def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothin
 
 
 def _nll_backward(sizes, vocab_size, cap, smoothing, gradients, cotangents):
-    return *(jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)), None, None
+    return *(jax.tree.map(lambda g: (g * -cotangents[0]).astype(g.dtype), gradients)), None, None
 
 
 _nll.defvjp(_nll_forward, _nll_backward)

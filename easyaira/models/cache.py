@@ -8,20 +8,16 @@ the last n slots up to the clock, newest last. Keys are rotated before they are 
 
 from __future__ import annotations
 
-import math
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import constrain, on_one_cpu
+from easyaira.distributed.sharding import constrain
 from easyaira.models.layers import Scores
-from easyaira.models.product import einsum, packed, unpacked
+from easyaira.models.product import einsum, few_at_a_time, packed, unpacked
 
 MASKED = jnp.finfo(jnp.float32).min
-CACHED = 2**18  # numbers of the keys of rows that are worked on at a time, see `attend`
 
 
 class Cache(nn.Module):
@@ -79,13 +75,8 @@ def attend(
         return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype)
 
     rows = (q_R1HN.reshape(R, K, -1, N), *kept, lengths_R)
-    if on_one_cpu() and kept[0].dtype != q_R1HN.dtype:
-        # XLA converts 16-bit factors to float32 in memory: of a few rows, that is the core's cache
-        few = math.gcd(R, 1 << max(0, (CACHED // (K * W * N)).bit_length() - 1))
-        take = partial(jax.lax.dynamic_slice_in_dim, slice_size=few)
-        out_RKGN = jax.lax.map(
-            lambda first: packed(of_rows(*(take(x, first) for x in rows))), jnp.arange(0, R, few)
-        )
-    else:
+    if kept[0].dtype == q_R1HN.dtype:
         out_RKGN = of_rows(*rows)
+    else:  # XLA converts 16-bit factors to float32 in memory
+        out_RKGN = few_at_a_time(of_rows, rows, K * W * N)
     return unpacked(out_RKGN, q_R1HN.dtype).reshape(q_R1HN.shape)
