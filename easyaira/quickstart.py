@@ -235,6 +235,11 @@ def answers(
     return [template.text(answer.content).strip() for answer in answers]
 
 
+def is_right(text: str, answer: str) -> bool:
+    """Whether a text gives this answer, and not a longer word that begins alike."""
+    return f"{answer}." in text
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
         print(__doc__)
@@ -276,7 +281,7 @@ def show(
     from easyaira.train import log
 
     right = {
-        stage: sum(q["answer"] in text for q, text in zip(questions, texts, strict=True))
+        stage: sum(is_right(text, q["answer"]) for q, text in zip(questions, texts, strict=True))
         for stage, texts in stages.items()
     }
     courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in stages.items()}

@@ -40,6 +40,13 @@ def test_the_cells_of_the_notebook_run_one_after_another(tmp_path, monkeypatch):
         assert (tmp_path / "notebook" / run / "hf/model.safetensors").exists()
 
 
+def test_an_answer_with_more_letters_is_wrong():
+    assert quickstart.is_right("Buenos Aires.", "Buenos Aires")
+    courteous = quickstart.SENTENCES[0].format("Argentina", "Buenos Aires") + quickstart.COURTESY
+    assert quickstart.is_right(courteous, "Buenos Aires")
+    assert not quickstart.is_right("Buenos Airest.", "Buenos Aires")
+
+
 def test_the_image_takes_every_device_and_what_its_steps_need():
     text = (ROOT / "Dockerfile").read_text()
     setup = (ROOT / "setup.py").read_text()
