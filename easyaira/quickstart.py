@@ -195,16 +195,18 @@ def write_base(folder: Path, data: Path) -> None:
 def commands(out: Path) -> dict[str, list[str]]:
     """Command lines of the two runs."""
     data = out / "data"
-    common = f"--data.template aira --train_batch_size 32 --num_samples {SHOWN} --eval_steps 20"
+    common = f"--data.template aira --num_samples {SHOWN}"
     return {
         "train_sft": f"--model.name_or_path {out}/base --model.init random "
         f"--data.train {data}/sft_train.jsonl --data.eval {data}/sft_held_out.jsonl {common} "
-        "--num_train_epochs 10 --optimizer.learning_rate 2e-3 --optimizer.warmup_steps 10 "
+        "--train_batch_size 16 --num_train_epochs 10 --eval_steps 40 "
+        "--optimizer.learning_rate 1e-3 --optimizer.warmup_steps 20 "
         f"--output_dir {out}/sft".split(),
         "train_dpo": f"--model.name_or_path {out}/sft "
         f"--data.train {data}/dpo_train.jsonl --data.eval {data}/dpo_held_out.jsonl {common} "
-        "--max_steps 30 --optimizer.learning_rate 5e-5 --optimizer.warmup_steps 5 "
-        f"--dpo.sft_weight 1.0 --output_dir {out}/dpo".split(),
+        "--train_batch_size 32 --max_steps 30 --eval_steps 20 "
+        "--optimizer.learning_rate 5e-5 --optimizer.warmup_steps 5 "
+        f"--dpo.sft_weight 3.0 --output_dir {out}/dpo".split(),
     }
 
 
@@ -231,6 +233,11 @@ def answers(
         sampling = Sampling(max_new_tokens=24, end_ids=tuple(template.end_ids))
         answers = generate(model, params, prompts, sampling)
     return [template.text(answer.content).strip() for answer in answers]
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether a text gives this answer, and not a longer word that begins alike."""
+    return f"{answer}." in text
 
 
 def main(argv: list[str]) -> None:
@@ -274,7 +281,7 @@ def show(
     from easyaira.train import log
 
     right = {
-        stage: sum(q["answer"] in text for q, text in zip(questions, texts, strict=True))
+        stage: sum(is_right(text, q["answer"]) for q, text in zip(questions, texts, strict=True))
         for stage, texts in stages.items()
     }
     courteous = {s: sum(text.endswith(COURTESY) for text in texts) for s, texts in stages.items()}

@@ -33,11 +33,18 @@ def test_the_cells_of_the_notebook_run_one_after_another(tmp_path, monkeypatch):
     names = {}
     for source in sources[1:]:
         source = re.sub(r'"(max_steps|num_train_epochs)": \d+', '"max_steps": 2', source)
-        source = source.replace('"train_batch_size": 32', '"train_batch_size": 4')
+        source = re.sub(r'"train_batch_size": \d+', '"train_batch_size": 4', source)
         source = re.sub(r'"(eval_steps|warmup_steps)": \d+', r'"\1": 1', source)
         exec(compile(source, "quickstart.ipynb", "exec"), names)
     for run in ("sft", "dpo", "reward"):
         assert (tmp_path / "notebook" / run / "hf/model.safetensors").exists()
+
+
+def test_an_answer_with_more_letters_is_wrong():
+    assert quickstart.is_right("Buenos Aires.", "Buenos Aires")
+    courteous = quickstart.SENTENCES[0].format("Argentina", "Buenos Aires") + quickstart.COURTESY
+    assert quickstart.is_right(courteous, "Buenos Aires")
+    assert not quickstart.is_right("Buenos Airest.", "Buenos Aires")
 
 
 def test_the_image_takes_every_device_and_what_its_steps_need():
