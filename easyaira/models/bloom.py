@@ -66,7 +66,8 @@ class Attention(nn.Module):
         linear = partial(Linear, std=c.initializer_range, use_bias=True)
         # q, k and v of a head lie together, so tensor parallelism shards heads
         qkv = linear(3 * D, name="query_key_value")(x_RTD).reshape(R, T, c.heads, 3, D // c.heads)
-        q, k, v = (qkv[:, :, :, i] for i in range(3))
+        # split, since the gradients of slices would be padded and added
+        q, k, v = (part[:, :, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=3))
         rows = (q, k, v, segment_ids, sides)
         out_RTD = attention(*rows, self.compute, scores=c.scores, near=Near(positions))
         return layers.between(linear(D, name="dense")(out_RTD))

@@ -50,7 +50,9 @@ class Attention(nn.Module):
         x_RTD = layers.whole(x_RTD)
         # [D, 3, D] and not [D, 3 D]: tensor parallelism shards heads and never separates q from k
         qkv = Linear((3, D), c.initializer_range, use_bias=True, name="c_attn")(x_RTD)
-        q, k, v = (qkv[:, :, i].reshape(R, T, c.n_head, D // c.n_head) for i in range(3))
+        # split, since the gradients of slices would be padded and added
+        parts = jax.lax.split(qkv, (1, 1, 1), axis=2)
+        q, k, v = (part.reshape(R, T, c.n_head, D // c.n_head) for part in parts)
         out_RTD = attention(q, k, v, segment_ids, sides, self.compute)
         residual_std = c.initializer_range / (2 * c.n_layer) ** 0.5
         out_RTD = Linear(D, residual_std, use_bias=True, name="c_proj")(out_RTD)
