@@ -41,7 +41,7 @@ def parser_of(config_class: type) -> ArgumentParser:
     parser = Parser(
         usage=USAGE,
         description=f"{config_class.__doc__} Options come from --config files (later ones win), "
-        "then from flags, such as --optimizer.learning_rate 1e-5.",
+        "then from flags, such as --data.max_length 512.",
     )
     parser.add_argument(
         "--config", action=ConfigFile, help="YAML file of options; may be repeated."
