@@ -130,8 +130,10 @@ def test_tensorboard_holds_the_metrics(ground, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, capsys):
-    for main, task in ((train_sft.main, "sft"), (train_dpo.main, "dpo")):
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, capsys, devices):
+    """On several devices, also how each parameter is sharded."""
+    for main, task, count in ((train_sft.main, "sft", 1), (train_dpo.main, "dpo", 2)):
+        devices(count)
         arguments = command(
             ground, task, tmp_path / "run", "--dry_run", "--optimizer.warmup_ratio=0.5"
         )
@@ -139,7 +141,8 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         assert status == 0, err
         assert "12,416 parameters" in out and "4 updates of 8 examples, 2 of them warm-up" in out
         assert "36 examples, 4 held out of 40 rows" in out
-        assert re.search(r"model/h/mlp/c_fc/kernel +\(2, 16, 64\) +-, fsdp, tp", out)
+        sharded = "" if count == 1 else " +-, fsdp, tp"
+        assert re.search(rf"model/h/mlp/c_fc/kernel +\(2, 16, 64\){sharded}$", out, re.M)
         assert re.search(r"memory per device: \d+ MiB held .* \d+ MiB in a step", out)
         assert not (tmp_path / "run").exists()
 

@@ -230,14 +230,15 @@ def _of_logits(logits, targets, vocab_size, cap, smoothing):
 
 def _gradients(states, kernel, slope, scale=None):
     """Gradients of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in
-    float32; `scale` [S, C] multiplies those of each position. It multiplies the states and not the
-    slope [S, C, V], of which there is more."""
-    d_states = einsum("scv,dv->scd", slope, kernel, jnp.float32)
-    scaled = states
-    if scale is not None:
-        d_states *= scale[..., None]
-        scaled = (states * scale[..., None]).astype(states.dtype)
-    return d_states.astype(states.dtype), einsum("scd,scv->sdv", scaled, slope, jnp.float32)
+    float32, each position's times its `scale` [S, C]. The states are scaled and not the slope
+    [S, C, V], of which there is more."""
+    dtype = states.dtype
+    if scale is None:
+        d_states = einsum("scv,dv->scd", slope, kernel, dtype)
+    else:
+        d_states = einsum("scv,dv->scd", slope, kernel, jnp.float32) * scale[..., None]
+        states = (states * scale[..., None]).astype(dtype)
+    return d_states.astype(dtype), einsum("scd,scv->sdv", states, slope, jnp.float32)
 
 
 def _reduce_head(d_head, head):

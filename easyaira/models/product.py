@@ -120,7 +120,7 @@ def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
         # and two rows of 16-bit numbers three times as fast as one
         rows = jnp.concatenate([rows, rows])
     if 1 < len(rows) <= FEW and on_one_cpu():
-        # faster still as the second factor; without the barrier, XLA would swap the factors back
+        # faster still if the rows are the second factor; the barrier keeps XLA from swapping them
         y = jax.lax.optimization_barrier(einsum("uk,nk->un", columns, rows, dtype)).T
     else:
         y = einsum("nk,uk->nu", rows, columns, dtype)
@@ -128,16 +128,16 @@ def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
 
 
 def few_at_a_time(f: Callable[..., Any], arrays: Sequence[jax.Array], numbers: int) -> Any:
-    """f(*arrays), on one CPU for a few rows at a time: what a few rows need stays in the core's
-    cache, and what all need would not. 16-bit results of f are packed there.
+    """f(*arrays), computed on one CPU for a few rows at a time: what f computes for them stays in
+    the core's cache. 16-bit results are packed then.
 
     Args:
         f: function whose every result has a row for each row of the arrays.
         numbers: float32 numbers that f computes for a row.
     """
-    if not on_one_cpu():
-        return f(*arrays)
     rows = len(arrays[0])
+    if not on_one_cpu() or rows * numbers <= CACHED:
+        return f(*arrays)
     few = math.gcd(rows, 1 << max(0, (CACHED // numbers).bit_length() - 1))
     take = partial(jax.lax.dynamic_slice_in_dim, slice_size=few)
 
