@@ -230,8 +230,8 @@ def _of_logits(logits, targets, vocab_size, cap, smoothing):
 
 def _gradients(states, kernel, slope, scale=None):
     """Gradients of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in
-    float32, each position's times its `scale` [S, C]. The states are scaled and not the slope
-    [S, C, V], of which there is more."""
+    float32, each position's times its `scale` [S, C]. The states are scaled, since the slope
+    [S, C, V] is larger."""
     dtype = states.dtype
     if scale is None:
         d_states = einsum("scv,dv->scd", slope, kernel, dtype)

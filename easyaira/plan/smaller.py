@@ -73,7 +73,7 @@ def steps(config: RunConfig, parts: int, length: int) -> Iterator[tuple[str, Cha
     """Changes of the options, from those that keep the result to those that do not.
 
     Args:
-        parts: micro-batches of which none could be smaller.
+        parts: largest possible number of micro-batches.
         length: longest example.
     """
     accumulated = (f"+ --gradient_accumulation_steps {parts}", {ACCUMULATION: parts})

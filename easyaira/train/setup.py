@@ -174,8 +174,7 @@ def prepare(
         "multiple": ROW_MULTIPLE.get(platform, 8),
     }
     own = algorithm.on_policy
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.shapes))
-    cost = {"compilation": compilation_cost(parameters, platform)}
+    cost = {"compilation": compilation_cost(model.parameter_count(), platform)}
     batches = _batches(config, own, data.train, layout | cost, model)
     layout["share_prompt"] = batches.share_prompt
     shared = batches.examples.answers * batches.share_prompt

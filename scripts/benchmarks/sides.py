@@ -152,9 +152,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         packing=options.get("packing", True),
         share_prompt=share,
         attention=attention_cost(model.config.width, model.config.heads, compute.attention),
-        compilation=compilation_cost(
-            sum(leaf.size for leaf in jax.tree.leaves(model.shapes)), platform
-        ),
+        compilation=compilation_cost(model.parameter_count(), platform),
         multiple=ROW_MULTIPLE.get(platform, 8),
     )
     if share and examples.answers > 2:  # as a run chooses
