@@ -74,6 +74,8 @@ def _without_closed_loops(print_error: Callable[..., Any]) -> Callable[..., None
 
 sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors nobody has asked a task for
+# Orbax abandons the other writes of a failed save; Python says so whenever it collects them.
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 class Restored(NamedTuple):
@@ -273,9 +275,7 @@ class Checkpoints:
             except Exception as error:
                 failure = self._failed("restored", step, self._damaged_json(step) or error)
             if failure:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    gc.collect()  # abandoned coroutines
+                gc.collect()  # abandoned coroutines print through the hooks, too
         # this reader has no barriers, so every process gets here even if its read failed
         if problem := hosts.problem_of_any(str(failure) if failure else None):
             raise failure or StorageError(problem)
