@@ -15,9 +15,10 @@ import pytest
 
 from easyaira.models import cache, product
 from easyaira.models.attention import attention, visible
+from easyaira.models.embedding import Embedding
 from easyaira.models.layers import Compute, LayerNorm, RMSNorm, Scores
 from easyaira.models.llama import MLP, LlamaConfig
-from easyaira.models.product import by_rows, linear, packed
+from easyaira.models.product import by_rows, linear, packed, unpacked
 from easyaira.plan import cost
 from easyaira.train.setup import prepare
 from helpers import runs, tiny
@@ -108,16 +109,29 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(feat
     assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
 
 
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (16,), (17,)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (16,), (17,), (32,), (33,)])
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 2**-9)])
 def test_few_rows_and_many_times_a_kernel_by_rows(rows, dtype, bound):
-    """One row of 16 bits is multiplied twice, and up to 16 stand second in their product."""
+    """One row of 16 bits is multiplied twice, and up to 16 stand second in their product; up to 32
+    if the product is small."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*rows, 40)), dtype)
     kernel = jnp.asarray(rng.normal(size=(3, 24, 40)), dtype)
     y = jax.jit(by_rows, static_argnums=2)(x, kernel, dtype)
     exact = np.tensordot(np.asarray(x, np.float64), np.asarray(kernel, np.float64), (-1, -1))
     assert (y.shape, y.dtype) == ((*rows, 3, 24), dtype) and relative(y, exact) < bound
+
+
+def test_rows_of_a_16_bit_table_are_read_without_converting_it():
+    table, ids = jnp.ones((50, 8), BF16), jnp.array([3, 49])
+    module = Embedding(50, 8, 1.0)
+
+    def read(packed_table):
+        return module.apply({"params": {"embedding": unpacked(packed_table, BF16)}}, ids, BF16)
+
+    compiled = jax.jit(read).lower(packed(table)).compile()
+    assert (compiled(packed(table)) == table[ids]).all()
+    assert "50,8]" in (program := compiled.as_text()) and not re.search(r"f32\[50,8\]", program)
 
 
 def attended(q, k, v, segment_ids, sides):
@@ -155,24 +169,28 @@ def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dty
 
 
 @pytest.mark.parametrize("few, G", [(1, 1), (4, 1), (8, 1), (4, 3)])
+@pytest.mark.parametrize("clock", [100, 95, 48])  # within a tile of slots, at its end, its start
+@pytest.mark.parametrize("window", [32, None])
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
 def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
-    few, G, dtype, bound, monkeypatch
+    few, G, clock, window, dtype, bound, monkeypatch
 ):
-    """A 16-bit cache is converted to float32 a few rows at a time, however many there are."""
+    """A 16-bit cache is converted to float32 a few rows and slots at a time, however many there
+    are."""
     rng = np.random.default_rng(0)
     R, K, W, N = 8, 2, 48, 16
     monkeypatch.setattr(product, "CACHED", few * K * W * N)
+    monkeypatch.setattr(cache, "TILE", 16)
     q = jnp.asarray(rng.normal(size=(R, 1, K * G, N)), dtype)
     kept = [jnp.asarray(rng.normal(size=(R, K, W, N)), dtype) for _ in range(2)]
-    lengths, clock = jnp.array([1, 48, 17, 30, 5, 40, 2, 33]), jnp.int32(100)
+    lengths = jnp.array([1, 48, 17, 30, 5, 40, 2, 33])
 
     def attend(q, *kept):
         kept = tuple(map(packed, kept))
-        return cache.attend(q, kept, lengths, clock, Scores(), window=32)
+        return cache.attend(q, kept, lengths, jnp.int32(clock), Scores(), window=window)
 
-    age = (100 - np.arange(W)) % W
-    visible = (age < np.array(lengths)[:, None]) & (age < 32)
+    age = (clock - np.arange(W)) % W
+    visible = (age < np.array(lengths)[:, None]) & (age < (window or W))
     k, v = (np.repeat(np.asarray(x, np.float64), G, axis=1) for x in kept)
     scores = np.einsum("rhn,rhwn->rhw", np.asarray(q, np.float64)[:, 0], k) / math.sqrt(N)
     weights = np.where(visible[:, None], np.exp(scores), 0)
@@ -180,9 +198,28 @@ def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
     assert relative(jax.jit(attend)(q, *kept), exact) < bound
     if G == 1:  # 16-bit products of several rows are not converted
         program = jax.jit(attend).lower(q, *kept).compile().as_text()
-        shapes = re.findall(r"f32\[([\d,]+),48,16\]", program)
+        slots = W if dtype == F32 else 16
+        shapes = re.findall(rf"f32\[([\d,]+),{slots},16\]", program)
         at_a_time = max(math.prod(map(int, shape.split(","))) for shape in shapes) // K
         assert at_a_time == (R if dtype == F32 else few)
+
+
+def test_attention_over_a_cache_visits_the_tiles_that_hold_tokens(monkeypatch):
+    """Any other is NaN here; a row without tokens visits none and is 0."""
+    R, K, W, N = 4, 2, 64, 16
+    monkeypatch.setattr(product, "CACHED", K * W * N)
+    monkeypatch.setattr(cache, "TILE", 16)
+    rng = np.random.default_rng(0)
+    clock, lengths = 71, np.array([9, 8, 0, 25])  # the newest token is in slot 7
+    age = (clock - np.arange(W)) % W
+    newest_of_tile = age.reshape(4, 16).min(1).repeat(16)
+    unvisited = newest_of_tile >= lengths[:, None]
+    kept = [rng.normal(size=(R, K, W, N)) for _ in range(2)]
+    kept = [np.where(unvisited[:, None, :, None], np.nan, x) for x in kept]
+    kept = [packed(jnp.asarray(x, BF16)) for x in kept]
+    q = jnp.asarray(rng.normal(size=(R, 1, K, N)), BF16)
+    out = cache.attend(q, tuple(kept), jnp.asarray(lengths), jnp.int32(clock), Scores())
+    assert jnp.isfinite(out).all() and (out[2] == 0).all() and (out[0] != 0).all()
 
 
 def test_a_norm_keeps_its_input_and_nothing_as_large():

@@ -16,7 +16,7 @@ from transformers.generation import logits_process as theirs
 from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import WeightsError
 from easyaira.generation import processors, sampler
-from easyaira.generation.processors import Sampling, process
+from easyaira.generation.processors import Sampling, largest, process
 from easyaira.generation.sampler import Sampler, generate
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.registry import MODELS
@@ -251,6 +251,12 @@ def test_adapters_on_a_quantised_base_generate_what_their_training_forward_says(
 
 
 # Processors
+
+
+def test_of_equal_logits_the_first_is_the_largest():
+    logits = jnp.array([[0.0, 2.0, 2.0], [-jnp.inf, -1.0, -jnp.inf], [3.0, 3.0, 3.0]])
+    assert largest(logits).tolist() == logits.argmax(-1).tolist() == [1, 1, 0]
+
 
 PROCESSORS = {
     "temperature": ({"temperature": 0.7}, lambda: [theirs.TemperatureLogitsWarper(0.7)]),

@@ -17,18 +17,18 @@ from easyaira.distributed.compiler import QUICK
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, on_one_cpu
 from easyaira.distributed.tree import by_path
-from easyaira.generation.processors import Sampling, draw, logps_of, process, uniform
+from easyaira.generation.processors import Sampling, draw, largest, logps_of, process, uniform
 from easyaira.models.layers import capped
 from easyaira.models.linear import BY_ROWS
 from easyaira.models.model import Model
-from easyaira.models.product import by_rows
+from easyaira.models.product import by_rows, packed, unpacked
 
 STEPS = 32  # tokens per row and call of `decode`
 
 
 class Weights(NamedTuple):
-    """Weights for generation: matrices in the computing dtype, layers apart, the head with a row
-    for each token."""
+    """Weights for generation: matrices in the computing dtype, tables packed (see product.py),
+    layers apart, the head with a row for each token."""
 
     params: Any
     head: jax.Array  # [V, D]
@@ -113,7 +113,10 @@ class Programs:
 
         def cast(path, leaf):
             name = "/".join(str(key.key) for key in path)
-            return leaf.astype(dtype) if name in matrices else leaf
+            if name not in matrices:
+                return leaf
+            leaf = leaf.astype(dtype)
+            return packed(leaf) if name.endswith("/embedding") else leaf
 
         params = jax.tree_util.tree_map_with_path(cast, params)
         backbone, layers = self._layers()
@@ -122,8 +125,9 @@ class Programs:
 
     def _params(self, weights: Weights) -> Any:
         backbone, layers = self._layers()
-        inner = weights.params[backbone]
-        return weights.params | {backbone: inner | {layers: together(inner[layers])}}
+        params = jax.tree.map(lambda x: unpacked(x, self.model.compute.dtype), weights.params)
+        inner = params[backbone]
+        return params | {backbone: inner | {layers: together(inner[layers])}}
 
     def _layout(self, tokens, positions, segment_ids, sides=None):
         sides = jnp.zeros_like(tokens) if sides is None else sides
@@ -140,7 +144,7 @@ class Programs:
         """Next token of each row [R] and its log-probability."""
         processed = process(logits, self.sampling, seen, counts)
         if self.sampling.greedy:
-            tokens = processed.argmax(-1)
+            tokens = largest(processed)
         else:
             tokens = draw(processed, uniform(seed, streams, counts))
         tokens = tokens.astype(jnp.int32)
@@ -235,7 +239,7 @@ class Programs:
             layout = self._layout(
                 state.tokens[:, None],
                 state.lengths[:, None],
-                state.lengths[:, None] + 1,
+                jnp.where(state.running, state.lengths + 1, 0)[:, None],
                 jnp.broadcast_to(state.clock, (R, 1)),
             )
             cache = together(state.cache)

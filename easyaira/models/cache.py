@@ -8,6 +8,8 @@ the last n slots up to the clock, newest last. Keys are rotated before they are 
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from easyaira.distributed.sharding import constrain
 from easyaira.models.layers import Scores
 from easyaira.models.product import einsum, few_at_a_time, packed, unpacked
 
+TILE = 64  # slots
 MASKED = jnp.finfo(jnp.float32).min
 
 
@@ -57,26 +60,53 @@ def attend(
 
     Args:
         kept: keys and values of all slots, [R, K, W, N], packed.
-        lengths_R: tokens of each row, with the newest.
+        lengths_R: tokens of each row, with the newest; 0 for a row whose output is of no use.
         clock: tokens written to the ring before the newest.
         scores, window: see attention.py.
     """
     R, K, W, N = kept[0].shape
     age_W = (clock - jnp.arange(W)) % W  # 0: the newest; the key's position is lengths - 1 - age
 
-    def of_rows(q_RKGN, k_RKWN, v_RKWN, lengths_R):
-        k_RKWN, v_RKWN = (unpacked(x, q_R1HN.dtype) for x in (k_RKWN, v_RKWN))
+    def masked(q_RKGN, k_RKWN, lengths_R, age_W):
         products = einsum("rkgn,rkwn->rkgw", q_RKGN, k_RKWN, jnp.float32)
         mask_RW = age_W < lengths_R[:, None]
         if window is not None:
             mask_RW &= age_W < window
-        visible = jnp.where(mask_RW[:, None, None], scores.of(products, N, age_W), MASKED)
-        weights = jax.nn.softmax(visible, axis=-1).astype(v_RKWN.dtype)
-        return einsum("rkgw,rkwn->rkgn", weights, v_RKWN, v_RKWN.dtype)
+        return jnp.where(mask_RW[:, None, None], scores.of(products, N, age_W), MASKED)
 
-    rows = (q_R1HN.reshape(R, K, -1, N), *kept, lengths_R)
+    def at_once(q_RKGN, k_RKWN, v_RKWN, lengths_R):
+        weights = jax.nn.softmax(masked(q_RKGN, k_RKWN, lengths_R, age_W), axis=-1)
+        return einsum("rkgw,rkwn->rkgn", weights.astype(v_RKWN.dtype), v_RKWN, v_RKWN.dtype)
+
+    def by_tiles(q_RKGN, lengths_R, rows_R):
+        """The softmax's sums so far, from the newest tile back to the first with a token."""
+        S = math.gcd(W, TILE)
+        newest = clock % W
+        tokens = lengths_R.max() if window is None else jnp.minimum(lengths_R.max(), window)
+        tiles = jnp.where(tokens > 0, -(-(tokens + S - 1 - newest % S) // S), 0)
+
+        def visit(i, sums):
+            largest, total, out = sums
+            first = (newest // S - i) % (W // S) * S
+            place, shape = (rows_R[0], 0, first, 0), (len(rows_R), K, S, N)
+            k, v = (jax.lax.dynamic_slice(x, place, shape) for x in kept)
+            k, v = unpacked(k, q_RKGN.dtype), unpacked(v, q_RKGN.dtype)
+            ages = jax.lax.dynamic_slice_in_dim(age_W, first, S)
+            tile = masked(q_RKGN, k, lengths_R, ages)
+            larger = jnp.maximum(largest, tile.max(-1))
+            weights, old = jnp.exp(tile - larger[..., None]), jnp.exp(largest - larger)
+            new = einsum("rkgw,rkwn->rkgn", weights.astype(v.dtype), v, jnp.float32)
+            return larger, total * old + weights.sum(-1), out * old[..., None] + new
+
+        zeros = jnp.zeros(q_RKGN.shape, jnp.float32)
+        sums = zeros[..., 0] + MASKED, zeros[..., 0], zeros
+        _, total, out = jax.lax.fori_loop(0, jnp.minimum(tiles, W // S), visit, sums)
+        return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q_RKGN.dtype)
+
+    q_RKGN = q_R1HN.reshape(R, K, -1, N)
     if kept[0].dtype == q_R1HN.dtype:
-        out_RKGN = of_rows(*rows)
+        out_RKGN = at_once(q_RKGN, *kept, lengths_R)
     else:  # XLA converts 16-bit factors to float32 in memory
-        out_RKGN = few_at_a_time(of_rows, rows, K * W * N)
+        rows = (q_RKGN, lengths_R, jnp.arange(R))
+        out_RKGN = few_at_a_time(by_tiles, rows, K * W * N)
     return unpacked(out_RKGN, q_R1HN.dtype).reshape(q_R1HN.shape)

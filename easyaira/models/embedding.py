@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import constrain, parts_of
+from easyaira.distributed.sharding import constrain, on_cpu, parts_of
 from easyaira.models.layers import whole
+from easyaira.models.product import packed, unpacked
 from easyaira.models.token_rows import trained
 
 
@@ -45,6 +46,8 @@ class Embedding(nn.Module):
 def _look_up(table_VD, ids, shape, stored, dtype, rows):
     """Gather rows of a table in `dtype`. The gradient is always accumulated in float32: a token may
     occur a thousand times in a batch, and bfloat16 cannot sum so many terms."""
+    if on_cpu():  # to read a row of 16-bit floats, XLA's CPU converts the whole table
+        return unpacked(constrain(packed(table_VD), rows, None)[ids], stored).astype(dtype)
     return constrain(table_VD.astype(dtype), rows, None)[ids]
 
 
