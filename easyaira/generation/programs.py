@@ -281,13 +281,15 @@ class Programs:
         """Keep these rows [R'], with the newest tokens in `slots` slots."""
 
         def cache(leaf):
-            W = leaf.shape[2]
-            leaf = jnp.roll(leaf[rows], -state.clock, axis=2)  # the newest token in the last slot
-            leaf = jnp.pad(leaf, ((0, 0), (0, 0), (max(slots - W, 0), 0), (0, 0)))
+            W, leaf = leaf.shape[2], leaf[rows]
+            if W != slots:
+                leaf = jnp.roll(leaf, -state.clock, axis=2)  # the newest token in the last slot
+                leaf = jnp.pad(leaf, ((0, 0), (0, 0), (max(slots - W, 0), 0), (0, 0)))
             return constrain(leaf[:, :, -slots:], BATCH_AXES, "tp", None, None)
 
+        clock = state.clock if jax.tree.leaves(state.cache)[0].shape[2] == slots else jnp.int32(0)
         rest = [None if field is None else field[rows] for field in state[2:]]
-        return State(jax.tree.map(cache, state.cache), jnp.int32(0), *rest)
+        return State(jax.tree.map(cache, state.cache), clock, *rest)
 
 
 def _read(tokens, logps, counts) -> Steps:
