@@ -51,6 +51,9 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
     extra = ["--data.template=aira", "--model.init=random", "--optimizer.weight_decay=0.1"]
     status, out, _ = call(train_sft.main, command(ground, "sft", sft, *extra, model="bare"), capsys)
     assert status == 0 and "bit for bit" in out
+    silent = ("answering 2 prompts", "evaluating held-out examples", "compiling the first update")
+    stages = [f"run     {what}" for what in silent]  # each once, before nothing is printed for long
+    assert [line for line in out.splitlines() if line in stages] == stages
     held = {path.name for path in sft.iterdir()}
     assert held == {
         ".lock",

@@ -222,7 +222,7 @@ def _updates(
             window.logged,
             trackers.Trackers(config, folder),
         )
-    samples = Samples(setup, folder / "samples.json", start, log.texts)
+    samples = Samples(setup, folder / "samples.json", start, log)
     loss_fn = trainable.loss_fn(algorithm.loss_fn(setup))
     options = trainable.compiler_options
     best = Best(config, window, partial(setattr, checkpoints.kept, "best"))
@@ -249,6 +249,7 @@ def _updates(
                 answer=samples,
                 stop=stop,
                 best=best,
+                stage=log.stage,
                 own=own and source.held_out,
                 cycle=cycle,
             ),

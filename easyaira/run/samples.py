@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from easyaira.files import read_json, write_file
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import Answer, Sampler
 from easyaira.generation.settings import end_ids, files_of
+from easyaira.train.log import Log, NoLog
 from easyaira.train.setup import Setup
 
 SAMPLE_TOKENS = 64
@@ -25,7 +26,7 @@ class Samples:
     Args:
         file: samples.json of the run folder; its answers up to `start` are kept.
         start: update that the run starts from.
-        show: gets the number of an update, and prompts with answers by name.
+        log: is told what is done, and gets prompts with answers by name.
 
     Attributes:
         rows: for each prompt `prompt`, `wanted` and `answers`: text by number of updates.
@@ -36,9 +37,9 @@ class Samples:
         setup: Setup,
         file: Path,
         start: int = 0,
-        show: Callable[[int, Mapping[str, str]], None] = lambda *_: None,
+        log: Log | NoLog | None = None,
     ):
-        self.setup, self.file, self.show = setup, file, show
+        self.setup, self.file, self.log = setup, file, log or NoLog()
         shown = setup.data.held_out or setup.data.train
         self.prompts, self.rows = [], []
         asked = shown.bounds[:, 1] - shown.bounds[:, 0] > len(setup.template.first)
@@ -80,6 +81,7 @@ class Samples:
         if self.sampler is None:
             self.sampler = self.make_sampler()
         watchdog.beat("sampling answers")
+        self.log.stage(f"answering {len(self.prompts)} prompts")
         answers: dict[int, Answer] = {}
         weights = self.sampler.weights(self.setup.trainable.weights(params))
         for i, answer in self.sampler.answers(weights, self.prompts):
@@ -93,7 +95,7 @@ class Samples:
         if hosts.first():
             write_file(self.file, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
             texts = [f"{row['prompt']}\n\n{row['answers'][str(number)]}" for row in self.rows]
-            self.show(number, {f"answers/{i}": text for i, text in enumerate(texts, 1)})
+            self.log.texts(number, {f"answers/{i}": text for i, text in enumerate(texts, 1)})
         return True
 
     def make_sampler(self) -> Sampler:

@@ -34,6 +34,7 @@ class Evaluate:
             prompts, before the first update and after the last even if nothing is held out.
         stop: checked after each batch; interrupts the evaluation.
         best: compares each evaluation with the best so far.
+        stage: called with what is done.
         own: (params, whether to stop) -> metrics, or None if interrupted; in the place of `step`.
         cycle: evaluations are put off to the end of a cycle of so many updates.
     """
@@ -50,13 +51,14 @@ class Evaluate:
         answer: Callable[[int, Any, Callable[[], bool]], bool],
         stop: Stop,
         best: Best,
+        stage: Callable[[str], None] = lambda _: None,
         own: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None = None,
         cycle: int = 1,
     ):
         self.step, self.held_out, self.mesh = step, held_out, mesh
         self.every, self.until, self.best = every, until, best
         self.summary, self.answer, self.stop = summary, answer, stop
-        self.own, self.cycle = own, cycle
+        self.stage, self.own, self.cycle = stage, own, cycle
 
     def due(self, number: int) -> bool:
         measured = self.held_out is not None or self.own
@@ -74,6 +76,8 @@ class Evaluate:
         if self.stop.stopping or not self.answer(number, params, self.stop.look_now):
             return Evaluation({}, complete=False)
         row: dict[str, float | None] = {}
+        if self.own or self.held_out is not None:
+            self.stage("evaluating held-out examples")
         if self.own:
             of_answers = self.own(params, self.stop.look_now)
             return Evaluation(row | (of_answers or {}), complete=of_answers is not None)

@@ -83,7 +83,7 @@ class Log:
         self._bar = tqdm(
             total=total,
             initial=step,
-            desc="compiling",
+            desc="starting",
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
             disable=not sys.stderr.isatty(),
         )
@@ -133,11 +133,17 @@ class Log:
         if self._trackers:
             self._trackers.texts(step, texts)
 
+    def stage(self, what: str) -> None:
+        """Name the current work in the progress bar; before the first update in a line, too."""
+        if not self._begun:
+            self.say(f"run     {what}")
+        self._bar.set_description(what)
+
     def advance(self, steps: int) -> None:
         if not self._begun:  # the time left is that of updates alone
             self._begun = True
             self._bar.unpause()
-            self._bar.set_description("training", refresh=False)
+        self._bar.set_description("training", refresh=False)
         self._bar.update(steps)
 
     def say(self, line: str) -> None:
@@ -160,6 +166,9 @@ class NoLog:
         pass
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        pass
+
+    def stage(self, what: str) -> None:
         pass
 
     def advance(self, steps: int) -> None:

@@ -56,6 +56,7 @@ def fit(
             if number > save.last:
                 save(number, state, record.to_save())
             break
+        record.compiling(number)
         state, sums = step(state, frozen, ready.arrays)
         number, wanted = number + 1, False
         stop.defer()

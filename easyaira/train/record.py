@@ -79,6 +79,11 @@ class Record:
             self._write(number, row)
         self.evaluated()
 
+    def compiling(self, number: int) -> None:
+        """Say that the update after `number` has to be compiled, if it is the first."""
+        if number == self.start:
+            self.log.stage("compiling the first update")
+
     def update(self, number: int, ready: Ready, sums: Sums) -> None:
         """Add an update that was dispatched, and fetch the sums of earlier ones.
 
