@@ -101,7 +101,7 @@ def test_the_report_and_the_end_of_the_log_warn(tmp_path):
     report.write(tmp_path, title="toy", facts={}, samples=([], []))
     (warning,) = warnings(rows).values()
     assert f'<p class="warning">{warning}.</p>' in (tmp_path / "report.html").read_text()
-    lines = [f"warning {warning}"]
+    lines = [f"warning: {warning}"]
     after, line, _ = closing.lines(rows, 1.0, None, "runs/toy", scorer=False, warnings=lines)
     assert "reward of answers 0.2 -> 1.2" in after
-    assert line == f"warning {warning}"
+    assert line == f"warning: {warning}"

@@ -189,7 +189,7 @@ def test_the_report_has_them_on_top_and_the_terminal_once(tmp_path):
     heading, shown = "<h2>What looks wrong</h2>", f'<p class="warning">{sentence}.</p>'
     assert page.index(heading) < page.index(shown) < page.index("tiny")
     signs = Signs(None)
-    assert list(signs.new(seen)) == [f"warning {sentence}"] and list(signs.new(seen)) == []
+    assert list(signs.new(seen)) == [f"warning: {sentence}"] and list(signs.new(seen)) == []
     assert list(signs.new(health.warnings(ILL["answers cut"]))) == []  # told with the data
     report.write(tmp_path, **given)
     assert heading not in (tmp_path / "report.html").read_text()

@@ -39,4 +39,4 @@ class Signs:
         for name, sentence in signs.items():
             if name not in self._shown:
                 self._shown.add(name)
-                yield f"warning {sentence}"
+                yield f"warning: {sentence}"
