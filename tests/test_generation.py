@@ -16,8 +16,9 @@ from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, Preempted
 from easyaira.export import hf_config
 from easyaira.generation import settings
-from easyaira.generation.chat import CUT
+from easyaira.generation.chat import CUT, Live, text_of
 from easyaira.generation.processors import Sampling
+from easyaira.generation.sampler import Answer
 from easyaira.generation.sampler import generate as answers_of
 from easyaira.run import samples
 from easyaira.storage.pretrained import Pretrained
@@ -393,6 +394,23 @@ def test_a_conversation_knows_its_turns_and_ends_when_its_context_is_full(
         wanted += messages[-1]["content"] + "\n"
         wanted += f"[{CUT}]\n" if answer.reason == "length" else ""
     assert out == wanted
+
+
+def test_a_stop_string_is_not_shown_while_an_answer_is_written():
+    """Nor any part of it, wherever the tokens are cut; what only begins like one is."""
+
+    class Letters:
+        text = staticmethod("".join)
+
+    for letters in ("red END and on", "red EN", "END"):
+        written = []
+        live = Live(Letters, written.append, ["END", "\n"])
+        for letter in letters:
+            live(0, [letter])
+        wanted, shown = letters.partition("END")[0], "".join(written)
+        assert wanted.startswith(shown) and len(shown) == live.shown >= len(wanted) - 2
+        answer = Answer(list(letters), [0.0] * len(letters), "stop")
+        assert shown + text_of(answer, Letters, ["END"])[live.shown :] == wanted
 
 
 @pytest.fixture

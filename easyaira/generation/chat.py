@@ -14,25 +14,36 @@ CUT = "the answer was cut at max_new_tokens, or at the model's last position"
 
 def text_of(answer: Answer, template: Template, stop_strings: Sequence[str]) -> str:
     """Text of an answer, up to the first stop string."""
-    text = template.text(answer.content)
+    return _until(template.text(answer.content), stop_strings)
+
+
+def _until(text: str, stop_strings: Sequence[str]) -> str:
     starts = [text.find(stop) for stop in stop_strings if stop in text]
     return text[: min(starts)] if starts else text
 
 
 class Live:
-    """Writes an answer while it is generated; called with its new tokens."""
+    """Writes an answer while it is generated; called with its new tokens.
 
-    def __init__(self, template: Template, write: Callable[[str], None]):
-        self.template, self.write = template, write
+    Characters that may begin a stop string are held back."""
+
+    def __init__(
+        self, template: Template, write: Callable[[str], None], stop_strings: Sequence[str] = ()
+    ):
+        self.template, self.write, self.stop_strings = template, write, stop_strings
+        self.held = max(map(len, stop_strings), default=1) - 1
         self.tokens: list[int] = []
         self.shown = 0  # characters
 
     def __call__(self, number: int, new: Sequence[int]) -> None:
         self.tokens.extend(new)
         text = self.template.text(self.tokens)
-        if not text.endswith("\ufffd"):  # half a character
-            self.write(escaped(text[self.shown :], keep="\n\t"))
-            self.shown = len(text)
+        if text.endswith("\ufffd"):  # half a character
+            return
+        sure = max(len(text) - self.held, self.shown)
+        until = min(sure, len(_until(text, self.stop_strings)))
+        self.write(escaped(text[self.shown : until], keep="\n\t"))
+        self.shown = until
 
 
 def chat(
@@ -54,11 +65,11 @@ def chat(
         tokens = template.prompt(messages).tolist()
         sampler.limit(tokens, "the conversation")
         own = (seed + len(messages) // 2) % 2**32  # each answer has its own random numbers
-        live = Live(template, write)
+        stop_strings = sampler.sampling.stop_strings
+        live = Live(template, write, stop_strings)
         ((_, answer),) = sampler.answers(weights, [tokens], seed=own, progress=live)
-        rest = template.text(answer.content)[live.shown :]
-        write(escaped(rest, keep="\n\t") + "\n")
+        text = text_of(answer, template, stop_strings)
+        write(escaped(text[live.shown :], keep="\n\t") + "\n")
         if answer.reason == "length":
             write(f"[{CUT}]\n")
-        text = text_of(answer, template, sampler.sampling.stop_strings)
         messages.append({"role": "assistant", "content": text})
