@@ -145,6 +145,16 @@ def test_an_id_without_an_embedding_is_an_error(tmp_path):
         load(file, vocab_size=50)
 
 
+def test_pairs_that_all_have_the_weight_0_are_refused(tmp_path):
+    def load_pairs(*weights):
+        rows = [row | {"weight": w} for row, w in zip(tiny.dpo_rows(2), weights, strict=True)]
+        return load(tiny.write_rows(tmp_path / "rows.jsonl", rows), task="pair")
+
+    with pytest.raises(DataError, match="data.train: the weight of every row is 0"):
+        load_pairs(0, 0.0)
+    assert len(load_pairs(0, 0.5).train) == 2
+
+
 def test_weights_say_how_often_an_epoch_shows_a_source(tmp_path):
     a = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(10))
     b = tiny.write_rows(tmp_path / "b.jsonl", tiny.sft_rows(20, seed=1))

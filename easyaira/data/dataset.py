@@ -58,7 +58,8 @@ def load(
         positions: of the model, the longest max_length; for a warning.
 
     Raises:
-        DataError: no row is usable, or the dropped share exceeds config.max_dropped.
+        DataError: no row is usable or has a weight above 0, or the dropped share exceeds
+            config.max_dropped.
         TokenizerError: a token id has no embedding, or data.compat needs a missing pad_token.
     """
     if recipe.padded and template.tokenizer.pad_token_id is None:
@@ -75,6 +76,8 @@ def load(
     elif config.eval:
         held_out, accounts["held out"] = read(config.eval, "held-out")
         check_embedded(held_out.tokens, vocab_size, RESIZE)
+    if not train.weights.any():  # NaN, a row without a weight, counts
+        raise DataError("data.train: the weight of every row is 0, so nothing would be learned")
     once = train  # each row once, whatever its weight
     if not isinstance(config.train, str):
         train = weighted(train, [source.weight for source in config.train], seed)
