@@ -24,6 +24,7 @@ from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import ROWS, Sampler
 from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_of, options_of
 from easyaira.losses.token_logps import token_logps
+from easyaira.models.attention import unchecked
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.rewards.model import RewardModel, check_listed
@@ -69,13 +70,13 @@ class LoadedModel:
     """
 
     def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str, devices: Any = None):
-        compute = Compute(dtype=jnp.dtype(dtype))
+        self.mesh = meshes.make_mesh(mesh, devices)
+        compute = Compute(jnp.dtype(dtype), attention=unchecked(self.mesh))
         self.origin = origin
         self.model = model_of(origin.config, origin.where, compute, scorer=False)
         origin.check(self.model)
         with as_argument():
             self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
-        self.mesh = meshes.make_mesh(mesh, devices)
         self.config, self.tokenizer = origin.config, self.template.tokenizer
         self._logps = jax.jit(self._logps_of)
         self._samplers: dict[Any, Sampler] = {}

@@ -36,13 +36,20 @@ def test_importing_easyaira_alone_loads_nothing():
         easyaira.lead  # noqa: B018
 
 
-def test_logps_are_those_of_transformers(model, folder):
+@pytest.mark.parametrize("long", [False, True])
+def test_logps_are_those_of_transformers(long, model, folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
+    answers = ANSWERS
+    if long:  # rows that attention computes in tiles
+        folder, answers = tmp_path, [answer * 9 for answer in ANSWERS]
+        tiny.save(folder, tiny.CASES["llama"] | {"max_position_embeddings": 400})
+        model = easyaira.load(str(folder), template="plain")
+        assert model.model.compute.attention == "tiles"
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    actual = model.logps(QUESTIONS, ANSWERS)
+    actual = model.logps(QUESTIONS, answers)
     assert actual.shape == (3,) and actual.dtype == np.float32
-    for question, answer, ours in zip(QUESTIONS, ANSWERS, actual, strict=True):
+    for question, answer, ours in zip(QUESTIONS, answers, actual, strict=True):
         text = question if isinstance(question, str) else question[0]["content"]
         messages = [{"role": "user", "content": text}]
         start = len(model.template.prompt(messages))
@@ -53,6 +60,7 @@ def test_logps_are_those_of_transformers(model, folder):
         wanted = logps.gather(-1, ids[0, 1:, None])[start - 1 :].sum()
         assert ids[0, -1] == model.template.end
         np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+    assert long == (ids.shape[1] > 128)  # the last answer is the longest
 
 
 def test_logps_of_more_texts_than_a_batch_are_in_order(model):
