@@ -24,7 +24,7 @@ from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import ROWS, Sampler
 from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_of, options_of
 from easyaira.losses.token_logps import token_logps
-from easyaira.models.attention import unchecked
+from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.rewards.model import RewardModel, check_listed
@@ -71,7 +71,7 @@ class LoadedModel:
 
     def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str, devices: Any = None):
         self.mesh = meshes.make_mesh(mesh, devices)
-        compute = Compute(jnp.dtype(dtype), attention=unchecked(self.mesh))
+        compute = Compute(jnp.dtype(dtype), attention=implementation_for(self.mesh))
         self.origin = origin
         self.model = model_of(origin.config, origin.where, compute, scorer=False)
         origin.check(self.model)

@@ -124,9 +124,9 @@ def attention(
     return by_features(out.reshape(R, T, H * N))
 
 
-def unchecked(mesh: jax.sharding.Mesh | None) -> str:
-    """The fastest implementation for models that are only used: on accelerators it would have to
-    be checked first, see train/kernel_check.py."""
+def implementation_for(mesh: jax.sharding.Mesh | None) -> str:
+    """The implementation for a model that is used and not trained: tiles on CPUs, else XLA's. The
+    kernels of accelerators are checked before each run, see train/kernel_check.py."""
     on_cpus = mesh is not None and mesh.devices.flat[0].platform == "cpu"
     return "tiles" if on_cpus else "xla"
 

@@ -17,7 +17,7 @@ from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.sharding import constrain
 from easyaira.errors import ConfigError, DataError, WeightsError
-from easyaira.models.attention import unchecked
+from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
@@ -61,7 +61,7 @@ class RewardModel:
     ):
         self.name, self.mesh = origin if isinstance(origin, str) else origin.where, mesh
         self.origin = pretrained.find(origin) if isinstance(origin, str) else origin
-        compute = Compute(jnp.dtype(dtype), attention=unchecked(mesh))
+        compute = Compute(jnp.dtype(dtype), attention=implementation_for(mesh))
         self.model = model_of(self.origin.config, self.origin.where, compute, scorer=True)
         # a plan needs no weights; without them, `load` fails
         if has_weights(self.origin) and (missing := self.origin.check(self.model)):
