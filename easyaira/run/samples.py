@@ -26,7 +26,7 @@ class Samples:
     Args:
         file: samples.json of the run folder; its answers up to `start` are kept.
         start: update that the run starts from.
-        log: is told what is done, and gets prompts with answers by name.
+        log: shows that prompts are being answered, and passes the answers to trackers.
 
     Attributes:
         rows: for each prompt `prompt`, `wanted` and `answers`: text by number of updates.

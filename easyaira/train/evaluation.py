@@ -34,7 +34,7 @@ class Evaluate:
             prompts, before the first update and after the last even if nothing is held out.
         stop: checked after each batch; interrupts the evaluation.
         best: compares each evaluation with the best so far.
-        stage: called with what is done.
+        stage: shows the current work.
         own: (params, whether to stop) -> metrics, or None if interrupted; in the place of `step`.
         cycle: evaluations are put off to the end of a cycle of so many updates.
     """

@@ -134,7 +134,7 @@ class Log:
             self._trackers.texts(step, texts)
 
     def stage(self, what: str) -> None:
-        """Name the current work in the progress bar; before the first update in a line, too."""
+        """Show the current work in the progress bar. Before the first update, also print it."""
         if not self._begun:
             self.say(f"run     {what}")
         self._bar.set_description(what)
