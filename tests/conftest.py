@@ -116,11 +116,16 @@ def one_device(devices):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Free compiled programs after each test file, once this process has held 2.5 GB."""
+    """Free compiled programs after each test file, once this process has held 2.5 GB. What a file
+    leaves is frozen: else each later collection would walk it, and late tests take twice as long.
+    """
     yield
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2.5e6:  # kilobytes on Linux
+        gc.unfreeze()
         jax.clear_caches()
         programs.shared.clear()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
