@@ -194,7 +194,7 @@ def from_easylm(
 
 
 def text_model(source: str, out: str, revision: str | None = None) -> None:
-    """Write the text model of a model for images and text as a Hugging Face folder of its own.
+    """Write the text model of a model for images or sound as a Hugging Face folder of its own.
 
     Args:
         source: Hugging Face folder or hub id, whose config.json has a text_config.
@@ -215,7 +215,7 @@ def text_model(source: str, out: str, revision: str | None = None) -> None:
     tokenizer = parts.tokenizer_of(origin)
     files = (text.config, origin.generation_config, tokenizer)
     verified = release.copy(named_path(out), text.tensors, *files)
-    without = f", without {' and '.join(text.left_out)}" if text.left_out else ""
+    without = f" without {', '.join(text.left_out)}" if text.left_out else ""
     print(f"{out}: {text.model.parameter_count():,} parameters from {source}{without}; {verified}")
 
 

@@ -1,4 +1,4 @@
-"""The text model of a model for images and text: its config, and its tensors under its own names.
+"""The text model of a model for images or sound: its config, and its tensors under its own names.
 
 Both follow transformers, which decides what config.json leaves out and whether the head is tied."""
 
@@ -21,7 +21,7 @@ from easyaira.models.registry import model_of
 from easyaira.storage.pretrained import Pretrained, without_most_common
 
 TEXT_PART = "language_model"
-OTHER_PARTS = ("vision_tower", "multi_modal_projector", "image_newline")
+OTHER_PARTS = ("vision_tower", "audio_tower", "multi_modal_projector", "image_newline")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

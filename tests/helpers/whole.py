@@ -1,10 +1,10 @@
-"""Tiny models for images and text, in folders as they are published."""
+"""Tiny models for images, sound and text, in folders as they are published."""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from helpers import tiny
 
@@ -22,6 +22,12 @@ _TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 10,
     "max_position_embeddings": 64,
+}
+_LLAMA = _TEXT | {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
 }
 WHOLE = {  # config.json as such models are published: what is the default is left out
     "gemma3": {
@@ -57,6 +63,26 @@ WHOLE = {  # config.json as such models are published: what is the default is le
             "rope_theta": 500.0,
         },
     },
+    "llava_next": {
+        "model_type": "llava_next",
+        "eos_token_id": 2,
+        "vision_config": _EYES | {"model_type": "clip_vision_model"},
+        "text_config": _LLAMA,
+    },
+    "voxtral": {
+        "model_type": "voxtral",
+        "eos_token_id": 2,
+        "audio_config": {
+            "model_type": "voxtral_encoder",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+        },
+        "text_config": _LLAMA,
+    },
 }
 
 
@@ -67,7 +93,7 @@ def save(folder: Path, kind: str) -> None:
     torch.manual_seed(0)
     settings = WHOLE[kind]
     config = AutoConfig.for_model(**settings, tie_word_embeddings=kind == "gemma3")
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForMultimodalLM.from_config(config)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name), 0.2)
     model.generation_config.eos_token_id = settings["eos_token_id"]
