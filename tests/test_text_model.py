@@ -97,8 +97,8 @@ def test_the_text_model_computes_what_it_did_among_the_other_parts(
     convert.main(["text_model", str(source), str(out)])
     parts = sorted(part for part in OTHERS if any(part in name for name in stored))
     count = sum(not any(part in name for part in OTHERS) for name in stored)
-    said = f" without {', '.join(parts)}; all {count} tensors equal the stored ones bit for bit"
-    assert said in capsys.readouterr().out
+    line = f" without {', '.join(parts)}; all {count} tensors equal the stored ones bit for bit"
+    assert line in capsys.readouterr().out
 
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert type(model).__name__ == CLASSES[kind] and model.dtype == torch.bfloat16
