@@ -3,6 +3,7 @@
 python -m easyaira.convert to_hf   RUN_OR_CHECKPOINT OUT_FOLDER
 python -m easyaira.convert from_hf HF_FOLDER_OR_ID   OUT_FOLDER
 python -m easyaira.convert from_easylm CHECKPOINT HF_FOLDER_OR_ID OUT_FOLDER
+python -m easyaira.convert text_model HF_FOLDER_OR_ID OUT_FOLDER
 """
 
 from __future__ import annotations
@@ -192,7 +193,33 @@ def from_easylm(
     print(f"{out}: {release.summary(report)}")
 
 
-COMMANDS = (to_hf, from_hf, from_easylm)
+def text_model(source: str, out: str, revision: str | None = None) -> None:
+    """Write the text model of a model for images or sound as a Hugging Face folder of its own.
+
+    Args:
+        source: Hugging Face folder or hub id, whose config.json has a text_config.
+        out: New folder.
+        revision: Branch, tag or commit of a hub id.
+    """
+    from easyaira.errors import ConfigError
+    from easyaira.export import release
+    from easyaira.export import text_model as parts
+    from easyaira.storage import pretrained
+
+    origin = pretrained.find(source, revision)
+    if origin.step is not None:
+        raise ConfigError(
+            f"{source}: is a run folder, which holds text models only; use it as it is"
+        )
+    text = parts.text_model(origin)
+    tokenizer = parts.tokenizer_of(origin)
+    files = (text.config, origin.generation_config, tokenizer)
+    verified = release.copy(named_path(out), text.tensors, *files)
+    without = f" without {', '.join(text.left_out)}" if text.left_out else ""
+    print(f"{out}: {text.model.parameter_count():,} parameters from {source}{without}; {verified}")
+
+
+COMMANDS = (to_hf, from_hf, from_easylm, text_model)
 
 
 def main(argv: list[str]) -> None:

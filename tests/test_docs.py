@@ -25,7 +25,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
 from easyaira.export import torch_check
 from easyaira.inspect import Inspect
-from helpers import easylm, tasks, tiny
+from helpers import easylm, tasks, tiny, whole
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -341,6 +341,8 @@ def run(command: Command, ground: Path) -> None:
         params = easylm.params_of({name: tensor.numpy() for name, tensor in state.items()}, head=4)
         Path(arguments[1]).write_bytes(easylm.stream(params))
         arguments[2] = str(ground / "llama")
+    elif module == "convert" and arguments[0] == "text_model":
+        whole.save(Path(arguments[1]), "gemma3")
     elif module == "convert":
         arguments[1] = newest(arguments[1])
     if module == "translate":

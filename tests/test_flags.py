@@ -47,6 +47,7 @@ COMMANDS = {
         f"backtranslate {step}": lambda argv, step=step: backtranslate.main([step, *argv])
         for step in backtranslate.STEPS
     },
+    "convert text_model": lambda argv: convert.main(["text_model", *argv]),
     "convert to_hf": lambda argv: convert.main(["to_hf", *argv]),
 }
 

@@ -5,6 +5,8 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.mistral import tokenizer as mistral
+from transformers.models.auto import tokenization_auto
 
 from easyaira.data.template import Template
 from easyaira.errors import TokenizerError
@@ -123,3 +125,15 @@ def test_tokenizer_model_alone_needs_sentencepiece(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(TokenizerError, match="needs sentencepiece: pip install sentencepiece, or"):
         Pretrained(str(tmp_path), tmp_path).tokenizer()
+
+
+def test_tokenizer_json_is_read_beside_a_file_of_mistral_common(tmp_path, monkeypatch):
+    """With that package, transformers 5 would read tekken.json, which is no fast tokenizer."""
+    tiny.save_config(tmp_path, tiny.CASES["mistral"])
+    (tmp_path / "tekken.json").write_text("{}")
+    monkeypatch.setitem(
+        tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend"
+    )
+    monkeypatch.setattr(mistral, "is_mistral_common_available", lambda: True)
+    tokenizer = Pretrained(str(tmp_path), tmp_path).tokenizer()
+    assert tokenizer("what?").input_ids == tiny.tokenizer()("what?").input_ids

@@ -766,6 +766,79 @@ def test_axolotl_may_say_what_is_learned_anyway(tmp_path, capsys):
         translate.main(["axolotl", file])
 
 
+FAST = ["liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["swanlab.SwanLabPlugin"], FAST, ["swanlab.SwanLabPlugin", *FAST], [*FAST, FAST[0]]],
+)
+def test_axolotls_plugins_that_change_no_number_are_named(names, tmp_path, capsys):
+    plugins = {"plugins": [f"axolotl.integrations.{name}" for name in names]}
+    text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA | plugins))[1]
+    assert "# - plugins: says how PyTorch computes or logs" in text
+    plugins["plugins"].append("axolotl.integrations.kernels.KernelsPlugin")
+    file = write(tmp_path / "b.yaml", **ALPACA_QLORA | plugins)
+    with pytest.raises(ConfigError, match=r"plugins \(only those that change no number"):
+        translate.main(["axolotl", file])
+
+
+def test_axolotls_mistral_common_is_not_used(tmp_path, capsys):
+    for asked in (True, False):
+        keys = ALPACA_QLORA | {"tokenizer_use_mistral_common": asked}
+        text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))[1]
+        note = "# - tokenizer.json and the chat template of the model's folder are used, and not"
+        assert (note in text.partition("# Without effect")[0]) == asked
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        (
+            r"model.language_model.layers.[\d]+.(mlp|cross_attn|self_attn).(up|down|gate|q|k|v|o)_proj",
+            "up down gate q k v o",
+        ),
+        (r"language_model\.model\.layers\.\d+\.(mlp|self_attn)\.(q|v)_proj", "q v"),
+        (
+            r"model.language_model.layers.[\d]+.(_checkpoint_wrapped_module.)?(mlp|self_attn).(q|o)_proj",
+            "q o",
+        ),
+    ],
+)
+def test_axolotls_layers_of_a_text_model_are_those_of_its_own_folder(
+    pattern, names, tmp_path, capsys
+):
+    keys = ALPACA_QLORA | {"lora_target_modules": pattern, "lora_target_linear": False}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    assert config.lora.target_modules == [f"{name}_proj" for name in names.split()]
+    assert "take it out first, and name its folder in model.name_or_path (easyaira convert" in text
+    ends = [f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in names.split()]
+    heads = ("model.language_model", "language_model.model")  # read as peft does
+    whole = [
+        all(re.fullmatch(pattern, f"{head}.layers.12.{end}") for end in ends) for head in heads
+    ]
+    assert any(whole)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"processor_type": "AutoProcessor"},
+        {"lora_target_modules": r"model.language_model.layers.[\d]+.(mlp).(up|q)_proj"},
+        {"lora_target_modules": r"model.language_model.layers.[12]+.(mlp|self_attn).(q)_proj"},
+        {"lora_target_modules": r"model.language_model.layers.\d+.(mlp|self_attn).(q|qkv)_proj"},
+        {"lora_target_modules": "model.language_model.layers.(0.mlp.up_proj|.*)"},
+    ],
+    ids=["images", "one part", "some layers", "other names", "another form"],
+)
+def test_axolotls_layers_of_other_parts_are_refused(keys, tmp_path):
+    pattern = r"model.language_model.layers.[\d]+.(mlp|self_attn).(q|v)_proj"
+    keys = {"lora_target_modules": pattern, "lora_target_linear": False} | keys
+    file = write(tmp_path / "a.yaml", **ALPACA_QLORA | keys)
+    with pytest.raises(ConfigError, match=r"lora_target_modules \(names parts of a model for im"):
+        translate.main(["axolotl", file])
+
+
 @pytest.mark.parametrize(
     "keys, weight", [({}, 1.0), ({"cpo_alpha": 0.0}, 0.0), ({"cpo_alpha": 0.5}, 0.5)]
 )

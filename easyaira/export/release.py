@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from easyaira.export.hf_config import Facts, with_dtype
 from easyaira.export.records import Records
 from easyaira.files import reason
 from easyaira.hf import safetensors, transfer
+from easyaira.hf.lazy import Lazy
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter
 from easyaira.models.model import Model
@@ -78,28 +79,60 @@ def export(
             tensor.read()  # every process takes part in each gather
         return {}
     with _replacing(folder, replace) as new:
-        written: dict[str, dict[str, Any]] = {}
-
-        def recorded(name: str, tensor: np.ndarray) -> np.ndarray:
-            written[name] = proof.described(tensor)
-            return tensor
-
-        lazy = ((name, tensor.then(partial(recorded, name))) for name, tensor in tensors)
-        safetensors.save_folder(lazy, new)
-        watchdog.beat("verifying the export", bounded=False)
-        _write_json(new / "config.json", with_dtype(facts.config, dtype))
-        if facts.generation_config:
-            _write_json(new / "generation_config.json", facts.generation_config)
-        save_tokenizer(tokenizer, new)
-        report = {
-            "tensors": written,
-            "read_back": _verify(safetensors.open_folder(new), written, new),
-        }
+        config = with_dtype(facts.config, dtype)
+        report = _write_model(new, tensors, config, facts.generation_config, tokenizer)
         report["logits"] = torch_check.compare_logits(
             new, model, tokenizer, lambda: Pretrained(str(new), new).load(model, mesh), mesh
         )
         _write_records(new, report, records)
     return report
+
+
+def copy(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    tokenizer: Any,
+) -> str:
+    """Write stored tensors, as they are, to a Hugging Face folder of their own, and verify it;
+    returns what was verified, in one line.
+
+    Raises:
+        ConfigError: the folder exists and is not empty.
+        StorageError: it cannot be written.
+        WeightsError: verification failed.
+    """
+    lazy = ((name, Lazy(t.shape, t.dtype, partial(iter, [t]))) for name, t in tensors.items())
+    with _replacing(folder, replace=False) as new:
+        written = _write_model(new, lazy, config, generation_config, tokenizer)["tensors"]
+    return f"all {len(written)} tensors equal the stored ones bit for bit"
+
+
+def _write_model(
+    new: Path,
+    tensors: Iterable[tuple[str, Lazy]],
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Write weights, configs and tokenizer, and read the weights back; returns what
+    export_report.json says of them."""
+    written: dict[str, dict[str, Any]] = {}
+
+    def recorded(name: str, tensor: np.ndarray) -> np.ndarray:
+        written[name] = proof.described(tensor)
+        return tensor
+
+    lazy = ((name, tensor.then(partial(recorded, name))) for name, tensor in tensors)
+    safetensors.save_folder(lazy, new)
+    watchdog.beat("verifying the export", bounded=False)
+    _write_json(new / "config.json", config)
+    if generation_config:
+        _write_json(new / "generation_config.json", generation_config)
+    save_tokenizer(tokenizer, new)
+    read_back = _verify(safetensors.open_folder(new), written, new)
+    return {"tensors": written, "read_back": read_back}
 
 
 def export_adapter(

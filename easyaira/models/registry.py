@@ -120,6 +120,11 @@ def model_of(
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in MODELS:
+        if _writes(_object(raw, "text_config", where).get("model_type")):
+            raise ConfigError(
+                f"{where}: holds a model for more than text, model_type {kind!r:.80}; take its "
+                f"text model out: easyaira convert text_model {where} OUT"
+            )
         raise ConfigError(
             f"{where}: model_type {kind!r:.80} is not supported; choose one of {', '.join(MODELS)}"
         )
@@ -173,6 +178,11 @@ def model_of(
     if scorer is None:
         scorer = stored_scorer or architecture.encoder
     return Model(architecture, config, compute, scorer)
+
+
+def _writes(kind: Any) -> bool:
+    """Whether a model_type is that of a supported language model."""
+    return isinstance(kind, str) and kind in MODELS and not MODELS[kind].encoder
 
 
 def _labels(raw: Mapping[str, Any]) -> int:

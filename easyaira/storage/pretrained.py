@@ -284,10 +284,10 @@ class Pretrained:
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
         where = str(folder) if self.commit is None else self.name
         if name is not None:
-            other = find(name)
-            folder, where = other.folder, other.where
+            folder, where = (other := find(name)).folder, other.where
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            read = {"trust_remote_code": False, "mistral_format": False}  # tokenizer.json alone
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), **read)
         except Exception as error:  # transformers raises many types; all mean the same here
             reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
             only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]

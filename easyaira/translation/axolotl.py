@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from easyaira.translation.recipe import Recipe
@@ -16,10 +17,17 @@ from easyaira.translation.verdicts import (
     unsupported,
 )
 
-PLUGINS = ("liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin")
-FAST = tuple([f"axolotl.integrations.{name}" for name in names] for names in (
-    PLUGINS[:1], PLUGINS[1:], PLUGINS, PLUGINS[::-1],
-))  # fmt: skip
+HARMLESS = (  # plugins that change no number
+    "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+    "axolotl.integrations.liger.LigerPlugin",
+    "axolotl.integrations.swanlab.SwanLabPlugin",
+)
+# layers of the text model in one for images and text, without what escapes a dot or a digit
+OF_TEXT_MODEL = re.compile(
+    r"(?:model\.language_model|language_model\.model)\.layers\.d\+\."
+    r"(?:\(_checkpoint_wrapped_module\.\)\?)?\((.+)\)\.\((.+)\)_proj"
+)
+LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 
 COMMON: Table = {
     **same("""
@@ -52,6 +60,7 @@ COMMON: Table = {
         lora_target_linear peft_use_rslora=use_rslora peft_use_dora=use_dora
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
+        tokenizer_use_mistral_common=mistral_common
     """),
     **no_effect(
         "says how PyTorch computes, and not what",
@@ -101,7 +110,8 @@ COMMON: Table = {
     **no_effect("a tied head always follows the embedding", "peft_ensure_weight_tying"),
     **no_effect("a loss that is not finite ends the run", "loss_watchdog_threshold "
                 "loss_watchdog_patience"),
-    "plugins": Unsupported("only those that change no number have a translation", (None, *FAST)),
+    "plugins": Unsupported("only those that change no number have a translation", (None, []),
+                           HARMLESS),
     **unsupported("rows come in a random order", "group_by_length "
                   "curriculum_sampling sample_packing_sequentially"),
     **unsupported("adds tokens to the tokenizer; save it with them", "tokens "
@@ -134,7 +144,6 @@ COMMON: Table = {
                   "completion", "pretraining_dataset", (None, False, [])),
     **unsupported("set streaming in the sources of the translated file", "streaming",
                   (None, False)),
-    **unsupported("the tokenizer is read by transformers", "tokenizer_use_mistral_common"),
     **unsupported("repeated rows stay; take them out of the file (data_report.json counts them as "
                   "duplicates)", "dataset_exact_deduplication"),
     **unsupported("short rows stay; take them out of the file", "min_sample_len"),
@@ -207,10 +216,14 @@ def facts(run: Recipe) -> None:
         run.facts |= {"load_in_4bit": None, "load_in_8bit": None}
     if run.get("lora_target_linear"):
         run.facts["lora_target_modules"] = "all-linear"
-    if isinstance(run.get("lora_target_modules"), str) and "language_model" in run.get(
-        "lora_target_modules"
-    ):
-        run.refuse("lora_target_modules", "names parts of a model for images; EasyAira has none")
+    pattern = run.get("lora_target_modules")
+    if isinstance(pattern, str) and "language_model" in pattern:
+        _of_text_model(run, pattern)
+    if run.get("mistral_common"):
+        run.note(
+            "tokenizer.json and the chat template of the model's folder are used, and not "
+            "mistral-common: compare a conversation (easyaira inspect shows its tokens)"
+        )
     if "warmup_steps" not in run.facts and "warmup_ratio" not in run.facts:
         run.facts["warmup_ratio"] = 0.03
         run.note("the warm-up is 0.03 of all updates, without axolotl's limit of 100 updates")
@@ -278,6 +291,20 @@ def facts(run: Recipe) -> None:
         run.options.pop("data.max_dropped", None)
     if run.facts["held_out"]:
         run.facts.setdefault("eval_strategy", "epoch")
+
+
+def _of_text_model(run: Recipe, pattern: str) -> None:
+    """The layers of a pattern for a model for images and text, by their names in its text model."""
+    form = OF_TEXT_MODEL.fullmatch(pattern.replace("\\", "").replace("[d]", "d"))
+    parts, names = ({*group.split("|")} for group in form.groups()) if form else (set(), set())
+    if not (parts >= {"mlp", "self_attn"} and names <= LINEAR) or "processor_type" in run.refused:
+        why = "names parts of a model for images; EasyAira has none"
+        return run.refuse("lora_target_modules", why)
+    run.facts["lora_target_modules"] = [f"{name}_proj" for name in form[2].split("|")]
+    run.note(
+        "lora.target_modules are of the text model: take it out first, and name its folder in "
+        "model.name_or_path (easyaira convert text_model)"
+    )
 
 
 READ = (  # keys of a source, and values that other keys may have

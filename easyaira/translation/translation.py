@@ -109,8 +109,11 @@ def translate(
             case Computed(fact):
                 value = _fitting(fact, value, f"{place}: {key}")
                 run.facts[fact], run.keys[fact] = value, key
-            case Unsupported(why, unless) if value not in unless:
-                run.refused[key] = why
+            case Unsupported(why, unless, harmless) if value not in unless:
+                if harmless and isinstance(value, list) and all(x in harmless for x in value):
+                    no_effect[key] = "says how PyTorch computes or logs, and not what"
+                else:
+                    run.refused[key] = why
             case NoEffect(why) if key in given:
                 no_effect[key] = why
     if source.prepare:

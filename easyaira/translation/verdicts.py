@@ -32,10 +32,12 @@ class Unsupported(NamedTuple):
     Attributes:
         why: ends the error.
         unless: values that mean what is done here, too.
+        harmless: a list of any of these changes nothing.
     """
 
     why: str
     unless: tuple[Any, ...] = (None,)
+    harmless: tuple[Any, ...] = ()
 
 
 Verdict = Same | Computed | NoEffect | Unsupported
