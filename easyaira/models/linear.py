@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from easyaira.models.product import by_rows, linear
+from easyaira.models.product import add_bias, by_rows, linear
 from easyaira.models.quantize import dequantize
 
 
@@ -38,7 +38,7 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x, y, product)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, features).astype(x.dtype)
+            y = add_bias(y, self.param("bias", nn.initializers.zeros, features))
         return y
 
     def _adapted(self, x: jax.Array, y: jax.Array, product: Callable) -> jax.Array:

@@ -90,7 +90,7 @@ def make_optimizer(
     ratio = (value_rate or config.learning_rate) / (config.learning_rate or 1.0)
     clip = optax.identity()
     if config.max_grad_norm:
-        clip = optax.clip_by_global_norm(config.max_grad_norm)
+        clip = optimizer.clip_by_global_norm(config.max_grad_norm)
 
     def clipped(grads: Any, params: Any) -> Any:
         return {name: clip.update(own, optax.EmptyState())[0] for name, own in grads.items()}

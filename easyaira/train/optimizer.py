@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from easyaira.config.algorithms import OptimizerConfig
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
-from easyaira.train import muon, quantized_adam
+from easyaira.train import adam, muon, quantized_adam
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -70,6 +71,16 @@ def decays(params: Any) -> Any:
     )
 
 
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm by one factor: XLA would store its quotients."""
+
+    def clip(grads: Any, params: Any) -> Any:
+        factor = jnp.minimum(largest / optax.tree.norm(grads), 1)
+        return jax.tree.map(lambda grad: grad * factor, grads)
+
+    return optax.stateless(clip)
+
+
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
@@ -77,14 +88,14 @@ def make_optimizer(
     (see muon.py), with this AdamW for the parameters that are no matrices of hidden layers."""
     constants = {"b1": config.adam_beta1, "b2": config.adam_beta2, "eps": config.adam_epsilon}
     if config.state_dtype == "8bit":
-        adamw = optax.chain(
-            quantized_adam.scale_by_adam(**constants, matrices=decays),
-            optax.add_decayed_weights(config.weight_decay, decays),
-            optax.scale_by_learning_rate(schedule),
-        )
+        scale = quantized_adam.scale_by_adam(**constants, matrices=decays)
     else:
-        adamw = optax.adamw(schedule, **constants, weight_decay=config.weight_decay, mask=decays)
-    tx = adamw
+        scale = adam.scale_by_adam(**constants)
+    tx = adamw = optax.chain(
+        scale,
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(schedule),
+    )
     if config.name == "muon":
         hidden = optax.chain(
             muon.scale_by_muon(),
@@ -94,4 +105,4 @@ def make_optimizer(
         tx = optax.partition({"muon": hidden, "adamw": adamw}, muon.labels)
     if not config.max_grad_norm:
         return tx
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), tx)
+    return optax.chain(clip_by_global_norm(config.max_grad_norm), tx)

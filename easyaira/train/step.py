@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyaira.distributed.sharding import constrain, like
 from easyaira.distributed.tree import abstract
+from easyaira.train.adam import is_adam
 from easyaira.train.quantized_adam import is_quantized, shardings_of
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -93,6 +94,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     does not depend on the division into micro-batches. `key` is for dropout; None: no dropout.
     """
 
+    tx = optax.with_extra_args_support(tx)
+
     def gradients(params, frozen, batch, key):
         def total(params):
             sums = loss_fn(params, frozen, batch, key)
@@ -119,15 +122,18 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro, 0))
             (grads, sums), _ = jax.lax.scan(add, zeros, jnp.arange(parts))
         loss, count = sums["loss"]
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1), grads)
+        # a factor: XLA would compute a quotient once, and store it
+        per_count = 1 / jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda grad: grad * per_count, grads)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, ok=ok)
+        params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old),
+            lambda new, old: new if is_adam(new) else jnp.where(ok, new, old),
             (params, opt_state),
             (state.params, state.opt_state),
+            is_leaf=is_adam,
         )
         failed = jnp.where(ok | (state.failed >= 0), state.failed, state.step)
         state = State(state.step + 1, params, opt_state, failed)

@@ -195,7 +195,8 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
     from easyaira.train.step import init_state
 
     tx = optimizer.make_optimizer(OptimizerConfig(), lambda step: LEARNING_RATE)
-    tx = optax.GradientTransformation(tx.init, jax.named_scope(tracing.OPTIMIZER)(tx.update))
+    named = jax.named_scope(tracing.OPTIMIZER)(tx.update)
+    tx = optax.GradientTransformationExtraArgs(tx.init, named)
     train_step = steps.make_train_step(jax.named_scope(tracing.LOSS)(loss_fn), tx)
     programs: dict[Shape, Any] = {}
     positions: list[int] = []  # of every update so far
