@@ -179,17 +179,17 @@ def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 
 def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     """Cast the head, and gather it over fsdp once instead of for each chunk."""
-    return constrain(head.astype(dtype), None, "tp")
+    return constrain(head.astype(dtype).T, "tp", None)
 
 
 def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
     """For a chunk: the values of TokenLogps [S, C]; and the gradient of logps with respect to the
     product of states and head [S, C, V], in the dtype of the states."""
-    shape, columns = targets.shape, kernel.shape[1]
+    shape, columns = targets.shape, kernel.shape[0]
     # one axis for shards and positions: along an axis of size 1, XLA's sum of a product takes ten
     # times as long on a CPU
     states, targets = states.reshape(-1, states.shape[-1]), targets.reshape(-1, 1)
-    logits = capped(einsum("nd,dv->nv", states, kernel, jnp.float32), cap)
+    logits = capped(einsum("nd,vd->nv", states, kernel, jnp.float32), cap)
 
     def of_logits(logits, targets):
         values, slope = _of_logits(logits, targets, vocab_size, cap, smoothing)
@@ -234,9 +234,9 @@ def _gradients(states, kernel, slope, scale=None):
     [S, C, V] is larger."""
     dtype = states.dtype
     if scale is None:
-        d_states = einsum("scv,dv->scd", slope, kernel, dtype)
+        d_states = einsum("scv,vd->scd", slope, kernel, dtype)
     else:
-        d_states = einsum("scv,dv->scd", slope, kernel, jnp.float32) * scale[..., None]
+        d_states = einsum("scv,vd->scd", slope, kernel, jnp.float32) * scale[..., None]
         states = (states * scale[..., None]).astype(dtype)
     return d_states.astype(dtype), einsum("scd,scv->sdv", states, slope, jnp.float32)
 
