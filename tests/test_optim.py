@@ -1,8 +1,11 @@
 """Schedules at the points of the published recipes, the decay mask, AdamW against torch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -15,6 +18,8 @@ from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
 from easyaira.models.registry import model_of
 from easyaira.train import optimizer
+from easyaira.train import step as steps
+from easyaira.train.adam import scale_by_adam
 from easyaira.train.setup import updates
 from helpers import tiny
 
@@ -125,6 +130,50 @@ def test_ten_updates_equal_torch():
         adamw.step()
         for ours, parameter in zip(jax.tree.leaves(params), theirs, strict=True):
             np.testing.assert_allclose(ours, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_and_updates_have_the_bits_of_optax():
+    rng, start = np.random.default_rng(0), {"kernel": jnp.ones((40, 30)), "bias": jnp.zeros(3)}
+    ours, theirs = (f(b1=0.9, b2=0.99, eps=1e-8) for f in (scale_by_adam, optax.scale_by_adam))
+    states = ours.init(start), theirs.init(start)
+    for ok in (True, True, False, True):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start)
+        updates, state = jax.jit(ours.update)(grads, states[0], ok=ok)
+        wanted = jax.jit(theirs.update)(grads, states[1])
+        states = state, wanted[1] if ok else states[1]
+        jax.tree.map(np.testing.assert_array_equal, tuple(states[0]), tuple(states[1]))
+        if ok:
+            jax.tree.map(np.testing.assert_array_equal, updates, wanted[0])
+
+
+@pytest.mark.usefixtures("optimized")
+def test_an_update_on_a_cpu_copies_no_moment_and_stores_no_quotient():
+    """What reads the old moments after the new ones are known makes XLA's CPU copy them; a quotient
+    that is used twice is stored."""
+    config = OptimizerConfig(lr_scheduler_type="constant")
+    tx = optimizer.make_optimizer(config, lambda _: 1e-3)
+    params = {"kernel": jnp.ones((70, 50))}
+    state = steps.State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
+
+    def loss_fn(params, frozen, batch, key):
+        return {"loss": ((params["kernel"] * batch["tokens"]).sum(), jnp.float32(3))}
+
+    step = jax.jit(steps.make_train_step(loss_fn, tx), donate_argnums=0)
+    compiled = step.lower(state, None, {"tokens": jnp.ones((1, 70, 50))}, None).compile()
+    entry = compiled.as_text().split("ENTRY")[1]
+    made = re.findall(r"= f32\[70,50\]\S* (\w+)\(", entry)
+    assert made.count("parameter") == 3 and "copy" not in made
+    assert made.count("fusion") <= 5  # the loss, squares, parameters and two moments
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 10.0])
+def test_clipping_is_that_of_optax(size):
+    grads = {"a": size * jnp.arange(3.0), "b": {"c": size * jnp.ones((2, 2))}}
+    ours, theirs = (
+        clip(0.5).update(grads, optax.EmptyState())[0]
+        for clip in (optimizer.clip_by_global_norm, optax.clip_by_global_norm)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
 
 
 def test_a_small_rate_moves_float32_weights_by_the_analytic_amount():

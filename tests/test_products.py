@@ -24,6 +24,7 @@ from easyaira.train.setup import prepare
 from helpers import runs, tiny
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+KEY = jax.random.key(0)
 
 
 def narrow_products(lowered):
@@ -107,6 +108,19 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(feat
     assert (y.dtype, d_x.dtype, d_kernel.dtype) == (BF16, BF16, F32)
     assert relative(y, exact) < 2**-9 and relative(d_x, exact_x) < 2**-9
     assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
+
+
+@pytest.mark.parametrize("features", [(48,), (3, 16)])
+def test_the_gradient_of_a_bias_is_a_float32_sum(features):
+    y, grad = (jax.random.normal(key, (4, 320, *features)) for key in jax.random.split(KEY))
+    y, grad, bias = y.astype(BF16), grad.astype(BF16), jnp.full(features, 0.3)
+    sums, pull = jax.vjp(product.add_bias, y, bias)
+    d_y, d_bias = pull(grad)
+    assert (sums.dtype, d_y.dtype, d_bias.dtype) == (BF16, BF16, F32)
+    np.testing.assert_array_equal(sums, y + bias.astype(BF16))
+    np.testing.assert_array_equal(d_y, grad)
+    exact = np.asarray(grad, np.float64).sum((0, 1))
+    assert relative(d_bias, exact) < 1e-6  # by JAX's own derivative: 2e-3
 
 
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (16,), (17,), (32,), (33,)])

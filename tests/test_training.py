@@ -447,14 +447,17 @@ def test_what_is_not_finite_never_enters_the_parameters(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-def test_a_failed_state_stays_as_it_was():
-    import optax
+@pytest.mark.parametrize("name", ["adamw", "muon", "8bit"])
+def test_a_failed_state_stays_as_it_was(name):
+    from easyaira.config.algorithms import OptimizerConfig
+    from easyaira.train.optimizer import make_optimizer
 
     def loss_fn(params, frozen, batch, key):
         x = batch["tokens"].sum()
         return {"loss": (params["w"].sum() * jnp.where(x == 3, jnp.nan, 1.0), jnp.float32(1))}
 
-    tx = optax.adam(0.1)
+    options = {"state_dtype": "8bit"} if name == "8bit" else {"name": name}
+    tx = make_optimizer(OptimizerConfig(**options), lambda _: 0.1)
     step = jax.jit(steps.make_train_step(loss_fn, tx))
     params = {"w": jnp.ones(2)}
     state = State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))

@@ -71,14 +71,16 @@ def decays(params: Any) -> Any:
     )
 
 
-def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm by one factor: XLA would store its quotients."""
+def clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm by one factor: XLA would store its quotients. `update` takes the
+    norm, `grad_norm`, if it is known."""
 
-    def clip(grads: Any, params: Any) -> Any:
-        factor = jnp.minimum(largest / optax.tree.norm(grads), 1)
-        return jax.tree.map(lambda grad: grad * factor, grads)
+    def clip(grads: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any):
+        norm = optax.tree.norm(grads) if grad_norm is None else grad_norm
+        factor = jnp.minimum(largest / norm, 1)
+        return jax.tree.map(lambda grad: grad * factor, grads), state
 
-    return optax.stateless(clip)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip)
 
 
 def make_optimizer(

@@ -94,8 +94,6 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     does not depend on the division into micro-batches. `key` is for dropout; None: no dropout.
     """
 
-    tx = optax.with_extra_args_support(tx)
-
     def gradients(params, frozen, batch, key):
         def total(params):
             sums = loss_fn(params, frozen, batch, key)
@@ -124,10 +122,12 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
         loss, count = sums["loss"]
         # a factor: XLA would compute a quotient once, and store it
         per_count = 1 / jnp.maximum(count, 1)
+        grad_norm = optax.tree.norm(grads) * per_count
         grads = jax.tree.map(lambda grad: grad * per_count, grads)
-        grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, ok=ok)
+        update = optax.with_extra_args_support(tx).update
+        known = {"ok": ok, "grad_norm": grad_norm}
+        updates, opt_state = update(grads, state.opt_state, state.params, **known)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: new if is_adam(new) else jnp.where(ok, new, old),
