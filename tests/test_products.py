@@ -110,6 +110,14 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(feat
     assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
 
 
+def test_the_gradient_of_inputs_is_summed_over_one_axis():
+    """Over several, XLA's CPU transposes a copy of the kernel first."""
+    x, kernel, d_y = jnp.ones((4, 32, 64)), jnp.ones((64, 3, 16)), jnp.ones((4, 32, 3, 16))
+    d_x = jax.jit(lambda kernel, d_y: jax.vjp(lambda x: linear(x, kernel), x)[1](d_y))
+    text = d_x.lower(kernel, d_y).as_text()
+    assert re.findall(r"dot_general .* contracting_dims = \[(.*?)\]", text) == ["2"]
+
+
 @pytest.mark.parametrize("features", [(48,), (3, 16)])
 def test_the_gradient_of_a_bias_is_a_float32_sum(features):
     y, grad = (jax.random.normal(key, (4, 320, *features)) for key in jax.random.split(KEY))

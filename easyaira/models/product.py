@@ -83,10 +83,17 @@ def _forward(precision, x, kernel):
 
 def _backward(precision, saved, d_y):
     x, kernel = unpacked(saved[0], d_y.dtype), saved[1]
-    x_, kernel_, y_ = _letters(x, kernel)
     with jax.default_matmul_precision(precision):
-        d_x = einsum(f"{y_},{kernel_}->{x_}", d_y, kernel.astype(x.dtype), x.dtype)
-        return d_x, _of_kernel(x, d_y, kernel)
+        return _of_inputs(x, d_y, kernel.astype(x.dtype)), _of_kernel(x, d_y, kernel)
+
+
+def _of_inputs(x: jax.Array, d_y: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Gradient of the inputs."""
+    if on_one_cpu():  # over several axes, XLA's product transposes a copy of the kernel first
+        kernel = kernel.reshape(len(kernel), -1)
+        d_y = d_y.reshape(*x.shape[:-1], -1)
+    x_, kernel_, y_ = _letters(x, kernel)
+    return einsum(f"{y_},{kernel_}->{x_}", d_y, kernel, x.dtype)
 
 
 def _of_kernel(x: jax.Array, d_y: jax.Array, kernel: jax.Array) -> jax.Array:
