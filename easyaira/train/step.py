@@ -120,8 +120,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro, 0))
             (grads, sums), _ = jax.lax.scan(add, zeros, jnp.arange(parts))
         loss, count = sums["loss"]
-        # a factor: XLA would compute a quotient once, and store it
         per_count = 1 / jnp.maximum(count, 1)
+        # the norm first: XLA's CPU would store the scaled gradients for both
         grad_norm = optax.tree.norm(grads) * per_count
         grads = jax.tree.map(lambda grad: grad * per_count, grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
