@@ -33,6 +33,11 @@ def shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def on_one_line(error: Exception) -> str:
+    """What an error of a library says, or its name if it says nothing, for a message."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+
+
 def folded(text: str) -> str:
     """Lines of a log, folded between words at the width of a terminal; for a file, as they are."""
     if not sys.stdout.isatty():

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from easyaira.errors import ConfigError, WeightsError, shortened, shown_as
+from easyaira.errors import ConfigError, WeightsError, on_one_line, shown_as
 from easyaira.export.hf_config import language_model
 from easyaira.files import read_json
-from easyaira.hf import safetensors, transfer
+from easyaira.hf import safetensors
 from easyaira.hf.lazy import slices
 from easyaira.hf.table import VOCAB
 from easyaira.models.model import Model
@@ -74,18 +74,7 @@ def text_model(origin: Pretrained) -> TextModel:
         else:  # transformers ties no weights that differ, whatever config.json says
             config["tie_word_embeddings"] = False
             model = model_of(config, origin.where, scorer=False)
-    tensors = transfer.match(
-        tensors,
-        model.shapes,
-        model.rows,
-        vocab_size=model.vocab_size,
-        prefix=model.architecture.prefix,
-        ignored=model.ignored,
-        renamed=model.architecture.renamed,
-        optional=(),
-        tied=model.config.tie_word_embeddings,
-        where=origin.where,
-    )
+    tensors = model.match(tensors, origin.where)
     dtype = without_most_common({name: t.dtype.name for name, t in tensors.items()})[""]
     config |= {"architectures": [language_model(config)], "dtype": dtype}
     return TextModel(model, config, tensors, sorted(left_out))
@@ -105,7 +94,7 @@ def _config(origin: Pretrained) -> dict[str, Any]:
         whole = AutoConfig.from_pretrained(str(origin.folder), trust_remote_code=False)
         config = json.loads(whole.get_text_config(decoder=True).to_json_string())
     except Exception as error:  # transformers raises many types; all mean the same here
-        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+        reason = on_one_line(error)
         raise ConfigError(
             f"{origin.where}: transformers cannot read config.json ({reason}); correct it"
         ) from error

@@ -12,10 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from easyaira.distributed.sharding import Rules, like, shardings
 from easyaira.distributed.tree import by_path, path_of
+from easyaira.hf import transfer
 from easyaira.hf.table import Row
 from easyaira.models import cudnn
 from easyaira.models.heads import LM_HEAD_ROWS, LM_HEAD_RULES, CausalLM, ScoreHead, Scorer
@@ -101,6 +103,21 @@ class Model:
     def optional(self) -> Sequence[str]:
         """Layers of the score head, initialised at random if the starting model lacks them."""
         return sorted({row.ours.rpartition("/")[0] for row in self.score_rows})
+
+    def match(self, tensors: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+        """Select the stored tensors of this model, and check them before any data is read."""
+        return transfer.match(
+            tensors,
+            self.shapes,
+            self.rows,
+            vocab_size=self.vocab_size,
+            prefix=self.architecture.prefix,
+            ignored=self.ignored,
+            renamed=self.architecture.renamed,
+            optional=self.optional,
+            tied=self.config.tie_word_embeddings,
+            where=where,
+        )
 
     @property
     def hf_class(self) -> str:

@@ -27,7 +27,7 @@ from easyaira.errors import (
     TokenizerError,
     WeightsError,
     escaped,
-    shortened,
+    on_one_line,
     shown_as,
 )
 from easyaira.files import check_links, named_path, read_json, read_yaml, reason
@@ -172,18 +172,7 @@ class Pretrained:
         return model_of(self.config, self.where)
 
     def _matched(self, model: Model) -> dict[str, np.ndarray]:
-        return transfer.match(
-            self._tensors,
-            model.shapes,
-            model.rows,
-            vocab_size=model.vocab_size,
-            prefix=model.architecture.prefix,
-            ignored=model.ignored,
-            renamed=model.architecture.renamed,
-            optional=model.optional,
-            tied=model.config.tie_word_embeddings,
-            where=self.where,
-        )
+        return model.match(self._tensors, self.where)
 
     def load(
         self,
@@ -286,10 +275,11 @@ class Pretrained:
         if name is not None:
             folder, where = (other := find(name)).folder, other.where
         try:
-            read = {"trust_remote_code": False, "mistral_format": False}  # tokenizer.json alone
+            # tokenizer.json alone, whether mistral-common is installed or not
+            read = {"trust_remote_code": False, "mistral_format": False}
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **read)
         except Exception as error:  # transformers raises many types; all mean the same here
-            reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+            reason = on_one_line(error)
             only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]
             if only_model and importlib.util.find_spec("sentencepiece") is None:
                 raise TokenizerError(

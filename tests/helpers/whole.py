@@ -53,15 +53,7 @@ WHOLE = {  # config.json as such models are published: what is the default is le
         "model_type": "mistral3",
         "eos_token_id": [2, 7],
         "vision_config": _EYES | {"model_type": "pixtral"},
-        "text_config": _TEXT
-        | {
-            "model_type": "mistral",
-            "hidden_size": 16,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "sliding_window": 5,
-            "rope_theta": 500.0,
-        },
+        "text_config": _LLAMA | {"model_type": "mistral", "sliding_window": 5, "rope_theta": 500.0},
     },
     "llava_next": {
         "model_type": "llava_next",
