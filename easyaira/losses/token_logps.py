@@ -179,7 +179,7 @@ def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 
 def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     """Cast the head to [V, D], and gather it over fsdp once instead of for each chunk. A tied head
-    is stored so; XLA's CPU multiplies by it faster, too."""
+    is stored in this layout, and XLA's CPU multiplies faster in it."""
     return constrain(head.astype(dtype).T, "tp", None)
 
 
