@@ -102,11 +102,14 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
 
         return jax.grad(total, has_aux=True)(params)
 
+    # traced once, for the shapes of the sums and for the loop over micro-batches
+    gradients_once = jax.jit(gradients, inline=True)
+
     def train_step(state: State, frozen: Any, batch: Mapping[str, jax.Array], key: Any):
         parts = batch["tokens"].shape[0]
         key = None if key is None else jax.random.fold_in(key, state.step)
 
-        def micro(i):
+        def micro(i, gradients=gradients_once):
             part_key = None if key is None else jax.random.fold_in(key, i)
             part = jax.tree.map(lambda array: array[i], batch)
             return gradients(state.params, frozen, part, part_key)
