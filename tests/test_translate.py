@@ -780,7 +780,7 @@ def test_alpacas_answers_end_with_the_end_token_that_chatml_sets(tmp_path):
         [source], template=made["template"], tokenizer=tokenizer, vocab_size=400, max_length=256
     )
     assert tokenizer.decode(data.train.tokens).endswith("### Response:\nb<|im_end|>")
-    assert data.train.tokens[-1] == len(tokenizer) - 1  # one token
+    assert data.train.tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_filters_of_axolotl_are_ours(tmp_path, capsys):
