@@ -116,7 +116,7 @@ def sources(run: Recipe) -> None:
 
 def filters(run: Recipe) -> None:
     """Rows that are left out. After `sources`."""
-    if run.task == "sft" and (least := run.get("min_sample_len")):  # 2 there without it, as here
+    if least := run.get("min_sample_len"):  # without it 2, below which there is nothing to learn
         run.options["data.min_length"] = least
         run.note(
             "rows below min_sample_len are counted as dropped; above data.max_dropped (0.05) of "
