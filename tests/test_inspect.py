@@ -136,5 +136,5 @@ def test_rows_that_are_left_out_as_asked_are_told_with_the_others(ground, capsys
     options = {"model.name_or_path": ground / "model", "data.train": file}
     options |= {"data.template": "plain", "output_dir": ground / "run"}
     train_sft.main([f"--{k}={v}" for k, v in options.items()] + [*asked, "--dry_run"])
-    told = "21 examples of 25 rows; dropped 1 empty answer, 2 repeats an earlier row, 1 shorter"
-    assert told in capsys.readouterr().out
+    log = "21 examples of 25 rows; dropped 1 empty answer, 2 repeats an earlier row, 1 shorter"
+    assert log in capsys.readouterr().out
