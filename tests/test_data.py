@@ -11,6 +11,7 @@ import pytest
 from easyaira.config.algorithms import SFTConfig
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import cache, report, tokenise
+from easyaira.data.examples import PER_EXAMPLE
 from easyaira.data.recipe import recipe_of
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError
@@ -255,6 +256,156 @@ def test_duplicates_and_overlap_are_counted_and_overlap_is_told(tmp_path, capsys
     assert "warning: 2 of 5 held-out examples have a prompt" in capsys.readouterr().out
 
 
+def test_rows_below_min_length_are_dropped_whatever_the_cut(tmp_path):
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(30))
+    lengths = load(file).train.lengths().max(1)
+    least = int(np.sort(lengths)[10])
+    short = int((lengths < least).sum())
+    assert 0 < short < (lengths <= least).sum()  # some are exactly as long
+    data = load(file, min_length=least, max_length=least - 2, max_dropped=0.9)
+    assert data.report["train"]["dropped"] == {"shorter than min_length": short}
+    assert data.train.rows.tolist() == np.flatnonzero(lengths >= least).tolist()
+    with pytest.raises(DataError, match="Fix the rows, or lower data.min_length, or raise data.ma"):
+        load(file, min_length=least)
+
+
+def test_the_shortest_answer_decides_whether_a_row_is_too_short(tmp_path):
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.dpo_rows(30))
+    lengths = load(file, task="pair").train.lengths()
+    least = int(np.sort(lengths.min(1))[10])
+    assert (lengths.max(1) >= least).sum() > (lengths.min(1) >= least).sum()
+    data = load(file, task="pair", min_length=least, max_dropped=0.9)
+    assert data.train.rows.tolist() == np.flatnonzero(lengths.min(1) >= least).tolist()
+    assert "shorter than min_length" in report.page(data)
+
+
+FORMS = {
+    "conversation": [{"prompt": f"{i}?", "completion": "yes"} for i in range(3)],
+    "pair": [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(3)],
+    "rated": [{"prompt": f"{i}?", "completion": "yes", "label": True} for i in range(3)],
+    "label": [{"text": f"yes {i}", "label": 1} for i in range(3)],
+    "prompt": [{"prompt": f"{i}?"} for i in range(3)],
+    "answers": [
+        {"prompt": f"{i}?", "answers": ["yes", "no", "so"], "scores": [2, 1, 1]} for i in range(3)
+    ],
+}
+
+
+def content(examples):
+    """All that examples are but their rows."""
+    fields = vars(examples.take(np.arange(len(examples))))
+    tokens = [
+        (examples.tokens[a:b].tolist(), examples.learned[a:b].tolist())
+        for a, b in examples.bounds[:, [0, -1]]
+    ]
+    lengths = np.diff(examples.bounds).tolist()
+    rest = {name: repr(fields[name].tolist()) for name in PER_EXAMPLE if name not in PLACES}
+    return tokens, lengths, rest
+
+
+PLACES = ("bounds", "rows", "sources")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_its_repeats_a_file_is_the_file_without_them(form, tmp_path):
+    a, b, c = FORMS[form]
+    task = "pair" if form == "answers" else form
+    file = tiny.write_rows(tmp_path / "a.jsonl", [a, b, a, c])
+    data = load(file, task=task, deduplicate=True)
+    once = load(tiny.write_rows(tmp_path / "b.jsonl", [a, b, c]), task=task)
+    assert content(data.train) == content(once.train)
+    assert data.train.rows.tolist() == [0, 1, 3]
+    report = data.report["train"]
+    assert (report["read"], report["kept"]) == (4, 3)
+    assert report["dropped"] == {"repeats an earlier row": 1} and report["duplicates"] == 0
+    assert report["first_dropped"] == {"repeats an earlier row": f"{file}:3"}
+    assert load(file, task=task).report["train"]["duplicates"] == 1
+    shown = [(place, outcome) for place, outcome, _ in data.accounts["train"].shown]
+    assert (f"{file}:3", "repeats an earlier row") in shown and len(shown) == 4
+
+
+@pytest.mark.parametrize(
+    "task, one, change",
+    [
+        ("pair", FORMS["pair"][0] | {"weight": 1}, {"weight": 2}),
+        ("pair", FORMS["pair"][0], {"weight": 1}),
+        ("pair", FORMS["pair"][0] | {"margin": 1}, {"margin": 0}),
+        ("pair", FORMS["pair"][0], {"chosen": "no", "rejected": "yes"}),
+        ("pair", FORMS["answers"][0], {"scores": [2, 1, 0]}),
+        ("rated", FORMS["rated"][0], {"label": False}),
+        ("label", FORMS["label"][0], {"label": 0}),
+        (
+            "conversation",
+            {"messages": CHAT},
+            {"messages": [CHAT[0], CHAT[1] | {"train": False}, *CHAT[2:]]},
+        ),
+    ],
+)
+def test_a_row_that_teaches_something_else_is_no_repeat(task, one, change, tmp_path):
+    file = tiny.write_rows(tmp_path / "a.jsonl", [one, one | change, one])
+    data = load(file, task=task, deduplicate=True)
+    assert data.train.rows.tolist() == [0, 1]
+    assert load(file, task=task).report["train"]["duplicates"] == 1
+
+
+def test_a_row_of_an_earlier_source_is_a_repeat_and_the_copies_of_a_weight_are_none(tmp_path):
+    rows = tiny.dpo_rows(6)
+    a = str(tiny.write_rows(tmp_path / "a.jsonl", rows[:4]))
+    b = str(tiny.write_rows(tmp_path / "b.jsonl", [rows[5], rows[0], rows[4]]))
+
+    def load_pairs(*sources):
+        train = [Source(path, weight=weight) for path, weight in sources]
+        data = load(train, task="pair", deduplicate=True)
+        places = zip(data.train.sources.tolist(), data.train.rows.tolist(), strict=True)
+        return sorted(places), data.report["train"]
+
+    of_a = [(0, row) for row in range(4) for _ in range(2)]
+    for _ in range(2):  # of rows, and of the cache
+        places, report = load_pairs((a, 2), (b, 1))
+        assert places == [*of_a, (1, 0), (1, 2)]
+        assert report["dropped"] == {"repeats an earlier row": 1} and report["duplicates"] == 0
+        places, _ = load_pairs((b, 1), (a, 1))
+        assert places == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]
+    assert load_pairs((b, 1))[0] == [(0, 0), (0, 1), (0, 2)]
+    places, report = load_pairs((a, 1), (a, 1))  # nothing is left of the second
+    assert places == [(0, row) for row in range(4)] and report["kept"] == 4
+    assert len(load([Source(a), Source(a)], task="pair").train) == 8
+
+
+def test_held_out_rows_that_are_trained_on_are_left_out(tmp_path):
+    rows = tiny.sft_rows(9)
+    a = tiny.write_rows(tmp_path / "a.jsonl", [*rows[:6], rows[0]])
+    b = str(tiny.write_rows(tmp_path / "b.jsonl", [rows[7], rows[2], rows[7], rows[8], rows[0]]))
+    data = load(a, eval=b, deduplicate=True)
+    assert data.held_out.rows.tolist() == [0, 3]
+    reasons = {"also in data.train": 2, "repeats an earlier row": 1}
+    assert data.report["held out"]["dropped"] == reasons
+    assert data.report["held out"]["prompts also trained on"] == 0
+    assert data.train.rows.tolist() == list(range(6))  # training loses none
+    assert len(load(b, deduplicate=True).train) == 4  # no entry of the cache says otherwise
+    shared = load(a, eval=0.3, deduplicate=True)
+    assert len(shared.train) + len(shared.held_out) == 6
+    with pytest.raises(DataError, match=r"7 also in data.train .* or name other rows in data.eval"):
+        load(a, eval=str(a), deduplicate=True)
+
+
+def test_what_is_a_repeat_is_the_same_on_every_host(tmp_path, monkeypatch):
+    """A streamed source has another key of the cache on each."""
+    rows = tiny.sft_rows(8)
+    files = [
+        tiny.write_rows(tmp_path / f"{i}.jsonl", part)
+        for i, part in enumerate([rows[:5], rows[3:] + rows[:2]])
+    ]
+    monkeypatch.setattr(cache.sources, "content_key", lambda source: None)
+    hosts = [
+        load(
+            [Source(str(file)) for file in files], deduplicate=True, cache_dir=str(tmp_path / host)
+        )
+        for host in "xy"
+    ]
+    assert len(hosts[0].train) == 8 and hosts[0].report == hosts[1].report
+
+
 def test_typed_control_tokens_are_counted_and_allowed_by_name(tmp_path):
     rows = [{"prompt": f"a {END}", "completion": "b"}, *tiny.sft_rows(3)]
     file = tiny.write_rows(tmp_path / "a.jsonl", rows)
@@ -287,6 +438,8 @@ def test_the_cache_is_used_again_and_never_for_anything_else(tmp_path, monkeypat
         {"sft": {"completion_only_loss": False}},
         {"max_examples": 7},
         {"allowed_tokens": [END]},
+        {"min_length": 9},
+        {"deduplicate": True},
     ):
         load(file, **change, max_dropped=0.9)
         made += 1

@@ -41,7 +41,7 @@ def tokens(tmp_path_factory):
     def read(root):
         config = DataConfig(train=str(rows), cache_dir=str(root))
         recipe = Recipe("conversation", 64)
-        return cache.cached_source(Source(str(rows)), config, recipe, template, "train", None)
+        return cache.cached_source(Source(str(rows)), config, recipe, template, "train", None, [])
 
     return read
 

@@ -118,3 +118,23 @@ def test_a_run_may_follow_in_the_same_folder(ground, capsys):
     options |= {"export": "false", "num_samples": 0}
     train_sft.main([f"--{key}={value}" for key, value in options.items()])
     assert json.loads((ground / "look/data_report.json").read_text()) == before
+
+
+def test_rows_that_are_left_out_as_asked_are_told_with_the_others(ground, capsys):
+    file = ground / "sft.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows, rows[0], rows[1], '{"prompt": "", "completion": "b"}\n']))
+    asked = ["--data.deduplicate=true", "--data.min_length=3", "--data.max_dropped=0.1"]
+    report = look(ground, "sft", *asked)["train"]
+    dropped = {"empty answer": 1, "repeats an earlier row": 2, "shorter than min_length": 1}
+    assert report["dropped"] == dropped and report["kept"] == report["read"] - 4 == 21
+    out = capsys.readouterr().out
+    assert f"2 repeats an earlier row (first: {file}:23), 1 shorter than min_length" in out
+    page = (ground / "look/data_report.html").read_text()
+    assert "repeats an earlier row" in page.partition("Dropped rows")[2].partition("Lengths")[0]
+    assert f"{file}:25: shorter than min_le" in page
+    options = {"model.name_or_path": ground / "model", "data.train": file}
+    options |= {"data.template": "plain", "output_dir": ground / "run"}
+    train_sft.main([f"--{k}={v}" for k, v in options.items()] + [*asked, "--dry_run"])
+    log = "21 examples of 25 rows; dropped 1 empty answer, 2 repeats an earlier row, 1 shorter"
+    assert log in capsys.readouterr().out

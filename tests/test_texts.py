@@ -109,6 +109,16 @@ def test_texts_are_held_out_one_by_one(tmp_path):
     assert load(file).report["train"]["duplicates"] == 1
 
 
+def test_short_and_repeated_texts_are_left_out_and_counted(tmp_path):
+    file = write(tmp_path, "red fox", "red", "red fox", "a red fox")
+    data = load(file, min_length=3, deduplicate=True, max_dropped=0.5)
+    lengths = load(file).train.lengths()[:, 0]
+    assert lengths.tolist()[1] < 3 <= lengths.tolist()[0]
+    assert data.train.rows.tolist() == [0, 3]
+    reasons = {"shorter than min_length": 1, "repeats an earlier row": 1}
+    assert data.report["train"]["dropped"] == reasons
+
+
 def test_packed_texts_are_the_texts(tmp_path):
     data = load(write(tmp_path, *TEXTS), tokenizer=starting()).train
 

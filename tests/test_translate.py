@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from easyaira import cli, translate
+from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
@@ -18,6 +19,7 @@ from easyaira.translation.easylm import flags_of
 from easyaira.translation.translation import translate as translated
 from easyaira.translation.verdicts import Computed, NoEffect, Same, Unsupported
 from helpers import tiny
+from helpers.examples import load
 
 SOURCES = translate.SOURCES
 FIELDS = {  # of TRL 1.16 and transformers 5.24
@@ -216,8 +218,9 @@ def test_every_verdict_names_an_option_or_says_why(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_computed_fact_is_read(name):
     folder = Path(recipe.__file__).parent
-    files = ("recipe.py", "rows.py", "ends.py", f"{name.replace('-', '_')}.py")
-    text = "".join((folder / file).read_text() for file in files)
+    files = [folder / file for file in ("recipe.py", "rows.py", "ends.py")]
+    files += folder.glob(f"{name.replace('-', '_')}*.py")
+    text = "".join(file.read_text() for file in files)
     facts = {
         verdict.fact
         for table in SOURCES[name].tables.values()
@@ -713,6 +716,114 @@ def test_easylm_flags_are_read_from_the_line(capsys):
     assert "convert it (easyaira convert from_easylm)" in text
 
 
+TOKENS = {"tokens": ["<|im_start|>"], "special_tokens": {"eos_token": "<|im_end|>"}}
+BOTH = ["<|im_start|>", "<|im_end|>"]
+
+
+def test_tokens_that_template_chatml_adds_are_accepted(tmp_path, capsys):
+    keys = ALPACA_QLORA | {"datasets": [CHATS], "chat_template": "chatml"}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | TOKENS))
+    assert config.data.template == "chatml"
+    assert "<|im_start|> and <|im_end|> are added to the tokenizer by data.template" in text
+    assert "begin at the mean of all others; there at random" in text
+    assert "the vectors of added tokens are trained" in text and "is learned; there" not in text
+    further = {"special_tokens": {"additional_special_tokens": BOTH}}
+    _, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | further))
+    assert "are added to the tokenizer by data.template" in text
+    assert "<|im_end|> is learned; there if eos_token or eot_tokens names it" in text
+    first = {"special_tokens": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}}
+    _, text = ours(
+        capsys, "axolotl",
+        write(tmp_path / "a.yaml", **keys | first, rl="dpo", mean_resizing_embeddings=True),
+    )  # fmt: skip
+    assert "keeps its start token, which stands before the first <|im_start|>" in text
+    assert "begin at the mean" not in text
+    _, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    assert "adds <|im_start|> and <|im_end|> to a tokenizer that lacks them; there, what" in text
+
+
+@pytest.mark.parametrize(
+    "keys, refused",
+    [
+        ({"chat_template": "llama3"} | TOKENS, {"tokens", "special_tokens"}),
+        ({"chat_template": "chatml", "tokens": [*BOTH, "<x>"]}, {"tokens"}),
+        ({"chat_template": "chatml", "tokens": "<|im_start|>"}, {"tokens"}),
+        ({"chat_template": "chatml", "special_tokens": {"bos_token": "<x>"}}, {"special_tokens"}),
+        (
+            {
+                "chat_template": "chatml",
+                "special_tokens": {"additional_special_tokens": [*BOTH, "<x>"]},
+            },
+            {"special_tokens"},
+        ),
+        ({"tokens": BOTH}, {"tokens"}),
+        ({"special_tokens": {"bos_token": "<|im_start|>"}}, {"special_tokens"}),
+    ],
+)
+def test_other_tokens_of_the_file_are_refused(keys, refused, tmp_path):
+    keys = ALPACA_QLORA | {"datasets": [CHATS]} | keys
+    with pytest.raises(ConfigError, match="not supported") as error:
+        translate.main(["axolotl", write(tmp_path / "a.yaml", **keys)])
+    named = {
+        key for key in ("tokens", "special_tokens") if re.search(rf"\b{key} \(", str(error.value))
+    }
+    assert named == refused
+
+
+def test_alpacas_answers_end_with_the_end_token_that_chatml_sets(tmp_path):
+    keys = ALPACA_QLORA | {"chat_template": "chatml"} | TOKENS
+    made = translated(SOURCES["axolotl"], keys, place="a.yaml").options["data"]
+    file = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
+    source = Source(str(file), template=made["train"][0]["template"])
+    tokenizer = tiny.tokenizer()
+    data = load(
+        [source], template=made["template"], tokenizer=tokenizer, vocab_size=400, max_length=256
+    )
+    assert tokenizer.decode(data.train.tokens).endswith("### Response:\nb<|im_end|>")
+    assert data.train.tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_filters_of_axolotl_are_ours(tmp_path, capsys):
+    keys = ALPACA_QLORA | {"dataset_exact_deduplication": True, "min_sample_len": 9}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    assert config.data.deduplicate and config.data.min_length == 9
+    assert "rows below min_sample_len are counted as dropped" in text and "there they" not in text
+    held_out = {"test_datasets": [ALPACAS], "val_set_size": 0}
+    _, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | held_out))
+    assert "held-out rows that are also trained on are left out; there they stay" in text
+    texts = {"datasets": [BODIES]}
+    _, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | texts))
+    assert "data.min_length is of whole texts" in text
+    pairs = keys | {"rl": "dpo", "datasets": [CHATS]} | held_out | {"test_datasets": [CHATS]}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **pairs))
+    assert config.data.deduplicate and config.data.min_length is None
+    assert "min_sample_len: axolotl 0.19 reads it for SFT alone" in text
+    assert "there by columns that are not used, too" in text and "there they stay" not in text
+    for nothing in (None, 0, False):
+        keys |= {"dataset_exact_deduplication": nothing, "min_sample_len": nothing}
+        config, _ = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+        assert not config.data.deduplicate and config.data.min_length is None
+
+
+@pytest.mark.parametrize("key", ["model_config", "overrides_of_model_config"])
+def test_a_switch_of_experts_changes_nothing_in_a_model_without(key, tmp_path, capsys):
+    keys = ALPACA_QLORA | {key: {"output_router_logits": True}}
+    _, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    assert f"{key}: output_router_logits is of mixtures of experts, and base_model is" in text
+    both = {"output_router_logits": True, "rope_theta": 1.0}
+    for name, changes in (
+        ("mistralai/Mixtral-8x7B-v0.1", keys[key]),
+        ("o/some-MoE", keys[key]),
+        ("o/frankenmistral-4x7B", keys[key]),
+        ("Qwen/Qwen3-30B-A3B", keys[key]),
+        ("m", both),
+    ):
+        with pytest.raises(ConfigError, match=f"{key} .the model is loaded as it is stored"):
+            file = write(tmp_path / "a.yaml", **keys | {"base_model": name, key: changes})
+            translate.main(["axolotl", file])
+    ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | {key: {}}))
+
+
 RATED = {"path": "o/d", "type": "chatml.argilla"}
 KTO = {  # the same run, of each source that has one
     "trl": MINIMAL | {
@@ -922,7 +1033,7 @@ def test_trained_tokens_are_those_of_peft(tmp_path, capsys):
             "datasets (several data_files: write one source for each)",
         ),
         ("axolotl", {"special_tokens": {"eos_token": "<x>"}}, "special_tokens (changes tokens"),
-        ("axolotl", {"dataset_exact_deduplication": True}, "take them out of the file"),
+        ("axolotl", {"model_config": {"rope_theta": 1.0}}, "model_config (the model is loaded as"),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler (one_cycle is none of"),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type (freeze has no"),
         ("llama-factory", {"use_muon": True}, "use_muon (adapters are trained by AdamW"),

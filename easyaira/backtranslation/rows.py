@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from easyaira.config.data import Source
 from easyaira.data import columns, sources
 from easyaira.data.recipe import Dropped
-from easyaira.data.tokenise import first_exchange
+from easyaira.data.texts import first_exchange
 from easyaira.errors import DataError
 
 

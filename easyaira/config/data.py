@@ -63,6 +63,9 @@ class DataConfig:
     """Unreadable row: stop with its place, or skip and count it."""
     max_length: Count | None = None
     """Longest example in tokens; default: the model's number of positions."""
+    min_length: Count | None = None
+    """Shortest example in tokens, prompt and answer together; a row with a shorter one, or with a
+    shorter side of a pair, is dropped and counted."""
     max_prompt_length: Count | None = None
     """Longest prompt in tokens; a longer one keeps its start token and its last tokens."""
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
@@ -76,8 +79,11 @@ class DataConfig:
     amount of computation and nothing else. auto: share where it saves enough; the log says so."""
     drop_last: bool = False
     """Drop an epoch's last update if it is smaller than the others."""
+    deduplicate: bool = False
+    """Drop and count rows that repeat an earlier one exactly, in its source or another, and
+    held-out rows that are also trained on. The copies of a weight are no repeats."""
     max_dropped: Share = 0.05
-    """Stop if more than this share of the rows was dropped."""
+    """Stop if more than this share of the rows was dropped, without those of deduplicate."""
     compat: Literal["aira"] | None = None
     """aira: reproduce the loss of Aira's original scripts, which includes prompts and padding up
     to max_length (SFT only)."""

@@ -1,7 +1,8 @@
 """The cache, and the tokenised data in it: one folder per source.
 
 An entry is a folder whose name, its key, hashes everything that decides its content. For tokens:
-contents, columns, tokenizer, template, lengths, and this code. A rename creates the folder
+contents, columns, tokenizer, template, lengths, this code, and with data.deduplicate the sources
+before it. A rename creates the folder
 atomically, so several processes may build it at once; afterwards, all of them memory-map the same
 files. Hashes of all files lie in the folder, and are compared whenever it is opened."""
 
@@ -13,13 +14,14 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import examples, sources, tokenise
@@ -135,6 +137,20 @@ def _damage(folder: Path) -> str | None:
     return next(n for n in names if n == HASHES or now.get(n) != then.get(n)) + " has changed"
 
 
+class Earlier(NamedTuple):
+    """A source that was read before, whose rows are not repeated (data.deduplicate).
+
+    Attributes:
+        key: of its entry in the cache.
+        ids: of its examples.
+        reason: to drop a row that repeats one of them.
+    """
+
+    key: str
+    ids: np.ndarray
+    reason: str = examples.REPEATED
+
+
 def cached_source(
     source: Source,
     config: DataConfig,
@@ -142,16 +158,25 @@ def cached_source(
     template: Template,
     label: str,
     limit: int | None,
+    earlier: list[Earlier],
 ) -> tuple[Examples, Account]:
-    """Examples of a source from the cache; on a miss, build them first."""
+    """Examples of a source from the cache; on a miss, build them first.
+
+    Args:
+        earlier: sources that decide which rows are repeats. This one is appended.
+    """
     root = cache_folder(config.cache_dir, "tokens")
-    key = _key(source, recipe, template, limit)
+    key = _key(source, recipe, template, limit, earlier)
 
     def build(folder: Path) -> None:
         rows = islice(sources.read(source), limit)
-        tokenise.build(rows, folder, recipe=recipe, template=template, label=label)
+        known = {one: of.reason for of in earlier for one in of.ids.tolist()}
+        tokenise.build(rows, folder, recipe=recipe, template=template, label=label, known=known)
 
-    return examples.open_folder(kept(root, key) or add(root, key, build))
+    part, account = examples.open_folder(kept(root, key) or add(root, key, build))
+    if recipe.deduplicate:
+        earlier.append(Earlier(key, part.ids))
+    return part, account
 
 
 DECIDES_TOKENS = (  # files of data/ that determine tokens
@@ -165,6 +190,7 @@ DECIDES_TOKENS = (  # files of data/ that determine tokens
     "layout",
     "plain_text",
     "template",
+    "texts",
     "examples",
     "recipe",
     "truncate",
@@ -173,7 +199,13 @@ DECIDES_TOKENS = (  # files of data/ that determine tokens
 )
 
 
-def _key(source: Source, recipe: Recipe, template: Template, limit: int | None) -> str:
+def _key(
+    source: Source,
+    recipe: Recipe,
+    template: Template,
+    limit: int | None,
+    earlier: Sequence[Earlier] = (),
+) -> str:
     content = sources.content_key(source)
     if content is None:  # streamed data has no hash before it is read
         content = os.urandom(16).hex()
@@ -182,4 +214,6 @@ def _key(source: Source, recipe: Recipe, template: Template, limit: int | None) 
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     digest.update(json.dumps([content, source.path, limit, asdict(recipe)]).encode())
     digest.update(template.fingerprint().encode())
+    for of in earlier:
+        digest.update(f"{of.key} {of.reason}".encode())
     return digest.hexdigest()[:32]

@@ -14,9 +14,16 @@ import numpy as np
 
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import pairs, sources
-from easyaira.data.cache import cached_source
+from easyaira.data.cache import Earlier, cached_source
 from easyaira.data.columns import Message, Record, fitting, question
-from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN, Account, Examples, check_embedded
+from easyaira.data.examples import (
+    PER_EXAMPLE,
+    PER_TOKEN,
+    TRAINED,
+    Account,
+    Examples,
+    check_embedded,
+)
 from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, folded, shortened
@@ -66,7 +73,8 @@ def load(
         raise TokenizerError(
             "tokenizer: data.compat needs a pad_token; set one in its tokenizer_config.json"
         )
-    read = partial(_read, config, recipe, template, positions)
+    earlier: list[Earlier] = []
+    read = partial(_read, config, recipe, template, positions, earlier)
     train, account = read(config.train, "train", config.max_examples)
     check_embedded(train.tokens, vocab_size, RESIZE)
     accounts = {"train": account}
@@ -74,6 +82,7 @@ def load(
     if isinstance(config.eval, int | float) and config.eval:
         train, held_out = hold_out(train, config.eval, seed)
     elif config.eval:
+        earlier[:] = [of._replace(reason=TRAINED) for of in earlier]
         held_out, accounts["held out"] = read(config.eval, "held-out")
         check_embedded(held_out.tokens, vocab_size, RESIZE)
     if not train.weights.any():  # NaN, a row without a weight, counts
@@ -161,6 +170,7 @@ def _read(
     recipe: Recipe,
     template: Template,
     positions: int | None,
+    earlier: list[Earlier],
     what: str | Sequence[Source],
     label: str,
     limit: int | None = None,
@@ -174,7 +184,7 @@ def _read(
             own = Template(
                 template.tokenizer, source.template, template.model_type, config.allowed_tokens
             )
-        part, source_account = cached_source(source, config, recipe, own, label, limit)
+        part, source_account = cached_source(source, config, recipe, own, label, limit, earlier)
         parts.append(replace(part, sources=np.full(len(part), number, np.int16)))
         account += source_account
     account.check(config.max_dropped)
@@ -213,7 +223,7 @@ def _joined(parts: list[Examples]) -> Examples:
     """Concatenate sources in memory. The tokens of a single source stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
-    counts = {part.answers for part in parts}
+    counts = {part.answers for part in parts if len(part)}  # all rows of one may be repeats
     if len(counts) > 1 and 1 in counts:
         raise DataError("data: some sources have pairs and some single texts; use only one kind")
     parts = [part.widened(max(counts)) for part in parts]

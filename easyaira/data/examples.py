@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class Examples:
         rows: [n] row of the source, from 0.
         sources: [n] index of the source.
         prompt_ids: [n] hash of the prompt before truncation; equal prompts stay in one split.
-        ids: [n] hash of prompt and answers after truncation.
+        ids: [n] hash of prompt and answers after truncation, and of the numbers of the row.
         unseen: [n] number of padding tokens at the end, which no token attends to.
         learned_counts: [n] number of tokens with loss.
         labels: [n] labels of texts to score; NaN elsewhere.
@@ -109,6 +110,9 @@ OF_ROWS = ("labels", "margins", "weights")  # numbers that a row may have
 PER_TOKEN = {"tokens": np.int32, "learned": np.bool_}
 
 
+REPEATED, TRAINED = "repeats an earlier row", "also in data.train"  # reasons to drop a row
+
+
 @dataclass
 class Account:
     """Counts of rows: read = kept + dropped.
@@ -172,14 +176,19 @@ class Account:
         )
 
     def check(self, max_dropped: float) -> None:
-        """Raise DataError if no row was kept, or more than `max_dropped` were dropped."""
-        lost = self.read - self.kept
+        """Raise DataError if no row was kept, or more than `max_dropped` were dropped. A repeat
+        is not lost, since its first row is kept."""
+        lost = self.read - self.kept - self.dropped[REPEATED] - self.dropped[TRAINED]
         if not self.kept or lost > max_dropped * self.read:
             mend = ["Fix the rows"]
             if any(reason.startswith("the template") for reason in self.dropped):
                 mend.append("choose another data.template")
             if any("max_length" in reason or "no room" in reason for reason in self.dropped):
                 mend.append("raise data.max_length")
+            if any("min_length" in reason for reason in self.dropped):
+                mend.append("lower data.min_length")
+            if TRAINED in self.dropped:
+                mend.append("name other rows in data.eval")
             if self.kept:
                 mend.append("raise data.max_dropped")
             raise DataError(
@@ -236,7 +245,7 @@ class Files:
         return self
 
     def add(self, parts: Parts, **known: float) -> None:
-        """Write one example; `known` are its values of the per-example arrays."""
+        """Write one example; `known` are its further values of the per-example arrays."""
         flat = [(parts.prompt, parts.prompt_learned), *parts.answers]
         ends = [self._end]
         for tokens, learned in flat:
@@ -246,7 +255,6 @@ class Files:
         self._end = ends[-1]
         self._counts.append(len(parts.answers))
         self._held["ranks"].extend(parts.ranks or range(len(parts.answers)))
-        known["ids"] = digest(*(values for part in flat for values in part))
         known["learned_counts"] = sum(int(learned.sum()) for _, learned in flat)
         self._held["bounds"].extend(ends)
         for name, value in known.items():
@@ -321,6 +329,19 @@ def digest(*arrays: np.ndarray) -> int:
         hasher.update(len(values).to_bytes(8, "little"))
         hasher.update(values.tobytes())
     return int.from_bytes(hasher.digest(), "little")
+
+
+def identity(parts: Parts, **numbers: float) -> int:
+    """Hash of all that an example teaches: tokens, which of them have loss, ranks if some are tied,
+    and the numbers of its row."""
+    flat = [(parts.prompt, parts.prompt_learned), *parts.answers]
+    arrays = [values for part in flat for values in part]
+    untied = range(len(parts.answers))
+    if parts.ranks and [*parts.ranks] != [*untied]:
+        arrays.append(np.array(parts.ranks, np.int64))
+    if given := [(OF_ROWS.index(n), v) for n, v in numbers.items() if not math.isnan(v)]:
+        arrays.append(np.array(given))
+    return digest(*arrays)
 
 
 def check_embedded(tokens: Any, vocab_size: int, mend: str = "") -> None:

@@ -20,6 +20,7 @@ class Recipe:
         task: kind of row: a conversation to train on, two or more answers to compare, an answer
             with a label, a text to score, or a prompt to answer.
         max_length: longest prompt with answer, in tokens; of a prompt to answer, without one.
+        min_length: a row with a shorter prompt with answer is dropped.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
         truncation: treatment of examples above max_length.
         reverse: swap prompt and answer.
@@ -28,11 +29,14 @@ class Recipe:
         padded: put loss on every token and on padding to max_length, as Aira's original scripts do.
         on_bad_row: error or skip.
         margin: a pair's column margin is read.
+        deduplicate: a row is dropped if its tokens, the tokens with loss, and its label, margin,
+            weight and ranks are those of an earlier row.
         compared: which of the answers to a prompt are kept, see config.dpo.DPOConfig.answers.
     """
 
     task: Literal["conversation", "pair", "rated", "label", "prompt"]
     max_length: int
+    min_length: int | None = None
     max_prompt_length: int | None = None
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     reverse: bool = False
@@ -42,6 +46,7 @@ class Recipe:
     padded: bool = False
     on_bad_row: Literal["error", "skip"] = "error"
     margin: bool = True
+    deduplicate: bool = False
     compared: Literal["all", "best_rest", "best_worst"] = "all"
 
 
@@ -68,11 +73,13 @@ def recipe_of(
     return Recipe(
         task,
         max_length,
+        data.min_length,
         data.max_prompt_length,
         data.truncation,
         reverse=data.reverse,
         padded=data.compat == "aira",
         on_bad_row=data.on_bad_row,
+        deduplicate=data.deduplicate,
         margin=margin,
         compared=compared,
         **{name: getattr(sft, name) for name in LOSS_MASK if sft},

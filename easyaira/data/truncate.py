@@ -15,6 +15,8 @@ CUT = "cut to max_length"  # how the note of a cut begins
 
 def pad_parts(parts: Parts, count: int, pad: int) -> Parts:
     """Append `count` padding tokens with loss to the answer."""
+    if not count:
+        return parts
     (tokens, learned) = parts.answers[0]
     padding, padding_learned = np.full(count, pad, np.int32), np.ones(count, bool)
     return parts._replace(
@@ -32,9 +34,13 @@ def fit(parts: Parts, template: Template, recipe: Recipe) -> tuple[Parts, list[s
     All answers are cut by the same rule.
 
     Raises:
-        Dropped: the example does not fit, no token with loss is left, or the answers are identical.
+        Dropped: the example is too short or does not fit, no token with loss is left, or the
+            answers are identical.
     """
     prompt, prompt_learned, answers, _, ranks = parts
+    shortest = len(prompt) + min(len(tokens) for tokens, _ in answers)
+    if recipe.min_length and shortest < recipe.min_length:
+        raise Dropped("shorter than min_length")
     start = int(len(prompt) > 0 and int(prompt[0]) in template.controls.values())
     notes = []
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
+from easyaira.translation import axolotl_data
 from easyaira.translation.recipe import Recipe
-from easyaira.translation.rows import TEXTS
 from easyaira.translation.verdicts import (
     Source,
     Table,
@@ -27,6 +26,8 @@ OF_TEXT_MODEL = re.compile(
     r"(?:model\.language_model|language_model\.model)\.layers\.d\+\."
     r"(?:\(_checkpoint_wrapped_module\.\)\?)?\((.+)\)\.\((.+)\)_proj"
 )
+EXPERTS = re.compile(r"mixtral|moe|\d+x\d+|-a\d+b", re.IGNORECASE)  # in names of models
+ROUTER = "output_router_logits"
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 
 COMMON: Table = {
@@ -59,7 +60,9 @@ COMMON: Table = {
         peft_trainable_token_indices=trainable_token_indices
         lora_target_linear peft_use_rslora=use_rslora peft_use_dora=use_dora
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
-        chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens
+        chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens tokens
+        mean_resizing_embeddings dataset_exact_deduplication
+        model_config overrides_of_model_config
         tokenizer_use_mistral_common=mistral_common
     """),
     **no_effect(
@@ -114,8 +117,8 @@ COMMON: Table = {
                            HARMLESS),
     **unsupported("rows come in a random order", "group_by_length "
                   "curriculum_sampling sample_packing_sequentially"),
-    **unsupported("adds tokens to the tokenizer; save it with them", "tokens "
-                  "added_tokens_overrides", (None, [])),
+    **unsupported("adds tokens to the tokenizer; save it with them", "added_tokens_overrides",
+                  (None, [])),
     **unsupported("adapters alone are trained", "lora_modules_to_save "
                   "unfrozen_parameters", (None, [])),
     **unsupported("adapters are LoRA or DoRA on linear layers",
@@ -129,8 +132,8 @@ COMMON: Table = {
     **unsupported("the optimizers are AdamW and Muon over all trainable weights", "optim_args "
                   "optim_target_modules lr_groups embedding_lr embedding_lr_scale eta_min "
                   "lr_quadratic_warmup cosine_constant_lr_ratio"),
-    **unsupported("the model is loaded as it is stored", "model_config "
-                  "overrides_of_model_config model_kwargs overrides_of_model_kwargs reinit_weights "
+    **unsupported("the model is loaded as it is stored", "model_kwargs "
+                  "overrides_of_model_kwargs reinit_weights "
                   "fix_untrained_tokens cls_model_config resize_token_embeddings_to_32x",
                   (None, False, {})),
     **unsupported("weights are bfloat16, int8 or nf4 at rest", "gptq gptq_disable_exllama qat fp8 "
@@ -144,9 +147,6 @@ COMMON: Table = {
                   "completion", "pretraining_dataset", (None, False, [])),
     **unsupported("set streaming in the sources of the translated file", "streaming",
                   (None, False)),
-    **unsupported("repeated rows stay; take them out of the file (data_report.json counts them as "
-                  "duplicates)", "dataset_exact_deduplication"),
-    **unsupported("short rows stay; take them out of the file", "min_sample_len"),
     **unsupported("a template ends answers with its own tokens", "eot_tokens", (
         None, [], ["<end_of_turn>"], ["<|im_end|>"], ["<|eot_id|>"], ["</s>"],
     )),
@@ -161,7 +161,10 @@ COMMON: Table = {
     "num_labels": Unsupported("a reward model has one score", (None, 1)),
 }  # fmt: skip
 
+NOT_READ = no_effect("axolotl 0.19 reads it for SFT alone", "min_sample_len")
+SFT: Table = computed("min_sample_len")
 DPO: Table = {
+    **NOT_READ,
     **same("""
         rl_beta dpo.beta
         dpo_beta dpo.beta
@@ -179,7 +182,10 @@ DPO: Table = {
                 "precompute_ref_log_probs"),
     **unsupported("is no loss of EasyAira", "dpo_norm_loss"),
 }  # fmt: skip
-REWARD: Table = same("center_rewards_coefficient reward.center_rewards_coefficient")
+REWARD: Table = {
+    **NOT_READ,
+    **same("center_rewards_coefficient reward.center_rewards_coefficient"),
+}
 
 DEFAULTS = {
     "micro_batch_size": 1,
@@ -195,14 +201,6 @@ DEFAULTS = {
 ORDER = "the order of rows follows from the seed, by another generator"
 DROPOUT = "model.dropout is 0, whatever config.json says"
 
-ALPACA = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
-    "{% else %}{{ 'Below is an instruction that describes a task. Write a response that "
-    "appropriately completes the request.\\n\\n### Instruction:\\n' + m['content'] + "
-    "'\\n\\n### Response:\\n' }}{% endif %}{% endfor %}"
-)
-LLAMA_2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
 
 def facts(run: Recipe) -> None:
     """Facts by transformers' names from axolotl's own."""
@@ -216,6 +214,8 @@ def facts(run: Recipe) -> None:
         run.facts |= {"load_in_4bit": None, "load_in_8bit": None}
     if run.get("lora_target_linear"):
         run.facts["lora_target_modules"] = "all-linear"
+    for key in ("model_config", "overrides_of_model_config"):
+        _model_config(run, key)
     pattern = run.get("lora_target_modules")
     if isinstance(pattern, str) and "language_model" in pattern:
         _of_text_model(run, pattern)
@@ -235,14 +235,6 @@ def facts(run: Recipe) -> None:
             run.facts[f"{what}_strategy"] = "steps"
     run.facts["completion_only_loss"] = not run.get("train_on_inputs")
     run.facts["assistant_only_loss"] = not run.get("train_on_inputs")
-    own = {k: v for k, v in run.get("special_tokens", {}).items() if k != "pad_token" and v}
-    if own.get("eos_token") != LLAMA_2["eos_token"]:
-        run.facts["eos_token"] = own.pop("eos_token", None)
-        run.keys["eos_token"] = "special_tokens"
-    if own and not own.items() <= LLAMA_2.items():
-        run.refuse("special_tokens", "changes tokens of the tokenizer; save it with them")
-    elif own:
-        run.note(f"special tokens are the tokenizer's own ({', '.join(own)} in the file)")
     if run.get("loss_type") in ("simpo", "orpo"):
         run.options["dpo.reference"] = "none"
     if run.get("loss_type") == "orpo":  # beside the likelihood, in its trainer, too
@@ -267,30 +259,20 @@ def facts(run: Recipe) -> None:
     run.facts["truncation_mode"] = "keep_start" if excess == "truncate" else "drop"
     if excess == "raise":
         run.options["data.max_dropped"] = 0.0
-    template = run.get("axolotl_template")
-    if run.get("chat_template_jinja"):
-        run.facts["chat_template"] = run.get("chat_template_jinja")
-    elif template == "chatml":
-        run.facts["chat_template"] = "chatml"
-    elif template not in (None, "tokenizer_default", "chatml"):
-        run.note(f"data.template chat: the tokenizer's own template, in the place of {template}")
-    entries = run.get("axolotl_datasets", [])
-    run.facts["sources"] = [_source(run, entry) for entry in entries]
-    run.facts["held_out"] = [_source(run, entry) for entry in run.get("axolotl_held_out", [])]
-    whole = [entry.get("type") == "completion" for entry in entries]
-    run.facts |= {"texts": bool(whole) and all(whole), "has_texts": any(whole)}
-    run.facts["template_name"] = template
-    if any(whole):
-        run.note(TEXTS)
-        run.note(
-            "a text above max_length is cut or dropped, and counted; axolotl divides it into "
-            "several examples, so divide long texts before"
-        )
-    if run.facts["texts"]:  # their parts are never too long there
-        run.facts["truncation_mode"] = "keep_start"
-        run.options.pop("data.max_dropped", None)
-    if run.facts["held_out"]:
-        run.facts.setdefault("eval_strategy", "epoch")
+    axolotl_data.templates(run)
+    axolotl_data.tokens(run)
+    axolotl_data.sources(run)
+    axolotl_data.filters(run)
+
+
+def _model_config(run: Recipe, key: str) -> None:
+    """Changes to config.json: those of a router mean nothing in a model without experts."""
+    if not (changes := run.get(key)):
+        return None
+    name = run.options.get("model.name_or_path", "")
+    if not isinstance(changes, dict) or {*changes} != {ROUTER} or EXPERTS.search(str(name)):
+        return run.refuse(key, "the model is loaded as it is stored")
+    run.no_effect[key] = f"{ROUTER} is of mixtures of experts, and base_model is none"
 
 
 def _of_text_model(run: Recipe, pattern: str) -> None:
@@ -307,88 +289,9 @@ def _of_text_model(run: Recipe, pattern: str) -> None:
     )
 
 
-READ = (  # keys of a source, and values that other keys may have
-    "path split name data_files type field_messages message_property_mappings roles "
-    "field_chosen field_rejected ds_type revision chat_template field message_field_role "
-    "message_field_content conversation drop_system_message"
-).split()
-AS_HERE = {  # keys of a source -> values that say what a run does anyway
-    "roles_to_train": (None, ["assistant"], ["gpt"]),
-    "train_on_eos": (None, "turn"),
-    "train_on_eot": (None, "turn"),
-}
-FORMS = {  # type -> template
-    "alpaca": ALPACA,
-    "chat_template": None, "chat_template.default": None, "chat_template.argilla": None,
-    "sharegpt": None, "bradley_terry.chat_template": None, "chat_template.llama3": None,
-    "completion": None,
-}  # fmt: skip
-RATED_FORMS = {  # form of rated answers -> column of the prompt
-    "argilla": "instruction", "intel": "question", "prompt_pairs": "prompt", "ultra": "prompt",
-}  # fmt: skip
-
-
-def _rated(run: Recipe, kind: str, made: dict[str, Any]) -> dict[str, Any]:
-    """A source of KTO, whose rows have a prompt, a completion and a label."""
-    template, _, form = kind.partition(".")
-    if template not in ("chatml", "llama3") or form not in RATED_FORMS:
-        run.refuse("axolotl_datasets", f"type {kind} has no translation for kto")
-        return made
-    made["template"] = "chatml" if template == "chatml" else "chat"
-    if (column := RATED_FORMS[form]) != "prompt":
-        made["columns"] = {"prompt": column}
-    return made
-
-
-def _source(run: Recipe, entry: dict[str, Any]) -> dict[str, Any]:
-    """A source of ours from one of axolotl's."""
-    kind = entry.get("type")
-    rated = run.get("loss_type") == "kto" and isinstance(kind, str)
-    if not rated and (not isinstance(kind, str) or kind not in FORMS):
-        run.refuse("axolotl_datasets", f"type {kind} has no translation")
-        return {}
-    for key, values in AS_HERE.items():
-        if entry.get(key) not in values:
-            run.refuse("axolotl_datasets", f"{key} {entry[key]} of a data set has no translation")
-    if unknown := entry.keys() - {*READ, *AS_HERE}:
-        run.refuse("axolotl_datasets", f"{min(unknown)} of a data set has no translation")
-    made = {"path": entry.get("data_files") or entry.get("path")}
-    if isinstance(made["path"], list):
-        if len(made["path"]) > 1:
-            run.refuse("axolotl_datasets", "several data_files: write one source for each")
-        made["path"] = made["path"][0]
-    for key, ours in (("split", "split"), ("name", "subset")):
-        if entry.get(key) not in (None, "train", "default"):
-            made[ours] = entry[key]
-    if rated:
-        return _rated(run, str(kind), made)
-    if template := FORMS[kind]:
-        made["template"] = template
-        run.note(
-            "type alpaca: the input of a row follows the instruction on a line of its own, without "
-            "the heading of axolotl's"
-        )
-    columns = {
-        ours: entry[theirs]
-        for ours, theirs in {"chosen": "field_chosen", "rejected": "field_rejected"}.items()
-        if entry.get(theirs) not in (None, ours)
-    }
-    field = entry.get("field_messages")
-    if kind == "completion":
-        if run.task != "sft":
-            run.refuse("axolotl_datasets", "type completion has no answers to compare")
-        columns["text"] = entry.get("field", "text")
-        return made | ({"columns": columns} if columns["text"] != "text" else {})
-    if run.task != "sft":
-        columns |= {"prompt": field} if field else {}
-    elif field not in (None, "messages", "conversations"):
-        columns["messages"] = field
-    return made | ({"columns": columns} if columns else {})
-
-
 AXOLOTL = Source(
     name="axolotl 0.19",
-    tables={"sft": COMMON, "dpo": COMMON | DPO, "reward": COMMON | REWARD},
+    tables={"sft": COMMON | SFT, "dpo": COMMON | DPO, "reward": COMMON | REWARD},
     defaults={task: DEFAULTS for task in ("sft", "dpo", "reward")},
     differences={"sft": (ORDER, DROPOUT), "dpo": (ORDER,), "reward": (ORDER,)},
     telling={

@@ -12,7 +12,7 @@ NUMBERS = frozenset(
     logging_steps eval_steps save_steps save_total_limit test_split_size early_stopping_patience
     max_length lora_r lora_alpha lora_dropout evals_per_epoch saves_per_epoch label_smoothing
     label_smoothing_factor quantization_bit batch_size accumulate end_lr gamma_beta_ratio cpo_alpha
-    desirable_weight undesirable_weight optimizer.learning_rate dpo.beta
+    desirable_weight undesirable_weight min_sample_len optimizer.learning_rate dpo.beta
     """.split()
 )
 TEXTS = frozenset(

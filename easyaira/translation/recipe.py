@@ -28,6 +28,7 @@ class Recipe:
         options: dotted names of our options, with their values.
         notes: what differs on purpose.
         refused: key -> why it cannot be translated.
+        no_effect: key -> why it changes nothing.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    no_effect: dict[str, str] = field(default_factory=dict)
 
     def get(self, fact: str, default: Any = None) -> Any:
         value = self.facts.get(fact)

@@ -101,7 +101,6 @@ def translate(
                 f"{place}: {key}: no key of {source.name}'s {task}{hint}; --drop {key} to go on"
             )
     run = Recipe(task, devices)
-    no_effect: dict[str, str] = {}
     for key, value in (source.defaults[task] | given).items():
         match table[key]:
             case Same(option) if value is not None:
@@ -111,11 +110,11 @@ def translate(
                 run.facts[fact], run.keys[fact] = value, key
             case Unsupported(why, unless, harmless) if value not in unless:
                 if harmless and isinstance(value, list) and all(x in harmless for x in value):
-                    no_effect[key] = "says how PyTorch computes or logs, and not what"
+                    run.no_effect[key] = "says how PyTorch computes or logs, and not what"
                 else:
                     run.refused[key] = why
             case NoEffect(why) if key in given:
-                no_effect[key] = why
+                run.no_effect[key] = why
     if source.prepare:
         source.prepare(run)
     for step in (*recipe.STEPS, rows.data, ends.end_token):
@@ -124,7 +123,7 @@ def translate(
         reasons = ", ".join(f"{key} ({why})" for key, why in run.refused.items())
         raise ConfigError(f"{place}: not supported: {reasons}; --drop KEY leaves a key out")
     return Translation(
-        task, _nested(run.options), [*run.notes, *source.differences[task]], no_effect, [*drop]
+        task, _nested(run.options), [*run.notes, *source.differences[task]], run.no_effect, [*drop]
     )
 
 
