@@ -2,9 +2,9 @@
 
 An entry is a folder whose name, its key, hashes everything that decides its content. For tokens:
 contents, columns, tokenizer, template, lengths, this code, and with data.deduplicate the sources
-before it. A rename creates the folder
-atomically, so several processes may build it at once; afterwards, all of them memory-map the same
-files. Hashes of all files lie in the folder, and are compared whenever it is opened."""
+before it. A rename creates the folder atomically, so several processes may build it at once;
+afterwards, all of them memory-map the same files. Hashes of all files lie in the folder, and are
+compared whenever it is opened."""
 
 from __future__ import annotations
 
