@@ -20,6 +20,7 @@ from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import ConfigError, Preempted, WeightsError
 from easyaira.lora import peft
 from easyaira.lora.adapter import adapter_of, module_of
+from easyaira.lora.held import held_target, hold, holder
 from easyaira.losses import token_logps
 from easyaira.models import quantize
 from easyaira.models.registry import model_of
@@ -403,7 +404,7 @@ def test_memory_of_a_held_base(how, bytes_per_weight):
     """Of Llama 2 7B, from shapes; norms, embedding and head are not quantised."""
     model = model_of(LLAMA_2_7B, "here")
     adapter = adapter_of(LoraConfig(ATTENTION, quantize=how), model)
-    held = adapter.held_target(meshes.make_mesh("fsdp=-1"), jnp.bfloat16)
+    held = held_target(adapter, meshes.make_mesh("fsdp=-1"), jnp.bfloat16)
     linear = kernels = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
         name = path_of(path)
@@ -425,7 +426,7 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, mo
     held = Pretrained("x", models / kind).load(
         model,
         meshes.make_mesh("fsdp=-1"),
-        each=adapter.holder(meshes.make_mesh("fsdp=-1"), jnp.float32),
+        each=holder(adapter, meshes.make_mesh("fsdp=-1"), jnp.float32),
     )
 
     def plain(leaf, kept):
@@ -460,7 +461,7 @@ def test_the_backward_pass_keeps_codes_and_not_kernels():
     def loss_fn(params, base):
         return (model.apply(adapter.on(base, params), rows)[0] ** 2).sum()
 
-    held = adapter.held_target(mesh, jnp.float32)
+    held = held_target(adapter, mesh, jnp.float32)
     step = jax.jit(jax.grad(loss_fn)).lower(adapter.target(mesh), held).compile()
     kernels = sum(
         leaf.size * 4
@@ -477,7 +478,7 @@ def test_a_base_in_bfloat16_computes_what_one_in_float32_does(models):
     low = model.with_dtype(jnp.bfloat16)
     adapter = adapter_for("llama", low)
     held = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: adapter.hold(path, leaf, jnp.bfloat16), base
+        lambda path, leaf: hold(adapter, path, leaf, jnp.bfloat16), base
     )
     params = drawn(adapter)
     a, b = (

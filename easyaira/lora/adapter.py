@@ -5,7 +5,7 @@ The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out]. L
 (GPT-2's q, k, v). The tuned model is `model.apply` of the base with the adapter beside its kernels
 (`Adapter.on`); the original model is `model.apply` of the base. Only the adapter has gradients,
 optimizer state and checkpoints. The base is an argument of the step, in storage precision
-(`Adapter.hold`).
+(lora/held.py).
 
 With `dora`, there is also the norm of each output's weights, `lora_magnitude` [L, out]. The model's
 parameters hold factors of the outputs in its place, `lora_gain` (lora/dora.py).
@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyaira.config.model import LoraConfig
-from easyaira.distributed.sharding import like, partition_specs, sharding_of
+from easyaira.distributed.sharding import like, partition_specs
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.hf.table import Row
 from easyaira.lora import dora
@@ -44,14 +44,12 @@ from easyaira.lora.base import Frozen
 from easyaira.lora.targets import (
     ALL_LINEAR,
     beside,
-    linear_layers,
     module_of,
     rows_of,
     tables_of,
     targets_of,
 )
 from easyaira.models.model import Model
-from easyaira.models.quantize import quantize
 from easyaira.models.token_rows import with_rows
 
 
@@ -195,8 +193,6 @@ class Adapter:
         flat = {path: leaf for path, leaf in by_path(of_algorithm).items() if _is_own(path)}
         return Frozen(base, nested(flat) if flat else of_algorithm)
 
-    # the base in storage precision
-
     def replaces(self, path: str) -> bool:
         """Whether the parameter at this path belongs to the head."""
         return any(row.ours == path for row in self.head)
@@ -225,65 +221,6 @@ class Adapter:
         for path, leaf in by_path(tree).items():
             (head if self.replaces(path) else base)[path] = leaf
         return nested(base), nested(head)
-
-    def hold(self, path: tuple, leaf: jax.Array, dtype: Any) -> Any:
-        """Convert a float32 weight of the base to its storage precision.
-
-        Linear layers of the blocks are quantised if `quantize` is set. Otherwise they, like
-        embeddings, are stored in the computing dtype. The model casts them to that dtype anyway, so
-        no result changes, and a frozen weight needs no float32 copy. Norms and biases are small and
-        stay float32.
-        """
-        return _held(leaf, self._precision(path, dtype))
-
-    def _precision(self, path: tuple, dtype: Any) -> Any:
-        """That in which a weight of the base is stored: int8, nf4 or a dtype."""
-        name = path_of(path)
-        if self.config.quantize and name in self._quantized:
-            return self.config.quantize
-        return jnp.dtype(dtype if name.endswith(("kernel", "embedding")) else jnp.float32)
-
-    @cached_property
-    def _quantized(self) -> set[str]:
-        return {row.ours for row in linear_layers(self.model)}
-
-    def held_target(self, mesh: Mesh, dtype: Any) -> Any:
-        """Shapes and shardings of the stored base. Scales are sharded like the outputs."""
-        specs = partition_specs(self.model.shapes, self.model.rules)
-        (shapes, _), (specs, _) = self.parted(self.model.shapes), self.parted(specs)
-
-        def held(path, leaf, spec):
-            kept = jax.eval_shape(lambda x: self.hold(path, x, dtype), leaf)
-            if not isinstance(kept, dict):
-                return _sharded(kept, mesh, spec, path)
-            layer, _, *outputs = spec
-            scale = P(layer, None, *outputs)
-            return {
-                name: _sharded(shape, mesh, scale if name == "scale" else spec, path)
-                for name, shape in kept.items()
-            }
-
-        return jax.tree_util.tree_map_with_path(held, shapes, specs)
-
-    def holder(self, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Array], Any]:
-        """`hold` for a loader: jitted, called weight by weight, so that at most one weight is in
-        memory as float32. The head is left unchanged."""
-        target = self.held_target(mesh, dtype)
-
-        def hold(path: tuple, leaf: jax.Array) -> Any:
-            if self.replaces(path_of(path)):
-                return leaf
-            node = target
-            for key in path:
-                node = node[key.key]
-            out = jax.tree.map(lambda shape: shape.sharding, node)
-            precision = self._precision(path, dtype)
-            if precision == leaf.dtype and out == leaf.sharding:
-                return leaf
-            shardings, structure = jax.tree.flatten(out)
-            return _holder(precision, structure, *shardings)(leaf)
-
-        return hold
 
     def merge(self, base: Any, params: Any) -> Any:
         """Merge the adapter into plain weights: kernel + scale A B in float32 (with magnitudes,
@@ -349,19 +286,6 @@ def to_record(adapter: Adapter, base: Mapping[str, Any], fingerprint: str) -> di
 _with_rows = jax.jit(with_rows, static_argnums=3)
 
 
-def _held(leaf: jax.Array, precision: Any) -> Any:
-    if isinstance(precision, str):
-        return quantize(leaf, precision, axis=1)
-    return leaf.astype(precision)
-
-
-@lru_cache
-def _holder(precision: Any, structure: Any, *shardings: NamedSharding) -> Callable:
-    """A compiled `_held`, for all weights that are stored so."""
-    out = jax.tree.unflatten(structure, shardings)
-    return jax.jit(partial(_held, precision=precision), out_shardings=out)
-
-
 def _at(base: Any, row: Row) -> Any:
     """The weight of a row in a base; if quantised, its codes and scales."""
     for key in row.ours.split("/"):
@@ -392,8 +316,3 @@ def _is_own(path: str) -> bool:
 
 def _is_spec(value: Any) -> bool:
     return isinstance(value, P)
-
-
-def _sharded(shape: Any, mesh: Mesh, spec: P, path: tuple) -> Any:
-    sharding = sharding_of(path_of(path), shape.shape, spec, mesh)
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

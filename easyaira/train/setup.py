@@ -24,6 +24,7 @@ from easyaira.distributed import sharding
 from easyaira.errors import ConfigError
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter, adapter_of
+from easyaira.lora.held import held_target
 from easyaira.models.model import Model
 from easyaira.storage import pretrained
 from easyaira.storage.pretrained import Pretrained
@@ -145,7 +146,7 @@ def prepare(
     sharding.shardings(model.shapes, model.rules, mesh)  # raises if the mesh does not divide them
     adapter = None if config.lora is None else _adapter(config, resolved)
     if adapter:
-        adapter.held_target(mesh, model.compute.dtype)  # raises, too
+        held_target(adapter, mesh, model.compute.dtype)  # raises, too
     if model.config.kv_heads % mesh.shape["tp"]:
         raise ConfigError(
             f"mesh: tp={mesh.shape['tp']} does not divide the model's {model.config.heads} heads "

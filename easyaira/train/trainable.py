@@ -20,6 +20,7 @@ from easyaira.distributed.tree import by_path, path_of
 from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter, joined, to_record
 from easyaira.lora.base import Base, check_base
+from easyaira.lora.held import held_target, holder
 from easyaira.lora.targets import module_of
 from easyaira.models.model import Model, resize
 from easyaira.storage import pretrained
@@ -160,7 +161,7 @@ class Adapters(Saved):
 
     @property
     def _base_target(self) -> Any:
-        return self.adapter.held_target(self.mesh, self.model.compute.dtype)
+        return held_target(self.adapter, self.mesh, self.model.compute.dtype)
 
     def parameter_count(self) -> int:
         return self.adapter.parameter_count()
@@ -192,7 +193,7 @@ class Adapters(Saved):
     @cached_property
     def base(self) -> Base:
         """Frozen base weights in storage precision, and the initial score head."""
-        hold = self.adapter.holder(self.mesh, self.model.compute.dtype)
+        hold = holder(self.adapter, self.mesh, self.model.compute.dtype)
         fingerprint = Fingerprint()
 
         def stored(path: tuple, leaf: jax.Array) -> None:
