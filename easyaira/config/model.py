@@ -77,6 +77,10 @@ class LoraConfig:
     trainable_token_indices: list[CountOrZero] | None = None
     """Ids of tokens whose vectors are trained, in the embedding and in an untied head; null: those
     that the template adds to the vocabulary."""
+    modules_to_save: list[str] | None = None
+    """Tables of vectors that are trained in full beside the adapters, by the last parts of Hugging
+    Face's names, as in peft: the embedding (embed_tokens; wte for GPT-2) and an untied head
+    (lm_head). A tied head is trained with the embedding."""
     adapter: str | None = None
     """Adapter to start from: a folder in PEFT's format, written by EasyAira or peft, or its hub
-    id. Its rank, alpha, targets and dora must equal those set here."""
+    id. Its rank, alpha, targets, dora and saved modules must equal those set here."""

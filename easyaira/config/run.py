@@ -229,6 +229,15 @@ class RunConfig:
                 "optimizer.name: muon trains whole matrices, and adapters are factors of them; "
                 "choose adamw, or set lora to null"
             )
+        if (
+            self.lora is not None
+            and self.lora.modules_to_save
+            and self.lora.trainable_token_indices
+        ):
+            raise ConfigError(
+                "lora.trainable_token_indices: cannot be combined with lora.modules_to_save, which "
+                "trains all vectors of a table; leave one of them out"
+            )
         self._check_best()
         if self.push_to_hub is not None and not is_repo(self.push_to_hub):
             raise ConfigError(f"push_to_hub: expected owner/name, got {self.push_to_hub!r:.80}")

@@ -75,9 +75,9 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
             warnings.simplefilter("ignore", outdated)
         from peft import PeftModel  # its warnings about keys are errors here
 
-        if longest := max(_trained(adapter), default=-1) + 1:  # as AutoPeftModel does
-            rows = model.get_input_embeddings().weight.shape[0]
-            model.resize_token_embeddings(max(rows, longest), mean_resizing=False)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if (longest := _rows(folder, adapter)) > rows:  # as AutoPeftModel does
+            model.resize_token_embeddings(longest, mean_resizing=False)
         if pad is not None:
             model.config.pad_token_id = pad  # may be one of the new tokens
         model = PeftModel.from_pretrained(model, folder)
@@ -96,10 +96,18 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
     return list(run(input_ids=padded, attention_mask=real))
 
 
-def _trained(adapter: dict[str, Any]) -> list[int]:
-    """Ids of the tokens whose vectors an adapter holds."""
+def _rows(folder: str, adapter: dict[str, Any]) -> int:
+    """Rows of the tables that an adapter needs: for the tokens that it trains, or for its own."""
+    from safetensors import safe_open
+
     ids = adapter.get("trainable_token_indices") or []
-    return ids if isinstance(ids, list) else [i for own in ids.values() for i in own]
+    ids = ids if isinstance(ids, list) else [i for own in ids.values() for i in own]
+    tables = tuple(f".{name}.weight" for name in adapter.get("modules_to_save") or ())
+    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "np") as tensors:
+        names = [name for name in tensors.keys() if name.endswith(tables)]
+        return max(
+            [i + 1 for i in ids] + [tensors.get_slice(n).get_shape()[0] for n in names] + [0]
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ parameters hold factors of the outputs in its place, `lora_gain` (lora/dora.py).
 Of a few tokens, the vectors in the token table and in an untied head may be trained, too:
 `token_rows` [n, D] beside the frozen table, as peft's trainable_token_indices.
 
-The score head is trained in full, as in peft. Its parameters belong to the adapter, under their own
-paths, and not to the base.
+The score head and the tables of `modules_to_save` are trained in full, as in peft. Their parameters
+belong to the adapter, under their own paths, and not to the base.
 
 Hu et al. (2021), LoRA; Dettmers et al. (2023), QLoRA; Kalajdzievski (2023), rsLoRA; Liu et al.
 (2024), DoRA.
@@ -43,11 +43,15 @@ from easyaira.lora import dora
 from easyaira.lora.base import Frozen
 from easyaira.lora.targets import (
     ALL_LINEAR,
+    LM_HEAD,
     beside,
     module_of,
     rows_of,
+    saved_of,
+    table_name,
     tables_of,
     targets_of,
+    tied,
 )
 from easyaira.models.model import Model
 from easyaira.models.token_rows import with_rows
@@ -59,20 +63,20 @@ class Adapter:
 
     Attributes:
         targets: rows of the weight table whose kernels are adapted.
-        head: rows of the score head, which is trained in full; empty for a language model.
-        tables: rows of the tables with a vector for each token; empty if no token is trained.
+        whole: rows of the parameters that are trained in full.
+        tables: rows of the tables of which a few vectors are trained; empty if no token is trained.
     """
 
     config: LoraConfig
     model: Model
     targets: tuple[Row, ...]
-    head: tuple[Row, ...]
+    whole: tuple[Row, ...]
     tables: tuple[Row, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
         """Ids of the trained tokens."""
-        return self.config.trainable_token_indices or []
+        return (self.config.trainable_token_indices or []) if self.tables else []
 
     @property
     def scale(self) -> float:
@@ -83,7 +87,7 @@ class Adapter:
     def shapes(self) -> Any:
         """Shapes of the adapter's float32 parameters."""
         kernels = by_path(self.model.shapes)
-        tree = {row.ours: kernels[row.ours] for row in self.head}
+        tree = {row.ours: kernels[row.ours] for row in self.whole}
         for row in self.targets:
             layers, inputs, *outputs = kernels[row.ours].shape
             sizes = {"a": (inputs, self.config.r), "b": (self.config.r, *outputs)}
@@ -98,13 +102,13 @@ class Adapter:
         return nested(tree)
 
     def parameter_count(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        return self.model.parameter_count(self.shapes)
 
     def specs(self) -> Any:
         """PartitionSpecs, derived from those of the kernels.
 
         `lora_a` is sharded like the kernel's inputs, `lora_b` and magnitudes like its outputs; the
-        rank is never sharded. The head keeps its own specs."""
+        rank is never sharded. What is trained in full keeps its specs."""
         kernels = by_path(partition_specs(self.model.shapes, self.model.rules))
         tables = {rows_of(row): kernels[row.ours][1 - row.op.vocab_axis] for row in self.tables}
 
@@ -129,8 +133,8 @@ class Adapter:
         return like(self.shapes, shardings)
 
     def init(self, key: jax.Array, given: Any = None) -> Any:
-        """Initial parameters: A uniform in +-1/sqrt(in), B zero, and the given score head (see
-        `parted`), vectors of trained tokens and magnitudes (see `of_base`).
+        """Initial parameters: A uniform in +-1/sqrt(in), B zero, and those given: what is trained
+        in full (see `parted`), vectors of trained tokens and magnitudes (see `of_base`).
 
         The bound equals that of peft's Kaiming initialisation with a = sqrt(5)."""
         paths, given = sorted(by_path(self.shapes)), by_path(given)
@@ -140,8 +144,8 @@ class Adapter:
                 return given[path_of(path)]
             if path[-1].key == "lora_b":
                 return jnp.zeros(shape.shape)
-            if path[-1].key == "lora_magnitude":
-                raise ValueError(f"{path_of(path)} depends on the base; see of_base")
+            if path[-1].key != "lora_a":
+                raise ValueError(f"{path_of(path)} depends on the base; see of_base and parted")
             bound = 1 / math.sqrt(shape.shape[1])
             own = jax.random.fold_in(key, paths.index(path_of(path)))
             return jax.random.uniform(own, shape.shape, minval=-bound, maxval=bound)
@@ -190,12 +194,17 @@ class Adapter:
     def frozen(self, base: Any, of_algorithm: Any) -> Frozen:
         """Frozen weights for `over_base`. A model made of the base and an adapter (a DPO reference)
         is reduced to that adapter."""
-        flat = {path: leaf for path, leaf in by_path(of_algorithm).items() if _is_own(path)}
-        return Frozen(base, nested(flat) if flat else of_algorithm)
+        if not _is_adapter(of_algorithm):
+            return Frozen(base, of_algorithm)
+        flat = by_path(of_algorithm).items()
+        return Frozen(
+            base,
+            nested({path: leaf for path, leaf in flat if _is_own(path) or self.replaces(path)}),
+        )
 
     def replaces(self, path: str) -> bool:
-        """Whether the parameter at this path belongs to the head."""
-        return any(row.ours == path for row in self.head)
+        """Whether the parameter at this path is trained in full, and so is none of the base."""
+        return any(row.ours == path for row in self.whole)
 
     def of_base(self, base: Any) -> Any:
         """Initial parameters that are the base's: vectors of trained tokens, and magnitudes, which
@@ -216,15 +225,15 @@ class Adapter:
         return nested(flat)
 
     def parted(self, tree: Any) -> tuple[Any, Any]:
-        """Split a tree of all the model's weights into the base and the head."""
-        base, head = {}, {}
+        """Split a tree of all the model's weights into the base and what is trained in full."""
+        base, whole = {}, {}
         for path, leaf in by_path(tree).items():
-            (head if self.replaces(path) else base)[path] = leaf
-        return nested(base), nested(head)
+            (whole if self.replaces(path) else base)[path] = leaf
+        return nested(base), nested(whole)
 
     def merge(self, base: Any, params: Any) -> Any:
         """Merge the adapter into plain weights: kernel + scale A B in float32 (with magnitudes,
-        see lora/dora.py), plus the head and the vectors of the trained tokens.
+        see lora/dora.py), with what is trained in full and the vectors of the trained tokens.
 
         Args:
             base: the original float32 weights, never quantised; for a scorer, with any head.
@@ -255,21 +264,27 @@ class Adapter:
         return sorted(module_of(row).partition("{}.")[2] for row in self.targets)
 
     @property
-    def head_modules(self) -> list[str]:
-        """Names of the head's modules in peft."""
+    def modules_to_save(self) -> list[str]:
+        """peft's names of the modules that are trained in full, a tied head among them."""
         prefix = self.model.architecture.prefix
-        modules = (row.theirs.removeprefix(prefix).partition(".")[0] for row in self.head)
-        return sorted(set(modules))
+        names = set()
+        for row in self.whole:
+            if row.op.vocab_axis is None:
+                names.add(row.theirs.removeprefix(prefix).partition(".")[0])
+            else:
+                names |= {table_name(row), *([LM_HEAD] if tied(self.model) else [])}
+        return sorted(names)
 
 
 def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     """The adapter described by `config`.
 
     Raises:
-        ConfigError: see `targets_of` and `tables_of`.
+        ConfigError: see `targets_of`, `saved_of` and `tables_of`.
     """
-    targets, tables = targets_of(config.target_modules, model), tables_of(config, model)
-    return Adapter(config, model, targets, tuple(model.score_rows), tables)
+    whole = (*model.score_rows, *saved_of(config.modules_to_save, model))
+    targets = targets_of(config.target_modules, model)
+    return Adapter(config, model, targets, whole, tables_of(config, model))
 
 
 def of_record(record: Mapping[str, Any], model: Model) -> Adapter:

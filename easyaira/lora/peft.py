@@ -15,7 +15,7 @@ from easyaira.files import read_json
 from easyaira.hf import safetensors
 from easyaira.hf.table import TRANSPOSE, Row
 from easyaira.lora.adapter import Adapter, nested
-from easyaira.lora.targets import beside, module_of, rows_of
+from easyaira.lora.targets import LM_HEAD, beside, module_of, rows_of, table_name, tied
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -62,15 +62,15 @@ def _peft_rows(row: Row) -> str:
 
 def to_peft(adapter: Adapter, params: Any) -> dict[str, np.ndarray]:
     """Tensors with peft's names and layout: A [r, in], B [out, r] and magnitudes [out] for each
-    layer, those of the head, and vectors [n, D] of trained tokens."""
+    layer, those of what is trained in full, and vectors [n, D] of trained tokens."""
     flat, tensors = by_path(params), {}
     for row in adapter.targets:
         for name in _own(adapter):
             for i, leaf in enumerate(np.asarray(flat[beside(row, name)])):
                 tensors[_peft_names(row, i)[name]] = np.ascontiguousarray(_peft_layout(name, leaf))
-    for row in adapter.head:
-        tensor = row.op.to_theirs(np.asarray(flat[row.ours]))
-        tensors[PEFT_PREFIX + row.theirs] = np.ascontiguousarray(tensor)
+    for row in adapter.whole:
+        tensor = row.cut(np.asarray(flat[row.ours]), adapter.model.vocab_size)
+        tensors |= dict.fromkeys(_whole_names(adapter, row), np.ascontiguousarray(tensor))
     for row in adapter.tables:
         tensors[_peft_rows(row)] = np.asarray(flat[rows_of(row)])
     return tensors
@@ -105,15 +105,25 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
             layout = _peft_layout(name, np.empty(shape)).shape
             own = (take(_peft_names(row, i)[name], layout) for i in range(layers))
             flat[beside(row, name)] = np.stack([tensor.T.reshape(shape) for tensor in own])
-    for row in adapter.head:
-        layout = row.op.to_theirs(np.broadcast_to(np.float32(0), shapes[row.ours].shape))
-        flat[row.ours] = row.op.to_ours(take(PEFT_PREFIX + row.theirs, layout.shape))
+    for row in adapter.whole:
+        shape = shapes[row.ours].shape
+        layout = row.cut(np.broadcast_to(np.float32(0), shape), adapter.model.vocab_size).shape
+        name, *others = _whole_names(adapter, row)
+        tensor = take(name, layout)
+        for other in others:
+            if other not in left or not np.array_equal(take(other, layout), tensor):
+                raise WeightsError(
+                    f"{where}: {other} is not {name}, so they were trained apart, and this model's "
+                    "head is its embedding; train the adapter with peft's ensure_weight_tying"
+                )
+        padding = zip(shape, row.op.to_ours(tensor).shape, strict=True)  # of the vocabulary
+        flat[row.ours] = np.pad(row.op.to_ours(tensor), [(0, a - b) for a, b in padding])
     for row in adapter.tables:
         flat[rows_of(row)] = take(_peft_rows(row), shapes[rows_of(row)].shape)
     if whole := sorted(n for n in left if re.search(r"(embed|wte|lm_head)[^.]*\.weight$", n)):
         raise WeightsError(
-            f"{where}: holds {whole[0]}; whole embeddings and language model heads are not "
-            "supported; save the adapter with peft's save_embedding_layers=False, or merge it"
+            f"{where}: holds {whole[0]}, and lora.modules_to_save does not name it; add it, or "
+            "save the adapter with peft's save_embedding_layers=False"
         )
     if left:
         raise WeightsError(
@@ -128,12 +138,20 @@ def _own(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _modules_hint(adapter: Adapter) -> str:
-    return f" and modules_to_save {adapter.head_modules}" if adapter.head else ""
+    return f" and modules_to_save {adapter.modules_to_save}" if adapter.whole else ""
+
+
+def _whole_names(adapter: Adapter, row: Row) -> list[str]:
+    """peft's names of a tensor that is trained in full: a tied head is stored, too."""
+    names = [row.theirs]
+    if row.op.vocab_axis is not None and tied(adapter.model):
+        names.append(f"{LM_HEAD}.weight")
+    return [PEFT_PREFIX + name for name in names]
 
 
 def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, Any]:
     """Content of adapter_config.json."""
-    alpha = adapter.config.alpha
+    alpha, saved = adapter.config.alpha, adapter.modules_to_save
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if adapter.model.scorer else "CAUSAL_LM",
@@ -147,7 +165,9 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
         "target_modules": adapter.target_modules,
         "fan_in_fan_out": any(row.op is not TRANSPOSE for row in adapter.targets),
         "bias": "none",
-        "modules_to_save": adapter.head_modules or None,
+        "modules_to_save": saved or None,
+        # peft ties them where the name of one of them is lm_head
+        **({"ensure_weight_tying": True} if tied(adapter.model) and saved else {}),
         "trainable_token_indices": _token_indices(adapter),
         "init_lora_weights": True,
         "inference_mode": True,
@@ -156,9 +176,9 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
 
 def _token_indices(adapter: Adapter) -> list[int] | dict[str, list[int]] | None:
     """`trainable_token_indices` of adapter_config.json: a list for the embedding, which a tied head
-    follows; with an untied head, a list for each table."""
-    names = [module_of(row).rpartition(".")[2] for row in adapter.tables]
-    if len(names) > 1:
+    follows; with an untied head, a list for each table that is not trained in full."""
+    names = [table_name(row) for row in adapter.tables]
+    if len(names) > 1 or LM_HEAD in names:
         return dict.fromkeys(names, adapter.tokens)
     return adapter.tokens or None
 
@@ -196,11 +216,12 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise ConfigError(f"{file}: modules_to_save: {saved!r:.80}; expected a list of names")
-    saved = set(saved) - set(adapter.head_modules)
-    if saved and not (adapter.head and saved <= PEFT_HEADS):
+    stored, wanted = {name.rpartition(".")[2] for name in saved}, {*adapter.modules_to_save}
+    either = {LM_HEAD} if tied(adapter.model) else PEFT_HEADS if adapter.model.scorer else set()
+    if (stored ^ wanted) - either:
         raise ConfigError(
-            f"{file}: modules_to_save: {sorted(saved)[0]!r} is not supported; only "
-            f"{adapter.head_modules or None}"
+            f"{file}: modules_to_save: is {sorted(stored)!r:.80}, but the run trains "
+            f"{sorted(wanted)} in full; set lora.modules_to_save, which takes tables alone"
         )
     names = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
     for ours, theirs in names.items():
@@ -210,9 +231,9 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
                 f"lora.{ours}: is {wanted}, but {file} has {stored}; set it to {stored}"
             )
     wanted, stored = _token_indices(adapter), config.get("trainable_token_indices") or None
-    if isinstance(stored, dict) and len(adapter.tables) == 1:  # the embedding, by its name
+    if isinstance(stored, dict) and isinstance(wanted, list):  # the embedding, by its name
         (table,) = adapter.tables
-        stored = stored.get(module_of(table).rpartition(".")[2]) if len(stored) == 1 else stored
+        stored = stored.get(table_name(table)) if len(stored) == 1 else stored
     if wanted != stored:
         raise ConfigError(
             f"{file}: trainable_token_indices: is {stored!r:.80}, but the run trains {wanted!r:.80}"

@@ -1,4 +1,4 @@
-"""What an adapter adapts: linear layers by Hugging Face names, and vectors of a few tokens."""
+"""What is trained: adapters of linear layers, and tables of vectors, whole or of a few tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from easyaira.hf.table import Row
 from easyaira.models.model import Model
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
+LM_HEAD = "lm_head"
 
 
 def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
@@ -54,12 +55,33 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
     return tuple(row for row in rows if any(row in match for match in matches.values()))
 
 
-def tables_of(config: LoraConfig, model: Model) -> tuple[Row, ...]:
-    """Rows of the tables with a vector for each token: the embedding, and an untied head. Empty if
-    no token is trained.
+def saved_of(names: list[str] | None, model: Model) -> tuple[Row, ...]:
+    """Rows of the tables that `lora.modules_to_save` names.
 
     Raises:
-        ConfigError: an id is beyond the vocabulary.
+        ConfigError: a name is none of a table, or is that of a tied head.
+    """
+    tables = {table_name(row): row for row in token_tables(model)}
+    for name in names or ():
+        if name == LM_HEAD and tied(model):
+            raise ConfigError(
+                f"lora.modules_to_save: {LM_HEAD} is tied to the embedding in this model; name "
+                f"{next(iter(tables))} instead, which trains both"
+            )
+        if name not in tables:
+            raise ConfigError(
+                f"lora.modules_to_save: {name!r} is no table with a vector for each token, and "
+                f"nothing else can be trained in full; choose from {', '.join(tables)}"
+            )
+    return tuple(row for name, row in tables.items() if name in (names or ()))
+
+
+def tables_of(config: LoraConfig, model: Model) -> tuple[Row, ...]:
+    """Rows of the tables of which a few vectors are trained: all that are not trained in full.
+    Empty if no token is trained.
+
+    Raises:
+        ConfigError: an id is beyond the vocabulary, or see `saved_of`.
     """
     ids = config.trainable_token_indices or []
     if ids and max(ids) >= model.vocab_size:
@@ -67,7 +89,18 @@ def tables_of(config: LoraConfig, model: Model) -> tuple[Row, ...]:
             f"lora.trainable_token_indices: {max(ids)} is beyond the {model.vocab_size} tokens of "
             "the model"
         )
-    return tuple(row for row in model.rows if ids and row.op.vocab_axis is not None)
+    saved = saved_of(config.modules_to_save, model)
+    return tuple(row for row in token_tables(model) if ids and row not in saved)
+
+
+def token_tables(model: Model) -> list[Row]:
+    """Rows of the tables with a vector for each token: the embedding, and an untied head."""
+    return [row for row in model.rows if row.op.vocab_axis is not None]
+
+
+def tied(model: Model) -> bool:
+    """Whether the language model head is the embedding."""
+    return not model.scorer and model.config.tie_word_embeddings
 
 
 def linear_layers(model: Model) -> list[Row]:
@@ -78,6 +111,11 @@ def linear_layers(model: Model) -> list[Row]:
 def module_of(row: Row) -> str:
     """Hugging Face's name of a linear layer, with {} for the block number; or of a table."""
     return row.theirs.removesuffix(".weight")
+
+
+def table_name(row: Row) -> str:
+    """Last part of Hugging Face's name of a table."""
+    return module_of(row).rpartition(".")[2]
 
 
 def rows_of(row: Row) -> str:

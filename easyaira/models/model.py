@@ -228,12 +228,13 @@ class Model:
         with jax.set_mesh(mesh), precision, cudnn.reproducible():
             yield
 
-    def parameter_count(self) -> int:
-        """Number of weights, without vocabulary padding."""
+    def parameter_count(self, tree: Any = None) -> int:
+        """Number of weights, without vocabulary padding: of a tree of parameters, some of which may
+        be an adapter's; default: all of this model."""
         total = 0
         axis = {row.ours: row.op.vocab_axis for row in self.rows}
-        for path, leaf in by_path(self.shapes).items():
-            vocab_axis = axis[path]
+        for path, leaf in by_path(self.shapes if tree is None else tree).items():
+            vocab_axis = axis.get(path)
             padding = 1 if vocab_axis is None else leaf.shape[vocab_axis]
             real = 1 if vocab_axis is None else self.vocab_size
             total += leaf.size // padding * real

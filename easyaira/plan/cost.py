@@ -312,7 +312,8 @@ def flops_per_token(
         tied = model.config.tie_word_embeddings
         products = model.parameter_count() - (0 if tied else model.vocab_size * model.config.width)
     forward = 4 if reference_in_step else 2
-    return (forward + 2 * trainable.backward) * products + (forward + 4) * trainable.added
+    products = (forward + 2 * trainable.backward) * products + 2 * trainable.head
+    return products + (forward + 4) * trainable.added
 
 
 def flops_of(setup: Setup, reference_in_step: bool) -> float:

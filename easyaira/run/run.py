@@ -212,6 +212,7 @@ def _updates(
         source = own.source(setup, folder, start, stop.look_now)
     else:
         source = loader.Stored(batches, start, until, mesh)
+    trainable.free_start()
     log = NoLog()
     if hosts.first():
         log = Log(

@@ -28,15 +28,24 @@ def load_base(run: Pretrained, adapter: Adapter, mesh: Any) -> Any:
         WeightsError: see `Pretrained.load`; or the base has changed since the adapters were
             trained.
     """
-    fingerprint = Fingerprint()
+    params, fingerprint = load_fingerprinted(run.base, adapter.model, mesh)
+    check_base(run.adapter, fingerprint, run.name)
+    return params
+
+
+def load_fingerprinted(
+    origin: Pretrained, model: Model, mesh: Any, **options: Any
+) -> tuple[Any, str]:
+    """`load_resized`, and the fingerprint of the stored parameters, except for those of the score
+    head, which may have been initialised."""
+    fingerprint, heads = Fingerprint(), {row.ours for row in model.score_rows}
 
     def stored(path: tuple, leaf: jax.Array) -> None:
-        if not adapter.replaces(path_of(path)):
+        if path_of(path) not in heads:
             fingerprint.add(path, leaf)
 
-    params = load_resized(run.base, adapter.model, mesh, stored=stored)
-    check_base(run.adapter, fingerprint.digest(), run.name)
-    return params
+    params = load_resized(origin, model, mesh, stored=stored, **options)
+    return params, fingerprint.digest()
 
 
 def load_resized(

@@ -123,6 +123,10 @@ class ActorCritic:
         return self.policy.backward
 
     @property
+    def head(self) -> int:
+        return self.policy.head
+
+    @property
     def compiler_options(self) -> dict[str, Any] | None:
         return self.policy.compiler_options
 
@@ -188,6 +192,9 @@ class ActorCritic:
 
     def check(self, saved: Mapping[str, Any], where: str) -> None:
         self.policy.check(saved, where)
+
+    def free_start(self) -> None:
+        self.policy.free_start()
 
     def free(self) -> None:
         self.policy.free()

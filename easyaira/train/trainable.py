@@ -12,20 +12,21 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from easyaira.config.run import RunConfig
 from easyaira.distributed import compiler, sharding
-from easyaira.distributed.tree import by_path, path_of
+from easyaira.distributed.sharding import like
+from easyaira.distributed.tree import by_path
 from easyaira.lora import peft
-from easyaira.lora.adapter import Adapter, joined, to_record
+from easyaira.lora.adapter import Adapter, joined, nested, to_record
 from easyaira.lora.base import Base, check_base
 from easyaira.lora.held import held_target, holder
-from easyaira.lora.targets import module_of
+from easyaira.lora.targets import LM_HEAD, module_of
 from easyaira.models.model import Model, resize
 from easyaira.storage import pretrained
-from easyaira.storage.base import load_resized
-from easyaira.storage.integrity import Fingerprint
+from easyaira.storage.base import load_fingerprinted
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train.step import LossFn
 
@@ -60,6 +61,7 @@ class FullWeights(Saved):
 
     added = 0  # parameters that adapters add to the model
     backward = 2  # products in the backward pass, per weight of the model
+    head = 0  # weights of the language model head with one product more than `backward`
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
@@ -122,13 +124,16 @@ class FullWeights(Saved):
     def check(self, saved: Mapping[str, Any], where: str) -> None:
         """Refuse a checkpoint of another frozen base; no-op for full weights."""
 
+    def free_start(self) -> None:
+        """Free the copy of the parameters that `start` returns; no update calls it."""
+
     def free(self) -> None:
         """Free memory that the export does not need."""
 
 
 @dataclass(frozen=True)
 class Adapters(Saved):
-    """Adapters, and the head of a scorer, are trainable; the base is frozen.
+    """Adapters, and parameters that are trained in full, are trainable; the base is frozen.
 
     Attributes:
         origin: location of the base's files.
@@ -146,6 +151,11 @@ class Adapters(Saved):
     def added(self) -> int:
         shapes = by_path(self.adapter.shapes)
         return sum(leaf.size for path, leaf in shapes.items() if "/lora_" in path)
+
+    @property
+    def head(self) -> int:
+        trained = LM_HEAD in self.adapter.modules_to_save
+        return self.model.vocab_size * self.model.config.width if trained else 0
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
@@ -171,8 +181,8 @@ class Adapters(Saved):
         count, total = adapter.parameter_count(), self.model.parameter_count() + self.added
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._base_target))
         names = ", ".join(module_of(row).partition("{}.")[2] for row in adapter.targets)
-        if adapter.head:
-            names += f", and all of {', '.join(adapter.head_modules)}"
+        if adapter.whole:
+            names += f", and all of {', '.join(adapter.modules_to_save)}"
         if adapter.tokens:
             names += f", and the vectors of {len(adapter.tokens)} tokens"
         kind = adapter.config.quantize or self.model.compute.dtype.name
@@ -192,26 +202,18 @@ class Adapters(Saved):
 
     @cached_property
     def base(self) -> Base:
-        """Frozen base weights in storage precision, and the initial score head."""
-        hold = holder(self.adapter, self.mesh, self.model.compute.dtype)
-        fingerprint = Fingerprint()
-
-        def stored(path: tuple, leaf: jax.Array) -> None:
-            if not self.adapter.replaces(path_of(path)):
-                fingerprint.add(path, leaf)
-
-        params = load_resized(
+        """Frozen base weights in storage precision, and what an adapter takes from them."""
+        params, fingerprint = load_fingerprinted(
             self.origin,
             self.model,
             self.mesh,
             key=jax.random.key(self.config.seed),
             how=self.config.model.resize or "mean",
-            stored=stored,
-            each=hold,
+            each=holder(self.adapter, self.mesh, self.model.compute.dtype),
         )
-        base, head = self.adapter.parted(params)
-        start = joined(head, jax.jit(self.adapter.of_base)(base))
-        return Base(base, start, fingerprint.digest())
+        base, whole = self.adapter.parted(params)
+        start = joined(whole, jax.jit(self.adapter.of_base)(base))
+        return Base(base, start, fingerprint)
 
     def weights(self, params: Any) -> Any:
         return self.adapter.on(self.base.params, params)
@@ -223,10 +225,15 @@ class Adapters(Saved):
         return self.adapter.frozen(self.base.params, of_algorithm)
 
     def frozen_target(self, reference: Model | None) -> Any:
-        target = reference and reference.target(self.mesh)
-        if reference is self.model:
-            target = jax.eval_shape(self.adapter.applied, self._base_target, self.target)
-        return self.adapter.frozen(self._base_target, target)
+        if reference is not self.model:
+            return self.adapter.frozen(self._base_target, reference and reference.target(self.mesh))
+        shapes = jax.eval_shape(self.adapter.applied, self._base_target, self.target)
+        targets, everywhere = by_path(self.target), NamedSharding(self.mesh, P())
+        shardings = {
+            path: targets[path].sharding if path in targets else everywhere
+            for path in by_path(shapes)
+        }
+        return self.adapter.frozen(self._base_target, like(shapes, nested(shardings)))
 
     def to_meta(self) -> dict[str, Any]:
         """Settings of the adapter, and location and fingerprint of its base."""
@@ -238,6 +245,9 @@ class Adapters(Saved):
         WeightsError: the base's files have changed since the checkpoint was saved.
         """
         check_base(saved["lora"], self.base.fingerprint, where)
+
+    def free_start(self) -> None:
+        vars(self)["base"] = self.base._replace(start=None)
 
     def free(self) -> None:
         vars(self).pop("base", None)
