@@ -1,5 +1,6 @@
 """Adapters and quantised bases, against peft, torch and the formulas of their papers."""
 
+import gc
 import json
 import shutil
 import statistics
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from easyaira import convert
+from easyaira.config.algorithms import OptimizerConfig
 from easyaira.config.data import DataConfig
 from easyaira.config.model import LoraConfig, PolicyConfig
 from easyaira.config.run import TrainDPO
@@ -19,11 +22,12 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import ConfigError, Preempted, WeightsError
 from easyaira.lora import peft
-from easyaira.lora.adapter import adapter_of, module_of
+from easyaira.lora.adapter import adapter_of, joined, module_of
 from easyaira.lora.held import held_target, hold, holder
 from easyaira.losses import token_logps
 from easyaira.models import quantize
 from easyaira.models.registry import model_of
+from easyaira.plan import cost
 from easyaira.plan import report as plan_report
 from easyaira.run.run import run
 from easyaira.storage.checkpoints import Checkpoints
@@ -40,6 +44,7 @@ TARGETS = {
 }
 TARGETS |= dict.fromkeys(tiny.FAMILIES, TARGETS["llama"])
 TARGETS |= dict.fromkeys(("gpt_neox", "bloom"), ["query_key_value", "dense", "dense_4h_to_h"])
+WHOLE = {"gpt2": ["wte"], "llama": ["embed_tokens", "lm_head"], "opt": ["embed_tokens"]}
 LLAMA_2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -52,16 +57,23 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def adapter_for(kind, model, **options):
+    if options.pop("whole", False):
+        options["modules_to_save"] = WHOLE[kind]
     options = {"target_modules": TARGETS[kind], "r": 4, "alpha": 8.0, **options}
     return adapter_of(LoraConfig(**options), model)
 
 
 def drawn(adapter, std=0.2, seed=1):
-    """An adapter that has been trained: nothing in it is zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, std, leaf.shape), jnp.float32), adapter.shapes
-    )
+    """An adapter that has been trained: nothing in it is zero but the vocabulary's padding."""
+    rng, axes = np.random.default_rng(seed), {row.ours: row.op.vocab_axis for row in adapter.whole}
+
+    def draw(path, leaf):
+        values = rng.normal(0, std, leaf.shape)
+        if path_of(path) in axes:
+            np.moveaxis(values, axes[path_of(path)], 0)[tiny.VOCAB :] = 0
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, adapter.shapes)
 
 
 def rows_of(seed=0):
@@ -102,7 +114,7 @@ def peft_model(folder, kind, **options):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "trainable_tokens" in name:
+        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save")):
             parameter.data.normal_(0, 0.2)
     return model.eval()
 
@@ -133,7 +145,7 @@ def test_a_new_adapter_changes_no_bit(kind, dora, models):
     assert not any(np.array_equal(first, other) for other in others)
 
 
-KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}]
+KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}, {"whole": True}]
 
 
 @pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
@@ -160,7 +172,7 @@ def test_peft_loads_ours_and_gives_the_same_logits(kind, options, models, tmp_pa
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(models / kind), folder
     ).eval()
-    assert not [w for w in recwarn if "missing" in str(w.message)]
+    assert not [w for w in recwarn if "missing" in str(w.message) or "tying" in str(w.message)]
     rows = rows_of()
     with torch.no_grad():
         wanted = theirs(input_ids=torch.tensor(np.array(rows["tokens"]))).logits.numpy()
@@ -180,6 +192,14 @@ TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
         ("gpt2", {"trainable_token_indices": TOKENS}),
         ("gpt2", {"trainable_token_indices": {"wte": TOKENS}}),
         ("llama", {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}}),
+        ("gpt2", {"modules_to_save": ["wte", "lm_head"], "ensure_weight_tying": True}),
+        ("opt", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama", {"modules_to_save": ["model.embed_tokens", "lm_head"]}),
+        ("llama", {"modules_to_save": ["lm_head"], "trainable_token_indices": TOKENS}),
+        (
+            "llama",
+            {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"lm_head": TOKENS}},
+        ),
     ],
     ids=str,
 )
@@ -188,8 +208,12 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, model
     theirs.save_pretrained(tmp_path)
     model, base = tiny.load(models / kind)
     tokens = options.get("trainable_token_indices") and TOKENS
-    dora = options.get("use_dora", False)
-    adapter = adapter_for(kind, model, trainable_token_indices=tokens, dora=dora)
+    dora, tied = options.get("use_dora", False), options.get("ensure_weight_tying", False)
+    saved = [name.split(".")[-1] for name in options.get("modules_to_save", ())]
+    saved = [name for name in saved if not (tied and name == "lm_head")]
+    adapter = adapter_for(
+        kind, model, trainable_token_indices=tokens, dora=dora, modules_to_save=saved
+    )
     params = peft.read_peft(adapter, tmp_path)
     rows = rows_of()
     ids = torch.tensor(np.array(rows["tokens"]))
@@ -209,11 +233,12 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, model
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None:
             name = name.replace(".default", "").replace("vector.weight", "vector")
+            name = name.replace("modules_to_save.", "")
             near(ours[name], parameter.grad.numpy())
             seen += 1
     merged = adapter.merge(base, params)
     near(logits(model, merged, rows), out.detach().numpy())
-    assert seen == len(ours) > 10
+    assert seen == len(ours) - tied > 8  # ours has a tied head beside the embedding
     if dora:
         wanted = theirs.merge_and_unload().state_dict()
         kernels = by_path(merged)
@@ -222,8 +247,52 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, model
                 near(row.op.to_theirs(kernel), wanted[row.theirs.format(i)].numpy())
 
 
+@pytest.mark.parametrize("kind, saved", [("llama", WHOLE["llama"]), ("gpt2", ["wte", "lm_head"])])
+def test_updates_are_those_of_peft_under_adamw(kind, saved, models, tmp_path):
+    """Of an adapter and of whole tables. A large epsilon keeps rounding from becoming steps."""
+    settings = {"learning_rate": 0.05, "weight_decay": 0.1, "adam_epsilon": 1e-2}
+    tied = kind == "gpt2"
+    theirs = peft_model(models / kind, kind, modules_to_save=saved, ensure_weight_tying=tied)
+    theirs.save_pretrained(tmp_path)
+    model, base = tiny.load(models / kind)
+    adapter = adapter_for(kind, model, whole=True)
+    params = peft.read_peft(adapter, tmp_path)
+    frozen, _ = adapter.parted(base)
+    tx = optimizer.make_optimizer(
+        OptimizerConfig(max_grad_norm=0, **settings), lambda step: settings["learning_rate"]
+    )
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1, eps=1e-2)
+
+    def loss_fn(params, rows):
+        hidden, head = model.apply(adapter.on(frozen, params), rows)
+        logps = token_logps.token_logps(hidden, head, rows["tokens"], **model.head_options).logps
+        return -logps.sum() / (3 * 11)
+
+    @jax.jit
+    def update(params, state, rows):
+        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
+        updates, state = tx.update(grads, state, params)
+        return loss, jax.tree.map(jnp.add, params, updates), state
+
+    state, begun = tx.init(params), peft.to_peft(adapter, params)
+    for seed in range(3):
+        loss, params, state = update(params, state, rows_of(seed))
+        ids = torch.tensor(np.array(rows_of(seed)["tokens"])).long()
+        wanted = theirs(input_ids=ids, labels=ids).loss
+        assert float(loss) == pytest.approx(wanted.item(), abs=1e-5)
+        adamw.zero_grad()
+        wanted.backward()
+        adamw.step()
+    theirs.save_pretrained(tmp_path)
+    reached = peft.to_peft(adapter, params)
+    for name, tensor in load_file(tmp_path / peft.ADAPTER_WEIGHTS).items():
+        near(reached[name], tensor)
+        assert np.abs(begun[name] - tensor).max() > 0.01
+
+
 def test_all_of_an_adapter_decays_as_peft_under_transformers_does():
-    adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"), dora=True)
+    adapter = adapter_for("gpt2", model_of(tiny.CONFIGS["gpt2"], "here"), dora=True, whole=True)
     assert all(jax.tree.leaves(optimizer.decays(adapter.shapes)))
 
 
@@ -319,6 +388,30 @@ def test_targets_that_are_not_there_are_named(targets, message):
     model = model_of(tiny.CONFIGS["llama"], "here")
     with pytest.raises(ConfigError, match=message):
         adapter_of(LoraConfig(targets), model)
+
+
+@pytest.mark.parametrize(
+    "kind, names, message",
+    [
+        ("gpt2", ["wte", "lm_head"], "lm_head is tied to the embedding .* name wte instead"),
+        ("gpt2", ["wpe"], "'wpe' is no table with a vector for each token.*; choose from wte$"),
+        ("llama", ["embed_tokens", "norm"], "'norm' is no .* choose from embed_tokens, lm_head"),
+        ("llama", ["q_proj"], "'q_proj' is no table"),
+        ("llama", ["model.embed_tokens"], "'model.embed_tokens' is no table"),
+    ],
+)
+def test_only_tables_are_saved_whole(kind, names, message):
+    model = model_of(tiny.CONFIGS[kind], "here")
+    with pytest.raises(ConfigError, match=f"lora.modules_to_save: {message}"):
+        adapter_for(kind, model, modules_to_save=names)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_parameters_of_whole_tables_are_counted_without_padding(kind):
+    model = model_of(tiny.CONFIGS[kind], "here")
+    plain, whole = adapter_for(kind, model), adapter_for(kind, model, whole=True)
+    tables = len(WHOLE[kind]) * tiny.VOCAB * model.config.width
+    assert whole.parameter_count() == plain.parameter_count() + tables
 
 
 def test_targets_are_matched_as_peft_matches_them():
@@ -533,14 +626,19 @@ def far(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantized", [None, "nf4"])
-def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{}, {"lora.quantize": "nf4"}, {"lora.modules_to_save": "[embed_tokens]"}], ids=str
+)
+def test_only_the_adapter_is_trained_and_saved(options, models, data, tmp_path, monkeypatch):
     from easyaira.train import loop
 
-    seen = {}
+    seen, older = {}, {id(array) for array in jax.live_arrays()}
     real = loop.fit
 
     def watched(state, frozen, batches, **others):
+        gc.collect()
+        live = [array for array in jax.live_arrays() if id(array) not in older]
+        seen["tables"] = sum(array.shape == (384, 16) for array in live)
         seen["opt_state"] = jax.eval_shape(lambda s: s, state.opt_state)
         before = jax.device_get(frozen)
         state = real(state, frozen, batches, **others)
@@ -549,17 +647,18 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
         return state
 
     monkeypatch.setattr(loop, "fit", watched)
-    options = {"lora.quantize": quantized} if quantized else {}
+    whole = "lora.modules_to_save" in options
     rows, params = train(
         "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
     )
+    assert seen["tables"] == (3 if whole else 1)  # a trained one has two moments, and no copy
     assert losses_of(rows)[-1] < 0.8 * losses_of(rows)[0]
     assert all(leaf.any() for leaf in jax.tree.leaves(params))
     config, algorithm = configure(
         "sft", models / "llama", data, tmp_path / "run", **adapted("llama", **options)
     )
     setup = prepare(config, algorithm)
-    count = setup.adapter.parameter_count()
+    count = sum(leaf.size for leaf in jax.tree.leaves(setup.adapter.shapes))
     moments = [leaf.size for leaf in jax.tree.leaves(seen["opt_state"]) if leaf.size > 1]
     assert sum(moments) == 2 * count
     same_bits(jax.device_get(seen["frozen"].base), jax.device_get(setup.trainable.base.params))
@@ -570,6 +669,7 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
     for item in ("params", "opt_state"):
         stored = (tmp_path / "run/checkpoints/20" / item / "_METADATA").read_text()
         assert "lora_a" in stored and "kernel" not in stored
+        assert ("embed_tokens" in stored) == whole
 
 
 @pytest.mark.slow
@@ -579,6 +679,8 @@ def test_only_the_adapter_is_trained_and_saved(quantized, models, data, tmp_path
         ("gpt2", {}),
         ("llama", {"lora.quantize": "nf4"}),
         ("llama", {"lora.quantize": "nf4", "lora.dora": True}),
+        ("gpt2", {"lora.modules_to_save": "[wte]"}),
+        ("llama", {"lora.quantize": "nf4", "lora.modules_to_save": "[embed_tokens, lm_head]"}),
     ],
 )
 def test_dpo_starts_at_the_base_and_is_held_to_it(kind, own, models, data, tmp_path):
@@ -603,33 +705,47 @@ def test_dpo_starts_at_the_base_and_is_held_to_it(kind, own, models, data, tmp_p
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), dict(setup.batches[0].arrays))
     from easyaira.algorithms.dpo import answer_scores
 
+    _, whole = setup.adapter.parted(tiny.load(models / kind)[1])
     plain, start = (
         answer_scores(setup.model, tree, batch, examples=8).logps
-        for tree in (setup.trainable.base.params, setup.start_weights())
+        for tree in (joined(setup.trainable.base.params, whole), setup.start_weights())
     )
     np.testing.assert_array_equal(plain, start)
 
 
-def test_the_reference_in_the_step_is_no_second_copy(models, data, tmp_path):
-    options = {"dpo.precompute_ref_log_probs": False}
+@pytest.mark.parametrize("whole", [(), ("embed_tokens", "lm_head")])
+def test_the_reference_in_the_step_is_no_second_copy(whole, models, data, tmp_path):
+    """But of what is trained in full."""
+    options = {"dpo.precompute_ref_log_probs": False, "lora.modules_to_save": json.dumps(whole)}
     config, algorithm = configure(
         "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
     )
     setup = prepare(config, algorithm)
     frozen = setup.trainable.frozen(setup.start_weights())
-    assert len(jax.tree.leaves(frozen.base)) == 12
-    of_reference = [path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(frozen[1])]
-    assert of_reference and all("/lora_" in path for path in of_reference)
+    assert len(jax.tree.leaves(frozen.base)) == 12 - len(whole)
+    of_reference = by_path(frozen.of_algorithm)
+    tables = {path for path in of_reference if "/lora_" not in path}
+    assert len(of_reference) > len(tables) == len(whole)
+    same_bits(
+        *(
+            {path: tree[path] for path in tables}
+            for tree in (of_reference, by_path(tiny.load(models / "llama")[1]))
+        )
+    )
     shapes = setup.trainable.frozen_target(algorithm.frozen(setup))
     assert jax.tree.structure(shapes) == jax.tree.structure(frozen)
     for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(frozen), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
+    held = cost.sizes_of(setup, algorithm, cost.largest_update(setup, algorithm))["frozen"]
+    assert held == sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
 
 
 @pytest.mark.slow
-def test_another_reference_stands_alone(models, data, tmp_path):
-    tiny.save(tmp_path / "other", tiny.CONFIGS["gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_another_reference_stands_alone(kind, models, data, tmp_path):
+    tiny.save(tmp_path / "other", tiny.CONFIGS[kind], std=0.3)
     options = {"model.ref_name_or_path": tmp_path / "other", "max_steps": 4}
+    options |= {"lora.modules_to_save": "[embed_tokens]"} if kind == "llama" else {}
     losses = []
     for precompute in (True, False):
         options["dpo.precompute_ref_log_probs"] = precompute
@@ -662,12 +778,14 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_run_exports_an_adapter_and_merges_and_is_a_model(dora, models, data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "own", [{}, {"lora.dora": True}, {"lora.modules_to_save": "[wte]"}], ids=str
+)
+def test_a_run_exports_an_adapter_and_merges_and_is_a_model(own, models, data, tmp_path, capsys):
     """The adapter's folder, the merged folder, and the run itself say the same."""
     from peft import PeftModel
 
-    out, options = tmp_path / "run", {"export": True, "max_steps": 10, "lora.dora": dora}
+    out, options = tmp_path / "run", {"export": True, "max_steps": 10, **own}
     rows, params = train("sft", models / "gpt2", data, out, **adapted("gpt2", **options))
     proof = json.loads((out / "hf/export_report.json").read_text())
     assert proof["logits"]["compared"]
@@ -695,17 +813,22 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(dora, models, data, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dora", [False, True])
-def test_runs_stand_on_runs_and_adapters_on_adapters(dora, models, data, tmp_path):
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"lora.dora": True}, {"lora.modules_to_save": '["embed_tokens", "lm_head"]'}],
+    ids=str,
+)
+def test_runs_stand_on_runs_and_adapters_on_adapters(own, models, data, tmp_path):
     """A run goes on from a LoRA run's merged weights; another from the exported adapter itself."""
-    first, options = tmp_path / "first", {"export": True, "max_steps": 10, "lora.dora": dora}
+    dora, whole = "lora.dora" in own, "lora.modules_to_save" in own
+    first, options = tmp_path / "first", {"export": True, "max_steps": 10, **own}
     _, params = train("sft", models / "llama", data, first, **adapted("llama", **options))
     config, algorithm = configure(
         "sft", first, data, tmp_path / "second", max_steps=4, **LORA,
         **{"lora.target_modules": "[q_proj]"},
     )  # fmt: skip
     setup = prepare(config, algorithm)
-    adapter = adapter_for("llama", setup.model, dora=dora)
+    adapter = adapter_for("llama", setup.model, dora=dora, whole=whole)
     wanted = logits(setup.model, adapter.merge(tiny.load(models / "llama")[1], params), rows_of())
     near(logits(setup.model, setup.start_weights(), rows_of()), wanted)
     run(config, algorithm, dry_run=False)
@@ -714,7 +837,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(dora, models, data, tmp_pat
     near(logits(setup.model, origin.load(setup.model, setup.mesh), rows_of()), wanted, 0.5)
 
     args = ("dpo", models / "llama", data)
-    options = {"lora.adapter": first / "hf", "max_steps": 4, "lora.dora": dora}
+    options = {"lora.adapter": first / "hf", "max_steps": 4, **own}
     resumed, _ = train(*args, tmp_path / "third", **adapted("llama", **options))
     assert resumed[0]["rewards/margins"] == 0  # the reference is what the policy starts from
     setup = prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options)))
@@ -724,6 +847,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(dora, models, data, tmp_pat
         ({"lora.alpha": 4}, "lora.alpha: is 4.0, but .* has 8;"),
         ({"lora.rslora": True}, "lora.rslora: is True, but .* has False;"),
         ({"lora.dora": not dora}, f"lora.dora: is {not dora}, but .* has {dora};"),
+        ({"lora.modules_to_save": "[lm_head]"}, "modules_to_save: is .*, but the run trains"),
     ):
         with pytest.raises(ConfigError, match=message):
             prepare(*configure(*args, tmp_path / "x", **adapted("llama", **options | change)))
@@ -781,6 +905,53 @@ def test_vectors_of_tokens_that_the_template_adds_are_trained_and_released(
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, saved",
+    [("gpt2", ["wte"]), ("llama", ["embed_tokens", "lm_head"]), ("llama", ["lm_head"])],
+)
+def test_whole_tables_grow_by_the_tokens_of_the_template(kind, saved, models, data, tmp_path):
+    """The vectors of new tokens in a table that stays frozen are trained alone."""
+    from peft import AutoPeftModelForCausalLM
+
+    options = {"data.template": "chatml", "max_steps": 4, "export": True}
+    options |= {"lora.modules_to_save": json.dumps(saved)}
+    out, new = tmp_path / "run", [tiny.VOCAB, tiny.VOCAB + 1]
+    train("sft", models / kind, data, out, **adapted(kind, **options))
+    assert json.loads((out / "hf/export_report.json").read_text())["logits"]["compared"]
+    written = json.loads((out / "hf/adapter_config.json").read_text())
+    frozen = "embed_tokens" not in saved and kind == "llama"
+    assert written["trainable_token_indices"] == (new if frozen else None)
+    assert written["modules_to_save"] == sorted({*saved, "lm_head"})
+    origin = find(str(out))
+    model = model_of(origin.config, "run")
+    weights = origin.load(model, meshes.make_mesh("fsdp=-1"))
+    theirs = AutoPeftModelForCausalLM.from_pretrained(out / "hf")
+    ids = np.array([[*new, 5, 9, *new, 7]])
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(ids)).logits.numpy()
+    near(logits(model, weights, tiny.layout(ids)), wanted)
+
+
+def test_tables_that_peft_trained_apart_are_refused(models, tmp_path):
+    """Of a tied model, as peft saves them without ensure_weight_tying."""
+    model, _ = tiny.load(models / "gpt2")
+    adapter = adapter_for("gpt2", model, whole=True)
+    params = drawn(adapter)
+    apart = peft.to_peft(adapter, params)
+    head = "base_model.model.lm_head.weight"
+    for tensor in (apart[head] + 1, None):
+        tensors = {k: v for k, v in (apart | {head: tensor}).items() if v is not None}
+        with pytest.raises(WeightsError, match="lm_head.weight is not .* ensure_weight_tying"):
+            peft.from_peft(adapter, tensors, "here")
+    folder = saved_adapter(tmp_path / "a", "gpt2", adapter, params)
+    for names, message in ((["lm_head"], "trains .'lm_head', 'wte'. in full"), ("wte", "a list")):
+        file = folder / peft.ADAPTER_CONFIG
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": names}))
+        with pytest.raises(ConfigError, match=f"modules_to_save: .*{message}"):
+            peft.read_peft(adapter, folder)
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -827,7 +998,7 @@ def test_weights_of_an_adapter_that_are_not_read_are_named(models, tmp_path):
     adapter = adapter_for("llama", model)
     tensors = peft.to_peft(adapter, drawn(adapter))
     tensors["base_model.model.lm_head.weight"] = np.zeros((2, 2), np.float32)
-    with pytest.raises(WeightsError, match="lm_head.weight; whole embeddings .* not supported"):
+    with pytest.raises(WeightsError, match="lm_head.weight, and lora.modules_to_save does not"):
         peft.from_peft(adapter, tensors, "here")
     folder = saved_adapter(tmp_path / "a", "llama", adapter, drawn(adapter))
     (folder / peft.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
@@ -867,6 +1038,10 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
         prepare(
             *configure("sft", models / "llama", data, tmp_path / "x", **adapted("llama", **options))
         )
+    options = {"model": PolicyConfig("m"), "data": DataConfig(train=["x.jsonl"])}
+    both = LoraConfig(["q_proj"], trainable_token_indices=[3], modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="cannot be combined with lora.modules_to_save"):
+        TrainDPO(**options, lora=both)
     tiny.save(tmp_path / "hf", tiny.CONFIGS["gpt2"])
     convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"))
     with pytest.raises(ConfigError, match="has no adapters"):
@@ -875,9 +1050,10 @@ def test_what_adapters_cannot_do_is_said_before_anything_is_written(models, data
 
 @pytest.mark.slow
 def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
-    reports = {}
-    for how in (None, "nf4"):
-        options = {"lora.quantize": how} if how else {}
+    reports, flops = {}, {}
+    for how in (None, "nf4", "whole"):
+        options = {"lora.quantize": how} if how == "nf4" else {}
+        options |= {"lora.modules_to_save": "[lm_head]"} if how == "whole" else {}
         config, algorithm = configure(
             "dpo", models / "llama", data, tmp_path / "x", **adapted("llama", **options)
         )
@@ -890,4 +1066,7 @@ def test_a_plan_says_what_is_trained_and_held(models, data, tmp_path):
         table = plan_report.table(setup)
         assert ("q_proj/kernel/nf4" in table) == (how == "nf4")
         assert "q_proj/lora_a" in table
+        flops[how] = cost.flops_of(setup, False)
     assert "held in nf4" in reports["nf4"] and "held in float32" in reports[None]
+    assert "mlp.down_proj, and all of lm_head; frozen" in reports["whole"]
+    assert flops["whole"] - flops[None] == 2 * tiny.VOCAB * 16  # the gradient of the head

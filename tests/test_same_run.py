@@ -11,6 +11,7 @@ from helpers.runs import close, losses_of, same_bits, stop_after, train
 
 LORA = {"lora.r": 4, "lora.alpha": 8, "lora.dropout": 0.3, "optimizer.learning_rate": 2e-2}
 GPT2 = LORA | {"lora.target_modules": "[c_attn, c_proj, c_fc]"}
+WHOLE = GPT2 | {"lora.dropout": 0, "lora.modules_to_save": "[wte]"}
 BERT = LORA | {"lora.target_modules": "[query, dense]"}
 RUNS = {  # algorithm, model, data, options
     "sft": ("sft", "gpt2", "sft", {"model.dropout": 0.3}),
@@ -20,6 +21,7 @@ RUNS = {  # algorithm, model, data, options
     "sft-8bit": ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}),
     "sft-muon": ("sft", "gpt2", "sft", {"optimizer.name": "muon"}),
     "dpo-lora": ("dpo", "gpt2", "dpo", GPT2 | {"lora.dropout": 0}),
+    "dpo-lora-whole": ("dpo", "gpt2", "dpo", WHOLE | {"dpo.precompute_ref_log_probs": False}),
     "reward-lora": ("reward", "bert", "dpo", BERT),
 }
 
@@ -87,6 +89,7 @@ DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
     ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}, ["2,2,2"]),
     ("sft", "gpt2", "sft", {"optimizer.name": "muon"}, ["8,1,1", "2,2,2"]),
     ("sft", "gpt2", "sft", PLAIN, ["2,2,2"]),
+    ("sft", "gpt2", "sft", WHOLE, ["2,2,2"]),
     ("sft", "gpt2", "sft", INT8, ["1,8,1"]),
     ("sft", "gpt2", "sft", NF4, ["2,2,2"]),
     ("sft", "gpt2", "sft", NF4 | {"lora.dora": True}, ["1,2,2"]),
