@@ -250,7 +250,7 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, model
 @pytest.mark.parametrize("kind, saved", [("llama", WHOLE["llama"]), ("gpt2", ["wte", "lm_head"])])
 def test_updates_are_those_of_peft_under_adamw(kind, saved, models, tmp_path):
     """Of an adapter and of whole tables. A large epsilon keeps rounding from becoming steps."""
-    settings = {"learning_rate": 0.05, "weight_decay": 0.1, "adam_epsilon": 1e-2}
+    settings = {"learning_rate": 0.05, "weight_decay": 0.1, "adam_epsilon": 0.1}
     tied = kind == "gpt2"
     theirs = peft_model(models / kind, kind, modules_to_save=saved, ensure_weight_tying=tied)
     theirs.save_pretrained(tmp_path)
@@ -262,7 +262,7 @@ def test_updates_are_those_of_peft_under_adamw(kind, saved, models, tmp_path):
         OptimizerConfig(max_grad_norm=0, **settings), lambda step: settings["learning_rate"]
     )
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1, eps=1e-2)
+    adamw = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1, eps=0.1)
 
     def loss_fn(params, rows):
         hidden, head = model.apply(adapter.on(frozen, params), rows)
@@ -288,7 +288,7 @@ def test_updates_are_those_of_peft_under_adamw(kind, saved, models, tmp_path):
     reached = peft.to_peft(adapter, params)
     for name, tensor in load_file(tmp_path / peft.ADAPTER_WEIGHTS).items():
         near(reached[name], tensor)
-        assert np.abs(begun[name] - tensor).max() > 0.01
+        assert np.abs(begun[name] - tensor).max() > 1e-3
 
 
 def test_all_of_an_adapter_decays_as_peft_under_transformers_does():

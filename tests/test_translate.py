@@ -1014,6 +1014,35 @@ def test_trained_tokens_are_those_of_peft(tmp_path, capsys):
         translate.main(["axolotl", file])
 
 
+ADAPTERS = {"use_peft": True, "lora_target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "source, keys, name",
+    [
+        ("axolotl", ALPACA_QLORA, "lora_modules_to_save"),
+        ("trl", MINIMAL | ADAPTERS | {"assistant_only_loss": True}, "lora_modules_to_save"),
+        ("llama-factory", FACTORY, "additional_target"),
+    ],
+    ids=["axolotl", "trl", "llama-factory"],
+)
+def test_whole_tables_are_those_of_peft(source, keys, name, tmp_path, capsys):
+    for given in (["embed_tokens", "lm_head"], ["model.embed_tokens", "lm_head"]):
+        given = ",".join(given) if source == "llama-factory" else given
+        file = write(tmp_path / "a.yaml", **keys, **{name: given})
+        config, text = ours(capsys, source, file)
+        assert config.lora.modules_to_save == ["embed_tokens", "lm_head"] and "tied head" in text
+    file = write(tmp_path / "a.yaml", **keys, **{name: ["embed_tokens", "norm"]})
+    with pytest.raises(ConfigError, match=f"{name} .norm is no embedding or language model head"):
+        translate.main([source, file])
+
+
+def test_the_head_of_a_scorer_is_named_in_vain(tmp_path, capsys):
+    file = write(tmp_path / "a.yaml", **MINIMAL, **ADAPTERS, lora_modules_to_save=["score"])
+    config, _ = ours(capsys, "trl", file, "--task", "reward")
+    assert config.lora.modules_to_save is None
+
+
 @pytest.mark.parametrize(
     "source, keys, message",
     [

@@ -59,6 +59,7 @@ COMMON: Table = {
         load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
         peft_trainable_token_indices=trainable_token_indices
         lora_target_linear peft_use_rslora=use_rslora peft_use_dora=use_dora
+        lora_modules_to_save=modules_to_save
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens tokens
         mean_resizing_embeddings dataset_exact_deduplication
@@ -119,8 +120,7 @@ COMMON: Table = {
                   "curriculum_sampling sample_packing_sequentially"),
     **unsupported("adds tokens to the tokenizer; save it with them", "added_tokens_overrides",
                   (None, [])),
-    **unsupported("adapters alone are trained", "lora_modules_to_save "
-                  "unfrozen_parameters", (None, [])),
+    **unsupported("adapters alone are trained", "unfrozen_parameters", (None, [])),
     **unsupported("adapters are LoRA or DoRA on linear layers",
                   "lora_target_parameters peft_layers_to_transform peft_layer_replication "
                   "loraplus_lr_ratio peft relora "

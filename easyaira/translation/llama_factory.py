@@ -23,6 +23,7 @@ COMMON: Table = {
     """),
     **computed("""
         model_revision finetuning_type lora_rank=lora_r lora_alpha lora_dropout use_rslora
+        additional_target=modules_to_save
         use_dora lora_target quantization_bit pure_bf16=bf16 infer_dtype=dtype
         dataset=dataset_names eval_dataset=held_out_names template cutoff_len=max_length
         val_size=test_split_size mask_history train_on_prompt packing neat_packing
@@ -51,7 +52,6 @@ COMMON: Table = {
                   "moe_aux_loss_coef "
                   "visual_inputs image_max_pixels video_max_pixels freeze_vision_tower "
                   "freeze_multi_modal_projector"),
-    **unsupported("adapters alone are trained", "additional_target", (None, [], "")),
     **unsupported("adapters are LoRA or DoRA on linear layers", "loraplus_lr_ratio "
                   "pissa_init pissa_convert create_new_adapter pissa_iter"),
     **unsupported("the optimizers are AdamW and Muon over all trainable weights", "use_galore "

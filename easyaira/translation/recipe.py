@@ -13,6 +13,8 @@ ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused a
 ADAMW_8BIT = "adamw_8bit adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit adamw_torch_4bit".split()
 SCHEDULES = "linear cosine cosine_with_min_lr constant constant_with_warmup".split()
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+TABLES = "embed_tokens wte embed_in word_embeddings lm_head".split()  # by Hugging Face's names
+SCORE_HEADS = ("score", "classifier")
 NO = (None, False, "no", "none", "NO")
 
 
@@ -233,6 +235,7 @@ def adapters(run: Recipe) -> None:
     if tokens:
         run.options["lora.trainable_token_indices"] = tokens
         run.note("of trained tokens, the vectors of an untied head are trained, too")
+    _saved(run)
     dropout = run.get("lora_dropout", 0.0)
     if dropout and run.task == "dpo":
         run.note(f"lora.dropout is 0 ({dropout} there), as TRL's DPO turns dropout off")
@@ -245,6 +248,27 @@ def adapters(run: Recipe) -> None:
         "lora.rslora": run.get("use_rslora", False),
         "lora.dora": run.get("use_dora", False),
     }
+
+
+def _saved(run: Recipe) -> None:
+    """What is trained in full beside adapters."""
+    names = run.get("modules_to_save") or []
+    names = names.split(",") if isinstance(names, str) else names
+    names = [name.strip().rpartition(".")[2] for name in names]
+    if run.task == "reward":  # its head is always trained
+        names = [name for name in names if name not in SCORE_HEADS]
+    if others := [name for name in names if name not in TABLES]:
+        return run.refuse(
+            "modules_to_save",
+            f"{others[0]} is no embedding or language model head, and nothing else is trained in "
+            "full beside adapters",
+        )
+    if names:
+        run.options["lora.modules_to_save"] = names
+        run.note(
+            "lora.modules_to_save: of a model with a tied head, name the embedding alone; it is "
+            "both, where peft unties them unless ensure_weight_tying is set"
+        )
 
 
 def revision(run: Recipe) -> None:

@@ -106,8 +106,8 @@ MODEL: Table = {
     """),
     **computed("""
         model_revision dtype torch_dtype=dtype use_peft lora_r lora_alpha lora_dropout
-        lora_target_modules use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type
-        chat_template eos_token
+        lora_target_modules lora_modules_to_save=modules_to_save use_rslora use_dora
+        load_in_8bit load_in_4bit bnb_4bit_quant_type chat_template eos_token
     """),
     **no_effect(
         "says how bitsandbytes stores, and not what",
@@ -115,7 +115,6 @@ MODEL: Table = {
     ),
     **no_effect("follows from the command", "lora_task_type"),
     **unsupported("adapters are LoRA or DoRA on linear layers", "lora_target_parameters"),
-    **unsupported("adapters alone are trained", "lora_modules_to_save", (None, [])),
     **unsupported(
         "the file it names cannot be read here; pass it as chat_template", "chat_template_path"
     ),
