@@ -440,7 +440,7 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
 
     config["modules_to_save"] = [*HEADS[kind], "embed_tokens"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="modules_to_save: 'embed_tokens' is not supported"):
+    with pytest.raises(ConfigError, match="modules_to_save: is .*'embed_tokens'.*, but the run"):
         peft.read_peft(adapter, folder)
     tensors = {n: t for n, t in peft.to_peft(adapter, params).items() if "pooler" not in n}
     if kind == "bert":  # as peft saves one where nobody named the pooler

@@ -255,6 +255,7 @@ def _saved(run: Recipe) -> None:
     names = run.get("modules_to_save") or []
     names = names.split(",") if isinstance(names, str) else names
     names = [name.strip().rpartition(".")[2] for name in names]
+    names = ["lm_head" if name == "embed_out" else name for name in names]  # its older name
     if run.task == "reward":  # its head is always trained
         names = [name for name in names if name not in SCORE_HEADS]
     if others := [name for name in names if name not in TABLES]:
