@@ -396,12 +396,13 @@ def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, 
     assert divided.trainable.base.fingerprint == setup.trainable.base.fingerprint
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, recwarn):
+@pytest.mark.parametrize("kind, tables", [(k, []) for k in HEADS] + [("llama", ["embed_tokens"])])
+def test_scores_of_an_adapter_are_pefts_both_ways(kind, tables, lora_ground, tmp_path, recwarn):
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors.numpy import load_file, save_file
 
-    setup = lora_setup(lora_ground, kind, tmp_path / "x")
+    whole = {"lora.modules_to_save": json.dumps(tables)}
+    setup = lora_setup(lora_ground, kind, tmp_path / "x", **whole)
     adapter = setup.adapter
     theirs = get_peft_model(
         peft_base(lora_ground / kind),
@@ -410,7 +411,7 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
             r=4,
             lora_alpha=8,
             target_modules=TARGETS[kind],
-            modules_to_save=[name for name in HEADS[kind] if name == "pooler"],
+            modules_to_save=[name for name in HEADS[kind] if name == "pooler"] + tables,
         ),
     )
     torch.manual_seed(0)
@@ -430,7 +431,8 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
     folder.mkdir()
     save_file(peft.to_peft(adapter, others), folder / "adapter_model.safetensors", {"format": "pt"})
     config = peft.peft_config(adapter, "base", None)
-    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == HEADS[kind]
+    saved = config["modules_to_save"]
+    assert config["task_type"] == "SEQ_CLS" and saved == sorted(HEADS[kind] + tables)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     recwarn.clear()
     loaded = PeftModel.from_pretrained(peft_base(lora_ground / kind), folder)
@@ -438,9 +440,9 @@ def test_scores_of_an_adapter_are_pefts_both_ways(kind, lora_ground, tmp_path, r
     ours = scores_of(setup.model, setup.trainable.weights(params), setup.trainable.weights(others))
     np.testing.assert_allclose(ours, [wanted, scores_in_peft(loaded)], atol=1e-5)
 
-    config["modules_to_save"] = [*HEADS[kind], "embed_tokens"]
+    config["modules_to_save"] = [*saved, "norm"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="modules_to_save: is .*'embed_tokens'.*, but the run"):
+    with pytest.raises(ConfigError, match="modules_to_save: is .*'norm'.*, but the run trains"):
         peft.read_peft(adapter, folder)
     tensors = {n: t for n, t in peft.to_peft(adapter, params).items() if "pooler" not in n}
     if kind == "bert":  # as peft saves one where nobody named the pooler
