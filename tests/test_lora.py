@@ -798,6 +798,11 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(own, models, data, t
     assert {tensor["dtype"] for tensor in stored.values()} == {"float32"}
     origin = find(str(out))
     model = model_of(origin.config, "run")
+    adapter = adapter_for(
+        "gpt2", model, dora="lora.dora" in own, whole="lora.modules_to_save" in own
+    )
+    card = (out / "hf/README.md").read_text()
+    assert f"; {adapter.parameter_count():,} trained parameters" in card
     ids = rows_of()["tokens"]
     ours = logits(model, origin.load(model, meshes.make_mesh("fsdp=-1")), rows_of())
     base, plain = (AutoModelForCausalLM.from_pretrained(models / "gpt2") for _ in range(2))

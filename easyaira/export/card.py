@@ -275,7 +275,11 @@ def _trained(report: Mapping[str, Any]) -> str:
     """Number of trained parameters, if the export is an adapter."""
     if not any("lora_" in name for name in report["tensors"]):
         return ""
-    trained = sum(math.prod(tensor["shape"]) for tensor in report["tensors"].values())
+    sizes = {  # a tied head is stored beside the embedding
+        name if "lora_" in name else tensor["sha256"]: math.prod(tensor["shape"])
+        for name, tensor in report["tensors"].items()
+    }
+    trained = sum(sizes.values())
     return f"; {trained:,} trained parameters"
 
 
