@@ -229,11 +229,7 @@ class RunConfig:
                 "optimizer.name: muon trains whole matrices, and adapters are factors of them; "
                 "choose adamw, or set lora to null"
             )
-        if (
-            self.lora is not None
-            and self.lora.modules_to_save
-            and self.lora.trainable_token_indices
-        ):
+        if (lora := self.lora) and lora.modules_to_save and lora.trainable_token_indices:
             raise ConfigError(
                 "lora.trainable_token_indices: cannot be combined with lora.modules_to_save, which "
                 "trains all vectors of a table; leave one of them out"
