@@ -245,8 +245,7 @@ def test_fsdp_divides_the_bytes_of_weights_and_optimizer(kind, devices):
     from easyaira.train import optimizer
     from easyaira.train.step import init_state
 
-    config = OptimizerConfig()
-    tx = optimizer.make_optimizer(config, optimizer.make_schedule(config, 10))
+    tx = optimizer.make_optimizer(OptimizerConfig())
     held = {}
     for count in (1, 8):
         devices(count)

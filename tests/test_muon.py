@@ -51,12 +51,12 @@ def trained(start, grads, **options):
     config = OptimizerConfig(
         name="muon", learning_rate=RATE, weight_decay=DECAY, warmup_steps=2, **options
     )
-    schedule = optimizer.make_schedule(config, len(grads))
-    tx = optimizer.make_optimizer(config, schedule)
+    schedule = optimizer.on_host(optimizer.make_schedule(config, len(grads)))
+    tx = optimizer.make_optimizer(config)
     state, params, updated = tx.init(start), start, []
     update = jax.jit(tx.update)
-    for grad in grads:
-        updates, state = update(grad, state, params)
+    for step, grad in enumerate(grads):
+        updates, state = update(grad, state, params, learning_rate=schedule(step))
         params = jax.tree.map(jnp.add, params, updates)
         updated.append(by_path(params))
     return updated, schedule

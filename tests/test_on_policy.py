@@ -627,8 +627,7 @@ def test_an_update_costs_the_products_of_policy_and_value_model(ground, tmp_path
 @pytest.mark.parametrize("clip, name", [(0.0, "adamw"), (0.1, "adamw"), (0.1, "muon")])
 def test_policy_and_value_model_have_optimizers_of_their_own(clip, name):
     options = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=clip)
-    schedule = make_schedule(options, 10)
-    both = critic.make_optimizer(options, schedule, 3e-2)
+    both = critic.make_optimizer(options, 3e-2)
     alone = {"policy": options, "value": replace(options, learning_rate=3e-2)}
     rng = np.random.default_rng(0)
     params = {name: {"kernel": rng.normal(size=(1, 2, 3)).astype(np.float32)} for name in alone}
@@ -636,12 +635,14 @@ def test_policy_and_value_model_have_optimizers_of_their_own(clip, name):
     state = both.init(params)
     states, own = {}, {}
     for name, config in alone.items():
-        own[name] = make_optimizer(config, make_schedule(config, 10))
+        own[name] = make_optimizer(config)
         states[name] = own[name].init(params[name])
-    for _ in range(3):
-        updates, state = both.update(grads, state, params)
-        for name in alone:
-            wanted, states[name] = own[name].update(grads[name], states[name], params[name])
+    for step in range(3):
+        rates = {name: make_schedule(config, 10)(step) for name, config in alone.items()}
+        updates, state = both.update(grads, state, params, learning_rate=rates["policy"])
+        for name, rate in rates.items():
+            args = (grads[name], states[name], params[name])
+            wanted, states[name] = own[name].update(*args, learning_rate=rate)
             np.testing.assert_allclose(updates[name]["kernel"], wanted["kernel"], rtol=1e-5)
 
 

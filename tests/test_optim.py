@@ -109,8 +109,8 @@ def test_ten_updates_equal_torch():
     config = OptimizerConfig(
         learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, max_grad_norm=0.5, adam_beta2=0.95
     )
-    schedule = optimizer.make_schedule(config, 10)
-    tx = optimizer.make_optimizer(config, schedule)
+    schedule = optimizer.on_host(optimizer.make_schedule(config, 10))
+    tx = optimizer.make_optimizer(config)
     theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in jax.tree.leaves(start)]
     groups = [
         {"params": theirs[:1], "weight_decay": 0.1},
@@ -120,7 +120,7 @@ def test_ten_updates_equal_torch():
     state, params = tx.init(start), start
     for step in range(10):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, learning_rate=schedule(step))
         params = jax.tree.map(jnp.add, params, updates)
         for parameter, grad in zip(theirs, jax.tree.leaves(grads), strict=True):
             parameter.grad = torch.tensor(np.asarray(grad))
@@ -150,8 +150,7 @@ def test_moments_and_updates_have_the_bits_of_optax():
 def test_an_update_on_a_cpu_copies_no_moment_and_stores_no_quotient():
     """What reads the old moments after the new ones are known makes XLA's CPU copy them; a quotient
     that is used twice is stored."""
-    config = OptimizerConfig(lr_scheduler_type="constant")
-    tx = optimizer.make_optimizer(config, lambda _: 1e-3)
+    tx = optimizer.make_optimizer(OptimizerConfig())
     params = {"kernel": jnp.ones((70, 50))}
     state = steps.State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
 
@@ -160,7 +159,8 @@ def test_an_update_on_a_cpu_copies_no_moment_and_stores_no_quotient():
         return {"loss": ((params["kernel"] * tokens).sum(), tokens[0, 0])}
 
     step = jax.jit(steps.make_train_step(loss_fn, tx), donate_argnums=0)
-    compiled = step.lower(state, None, {"tokens": jnp.ones((1, 70, 50))}, None).compile()
+    batch = {"tokens": jnp.ones((1, 70, 50))}
+    compiled = step.lower(state, None, batch, None, np.float32(1e-3)).compile()
     entry = compiled.as_text().split("ENTRY")[1]
     made = re.findall(r"= f32\[70,50\]\S* (\w+)\(", entry)
     assert made.count("parameter") == 3 and "copy" not in made
@@ -179,16 +179,14 @@ def test_clipping_is_that_of_optax(size):
 
 def test_a_small_rate_moves_float32_weights_by_the_analytic_amount():
     """lr 5e-7 with a constant gradient moves by lr each update; bfloat16 weights would stay."""
-    tx = optimizer.make_optimizer(
-        OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"),
-        optimizer.make_schedule(
-            OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant"), 10
-        ),
-    )
+    config = OptimizerConfig(learning_rate=5e-7, lr_scheduler_type="constant")
+    tx = optimizer.make_optimizer(config)
+    schedule = optimizer.on_host(optimizer.make_schedule(config, 10))
     params = {"kernel": jnp.full((3,), 0.01)}
     state = tx.init(params)
-    for _ in range(10):
-        updates, state = tx.update({"kernel": jnp.ones(3)}, state, params)
+    for step in range(10):
+        grads = {"kernel": jnp.ones(3)}
+        updates, state = tx.update(grads, state, params, learning_rate=schedule(step))
         params = jax.tree.map(jnp.add, params, updates)
     np.testing.assert_allclose(0.01 - params["kernel"], 5e-6, rtol=1e-3)
 

@@ -457,13 +457,13 @@ def test_a_failed_state_stays_as_it_was(name):
         return {"loss": (params["w"].sum() * jnp.where(x == 3, jnp.nan, 1.0), jnp.float32(1))}
 
     options = {"state_dtype": "8bit"} if name == "8bit" else {"name": name}
-    tx = make_optimizer(OptimizerConfig(**options), lambda _: 0.1)
+    tx = make_optimizer(OptimizerConfig(**options))
     step = jax.jit(steps.make_train_step(loss_fn, tx))
     params = {"w": jnp.ones(2)}
     state = State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
     history = [state]
     for value in (1, 2, 3, 4):
-        state, sums = step(state, None, {"tokens": jnp.full((1, 1), value)}, None)
+        state, sums = step(state, None, {"tokens": jnp.full((1, 1), value)}, None, 0.1)
         history.append(state)
     assert [int(s.failed) for s in history] == [-1, -1, -1, 2, 2]
     same_bits(history[2].params, history[4].params)
@@ -486,7 +486,7 @@ def test_gradients_of_uneven_micro_batches_are_those_of_one_batch():
     for batch in (tokens, tokens.reshape(1, 2, 8)):
         params = {"w": jnp.float32(1)}
         state = State(jnp.int32(0), params, tx.init(params), jnp.int32(-1))
-        state, sums = step(state, None, {"tokens": batch}, None)
+        state, sums = step(state, None, {"tokens": batch}, None, 1.0)
         results.append((float(state.params["w"]), float(sums["grad_norm"][0])))
     assert results[0] == pytest.approx(results[1])
     assert results[0][1] == pytest.approx(45 / 9)
@@ -506,7 +506,7 @@ def test_every_micro_batch_of_every_update_drops_something_else(parts):
     moves = []
     for _ in range(3):
         before = state.params["w"]
-        state, _ = step(state, None, batch, key)
+        state, _ = step(state, None, batch, key, 1.0)
         moves.append(float(before - state.params["w"]))
     wanted = [
         np.mean([jax.random.normal(fold(fold(key, i), j)) for j in range(parts)])

@@ -51,7 +51,7 @@ def _compared(checkpoints: Checkpoints, step: int) -> str:
         checkpoints.restore_params(step, target["params"])
         return f"{len(shapes)} arrays are as saved, bit for bit"
     config = OptimizerConfig(**meta["run"]["optimizer"])
-    tx = make_optimizer(config, lambda _: config.learning_rate)
+    tx = make_optimizer(config)
     state = abstract_state(target["params"], tx, mesh)
     checkpoints.restore(step, target["params"], state.opt_state)
     weights = len(by_path(target["params"]))

@@ -131,10 +131,11 @@ def trace_step(setup: Setup, algorithm: Algorithm, arrays: Mapping[str, np.ndarr
     key = setup.dropout_key
     if key is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    rate = jax.ShapeDtypeStruct((), np.float32)
     loss_fn, options = algorithm.loss_fn(setup), setup.trainable.compiler_options
     step = steps.jit_train_step(setup.trainable.loss_fn(loss_fn), setup.tx, state, options)
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):  # its devices may not exist
-        return step.trace(state, frozen, batch, key)
+        return step.trace(state, frozen, batch, key, rate)
 
 
 def per_device(tree: Any) -> int:

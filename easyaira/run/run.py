@@ -238,7 +238,9 @@ def _updates(
             state,
             trainable.frozen(beginning.frozen),
             source,
-            step=lambda state, frozen, arrays: train_step(state, frozen, arrays, setup.dropout_key),
+            step=lambda number, *args: train_step(
+                *args, setup.dropout_key, setup.schedule(number)
+            ),
             until=until,
             evaluate=Evaluate(
                 steps.jit_eval_step(loss_fn, options),

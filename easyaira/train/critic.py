@@ -78,15 +78,15 @@ def critic_of(name: str | None, init: str, resolved: Resolved, mesh: Mesh) -> Cr
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, value_rate: float | None
-) -> optax.GradientTransformation:
+    config: OptimizerConfig, value_rate: float | None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW of an `ActorCritic`: each model has its own clipping, moments and peak learning rate.
+    `update` takes the policy's rate, `learning_rate`.
 
     Args:
-        schedule: learning rate of the policy.
         value_rate: peak learning rate of the value model; None: the policy's.
     """
-    of_all = optimizer.make_optimizer(replace(config, max_grad_norm=0), schedule)
+    of_all = optimizer.make_optimizer(replace(config, max_grad_norm=0))
     ratio = (value_rate or config.learning_rate) / (config.learning_rate or 1.0)
     clip = optax.identity()
     if config.max_grad_norm:

@@ -31,7 +31,7 @@ def fit(
         state: donated to the first step.
         frozen: frozen weights.
         source: (update, parameters) -> its batch, see loader.Stored.
-        step: (state, frozen, arrays of a batch) -> (state, sums).
+        step: (update, state, frozen, arrays of a batch) -> (state, sums).
         evaluate: computes held-out metrics when due; the loop ends when its best is exhausted.
         record: logs metrics to files and the terminal.
         save: writes checkpoints when due.
@@ -57,7 +57,7 @@ def fit(
                 save(number, state, record.to_save())
             break
         record.compiling(number)
-        state, sums = step(state, frozen, ready.arrays)
+        state, sums = step(number, state, frozen, ready.arrays)
         number, wanted = number + 1, False
         stop.defer()
         record.update(number, ready, sums)  # also fetches the previous update's sums

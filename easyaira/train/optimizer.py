@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from easyaira.config.algorithms import OptimizerConfig
 from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
 from easyaira.train import adam, muon, quantized_adam
+
+
+AT_ONCE = 1024  # learning rates that are computed together
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -61,6 +67,32 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(first, peak, warmup), decay], [warmup])
 
 
+def on_host(schedule: optax.Schedule) -> Callable[[int], np.float32]:
+    """The learning rate of update n as a number on the host, which a step takes as an argument: so
+    runs that differ in learning rate, schedule or length share one compiled program."""
+    of_all = jax.jit(jax.vmap(schedule))
+
+    @lru_cache(maxsize=2)
+    def block(number: int) -> np.ndarray:
+        return np.asarray(of_all(number * AT_ONCE + np.arange(AT_ONCE)), np.float32)
+
+    return lambda update: block(update // AT_ONCE)[update % AT_ONCE]
+
+
+def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_learning_rate of a schedule, the same bits and the same state. `update` takes
+    the rate, `learning_rate`."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **_: Any):
+        updates = jax.tree.map(lambda x: jnp.asarray(-learning_rate, x.dtype) * x, updates)
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def decays(params: Any) -> Any:
     """Mask of weight decay: True for matrices and embeddings, False for norms and biases.
 
@@ -83,11 +115,11 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip)
 
 
-def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clip, then AdamW: Loshchilov and Hutter (2019), Decoupled Weight Decay, algorithm 2; or Muon
-    (see muon.py), with this AdamW for the parameters that are no matrices of hidden layers."""
+    (see muon.py), with this AdamW for the parameters that are no matrices of hidden layers.
+
+    `update` takes the learning rate, see `scale_by_learning_rate`."""
     constants = {"b1": config.adam_beta1, "b2": config.adam_beta2, "eps": config.adam_epsilon}
     if config.state_dtype == "8bit":
         scale = quantized_adam.scale_by_adam(**constants, matrices=decays)
@@ -96,13 +128,13 @@ def make_optimizer(
     tx = adamw = optax.chain(
         scale,
         optax.add_decayed_weights(config.weight_decay, decays),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_learning_rate(),
     )
     if config.name == "muon":
         hidden = optax.chain(
             muon.scale_by_muon(),
             optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(schedule),
+            scale_by_learning_rate(),
         )
         tx = optax.partition({"muon": hidden, "adamw": adamw}, muon.labels)
     if not config.max_grad_norm:

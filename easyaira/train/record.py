@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import optax
+import numpy as np
 
 from easyaira.errors import NonFiniteError
 from easyaira.train.evaluation import Evaluation
@@ -52,7 +52,7 @@ class Record:
         every: int,
         until: int,
         facts: Mapping[str, float | str],
-        schedule: optax.Schedule,
+        schedule: Callable[[int], np.float32],
         flops: float,
         peak: float | None,
         latest: Callable[[], int | None],

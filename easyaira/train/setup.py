@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -44,7 +45,7 @@ class Setup:
         stored: the model as stored.
         model: the trained model, whose vocabulary may have been resized.
         batches, held_out: the data, in updates and in micro-batches; on-policy, the largest update.
-        total_steps, schedule, tx: number of updates, learning rate and optimizer.
+        total_steps, schedule, tx: number of updates, learning rate of update n, and optimizer.
         adapter: trained in the place of the model's own weights.
         critic: value model that is trained beside the model.
     """
@@ -60,8 +61,8 @@ class Setup:
     batches: Batches
     held_out: Batches | None
     total_steps: int
-    schedule: optax.Schedule
-    tx: optax.GradientTransformation
+    schedule: Callable[[int], np.float32]
+    tx: optax.GradientTransformationExtraArgs
     adapter: Adapter | None
     critic: Critic | None = None
 
@@ -189,11 +190,11 @@ def prepare(
     if data.held_out is not None and not own:
         held_out = Batches(data.held_out, micro_batch, **layout)
     total_steps = updates(config, own.epoch(data.train) if own else len(batches))
-    schedule = optimizer.make_schedule(config.optimizer, total_steps)
-    tx = optimizer.make_optimizer(config.optimizer, schedule)
+    schedule = optimizer.on_host(optimizer.make_schedule(config.optimizer, total_steps))
+    tx = optimizer.make_optimizer(config.optimizer)
     if critic:
         rate = config.rl.value_learning_rate  # type: ignore[attr-defined]
-        tx = make_optimizer(config.optimizer, schedule, rate)
+        tx = make_optimizer(config.optimizer, rate)
     return Setup(
         config=config,
         mesh=mesh,

@@ -88,10 +88,12 @@ def resume_state(step: int, params: Any, opt_state: Any, mesh: Mesh) -> State:
 
 
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callable:
-    """(state, frozen, batch, key) -> (state, sums). The batch's first axis counts micro-batches.
+    """(state, frozen, batch, key, rate) -> (state, sums). The batch's first axis counts
+    micro-batches.
 
     Gradients of the summed loss are accumulated and divided by the total count once, so an update
     does not depend on the division into micro-batches. `key` is for dropout; None: no dropout.
+    `rate` is the learning rate.
     """
 
     def gradients(params, frozen, batch, key):
@@ -105,7 +107,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
     # traced once, for the shapes of the sums and for the loop over micro-batches
     gradients_once = jax.jit(gradients, inline=True)
 
-    def train_step(state: State, frozen: Any, batch: Mapping[str, jax.Array], key: Any):
+    def train_step(state: State, frozen: Any, batch: Mapping[str, jax.Array], key: Any, rate: Any):
         parts = batch["tokens"].shape[0]
         key = None if key is None else jax.random.fold_in(key, state.step)
 
@@ -129,7 +131,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
         grads = jax.tree.map(lambda grad: grad * per_count, grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
         update = optax.with_extra_args_support(tx).update
-        known = {"ok": ok, "grad_norm": grad_norm}  # for those that take them, see optimizer.py
+        # for those that take them, see optimizer.py
+        known = {"ok": ok, "grad_norm": grad_norm, "learning_rate": rate}
         updates, opt_state = update(grads, state.opt_state, state.params, **known)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(

@@ -194,10 +194,11 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
     from easyaira.train import step as steps
     from easyaira.train.step import init_state
 
-    tx = optimizer.make_optimizer(OptimizerConfig(), lambda step: LEARNING_RATE)
+    tx = optimizer.make_optimizer(OptimizerConfig())
     named = jax.named_scope(tracing.OPTIMIZER)(tx.update)
     tx = optax.GradientTransformationExtraArgs(tx.init, named)
     train_step = steps.make_train_step(jax.named_scope(tracing.LOSS)(loss_fn), tx)
+    rate = np.float32(LEARNING_RATE)
     programs: dict[Shape, Any] = {}
     positions: list[int] = []  # of every update so far
     tokens: list[int] = []
@@ -211,7 +212,7 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
 
         step.__name__ = program_name(shape)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        lowered = step.lower(state, frozen, arrays, None)
+        lowered = step.lower(state, frozen, arrays, None, rate)
         return lowered.compile(REPRODUCIBLE.get(jax.default_backend()))
 
     def updates(start: int, stop: int) -> None:
@@ -221,7 +222,7 @@ def _stepping(model, batches, count, loss_fn, params, frozen, mesh) -> Side:
                 shape = ready.batch.shape
                 if shape not in programs:
                     programs[shape] = compiled(shape, ready.arrays)
-                state, _ = programs[shape](state, frozen, ready.arrays, None)
+                state, _ = programs[shape](state, frozen, ready.arrays, None, rate)
                 positions.append(ready.batch.positions)
                 tokens.append(ready.batch.num_tokens)
             jax.block_until_ready(state.step)
