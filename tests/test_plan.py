@@ -257,6 +257,25 @@ def test_operations_are_those_that_the_compiler_counts(ground):
 
 
 @pytest.mark.slow
+def test_runs_that_differ_in_rate_schedule_and_length_share_a_program(ground):
+    others = {
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.lr_scheduler_type": "cosine",
+        "optimizer.warmup_steps": 2,
+        "max_steps": 8,
+    }
+
+    def program(**options):
+        config, algorithm = planned(ground, model="one", **options)
+        setup = prepare(config, algorithm)
+        batch = cost.largest_update(setup, algorithm).batch
+        return cost.lower_step(setup, algorithm, batch).as_text()
+
+    assert program() == program(**others)
+    assert program() != program(**{"optimizer.weight_decay": 0.2})
+
+
+@pytest.mark.slow
 def test_weights_that_are_not_divided_or_gathered_all_at_once_are_failures(ground, devices):
     devices(4)
     setup = prepare(*planned(ground, mesh="fsdp=2,tp=2"))

@@ -492,6 +492,22 @@ def test_gradients_of_uneven_micro_batches_are_those_of_one_batch():
     assert results[0][1] == pytest.approx(45 / 9)
 
 
+def test_the_loss_of_micro_batches_is_traced_once():
+    import optax
+
+    traced = []
+
+    def loss_fn(params, frozen, batch, key):
+        traced.append(batch)
+        return {"loss": (params["w"] * batch["tokens"].sum(), jnp.float32(1))}
+
+    step = jax.jit(steps.make_train_step(loss_fn, optax.sgd(1.0)))
+    params = {"w": jnp.float32(0)}
+    state = State(jnp.int32(0), params, optax.sgd(1.0).init(params), jnp.int32(-1))
+    step(state, None, {"tokens": jnp.zeros((2, 1, 1))}, None, 1.0)
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_micro_batch_of_every_update_drops_something_else(parts):
     import optax

@@ -238,9 +238,7 @@ def _updates(
             state,
             trainable.frozen(beginning.frozen),
             source,
-            step=lambda number, *args: train_step(
-                *args, setup.dropout_key, setup.schedule(number)
-            ),
+            step=lambda number, *args: train_step(*args, setup.dropout_key, setup.schedule(number)),
             until=until,
             evaluate=Evaluate(
                 steps.jit_eval_step(loss_fn, options),

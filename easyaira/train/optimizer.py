@@ -17,7 +17,6 @@ from easyaira.distributed.tree import path_of
 from easyaira.errors import ConfigError
 from easyaira.train import adam, muon, quantized_adam
 
-
 AT_ONCE = 1024  # learning rates that are computed together
 
 

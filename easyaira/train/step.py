@@ -104,17 +104,17 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
 
         return jax.grad(total, has_aux=True)(params)
 
-    # traced once, for the shapes of the sums and for the loop over micro-batches
-    gradients_once = jax.jit(gradients, inline=True)
+    # once, for the shapes of the sums and for the loop over micro-batches
+    traced_once = jax.jit(gradients, inline=True)
 
     def train_step(state: State, frozen: Any, batch: Mapping[str, jax.Array], key: Any, rate: Any):
         parts = batch["tokens"].shape[0]
         key = None if key is None else jax.random.fold_in(key, state.step)
 
-        def micro(i, gradients=gradients_once):
+        def micro(i):
             part_key = None if key is None else jax.random.fold_in(key, i)
             part = jax.tree.map(lambda array: array[i], batch)
-            return gradients(state.params, frozen, part, part_key)
+            return traced_once(state.params, frozen, part, part_key)
 
         def add(total, i):
             return jax.tree.map(jnp.add, total, micro(i)), None
