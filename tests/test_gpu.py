@@ -552,11 +552,13 @@ def test_a_training_step_on_a_gpu_is_compiled_for_reproducible_bits(monkeypatch)
         assert whole.compiler_options == full
         assert Adapters(None, mesh, None, None, None).compiler_options == adapters
     seen = []
-    monkeypatch.setattr(jax, "jit", lambda f, **options: seen.append(options["compiler_options"]))
+    monkeypatch.setattr(jax, "jit", lambda f, **options: seen.append(options))
     leaf = SimpleNamespace(sharding=None)
     step.jit_train_step(None, None, step.State(leaf, {}, {}, leaf), reproducible)
     step.jit_eval_step(None, of_adapters)
-    assert seen == [reproducible, of_adapters]
+    inner, *programs = seen
+    assert inner == {"inline": True}
+    assert [options["compiler_options"] for options in programs] == [reproducible, of_adapters]
     monkeypatch.undo()
     for options in (compiler.ADAPTERS["gpu"], compiler.UNTIMED["gpu"]):
         jax.jit(lambda x: x, compiler_options=options)(1)  # an unknown option is an error
