@@ -56,6 +56,12 @@ class Texts(NamedTuple):
 def texts_of(
     row: columns.Record, form: columns.Form | None, recipe: Recipe, template: Template
 ) -> Texts:
+    """What a row of this form holds for the recipe's task.
+
+    Raises:
+        Dropped: there is nothing to learn, or the template refuses it.
+        Unreadable: a column holds something else than it should.
+    """
     if recipe.task == "prompt":
         asked = columns.question(row)
         try:
