@@ -85,7 +85,7 @@ def test_the_text_model_computes_what_it_did_among_the_other_parts(
 ):
     source, out = folder(kind), tmp_path / "out"
     tied = kind == "gemma3"
-    if as_saved:  # transformers fills the text config with ids that nobody set
+    if as_saved:  # transformers adds token ids that no file sets
         settings = WHOLE[kind] | {"tie_word_embeddings": tied}
         AutoConfig.for_model(**settings).save_pretrained(source)
         assert json.loads((source / "config.json").read_text())["text_config"]["eos_token_id"] < 3

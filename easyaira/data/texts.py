@@ -18,7 +18,7 @@ from easyaira.errors import DataError
 FRAMED = "a text begins or ends with the token put there anyway, which is written once"
 SPOKEN = re.compile(r"\s*(?:###\s*)?Human:.*\bAssistant:", re.DOTALL)
 NOT_SPLIT = "a text names its speakers (Human:), and is not split into their turns"
-REPEATED = "an answer begins with its prompt, which is then learned with it"
+ECHOED = "an answer begins with its prompt, which is then learned with it"
 
 
 class Texts(NamedTuple):
@@ -107,7 +107,7 @@ def texts_of(
         except DataError as error:
             raise Dropped(str(error)) from error
     if all(map(_repeats, texts)):
-        row.notes.append(REPEATED)
+        row.notes.append(ECHOED)
     plain = template.name == "plain"  # whose texts may hold turns on purpose
     if not plain and any(SPOKEN.match(turn["content"]) for turns in texts for turn in turns):
         row.notes.append(NOT_SPLIT)

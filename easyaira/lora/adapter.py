@@ -64,7 +64,7 @@ class Adapter:
     Attributes:
         targets: rows of the weight table whose kernels are adapted.
         whole: rows of the parameters that are trained in full.
-        tables: rows of the tables of which a few vectors are trained; empty if no token is trained.
+        tables: rows of the tables with a few trained vectors; empty if no token is trained.
     """
 
     config: LoraConfig

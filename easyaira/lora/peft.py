@@ -142,7 +142,7 @@ def _modules_hint(adapter: Adapter) -> str:
 
 
 def _whole_names(adapter: Adapter, row: Row) -> list[str]:
-    """peft's names of a tensor that is trained in full: a tied head is stored, too."""
+    """peft's names of a tensor that is trained in full. A tied head is stored beside it."""
     names = [row.theirs]
     if row.op.vocab_axis is not None and tied(adapter.model):
         names.append(f"{LM_HEAD}.weight")

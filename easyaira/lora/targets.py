@@ -77,8 +77,8 @@ def saved_of(names: list[str] | None, model: Model) -> tuple[Row, ...]:
 
 
 def tables_of(config: LoraConfig, model: Model) -> tuple[Row, ...]:
-    """Rows of the tables of which a few vectors are trained: all that are not trained in full.
-    Empty if no token is trained.
+    """Rows of the tables with a few trained vectors: those that are not trained in full. Empty if
+    no token is trained.
 
     Raises:
         ConfigError: an id is beyond the vocabulary, or see `saved_of`.

@@ -229,8 +229,8 @@ class Model:
             yield
 
     def parameter_count(self, tree: Any = None) -> int:
-        """Number of weights, without vocabulary padding: of a tree of parameters, some of which may
-        be an adapter's; default: all of this model."""
+        """Number of weights in a tree of parameters, without vocabulary padding. The tree may hold
+        those of an adapter; default: all weights of this model."""
         total = 0
         axis = {row.ours: row.op.vocab_axis for row in self.rows}
         for path, leaf in by_path(self.shapes if tree is None else tree).items():

@@ -71,8 +71,8 @@ def tokens(run: Recipe) -> None:
 
 
 def _chatml(run: Recipe, named: list[Any], own: dict[str, Any]) -> None:
-    """What differs of the tokens that template chatml adds, some of which the file names; takes
-    its start token out of `own`."""
+    """Note what differs for the tokens that template chatml adds. Take its start token out of
+    `own`."""
     start, end = CHATML
     if start in named and end in named:
         run.note(f"{start} and {end} are added to the tokenizer by data.template chatml")
