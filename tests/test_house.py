@@ -332,8 +332,10 @@ def test_help_answers_at_once_and_without_jax(module):
     )
     spent, printed = cpu_seconds(code)
     assert len(printed) > 200
-    # the quickest of a few: other work on the machine makes any of them slower
-    assert min([spent, *(cpu_seconds(code)[0] for _ in range(3) if spent >= 0.5)]) < 0.5
+    if spent >= 0.5:  # other work on the machine, or a slow one, on which an import takes long too
+        turns = [(cpu_seconds(code)[0], cpu_seconds("import jsonargparse")[0]) for _ in range(3)]
+        quickest, parser = map(min, zip(*turns, strict=True))
+        assert quickest < max(0.5, 4 * parser), (quickest, parser)
 
 
 def test_the_package_itself_imports_nothing():
