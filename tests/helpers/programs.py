@@ -18,8 +18,8 @@ OUTSIDE = """
     _pytest.config datasets huggingface_hub importlib os requests shutil sys
     easyaira.algorithms.reference_cache easyaira.algorithms.rollouts easyaira.data
     easyaira.distributed.mesh easyaira.errors easyaira.export easyaira.files easyaira.run
-    easyaira.storage.pretrained easyaira.train.energy easyaira.train.evaluation
-    easyaira.train.loader easyaira.train.log easyaira.train.trackers
+    easyaira.storage.checkpoints easyaira.storage.pretrained easyaira.train.energy
+    easyaira.train.evaluation easyaira.train.loader easyaira.train.log easyaira.train.trackers
 """.split()
 
 shared: dict = {}

@@ -1,11 +1,8 @@
-"""Runs training commands in child processes, with a signal or fault at a named point.
+"""Runs a training command with a signal or fault at a named point, in a process of its own.
 
-python -m helpers.train_child JOBS      JOBS: a JSON list of {task, point, argv, out, rows,
-unproved, devices}
+python -m helpers.train_child JOB      JOB: JSON of {task, point, argv, rows}
 
-A single job runs in this process. Several jobs run in turn, each in a fork of this process, which
-has imported everything; their exit statuses are printed. A job's output is written to the file
-`out`, and the tokens that it puts on its devices to `rows`.
+The tokens that the run puts on its devices are written to the file `rows`, if there is one.
 """
 
 import ctypes
@@ -16,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
@@ -24,15 +22,11 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def killed():
-    """SIGKILL as soon as checkpoint 3 is finished."""
-    folder = next(a for a in sys.argv[1].split('"') if a.startswith("--output_dir=")).split("=")[1]
-    while not os.path.exists(f"{folder}/checkpoints/3"):
-        time.sleep(0.1)
+def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(module, name, number=1, after=True):
+def at_call(replace, module, name, number=1, after=True):
     """Send SIGTERM before or after the `number`-th call of a function."""
     calls, inner = [], getattr(module, name)
 
@@ -45,10 +39,10 @@ def at_call(module, name, number=1, after=True):
             terminate()
         return result
 
-    setattr(module, name, outer)
+    replace(module, name, outer)
 
 
-def at_batch(what, number, act=terminate):
+def at_batch(replace, what, number, act=terminate):
     """Send a signal before the `number`-th batch of a kind is computed."""
     from easyaira.train import loader
 
@@ -61,10 +55,10 @@ def at_batch(what, number, act=terminate):
                 act()
             yield ready
 
-    loader.ahead = outer
+    replace(loader, "ahead", outer)
 
 
-def in_a_compilation():
+def in_a_compilation(replace):
     """Send SIGTERM, then block in native code for a minute, so that no Python handler runs."""
     from easyaira.train import step
 
@@ -75,10 +69,10 @@ def in_a_compilation():
         ctypes.CDLL(None).sleep(60)
         return inner(*args)
 
-    step.make_train_step = outer
+    replace(step, "make_train_step", outer)
 
 
-def disk_full():
+def disk_full(replace):
     """Limit the file size when the second checkpoint is saved."""
     from easyaira.storage import checkpoints
 
@@ -91,7 +85,7 @@ def disk_full():
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         return inner(*args)
 
-    checkpoints.Checkpoints.save = outer
+    replace(checkpoints.Checkpoints, "save", outer)
 
 
 def at_import():
@@ -103,26 +97,25 @@ def at_import():
     sys.meta_path.insert(0, Finder())
 
 
-def plant(point):
+def plant(point, replace=setattr):
+    """Plant what happens at a point; `replace` sets attributes, such as a monkeypatch's."""
     from easyaira.data import tokenise
     from easyaira.export import release
-    from easyaira.storage import checkpoints
+    from easyaira.storage.checkpoints import Checkpoints
 
     {
-        "data": lambda: at_call(tokenise, "build"),
-        "reference": lambda: at_batch("of the reference", 2),
+        "data": partial(at_call, module=tokenise, name="build"),
+        "reference": partial(at_batch, what="of the reference", number=2),
         "compile": in_a_compilation,
-        "update": lambda: at_batch("of the training", 3),
-        "second update": lambda: at_batch("of the training", 2),
-        "killed": lambda: at_batch(
-            "of the training", 6, lambda: os.kill(os.getpid(), signal.SIGKILL)
-        ),
-        "evaluation": lambda: at_batch("of the evaluation", 2),
-        "last save": lambda: at_call(checkpoints.Checkpoints, "save", 2),
-        "export": lambda: at_call(release, "_verify", after=False),
+        "update": partial(at_batch, what="of the training", number=3),
+        "second update": partial(at_batch, what="of the training", number=2),
+        "killed": partial(at_batch, what="of the training", number=6, act=kill),
+        "evaluation": partial(at_batch, what="of the evaluation", number=2),
+        "last save": partial(at_call, module=Checkpoints, name="save", number=2),
+        "export": partial(at_call, module=release, name="_verify", after=False),
         "disk full": disk_full,
-        "": lambda: None,
-    }[point]()
+        "": lambda _: None,
+    }[point](replace)
 
 
 def record(path):
@@ -138,15 +131,11 @@ def record(path):
     loader.to_device = outer
 
 
-def run(job):
+def main(job):
     from easyaira import cli
     from easyaira.distributed import signals
 
     signals.GRACE = 1.0
-    if job.get("unproved"):  # skip the comparison with PyTorch; other tests cover it
-        from easyaira.export import torch_check
-
-        torch_check.compare_logits = lambda *_: {"compared": False, "why": "not asked for"}
     if job["point"] == "import":
         at_import()
     else:
@@ -154,36 +143,6 @@ def run(job):
     if job.get("rows"):
         record(job["rows"])
     cli.run_command(importlib.import_module(f"easyaira.train_{job['task']}").main, job["argv"])
-
-
-def main(jobs):
-    if len(jobs) == 1:
-        run(jobs[0])
-        return
-    import tensorboard.compat.proto.event_pb2
-    import tensorboard.summary.writer.event_file_writer  # noqa: F401
-
-    import easyaira.algorithms.dpo
-    import easyaira.run.run  # noqa: F401
-    import easyaira.train_dpo  # noqa: F401
-
-    importlib.import_module("transformers").AutoTokenizer  # noqa: B018
-    importlib.import_module("transformers").GenerationConfig  # noqa: B018
-    for job in jobs:
-        start = time.monotonic()
-        child = os.fork()
-        if not child:
-            sys.stdout.flush()
-            with open(job["out"], "w") as out:
-                os.dup2(out.fileno(), 1)
-                os.dup2(out.fileno(), 2)
-            if "devices" in job:
-                flag = f"--xla_force_host_platform_device_count={job['devices']}"
-                os.environ["XLA_FLAGS"] = flag
-            run(job)
-            sys.exit()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"status": status, "seconds": time.monotonic() - start}), flush=True)
 
 
 if __name__ == "__main__":
