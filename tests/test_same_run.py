@@ -41,7 +41,6 @@ def untimed(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", RUNS)
 def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, monkeypatch):
     """Eight updates, two epochs; stopped after one of them, or while numbers are fetched."""
@@ -63,7 +62,6 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, monkeypatch):
     args, options = ("sft", ground / "gpt2", ground), {"data.eval": 0.2, "eval_steps": 2}
     options |= {"max_steps": 4}
