@@ -11,8 +11,10 @@ from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.mismatch import mismatched
 from easyaira.data.packing import bucket, pack
 from easyaira.models.layout import UNATTENDED
+from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.examples import batches, load
+from helpers.runs import configure
 
 
 def sequences(batch):
@@ -187,6 +189,20 @@ def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(c
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
         for one, other in zip(*map(jax.tree.leaves, (grads, other_grads)), strict=True):
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_run_visits_the_rows_in_their_own_order_if_told_so(shuffle, tmp_path):
+    tiny.ground(tmp_path, {"gpt2": tiny.CONFIGS["gpt2"]}, sft=tiny.sft_rows(20))
+    config, algorithm = configure(
+        "sft", tmp_path / "gpt2", tmp_path, tmp_path / "run", **{"data.shuffle": shuffle}
+    )
+    visited = prepare(config, algorithm).batches
+    starts = (0, len(visited))
+    epochs = [np.concatenate([visited.members(start + i) for i in range(3)]) for start in starts]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert all(np.array_equal(epoch, np.arange(20)) != shuffle for epoch in epochs)
+    assert np.array_equal(*epochs) != shuffle
 
 
 @pytest.mark.usefixtures("optimized")

@@ -690,6 +690,27 @@ def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys
     assert "raise it by the examples that fill a row" in text
 
 
+IN_ORDER = {  # source -> a file, and its keys for rows in their own order
+    "axolotl": (ALPACA_QLORA, {"curriculum_sampling": True, "sample_packing_sequentially": True}),
+    "trl": (MINIMAL | {"packing": False}, {"train_sampling_strategy": "sequential"}),
+    "llama-factory": (FACTORY, {"disable_shuffling": True}),
+}
+
+
+@pytest.mark.parametrize("source", IN_ORDER)
+def test_rows_may_keep_their_order(source, tmp_path, capsys):
+    keys, in_order = IN_ORDER[source]
+    file = write(tmp_path / "a.yaml", **keys | in_order)
+    assert not ours(capsys, source, file)[0].data.shuffle
+    assert ours(capsys, source, write(tmp_path / "a.yaml", **keys))[0].data.shuffle
+
+
+def test_batches_of_one_length_are_refused(tmp_path):
+    keys = MINIMAL | {"packing": False, "train_sampling_strategy": "group_by_length"}
+    with pytest.raises(ConfigError, match="group_by_length is no order here; rows are packed"):
+        translate.main(["trl", write(tmp_path / "a.yaml", **keys)])
+
+
 def test_llama_factory_splits_its_lists(tmp_path, capsys):
     config, text = ours(capsys, "llama-factory", write(tmp_path / "a.yaml", **FACTORY))
     assert config.lora.target_modules == ["q_proj", "v_proj"]

@@ -152,7 +152,7 @@ class Rollouts:
         self.setup, self.config, self.rl, self.stopping = setup, config, config.rl, stopping
         count = config.answers // self.rl.answers_per_prompt
         data = setup.data.train
-        self.prompts = Batches(data, count, seed=config.seed, drop_last=True)
+        self.prompts = Batches(data, count, seed=config.order_seed, drop_last=True)
         self.questions = questions_of(config.data, data, config.data.train)
         reward = Reward(
             self.rl.rewards, self.rl.reward_weights, setup.mesh, setup.model.compute.dtype

@@ -77,6 +77,9 @@ class DataConfig:
     share_prompt: Literal["auto", "always", "never"] = "auto"
     """Store the prompt of several answers once; all of them attend to it. Sharing changes the
     amount of computation and nothing else. auto: share where it saves enough; the log says so."""
+    shuffle: bool = True
+    """Visit the rows in a new random order in every epoch; false: in their own order, such as that
+    of a curriculum."""
     drop_last: bool = False
     """Drop an epoch's last update if it is smaller than the others."""
     deduplicate: bool = False

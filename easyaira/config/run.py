@@ -252,6 +252,11 @@ class RunConfig:
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
 
+    @property
+    def order_seed(self) -> int | None:
+        """Seed of the order of the examples; None: their own order."""
+        return self.seed if self.data.shuffle else None
+
     def _check_best(self) -> None:
         if not self.load_best_model_at_end:
             for name in ("metric_for_best_model", "greater_is_better", "early_stopping_patience"):

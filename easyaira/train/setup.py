@@ -227,7 +227,7 @@ def _batches(
     whole = partial(
         Batches,
         accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
+        seed=config.order_seed,
         drop_last=config.data.drop_last,
         **layout,
     )

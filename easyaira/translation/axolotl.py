@@ -62,7 +62,7 @@ COMMON: Table = {
         lora_modules_to_save=modules_to_save
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens tokens
-        mean_resizing_embeddings dataset_exact_deduplication
+        mean_resizing_embeddings dataset_exact_deduplication curriculum_sampling=in_order
         model_config overrides_of_model_config
         tokenizer_use_mistral_common=mistral_common
     """),
@@ -116,8 +116,10 @@ COMMON: Table = {
                 "loss_watchdog_patience"),
     "plugins": Unsupported("only those that change no number have a translation", (None, []),
                            HARMLESS),
-    **unsupported("rows come in a random order", "group_by_length "
-                  "curriculum_sampling sample_packing_sequentially"),
+    **unsupported("updates do not go by length; rows are packed by it within an update",
+                  "group_by_length"),
+    **no_effect("the examples of an update do not depend on their packing",
+                "sample_packing_sequentially"),
     **unsupported("adds tokens to the tokenizer; save it with them", "added_tokens_overrides",
                   (None, [])),
     **unsupported("adapters alone are trained", "unfrozen_parameters", (None, [])),

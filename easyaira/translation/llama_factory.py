@@ -27,7 +27,7 @@ COMMON: Table = {
         use_dora lora_target quantization_bit pure_bf16=bf16 infer_dtype=dtype
         dataset=dataset_names eval_dataset=held_out_names template cutoff_len=max_length
         val_size=test_split_size mask_history train_on_prompt packing neat_packing
-        use_dft_loss use_muon
+        use_dft_loss use_muon disable_shuffling=in_order
     """),
     **no_effect(
         "says how PyTorch computes, and not what",

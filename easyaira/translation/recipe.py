@@ -191,6 +191,16 @@ def clipping(run: Recipe) -> None:
         run.options["optimizer.max_grad_norm"] = max(norm, 0)
 
 
+def order(run: Recipe) -> None:
+    kind = run.get("train_sampling_strategy", "random")
+    if kind not in ("random", "sequential"):
+        return run.refuse(
+            "train_sampling_strategy", f"{kind} is no order here; rows are packed by length anyway"
+        )
+    if kind == "sequential" or run.get("in_order"):
+        run.options["data.shuffle"] = False
+
+
 def length(run: Recipe) -> None:
     if limit := run.get("max_length"):
         run.options["data.max_length"] = limit
@@ -327,6 +337,6 @@ def kto(run: Recipe, weights: dict[str, Any]) -> None:
 
 
 STEPS = (
-    batch, schedule, optimizer, clipping, precision, intervals, best, reports, length, adapters,
-    revision, objective,
+    batch, order, schedule, optimizer, clipping, precision, intervals, best, reports, length,
+    adapters, revision, objective,
 )  # fmt: skip

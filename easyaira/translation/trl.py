@@ -31,7 +31,7 @@ TRAINING: Table = {
     **computed("""
         per_device_train_batch_size gradient_accumulation_steps
         lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
-        optim max_grad_norm bf16 fp16 tf32 gradient_checkpointing
+        optim max_grad_norm bf16 fp16 tf32 gradient_checkpointing train_sampling_strategy
         logging_strategy logging_steps
         eval_strategy evaluation_strategy=eval_strategy eval_steps
         save_strategy save_steps save_total_limit
@@ -89,11 +89,8 @@ TRAINING: Table = {
     **unsupported("the batch is what the file says", "auto_find_batch_size"),
     **unsupported("mixtures of experts are no family of EasyAira", "router_aux_loss_coef"),
     **unsupported("the model is loaded as it is stored", "model_init_kwargs", (None, {})),
-    "train_sampling_strategy": Unsupported(
-        "rows come in a random order, packed by length within an update", (None, "random")
-    ),
     "group_by_length": Unsupported(
-        "rows come in a random order, packed by length within an update", (None, False)
+        "updates do not go by length; rows are packed by it within an update", (None, False)
     ),
 }
 
