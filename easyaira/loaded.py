@@ -21,6 +21,7 @@ from easyaira.distributed.mesh import data_shards
 from easyaira.errors import ConfigError, DataError
 from easyaira.generation.chat import text_of
 from easyaira.generation.processors import Sampling
+from easyaira.generation.programs import Programs
 from easyaira.generation.sampler import ROWS, Sampler
 from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_of, options_of
 from easyaira.losses.token_logps import token_logps
@@ -79,7 +80,7 @@ class LoadedModel:
             self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
         self.config, self.tokenizer = origin.config, self.template.tokenizer
         self._logps = jax.jit(self._logps_of)
-        self._samplers: dict[Any, Sampler] = {}
+        self._programs: dict[Sampling, Programs] = {}
 
     @cached_property
     def params(self) -> Any:
@@ -120,13 +121,17 @@ class LoadedModel:
         return sampling
 
     def sampler(self, sampling: Sampling, rows: int = ROWS, steps: int | None = None) -> Sampler:
-        """The sampler of these settings, which keeps its compiled programs."""
-        key = sampling, rows, steps
-        if key not in self._samplers:
-            self._samplers[key] = Sampler(
-                self.model, sampling, text=self.template.text, rows=rows, steps=steps
-            )
-        return self._samplers[key]
+        """A sampler of these settings. Settings of equal programs share them."""
+        sampler = Sampler(
+            self.model,
+            sampling,
+            text=self.template.text,
+            rows=rows,
+            steps=steps,
+            programs=self._programs.values(),
+        )
+        self._programs[sampler.programs.sampling] = sampler.programs
+        return sampler
 
     def generate(
         self, prompts: Sequence[Prompt], *, num_samples: int = 1, seed: int = 0, **options: Any

@@ -118,13 +118,21 @@ def test_scores_are_those_of_transformers(kind, tmp_path):
     assert model.score([]).shape == (0,)
 
 
-def test_a_sampler_is_compiled_once_for_its_options(model):
-    model.generate(["x"], max_new_tokens=3)
-    (sampler,) = [s for k, s in model._samplers.items() if k[0].max_new_tokens == 3]
-    compiled = sampler.programs.decode._cache_size()
-    model.generate(["y"], max_new_tokens=3)
-    assert sampler is model.sampler(model.sampling(max_new_tokens=3))
-    assert sampler.programs.decode._cache_size() == compiled == 1
+def test_programs_are_compiled_once_for_all_options_that_they_do_not_depend_on(model):
+    def programs(**options):
+        model.generate(["x"], max_new_tokens=3, **options)
+        return model.sampler(model.sampling(max_new_tokens=3, **options)).programs
+
+    greedy, longer = programs(), model.sampler(model.sampling(max_new_tokens=9)).programs
+    stopped = programs(stop_strings=("never",))
+    assert greedy.decode is longer.decode is stopped.decode and greedy.admit is longer.admit
+    compiled = greedy.prefill._cache_size()
+    drawn = programs(temperature=0.5)
+    assert drawn.decode is not greedy.decode and drawn.admit is not greedy.admit
+    assert drawn.prefill is greedy.prefill and drawn.weights is greedy.weights
+    assert greedy.prefill._cache_size() == compiled
+    penalised = programs(repetition_penalty=1.2)  # which has to know the tokens of a prompt
+    assert penalised.prefill is not greedy.prefill and penalised.decode is not greedy.decode
 
 
 def test_options_are_checked_as_the_commands(model):

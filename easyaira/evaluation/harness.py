@@ -30,6 +30,7 @@ from easyaira.evaluation.likelihood import Likelihoods, Request
 from easyaira.evaluation.results import METRICS, Result
 from easyaira.files import reason
 from easyaira.generation.processors import Sampling
+from easyaira.generation.programs import Programs
 from easyaira.generation.sampler import Sampler
 
 SEED = 1234  # of the few-shot examples, as the harness's own
@@ -126,10 +127,12 @@ class EasyAiraLM(TemplateLM):
         kinds: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             kinds.setdefault(repr(request.args[1]), []).append(i)
+        programs: list[Programs] = []
         with tqdm(total=len(requests), unit=" answers", disable=None) as bar:
             for index in kinds.values():
                 sampling, until = self._sampling(requests[index[0]].args[1])
-                sampler = Sampler(self.model, sampling, text=self._text)
+                sampler = Sampler(self.model, sampling, text=self._text, programs=programs)
+                programs.append(sampler.programs)
                 prompts = [self._prompt(requests[i].args[0], sampling) for i in index]
                 with self.model.on(self.likelihoods.mesh):
                     weights = sampler.weights(self.likelihoods.params)

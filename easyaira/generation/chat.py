@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from easyaira.data.template import Template
 from easyaira.errors import escaped
-from easyaira.generation.programs import Weights
+from easyaira.generation.forward import Weights
 from easyaira.generation.sampler import Answer, Sampler
 
 CUT = "the answer was cut at max_new_tokens, or at the model's last position"

@@ -7,7 +7,7 @@ vocabulary: a cut-off is found by bisection, since a sort costs more than the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,15 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY
+
+    @property
+    def compiled(self) -> Sampling:
+        """With the defaults of what no program is compiled for: what the host reads, and what has
+        no effect on greedy answers."""
+        none = {"max_new_tokens": 0, "stop_strings": ()}
+        if self.greedy:
+            none |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        return replace(self, **none)
 
 
 def process(

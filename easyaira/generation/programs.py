@@ -7,6 +7,8 @@ compiled once per shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,23 +17,12 @@ import jax.numpy as jnp
 
 from easyaira.distributed.compiler import QUICK
 from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import constrain, on_one_cpu
-from easyaira.distributed.tree import by_path
+from easyaira.distributed.sharding import constrain
+from easyaira.generation.forward import Forward, Prefilled, Weights, apart, together
 from easyaira.generation.processors import Sampling, draw, largest, logps_of, process, uniform
-from easyaira.models.layers import capped
-from easyaira.models.linear import BY_ROWS
 from easyaira.models.model import Model
-from easyaira.models.product import by_rows, packed, unpacked
 
 STEPS = 32  # tokens per row and call of `decode`
-
-
-class Weights(NamedTuple):
-    """Weights for generation: matrices in the computing dtype, tables packed (see product.py),
-    layers apart, the head with a row for each token."""
-
-    params: Any
-    head: jax.Array  # [V, D]
 
 
 class State(NamedTuple):
@@ -48,13 +39,6 @@ class State(NamedTuple):
     seen: jax.Array | None  # [R, V] tokens of the row; None without a repetition penalty
 
 
-class Prefilled(NamedTuple):
-    cache: Any  # keys and values of each layer, [M, K, T, N]
-    lengths: jax.Array  # [M]
-    logits: jax.Array  # [M, V] of the first token of an answer
-    seen: jax.Array | None  # [M, V]
-
-
 class Steps(NamedTuple):
     """Tokens of C steps and their log-probabilities, [R, C]; those of a row begin at 0."""
 
@@ -63,82 +47,69 @@ class Steps(NamedTuple):
     counts: jax.Array  # [R] tokens of the row in these steps
 
 
-def apart(tree: Any) -> Any:
-    """Split stacked layers, so that none has to be copied out of the stack for each token."""
-    return jax.tree.map(lambda leaf: tuple(leaf[i] for i in range(len(leaf))), tree)
-
-
-def together(tree: Any) -> Any:
-    """Stack layers again. XLA removes the stack, since each layer is taken out of it again."""
-    return jax.tree.map(jnp.stack, tree, is_leaf=lambda node: type(node) is tuple)
-
-
-def _by_rows(layers: Any) -> Any:
-    """On a single CPU, with the kernels [L, K, ...] held by rows."""
-    if not on_one_cpu():
-        return layers
-
-    def held(path, leaf):
-        if path[-1].key != "kernel":
-            return leaf
-        return {BY_ROWS: jnp.moveaxis(leaf, 1, -1)}
-
-    return jax.tree_util.tree_map_with_path(held, layers)
-
-
 class Programs:
-    """The programs of one model and one way to sample."""
+    """The programs of one model and one way to sample.
 
-    def __init__(self, model: Model, sampling: Sampling):
-        self.model, self.sampling = model.cached(), sampling
+    Args:
+        others: programs of the same model, which are used again where they are equal: a prefill
+            does not depend on the way to sample.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling, others: Iterable[Programs] = ()):
+        self.sampling = sampling.compiled
+        self.forward = Forward(model.cached(), sampling.repetition_penalty != 1)
         jit = partial(jax.jit, compiler_options=QUICK.get(jax.default_backend()))
-        self.weights = jit(self._weights)
-        self.prefill = jit(self._prefill)
-        self.empty = jit(self._empty, static_argnums=(1, 2))
-        self.admit = jit(self._admit, donate_argnums=0)
-        self.decode = jit(self._decode, donate_argnums=1)
-        self.resize = jit(self._resize, static_argnums=1)
+        self.empty = jit(_empty, static_argnums=(1, 2))
+        self.resize = jit(_resize, static_argnums=1)
+        alike = [one for one in others if one.forward.counted == self.forward.counted]
+        if alike:
+            self.weights, self.prefill = alike[0].weights, alike[0].prefill
+        else:
+            self.weights, self.prefill = jit(self.forward.weights), jit(self.forward.prefill)
+        if same := [one for one in alike if one.sampling == self.sampling]:
+            self.admit, self.decode = same[0].admit, same[0].decode
+        else:
+            rows = _Rows(self.forward, self.sampling)
+            self.admit = jit(rows.admit, donate_argnums=0)
+            self.decode = jit(rows.decode, donate_argnums=1)
 
-    def _layers(self) -> tuple[str, str]:
-        """Path of the scanned layers in the parameters."""
-        stacked = next(row.ours for row in self.model.rows if "{}" in row.theirs)
-        backbone, layers, *_ = stacked.split("/")
-        return backbone, layers
 
-    def _weights(self, params: Any) -> Weights:
-        dtype = self.model.compute.dtype
-        layout = self._layout(*(jnp.zeros((1, 1), jnp.int32),) * 2, jnp.ones((1, 1), jnp.int32))
-        _, head, _ = self.model.apply_cached(params, layout)
-        matrices = {path for path in by_path(params) if path.endswith(("/kernel", "/embedding"))}
+def _empty(prefilled: Prefilled, rows: int, slots: int) -> State:
+    """A state without running rows."""
+    zeros = jnp.zeros(rows, jnp.int32)
 
-        def cast(path, leaf):
-            name = "/".join(str(key.key) for key in path)
-            if name not in matrices:
-                return leaf
-            leaf = leaf.astype(dtype)
-            return packed(leaf) if name.endswith("/embedding") else leaf
+    def cache(leaf):
+        array = jnp.zeros((rows, leaf.shape[1], slots, leaf.shape[3]), leaf.dtype)
+        return constrain(array, BATCH_AXES, "tp", None, None)
 
-        params = jax.tree_util.tree_map_with_path(cast, params)
-        backbone, layers = self._layers()
-        inner = params[backbone] | {layers: apart(_by_rows(params[backbone][layers]))}
-        return Weights(params | {backbone: inner}, constrain(head.astype(dtype).T, "tp", None))
+    seen = prefilled.seen
+    seen = None if seen is None else jnp.zeros((rows, seen.shape[1]), bool)
+    caches = jax.tree.map(cache, prefilled.cache)
+    fields = (zeros, zeros, zeros, zeros, zeros > 0, zeros.astype(jnp.uint32), seen)
+    return State(caches, jnp.int32(0), *fields)
 
-    def _params(self, weights: Weights) -> Any:
-        backbone, layers = self._layers()
-        params = jax.tree.map(lambda x: unpacked(x, self.model.compute.dtype), weights.params)
-        inner = params[backbone]
-        return params | {backbone: inner | {layers: together(inner[layers])}}
 
-    def _layout(self, tokens, positions, segment_ids, sides=None):
-        sides = jnp.zeros_like(tokens) if sides is None else sides
-        names = ("tokens", "positions", "segment_ids", "sides")
-        return dict(zip(names, (tokens, positions, segment_ids, sides), strict=True))
+def _resize(state: State, slots: int, rows) -> State:
+    """Keep these rows [R'], with the newest tokens in `slots` slots."""
 
-    def _logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
-        """Float32 logits [R, V] of hidden states [R, D]."""
-        logits = by_rows(hidden, head, jnp.float32)
-        logits = capped(logits, self.model.logit_cap)
-        return constrain(logits, BATCH_AXES, None)[:, : self.model.vocab_size]
+    def cache(leaf):
+        W, leaf = leaf.shape[2], leaf[rows]
+        if W != slots:
+            leaf = jnp.roll(leaf, -state.clock, axis=2)  # the newest token in the last slot
+            leaf = jnp.pad(leaf, ((0, 0), (0, 0), (max(slots - W, 0), 0), (0, 0)))
+        return constrain(leaf[:, :, -slots:], BATCH_AXES, "tp", None, None)
+
+    clock = state.clock if jax.tree.leaves(state.cache)[0].shape[2] == slots else jnp.int32(0)
+    rest = [None if field is None else field[rows] for field in state[2:]]
+    return State(jax.tree.map(cache, state.cache), clock, *rest)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Pure functions of the rows that are being answered."""
+
+    forward: Forward
+    sampling: Sampling
 
     def _choose(self, logits, seed, streams, counts, seen):
         """Next token of each row [R] and its log-probability."""
@@ -154,35 +125,7 @@ class Programs:
         ended = jnp.isin(tokens, jnp.array(self.sampling.end_ids, jnp.int32))
         return ~ended & (counts < limits)
 
-    def _prefill(self, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> Prefilled:
-        """Keys and values of prompts [M, T], padded on the right, and the logits after them."""
-        place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        real = place < lengths[:, None]
-        layout = self._layout(tokens, place, real.astype(jnp.int32))
-        hidden, _, cache = self.model.apply_cached(self._params(weights), layout)
-        rows = jnp.arange(len(tokens))
-        seen = None
-        if self.sampling.repetition_penalty != 1:
-            seen = jnp.zeros((len(tokens), self.model.vocab_size), bool)
-            seen = seen.at[rows[:, None], tokens].max(real)
-        logits = self._logits(hidden[rows, lengths - 1], weights.head)
-        return Prefilled(apart(cache), lengths, logits, seen)
-
-    def _empty(self, prefilled: Prefilled, rows: int, slots: int) -> State:
-        """A state without running rows."""
-        zeros = jnp.zeros(rows, jnp.int32)
-
-        def cache(leaf):
-            array = jnp.zeros((rows, leaf.shape[1], slots, leaf.shape[3]), leaf.dtype)
-            return constrain(array, BATCH_AXES, "tp", None, None)
-
-        seen = prefilled.seen
-        seen = None if seen is None else jnp.zeros((rows, seen.shape[1]), bool)
-        caches = jax.tree.map(cache, prefilled.cache)
-        fields = (zeros, zeros, zeros, zeros, zeros > 0, zeros.astype(jnp.uint32), seen)
-        return State(caches, jnp.int32(0), *fields)
-
-    def _admit(
+    def admit(
         self, state: State, prefilled: Prefilled, seed, count, sources, rows, limits, streams
     ) -> tuple[State, Steps]:
         """Give the places `rows[:count]` to the prompts `sources[:count]`, and choose their first
@@ -224,27 +167,27 @@ class Programs:
         state = State(caches, state.clock, tokens, lengths, counts, limits, running, streams, seen)
         return state, _read(tokens[:, None], logps[:, None], new * 1)
 
-    def _decode(
+    def decode(
         self, weights: Weights, state: State, seed, running, steps, enough
     ) -> tuple[State, Steps]:
         """Decode at most `steps` tokens of every row in `running`; return earlier when no more
         than `enough` rows are running."""
-        params = self._params(weights)
+        params = self.forward.parameters(weights)
         R = len(state.tokens)
         before = state.counts
         state = state._replace(running=state.running & running)
 
         def step(carry):
             i, state, tokens_RC, logps_RC = carry
-            layout = self._layout(
+            layout = self.forward.layout(
                 state.tokens[:, None],
                 state.lengths[:, None],
                 jnp.where(state.running, state.lengths + 1, 0)[:, None],
                 jnp.broadcast_to(state.clock, (R, 1)),
             )
             cache = together(state.cache)
-            hidden, _, cache = self.model.apply_cached(params, layout, cache)
-            logits = self._logits(hidden[:, 0], weights.head)
+            hidden, _, cache = self.forward.model.apply_cached(params, layout, cache)
+            logits = self.forward.logits(hidden[:, 0], weights.head)
             chosen = self._choose(logits, seed, state.streams, state.counts, state.seen)
             tokens, logps = chosen
             tokens = jnp.where(state.running, tokens, state.tokens)
@@ -276,20 +219,6 @@ class Programs:
         carry = jax.lax.while_loop(unfinished, step, (0, state, tokens_RC, logps_RC))
         _, state, tokens_RC, logps_RC = carry
         return state, _read(tokens_RC, logps_RC, state.counts - before)
-
-    def _resize(self, state: State, slots: int, rows) -> State:
-        """Keep these rows [R'], with the newest tokens in `slots` slots."""
-
-        def cache(leaf):
-            W, leaf = leaf.shape[2], leaf[rows]
-            if W != slots:
-                leaf = jnp.roll(leaf, -state.clock, axis=2)  # the newest token in the last slot
-                leaf = jnp.pad(leaf, ((0, 0), (0, 0), (max(slots - W, 0), 0), (0, 0)))
-            return constrain(leaf[:, :, -slots:], BATCH_AXES, "tp", None, None)
-
-        clock = state.clock if jax.tree.leaves(state.cache)[0].shape[2] == slots else jnp.int32(0)
-        rest = [None if field is None else field[rows] for field in state[2:]]
-        return State(jax.tree.map(cache, state.cache), clock, *rest)
 
 
 def _read(tokens, logps, counts) -> Steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from easyaira.data.examples import check_embedded
 from easyaira.errors import DataError, WeightsError
+from easyaira.generation.forward import Prefilled, Weights
 from easyaira.generation.processors import Sampling
-from easyaira.generation.programs import STEPS, Prefilled, Programs, State, Weights
+from easyaira.generation.programs import STEPS, Programs, State
 from easyaira.models.model import Model
 
 ROWS = 64  # answered at a time
@@ -67,6 +68,7 @@ class Sampler:
         text: decodes tokens; needed for stop strings.
         rows: answers under way at a time.
         steps: tokens per row between two looks at them, at most STEPS; None: STEPS.
+        programs: those of other samplers of the model, to be used again.
     """
 
     def __init__(
@@ -77,11 +79,12 @@ class Sampler:
         text: Callable[[Sequence[int]], str] | None = None,
         rows: int = ROWS,
         steps: int | None = None,
+        programs: Iterable[Programs] = (),
     ):
         self.model, self.sampling, self.text = model, sampling, text
         self.rows = 1 << (rows.bit_length() - 1)  # a power of two
         self.steps = min(steps or STEPS, STEPS)
-        self.programs = Programs(model, sampling)
+        self.programs = Programs(model, sampling, programs)
 
     def weights(self, params: Any) -> Weights:
         """Prepare weights once for any number of calls of `answers`."""

@@ -67,7 +67,7 @@ def empty_state(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> State:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.eval_shape(made, programs.model.target(mesh), *prompt)
+        state = jax.eval_shape(made, programs.forward.model.target(mesh), *prompt)
         return jax.tree.map(sharded, state)
 
 
@@ -82,9 +82,9 @@ def measure(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> Decoding:
     exist, without allocating arrays."""
     programs = sampler.programs
     state = empty_state(sampler, mesh, rows, slots)
-    precision = jax.default_matmul_precision(programs.model.compute.matmul_precision)
+    precision = jax.default_matmul_precision(programs.forward.model.compute.matmul_precision)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), precision:
-        target = programs.model.target(mesh)
+        target = programs.forward.model.target(mesh)
         prepared = programs.weights.lower(target).compile().output_shardings
         weights = like(jax.eval_shape(programs.weights, target), prepared)
         number, seed = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.uint32))

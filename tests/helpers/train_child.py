@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from functools import partial
 
 import numpy as np
