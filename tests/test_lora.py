@@ -124,7 +124,6 @@ def peft_model(folder, kind, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_a_new_adapter_changes_no_bit(kind, dora, models):

@@ -362,7 +362,6 @@ def peft_base(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, tmp_path, devices):

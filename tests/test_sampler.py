@@ -24,7 +24,6 @@ from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.runs import configure
 
-pytestmark = pytest.mark.usefixtures("optimized")
 
 DRAWN = Sampling(max_new_tokens=20, temperature=1.0, end_ids=tuple(range(12)))
 
@@ -141,6 +140,7 @@ def test_answers_have_uneven_lengths_and_the_log_probabilities_of_training(llama
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_no_batch_changes_an_answer(llama, drawn):
     """Neither its size, nor refills of it, nor other prompts in it, nor where it begins."""
     prompts, answers = drawn
