@@ -104,7 +104,9 @@ def test_every_architecture_is_covered():
     [(case, "none") for case in CASES]
     + [(case, side) for case in [*tiny.SCORERS, "roberta-pad-5"] for side in ("left", "right")],
 )
-def test_scores_and_gradients(case, side, loaded, value_and_grad, optimized):
+def test_scores_and_gradients(case, side, loaded, value_and_grad, request):
+    if case.startswith("gemma"):  # whose gradients amplify rounding; optimized code rounds less
+        request.getfixturevalue("optimized")
     theirs, model, params = loaded(case)
     if side == "none":  # in float32 theirs is off by more than ours; with padding float64 gives NaN
         theirs = deepcopy(theirs).double()
