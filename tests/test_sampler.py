@@ -24,7 +24,6 @@ from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.runs import configure
 
-
 DRAWN = Sampling(max_new_tokens=20, temperature=1.0, end_ids=tuple(range(12)))
 
 
@@ -96,6 +95,7 @@ def teacher_forced(llama, prompt, answer):
 @pytest.mark.slow
 def test_the_cache_changes_nothing_at_any_of_its_sizes(llama, monkeypatch):
     monkeypatch.setattr(sampler, "FEWEST_SLOTS", 8)
+    monkeypatch.setattr(sampler, "SLOTS_AT_ONCE", 0)
     prompts = prompts_of(12, 19)
     greedy = Sampler(llama[0], Sampling(max_new_tokens=100), steps=4)
     sizes = []
@@ -114,6 +114,21 @@ def test_the_cache_changes_nothing_at_any_of_its_sizes(llama, monkeypatch):
         logits, logps = teacher_forced(llama, prompt, answer)
         assert answer.tokens == logits.argmax(-1).tolist()
         np.testing.assert_allclose(answer.logps, logps, atol=1e-5)
+
+
+def test_few_rows_have_the_slots_of_their_longest_answer_at_once(llama):
+    """So that one program decodes them."""
+    few = Sampler(llama[0], Sampling(max_new_tokens=60), steps=4)
+    sizes = set()
+    decode = few.programs.decode
+
+    def noted(weights, state, *given):
+        sizes.add(jax.tree.leaves(state.cache)[0].shape[2])
+        return decode(weights, state, *given)
+
+    few.programs.decode = noted
+    list(few.answers(few.weights(llama[1]), prompts_of(3, 20)))
+    assert sizes == {few.largest_cache([3, 20])[1]} == {64}
 
 
 @pytest.fixture(scope="module")

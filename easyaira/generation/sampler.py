@@ -20,6 +20,7 @@ from easyaira.models.model import Model
 ROWS = 64  # answered at a time
 FEWEST_ROWS = 8  # fewer rows take as long: the weights are read once per step
 FEWEST_SLOTS = 64  # of the cache
+SLOTS_AT_ONCE = 256  # of few rows: empty ones cost less than a program for each size
 FEWEST_TOKENS = 16  # of a prefill's rows
 PREFILL_ROWS = 16  # prompts of a prefill, of similar lengths
 PREFILL_TOKENS = 2**14
@@ -116,9 +117,8 @@ class Sampler:
         positions = self.model.config.max_positions
         limits = [min(self.sampling.max_new_tokens, positions - length) for length in lengths]
         rows = _power(min(len(lengths) * num_samples, self.rows))
-        # the newest token is not in the cache, and no row that has its last one is decoded
-        ends = [length + max(limit - 2, 0) for length, limit in zip(lengths, limits, strict=True)]
-        slots = max(max(ends) + 1, max(lengths) + self.steps)  # it grows when it is full, see `fit`
+        last = max(map(_last_slots, lengths, limits))
+        slots = max(last, max(lengths) + self.steps)  # it grows when it is full, see `fit`
         return rows, _rounded(slots, FEWEST_SLOTS)
 
     def answers(
@@ -236,7 +236,10 @@ class _Run:
         """Give the cache the slots that the rows need; drop free places if no row is waiting."""
         rows = self.running()
         longest = max(row.length for row in rows)
-        slots = _rounded(longest + self.sampler.steps, FEWEST_SLOTS)
+        needed = longest + self.sampler.steps
+        if len(self.places) <= FEWEST_ROWS:
+            needed = max(needed, min(self.last_slots(), SLOTS_AT_ONCE))
+        slots = _rounded(needed, FEWEST_SLOTS)
         if longest < self.slots < 2 * slots:
             slots = self.slots
         places = _power(max(len(rows), min(FEWEST_ROWS, len(self.places))))
@@ -252,6 +255,11 @@ class _Run:
                 self.places = [*kept, *[None] * (places - len(kept))]
             self.state = self.programs.resize(self.state, slots, order)
         self.slots = slots
+
+    def last_slots(self) -> int:
+        """Slots of the cache when the longest answer ends."""
+        rows = (*self.running(), *self.waiting)
+        return max(_last_slots(len(self.prompts[row.prompt]), row.limit) for row in rows)
 
     def decode(self) -> Iterator[tuple[int, Answer]]:
         self.fit()
@@ -323,6 +331,12 @@ def generate(
         sampler.answers(sampler.weights(params), prompts, num_samples=num_samples, seed=seed)
     )
     return [answers[number] for number in sorted(answers)]
+
+
+def _last_slots(length: int, limit: int) -> int:
+    """Slots when an answer of `limit` tokens to a prompt of `length` tokens ends. The newest token
+    is not in the cache, and a row that has its last one is not decoded."""
+    return length + max(limit - 2, 0) + 1
 
 
 def _power(size: int) -> int:
