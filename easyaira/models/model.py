@@ -87,7 +87,8 @@ class Model:
     @property
     def rows(self) -> Sequence[Row]:
         head = self._of_head(LM_HEAD_ROWS, self.architecture.score_head.rows)
-        return [row for row in (*self.architecture.rows, *head) if row.when(self.config)]
+        table = (*self.architecture.rows, *head)
+        return [row for entry in table for row in entry.of(self.config)]
 
     @property
     def ignored(self) -> Sequence[str]:
