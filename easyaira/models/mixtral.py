@@ -22,6 +22,8 @@ from easyaira.models.layers import GATES
 from easyaira.models.linear import Linear
 from easyaira.models.llama import Llama
 from easyaira.models.mistral import MistralConfig
+from easyaira.models.product import packed, row_dot, unpacked
+from easyaira.models.routing import weights_of
 
 
 @dataclass(frozen=True)
@@ -34,34 +36,26 @@ class MixtralConfig(MistralConfig):
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001
-    output_router_logits: bool = False  # without effect: an option of the run asks for its loss
+    output_router_logits: bool = False  # an option of the run decides in its place
 
     feed_forward = property(lambda self: (Experts, "block_sparse_moe"))
 
 
-def ranks(logits_RTE: jax.Array) -> jax.Array:
-    """Rank of each expert for a token, from 0; of equal ones, the first is before the others.
-
-    By comparing all pairs, since a sort of few numbers is slow and may gather a divided array."""
-    one, other = logits_RTE[..., :, None], logits_RTE[..., None, :]
-    place = jnp.arange(logits_RTE.shape[-1])
-    before = (other > one) | ((other == one) & (place < place[:, None]))
-    return before.sum(-1)
-
-
-def routing(logits_RTE: jax.Array, chosen: int) -> jax.Array:
-    """Weight of each expert for a token, float32: the softmax over the `chosen` experts of highest
-    probability, 0 for the others. Jiang et al. (2024), section 2.1; like transformers', which
-    divides the probabilities of the chosen ones by their sum."""
-    probabilities_RTE = jax.nn.softmax(logits_RTE.astype(jnp.float32))
-    kept_RTE = jnp.where(ranks(probabilities_RTE) < chosen, probabilities_RTE, 0)
-    return kept_RTE / kept_RTE.sum(-1, keepdims=True)
-
-
-@partial(jax.checkpoint, prevent_cse=False)
+@jax.custom_vjp
 def _weighted(y_RTD: jax.Array, weight_RT: jax.Array) -> jax.Array:
-    """In float32. The backward pass stores y in its own dtype."""
+    """weight * y in float32. The backward pass keeps y in its own dtype."""
     return y_RTD.astype(jnp.float32) * weight_RT[..., None]
+
+
+def _weighted_backward(saved, d_sum):
+    y, weight = unpacked(saved[0], saved[2].dtype), saved[1]
+    return (d_sum * weight[..., None]).astype(y.dtype), row_dot(d_sum, y)
+
+
+_weighted.defvjp(
+    lambda y, weight: (_weighted(y, weight), (packed(y), weight, jnp.zeros((), y.dtype))),
+    _weighted_backward,
+)
 
 
 class Expert(nn.Module):
@@ -88,8 +82,8 @@ class Experts(nn.Module):
         c = self.config
         x_RTD = layers.whole(x_RTD)
         logits_RTE = Linear(c.num_local_experts, c.initializer_range, name="gate")(x_RTD)
-        self.sow("router", "logits", logits_RTE)
-        weights_RTE = routing(logits_RTE, c.num_experts_per_tok)
+        self.sow("router", "logits", logits_RTE.astype(jnp.float32))
+        weights_RTE = weights_of(logits_RTE, c.num_experts_per_tok)
         total_RTD = jnp.zeros(x_RTD.shape, jnp.float32)
         for i in range(c.num_local_experts):
             y_RTD = Expert(c, name=f"experts_{i}")(x_RTD)
