@@ -250,12 +250,14 @@ def test_a_model_without_experts_has_nothing_to_balance(ground, tmp_path):
 @pytest.mark.slow
 def test_output_router_logits_without_the_option_is_told(tmp_path, capsys):
     line = "config.json has output_router_logits: true"
-    tiny.save(tmp_path / "model", CONFIG | {"output_router_logits": True})
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))
-    args = "sft", tmp_path / "model", tmp_path
-    for option in (False, True):
-        train(*args, tmp_path / f"{option}", max_steps=4, **{"sft.router_aux_loss": option})
-        assert (line in capsys.readouterr().out.replace("\n", " ")) != option
+    for switch, option in ((True, False), (True, True), (False, False)):
+        name = f"{switch}-{option}"
+        tiny.save(tmp_path / name, CONFIG | {"output_router_logits": switch})
+        options = {"max_steps": 4, "sft.router_aux_loss": option}
+        train("sft", tmp_path / name, tmp_path, tmp_path / f"run-{name}", **options)
+        printed = capsys.readouterr().out.replace("\n", " ")
+        assert (line in printed) == (switch and not option)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +300,19 @@ def test_tensors_of_other_experts_are_missing_or_unknown(tmp_path):
 def test_router_and_experts_have_no_adapters(targets, message):
     with pytest.raises(ConfigError, match=message):
         adapter_of(LoraConfig(targets), model_of(CONFIG, "x"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # peft's, about names that it adds itself
+def test_peft_adapts_router_and_experts_by_all_linear():
+    """Hence the refusal; if this fails, `all-linear` can mean the attention."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    theirs = get_peft_model(tiny.torch_model(CONFIG), PeftConfig(target_modules="all-linear"))
+    trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
+    parts = {part for name in trained for part in ("mlp.gate", "mlp.experts") if part in name}
+    assert parts == {"mlp.gate", "mlp.experts"}
 
 
 @pytest.mark.parametrize("how, most", [("int8", 1.02), ("nf4", 0.57)])

@@ -48,7 +48,8 @@ def _weighted(y_RTD: jax.Array, weight_RT: jax.Array) -> jax.Array:
 
 
 def _weighted_backward(saved, d_sum):
-    y, weight = unpacked(saved[0], saved[2].dtype), saved[1]
+    y, weight, of_dtype = saved
+    y = unpacked(y, of_dtype.dtype)
     return (d_sum * weight[..., None]).astype(y.dtype), row_dot(d_sum, y)
 
 
