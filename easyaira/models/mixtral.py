@@ -1,9 +1,9 @@
 """Mixtral (Jiang et al., 2024): Mistral with a mixture of experts in the place of each MLP.
 
 Every expert computes every token, and its result has weight 0 where the router did not choose it.
-So memory, order of sums and sharding are those of a dense MLP, whatever the router chooses; with 2
-of 8 experts per token, the products of experts are 4 times those needed. Shapes: see layers.py, and
-E experts.
+So order of sums and sharding are those of dense MLPs, whatever the router chooses; with 2 of 8
+experts per token, the products of experts are 4 times those needed. Shapes: see layers.py, and E
+experts.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ PARTITION_RULES = (
 )
 
 _MOE, _THEIRS = "model/layers/block_sparse_moe/", "model.layers.{}.block_sparse_moe."
-# transformers holds router and experts as bare parameters, which neither get adapters by name; the
-# router's choice is sensitive to rounding and its weights are few
+# Adapters are for the attention. The router's weights are few, and its choice is sensitive to their
+# rounding.
 HF_ROWS = (
     *(row for row in llama.HF_ROWS if "/mlp/" not in row.ours),
     Row(

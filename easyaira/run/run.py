@@ -81,10 +81,8 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
             print(folded(plan_report.describe(setup)), flush=True)
             if not config.optimizer.learning_rate:
                 print("warning: optimizer.learning_rate is 0, so no weight will change", flush=True)
-            if (
-                getattr(setup.model.config, "output_router_logits", False)
-                and not algorithm.balanced
-            ):
+            switched = getattr(setup.model.config, "output_router_logits", False)
+            if switched and not (algorithm.balanced or algorithm.scorer):
                 print(folded(f"warning: {UNBALANCED}"), flush=True)
             if setup.adapter and config.export and (need := adapter_base.warning(setup.origin)):
                 print(folded(f"warning: {need}"), flush=True)
