@@ -74,6 +74,7 @@ def test_a_scatter_that_adds_is_found():
 
 LORA = {"lora.r": 2, "lora.target_modules": "[q_proj,down_proj]", "lora.dropout": 0.1}
 STEPS = [
+    ("sft", "mixtral", {"sft.router_aux_loss": True}),
     ("sft", "gpt2", {}),
     ("sft", "opt", {"gradient_accumulation_steps": 2}),
     ("sft", "llama", {"model.gradient_checkpointing": "full"}),

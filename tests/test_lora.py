@@ -43,8 +43,10 @@ TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1", "out_proj"],
 }
 TARGETS |= dict.fromkeys(tiny.FAMILIES, TARGETS["llama"])
+TARGETS["mixtral"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS |= dict.fromkeys(("gpt_neox", "bloom"), ["query_key_value", "dense", "dense_4h_to_h"])
 WHOLE = {"gpt2": ["wte"], "llama": ["embed_tokens", "lm_head"], "opt": ["embed_tokens"]}
+WHOLE["mixtral"] = WHOLE["llama"]
 LLAMA_2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -160,7 +162,7 @@ def test_merged_is_unmerged(kind, options, models):
 
 
 @pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", [*tiny.CONFIGS, "mixtral"])
 def test_peft_loads_ours_and_gives_the_same_logits(kind, options, models, tmp_path, recwarn):
     from peft import PeftModel
 
@@ -508,7 +510,9 @@ def test_memory_of_a_held_base(how, bytes_per_weight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, how", [("gpt2", "nf4"), ("llama", "int8"), ("opt", "nf4")])
+@pytest.mark.parametrize(
+    "kind, how", [("gpt2", "nf4"), ("llama", "int8"), ("opt", "nf4"), ("mixtral", "nf4")]
+)
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, models):
     """Logits and the adapter's gradients."""
     model, base = tiny.load(models / kind)
@@ -1015,7 +1019,7 @@ def test_dpo_refuses_dropout_that_its_reference_lacks():
     TrainDPO(**options, lora=LoraConfig(["q_proj"]))
 
 
-@pytest.mark.parametrize("kind", [*tiny.CONFIGS, *tiny.FAMILIES])
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind != "mixtral"])
 def test_all_linear_is_what_peft_means_by_it(kind, models, tmp_path):
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model

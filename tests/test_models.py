@@ -90,6 +90,21 @@ PUBLISHED = {  # name: config.json, parameters
         MISTRAL | {"sliding_window": None, "vocab_size": 32768, "rope_theta": 1e6},
         7_248_023_552,
     ),
+    "Mixtral 8x7B": (
+        MISTRAL
+        | {"model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6}
+        | {"num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False}
+        | {"router_aux_loss_coef": 0.02},
+        46_702_792_704,
+    ),
+    "Mixtral 8x22B": (
+        MISTRAL
+        | {"model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6}
+        | {"hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56}
+        | {"num_attention_heads": 48, "num_experts_per_tok": 2, "num_local_experts": 8}
+        | {"router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0},
+        140_620_634_112,
+    ),
     "Qwen2.5 0.5B": (
         QWEN
         | {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864}

@@ -94,8 +94,7 @@ def test_logits_loss_and_gradients(case, side, loaded):
     assert np.abs(logits - their_logits)[real].max() <= 1e-5 * max(scale, 1)
     np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
     grads = tiny.as_theirs(model, grads)
-    for name, parameter in theirs.named_parameters():
-        wanted = parameter.grad.numpy()
+    for name, wanted in tiny.gradients(theirs).items():
         difference = np.abs(grads.pop(name) - wanted).max()
         assert difference <= 1e-5 * max(np.abs(wanted).max(), 1), name
     assert not grads
@@ -105,7 +104,7 @@ def test_logits_loss_and_gradients(case, side, loaded):
 @pytest.mark.parametrize(
     "case, dtype",
     [(case, torch.float32) for case in tiny.CASES]
-    + [("gpt2", torch.float16), ("llama", torch.bfloat16)],
+    + [("gpt2", torch.float16), ("llama", torch.bfloat16), ("mixtral", torch.bfloat16)],
 )
 def test_there_and_back_bit_for_bit(case, dtype, tmp_path, monkeypatch):
     skipped = {"compared": False, "why": "test_logits_loss_and_gradients compares"}

@@ -67,6 +67,7 @@ def test_slow_operations_are_found():
         ("sft", "gpt2", {}),
         ("sft", "llama", {"model.gradient_checkpointing": "full"}),
         ("sft", "llama", {"lora.r": 2, "lora.target_modules": "[q_proj]", "lora.quantize": "nf4"}),
+        ("sft", "mixtral", {"sft.router_aux_loss": True}),
         ("dpo", "opt", {"dpo.precompute_ref_log_probs": False}),
         ("reward", "bert", {"data.template": "chat"}),
     ],

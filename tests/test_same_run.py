@@ -19,6 +19,7 @@ RUNS = {  # algorithm, model, data, options
     "reward": ("reward", "bert", "label", {"model.dropout": 0.2, "eval_steps": 2}),
     "sft-nf4-dora": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4", "lora.dora": True}),
     "sft-8bit": ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}),
+    "sft-experts": ("sft", "mixtral", "sft", {"sft.router_aux_loss": True}),
     "sft-muon": ("sft", "gpt2", "sft", {"optimizer.name": "muon"}),
     "dpo-lora": ("dpo", "gpt2", "dpo", GPT2 | {"lora.dropout": 0}),
     "dpo-lora-whole": ("dpo", "gpt2", "dpo", WHOLE | {"dpo.precompute_ref_log_probs": False}),
@@ -30,6 +31,7 @@ RUNS = {  # algorithm, model, data, options
 def ground(tmp_path_factory):
     models = {kind: tiny.CONFIGS[kind] for kind in ("gpt2", "llama")}
     rows = {"sft": tiny.sft_rows(40), "dpo": tiny.dpo_rows(40), "label": tiny.label_rows(40)}
+    models["mixtral"] = tiny.CASES["mixtral"]
     models |= {"bert": tiny.SCORERS["bert"], "wide": tiny.CONFIGS["gpt2"] | {"n_embd": 64}}
     return tiny.ground(tmp_path_factory.mktemp("ground"), models, **rows)
 
@@ -84,6 +86,9 @@ DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
     ("dpo", "llama", "dpo", {}, ["2,2,2"]),  # it has two key/value heads
     ("reward", "bert", "label", {}, ["2,2,2"]),
     ("reward", "llama", "dpo", {}, ["2,2,2"]),
+    ("sft", "mixtral", "sft", {"sft.router_aux_loss": True}, ["8,1,1", "2,2,2"]),
+    ("dpo", "mixtral", "dpo", {}, ["1,4,2"]),
+    ("reward", "mixtral", "dpo", {}, ["2,2,2"]),
     ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}, ["2,2,2"]),
     ("sft", "gpt2", "sft", {"optimizer.name": "muon"}, ["8,1,1", "2,2,2"]),
     ("sft", "gpt2", "sft", PLAIN, ["2,2,2"]),
@@ -91,6 +96,7 @@ DIVIDED = [  # algorithm, model, data, options; devices per dp, fsdp and tp
     ("sft", "gpt2", "sft", INT8, ["1,8,1"]),
     ("sft", "gpt2", "sft", NF4, ["2,2,2"]),
     ("sft", "gpt2", "sft", NF4 | {"lora.dora": True}, ["1,2,2"]),
+    ("sft", "mixtral", "sft", NF4 | {"lora.target_modules": "[q_proj, o_proj]"}, ["2,2,2"]),
 ]
 
 

@@ -833,7 +833,6 @@ def test_a_switch_of_experts_changes_nothing_in_a_model_without(key, tmp_path, c
     assert f"{key}: output_router_logits is of mixtures of experts, and base_model is" in text
     both = {"output_router_logits": True, "rope_theta": 1.0}
     for name, changes in (
-        ("mistralai/Mixtral-8x7B-v0.1", keys[key]),
         ("o/some-MoE", keys[key]),
         ("o/frankenmistral-4x7B", keys[key]),
         ("Qwen/Qwen3-30B-A3B", keys[key]),
@@ -843,6 +842,29 @@ def test_a_switch_of_experts_changes_nothing_in_a_model_without(key, tmp_path, c
             file = write(tmp_path / "a.yaml", **keys | {"base_model": name, key: changes})
             translate.main(["axolotl", file])
     ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | {key: {}}))
+
+
+@pytest.mark.parametrize("key", ["model_config", "overrides_of_model_config"])
+def test_mixtral_balances_its_experts_and_adapts_its_attention(key, tmp_path, capsys):
+    keys = ALPACA_QLORA | {"base_model": "mistralai/Mixtral-8x7B-v0.1"}
+    on = keys | {key: {"output_router_logits": True}}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **on))
+    assert config.sft.router_aux_loss and "and there of a micro-batch" in text
+    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert config.lora.quantize == "nf4" and "lora.quantize includes the experts" in text
+    named = on | {"lora_target_linear": None, "lora_target_modules": ["q_proj"]}
+    named |= {"quantize_moe_experts": True}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **named))
+    assert config.lora.target_modules == ["q_proj"] and "includes the experts" not in text
+    off = keys | {key: {"output_router_logits": False}}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **off))
+    assert not config.sft.router_aux_loss and f"{key}: output_router_logits is false here" in text
+    pairs = on | {"rl": "dpo", "datasets": [CHATS], "val_set_size": 0}
+    with pytest.raises(ConfigError, match="adds a loss that balances the experts, here to SFT al"):
+        translate.main(["axolotl", write(tmp_path / "a.yaml", **pairs)])
+    with pytest.raises(ConfigError, match="of which Mixtral is the only one here"):
+        other = named | {"base_model": "o/other", key: {}}
+        translate.main(["axolotl", write(tmp_path / "a.yaml", **other)])
 
 
 RATED = {"path": "o/d", "type": "chatml.argilla"}

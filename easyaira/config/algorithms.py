@@ -35,6 +35,9 @@ class SFTConfig:
     fine-tuning)."""
     label_smoothing: Share = 0.0
     """nll: share of each label that is spread evenly over the vocabulary."""
+    router_aux_loss: bool = False
+    """Mixtures of experts: add the loss that balances the experts, of each example, times
+    router_aux_loss_coef of config.json."""
 
     def __post_init__(self):
         if self.label_smoothing and self.loss_type != "nll":

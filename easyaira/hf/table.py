@@ -1,13 +1,15 @@
 """Weight tables: pairs of EasyAira parameters and Hugging Face tensors.
 
 A `Row` pairs a path of our parameter tree with the name of a Hugging Face tensor. `{}` in that name
-is the layer's index; our parameters stack layers on axis 0. The table is at the end of each model's
-file and serves both directions."""
+is the layer's index; our parameters stack layers on axis 0. `{expert}` in both is an expert's
+index; each expert's parameter is one of its own, so that no more than one is in memory where
+weights are read one by one. The table is at the end of each model's file and serves both
+directions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,14 +37,32 @@ SPLIT_QKV = Op(  # the last axis concatenates q, k and v
 )
 
 
+EXPERT = "{expert}"
+
+
 @dataclass(frozen=True)
 class Row:
-    """Our path, Hugging Face's name, the conversion, and a predicate of configs that have it."""
+    """Our path, Hugging Face's name, the conversion, and a predicate of configs that have it; and
+    whether a kernel may have an adapter, and be quantised."""
 
     ours: str
     theirs: str
     op: Op = SAME
     when: Callable[[Any], bool] = lambda config: True
+    adaptable: bool = True
+    quantizable: bool = True
+
+    def of(self, config: Any) -> list[Row]:
+        """The rows of a configuration: one for each expert, this one, or none."""
+        if not self.when(config):
+            return []
+        if EXPERT not in self.ours:
+            return [self]
+        ours, theirs = self.ours, self.theirs
+        return [
+            replace(self, ours=ours.replace(EXPERT, str(i)), theirs=theirs.replace(EXPERT, str(i)))
+            for i in range(config.num_local_experts)
+        ]
 
     @property
     def stacked(self) -> bool:

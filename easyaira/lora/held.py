@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from easyaira.distributed.sharding import partition_specs, sharding_of
 from easyaira.distributed.tree import path_of
 from easyaira.lora.adapter import Adapter
-from easyaira.lora.targets import linear_layers
+from easyaira.lora.targets import kernels
 from easyaira.models.quantize import quantize
 
 
@@ -73,7 +73,7 @@ def holder(adapter: Adapter, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Arr
 def _precision(adapter: Adapter, path: tuple, dtype: Any) -> Any:
     """That in which a weight of the base is stored: int8, nf4 or a dtype."""
     name, how = path_of(path), adapter.config.quantize
-    if how and name in {row.ours for row in linear_layers(adapter.model)}:
+    if how and name in {row.ours for row in kernels(adapter.model) if row.quantizable}:
         return how
     return jnp.dtype(dtype if name.endswith(("kernel", "embedding")) else jnp.float32)
 

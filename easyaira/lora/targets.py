@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
 
 from easyaira.config.model import LoraConfig
 from easyaira.distributed.tree import by_path
@@ -21,9 +24,15 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
         ConfigError: a target module is not in the model, or only in some of its layers.
     """
     rows = linear_layers(model)
+    without = [row for row in kernels(model) if row not in rows]
     if names == ALL_LINEAR:
+        if without:
+            raise ConfigError(
+                f"lora.target_modules: {ALL_LINEAR} has peft adapt the router and experts, too, "
+                f"which have no adapters here; name {_available(rows)}"
+            )
         return tuple(rows)
-    kernels = by_path(model.shapes)
+    shapes = by_path(model.shapes)
 
     def fits(module: str, name: str) -> bool:
         if isinstance(names, str):
@@ -33,7 +42,7 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
     wanted = [names] if isinstance(names, str) else names
     matches: dict[str, list[Row]] = {name: [] for name in wanted}
     for row in rows:
-        modules = [module_of(row).format(i) for i in range(kernels[row.ours].shape[0])]
+        modules = _modules(row, shapes)
         for name in wanted:
             try:
                 fitting = sum(fits(module, name) for module in modules)
@@ -46,13 +55,27 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
                 )
             if fitting:
                 matches[name].append(row)
+    for row, name in product(without, wanted):
+        if any(fits(module, name) for module in _modules(row, shapes)):
+            raise ConfigError(
+                f"lora.target_modules: {name!r} is a router or in the experts, which have no "
+                f"adapters; choose from {_available(rows)}"
+            )
     if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
-        available = sorted({module_of(row).rpartition(".")[2] for row in rows})
         raise ConfigError(
             f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
-            f"choose from {', '.join(available)}"
+            f"choose from {_available(rows)}"
         )
     return tuple(row for row in rows if any(row in match for match in matches.values()))
+
+
+def _modules(row: Row, shapes: Mapping[str, Any]) -> list[str]:
+    """Hugging Face's names of a row's modules, by layer."""
+    return [module_of(row).format(i) for i in range(shapes[row.ours].shape[0])]
+
+
+def _available(rows: list[Row]) -> str:
+    return ", ".join(sorted({module_of(row).rpartition(".")[2] for row in rows}))
 
 
 def saved_of(names: list[str] | None, model: Model) -> tuple[Row, ...]:
@@ -103,9 +126,14 @@ def tied(model: Model) -> bool:
     return not model.scorer and model.config.tie_word_embeddings
 
 
-def linear_layers(model: Model) -> list[Row]:
-    """Rows of the linear layers in the blocks; these are stacked."""
+def kernels(model: Model) -> list[Row]:
+    """Rows of the kernels in the blocks; these are stacked."""
     return [row for row in model.rows if row.stacked and row.ours.endswith("/kernel")]
+
+
+def linear_layers(model: Model) -> list[Row]:
+    """Rows of the linear layers in the blocks."""
+    return [row for row in kernels(model) if row.adaptable]
 
 
 def module_of(row: Row) -> str:

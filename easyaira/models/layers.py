@@ -271,7 +271,7 @@ def layers(
         block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
     return nn.scan(
         block,
-        variable_axes={"params": 0, "cache": 0},
+        variable_axes={"params": 0, "cache": 0, "router": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,

@@ -60,6 +60,8 @@ class LlamaConfig:
     norm_offset = property(lambda self: 0.0)  # of the norms' scales
     embedding_factor = property(lambda self: 1.0)
     scores = property(lambda self: Scores())
+    # module between the MLP norms, and its name in a layer
+    feed_forward = property(lambda self: (MLP, "mlp"))
     # of each layer: the window of its attention, and which of the rotary tables it has; None if all
     # see everything, or there is one table
     windows = property(lambda self: None)
@@ -138,7 +140,8 @@ class Block(nn.Module):
         attend = Attention(c, self.compute, name="self_attn")
         attended = attend(norm(before_attention, x_RTD), angles, segment_ids, sides, near)
         x_RTD += dropout(norm(after_attention, attended))
-        projected = MLP(c, name="mlp")(norm(before_mlp, x_RTD))
+        feed_forward, name = c.feed_forward
+        projected = feed_forward(c, name=name)(norm(before_mlp, x_RTD))
         x_RTD += dropout(norm(after_mlp, projected))
         return x_RTD, None
 

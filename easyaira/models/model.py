@@ -87,7 +87,8 @@ class Model:
     @property
     def rows(self) -> Sequence[Row]:
         head = self._of_head(LM_HEAD_ROWS, self.architecture.score_head.rows)
-        return [row for row in (*self.architecture.rows, *head) if row.when(self.config)]
+        table = (*self.architecture.rows, *head)
+        return [row for entry in table for row in entry.of(self.config)]
 
     @property
     def ignored(self) -> Sequence[str]:
@@ -132,6 +133,11 @@ class Model:
         return self.config.vocab_size
 
     @property
+    def experts(self) -> int:
+        """Number of experts per layer; 0: MLPs are dense."""
+        return getattr(self.config, "num_local_experts", 0)
+
+    @property
     def logit_cap(self) -> float | None:
         """Soft cap of the logits (`layers.capped`), or None."""
         return getattr(self.config, "final_logit_softcapping", None)
@@ -174,9 +180,20 @@ class Model:
         self, params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states [R, T, D] and the head [D, V] of a batch of rows (see data/batches.py)."""
+        return self._applied(params, batch, dropout_key)
+
+    def apply_routed(
+        self, params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Those of `apply`, and the logits of the routers [L, R, T, E]."""
+        (hidden, head), kept = self._applied(params, batch, dropout_key, mutable=["router"])
+        (logits,) = jax.tree.leaves(kept)
+        return hidden, head, logits
+
+    def _applied(self, params: Any, batch: Mapping[str, jax.Array], key: Any, **how: Any) -> Any:
         rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.module.apply({"params": params}, *rows, rngs=rngs)
+        rngs = {} if key is None else {"dropout": key}
+        return self.module.apply({"params": params}, *rows, rngs=rngs, **how)
 
     def apply_cached(
         self, params: Any, batch: Mapping[str, jax.Array], cache: Any = None
@@ -207,10 +224,7 @@ class Model:
             examples: B, the capacity of a batch in examples.
             answers: A, answers per example.
         """
-        rows = (batch[name] for name in ("tokens", "positions", "segment_ids", "sides"))
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        counts = {"examples": examples, "answers": answers}
-        return self.module.apply({"params": params}, *rows, rngs=rngs, **counts)
+        return self._applied(params, batch, dropout_key, examples=examples, answers=answers)
 
     def cached(self) -> Model:
         """The same model with a cache of keys and values, for generation."""

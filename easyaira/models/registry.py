@@ -21,6 +21,7 @@ from easyaira.models import (
     gpt_neox,
     llama,
     mistral,
+    mixtral,
     olmo2,
     opt,
     qwen2,
@@ -67,6 +68,7 @@ MODELS = {
     "gpt_neox": _architecture(gpt_neox, gpt_neox.GPTNeoXConfig, gpt_neox.GPTNeoX),
     "llama": LLAMA,
     "mistral": _like_llama(mistral, mistral.MistralConfig, mistral.Mistral),
+    "mixtral": _architecture(mixtral, mixtral.MixtralConfig, mixtral.Mixtral),
     "olmo2": _like_llama(olmo2, olmo2.Olmo2Config, olmo2.Olmo2),
     "opt": _architecture(opt, opt.OPTConfig, opt.OPT),
     "qwen2": _like_llama(qwen2, qwen2.Qwen2Config, qwen2.Qwen2),
@@ -97,6 +99,7 @@ HARMLESS = """
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 BY_LAYER = {"layer_types": LAYER_TYPES, "no_rope_layers": (0, 1)}  # lists of config.json
+MOST_EXPERTS = 256  # each is compiled by itself
 IN_FLOAT32 = Compute()
 
 
@@ -277,6 +280,12 @@ def _check_sizes(config: Any, where: str) -> None:
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ConfigError(f"{where}: {field.name} is {value}; it must be at least 1")
+    experts = getattr(config, "num_local_experts", 1)
+    if not getattr(config, "num_experts_per_tok", 1) <= experts <= MOST_EXPERTS:
+        raise ConfigError(
+            f"{where}: num_local_experts is {experts}; it must be from num_experts_per_tok "
+            f"{config.num_experts_per_tok} to {MOST_EXPERTS}"
+        )
     for name, known in BY_LAYER.items():
         kinds = getattr(config, name, None)
         if kinds and (

@@ -32,6 +32,7 @@ PANELS = (  # title, and metrics that share an axis
     ("divergence from the reference", ("objective/kl",)),
     ("length of answers", ("completions/mean_length",)),
     ("share of answers that were cut", ("completions/clipped_ratio",)),
+    ("balance of experts", ("router_aux_loss", "eval_router_aux_loss")),
     ("entropy", ("entropy",)),
     ("share of clipped ratios", ("clip_ratio/region_mean",)),
     ("gradient norm", ("grad_norm",)),

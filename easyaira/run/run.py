@@ -49,6 +49,10 @@ from easyaira.train.saving import Save, Stop
 from easyaira.train.setup import Setup, prepare
 from easyaira.train.step import abstract_state, init_state, resume_state
 
+UNBALANCED = (
+    "config.json has output_router_logits: true, for which transformers adds a loss that balances "
+    "the experts; here sft.router_aux_loss adds it, and only to SFT"
+)
 REPORT_SECONDS = 20  # at least, between two reports of a run that goes on
 
 
@@ -77,6 +81,9 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
             print(folded(plan_report.describe(setup)), flush=True)
             if not config.optimizer.learning_rate:
                 print("warning: optimizer.learning_rate is 0, so no weight will change", flush=True)
+            switched = getattr(setup.model.config, "output_router_logits", False)
+            if switched and not (algorithm.balanced or algorithm.scorer):
+                print(folded(f"warning: {UNBALANCED}"), flush=True)
             if setup.adapter and config.export and (need := adapter_base.warning(setup.origin)):
                 print(folded(f"warning: {need}"), flush=True)
             if setup.adapter and (start := setup.adapter.config.adapter):

@@ -66,6 +66,7 @@ class Algorithm(NamedTuple):
         on_policy: where batches come from if not from stored examples.
         arrange: (examples of the rows, max_length) -> those to train on.
         together: consecutive examples that stay together on a device.
+        balanced: the loss balances the experts, which the model must have.
         critic: (Resolved, mesh) -> the value model to train, and its learning rate.
     """
 
@@ -79,4 +80,5 @@ class Algorithm(NamedTuple):
     on_policy: OnPolicy | None = None
     arrange: Callable[[Examples, int], Examples] = lambda examples, max_length: examples
     together: int = 1
+    balanced: bool = False
     critic: Callable[[Any, Any], Any] | None = None

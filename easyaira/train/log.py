@@ -33,6 +33,7 @@ MORE = {
     "reward": "reward",
     "objective/kl": "kl",
     "mean_token_accuracy": "token accuracy",
+    "router_aux_loss": "balance of experts",
 }
 MAX_BYTES = 2**29  # of metrics.jsonl: about a million rows
 

@@ -144,6 +144,11 @@ def prepare(
         )
     resolved = find(config, mesh, algorithm.scorer, planned=planned)
     model = resolved.model
+    if algorithm.balanced and not model.experts:
+        raise ConfigError(
+            f"sft.router_aux_loss: {resolved.origin.where} has no experts to balance; set it to "
+            "false"
+        )
     sharding.shardings(model.shapes, model.rules, mesh)  # raises if the mesh does not divide them
     adapter = None if config.lora is None else _adapter(config, resolved)
     if adapter:

@@ -27,6 +27,8 @@ OF_TEXT_MODEL = re.compile(
     r"(?:\(_checkpoint_wrapped_module\.\)\?)?\((.+)\)\.\((.+)\)_proj"
 )
 EXPERTS = re.compile(r"mixtral|moe|\d+x\d+|-a\d+b", re.IGNORECASE)  # in names of models
+MIXTRAL = re.compile("mixtral", re.IGNORECASE)
+NO_FAMILY = "is of mixtures of experts, of which Mixtral is the only one here"
 ROUTER = "output_router_logits"
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -63,7 +65,7 @@ COMMON: Table = {
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens tokens
         mean_resizing_embeddings dataset_exact_deduplication curriculum_sampling=in_order
-        model_config overrides_of_model_config
+        model_config overrides_of_model_config quantize_moe_experts
         tokenizer_use_mistral_common=mistral_common
     """),
     **no_effect(
@@ -142,8 +144,8 @@ COMMON: Table = {
                   "fp8_enable_fsdp_float8_all_gather quantization llmcompressor nvfp4_merge_aware"),
     **unsupported("images and sound are no data of EasyAira", "processor_type freeze_mm_modules "
                   "image_size skip_prepare_dataset"),
-    **unsupported("mixtures of experts are no family of EasyAira", "quantize_moe_experts "
-                  "use_scattermoe use_sonicmoe experts_implementation llama4_linearized_experts "
+    **unsupported(NO_FAMILY, "use_scattermoe use_sonicmoe experts_implementation "
+                  "llama4_linearized_experts "
                   "expert_parallel_size dsv4_fp4_grouped_mode ple_cpu_offload"),
     **unsupported("joins texts and cuts them into windows; list them in datasets, with type "
                   "completion", "pretraining_dataset", (None, False, [])),
@@ -216,6 +218,7 @@ def facts(run: Recipe) -> None:
         run.facts |= {"load_in_4bit": None, "load_in_8bit": None}
     if run.get("lora_target_linear"):
         run.facts["lora_target_modules"] = "all-linear"
+    _experts(run)
     for key in ("model_config", "overrides_of_model_config"):
         _model_config(run, key)
     pattern = run.get("lora_target_modules")
@@ -267,14 +270,53 @@ def facts(run: Recipe) -> None:
     axolotl_data.filters(run)
 
 
+def _experts(run: Recipe) -> None:
+    """Adapters and quantised weights of Mixtral, whose experts transformers 5 holds as parameters
+    that are no linear layers."""
+    if not MIXTRAL.search(_name(run)):
+        if run.get("quantize_moe_experts"):
+            run.refuse("quantize_moe_experts", NO_FAMILY)
+        return
+    if run.get("lora_target_linear"):
+        run.facts["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        run.note(
+            "lora_target_linear leaves out router and experts, which are no linear layers in "
+            "transformers 5: the adapters are those of attention"
+        )
+    quantized = run.get("load_in_4bit") or run.get("load_in_8bit")
+    if quantized and not run.get("quantize_moe_experts"):
+        run.note(
+            "lora.quantize includes the experts; there, only with quantize_moe_experts: leave "
+            "lora.quantize out for weights in bfloat16"
+        )
+
+
 def _model_config(run: Recipe, key: str) -> None:
-    """Changes to config.json: those of a router mean nothing in a model without experts."""
+    """Changes to config.json: of a router, whether its loss is added."""
     if not (changes := run.get(key)):
         return None
-    name = run.options.get("model.name_or_path", "")
-    if not isinstance(changes, dict) or {*changes} != {ROUTER} or EXPERTS.search(str(name)):
+    mixtral, experts = (form.search(_name(run)) for form in (MIXTRAL, EXPERTS))
+    other = experts and not mixtral
+    if not isinstance(changes, dict) or {*changes} != {ROUTER} or other:
         return run.refuse(key, "the model is loaded as it is stored")
-    run.no_effect[key] = f"{ROUTER} is of mixtures of experts, and base_model is none"
+    if not mixtral:
+        run.no_effect[key] = f"{ROUTER} is of mixtures of experts, and base_model is none"
+    elif run.task == "reward":
+        run.no_effect[key] = f"{ROUTER} changes no loss of a model that scores"
+    elif not changes[ROUTER]:
+        run.no_effect[key] = f"{ROUTER} is false here, too"
+    elif run.task == "dpo":
+        run.refuse(key, f"{ROUTER} adds a loss that balances the experts, here to SFT alone")
+    else:
+        run.options["sft.router_aux_loss"] = True
+        run.note(
+            f"{ROUTER}: the loss that balances the experts is of each example, weighted by its "
+            "tokens, and there of a micro-batch; its weight is router_aux_loss_coef of config.json"
+        )
+
+
+def _name(run: Recipe) -> str:
+    return str(run.options.get("model.name_or_path", ""))
 
 
 def _of_text_model(run: Recipe, pattern: str) -> None:

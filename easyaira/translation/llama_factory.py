@@ -49,9 +49,10 @@ COMMON: Table = {
     **unsupported("is no loss of EasyAira", "use_asft_loss use_eaft_loss"),
     **unsupported("the model is loaded as it is stored", "resize_vocab new_special_tokens "
                   "add_tokens add_special_tokens rope_scaling shift_attn mixture_of_depths "
-                  "moe_aux_loss_coef "
                   "visual_inputs image_max_pixels video_max_pixels freeze_vision_tower "
                   "freeze_multi_modal_projector"),
+    **unsupported("only sft.router_aux_loss adds this loss, with the weight of config.json",
+                  "moe_aux_loss_coef"),
     **unsupported("adapters are LoRA or DoRA on linear layers", "loraplus_lr_ratio "
                   "pissa_init pissa_convert create_new_adapter pissa_iter"),
     **unsupported("the optimizers are AdamW and Muon over all trainable weights", "use_galore "

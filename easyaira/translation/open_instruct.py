@@ -65,7 +65,8 @@ COMMON: Table = {
     **no_effect("there is exactly one start token where the tokenizer has one", "add_bos"),
     **unsupported("the model is loaded as it is stored", "config_name additional_model_arguments",
                   (None, {}, "")),
-    **unsupported("mixtures of experts are no family of EasyAira", "load_balancing_loss"),
+    **unsupported("only sft.router_aux_loss adds this loss, with the weight of config.json",
+                  "load_balancing_loss"),
     **no_effect("without load_balancing_loss", "load_balancing_weight"),
     "dataset_transform_fn": Unsupported("rows are tokenised in one way", (
         None, ["sft_tulu_tokenize_and_truncate_v1", "sft_tulu_filter_v1"],

@@ -87,7 +87,10 @@ TRAINING: Table = {
     ),
     **unsupported("is no loss of EasyAira", "neftune_noise_alpha"),
     **unsupported("the batch is what the file says", "auto_find_batch_size"),
-    **unsupported("mixtures of experts are no family of EasyAira", "router_aux_loss_coef"),
+    **unsupported(
+        "only sft.router_aux_loss adds this loss, with the weight of config.json",
+        "router_aux_loss_coef",
+    ),
     **unsupported("the model is loaded as it is stored", "model_init_kwargs", (None, {})),
     "group_by_length": Unsupported(
         "updates do not go by length; rows are packed by it within an update", (None, False)

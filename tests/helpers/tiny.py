@@ -112,6 +112,24 @@ CASES = {  # variants of the architectures
         "sliding_window": 5,
         "rope_theta": 500.0,
     },
+    "mixtral": CONFIGS["llama"]
+    | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 4,
+        "sliding_window": 5,
+        "rms_norm_eps": 1e-2,
+    },
+    "mixtral-tied-one-of-three": CONFIGS["llama"]
+    | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+        "rope_theta": 500.0,
+    },
     "qwen2": CONFIGS["llama"]
     | {
         "model_type": "qwen2",
@@ -198,7 +216,7 @@ CASES = {  # variants of the architectures
     | {"do_layer_norm_before": False, "word_embed_proj_dim": 8, "activation_function": "gelu"},
 }
 
-_KINDS = "mistral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 gpt_neox bloom".split()
+_KINDS = "mistral mixtral qwen2 qwen3 gemma2 gemma3 olmo2 smollm3 gpt_neox bloom".split()
 FAMILIES = {kind: CASES[kind] for kind in _KINDS}
 # One case of each way to place and mask tokens: learned, rotary, rotary in part, in some layers or
 # none, biased by distance, within windows. The attention of the other cases is that of llama.
@@ -252,13 +270,28 @@ def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Modul
     settings = {k: v for k, v in config.items() if k != "architectures"}
     scores = config.get("architectures", [""])[0].endswith("ForSequenceClassification")
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.for_model(**settings), attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = auto.from_config(AutoConfig.for_model(**settings), **eager)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, std)
             if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(name.endswith("weight"))
     return model.eval()
+
+
+def as_stored(model: torch.nn.Module, tensors: Mapping) -> dict:
+    """A transformers model's tensors, or their gradients, by the names of its files, which hold
+    each expert by itself."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Gradients of a transformers model, by the names of its files; 0 where there is none."""
+    grads = {n: 0 * p.data if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return {name: grad.numpy() for name, grad in as_stored(model, grads).items()}
 
 
 def save(folder: Path, config: dict, *, std: float = 0.2, dtype=None, **kwargs) -> torch.nn.Module:
