@@ -55,6 +55,11 @@ class Programs:
             does not depend on the way to sample.
     """
 
+    weights: Any
+    prefill: Any
+    admit: Any
+    decode: Any
+
     def __init__(self, model: Model, sampling: Sampling, others: Iterable[Programs] = ()):
         self.sampling = sampling.compiled
         self.forward = Forward(model.cached(), sampling.repetition_penalty != 1)
