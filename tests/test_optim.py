@@ -32,7 +32,7 @@ def test_linear_points_of_tulu_dpo():
         assert float(rate(step)) == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_schedules_equal_those_of_transformers(kind, warmup):
     from transformers import get_scheduler

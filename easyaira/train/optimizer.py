@@ -56,6 +56,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
             ],
             [stable],
         ),
+        "inverse_sqrt": lambda: _inverse_sqrt(peak, warmup or 10_000),
         "constant": lambda: optax.constant_schedule(peak),
         "constant_with_warmup": lambda: optax.constant_schedule(peak),
     }[config.lr_scheduler_type]()
@@ -64,6 +65,11 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     # transformers' warm-up begins at the floor where the schedule has a stable part
     first = floor * peak if config.lr_scheduler_type == "warmup_stable_decay" else 0.0
     return optax.join_schedules([optax.linear_schedule(first, peak, warmup), decay], [warmup])
+
+
+def _inverse_sqrt(peak: float, timescale: int) -> optax.Schedule:
+    """The peak times sqrt(timescale / (n + timescale)), n updates after the warm-up."""
+    return lambda n: peak * jnp.sqrt(timescale / (n + jnp.float32(timescale)))
 
 
 def on_host(schedule: optax.Schedule) -> Callable[[int], np.float32]:

@@ -11,7 +11,7 @@ from typing import Any
 ADAMW = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused
     adamw_hf adamw paged_adamw paged_adamw_32bit adamw_anyprecision""".split()
 ADAMW_8BIT = "adamw_8bit adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit adamw_torch_4bit".split()
-SCHEDULES = "linear cosine cosine_with_min_lr constant constant_with_warmup".split()
+SCHEDULES = "linear cosine cosine_with_min_lr constant constant_with_warmup inverse_sqrt".split()
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 TABLES = "embed_tokens wte embed_in word_embeddings lm_head".split()  # by Hugging Face's names
 SCORE_HEADS = ("score", "classifier")
