@@ -85,9 +85,7 @@ class OptimizerConfig:
         "warmup_stable_decay",
     ] = "cosine"
     """Decay of the learning rate after its peak, as in transformers; linear and cosine end at 0,
-    cosine_with_min_lr and warmup_stable_decay at min_lr_rate. constant has no warm-up.
-    inverse_sqrt: sqrt(w / n) of the peak in update n after w of warm-up; without warm-up, sqrt(w /
-    (w + n)) with w = 10,000."""
+    cosine_with_min_lr and warmup_stable_decay at min_lr_rate. constant has no warm-up."""
     min_lr_rate: Share = 0.0
     """Last learning rate as a share of the peak (cosine_with_min_lr, warmup_stable_decay)."""
     decay_ratio: Share = 0.1
