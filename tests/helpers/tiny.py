@@ -281,10 +281,12 @@ def torch_model(config: dict, std: float = 0.2, seed: int = 0) -> torch.nn.Modul
 
 
 def as_stored(model: torch.nn.Module, tensors: Mapping) -> dict:
-    """A transformers model's tensors, or their gradients, by the names of its files, which hold
-    each expert by itself."""
+    """A transformers model's tensors, or their gradients, with each expert by itself and under the
+    names of its files, if it has experts."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    if not any(".experts." in name for name in tensors):
+        return dict(tensors)
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
