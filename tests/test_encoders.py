@@ -36,15 +36,7 @@ LENGTHS = (12, 9, 5)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Transformers' model of a case, ours, and its parameters, loaded once."""
-
-    @cache
-    def load(case):
-        folder = tmp_path_factory.mktemp("model")
-        theirs = tiny.save(folder, CASES[case])
-        return theirs, *tiny.load(folder)
-
-    return load
+    return tiny.loaded_once(tmp_path_factory, CASES)
 
 
 @pytest.fixture(scope="module")

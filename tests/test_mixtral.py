@@ -2,7 +2,6 @@
 accumulated rows, quantised experts, and what has no adapters."""
 
 from dataclasses import replace
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +38,9 @@ LENGTHS = (5, 9, 7)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Transformers' model, ours, and its parameters."""
-
-    @cache
-    def load(case):
-        folder = tmp_path_factory.mktemp("model")
-        coefficient = {"router_aux_loss_coef": 0.3}
-        return tiny.save(folder, tiny.CASES[case] | coefficient), *tiny.load(folder)
-
-    return load
+    coefficient = {"router_aux_loss_coef": 0.3}
+    cases = {case: config | coefficient for case, config in tiny.CASES.items()}
+    return tiny.loaded_once(tmp_path_factory, cases)
 
 
 def texts():
@@ -290,7 +283,10 @@ def test_tensors_of_other_experts_are_missing_or_unknown(tmp_path):
 @pytest.mark.parametrize(
     "targets, message",
     [
-        ("all-linear", "all-linear has peft adapt the router and experts, too, .* name k_proj, o_"),
+        (
+            "all-linear",
+            "with all-linear, peft would also adapt router and experts, .* name k_proj, o_",
+        ),
         (["q_proj", "w1"], "'w1' is a router or in the experts, which have no adapters; choose f"),
         (["gate"], "'gate' is a router or in the experts"),
         (r".*layers\.\d+\..*(w2|q_proj)", "is a router or in the experts"),

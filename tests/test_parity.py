@@ -37,11 +37,11 @@ def test_every_architecture_is_covered():
 def loaded(tmp_path_factory):
     """Transformers' model of a case, ours, its parameters, and what is compared, compiled once."""
 
+    once = tiny.loaded_once(tmp_path_factory, tiny.CASES)
+
     @cache
     def load(case):
-        folder = tmp_path_factory.mktemp("model")
-        theirs = tiny.save(folder, tiny.CASES[case])
-        model, params = tiny.load(folder)
+        theirs, model, params = once(case)
 
         def loss_fn(params, rows, learned):
             hidden, head = model.apply(params, rows)

@@ -862,7 +862,9 @@ def test_mixtral_balances_its_experts_and_adapts_its_attention(key, tmp_path, ca
     pairs = on | {"rl": "dpo", "datasets": [CHATS], "val_set_size": 0}
     with pytest.raises(ConfigError, match="adds a loss that balances the experts, here to SFT al"):
         translate.main(["axolotl", write(tmp_path / "a.yaml", **pairs)])
-    with pytest.raises(ConfigError, match="of which Mixtral is the only one here"):
+    with pytest.raises(
+        ConfigError, match="is for mixtures of experts; Mixtral is the only one here"
+    ):
         other = named | {"base_model": "o/other", key: {}}
         translate.main(["axolotl", write(tmp_path / "a.yaml", **other)])
 

@@ -28,8 +28,8 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
     if names == ALL_LINEAR:
         if without:
             raise ConfigError(
-                f"lora.target_modules: {ALL_LINEAR} has peft adapt the router and experts, too, "
-                f"which have no adapters here; name {_available(rows)}"
+                f"lora.target_modules: with {ALL_LINEAR}, peft would also adapt router and "
+                f"experts, which have no adapters here; name {_available(rows)}"
             )
         return tuple(rows)
     shapes = by_path(model.shapes)

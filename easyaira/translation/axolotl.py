@@ -28,7 +28,7 @@ OF_TEXT_MODEL = re.compile(
 )
 EXPERTS = re.compile(r"mixtral|moe|\d+x\d+|-a\d+b", re.IGNORECASE)  # in names of models
 MIXTRAL = re.compile("mixtral", re.IGNORECASE)
-NO_FAMILY = "is of mixtures of experts, of which Mixtral is the only one here"
+NO_FAMILY = "is for mixtures of experts; Mixtral is the only one here"
 ROUTER = "output_router_logits"
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -398,6 +399,17 @@ def load(folder: Path, mesh: str = "fsdp=-1"):
     origin = Pretrained(str(folder), folder)
     model = model_of(origin.config, str(folder))
     return model, origin.load(model, make_mesh(mesh))
+
+
+def loaded_once(tmp_path_factory, cases: Mapping[str, dict]) -> Callable[[str], tuple]:
+    """Function of a case's name: transformers' model, ours, and its parameters, loaded once."""
+
+    @cache
+    def loaded(case):
+        folder = tmp_path_factory.mktemp("model")
+        return save(folder, cases[case]), *load(folder)
+
+    return loaded
 
 
 def as_theirs(model, tree) -> dict[str, np.ndarray]:
