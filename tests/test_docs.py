@@ -273,7 +273,7 @@ def model_like(name: str, ground: Path) -> Path:
 
 
 def data_like(name: str, module: str, ground: Path) -> Path:
-    kinds = {"harmful": "harmful", "guanaco": "guanaco", "ranked": "ranked"}
+    kinds = {name: name for name in ("harmful", "guanaco", "ranked")} | {"articles": "guanaco"}
     module = "train_sft" if module == "inspect" else module
     return ground / f"{next((k for word, k in kinds.items() if word in name), module)}.jsonl"
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tokenizers import processors
 from transformers import AutoTokenizer
 
 from easyaira import inspect
@@ -19,15 +18,6 @@ TEXTS = ["red fox", " a\n\nb ", "no", "why? yes.", "x " * 9, "Olá 猫"]
 shared = pytest.mark.skipif(not tiny.SHARED.exists(), reason="shared data are not here")
 
 
-def starting():
-    """A tokenizer that puts a start token first."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, 0)]
-    )
-    return tokenizer
-
-
 def write(tmp_path, *texts, **others):
     return tiny.write_rows(tmp_path / "a.jsonl", [{"text": text} | others for text in texts])
 
@@ -35,7 +25,7 @@ def write(tmp_path, *texts, **others):
 @pytest.mark.parametrize("template", ["plain", "tulu"])
 def test_every_token_but_the_first_is_learned(template, tmp_path):
     file = write(tmp_path, *TEXTS)
-    for tokenizer, start in ((tiny.tokenizer(), []), (starting(), [0])):
+    for tokenizer, start in ((tiny.tokenizer(), []), (tiny.starting_tokenizer(), [0])):
         data = load(file, template=template, tokenizer=tokenizer).train
         for (first, answer, end), text in zip(data.bounds, TEXTS, strict=True):
             tokens = tokenizer(text, add_special_tokens=False).input_ids
@@ -68,7 +58,9 @@ def test_token_ids_are_those_of_trl(name, text, wanted):
 
 
 def test_start_and_end_tokens_that_a_text_has_are_written_once_and_counted(tmp_path):
-    data = load(write(tmp_path, f"{END}red fox{END}", "red fox"), tokenizer=starting())
+    data = load(
+        write(tmp_path, f"{END}red fox{END}", "red fox"), tokenizer=tiny.starting_tokenizer()
+    )
     first, second = (data.train.tokens[a:b].tolist() for a, _, b in data.train.bounds)
     assert first == second and first.count(0) == 2
     assert data.report["train"]["noted"] == {
@@ -102,8 +94,11 @@ def test_long_texts_are_cut_or_dropped_and_counted(tmp_path):
 
 def test_texts_are_held_out_one_by_one(tmp_path):
     file = write(tmp_path, *TEXTS, TEXTS[0])
-    data = load(file, eval=2, tokenizer=starting())
-    texts = {starting().decode(data.held_out.tokens[a:b]) for a, _, b in data.held_out.bounds}
+    data = load(file, eval=2, tokenizer=tiny.starting_tokenizer())
+    texts = {
+        tiny.starting_tokenizer().decode(data.held_out.tokens[a:b])
+        for a, _, b in data.held_out.bounds
+    }
     assert len(texts) == 2 and len(data.train) + len(data.held_out) == 7
     assert data.report["held out"]["prompts also trained on"] == 0
     assert load(file).report["train"]["duplicates"] == 1
@@ -120,7 +115,7 @@ def test_short_and_repeated_texts_are_left_out_and_counted(tmp_path):
 
 
 def test_packed_texts_are_the_texts(tmp_path):
-    data = load(write(tmp_path, *TEXTS), tokenizer=starting()).train
+    data = load(write(tmp_path, *TEXTS), tokenizer=tiny.starting_tokenizer()).train
 
     def rows(**kwargs):
         arrays = Batches(data, len(TEXTS), seed=0, **kwargs)[0].arrays
@@ -186,7 +181,7 @@ def test_inspect_shows_a_text_as_learned(tmp_path, capsys):
 def test_a_run_learns_texts_packed_as_it_does_apart(tmp_path):
     """It asks no question: a start token alone is none."""
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"])
-    starting().save_pretrained(tmp_path / "model")
+    tiny.starting_tokenizer().save_pretrained(tmp_path / "model")
     file = write(tmp_path, *TEXTS)
     options = {"max_steps": 5, "train_batch_size": 6, "num_samples": 2}
     runs = {

@@ -387,13 +387,58 @@ def test_axolotls_completions_are_texts(tmp_path, capsys):
     assert [source.path for source in config.data.train] == ["o/a", "b.jsonl"]
     assert config.data.eval[0].columns == {"text": "body"}
     assert (config.data.template, config.data.truncation) == ("plain", "keep_start")
-    assert config.data.max_dropped == 0.05
-    assert "axolotl divides it into several examples" in text
+    assert (config.data.max_dropped, config.data.texts) == (0.05, "split")
+    assert "there up to 64 x sequence_len tokens" in text
+    compared = write(tmp_path / "b.yaml", **keys, dataset_exact_deduplication=True)
+    config, text = ours(capsys, "axolotl", compared)
+    assert (config.data.texts, config.data.deduplicate) == ("whole", True)
+    assert "data.deduplicate compares whole texts" in text
     mixed = keys | {"datasets": [*ALPACA_QLORA["datasets"], texts[1]], "test_datasets": []}
     config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **mixed))
     assert (config.data.template, config.data.truncation) == ("chat", "drop")
+    assert config.data.texts == "whole"
     assert "axolotl divides it into several examples" in text
     assert "in a row of plain text stays text" in text
+
+
+FULL = {"adapter": None, "load_in_4bit": False, "reinit_weights": True}
+
+
+def test_axolotls_pretraining_is_of_texts_in_parts(tmp_path, capsys):
+    entry = {"path": "o/c4", "name": "en", "type": "pretrain", "text_column": "body"}
+    keys = ALPACA_QLORA | {"datasets": None, "val_set_size": 0, "max_steps": 9}
+    keys |= {"pretraining_dataset": [entry], "streaming": True, "sample_packing": True}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys))
+    (source,) = config.data.train
+    assert (source.path, source.subset, source.columns) == ("o/c4", "en", {"text": "body"})
+    assert (config.data.texts, config.max_steps) == ("split", 9)
+    assert "repeats up to 256 tokens" in text and "set data.max_examples (texts)" in text
+    assert "there a row is one text" not in text
+    shared = write(tmp_path / "a.yaml", **keys, pretrain_multipack_attn=False)
+    assert "there a row is one text" in ours(capsys, "axolotl", shared)[1]
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **keys | FULL))
+    assert config.model.init == "random" and "other numbers" in text
+    alone = keys | {"sample_packing": False, "pretraining_sample_concatenation": True}
+    config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **alone))
+    assert (config.data.texts, config.data.truncation) == ("whole", "keep_start")
+    assert "texts that share a row are one" in text
+    for wrong in ([entry] * 2, [entry | {"skip": 3}], [entry | {"type": "completion"}]):
+        with pytest.raises(ConfigError, match="pretraining_dataset .(axolotl reads|skip and type)"):
+            translate.main(
+                ["axolotl", write(tmp_path / "a.yaml", **keys | {"pretraining_dataset": wrong})]
+            )
+
+
+def test_trls_wrapped_packing_joins_texts(tmp_path, capsys):
+    keys = MINIMAL | {"packing": True, "packing_strategy": "wrapped", "dataset_text_field": "body"}
+    config, text = ours(capsys, "trl", write(tmp_path / "a.yaml", **keys))
+    assert (config.data.texts, config.sft.completion_only_loss) == ("join", False)
+    assert "the last example of joined texts" in text and "raise it by the examples" not in text
+    config, _ = ours(capsys, "trl", write(tmp_path / "a.yaml", **keys | {"packing": False}))
+    assert config.data.texts == "whole"
+    rows = keys | {"dataset_name": str(tiny.write_rows(tmp_path / "a.jsonl", tiny.sft_rows(2)))}
+    with pytest.raises(ConfigError, match="packing_strategy .only rows of plain text are joined"):
+        translate.main(["trl", write(tmp_path / "a.yaml", **rows)])
 
 
 def test_a_form_that_axolotl_names_is_not_doubted(tmp_path, capsys):
@@ -477,7 +522,9 @@ def test_llama_factorys_pretraining_is_of_texts(packing, tmp_path, capsys):
     file = write(tmp_path / "a.yaml", **keys, output_dir="out", packing=packing)
     config, text = ours(capsys, "llama-factory", file)
     assert (config.data.template, config.data.train[0].path) == ("plain", "c4")
-    assert ("joins texts and cuts them" in text) == (packing is not False)
+    assert config.data.texts == ("whole" if packing is False else "join")
+    assert ("all texts of a data set are joined" in text) == (packing is not False)
+    assert "raise it by the examples that fill a row" not in text
     assert "in a row of plain text stays text" in text
     file = write(tmp_path / "a.yaml", **keys, output_dir="out", template="llama3")
     assert "there with <|end_of_text|>" in ours(capsys, "llama-factory", file)[1]
@@ -735,6 +782,39 @@ def test_easylm_flags_are_read_from_the_line(capsys):
     assert (config.optimizer.learning_rate, config.optimizer.adam_beta2) == (5e-7, 0.95)
     assert config.data.train[0].split == "train_prefs" and config.checkpoint_dir == "gs://out"
     assert "convert it (easyaira convert from_easylm)" in text
+
+
+def test_easylms_pretraining_joins_texts(capsys):
+    """The keys of young-geng/EasyLM's examples/pretrain_llama_7b.sh."""
+    line = (
+        "python -m EasyLM.models.llama.llama_train --mesh_dim='-1,64,1' --dtype='fp32' "
+        "--total_steps=250000 --save_milestone_freq=2500 --load_llama_config='7b' "
+        "--update_llama_config='' --load_dataset_state='' --load_checkpoint='' "
+        "--optimizer.adamw_optimizer.lr=3e-4 --optimizer.adamw_optimizer.end_lr=3e-5 "
+        "--optimizer.adamw_optimizer.lr_warmup_steps=2000 "
+        "--optimizer.adamw_optimizer.lr_decay_steps=250000 --train_dataset.type='json' "
+        "--train_dataset.text_processor.fields='text' "
+        "--train_dataset.json_dataset.path='/p/redpajama.jsonl' "
+        "--train_dataset.json_dataset.seq_length=2048 --train_dataset.json_dataset.batch_size=2048 "
+        "--train_dataset.json_dataset.tokenizer_processes=16 --logger.output_dir=out |& tee a.txt"
+    )
+    config, text = ours(capsys, "easylm", line)
+    assert (config.model.name_or_path, config.model.init) == ("7b", "random")
+    assert (config.data.texts, config.data.shuffle, config.data.max_length) == ("join", False, 2048)
+    assert (config.data.template, config.max_steps) == ("plain", 250000)
+    assert "stands for a folder with config.json" in text and "set data.max_examples" in text
+    hub = line.replace("'json'", "'huggingface'").replace("json_dataset.", "huggingface_dataset.")
+    hub = hub.replace("seq_length=2048", "name=vi").replace("='text'", "='body'")
+    config, _ = ours(capsys, "easylm", hub)
+    assert config.data.train[0].columns == {"text": "body"} and config.data.max_length == 1024
+    assert config.data.train[0].subset == "vi"
+    config, _ = ours(capsys, "easylm", hub.replace("name=vi", "name=''"))
+    assert config.data.train[0].subset is None
+    for wrong in ("'[prompt],completion'", "'{body}'"):
+        with pytest.raises(ConfigError, match="fields"):
+            translate.main(["easylm", line.replace("'text'", wrong)])
+    with pytest.raises(ConfigError, match="json_torch has no translation"):
+        translate.main(["easylm", line.replace("'json'", "'json_torch'")])
 
 
 TOKENS = {"tokens": ["<|im_start|>"], "special_tokens": {"eos_token": "<|im_end|>"}}

@@ -71,6 +71,9 @@ class DataConfig:
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """For an example above max_length: cut its end (so it has no EOS to learn), cut the start of
     its prompt, or drop the row. data_report.json counts these examples."""
+    texts: Literal["whole", "split", "join"] = "whole"
+    """Rows of plain text (SFT): an example each; one above max_length is split into several; or all
+    texts of a source are joined and cut at max_length (continued pretraining)."""
     packing: bool = True
     """Pack several examples of an update into one row; an example attends only to itself. Packing
     changes the amount of padding and nothing else."""

@@ -238,6 +238,9 @@ class Files:
         self._end = 0
         self._counts = array("l")  # answers of each example
 
+    def __len__(self) -> int:
+        return len(self._counts)
+
     def __enter__(self) -> Files:
         self._tokens, self._learned = (
             open(self.folder / f"{name}.bin", "wb") for name in PER_TOKEN

@@ -23,6 +23,7 @@ class Recipe:
         min_length: a row with a shorter prompt with answer is dropped.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
         truncation: treatment of examples above max_length.
+        texts: treatment of texts that are learned whole, see config.data.DataConfig.
         reverse: swap prompt and answer.
         completion_only_loss, assistant_only_loss, last_turn_only: loss mask of a conversation, see
             config.algorithms.SFTConfig.
@@ -39,6 +40,7 @@ class Recipe:
     min_length: int | None = None
     max_prompt_length: int | None = None
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    texts: Literal["whole", "split", "join"] = "whole"
     reverse: bool = False
     completion_only_loss: bool = True
     assistant_only_loss: bool = True
@@ -68,6 +70,15 @@ def recipe_of(
         for name in ("compat", "reverse"):
             if getattr(data, name):
                 raise ConfigError(f"data.{name}: is for SFT only; leave it out")
+    if data.texts != "whole":
+        if task != "conversation":
+            raise ConfigError(f"data.texts: {data.texts} is for SFT only; leave it out")
+        for name in ("compat", "reverse", "deduplicate"):
+            if getattr(data, name):
+                raise ConfigError(
+                    f"data.texts: {data.texts} makes examples of parts of texts, which data.{name} "
+                    "does not take; leave one of them out"
+                )
     if task not in ("pair", "rated", "prompt") and data.share_prompt == "always":
         raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")
     return Recipe(
@@ -76,6 +87,7 @@ def recipe_of(
         data.min_length,
         data.max_prompt_length,
         data.truncation,
+        data.texts,
         reverse=data.reverse,
         padded=data.compat == "aira",
         on_bad_row=data.on_bad_row,

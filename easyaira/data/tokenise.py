@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,21 @@ import numpy as np
 from tqdm import tqdm
 
 from easyaira.data import columns
-from easyaira.data.examples import REPEATED, Account, Files, Parts, digest, identity
+from easyaira.data.examples import (
+    OF_ROWS,
+    REPEATED,
+    Account,
+    Files,
+    Parts,
+    digest,
+    identity,
+)
 from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.shown import KEPT, show
 from easyaira.data.sources import BadRow, Located
 from easyaira.data.template import Template
 from easyaira.data.texts import Texts, texts_of
-from easyaira.data.truncate import CUT, fit, lengths_of, pad_parts
+from easyaira.data.truncate import CUT, Origin, Windows, fit, lengths_of, pad_parts
 from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
@@ -44,36 +53,55 @@ def build(
     Raises:
         DataError: a row is unreadable, unless recipe.on_bad_row is skip.
     """
-    account, seen = Account(), dict(known or {})
+    account, seen, windows = Account(), dict(known or {}), Windows(recipe)
     rows = tqdm(rows, desc=f"tokenising {label}", unit=" rows", disable=None)
     with Files(folder) as files:
+
+        def store(parts: Parts, of: Origin, notes: list[str], **numbers: float) -> None:
+            """Write an example and show it; add to the notes of its row.
+
+            Raises:
+                Dropped: see `fit`, or it repeats an earlier one.
+            """
+            fitted, cuts = fit(parts, template, recipe)
+            unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
+            stored = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
+            example = identity(stored, **numbers)
+            if recipe.deduplicate:
+                if example in seen:
+                    raise Dropped(seen[example])
+                seen[example] = REPEATED
+            if any(note.startswith(CUT) for note in cuts):
+                account.cut[sum(lengths_of(parts))] += 1
+            notes[:0] = cuts
+            show(account, of.place, fitted, template, "; ".join([KEPT, *notes]))
+            places = {"rows": of.row, "sources": 0, "ids": example, "prompt_ids": of.prompt_id}
+            files.add(stored, **places, unseen=unseen, **numbers)
+
         for row, place, texts, parts in _tokenised(rows, account, recipe, template):
             numbers = {"labels": texts.label, "margins": texts.margin, "weights": texts.weight}
+            judged = [tokens for tokens, _ in parts.answers] if texts.judged else []
+            prompt_id = digest(parts.prompt, *judged)  # these texts have no prompt
+            notes = [*texts.notes]
+            if any(template.types_control(text) for text in texts.spelled):
+                notes[:0] = ["a text spells a control token, which stays text"]
+            examples = windows.add(parts, Origin(row, place, prompt_id))
+            if recipe.texts == "split" and len(examples) > 1:
+                notes.append(f"split into examples of {recipe.max_length} tokens")
             try:
-                fitted, notes = fit(parts, template, recipe)
-                unseen = recipe.max_length - sum(lengths_of(fitted)) if recipe.padded else 0
-                stored = pad_parts(fitted, unseen, template.tokenizer.pad_token_id)
-                example = identity(stored, **numbers)
-                if recipe.deduplicate:
-                    if example in seen:
-                        raise Dropped(seen[example])
-                    seen[example] = REPEATED
+                for example, of in examples:
+                    store(example, of, notes, **numbers)
             except Dropped as reason:
                 account.drop(str(reason), place)
                 show(account, place, parts, template, str(reason))
                 continue
-            if any(template.types_control(text) for text in texts.spelled):
-                notes.append("a text spells a control token, which stays text")
-            account.noted.update([*notes, *texts.notes])
-            if any(note.startswith(CUT) for note in notes):
-                account.cut[sum(lengths_of(parts))] += 1
+            account.noted.update(notes)
             account.unread.update(texts.unread)
-            show(account, place, fitted, template, "; ".join([KEPT, *notes, *texts.notes]))
-            judged = [tokens for tokens, _ in parts.answers] if texts.judged else []
-            prompt_id = digest(parts.prompt, *judged)  # these texts have no prompt
-            places = {"rows": row, "sources": 0, "ids": example, "prompt_ids": prompt_id}
-            files.add(stored, **places, unseen=unseen, **numbers)
             account.kept += 1
+        for example, of in windows.rest():
+            store(example, of, [], **dict.fromkeys(OF_ROWS, math.nan))
+        if account.kept and not files:
+            raise DataError(f"{label}: all texts together are shorter than an example may be")
     (folder / "account.json").write_text(json.dumps(vars(account)), encoding="utf-8")
     return account
 
@@ -89,7 +117,7 @@ def _readable(
             if isinstance(row, BadRow):
                 raise columns.Unreadable(row.reason)
             if recipe.task != "prompt":
-                form = form or _form(row, recipe.task, place)
+                form = form or _form(row, recipe, place)
             record = columns.Record(row)
             texts = texts_of(record, form, recipe, template)
             if (longest := max(map(len, texts.spelled), default=0)) > LONGEST_TEXT:
@@ -134,11 +162,17 @@ def _chunks(readable: Iterable[tuple[int, str, Texts]]) -> Iterator[list[tuple[i
         yield chunk
 
 
-def _form(row: Any, task: str, place: str) -> columns.Form:
+def _form(row: Any, recipe: Recipe, place: str) -> columns.Form:
     try:
-        return columns.form_of(list(row), task)
+        form = columns.form_of(list(row), recipe.task)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
+    if recipe.texts != "whole" and form.columns != ("text",):
+        raise DataError(
+            f"{place}: has columns {', '.join(form.columns)}, and data.texts: {recipe.texts} is "
+            "for rows with a text; leave it out, or name the column in data.columns: {text: NAME}"
+        )
+    return form
 
 
 def _located_parts(

@@ -1,8 +1,9 @@
-"""Truncation and padding of examples."""
+"""Truncation and padding of examples, and division of texts into several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,52 @@ from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.template import Template
 
 CUT = "cut to max_length"  # how the note of a cut begins
+
+
+class Origin(NamedTuple):
+    """The row in which an example begins, its place for messages, and the hash of its prompt."""
+
+    row: int
+    place: str
+    prompt_id: int
+
+
+class Windows:
+    """Divides the texts of a source into examples, as `Recipe.texts` says; see data.texts.
+
+    A window is at most recipe.max_length tokens. Its first token has no loss, since no token of it
+    precedes. The last window of a text that is split, or of all texts that are joined, is shorter.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self._texts, self._length = recipe.texts, recipe.max_length
+        self._shortest = max(2, recipe.min_length or 0)  # of one token, nothing is learned
+        self._rest: tuple[np.ndarray, np.ndarray] = np.zeros(0, np.int32), np.zeros(0, bool)
+        self._origin: Origin | None = None  # of the rest
+
+    def add(self, parts: Parts, origin: Origin) -> list[tuple[Parts, Origin]]:
+        """Examples that one more row completes, each with the row in which it begins."""
+        if self._texts == "whole":
+            return [(parts, origin)]
+        spans = [self._rest, (parts.prompt, parts.prompt_learned), *parts.answers]
+        tokens, learned = (np.concatenate(arrays) for arrays in zip(*spans, strict=True))
+        starts = range(0, len(tokens), self._length)
+        windows = [tuple(a[i : i + self._length] for a in (tokens, learned)) for i in starts]
+        origins = [self._origin or origin, *[origin] * (len(windows) - 1)]
+        if self._texts == "join":
+            self._rest, self._origin = windows.pop(), origins[-1]
+        elif len(windows) > 1 and len(windows[-1][0]) < self._shortest:
+            windows.pop()
+        return [(_answer(*one), of) for one, of in zip(windows, origins, strict=False)]
+
+    def rest(self) -> Iterator[tuple[Parts, Origin]]:
+        """The last example of joined texts, if it is long enough to be learned."""
+        if self._origin and len(self._rest[0]) >= self._shortest:
+            yield _answer(*self._rest), self._origin
+
+
+def _answer(tokens: np.ndarray, learned: np.ndarray) -> Parts:
+    return Parts(tokens[:0], learned[:0], [(tokens, learned)])
 
 
 def pad_parts(parts: Parts, count: int, pad: int) -> Parts:

@@ -62,6 +62,8 @@ COMMON: Table = {
         peft_trainable_token_indices=trainable_token_indices
         lora_target_linear peft_use_rslora=use_rslora peft_use_dora=use_dora
         lora_modules_to_save=modules_to_save
+        pretraining_dataset=axolotl_texts streaming=axolotl_streaming pretrain_multipack_attn
+        pretraining_sample_concatenation reinit_weights
         datasets=axolotl_datasets test_datasets=axolotl_held_out val_set_size=test_split_size
         chat_template=axolotl_template chat_template_jinja train_on_inputs special_tokens tokens
         mean_resizing_embeddings dataset_exact_deduplication curriculum_sampling=in_order
@@ -90,7 +92,7 @@ COMMON: Table = {
         "sample_packing_group_size sample_packing_eff_est max_packed_sequence_len "
         "embeddings_skip_upcast dataloader_num_workers dataloader_pin_memory "
         "dataloader_prefetch_factor remove_unused_columns dataset_processes dataset_num_proc "
-        "pretrain_multipack_attn",
+        "streaming_multipack_buffer_size pretrain_multipack_buffer_size",
     ),
     **no_effect(
         "the log, the report and the cache are EasyAira's own",
@@ -137,7 +139,7 @@ COMMON: Table = {
                   "optim_target_modules lr_groups embedding_lr embedding_lr_scale eta_min "
                   "lr_quadratic_warmup cosine_constant_lr_ratio"),
     **unsupported("the model is loaded as it is stored", "model_kwargs "
-                  "overrides_of_model_kwargs reinit_weights "
+                  "overrides_of_model_kwargs "
                   "fix_untrained_tokens cls_model_config resize_token_embeddings_to_32x",
                   (None, False, {})),
     **unsupported("weights are bfloat16, int8 or nf4 at rest", "gptq gptq_disable_exllama qat fp8 "
@@ -147,10 +149,6 @@ COMMON: Table = {
     **unsupported(NO_FAMILY, "use_scattermoe use_sonicmoe experts_implementation "
                   "llama4_linearized_experts "
                   "expert_parallel_size dsv4_fp4_grouped_mode ple_cpu_offload"),
-    **unsupported("joins texts and cuts them into windows; list them in datasets, with type "
-                  "completion", "pretraining_dataset", (None, False, [])),
-    **unsupported("set streaming in the sources of the translated file", "streaming",
-                  (None, False)),
     **unsupported("a template ends answers with its own tokens", "eot_tokens", (
         None, [], ["<end_of_turn>"], ["<|im_end|>"], ["<|eot_id|>"], ["</s>"],
     )),
@@ -218,6 +216,9 @@ def facts(run: Recipe) -> None:
         run.facts |= {"load_in_4bit": None, "load_in_8bit": None}
     if run.get("lora_target_linear"):
         run.facts["lora_target_modules"] = "all-linear"
+    if run.get("reinit_weights"):
+        run.options["model.init"] = "random"
+        run.note("model.init random draws by initializer_range of config.json, other numbers")
     _experts(run)
     for key in ("model_config", "overrides_of_model_config"):
         _model_config(run, key)

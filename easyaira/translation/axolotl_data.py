@@ -96,22 +96,69 @@ def _chatml(run: Recipe, named: list[Any], own: dict[str, Any]) -> None:
 
 def sources(run: Recipe) -> None:
     """The data sets of a run, and what their forms say of all."""
-    entries = run.get("axolotl_datasets", [])
+    if run.get("axolotl_streaming") and not run.get("axolotl_texts"):
+        run.refuse("axolotl_streaming", "set streaming in the sources of the translated file")
+    entries = _pretraining(run) or run.get("axolotl_datasets", [])
     run.facts["sources"] = [_source(run, entry) for entry in entries]
     run.facts["held_out"] = [_source(run, entry) for entry in run.get("axolotl_held_out", [])]
     whole = [entry.get("type") == "completion" for entry in entries]
     run.facts |= {"texts": bool(whole) and all(whole), "has_texts": any(whole)}
     if any(whole):
         run.note(TEXTS)
+    if any(whole) and not all(whole):
         run.note(
             "a text above max_length is cut or dropped, and counted; axolotl divides it into "
-            "several examples, so divide long texts before"
+            "several examples, as data.texts split does where all rows are texts"
         )
     if run.facts["texts"]:  # their parts are never too long there
+        _split(run)
         run.facts["truncation_mode"] = "keep_start"
         run.options.pop("data.max_dropped", None)
     if run.facts["held_out"]:
         run.facts.setdefault("eval_strategy", "epoch")
+
+
+def _pretraining(run: Recipe) -> list[dict[str, Any]]:
+    """The entry of pretraining_dataset as one of datasets; axolotl reads the first alone."""
+    if not (given := run.get("axolotl_texts")):
+        return []
+    entry, others = dict(given[0]), given[1:]
+    if others or run.get("axolotl_datasets"):
+        run.refuse("axolotl_texts", "axolotl reads one data set of it; leave out the others")
+    if entry.pop("skip", None) or entry.pop("type", "pretrain") not in (None, "pretrain"):
+        run.refuse("axolotl_texts", "skip and type have no translation")
+    entry.pop("trust_remote_code", None)
+    field = {"field": entry.pop("text_column", None) or "text"}
+    run.note(
+        "all texts are tokenised before the first update; where the run visits a part of them, set "
+        "data.max_examples (texts), and streaming in data.train"
+    )
+    return [entry | field | {"type": "completion"}]
+
+
+def _split(run: Recipe) -> None:
+    """Texts above max_length: parts of them are examples."""
+    if not run.get("axolotl_texts"):
+        if run.get("dataset_exact_deduplication"):
+            return run.note(
+                "a text above max_length is cut, since data.deduplicate compares whole texts; "
+                "axolotl divides it into several examples"
+            )
+        run.note("a text is read to its end; there up to 64 x sequence_len tokens")
+    elif run.get("packing"):
+        run.note(
+            "parts of a text do not overlap, and the last one ends with an end token; there each "
+            "part repeats up to 256 tokens of the one before, and each ends with an end token"
+        )
+        if run.facts.get("pretrain_multipack_attn") is False:
+            run.note("each text is apart from the others of its row; there a row is one text")
+    else:
+        return run.note(
+            "a text above max_length is cut; examples are apart from each other"
+            + (", and there texts that share a row are one"
+               if run.get("pretraining_sample_concatenation") else "")
+        )  # fmt: skip
+    run.options["data.texts"] = "split"
 
 
 def filters(run: Recipe) -> None:
@@ -122,7 +169,7 @@ def filters(run: Recipe) -> None:
             "rows below min_sample_len are counted as dropped; above data.max_dropped (0.05) of "
             "all rows, they end the run"
         )
-        if run.get("has_texts"):
+        if run.get("has_texts") and "data.texts" not in run.options:
             run.note("data.min_length is of whole texts; there of the parts of a long one, too")
     if not run.get("dataset_exact_deduplication"):
         return

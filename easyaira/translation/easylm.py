@@ -41,7 +41,7 @@ COMMON: Table = {
     **computed(f"""
         module dtype load_checkpoint {ADAMW}end_lr=end_lr {ADAMW}warmup_ratio=warmup_ratio
         {ADAMW}lr_warmup_steps=warmup_steps optimizer.accumulate_gradient_steps=accumulate
-        train_dataset.type=kind
+        train_dataset.type=kind train_dataset.text_processor.fields=fields
         eval_steps eval_freq=eval_steps
     """),
     **{
@@ -69,7 +69,8 @@ COMMON: Table = {
             for name in SETS
             for flag in "num_workers tokenizer_processes tokenizer_parallel_chunk_size "
             "tokenizer_parallel_batch_size streaming use_auth_token index_at_start "
-            "start_seek_loc enable_padding".split()
+            "example_index_at_start tokens_count_at_start start_seek_loc enable_padding num_proc "
+            "batch_token_dtype throughput_average_window_size".split()
         ),
     ),
     **no_effect(
@@ -77,9 +78,18 @@ COMMON: Table = {
         "logger.online logger.prefix logger.prefix_to_id logger.project logger.entity "
         "logger.wandb_dir logger.notes logger.experiment_id",
     ),
-    **no_effect("the checkpoint's own config.json says it", "load_llama_config"),
-    **no_effect("columns are known by their names", "train_dataset.text_processor.fields"),
+    "load_llama_config": computed("load_llama_config=model_size")["load_llama_config"],
     **unsupported("the checkpoint's own config.json says it", "update_llama_config", (None, "")),
+    **unsupported(
+        "a text has its start and end token once",
+        "train_dataset.text_processor.add_bos_token train_dataset.text_processor.add_eos_token",
+        (None, True),
+    ),
+    **unsupported(
+        "a text has its start and end token once",
+        " ".join(f"train_dataset.{name}.always_start_with_bos" for name in SETS),
+        (None, False),
+    ),
     "optimizer.type": Unsupported("the optimizer is AdamW", (None, "adamw")),
     ADAMW + "multiply_by_parameter_scale": Unsupported("the optimizer is AdamW", (None, False)),
     **{
@@ -104,6 +114,7 @@ DEFAULTS = {
     "save_model_freq": 0,
 }
 MODULES = {"llama_train": "sft", "llama_train_dpo": "dpo", "llama_train_rm": "reward"}
+JOINED = ("json", "huggingface")  # kinds of data that join texts and cut them
 TULU = ("tulu_json_torch", "preference_json_torch", "tulu_json", "preference_json")
 
 
@@ -125,11 +136,19 @@ def flags_of(line: str) -> dict[str, Any]:
             value = match[2]
             if value is None:
                 value = words[place + 1] if place + 1 < len(words) else "true"
-            plain = match[1].endswith(("mesh_dim", "tokenizer", "path"))
-            flags[match[1]] = value if plain or not value else yaml.safe_load(value)
+            plain = match[1].endswith(("mesh_dim", "tokenizer", "path", "fields"))
+            flags[match[1]] = value if plain or not value else _value(value)
     if not flags.keys() - {"module"}:
         raise ConfigError("easylm: expected a command line with flags such as --mesh_dim='1,-1,1'")
     return flags
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value or a list; text where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def facts(run: Recipe) -> None:
@@ -160,30 +179,62 @@ def facts(run: Recipe) -> None:
     run.facts["save_strategy"] = "steps" if run.facts["save_steps"] else "no"
     if run.get("remove_truncated_samples"):
         run.facts["truncation_mode"] = "drop"
-    checkpoint = str(run.get("load_checkpoint", ""))
-    if not checkpoint:
-        run.refuse("load_checkpoint", "names no weights, and training starts from a model")
-    run.options["model.name_or_path"] = checkpoint.partition("::")[2] or checkpoint
-    run.note(
-        "model.name_or_path is EasyLM's checkpoint; convert it (easyaira convert from_easylm), and "
-        "name the new folder"
-    )
-    if run.get("kind") not in TULU:
-        run.refuse("kind", f"{run.get('kind')} joins texts and cuts them at seq_length")
+    _model(run)
+    kind = run.get("kind", "huggingface")
+    if run.task == "sft" and kind in JOINED:
+        _joined(run)
+    elif kind not in TULU:
+        run.refuse("kind", f"{kind} has no translation")
+    else:
+        run.note("the order of rows follows from the seed, by another generator")
     run.facts |= {"completion_only_loss": True, "assistant_only_loss": True}
-    run.facts["chat_template"] = "tulu"
+    run.facts["chat_template"] = "plain" if run.get("texts") else "tulu"
     source = {"path": run.get("path"), "split": run.get("split")}
-    run.facts["sources"] = [{k: v for k, v in source.items() if v not in (None, "train")}]
+    source["subset"] = run.get("dataset_config")
+    run.facts["sources"] = [{k: v for k, v in source.items() if v not in (None, "train", "")}]
+
+
+def _model(run: Recipe) -> None:
+    """The weights to start from: EasyLM's, or random ones."""
+    if checkpoint := str(run.get("load_checkpoint", "")):
+        run.options["model.name_or_path"] = checkpoint.partition("::")[2] or checkpoint
+        return run.note(
+            "model.name_or_path is EasyLM's checkpoint; convert it (easyaira convert from_easylm), "
+            "and name the new folder"
+        )
+    if run.task != "sft" or not (size := run.get("model_size")):
+        return run.refuse("load_checkpoint", "names no weights, and training starts from a model")
+    run.options |= {"model.name_or_path": str(size), "model.init": "random"}
+    return run.note(
+        f"model.name_or_path {size} stands for a folder with config.json and tokenizer of a Llama "
+        "of that size; its weights are not read"
+    )
+
+
+def _joined(run: Recipe) -> None:
+    """Texts that are joined and cut, in the order of their file."""
+    field = run.get("fields", "[prompt],completion")
+    if not re.fullmatch(r"\w+", str(field)):
+        run.refuse("fields", f"{field}: texts of one column are joined, such as text")
+    elif field != "text":
+        run.facts["dataset_text_field"] = field
+    run.facts |= {"texts": True, "max_length": run.get("max_length", 1024)}
+    run.options |= {"data.texts": "join", "data.shuffle": False}
+    run.note(
+        "all texts are tokenised before the first update; where the run visits a part of them, set "
+        "data.max_examples (texts)"
+    )
+    run.note(
+        "the first token of an example has no loss, one of max_length; there it follows the end of "
+        "the example before"
+    )
 
 
 EASYLM = Source(
     name="EasyLM",
     tables={"sft": COMMON, "dpo": COMMON | DPO, "reward": COMMON},
     defaults={"sft": DEFAULTS, "dpo": DEFAULTS | {"beta": 0.1}, "reward": DEFAULTS},
-    differences={
-        task: ("the order of rows follows from the seed, by another generator",)
-        for task in ("sft", "dpo", "reward")
-    },
+    differences={task: () for task in ("sft", "dpo", "reward")},
     telling={"module": MODULES},
     prepare=facts,
 )

@@ -17,11 +17,12 @@ NUMBERS = frozenset(
 )
 TEXTS = frozenset(
     "dtype eos_token dataset_name dataset_text_field path split kind stage template chat_template "
+    "fields packing_strategy model_size "
     "lr_scheduler_type optim output_dir".split()
 )
 NAMES = frozenset("report_to dataset_names held_out_names dataset_splits modules_to_save".split())
 MAPPINGS = frozenset("lr_scheduler_kwargs special_tokens dataset_mixture".split())
-SOURCES = frozenset("datasets axolotl_datasets axolotl_held_out".split())
+SOURCES = frozenset("datasets axolotl_datasets axolotl_held_out axolotl_texts".split())
 
 
 def fitting(name: str, value: Any) -> Any:

@@ -181,10 +181,14 @@ def _texts(run: Recipe, stage: str) -> None:
         return None
     run.note("texts stand in the column text; map another name with columns {text: NAME}")
     if run.facts["packing"] is not False:  # LLaMA-Factory packs at this stage
-        run.facts["packing"] = True
+        run.options["data.texts"] = "join"
         run.note(
-            "a text is an example, cut at cutoff_len; LLaMA-Factory joins texts and cuts them at "
-            "cutoff_len, so that a piece holds parts of several, unless packing is false"
+            "each text begins with the tokenizer's start token, if any; there that takes the place "
+            "of the first token of each example"
+        )
+        run.note(
+            "all texts of a data set are joined; there those of 1,000 rows "
+            "(preprocessing_batch_size), and what is left of them is dropped"
         )
     if run.get("template") == "llama3":
         run.note("a text ends with the tokenizer's end token; there with <|end_of_text|>")

@@ -207,11 +207,6 @@ def length(run: Recipe) -> None:
     run.options["data.truncation"] = run.get("truncation_mode", "keep_start")
     if run.task == "reward":  # its trainer leaves longer rows out
         run.options["data.truncation"] = "drop"
-    if run.get("packing"):
-        run.note(
-            "packing: train_batch_size counts examples, and not rows of packed examples, so there "
-            "are more and smaller updates: raise it by the examples that fill a row"
-        )
 
 
 def adapters(run: Recipe) -> None:

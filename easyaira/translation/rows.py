@@ -94,9 +94,25 @@ def data(run: Recipe) -> None:
     elif evaluated(run) and held_out:
         run.options["data.eval"] = held_out
     row = columns_of(used[0].get("path", ""))
-    if run.task == "sft" and _of_texts(run, row):
+    texts = run.task == "sft" and _of_texts(run, row)
+    _packing(run, texts)
+    if texts:
         return _texts(run)
     _form(run, row)
+
+
+def _packing(run: Recipe, texts: bool) -> None:
+    """How examples fill rows: apart from each other, or joined and cut."""
+    if run.get("packing") and run.get("packing_strategy") == "wrapped":
+        if not texts:
+            return run.refuse("packing_strategy", "only rows of plain text are joined and cut here")
+        run.options |= {"data.texts": "join", "sft.completion_only_loss": False}
+        run.note("the last example of joined texts, and of each data set, is shorter than others")
+    elif run.get("packing") and run.options.get("data.texts") != "join":
+        run.note(
+            "packing: train_batch_size counts examples, and not rows of packed examples, so there "
+            "are more and smaller updates: raise it by the examples that fill a row"
+        )
 
 
 def _of_texts(run: Recipe, row: dict[str, Any] | None) -> bool:
@@ -120,7 +136,7 @@ def _texts(run: Recipe) -> None:
             "data.template plain is what the release holds; chat keeps a template that the "
             "tokenizer has"
         )
-    if run.options.get("data.truncation") == "keep_end":
+    if run.options.get("data.truncation") == "keep_end" and "data.texts" not in run.options:
         run.refuse("truncation_mode", "keep_end drops a long text here, and keeps its end there")
 
 

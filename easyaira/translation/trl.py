@@ -132,10 +132,9 @@ DATA: Table = {
 SFT: Table = {
     **computed("""
         packing completion_only_loss assistant_only_loss truncation_mode loss_type
-        label_smoothing_factor dataset_text_field
+        label_smoothing_factor dataset_text_field packing_strategy
     """),
     **no_effect("packing changes padding only", "eval_packing"),
-    "packing_strategy": Unsupported("cuts examples to fill rows", (None, "bfd", "ffd")),
     **unsupported(
         "rows are tokenised in one way",
         "dataset_kwargs",

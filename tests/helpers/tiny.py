@@ -332,6 +332,17 @@ def tokenizer_of(config: dict) -> PreTrainedTokenizerFast:
     return tokenizer(config["vocab_size"])
 
 
+def starting_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of `tokenizer`, which puts a start token first."""
+    from tokenizers import processors
+
+    starting = tokenizer()
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return starting
+
+
 def tokenizer(vocab_size: int = VOCAB, pad: str | None = None) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer with id 0 for `<|endoftext|>` and id 1 for `pad`, if given."""
     from transformers import PreTrainedTokenizerFast
