@@ -38,6 +38,10 @@ RECIPES = {
     "sft": {"lr_scheduler_type": "cosine", "completion_only_loss": None},
     "sft-whole": {"completion_only_loss": False, "max_grad_norm": 0.3},
     "sft-texts": {"dataset_text_field": "body", "lr_scheduler_type": "cosine"},
+    "sft-joined": {  # eight examples of all texts
+        "dataset_text_field": "body", "max_length": 15, "packing": True,
+        "packing_strategy": "wrapped",
+    },
     "sft-floor": {
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     },
@@ -70,7 +74,8 @@ def main() -> None:
 
     tiny.save(folder / "model", tiny.CONFIGS["llama"])
     sets = {"sft": tiny.sft_rows(ROWS), "dpo": tiny.dpo_rows(ROWS)}
-    sets["sft-texts"] = [{"body": row["prompt"] + row["completion"]} for row in sets["sft"]]
+    texts = [{"body": row["prompt"] + row["completion"]} for row in sets["sft"]]
+    sets |= {"sft-texts": texts, "sft-joined": texts}
     for kind, rows in sets.items():
         (folder / kind).mkdir(exist_ok=True)
         tiny.write_rows(folder / kind / "train.jsonl", rows)
