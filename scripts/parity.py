@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from easyaira.train import loader
 from easyaira.train.setup import prepare
@@ -37,7 +38,8 @@ from helpers.runs import configure, losses_of, train
 
 ROOT = Path(__file__).parents[1]
 UPDATES, ROWS = 20, 8
-CASES = [(kind, objective) for kind in tiny.CONFIGS for objective in ("sft", "dpo", "reward")]
+DECODERS = tiny.CONFIGS | tiny.FAMILIES
+CASES = [(kind, objective) for kind in DECODERS for objective in ("sft", "dpo", "reward")]
 CASES += [(kind, "reward") for kind in ("bert", "roberta")]
 COLUMNS = ("logits", "loss", "gradients", "curve", "TRL's curve")
 TOLERANCES = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "curve": 1e-4, "TRL's curve": 1e-4}
@@ -49,7 +51,7 @@ def compare(
     kind: str, objective: str, root: Path, trl: str | None, updates: int = UPDATES
 ) -> dict[str, float]:
     """Largest differences of an architecture under an objective."""
-    configs = tiny.SCORERS if kind not in tiny.CONFIGS else tiny.CONFIGS
+    configs = DECODERS | {name: tiny.SCORERS[name] for name in ("bert", "roberta")}
     rows = {"sft": tiny.sft_rows}.get(objective, tiny.dpo_rows)(ROWS)
     tiny.ground(root, {kind: configs[kind]}, rows=rows)
     options = {"max_steps": updates, "train_batch_size": ROWS}
@@ -59,7 +61,7 @@ def compare(
     config, algorithm = configure(*job, root / "setup", **options)
     setup = prepare(config, algorithm)
     params = setup.start_weights()
-    theirs, reference = (torch_model_of(setup, kind, params) for _ in range(2))
+    theirs, reference = (torch_model_of(setup, configs[kind], params, root) for _ in range(2))
     examples = [texts_of(setup, i) for i in setup.batches.members(0)]
 
     differences = {"logits": logits_difference(setup, params, theirs, examples)}
@@ -68,8 +70,7 @@ def compare(
     their_loss.backward()
     differences["loss"] = abs(loss - their_loss.item()) / max(abs(their_loss.item()), 1)
     differences["gradients"] = 0.0
-    for name, parameter in theirs.named_parameters():
-        wanted = np.zeros(1) if parameter.grad is None else parameter.grad.numpy()
+    for name, wanted in tiny.gradients(theirs).items():
         difference = np.abs(grads[name] - wanted).max() / max(np.abs(wanted).max(), 1)
         differences["gradients"] = max(differences["gradients"], float(difference))
     theirs.zero_grad()
@@ -91,13 +92,16 @@ def farthest(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1) for a, b in zip(ours, theirs, strict=True))
 
 
-def torch_model_of(setup, kind: str, params):
+def torch_model_of(setup, config: dict, params, root: Path):
     """transformers' model with the weights that a run starts from."""
-    source = tiny.SCORERS if setup.model.scorer else tiny.CONFIGS
-    model = tiny.torch_model(source[kind] | {"vocab_size": setup.model.vocab_size})
-    ours = tiny.as_theirs(setup.model, params)
-    model.load_state_dict({n: torch.tensor(t) for n, t in ours.items()}, strict=False)
-    return model
+    if setup.model.scorer and not setup.model.encoder:
+        config = tiny.scorer(config)
+    model = tiny.torch_model(config | {"vocab_size": setup.model.vocab_size})
+    model.config.save_pretrained(root / "start")
+    tensors = {name: torch.tensor(t) for name, t in tiny.as_theirs(setup.model, params).items()}
+    save_file(tensors, root / "start/model.safetensors", {"format": "pt"})
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return type(model).from_pretrained(root / "start", **eager).eval()
 
 
 def texts_of(setup, i: int) -> tuple[list[int], list[list[int]]]:
@@ -121,7 +125,7 @@ def logits_difference(setup, params, theirs, examples) -> float:
         ours = np.asarray(score(params, rows)[0])
     else:
         hidden, head = jax.jit(model.apply)(params, rows)
-        ours = np.asarray((hidden @ head)[:, :, : model.vocab_size])
+        ours = np.asarray(model.logits(hidden, head))
     differences = []
     for ids, logits in zip(texts, ours, strict=True):
         with torch.no_grad():

@@ -49,7 +49,8 @@ def main(job):
 
     scorer = job["objective"] == "reward"
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
-    options = {"beta": 0.1} if job["objective"] == "dpo" else {}
+    options = {} if scorer else {"router_aux_loss_coef": 0.0}  # which TRL adds to Mixtral's loss
+    options |= {"beta": 0.1} if job["objective"] == "dpo" else {}
     args = config_class(
         output_dir=str(Path(job["model"]) / "trl"),
         per_device_train_batch_size=len(job["rows"]),
@@ -68,7 +69,7 @@ def main(job):
         **options,
     )
     trainer = Trainer(
-        model=auto.from_pretrained(job["model"], dtype="float32"),
+        model=auto.from_pretrained(job["model"], dtype="float32", attn_implementation="eager"),
         args=args,
         train_dataset=Dataset.from_list(job["rows"]),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),

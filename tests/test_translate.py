@@ -429,6 +429,23 @@ def test_axolotls_pretraining_is_of_texts_in_parts(tmp_path, capsys):
             )
 
 
+def test_trl_balances_the_experts_of_mixtral(tmp_path, capsys):
+    keys = MINIMAL | {"model_name_or_path": "o/Mixtral-8x7B"}
+    for task, coefficient in (("sft", None), ("dpo", None), ("sft", 0.0), ("reward", None)):
+        file = write(tmp_path / "a.yaml", **keys, router_aux_loss_coef=coefficient)
+        config, text = ours(capsys, "trl", file, "--task", task)
+        balanced = task == "sft" and coefficient is None
+        assert task != "sft" or config.sft.router_aux_loss == balanced
+        assert ("there of a micro-batch" in text) == balanced
+        assert ("there router_aux_loss_coef times it" in text) == (task == "dpo")
+    other = write(tmp_path / "a.yaml", **MINIMAL)
+    config, text = ours(capsys, "trl", other, "--task", "sft")
+    assert not config.sft.router_aux_loss and "there of a micro-batch" not in text
+    file = write(tmp_path / "a.yaml", **keys, router_aux_loss_coef=0.1)
+    with pytest.raises(ConfigError, match="router_aux_loss_coef .only sft.router_aux_loss adds"):
+        translate.main(["trl", file, "--task", "sft"])
+
+
 def test_trls_wrapped_packing_joins_texts(tmp_path, capsys):
     keys = MINIMAL | {"packing": True, "packing_strategy": "wrapped", "dataset_text_field": "body"}
     config, text = ours(capsys, "trl", write(tmp_path / "a.yaml", **keys))

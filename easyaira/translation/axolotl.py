@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from easyaira.translation import axolotl_data
-from easyaira.translation.recipe import Recipe
+from easyaira.translation.recipe import MIXTRAL, Recipe
 from easyaira.translation.verdicts import (
     Source,
     Table,
@@ -27,7 +27,6 @@ OF_TEXT_MODEL = re.compile(
     r"(?:\(_checkpoint_wrapped_module\.\)\?)?\((.+)\)\.\((.+)\)_proj"
 )
 EXPERTS = re.compile(r"mixtral|moe|\d+x\d+|-a\d+b", re.IGNORECASE)  # in names of models
-MIXTRAL = re.compile("mixtral", re.IGNORECASE)
 NO_FAMILY = "is for mixtures of experts; Mixtral is the only one here"
 ROUTER = "output_router_logits"
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}

@@ -5,6 +5,7 @@ differs on purpose."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ SCHEDULES = "linear cosine cosine_with_min_lr constant constant_with_warmup inve
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 TABLES = "embed_tokens wte embed_in word_embeddings lm_head".split()  # by Hugging Face's names
 SCORE_HEADS = ("score", "classifier")
+MIXTRAL = re.compile("mixtral", re.IGNORECASE)  # in names of models
 NO = (None, False, "no", "none", "NO")
 
 

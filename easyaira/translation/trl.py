@@ -4,6 +4,7 @@ alignment handbook and of TRL since 0.7 that have gone."""
 
 from __future__ import annotations
 
+from easyaira.translation.recipe import MIXTRAL, Recipe
 from easyaira.translation.verdicts import (
     Source,
     Table,
@@ -87,10 +88,6 @@ TRAINING: Table = {
     ),
     **unsupported("is no loss of EasyAira", "neftune_noise_alpha"),
     **unsupported("the batch is what the file says", "auto_find_batch_size"),
-    **unsupported(
-        "only sft.router_aux_loss adds this loss, with the weight of config.json",
-        "router_aux_loss_coef",
-    ),
     **unsupported("the model is loaded as it is stored", "model_init_kwargs", (None, {})),
     "group_by_length": Unsupported(
         "updates do not go by length; rows are packed by it within an update", (None, False)
@@ -187,7 +184,7 @@ REWARD: Table = {
     **no_effect("the ends of rows are kept", "truncation_mode"),
 }
 
-COMMON = TRAINING | MODEL | DATA
+COMMON = TRAINING | MODEL | DATA | computed("router_aux_loss_coef")
 DEFAULTS = {
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "linear",
@@ -211,6 +208,25 @@ DROPOUT = (
     "have none)"
 )
 
+
+def facts(run: Recipe) -> None:
+    """The loss that balances experts, which TRL adds to SFT, DPO and KTO with the weight of
+    config.json, unless router_aux_loss_coef says another."""
+    weight = run.get("router_aux_loss_coef")
+    mixtral = MIXTRAL.search(str(run.options.get("model.name_or_path", "")))
+    if weight:
+        why = "only sft.router_aux_loss adds this loss, with the weight of config.json"
+        run.refuse("router_aux_loss_coef", why)
+    elif mixtral and weight is None and run.task == "sft":
+        run.options["sft.router_aux_loss"] = True
+        run.note(
+            "sft.router_aux_loss balances the experts of each example, weighted by its tokens; "
+            "there of a micro-batch"
+        )
+    elif mixtral and weight is None and run.task == "dpo":
+        run.note("no loss that balances the experts is added; there router_aux_loss_coef times it")
+
+
 TRL = Source(
     name="TRL 1.16",
     tables={"sft": COMMON | SFT, "dpo": COMMON | DPO, "reward": COMMON | REWARD},
@@ -230,4 +246,5 @@ TRL = Source(
         "dataset_text_field": "sft", "packing_strategy": "sft",
         "center_rewards_coefficient": "reward",
     },
+    prepare=facts,
 )  # fmt: skip
