@@ -94,7 +94,7 @@ def farthest(ours: list[float], theirs: list[float]) -> float:
 
 def torch_model_of(setup, config: dict, params, root: Path):
     """transformers' model with the weights that a run starts from."""
-    if setup.model.scorer and not setup.model.encoder:
+    if setup.model.scorer and not setup.model.architecture.encoder:
         config = tiny.scorer(config)
     model = tiny.torch_model(config | {"vocab_size": setup.model.vocab_size})
     model.config.save_pretrained(root / "start")
