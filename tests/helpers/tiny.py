@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -258,7 +259,7 @@ SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
 
 def scorer(config: dict) -> dict:
     """The scorer of a language model's architecture."""
-    name = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", config["architectures"][0])
     return config | {"architectures": [name], "pad_token_id": 1} | _ONE_LABEL
 
 
