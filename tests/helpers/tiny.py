@@ -259,7 +259,8 @@ SCORERS = {kind: config | _ONE_LABEL for kind, config in SCORERS.items()}
 
 def scorer(config: dict) -> dict:
     """The scorer of a language model's architecture."""
-    name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", config["architectures"][0])
+    name = re.sub("ForCausalLM|LMHeadModel", "", config["architectures"][0])
+    name += "ForSequenceClassification"
     return config | {"architectures": [name], "pad_token_id": 1} | _ONE_LABEL
 
 
