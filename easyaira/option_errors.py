@@ -12,6 +12,30 @@ from easyaira.config.run import PROVENANCE
 from easyaira.errors import did_you_mean, shortened
 
 SOURCES = ("data.train", "data.eval")  # options that name data
+OTHER_NAMES = {  # names of transformers, TRL and PEFT that resemble no option or another one
+    "model_name_or_path": "model.name_or_path",
+    "tokenizer_name_or_path": "model.tokenizer",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "dataset_name": "data.train",
+    "dataset_text_field": "data.columns",
+    "chat_template_path": "data.template",
+    "per_device_train_batch_size": "train_batch_size",
+    "optim": "optimizer.name",
+    "eval_strategy": "eval_steps",
+    "save_strategy": "save_steps",
+    "rpo_alpha": "dpo.sft_weight",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
+    "load_in_4bit": "lora.quantize",
+    "load_in_8bit": "lora.quantize",
+}
 
 
 def reworded(message: str, parser: ArgumentParser) -> str:
@@ -46,7 +70,11 @@ def options_of(parser: ArgumentParser) -> list[str]:
 
 
 def no_such_option(name: str, options: list[str]) -> str:
-    same_leaf = [o for o in options if o.rpartition(".")[2] == name.rpartition(".")[2]]
+    leaf = name.rpartition(".")[2]
+    same_leaf = [option for option in options if option.rpartition(".")[2] == leaf]
+    ours = OTHER_NAMES.get(leaf, "")
+    if ours and not same_leaf and {ours, ours.partition(".")[0]} & {*options}:  # lora is a group
+        return f"{name}: no such option; did you mean {ours}?"
     return f"{name}: no such option" + (
         did_you_mean(name, same_leaf or options) or "; --help lists them"
     )

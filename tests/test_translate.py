@@ -13,7 +13,7 @@ from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
-from easyaira.option_errors import options_of
+from easyaira.option_errors import OTHER_NAMES, no_such_option, options_of
 from easyaira.translation import recipe
 from easyaira.translation.easylm import flags_of
 from easyaira.translation.translation import translate as translated
@@ -198,6 +198,25 @@ def test_a_default_of_trl_is_ours_or_written_out(task):
             assert field.default == expected, field.name
         if isinstance(verdict, Unsupported) and field.default is not dataclasses.MISSING:
             assert field.default in verdict.unless, field.name
+
+
+@pytest.mark.parametrize("task", OF_TASK)
+def test_a_name_of_trl_leads_to_our_option(task):
+    parser = cli.parser_of(translate.CONFIGS[task])
+    for key, verdict in SOURCES["trl"].tables[task].items():
+        if isinstance(verdict, Same) and verdict.option != key:
+            group = verdict.option.rpartition(".")[0]
+            for name in (key, f"{group}.{key}"):
+                if name != verdict.option:
+                    message = no_such_option(name, options_of(parser))
+                    assert message.endswith(f"did you mean {verdict.option}?"), message
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_other_names_lead_to_options(name):
+    known = set(options_of(cli.parser_of(TrainDPO)))
+    known |= {f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)}
+    assert name not in known and OTHER_NAMES[name] in known
 
 
 @pytest.mark.parametrize("name", SOURCES)
