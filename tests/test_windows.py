@@ -57,6 +57,7 @@ def test_texts_are_joined_and_cut(name, length, tmp_path):
     report = data.report["train"]
     assert (report["read"], report["kept"], report["examples"]) == (40, 40, len(wanted))
     assert not report["dropped"] and not data.accounts["train"].cut
+    assert len({place for place, *_ in data.accounts["train"].shown}) == min(12, len(wanted))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

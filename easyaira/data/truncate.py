@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,9 @@ class Windows:
         tokens, learned = (np.concatenate(arrays) for arrays in zip(*spans, strict=True))
         starts = range(0, len(tokens), self._length)
         windows = [tuple(a[i : i + self._length] for a in (tokens, learned)) for i in starts]
-        origins = [self._origin or origin, *[origin] * (len(windows) - 1)]
+        parts_of = (origin._replace(place=f"{origin.place}, part {n}") for n in count(2))
+        begun = chain([self._origin] if self._origin else [], [origin], parts_of)
+        origins = list(islice(begun, len(windows)))
         if self._texts == "join":
             self._rest, self._origin = windows.pop(), origins[-1]
         elif len(windows) > 1 and len(windows[-1][0]) < self._shortest:
