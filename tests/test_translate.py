@@ -801,10 +801,10 @@ def test_open_instructs_differences_are_said(keys, note, tmp_path, capsys):
 
 
 def test_open_instructs_normalised_loss_is_over_all_answers_of_a_conversation(tmp_path, capsys):
-    for loss, said in (("dpo", False), ("dpo_norm", True), ("simpo", True)):
+    for loss, noted in (("dpo", False), ("dpo_norm", True), ("simpo", True)):
         file = write(tmp_path / "a.yaml", **TULU_DPO | {"dpo_loss_type": loss})
         _, text = ours(capsys, "open-instruct", file)
-        assert ("a length-normalised loss is over all its answers" in text) == said
+        assert ("a length-normalised loss is over all its answers" in text) == noted
         assert "of means" not in text
 
 
@@ -837,9 +837,9 @@ def test_open_instruct_refuses_what_would_be_another_run(keys, message, tmp_path
 def test_a_key_that_stands_twice_has_its_last_value_as_there(tmp_path, capsys):
     text = yaml.safe_dump(TULU_DPO) + "learning_rate: 2.0e-6\n"
     (tmp_path / "a.yaml").write_text(text)
-    config, said = ours(capsys, "open-instruct", str(tmp_path / "a.yaml"))
+    config, report = ours(capsys, "open-instruct", str(tmp_path / "a.yaml"))
     assert config.optimizer.learning_rate == yaml.safe_load(text)["learning_rate"] == 2e-6
-    assert "learning_rate stands twice in the file; the last value counts" in said
+    assert "learning_rate stands twice in the file; the last value counts" in report
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(FACTORY) + "learning_rate: 2.0e-6\n")
     with pytest.raises(ConfigError, match="the key 'learning_rate' was set in line"):
         translate.main(["llama-factory", str(tmp_path / "b.yaml")])  # OmegaConf refuses it, too
