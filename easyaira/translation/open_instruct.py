@@ -244,10 +244,7 @@ def _source(run: Recipe, path: str, amount: float, split: str) -> dict:
     if isinstance(amount, float):
         used = {"path": path, "weight": amount, "split": split}
     else:
-        run.note(
-            f"a number of rows is the first ones of a split ({split}[:{amount}]); there others, "
-            "drawn at random"
-        )
+        run.note("a number of rows is the first ones of a split; there others, drawn at random")
         used = {"path": path, "split": f"{split}[:{amount}]"}
     return {key: value for key, value in used.items() if value not in (1.0, "train")}
 
