@@ -146,14 +146,20 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def read_yaml(path: Path, *, error: type[EasyAiraError] = ConfigError) -> dict[str, Any]:
+def read_yaml(
+    path: Path, *, error: type[EasyAiraError] = ConfigError, repeated: list[str] | None = None
+) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
+
+    Args:
+        repeated: takes the keys that stand twice, which are then no error; the last value counts.
 
     Raises:
         error: it cannot be read, is not YAML or no mapping, or has a key twice; with the line.
     """
     try:
-        content = parse_yaml(decoded(read_file(path, MAX_YAML_BYTES)).removeprefix("\ufeff"))
+        text = decoded(read_file(path, MAX_YAML_BYTES)).removeprefix("\ufeff")
+        content = parse_yaml(text, repeated)
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read: {reason(problem)}") from problem
     if content is None:
@@ -163,8 +169,11 @@ def read_yaml(path: Path, *, error: type[EasyAiraError] = ConfigError) -> dict[s
     return content
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, repeated: list[str] | None = None) -> Any:
     """Parse YAML of plain values.
+
+    Args:
+        repeated: as of `read_yaml`.
 
     Raises:
         ValueError: not YAML, a key twice in one mapping, or aliases that expand without bound;
@@ -175,7 +184,7 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _nodes(node, {})
+        _nodes(node, {}, repeated)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
@@ -208,7 +217,7 @@ def yaml_line(path: Path, keys: Sequence[str]) -> int | None:
     return line
 
 
-def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
+def _nodes(node: yaml.Node, known: dict[int, int], repeated: list[str] | None) -> int:
     """Count the nodes below `node`, every alias written out, and check its keys."""
     line = f"line {node.start_mark.line + 1}: "
     if id(node) in known:
@@ -222,13 +231,15 @@ def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
         for key, value in node.value:
             first = seen.setdefault((key.tag, str(key.value)), key)
             if first is not key and key.value != "<<":
-                raise ValueError(
-                    f"line {key.start_mark.line + 1}: the key {key.value!r} was set in line "
-                    f"{first.start_mark.line + 1} already"
-                )
-            count += _nodes(key, known) + _nodes(value, known)
+                if repeated is None:
+                    raise ValueError(
+                        f"line {key.start_mark.line + 1}: the key {key.value!r} was set in line "
+                        f"{first.start_mark.line + 1} already"
+                    )
+                repeated.append(str(key.value))
+            count += _nodes(key, known, repeated) + _nodes(value, known, repeated)
     elif isinstance(node, yaml.SequenceNode):
-        count += sum(_nodes(item, known) for item in node.value)
+        count += sum(_nodes(item, known, repeated) for item in node.value)
     if count > MAX_YAML_NODES:
         raise ValueError(f"{line}more than {MAX_YAML_NODES} values with its aliases written out")
     known[id(node)] = count

@@ -61,12 +61,19 @@ def checked(result: Translation, place: str) -> Translation:
 def main(argv: list[str]) -> None:
     args = cli.parse_args(parser(), argv)
     source, place = SOURCES[args.source], args.file
+    repeated: list[str] = []
     if args.source == "easylm":
         given, place = flags_of(place), "the command line"
     else:
-        given = read_yaml(Path(place))
+        # a key twice: PyYAML, which the others read by, takes the last value; OmegaConf refuses it
+        strict = args.source == "llama-factory"
+        given = read_yaml(Path(place), repeated=None if strict else repeated)
     options = {"task": args.task, "devices": args.devices, "drop": args.drop}
     result = checked(translate(source, given, place=place, **options), place)
+    for key in dict.fromkeys(repeated):
+        result.differences.append(
+            f"{key} stands twice in the file; the last value counts, as there"
+        )
     print(result.text(f"Translated from {place} ({source.name})"), end="")
 
 

@@ -761,6 +761,109 @@ def test_open_instruct_keeps_every_entry_of_its_list(tmp_path, capsys):
         translate.main(["open-instruct", file, "--task", "sft"])
 
 
+TULU_SFT = {key: value for key, value in TULU_DPO.items() if "dpo" not in key}
+
+
+def test_open_instructs_margin_of_simpo_has_two_names(tmp_path, capsys):
+    """Its loss is -log sigmoid(beta (x - ratio)), and ours -log sigmoid(beta x - gamma)."""
+    older = {"dpo_loss_type": "simpo", "dpo_gamma_beta_ratio": 0.4, "dpo_beta": 8}
+    newer = {"loss_type": "simpo", "gamma_beta_ratio": 0.4, "beta": 8}
+    for keys in (older, newer):
+        file = write(tmp_path / "a.yaml", **TULU_SFT | keys)
+        config, _ = ours(capsys, "open-instruct", file)
+        assert (config.dpo.loss_type, config.dpo.beta) == ("simpo", 8)
+        assert config.dpo.simpo_gamma == pytest.approx(8 * 0.4)
+
+
+@pytest.mark.parametrize(
+    "mixer, each",
+    [
+        ({"o/a": 1.0}, 1000),
+        ({"o/a": 0.5}, 2000),
+        ({"o/a": 0.5, "o/b": 2.0}, 400),
+        ({"o/a": 700, "o/b": 900}, 500),
+        (["o/a", "1.0", "o/b", "1.0"], 500),
+    ],
+)
+def test_open_instructs_limit_is_of_all_data_sets_together(mixer, each, tmp_path, capsys):
+    name = "dataset_mixer" if isinstance(mixer, dict) else "dataset_mixer_list"
+    sft = {key: value for key, value in TULU_SFT.items() if key != "dataset_mixer"}
+    file = write(tmp_path / "a.yaml", **sft, **{name: mixer}, max_train_samples=1000)
+    config, text = ours(capsys, "open-instruct", file, "--task", "sft")
+    assert config.data.max_examples == each
+    rows = [each * source.weight for source in config.data.train]
+    assert sum(rows) == 1000 and ("about 1000 in all" in text) == (each != 1000)
+
+
+@pytest.mark.parametrize(
+    "keys, note",
+    [
+        ({}, "writes one with add_bos alone"),
+        ({"add_bos": True}, ""),
+        ({}, "not of means over devices and accumulation steps"),
+        ({"reduce_loss": "sum"}, "not their sum, with which updates of more tokens weigh more"),
+        ({}, "DeepSpeed clips at 1.0"),
+        ({"clip_grad_norm": 0.5}, ""),
+        ({"weight_decay": 0.1}, "there biases alone"),
+        ({"max_seq_length": None}, "there at tokenizer.model_max_length"),
+        ({}, "there others, drawn at random"),
+        ({}, "Alpaca's prompt"),
+    ],
+)
+def test_open_instructs_differences_are_said(keys, note, tmp_path, capsys):
+    _, text = ours(
+        capsys, "open-instruct", write(tmp_path / "a.yaml", **TULU_SFT | keys), "--task", "sft"
+    )
+    without = {"add_bos": "start token", "clip_grad_norm": "DeepSpeed"}
+    assert note in text and ("their sum" in text) == ("reduce_loss" in keys)
+    assert all(word not in text for key, word in without.items() if key in keys)
+
+
+def test_open_instructs_normalised_loss_is_over_all_answers_of_a_conversation(tmp_path, capsys):
+    for loss, noted in (("dpo", False), ("dpo_norm", True), ("simpo", True)):
+        file = write(tmp_path / "a.yaml", **TULU_DPO | {"dpo_loss_type": loss})
+        _, text = ours(capsys, "open-instruct", file)
+        assert ("a length-normalised loss is over all its answers" in text) == noted
+        assert "of means" not in text
+
+
+def test_open_instruct_keeps_three_checkpoints(tmp_path, capsys):
+    for keys, kept in (({}, 3), ({"keep_last_n_checkpoints": 5}, 5)):
+        file = write(tmp_path / "a.yaml", **TULU_DPO | keys)
+        config, text = ours(capsys, "open-instruct", file)
+        assert config.save_total_limit == kept and "two newest" not in text
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"prm_prepro": True}, "prm_prepro (rewards of single steps"),
+        ({"dataset_mixer": {"o/a": 1}}, "dataset_mixer (1 is one row in some versions"),
+        ({"dataset_mixer": {"o/a": 1, "o/b": 0.5}}, "dataset_mixer (1 is one row in some"),
+        ({"reduce_loss": "sum", "clip_grad_norm": 1.0}, "clip_grad_norm (clips the gradient of"),
+        ({"tokenizer_revision": "v2"}, "tokenizer_revision (is another one than the model's"),
+        ({"load_balancing_loss": True}, "load_balancing_loss (only sft.router_aux_loss adds"),
+    ],
+)
+def test_open_instruct_refuses_what_would_be_another_run(keys, message, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        translate.main(
+            ["open-instruct", write(tmp_path / "a.yaml", **TULU_SFT | keys), "--task", "sft"]
+        )
+    assert message in str(error.value)
+
+
+def test_a_key_that_stands_twice_has_its_last_value_as_there(tmp_path, capsys):
+    text = yaml.safe_dump(TULU_DPO) + "learning_rate: 2.0e-6\n"
+    (tmp_path / "a.yaml").write_text(text)
+    config, report = ours(capsys, "open-instruct", str(tmp_path / "a.yaml"))
+    assert config.optimizer.learning_rate == yaml.safe_load(text)["learning_rate"] == 2e-6
+    assert "learning_rate stands twice in the file; the last value counts" in report
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(FACTORY) + "learning_rate: 2.0e-6\n")
+    with pytest.raises(ConfigError, match="the key 'learning_rate' was set in line"):
+        translate.main(["llama-factory", str(tmp_path / "b.yaml")])  # OmegaConf refuses it, too
+
+
 def test_axolotl_keeps_what_is_learned_and_how_rows_are_written(tmp_path, capsys):
     config, text = ours(capsys, "axolotl", write(tmp_path / "a.yaml", **ALPACA_QLORA))
     assert (config.train_batch_size, config.data.eval, config.eval_steps) == (8, 0.05, 0)

@@ -13,6 +13,7 @@ NUMBERS = frozenset(
     max_length lora_r lora_alpha lora_dropout evals_per_epoch saves_per_epoch label_smoothing
     label_smoothing_factor quantization_bit batch_size accumulate end_lr gamma_beta_ratio cpo_alpha
     desirable_weight undesirable_weight min_sample_len optimizer.learning_rate dpo.beta
+    optimizer.weight_decay data.max_examples
     """.split()
 )
 TEXTS = frozenset(
