@@ -39,6 +39,10 @@ def test_what_rows_are_is_seen_from_their_columns(name, task, kept, ground, caps
     out = capsys.readouterr().out
     assert f"train: {kept} of {report['train']['read']} rows" in out
     assert re.search(rf"{name}\.jsonl:\d+: trained on", out)
+    size, length = report["train"], report["train"]["length"]
+    assert f"  {size['tokens']} tokens, {size['learned_tokens']} of them learned; " in out
+    assert f" {length['shortest']} to {length['longest']} tokens, half of them up to" in out
+    assert out.count("tokens in [brackets] are trained on") == 1
     assert "data_report.html" in out
 
 
