@@ -68,10 +68,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {name}: no such command{hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv[0] = f"easyaira {name}"  # shown by the command's own --help
-    module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")
+    try:
+        module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")
 
-    from easyaira.cli import run_command  # --help and --version need no parser
-
+        from easyaira.cli import run_command  # --help and --version need no parser
+    except KeyboardInterrupt:  # afterwards, run_command handles signals
+        print("stopped: SIGINT; nothing is lost, run the same command again", file=sys.stderr)
+        sys.exit(75)
     run_command(module.main, rest)
 
 
