@@ -549,7 +549,8 @@ WAYS = {  # how an adapter is named as a model: what the refusal says
     "adapter/checkpoints/3": "and ADAPTER in lora.adapter (made by `easyaira convert to_hf "
     "{adapter}/checkpoints/3 ADAPTER`); to train a new one, merge it first: `easyaira convert "
     "to_hf {adapter}/checkpoints/3 MERGED --merge`, and name MERGED",
-    "adapter/hf": "name the base in model.name_or_path and it in lora.adapter",
+    "adapter/hf": "name its run folder, {adapter}, or merge it in peft; to train it, name the base "
+    "in model.name_or_path and it in lora.adapter",
 }
 
 

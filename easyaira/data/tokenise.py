@@ -45,7 +45,7 @@ def build(
         DataError: a row is unreadable, unless recipe.on_bad_row is skip.
     """
     account, seen = Account(), dict(known or {})
-    rows = tqdm(rows, desc=f"tokenising {label}", unit=" rows", disable=None)
+    rows = tqdm(rows, desc=f"tokenising {label}", unit="row", disable=None)
     with Files(folder) as files:
         for row, place, texts, parts in _tokenised(rows, account, recipe, template):
             numbers = {"labels": texts.label, "margins": texts.margin, "weights": texts.weight}

@@ -87,8 +87,9 @@ class Pretrained:
         file, adapter = self.folder / "config.json", self.folder / ADAPTER_CONFIG
         if adapter.exists() and not file.exists():
             base = read_json(adapter).get("base_model_name_or_path")
+            run = f", {self.folder.parent}," if self.folder.name == "hf" else ""
             raise ConfigError(
-                f"{self.name}: holds an adapter of {base}; name its run folder, or merge it in "
+                f"{self.name}: holds an adapter of {base}; name its run folder{run} or merge it in "
                 "peft; to train it, name the base in model.name_or_path and it in lora.adapter"
             )
         if not file.exists() and self.commit is None:
