@@ -424,7 +424,7 @@ def test_the_command_exits_with_0_or_2_and_prints_json(ground, tmp_path):
     [
         (lambda folder: None, "no such folder"),
         (lambda folder: folder.mkdir(), "holds no proof.json"),
-        (lambda folder: proof_of(folder, "[]"), "proof.json: holds list, expected dict"),
+        (lambda folder: proof_of(folder, "[]"), "proof.json: holds a list, expected an object"),
         (lambda folder: proof_of(folder, "{"), "proof.json: cannot be read: not JSON"),
         (lambda folder: proof_of(folder, '{"format": 2}'), "format is 2, expected 1"),
     ],
