@@ -30,6 +30,17 @@ COMMANDS = {  # name: (module, purpose)
     "selftest": ("selftest", "check the numbers on this machine's devices"),
 }
 
+ELSEWHERE = {  # names of other trainers' commands: ours
+    **dict.fromkeys(("train", "finetune", "fine_tune", "pretrain"), "sft"),
+    **dict.fromkeys(("kto", "orpo", "simpo", "prefer"), "dpo"),
+    **dict.fromkeys(("ppo", "grpo", "rloo"), "rl"),
+    **dict.fromkeys(("chat", "infer", "inference", "predict", "vllm_serve"), "generate"),
+    **dict.fromkeys(("eval", "score", "test"), "evaluate"),
+    **dict.fromkeys(("merge", "merge_lora", "export"), "convert"),
+    **dict.fromkeys(("preprocess", "plan"), "inspect"),
+    **dict.fromkeys(("webchat", "webui", "serve"), "demo"),
+}
+
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
@@ -48,15 +59,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"easyaira {__version__}")
         return
     if name not in COMMANDS:
-        near = did_you_mean(name, COMMANDS)
-        hint = near or f"; choose one of {', '.join(COMMANDS)}"
+        known = ELSEWHERE.get(name.replace("-", "_"))
+        if name.startswith("-"):
+            hint = "; begin with one, such as easyaira sft --help"
+        else:
+            hint = f"; did you mean {known}?" if known else did_you_mean(name, COMMANDS)
+            hint = hint or f"; choose one of {', '.join(COMMANDS)}"
         print(f"error: {name}: no such command{hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv[0] = f"easyaira {name}"  # shown by the command's own --help
-    module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")
+    try:
+        module = importlib.import_module(f"easyaira.{COMMANDS[name][0]}")
 
-    from easyaira.cli import run_command  # --help and --version need no parser
-
+        from easyaira.cli import run_command  # --help and --version need no parser
+    except KeyboardInterrupt:  # afterwards, run_command handles signals
+        print("stopped: SIGINT; nothing is lost, run the same command again", file=sys.stderr)
+        sys.exit(75)
     run_command(module.main, rest)
 
 

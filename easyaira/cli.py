@@ -27,7 +27,7 @@ from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, EasyAiraError, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
-from easyaira.option_errors import SOURCES, no_such_option, options_of, reworded, type_of
+from easyaira.option_errors import SOURCES, no_group, no_such_option, options_of, reworded, type_of
 from easyaira.short_help import USAGE, HelpAll, Parser
 
 LISTED = r"\s*\[\s*\{"  # how a list of sources begins; other brackets are patterns of files
@@ -133,7 +133,7 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
         elif name in groups:
             if not isinstance(value, dict):
                 given = "nothing" if value is None else shortened(repr(value))
-                raise ConfigError(f"{name}: expected options as `name: value`, got {given}")
+                raise ConfigError(no_group(name, given))
             _check_names(value, parser, f"{name}.")
         elif name not in options and name != PROVENANCE:
             raise ConfigError(no_such_option(name, options))

@@ -8,14 +8,15 @@ python -m easyaira.convert text_model HF_FOLDER_OR_ID OUT_FOLDER
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
 from easyaira import cli
-from easyaira.files import named_path
 from easyaira.short_help import Parser
 
 MERGE = "Merge adapters into their base weights."
+OVERWRITE = "Replace the model folder that is there, once the new one is complete."
 
 
 def to_hf(
@@ -23,6 +24,7 @@ def to_hf(
     out: str,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     merge: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a run, or one of its checkpoints, as a verified Hugging Face folder.
 
@@ -33,6 +35,7 @@ def to_hf(
         out: New folder.
         dtype: Data type of the stored weights; default: that of the model the run started from.
         merge: see MERGE.
+        overwrite: see OVERWRITE.
     """
     import jax
 
@@ -41,6 +44,7 @@ def to_hf(
     from easyaira.export import release
     from easyaira.export.hf_config import Facts
     from easyaira.export.records import Records
+    from easyaira.export.replace import target
     from easyaira.lora.adapter import of_record
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
@@ -53,6 +57,7 @@ def to_hf(
     adapter_only = origin.adapter is not None and not merge
     if adapter_only and dtype:
         raise ConfigError("dtype: an adapter is stored in float32; leave it out, or add --merge")
+    folder = target(out, origin, overwrite)
     model = model_of(origin.config, source)
     mesh = meshes.make_mesh("fsdp=-1")
     records = Records(origin.folder, origin.step)
@@ -63,11 +68,11 @@ def to_hf(
             adapter = of_record(origin.adapter, model)
             params = origin.load_adapter(adapter, mesh)
             report = release.export_adapter(
-                named_path(out), adapter=adapter, params=params, base=origin.base, **common
+                folder, adapter=adapter, params=params, base=origin.base, **common
             )
         else:
             report = release.export(
-                named_path(out),
+                folder,
                 model=model,
                 params=origin.lazy(model, mesh),
                 facts=Facts(origin.config, origin.generation_config, origin.stored_dtypes()),
@@ -80,39 +85,39 @@ def to_hf(
     print(f"{out}: {release.summary(report)}")
 
 
-def from_hf(source: str, out: str, revision: str | None = None) -> None:
+def from_hf(source: str, out: str, revision: str | None = None, overwrite: bool = False) -> None:
     """Write a Hugging Face model as a folder that runs can start from and to_hf can read.
 
     Args:
         source: Hugging Face folder or hub id.
         out: New folder.
         revision: Branch, tag or commit of a hub id.
+        overwrite: see OVERWRITE.
     """
     from easyaira import __version__
     from easyaira.distributed import mesh as meshes
     from easyaira.errors import ConfigError
     from easyaira.export.hf_config import Facts
+    from easyaira.export.replace import replacing, target
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
     from easyaira.storage.checkpoints import Checkpoints
 
-    folder = named_path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{out}: is not empty; choose another folder")
     origin = pretrained.find(source, revision)
     if origin.step is not None:
         raise ConfigError(f"{source}: is already a run folder; use it as it is, or to_hf")
+    folder = target(out, origin, overwrite)
     model = model_of(origin.config, source)
     origin.check(model)
     tokenizer = origin.tokenizer()
     mesh = meshes.make_mesh("fsdp=-1")
     params = origin.lazy(model, mesh)
-    checkpoints = Checkpoints(folder / pretrained.CHECKPOINTS, write=True)
     facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
     meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}
-    pretrained.save_tokenizer(tokenizer, folder / pretrained.TOKENIZER)
-    checkpoints.save_params(0, params, meta)
-    checkpoints.close()
+    with replacing(folder) as new:
+        pretrained.save_tokenizer(tokenizer, new / pretrained.TOKENIZER)
+        with closing(Checkpoints(new / pretrained.CHECKPOINTS, write=True)) as checkpoints:
+            checkpoints.save_params(0, params, meta)
     print(f"{out}: {model.parameter_count():,} parameters from {source}")
 
 
@@ -122,6 +127,7 @@ def from_easylm(
     out: str,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     revision: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a checkpoint of EasyLM's StreamingCheckpointer as a verified Hugging Face folder.
 
@@ -132,6 +138,7 @@ def from_easylm(
         out: New folder.
         dtype: Data type of the stored weights; default: that of the checkpoint.
         revision: Branch, tag or commit of a hub id.
+        overwrite: see OVERWRITE.
     """
     import jax
 
@@ -140,11 +147,13 @@ def from_easylm(
     from easyaira.export import release
     from easyaira.export.hf_config import Facts, with_dtype
     from easyaira.export.records import Records
+    from easyaira.export.replace import target
     from easyaira.hf import easylm, transfer
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
 
     origin = pretrained.find(like, revision, weights_wanted=False)
+    folder = target(out, origin, overwrite)
     model = model_of(origin.config, origin.where)
     known = model.architecture.easylm_rows
     ours = {row.ours: row for row in model.rows}
@@ -181,7 +190,7 @@ def from_easylm(
     mesh = meshes.make_mesh("fsdp=-1")
     with jax.set_mesh(mesh):
         report = release.export(
-            named_path(out),
+            folder,
             model=model,
             params=transfer.lazy_from_hf(tensors, model.shapes, rows, where=source),
             facts=Facts(with_dtype(origin.config, dtypes[""]), origin.generation_config, dtypes),
@@ -193,17 +202,19 @@ def from_easylm(
     print(f"{out}: {release.summary(report)}")
 
 
-def text_model(source: str, out: str, revision: str | None = None) -> None:
+def text_model(source: str, out: str, revision: str | None = None, overwrite: bool = False) -> None:
     """Write the text model of a model for images or sound as a Hugging Face folder of its own.
 
     Args:
         source: Hugging Face folder or hub id, whose config.json has a text_config.
         out: New folder.
         revision: Branch, tag or commit of a hub id.
+        overwrite: see OVERWRITE.
     """
     from easyaira.errors import ConfigError
     from easyaira.export import release
     from easyaira.export import text_model as parts
+    from easyaira.export.replace import target
     from easyaira.storage import pretrained
 
     origin = pretrained.find(source, revision)
@@ -211,10 +222,11 @@ def text_model(source: str, out: str, revision: str | None = None) -> None:
         raise ConfigError(
             f"{source}: is a run folder, which holds text models only; use it as it is"
         )
+    folder = target(out, origin, overwrite)
     text = parts.text_model(origin)
     tokenizer = parts.tokenizer_of(origin)
     files = (text.config, origin.generation_config, tokenizer)
-    verified = release.copy(named_path(out), text.tensors, *files)
+    verified = release.copy(folder, text.tensors, *files)
     without = f" without {', '.join(text.left_out)}" if text.left_out else ""
     print(f"{out}: {text.model.parameter_count():,} parameters from {source}{without}; {verified}")
 
@@ -228,9 +240,10 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subcommands(required=True, dest="command")
     for command in COMMANDS:
         sub = Parser(description=command.__doc__)
-        sub.add_function_arguments(command, as_positional=True, skip={"merge"})
+        sub.add_function_arguments(command, as_positional=True, skip={"merge", "overwrite"})
         if command is to_hf:
             sub.add_argument("--merge", action="store_true", help=MERGE)
+        sub.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         cli.debug_option(sub)
         commands.add_subcommand(command.__name__, sub, help=command.__doc__.splitlines()[0])
     args = cli.parse_args(parser, argv)

@@ -28,6 +28,15 @@ def one_line(error: BaseException) -> tuple[str, int]:
     return f"error: {type(error).__name__}: {lines[0][:300] if lines else 'a bug'}", 1
 
 
+KINDS = {"NoneType": "null", "bool": "true or false", "int": "a number", "float": "a number"}
+KINDS |= {"str": "a text", "list": "a list", "dict": "an object"}
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a file is, in the words of JSON."""
+    return KINDS.get(type(value).__name__, type(value).__name__)
+
+
 def shortened(text: str, limit: int = 80) -> str:
     """Text for a message, which a file may make as long as it likes."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

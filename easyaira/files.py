@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from easyaira.errors import ConfigError, EasyAiraError, UnsafeInputError
+from easyaira.errors import ConfigError, EasyAiraError, UnsafeInputError, kind_of
 
 MAX_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 2**20
@@ -96,7 +96,7 @@ def read_json(
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read: {reason(problem)}{hint}") from problem
     if not isinstance(content, kind):
-        raise error(f"{path}: holds {type(content).__name__}, expected {kind.__name__}{hint}")
+        raise error(f"{path}: holds {kind_of(content)}, expected {kind_of(kind())}{hint}")
     return content
 
 
@@ -165,7 +165,7 @@ def read_yaml(
     if content is None:
         raise error(f"{path}: is empty; expected options as `name: value`")
     if not isinstance(content, dict):
-        raise error(f"{path}: expected options as `name: value`, found {type(content).__name__}")
+        raise error(f"{path}: expected options as `name: value`, found {kind_of(content)}")
     return content
 
 

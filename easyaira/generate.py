@@ -235,7 +235,7 @@ def write(output: Any, sampler: Any, weights: Any, args: Any, text: Any) -> None
     from tqdm import tqdm
 
     start, count = time.perf_counter(), 0
-    with tqdm(total=output.total, initial=output.written, unit=" answers") as bar:
+    with tqdm(total=output.total, initial=output.written, unit="answer", disable=None) as bar:
 
         def progress(_, new):
             nonlocal count

@@ -9,9 +9,10 @@ output_dir, unless a run is there, and prints a few rows with coloured tokens.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from easyaira import cli
 from easyaira.config.algorithms import RewardConfig, SFTConfig
@@ -83,11 +84,24 @@ def main(argv: list[str]) -> None:
             print(f"  {count:,} {noted}")
         for unread, count in account.unread.items():
             print(f"  {count:,} {escaped(unread)} filled and not used")
+        print(f"  {_size(data.report[name])}")
         print(report.terminal(account, part=name, rows=ROWS, colour=sys.stdout.isatty()))
+    if not sys.stdout.isatty():
+        print("\ntokens in [brackets] are trained on")
     if of_run:
         print(f"\nkept    the report of the run in {folder}; to write this one, set output_dir")
     else:
         print(f"\ndone    {folder / report.FILES[1]}")
+
+
+def _size(part: Mapping[str, Any]) -> str:
+    """Tokens of a part of the data, and lengths of its examples."""
+    length = part["length"]
+    return (
+        f"{part['tokens']:,} tokens, {part['learned_tokens']:,} of them learned; examples of "
+        f"{length['shortest']:,} to {length['longest']:,} tokens, half of them up to "
+        f"{length['median']:,} and 95 % up to {length['95 %']:,}"
+    )
 
 
 if __name__ == "__main__":

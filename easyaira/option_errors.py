@@ -1,5 +1,6 @@
 """Errors of command lines in one line each: jsonargparse's messages in the words of options."""
 
+import difflib
 import re
 import sys
 from dataclasses import fields
@@ -36,12 +37,35 @@ OTHER_NAMES = {  # names of transformers, TRL and PEFT that resemble no option o
     "load_in_4bit": "lora.quantize",
     "load_in_8bit": "lora.quantize",
 }
+MEANT = {  # by a value in the place of a group of options
+    "model": "name_or_path",
+    "data": "train",
+    "lora": "target_modules",
+    "energy": "country",
+    "optimizer": "name",
+    "dpo": "loss_type",
+    "rl": "algorithm",
+}
 
 
 def reworded(message: str, parser: ArgumentParser) -> str:
     """Rewrite jsonargparse's message as `key: expected ..., got ...`, with the nearest name."""
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", message).replace("typing.", "")
+    if stray := re.search(r"nrecognized arguments?: (?!-)(\S+)", message):
+        return _stray(stray[1], parser)
+    if lacking := re.match(r"the following arguments are required: (.*)", message):
+        return _lacking(lacking[1].split(", "), parser)
+    if choice := re.search(
+        r"argument ([\w.]+): invalid choice: '(.*)' \(choose from (.*)\)", message
+    ):
+        name, given, choices = choice.groups()
+        choices = choices.replace("'", "").split(", ")
+        return f"{name}: expected {' or '.join(choices)}, got {shortened(given)}" + did_you_mean(
+            given, choices
+        )
+    if among := re.match(r'expected "(\w+)" to be one of \{(.*?)\}, but it was not', message):
+        return f"needs a {among[1]}: {among[2].replace(',', ', ')}"
     unknown = re.search(
         r"(?:not accept (?:nested key|option)|nrecognized arguments?:|^Option) '?-*([\w.]+)",
         message,
@@ -69,12 +93,44 @@ def options_of(parser: ArgumentParser) -> list[str]:
     return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
 
 
+def _stray(value: str, parser: ArgumentParser) -> str:
+    """Refuse a word of the command line that stands after no option."""
+    if value.endswith((".yaml", ".yml")) and "config" in options_of(parser):
+        return f"{value}: stands after no option; write --config {value}"
+    return (
+        f"{value}: stands after no option; write --NAME {value}, and several values as one list, "
+        "such as '[a, b]'"
+    )
+
+
+def _lacking(names: list[str], parser: ArgumentParser) -> str:
+    """Name the options and arguments that a command line lacks."""
+    flags = {action.dest for action in parser._actions if action.option_strings}
+    wanted = [f"--{name}" if name in flags else name.rpartition(".")[2] for name in names]
+    where = ", here or in a --config file" if "config" in flags else "; --help explains them"
+    return f"needs {' and '.join(wanted)}{where}"
+
+
+def no_group(name: str, given: str) -> str:
+    """Refuse a value in the place of a group of options, and name the option that is meant."""
+    return f"{name}: expected options as `name: value`, got {given}{_meant(name, given)}"
+
+
+def _meant(group: str, given: str) -> str:
+    known = group in MEANT and given != "nothing"
+    return f"; did you mean {group}.{MEANT[group]}?" if known else ""
+
+
 def no_such_option(name: str, options: list[str]) -> str:
     leaf = name.rpartition(".")[2]
     same_leaf = [option for option in options if option.rpartition(".")[2] == leaf]
     ours = OTHER_NAMES.get(leaf, "")
     if ours and not same_leaf and {ours, ours.partition(".")[0]} & {*options}:  # lora is a group
         return f"{name}: no such option; did you mean {ours}?"
+    groups = {option.partition(".")[0] for option in options if "." in option}
+    near = difflib.get_close_matches(name, groups, n=1, cutoff=0.75)
+    if near and "." not in name:
+        return f"{name}: no such option; did you mean {near[0]}?"
     return f"{name}: no such option" + (
         did_you_mean(name, same_leaf or options) or "; --help lists them"
     )
@@ -95,29 +151,47 @@ def _value_error(name: str, problem: str) -> str:
         got = f", got {shortened(value[1])}" if value else ""
         return f"{name}: expected a path or a list such as [{{path: FILE}}]{got}"
     if union := re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", problem):
-        kinds = union[1].replace("NoneType", "null").split(", ")
-        wanted = " or ".join(WORDS.get(kind, kind) for kind in kinds)
-        return f"{name}: expected {wanted}, got {shortened(union[2])}"
+        kinds = re.split(r", (?![^[]*\])", union[1])
+        wanted = " or ".join(_words(kind) for kind in kinds)
+        hint = _as_list(wanted, union[2]) or _meant(name, union[2])
+        return f"{name}: expected {wanted}, got {shortened(union[2])}{hint}"
     if plain := re.match(r"Expected an? (.*?)\. Got value: (.*)$", problem):
         choices = plain[1].split(" or ")
-        wanted = WORDS.get(plain[1], plain[1])
-        return f"{name}: expected {wanted}, got {shortened(plain[2])}" + did_you_mean(
-            plain[2], choices
-        )
+        wanted = _words(plain[1])
+        hint = _as_list(wanted, plain[2]) or did_you_mean(plain[2], choices)
+        return f"{name}: expected {wanted}, got {shortened(plain[2])}{hint}"
     if number := re.match(r"Not of type (\w+): (.*)$", problem):
         value = re.search(r"(.*) does not conform|'(.*)'$|(\S+) not an integer", number[2])
         got = next(filter(None, value.groups()), "an empty text") if value else number[2]
         return f"{name}: expected {WORDS.get(number[1], number[1])}, got {shortened(got)}"
     if group := re.match(r"Unable to load config ['\"](.*?)['\"]( - |$)", problem):
-        return f"{name}: expected options as `name: value`, got {shortened(group[1])}"
+        return no_group(name, shortened(group[1]))
     return shortened(f"{name}: {problem}", 300)
+
+
+def _words(kind: str) -> str:
+    """A type in words."""
+    if kind == "NoneType":
+        return "null"
+    if listed := re.fullmatch(r"list\[(?:\w+\.)?(\w+)\]", kind):
+        return WORDS["list"] if listed[1] == "str" else "a list such as [1, 2]"
+    if kind.startswith("dict"):
+        return "pairs such as {a: b}"
+    return WORDS.get(kind, kind)
+
+
+def _as_list(wanted: str, given: str) -> str:
+    """How to write values that were not written as a list."""
+    if "a list such as" not in wanted or not re.fullmatch(r"[\w.,-]+", given):
+        return ""
+    return f"; write [{', '.join(given.split(','))}]"
 
 
 def _group_error(name: str, class_path: str, problem: str) -> str:
     """Describe an error inside a nullable group of options in one line."""
     module, _, name_of_class = class_path.rpartition(".")
     if not hasattr(sys.modules.get(module), name_of_class):  # a value that is no group
-        return _value_error(name, f"Expected a group of options. Got value: {class_path}")
+        return no_group(name, class_path)
     options = [field.name for field in fields(getattr(sys.modules[module], name_of_class))]
     if unknown := re.match(r"Option '([\w.]+)' is not accepted", problem):
         options = [f"{name}.{option}" for option in options]

@@ -31,6 +31,7 @@ th, td { border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; white-space: nowrap; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 table.facts td:first-child { white-space: nowrap; color: var(--quiet); padding-left: 0; }
+table.facts td:first-child { width: 1%; padding-right: 2rem; }
 .wide { overflow-x: auto; } .wide td { min-width: 12rem; }
 .wide td:first-child { position: sticky; left: 0; background: var(--paper); }
 .figures { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }

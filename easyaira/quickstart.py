@@ -241,10 +241,14 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
+    if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return
+    if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
+        raise ConfigError(f"{' '.join(argv)}: expected one folder, or nothing")
     out = Path(argv[0] if argv else "quickstart")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; name a folder")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: is not empty; remove it, or name another folder")
     start = time.perf_counter()

@@ -123,6 +123,18 @@ def test_a_run_without_a_folder_is_named_after_the_last_configuration(tmp_path, 
         (["--optimizer.warmup_steps", "3", "--optimizer.warmup_ratio", "0.1"], "set one of them"),
         (["--sft.completion_only_loss", "true"], "no such option"),
         (["--config", "nothing.yaml"], "nothing.yaml: cannot be read: No such file or directory"),
+        (["mine.yaml"], "mine.yaml: stands after no option; write --config mine.yaml"),
+        (["--report_to", "[wandb]", "mlflow"], "mlflow: stands after no option; write --NAME"),
+        (["--report_to", "wandb"], "a list such as [a, b], got wandb; write [wandb]"),
+        (["--report_to", "wandb,mlflow"], "got wandb,mlflow; write [wandb, mlflow]"),
+        (
+            ["--lora", "{target_modules: [q], trainable_token_indices: 3}"],
+            "expected a list such as [1, 2] or null, got 3; write [3]",
+        ),
+        (["--model", "small"], "got small; did you mean model.name_or_path?"),
+        (["--data", "a.jsonl"], "got a.jsonl; did you mean data.train?"),
+        (["--lora", "true"], "got true; did you mean lora.target_modules?"),
+        (["--energy", "BRA"], "got BRA; did you mean energy.country?"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(argv, message):
@@ -134,11 +146,48 @@ def test_what_is_wrong_is_named_in_one_line(argv, message):
 
 
 @pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "needs --model.name_or_path and --data.train, here or in a --config file"),
+        (NEEDED[2:], "needs --model.name_or_path, here or in a --config file"),
+    ],
+)
+def test_what_is_missing_is_named_as_it_is_given(argv, message):
+    with pytest.raises(ConfigError) as error:
+        cli.parse(TrainSFT, argv)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "command, argv, message",
+    [
+        ("convert", [], "needs a command: to_hf, from_hf, from_easylm, text_model"),
+        ("convert", ["to_hf"], "needs source and out; --help explains them"),
+        ("convert", ["runs/a", "out"], "command: expected to_hf or from_hf or"),
+        ("translate", ["a.yaml"], "source: expected trl or open-instruct or"),
+        ("generate", ["runs/a", "hello"], "hello: stands after no option; write --NAME hello"),
+        ("push", ["runs/a/hf", "me/mine"], "me/mine: stands after no option"),
+        ("best_of", ["runs/a"], "needs --prompts and --reward and --output; --help explains them"),
+        ("quickstart", ["--out", "x"], "--out x: expected one folder, or nothing"),
+        ("quickstart", [__file__], "is a file; name a folder"),
+    ],
+)
+def test_what_is_wrong_in_other_commands_is_one_line(command, argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__.main([command, *argv])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and err.count("\n") == 1
+    assert err.startswith("error: ") and message in err
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
+        ("model: small", r"got .small.; did you mean model.name_or_path\?"),
         ("optimizer: {lr: 1}", "optimizer.lr: no such option"),
         ("model: {rev: x}", "model.rev: no such option; did you mean model.revision?"),
         ("trainer: {x: 1}", "trainer"),
+        ("optimiser: {learning_rate: 1}", r"did you mean optimizer\?"),
         ("seed: [1, 2]", "seed"),
         (
             "optimizer.weight_decay: 1\noptimizer: {learning_rate: 1}",
@@ -178,7 +227,7 @@ PATHS = "expected a path or a list such as [{path: FILE}], got "
         ),
         ("# nothing yet", "PLACE: is empty; expected options as `name: value`"),
         ("", "PLACE: is empty; expected options as `name: value`"),
-        ("- seed: 1", "PLACE: expected options as `name: value`, found list"),
+        ("- seed: 1", "PLACE: expected options as `name: value`, found a list"),
         ("seed: [1", "PLACE: cannot be read: line 1: "),
         (BOMB + "data: {allowed_tokens: *a9}", "PLACE: cannot be read: line 5: more than 100000"),
         (BOMB + "card: {inference: {x: *a9}}", "PLACE: cannot be read: line 5: more than 100000"),
@@ -253,7 +302,7 @@ def test_a_file_of_options_is_refused_in_one_short_line(text, message, tmp_path)
         ("data.eval=[{path: a, splt: b}]", "data.eval[0].splt: no such option; did you mean"),
         ("data.train={path: a, splt: b}", "data.train: expected a path or a list such as"),
         ("card={infernce: {}}", "card.infernce: no such option; did you mean card.inference?"),
-        ("card={inference: 3}", "card.inference: expected dict, got 3"),
+        ("card={inference: 3}", "card.inference: expected pairs such as {a: b}, got 3"),
         ("card.inference={x: {y: 2}}", "card.inference.x: expected one value, got {'y': 2}"),
         ("optimizer={learning_rate: x}", "optimizer.learning_rate: expected a number from 0"),
         ("optimizer={a: 1, a: 2}", "optimizer: line 1: the key 'a'"),
@@ -512,7 +561,10 @@ def test_every_command_has_its_module():
         ("dpp", "did you mean dpo?"),
         ("train_reward", "did you mean reward?"),
         ("zzz", "choose one of sft, dpo, "),
-        ("--verbose", "no such command"),
+        ("--verbose", "begin with one, such as easyaira sft --help"),
+        ("train", "did you mean sft?"),
+        ("merge-lora", "did you mean convert?"),
+        ("chat", "did you mean generate?"),
     ],
 )
 def test_an_unknown_command_is_one_line_with_the_nearest(name, mend, capsys):
@@ -557,3 +609,8 @@ def test_the_package_and_its_command_answer_at_once():
 def test_the_package_installs_the_command():
     setup = (Path(__file__).parents[1] / "setup.py").read_text()
     assert '"easyaira = easyaira.__main__:main"' in setup
+
+
+def test_names_of_other_trainers_lead_to_commands():
+    assert {*__main__.ELSEWHERE.values()} <= __main__.COMMANDS.keys()
+    assert not __main__.ELSEWHERE.keys() & __main__.COMMANDS.keys()

@@ -100,7 +100,7 @@ def test_a_prompt_stands_before_both_answers_once(row, meant, tmp_path):
         ({"prompt": [SYSTEM, ASKED], "system": "Be rude.", **PAIR}, "another system prompt"),
         ({"prompt": [ASKED, turn("assistant", "Hel")], "chosen": "lo.", "rejected": "p!"},
          "the prompt ends in an answer that the next column continues"),
-        ({"prompt": "Hi?", "chosen": ANSWERED, "rejected": LAST}, "list of messages, found dict"),
+        ({"prompt": "Hi?", "chosen": ANSWERED, "rejected": LAST}, "messages, found an object"),
         ({"prompt": "Hi?", "chosen": [ANSWERED | {"weight": 0}], "rejected": [LAST]},
          "marked not to be learned"),
     ],
@@ -434,3 +434,21 @@ def test_roles_of_other_names_are_told_by_name(tmp_path):
     rows = [{"messages": [turn("human", "Hi?"), turn("gpt", "Hello.")]}]
     with pytest.raises(DataError, match="dropped 1 no turn has the role assistant"):
         load(tiny.write_rows(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    "header, task, mend",
+    [
+        ("prompt chosen rejected", "conversation", "`easyaira dpo` trains on (prompt, chosen, rej"),
+        ("prompt completion label", "pair", "kto` trains on (prompt, completion, label)"),
+        ("text label", "pair", "`easyaira reward` trains on (text, label)"),
+        ("prompt completion", "pair", "`easyaira sft` trains on (prompt, completion)"),
+        ("prompt;completion", "conversation", "separated by ';'; write the file with commas"),
+        ("question answer", "conversation", "Name them in data.columns"),
+        ("question text", "pair", "Name them in data.columns"),
+    ],
+)
+def test_columns_of_another_task_name_its_command(header, task, mend):
+    with pytest.raises(DataError) as error:
+        columns.form_of(header.split(" "), task)
+    assert mend in str(error.value) and "\n" not in str(error.value)

@@ -183,11 +183,17 @@ def look_up(words) -> bool:
     elif words[:1] == ("python",) and words[1].startswith("scripts/"):
         text = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+    elif words[:2] == ("git", "clone"):
+        assert words[2:] == ("REPOSITORY", "easyaira"), "no address was published"
+    elif words[0] == "gcloud":
+        inner = [tuple(shlex.split(part)) for part in words[-1].split(" && ")]
+        inner = [("pip", *part[1:]) if part[0] == ".venv/bin/pip" else part for part in inner]
+        assert all(map(look_up, inner)), inner
     elif words == ("pre-commit", "install"):
         assert (ROOT / ".pre-commit-config.yaml").exists()
     else:
         environment = [("python3", "-m", "venv", ".venv"), ("source", ".venv/bin/activate")]
-        return words in environment
+        return words in [*environment, ("cd", "easyaira")]
     return True
 
 

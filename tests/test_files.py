@@ -60,7 +60,7 @@ def test_large_files_are_refused(tmp_path):
         b"[" * 200_000: "nested too deeply",
         b'{"a": 1, "b": {"c": 1, "c": 1}}': "'c' stands twice",
         b'{"a": "\xff"}': "not UTF-8: byte 0xff at 7",
-        b"[]": "holds list, expected dict",
+        b"[]": "holds a list, expected an object",
     }.items(),
 )
 def test_json_errors_name_the_file_and_what_is_wrong(text, message, tmp_path):
@@ -82,7 +82,7 @@ LAUGHS = (
     "text, message",
     {
         "": "expected options",
-        "- 1": "expected options as `name: value`, found list",
+        "- 1": "expected options as `name: value`, found a list",
         "a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n": "line 5: the key 'c' was set in line 3 already",
         "a: [1\nb: 2": "line 2: ",
         "a: !!python/object/apply:os.system [x]": "line 1: could not determine a constructor",

@@ -39,6 +39,10 @@ def test_what_rows_are_is_seen_from_their_columns(name, task, kept, ground, caps
     out = capsys.readouterr().out
     assert f"train: {kept} of {report['train']['read']} rows" in out
     assert re.search(rf"{name}\.jsonl:\d+: trained on", out)
+    size, length = report["train"], report["train"]["length"]
+    assert f"  {size['tokens']} tokens, {size['learned_tokens']} of them learned; " in out
+    assert f" {length['shortest']} to {length['longest']} tokens, half of them up to" in out
+    assert out.count("tokens in [brackets] are trained on") == 1
     assert "data_report.html" in out
 
 
@@ -84,7 +88,7 @@ def test_it_takes_the_options_of_any_command_and_refuses_what_does_not_fit(groun
         (b'{"prompt": "q"}{"prompt": "r"}', "Extra data"),
         (b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
         (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
-        (b"null", "a row must be an object with columns, found NoneType"),
+        (b"null", "a row must be an object with columns, found null"),
     ],
 )
 def test_a_first_row_that_cannot_be_read_says_why(content, reason, ground):

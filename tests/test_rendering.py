@@ -269,7 +269,7 @@ def test_the_default_of_several_templates_is_used_as_by_transformers():
     with pytest.raises(TokenizerError, match=r"templates tool_use, rag, but no default; write"):
         Template(tokenizer, "chat", "gpt2")
     tokenizer.chat_template = 5
-    with pytest.raises(TokenizerError, match="chat_template: expected a text, found int"):
+    with pytest.raises(TokenizerError, match="chat_template: expected a text, found a number"):
         Template(tokenizer, "chat", "gpt2")
 
 

@@ -404,7 +404,7 @@ def test_conversions_refuse_what_would_overwrite_or_is_not_there(ground, tmp_pat
         (["to_hf", ground / "gpt2", tmp_path / "x"], 2, "is not a run folder"),
         (["to_hf", tmp_path / "nothing", tmp_path / "x"], 2, "no such folder"),
         (["to_hf", tmp_path / "ours", ground], 2, "is not empty"),
-        (["to_hf"], 2, "required"),
+        (["to_hf"], 2, "needs source and out"),
     ):
         got, _, err = call(convert.main, arguments, capsys)
         assert got == status and message in err, err

@@ -215,22 +215,22 @@ BAD_LINES = cases(
         b'{"prompt": "a\\ud800", "completion": "b"}\n',
         "column prompt: wanted text.*lone surrogate at 1",
     ),
-    ("null", b'{"prompt": "a?", "completion": null}\n', "column completion.*found NoneType"),
-    ("number", b'{"prompt": 3, "completion": "b"}\n', "column prompt: wanted text.*found int"),
+    ("null", b'{"prompt": "a?", "completion": null}\n', "column completion.*found null"),
+    ("number", b'{"prompt": 3, "completion": "b"}\n', "column prompt: wanted text.*found a number"),
     (
         "list of texts",
         b'{"prompt": ["a"], "completion": "b"}\n',
         "column prompt: a message must be",
     ),
-    ("object", b'{"prompt": "a", "completion": {"a": 1}}\n', "column completion.*found dict"),
+    ("object", b'{"prompt": "a", "completion": {"a": 1}}\n', "column completion.*found an object"),
     (
         "null in a message",
         b'{"prompt": [{"role": "user", "content": null}], "completion": "b"}\n',
-        "column prompt: wanted text as content, found NoneType",
+        "column prompt: wanted text as content, found null",
     ),
-    ("a list as a row", b'["a", "b"]\n', "a row must be an object with columns, found list"),
-    ("a text as a row", b'"prompt"\n', "a row must be an object with columns, found str"),
-    ("null as a row", b"null\n", "a row must be an object with columns, found NoneType"),
+    ("a list as a row", b'["a", "b"]\n', "a row must be an object with columns, found a list"),
+    ("a text as a row", b'"prompt"\n', "a row must be an object with columns, found a text"),
+    ("null as a row", b"null\n", "a row must be an object with columns, found null"),
     ("another schema", b'{"messages": []}\n', "no column prompt, which earlier rows have"),
     ("no columns", b"{}\n", "no column prompt, which earlier rows have"),
     (
@@ -271,7 +271,7 @@ def test_a_bad_line_is_an_error_or_a_counted_drop(line, reason, tmp_path):
             "a.json",
             b'[{"prompt": "a", "completion": "b"}, 3]',
             2,
-            "found int",
+            "found a number",
         ),
         (
             "too few cells",
@@ -300,7 +300,7 @@ def test_a_bad_line_is_an_error_or_a_counted_drop(line, reason, tmp_path):
             "a.parquet",
             as_parquet([ROWS[0], {"prompt": "a", "completion": None}]),
             2,
-            "column completion: .*found NoneType",
+            "column completion: .*found null",
         ),
         (
             "number in arrow",
@@ -726,7 +726,7 @@ def test_a_transcript_is_its_turns(tmp_path):
         ("no answer", {"chosen": [USER], "rejected": [USER, BAD]}, "must end in an assistant's"),
         ("no messages", {"chosen": [], "rejected": [USER, BAD]}, "must end in an assistant's"),
         ("null", {"chosen": None, "rejected": [BAD]}, "column chosen: wanted text or a list"),
-        ("number", {"prompt": 1, "chosen": "b", "rejected": "c"}, "column prompt.*found int"),
+        ("number", {"prompt": 1, "chosen": "b", "rejected": "c"}, "column prompt.*found a number"),
     ),
 )
 def test_a_pair_that_is_none_is_an_error_or_a_counted_drop(row, reason, tmp_path):
@@ -774,7 +774,7 @@ def test_any_other_label_is_an_error_or_a_counted_drop(label, tmp_path):
 def test_of_two_texts_the_better_one_stands_first(better, worse, tmp_path):
     rows = [{worse: "c", better: "b"}, {worse: "", better: "b"}, {worse: 3, better: "b"}]
     file = tiny.write_rows(tmp_path / "a.jsonl", rows)
-    assert f"a.jsonl:3: column {worse}: wanted text, found int" in error_of(file, task="label")
+    assert f"a.jsonl:3: column {worse}: wanted text, found a number" in error_of(file, task="label")
     data = load(file, task="label", on_bad_row="skip", max_dropped=0.9)
     assert data.report["train"]["dropped"] == {"unreadable": 1, "empty text": 1}
     _, *bounds = data.train.bounds[0]

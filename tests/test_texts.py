@@ -159,7 +159,7 @@ def test_other_columns_are_counted_or_decide_the_form(tmp_path):
     data = load(write(tmp_path, "a rendered template", **row))
     assert data.report["train"]["not used"] == {"column text": 1}
     assert columns.fitting(["text", "label"], list(columns.FORMS))[0][0] == "label"
-    with pytest.raises(DataError, match="column text: wanted text, found int"):
+    with pytest.raises(DataError, match="column text: wanted text, found a number"):
         load(write(tmp_path, 3))
 
 

@@ -424,7 +424,7 @@ def test_the_command_exits_with_0_or_2_and_prints_json(ground, tmp_path):
     [
         (lambda folder: None, "no such folder"),
         (lambda folder: folder.mkdir(), "holds no proof.json"),
-        (lambda folder: proof_of(folder, "[]"), "proof.json: holds list, expected dict"),
+        (lambda folder: proof_of(folder, "[]"), "proof.json: holds a list, expected an object"),
         (lambda folder: proof_of(folder, "{"), "proof.json: cannot be read: not JSON"),
         (lambda folder: proof_of(folder, '{"format": 2}'), "format is 2, expected 1"),
     ],
@@ -495,37 +495,42 @@ def test_a_bit_of_a_checkpoint_is_found(item, ground, tmp_path, capsys):
     assert not ok and lines["3"].startswith("WRONG   3")
 
 
-def adapted_from(base, ground, out):
+NAMED = "base_model_name_or_path"
+
+
+def adapted_from(base, ground, out, folder=None):
     """A DPO run with an adapter on the weights of another run; returns its adapter_config.json."""
     common = {"max_steps": 1, "optimizer.warmup_steps": 0, "export": True}
     targets = "c_attn" if base == "sft" else "q_proj"
     lora = f"--lora={{r: 2, alpha: 4, target_modules: [{targets}]}}"
-    runs.train("dpo", ground / base, ground, out, lora, **common)
+    runs.train("dpo", folder or ground / base, ground, out, lora, **common)
     return json.loads((out / "hf/adapter_config.json").read_text())
 
 
 @pytest.mark.slow
 def test_an_adapter_on_a_run_names_the_release_of_that_run(ground, tmp_path, capsys):
     config = adapted_from("sft", ground, tmp_path / "run")
-    assert config["base_model_name_or_path"] == str(ground / "sft/hf")
+    assert config[NAMED] == str(ground / "sft/hf")
     assert "warning: hf/" not in capsys.readouterr().out
     lines, ok = lines_of(tmp_path / "run/hf", capsys)
     assert ok and lines["logits"].startswith("ok")  # peft loaded it
 
 
 @pytest.mark.slow
-def test_an_adapter_on_an_adapter_says_before_the_first_update_what_its_base_needs(
+def test_an_adapter_on_a_rounded_run_says_before_the_first_update_what_its_base_needs(
     ground, tmp_path, capsys
 ):
-    place = adapted_from("adapter", ground, tmp_path / "run")["base_model_name_or_path"]
+    copied(ground / "sft", tmp_path / "sft")
+    file = tmp_path / "sft/hf/proof.json"
+    file.write_text(file.read_text().replace('"float32"', '"bfloat16"'))
+    place = adapted_from("sft", ground, tmp_path / "run", tmp_path / "sft")[NAMED]
     out = capsys.readouterr().out
-    needed = f"`easyaira convert to_hf {place} BASE --merge` and name BASE in its adapter_config"
-    assert place == str(ground / "adapter/checkpoints/3")
+    needed = f"`easyaira convert to_hf {place} BASE` and name BASE in its adapter_config"
+    assert place == str(tmp_path / "sft/checkpoints/3")
     assert needed in out and out.index(needed) < out.index("step 1: ")
-    assert "name its base in model.name_or_path and its hf/ in lora.adapter" in out
     card = (tmp_path / "run/hf/README.md").read_text()
-    assert card.index("to_hf adapter/checkpoints/3 BASE --merge`") < card.index("AutoPeftModel")
-    convert.main(["to_hf", place, str(tmp_path / "base"), "--merge"])  # as told
+    assert card.index("to_hf sft/checkpoints/3 BASE`") < card.index("AutoPeftModel")
+    convert.main(["to_hf", place, str(tmp_path / "base")])  # as told
     file = tmp_path / "run/hf/adapter_config.json"
     file.write_text(file.read_text().replace(place, str(tmp_path / "base")))
     theirs, ours = (
@@ -536,6 +541,51 @@ def test_an_adapter_on_an_adapter_says_before_the_first_update_what_its_base_nee
         )
     )
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+WAYS = {  # how an adapter is named as a model: what the refusal says
+    "adapter": "and {adapter}/hf in lora.adapter; to train a new one, merge it first: "
+    "`easyaira convert to_hf {adapter} MERGED --merge`, and name MERGED",
+    "adapter/checkpoints/3": "and ADAPTER in lora.adapter (made by `easyaira convert to_hf "
+    "{adapter}/checkpoints/3 ADAPTER`); to train a new one, merge it first: `easyaira convert "
+    "to_hf {adapter}/checkpoints/3 MERGED --merge`, and name MERGED",
+    "adapter/hf": "name its run folder, {adapter}, or merge it in peft; to train it, name the base "
+    "in model.name_or_path and it in lora.adapter",
+}
+
+
+@pytest.mark.parametrize("quantize", ["null", "nf4"])
+@pytest.mark.parametrize("task", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("name", WAYS)
+def test_an_adapter_on_an_adapter_is_refused_with_both_ways(name, task, quantize, ground, tmp_path):
+    """Nobody could load it: its base would be a folder of checkpoints."""
+    lora = f"--lora={{r: 2, alpha: 4, target_modules: [q_proj], quantize: {quantize}}}"
+    options = {"max_steps": 1, "optimizer.warmup_steps": 0, "export": True}
+    with pytest.raises(ConfigError) as refused:
+        runs.train(task, ground / name, ground, tmp_path / "run", lora, **options)
+    wanted = WAYS[name].format(adapter=ground / "adapter")
+    assert wanted in str(refused.value) and "\n" not in str(refused.value)
+    assert name == "adapter/hf" or f"its base, {ground / 'llama'}, in" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["null", "int8", "nf4"])
+@pytest.mark.parametrize("way", ["further", "merged"])
+def test_both_ways_end_in_an_adapter_that_peft_loads(way, quantize, ground, tmp_path):
+    targets = f"r: 4, alpha: 8, target_modules: [q_proj, v_proj], quantize: {quantize}"
+    options = {"max_steps": 2, "optimizer.warmup_steps": 0, "export": True}
+    first, base, own = tmp_path / "first", ground / "llama", f"--lora={{{targets}}}"
+    runs.train("sft", base, ground, first, own, **options)
+    if way == "merged":
+        base = to_hf(first, tmp_path / "merged", "--merge")
+    else:
+        own = f"--lora={{{targets}, adapter: {first / 'hf'}}}"
+    runs.train("dpo", base, ground, tmp_path / "run", own, **options)
+    folder = tmp_path / "run/hf"
+    assert json.loads((folder / "adapter_config.json").read_text())[NAMED] == str(base)
+    report = json.loads((folder / "export_report.json").read_text())
+    assert report["logits"]["compared"]  # peft loaded it
 
 
 @pytest.mark.slow

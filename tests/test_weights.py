@@ -542,3 +542,16 @@ def test_the_package_needs_no_torch():
         "easyaira.convert, easyaira.generate"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_and_a_folder_of_models_are_no_model(tmp_path):
+    for name in ("a", "b"):
+        tiny.save_config(tmp_path / "runs" / name, tiny.CONFIGS["gpt2"])
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("runs/a/config.json", "a/config.json: is a file; name the folder that it is in"),
+        ("runs", f"runs: holds no config.json, .* folder, such as {tmp_path}/runs/a$"),
+        ("empty", "empty: holds no config.json, so it is no model; name a run folder or a Hugging"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _ = find(str(tmp_path / name)).config

@@ -20,6 +20,7 @@ from easyaira.data.columns import (
     turns_of,
 )
 from easyaira.data.recipe import Dropped
+from easyaira.errors import kind_of
 
 RANKING = ("scores", "ranks")  # columns that say which of the answers are better
 MOST_ANSWERS = 64  # to a prompt
@@ -40,7 +41,7 @@ def compared(row: Record, form: Form) -> tuple[list[Message], list[str], list[in
     name = form.columns[0]
     answers = column_of(row, name)
     if not isinstance(answers, Sequence) or isinstance(answers, str | bytes):
-        raise Unreadable(f"column {name}: wanted a list of answers, found {type(answers).__name__}")
+        raise Unreadable(f"column {name}: wanted a list of answers, found {kind_of(answers)}")
     if len(answers) > MOST_ANSWERS:
         raise Unreadable(f"column {name}: {len(answers)} answers, more than {MOST_ANSWERS}")
     if name == "completions":
@@ -70,7 +71,7 @@ def _ranking(row: Record, count: int) -> list[float]:
         raise Unreadable(f"column answers: needs {' or '.join(RANKING)} beside it, found {which}")
     name, numbers = given[0], row[given[0]]
     if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes):
-        raise Unreadable(f"column {name}: wanted a list of numbers, found {type(numbers).__name__}")
+        raise Unreadable(f"column {name}: wanted a list of numbers, found {kind_of(numbers)}")
     if len(numbers) != count:
         raise Unreadable(f"column {name}: {len(numbers)} numbers for {count} answers")
     return [_finite(number, name) * (-1 if name == "scores" else 1) for number in numbers]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from easyaira.errors import ConfigError, TokenizerError
+from easyaira.errors import ConfigError, TokenizerError, kind_of
 from easyaira.files import named_path, read_file, reason
 
 PLAIN = (
@@ -122,7 +122,7 @@ def _own(tokenizer: Any) -> tuple[str, str]:
         repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
         where = where.replace(str(folder), repository)
     if not isinstance(tokenizer.chat_template, str | dict):
-        kind = type(tokenizer.chat_template).__name__
+        kind = kind_of(tokenizer.chat_template)
         raise TokenizerError(f"{where}: chat_template: expected a text, found {kind}")
     try:
         return tokenizer.get_chat_template(), where

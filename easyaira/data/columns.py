@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from easyaira.data.record import HISTORY, SYSTEM, WEIGHTS, Record, Unreadable
-from easyaira.errors import DataError
+from easyaira.errors import DataError, kind_of
 
 Message = dict[str, Any]  # role, content, and learned if the row says so
 
@@ -65,6 +65,14 @@ FORMS = {
     ),
 }
 
+# the command for each form of rows
+TRAINED_BY = {
+    "conversation": "sft",
+    "pair": "dpo",
+    "rated": "dpo --dpo.loss_type kto",
+    "label": "reward",
+}
+
 
 def fitting(columns: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, Form]]:
     """Forms that the columns match, each with its task."""
@@ -88,8 +96,19 @@ def form_of(columns: Sequence[str], task: str) -> Form:
         )
     raise DataError(
         f"found columns {', '.join(columns)}; wanted {' or '.join(f'({f})' for f in FORMS[task])}. "
-        "Name them in data.columns, such as {prompt: question}"
+        f"{_mend(columns, task)}"
     )
+
+
+def _mend(columns: Sequence[str], task: str) -> str:
+    """What to do with columns that match no form of the task."""
+    if len(columns) == 1 and (separators := [mark for mark in ";\t|" if mark in columns[0]]):
+        return f"The columns are separated by {separators[0]!r}; write the file with commas"
+    others = fitting(columns, [other for other in TRAINED_BY if other != task])
+    if others := [(other, form) for other, form in others if not form.otherwise]:
+        other, form = max(others, key=lambda fits: str(fits[1]).count(","))
+        return f"`easyaira {TRAINED_BY[other]}` trains on ({form})"
+    return "Name them in data.columns, such as {prompt: question}"
 
 
 def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
@@ -255,7 +274,7 @@ def _text(row: Record, name: str) -> str:
 
 def _checked(text: Any, wanted: str) -> str:
     if not isinstance(text, str):
-        raise Unreadable(f"{wanted}, found {type(text).__name__}")
+        raise Unreadable(f"{wanted}, found {kind_of(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -283,7 +302,7 @@ def as_messages(row: Record, value: Any, name: str, role: str | None = None) -> 
         return [{"role": role, "content": text}]
     wanted = "text or a list of messages" if role else "a list of messages"
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise Unreadable(f"column {name}: wanted {wanted}, found {type(value).__name__}")
+        raise Unreadable(f"column {name}: wanted {wanted}, found {kind_of(value)}")
     return [_message(row.part(turn, name), name) for turn in value]
 
 

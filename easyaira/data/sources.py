@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from easyaira.config.data import Source
 from easyaira.data import folders
-from easyaira.errors import DataError, EasyAiraError
+from easyaira.errors import DataError, EasyAiraError, kind_of
 from easyaira.files import named_path, no_key_twice, parse_json, reason
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer row is an error, or an attack
@@ -50,7 +50,7 @@ def read(source: Source) -> Iterator[Located]:
     for place, row in _rows(source):
         count += 1
         if not isinstance(row, Mapping | BadRow):
-            row = BadRow(f"a row must be an object with columns, found {type(row).__name__}")
+            row = BadRow(f"a row must be an object with columns, found {kind_of(row)}")
         if isinstance(row, BadRow):
             yield Located(place, row)
             continue

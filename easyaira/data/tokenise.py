@@ -54,7 +54,7 @@ def build(
         DataError: a row is unreadable, unless recipe.on_bad_row is skip.
     """
     account, seen, windows = Account(), dict(known or {}), Windows(recipe)
-    rows = tqdm(rows, desc=f"tokenising {label}", unit=" rows", disable=None)
+    rows = tqdm(rows, desc=f"tokenising {label}", unit="row", disable=None)
     with Files(folder) as files:
 
         def store(parts: Parts, of: Origin, notes: list[str], **numbers: float) -> None:

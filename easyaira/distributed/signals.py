@@ -24,7 +24,8 @@ class StopSignal:
     during it. A second signal kills the process at once.
 
     Python runs a signal handler only between two bytecode instructions, so not during a
-    compilation, which takes minutes. A thread watches for signals and then ends the process.
+    compilation, which takes minutes; and what it raises inside a callback or __del__ is lost. A
+    thread watches for signals and then ends the process.
 
     Args:
         leave: called by that thread to end the process.
@@ -38,6 +39,7 @@ class StopSignal:
         self.received: str | None = None
         self.deferred = False
         self._leave = leave
+        self._raised = self._over = False
 
     def __enter__(self) -> StopSignal:
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -48,6 +50,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_):
+        self._over = True
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -59,6 +62,7 @@ class StopSignal:
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
         if not self.deferred:
+            self._raised = True
             raise self._preempted(number)
 
     def _preempted(self, number: int) -> Preempted:
@@ -70,5 +74,6 @@ class StopSignal:
             while byte := pipe.read(1):
                 if byte[0] in self._before:
                     time.sleep(GRACE)
-                    if not self.received and not self.deferred:
+                    unheard = not self.received or self._raised
+                    if unheard and not self.deferred and not self._over:
                         self._leave(self._preempted(byte[0]))

@@ -90,7 +90,7 @@ class EasyAiraLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         prepared = [self._fitted(*request) for request in requests]
-        with tqdm(total=len(prepared), unit=" requests", disable=None) as bar:
+        with tqdm(total=len(prepared), unit="request", disable=None) as bar:
             return [tuple(one) for one in self.likelihoods(prepared, bar.update)]
 
     def _fitted(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
@@ -128,7 +128,7 @@ class EasyAiraLM(TemplateLM):
         for i, request in enumerate(requests):
             kinds.setdefault(repr(request.args[1]), []).append(i)
         programs: list[Programs] = []
-        with tqdm(total=len(requests), unit=" answers", disable=None) as bar:
+        with tqdm(total=len(requests), unit="answer", disable=None) as bar:
             for index in kinds.values():
                 sampling, until = self._sampling(requests[index[0]].args[1])
                 sampler = Sampler(self.model, sampling, text=self._text, programs=programs)

@@ -53,14 +53,10 @@ def warning(base: Pretrained) -> str | None:
     if loadable(base) is not None:
         return None
     place = base.location()["name"]
-    further = (
-        ". To train the same adapter further instead, name its base in model.name_or_path and its "
-        "hf/ in lora.adapter"
-    )
     return (
         f"hf/ will hold an adapter on {place}, which peft cannot load. To use it, run "
         f"`{to_convert(base, place)}` and name BASE in its adapter_config.json, or export this run "
-        f"with convert to_hf --merge{further if base.adapter is not None else ''}"
+        "with convert to_hf --merge"
     )
 
 

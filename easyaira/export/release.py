@@ -1,16 +1,14 @@
 """Export of a trained model as a Hugging Face folder: weights, configs, tokenizer, card, report.
 
-Files are written to a temporary folder beside the target, read back, compared, and moved into place
-at the end. A folder that fails verification never appears under the target's name.
+Files are written to a temporary folder beside the target, read back and compared. A folder that
+fails verification never appears under the target's name.
 `easyaira verify` checks it against its proof.json ever after.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
 from easyaira.distributed import hosts, watchdog
-from easyaira.errors import ConfigError, StorageError, WeightsError, shown_as
+from easyaira.errors import WeightsError
 from easyaira.export import adapter_base, card, proof, torch_check
 from easyaira.export.hf_config import Facts, with_dtype
 from easyaira.export.records import Records
-from easyaira.files import reason
+from easyaira.export.replace import replacing
 from easyaira.hf import safetensors, transfer
 from easyaira.hf.lazy import Lazy
 from easyaira.lora import peft
@@ -45,7 +42,6 @@ def export(
     tokenizer: Any,
     mesh: Any,
     records: Records | None,
-    replace: bool = False,
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write and verify a Hugging Face folder; returns the content of export_report.json.
@@ -53,18 +49,17 @@ def export(
     Every process must call this. The first one writes; the others return {}.
 
     Args:
-        folder: the target; it appears only after verification.
+        folder: the target, see `replacing`; it appears only after verification.
         model, params: the model to export.
         facts: content of the configs, and stored dtypes.
         tokenizer: saved with its chat template.
         mesh: devices of this process only, onto which the folder is loaded to compare logits.
         records: what the model card and proof.json quote; None: neither is written, as for a value
             model.
-        replace: overwrite an existing folder.
         dtype: stored dtype of all tensors, overriding `facts`.
 
     Raises:
-        StorageError: the folder exists and is not empty, or cannot be written.
+        StorageError: the folder cannot be written.
         WeightsError: verification failed.
     """
     stored = {"": dtype} if dtype else facts.stored_dtypes
@@ -78,7 +73,7 @@ def export(
         for _, tensor in tensors:
             tensor.read()  # every process takes part in each gather
         return {}
-    with _replacing(folder, replace) as new:
+    with replacing(folder) as new:
         config = with_dtype(facts.config, dtype)
         report = _write_model(new, tensors, config, facts.generation_config, tokenizer)
         report["logits"] = torch_check.compare_logits(
@@ -99,12 +94,11 @@ def copy(
     returns what was verified, in one line.
 
     Raises:
-        ConfigError: the folder exists and is not empty.
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
         WeightsError: verification failed.
     """
     lazy = ((name, Lazy(t.shape, t.dtype, partial(iter, [t]))) for name, t in tensors.items())
-    with _replacing(folder, replace=False) as new:
+    with replacing(folder) as new:
         written = _write_model(new, lazy, config, generation_config, tokenizer)["tensors"]
     return f"all {len(written)} tensors equal the stored ones bit for bit"
 
@@ -144,7 +138,6 @@ def export_adapter(
     tokenizer: Any,
     mesh: Any,
     records: Records,
-    replace: bool = False,
 ) -> dict[str, Any]:
     """Write and verify an adapter in PEFT's format; returns the content of export_report.json.
 
@@ -156,10 +149,10 @@ def export_adapter(
         folder: the target; it appears only after verification.
         adapter, params: the adapter to export, in float32.
         base: the base model, onto which users load the adapter.
-        tokenizer, mesh, records, replace: see `export`.
+        tokenizer, mesh, records: see `export`.
 
     Raises:
-        StorageError: the folder exists and is not empty, or cannot be written.
+        StorageError: the folder cannot be written.
         WeightsError: verification failed.
     """
     tensors = peft.to_peft(adapter, jax.tree.map(hosts.fetch, params))
@@ -167,7 +160,7 @@ def export_adapter(
         return {}
     release = adapter_base.compared(base, adapter.model, mesh)
     base, at = release or base, (release or base).location()
-    with _replacing(folder, replace) as new:
+    with replacing(folder) as new:
         written = {name: proof.described(tensor) for name, tensor in tensors.items()}
         watchdog.beat("verifying the export", bounded=False)
         file = new / peft.ADAPTER_WEIGHTS
@@ -225,29 +218,6 @@ def summary(report: Mapping[str, Any]) -> str:
     if not logits["compared"]:
         return f"{report['read_back']}; PyTorch logits not compared: {logits['why']}"
     return f"{report['read_back']}; PyTorch logits within {logits['max_difference']:.1e}"
-
-
-@contextmanager
-def _replacing(folder: Path, replace: bool) -> Iterator[Path]:
-    """Temporary folder that replaces `folder` on success and is removed on failure."""
-    if folder.exists() and not replace and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: is not empty; choose another folder")
-    new = folder.with_name(f".{folder.name}.new")
-    old = folder.with_name(f".{folder.name}.old")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        with shown_as(new, folder):
-            yield new
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -62,9 +62,10 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
                 f"adapters; choose from {_available(rows)}"
             )
     if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
+        listed = f"; write a list as [{missing[0]}]" if "," in missing[0] else ""
         raise ConfigError(
             f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
-            f"choose from {_available(rows)}"
+            f"choose from {_available(rows)}{listed}"
         )
     return tuple(row for row in rows if any(row in match for match in matches.values()))
 

@@ -126,7 +126,7 @@ def show(setup: Setup, plan: Plan, room: float | None) -> str:
     else:
         lines += [
             f"time    about {seconds:,.3g} s (estimate): products at {REACHED['products']:.0%} "
-            f"of a {device.device_kind}'s peak, communication not overlapped",
+            f"of the peak of {device.device_kind}, communication not overlapped",
             _chip_hours(setup, seconds),
         ]
     lines += [f"failure {text}" for text in plan.failures]

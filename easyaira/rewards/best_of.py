@@ -132,7 +132,7 @@ def scored(
     """Messages of each prompt, the rows of its answers, and these as Candidates."""
     reward, *rest = models
     rows = rows_of(path)
-    bar = tqdm(desc="scoring", unit=" answers", disable=None)
+    bar = tqdm(desc="scoring", unit="answer", disable=None)
     while chunk := list(islice(rows, num_samples * PROMPTS)):
         asked = [columns.question(columns.Record(row)) for row in chunk]
         texts = [row["generated"] for row in chunk]

@@ -323,7 +323,6 @@ def _finish(
             "tokenizer": setup.tokenizer,
             "mesh": own,
             "records": Records(folder, step),
-            "replace": True,
         }
         if setup.critic:
             _export_value(setup, params["value"], folder / "value", common)

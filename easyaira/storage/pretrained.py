@@ -87,9 +87,17 @@ class Pretrained:
         file, adapter = self.folder / "config.json", self.folder / ADAPTER_CONFIG
         if adapter.exists() and not file.exists():
             base = read_json(adapter).get("base_model_name_or_path")
+            run = f", {self.folder.parent}," if self.folder.name == "hf" else ""
             raise ConfigError(
-                f"{self.name}: holds an adapter of {base}; name its run folder, or merge it in "
+                f"{self.name}: holds an adapter of {base}; name its run folder{run} or merge it in "
                 "peft; to train it, name the base in model.name_or_path and it in lora.adapter"
+            )
+        if not file.exists() and self.commit is None:
+            models = [*self.folder.glob("*/config.json"), *self.folder.glob(f"*/{CHECKPOINTS}")]
+            such = f", such as {min(models).parent}" if models else ""
+            raise ConfigError(
+                f"{self.name}: holds no config.json, so it is no model; name a run folder or a "
+                f"Hugging Face folder{such}"
             )
         with shown_as(self.folder, self.where):
             return read_json(file)
@@ -370,6 +378,8 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
             return _of_run(name, path, step)
         check_links(path, TEXTS)
         return Pretrained(name, path)
+    if path.is_file():
+        raise ConfigError(f"{name}: is a file; name the folder that it is in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{name}: no such folder; check the path")
     folder = download(name, revision, weights_wanted=weights_wanted)

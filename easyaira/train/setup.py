@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -272,10 +273,32 @@ def updates(config: RunConfig, epoch: int) -> int:
 
 def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
     """Adapter of a run, which trains the vectors of new tokens, too; checked against the stored
-    adapter that it starts from, if any."""
+    adapter that it starts from, if any.
+
+    Raises:
+        ConfigError: it would be released on another adapter, or differs from the stored one.
+    """
+    if config.export and resolved.origin.adapter is not None:
+        raise ConfigError(_stacked(resolved.origin))
     new = {*resolved.template.added, *range(resolved.stored.vocab_size, resolved.model.vocab_size)}
     ids = sorted(new.union(config.lora.trainable_token_indices or ()))
     adapter = adapter_of(replace(config.lora, trainable_token_indices=ids or None), resolved.model)
     if config.lora.adapter is not None:
         peft.read_peft(adapter, pretrained.find(config.lora.adapter).folder)
     return adapter
+
+
+def _stacked(origin: Pretrained) -> str:
+    """What to do instead of training an adapter on one, which peft cannot load."""
+    released, made = origin.folder / "hf", ""
+    if origin.name != str(origin.folder) or not (released / peft.ADAPTER_CONFIG).exists():
+        released, made = (
+            Path("ADAPTER"),
+            f" (made by `easyaira convert to_hf {origin.name} ADAPTER`)",
+        )
+    return (
+        f"model.name_or_path: {origin.name} holds an adapter, and peft loads none on another. "
+        f"To train it further, name its base, {origin.adapter['base']['name']}, in "
+        f"model.name_or_path and {released} in lora.adapter{made}; to train a new one, merge it "
+        f"first: `easyaira convert to_hf {origin.name} MERGED --merge`, and name MERGED"
+    )
