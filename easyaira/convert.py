@@ -102,6 +102,7 @@ def from_hf(source: str, out: str, revision: str | None = None, overwrite: bool 
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
     from easyaira.storage.checkpoints import Checkpoints
+    from easyaira.storage.tokenizers import save_tokenizer
 
     origin = pretrained.find(source, revision)
     if origin.step is not None:
@@ -115,7 +116,7 @@ def from_hf(source: str, out: str, revision: str | None = None, overwrite: bool 
     facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
     meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}
     with replacing(folder) as new:
-        pretrained.save_tokenizer(tokenizer, new / pretrained.TOKENIZER)
+        save_tokenizer(tokenizer, new / pretrained.TOKENIZER)
         with closing(Checkpoints(new / pretrained.CHECKPOINTS, write=True)) as checkpoints:
             checkpoints.save_params(0, params, meta)
     print(f"{out}: {model.parameter_count():,} parameters from {source}")

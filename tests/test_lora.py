@@ -35,16 +35,9 @@ from easyaira.storage.pretrained import Pretrained, find
 from easyaira.train import optimizer
 from easyaira.train.setup import prepare
 from helpers import tiny
+from helpers.adapters import TARGETS, peft_model
 from helpers.runs import configure, losses_of, same_bits, stop_after, train
 
-TARGETS = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "o_proj", "down_proj"],
-    "opt": ["q_proj", "v_proj", "fc1", "out_proj"],
-}
-TARGETS |= dict.fromkeys(tiny.FAMILIES, TARGETS["llama"])
-TARGETS["mixtral"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGETS |= dict.fromkeys(("gpt_neox", "bloom"), ["query_key_value", "dense", "dense_4h_to_h"])
 WHOLE = {"gpt2": ["wte"], "llama": ["embed_tokens", "lm_head"], "opt": ["embed_tokens"]}
 WHOLE["mixtral"] = WHOLE["llama"]
 LLAMA_2_7B = {
@@ -104,21 +97,6 @@ def saved_adapter(folder, kind, adapter, params):
     )
     (folder / peft.ADAPTER_CONFIG).write_text(json.dumps(peft.peft_config(adapter, kind, None)))
     return folder
-
-
-def peft_model(folder, kind, **options):
-    """peft's adapter on transformers' model, with random matrices, and the folder it saves."""
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS[kind], **options}
-    config = PeftConfig(task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2", **settings)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save")):
-            parameter.data.normal_(0, 0.2)
-    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
 from easyaira.run.provenance import completed
-from easyaira.storage import pretrained
+from easyaira.storage.tokenizers import save_tokenizer
 from easyaira.train import log as logs
 from easyaira.train import step as steps
 from helpers import runs, tiny
@@ -432,7 +432,7 @@ def test_a_full_disk_under_a_tokenizer_is_an_error_of_storage(tmp_path):
     """/dev/full has no room; the library raises a plain Exception."""
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=f"{tmp_path}: cannot be written: No space left on dev"):
-        pretrained.save_tokenizer(tiny.tokenizer(), tmp_path)
+        save_tokenizer(tiny.tokenizer(), tmp_path)
 
 
 @pytest.mark.slow

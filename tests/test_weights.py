@@ -365,14 +365,6 @@ def test_a_released_folder_is_compared_with_its_report_when_it_is_loaded(folder)
     tiny.load(folder)
 
 
-def test_an_adapter_in_place_of_a_model_says_what_to_do(folder):
-    (folder / "config.json").unlink()
-    base = {"base_model_name_or_path": "owner/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(base))
-    with pytest.raises(ConfigError, match="holds an adapter of owner/base; .*in peft; .*lora.ad"):
-        check(folder)
-
-
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "tf_model.h5", "model.fp16.safetensors"])
 def test_a_hub_model_in_another_format_says_how_to_get_safetensors(folder, file, monkeypatch):
     (folder / "model.safetensors").unlink()

@@ -30,7 +30,8 @@ from easyaira.lora.adapter import Adapter
 from easyaira.models.model import Model
 from easyaira.storage import pretrained
 from easyaira.storage.base import load_resized
-from easyaira.storage.pretrained import Pretrained, save_tokenizer
+from easyaira.storage.pretrained import Pretrained
+from easyaira.storage.tokenizers import save_tokenizer
 
 
 def export(

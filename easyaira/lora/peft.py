@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from easyaira.config.model import LoraConfig
 from easyaira.distributed.tree import by_path
 from easyaira.errors import ConfigError, WeightsError
 from easyaira.files import read_json
@@ -16,10 +17,12 @@ from easyaira.hf import safetensors
 from easyaira.hf.table import TRANSPOSE, Row
 from easyaira.lora.adapter import Adapter, nested
 from easyaira.lora.targets import LM_HEAD, beside, module_of, rows_of, table_name, tied
+from easyaira.models.model import Model
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+TABLE = re.compile(r"(embed|wte|lm_head)[^.]*\.weight$")  # a whole table of vectors
 PEFT_HEADS = {"classifier", "score"}  # peft lists both for every scorer; a model has one of them
 
 # adapter_config.json keys without effect on what the tensors compute, given PEFT_NEUTRAL's values
@@ -120,7 +123,7 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
         flat[row.ours] = np.pad(row.op.to_ours(tensor), [(0, a - b) for a, b in padding])
     for row in adapter.tables:
         flat[rows_of(row)] = take(_peft_rows(row), shapes[rows_of(row)].shape)
-    if whole := sorted(n for n in left if re.search(r"(embed|wte|lm_head)[^.]*\.weight$", n)):
+    if whole := sorted(filter(TABLE.search, left)):
         raise WeightsError(
             f"{where}: holds {whole[0]}, and lora.modules_to_save does not name it; add it, or "
             "save the adapter with peft's save_embedding_layers=False"
@@ -183,6 +186,50 @@ def _token_indices(adapter: Adapter) -> list[int] | dict[str, list[int]] | None:
     return adapter.tokens or None
 
 
+def lora_config(settings: Mapping[str, Any], file: Path, model: Model) -> LoraConfig:
+    """The adapter that adapter_config.json describes, without dropout.
+
+    Raises:
+        ConfigError: a value is of another kind.
+    """
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    for name, value, kinds in (("r", rank, int), ("lora_alpha", alpha, (int, float))):
+        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+            raise ConfigError(f"{file}: {name}: {value!r:.80}; expected a number above 0")
+    targets = settings.get("target_modules")
+    if not isinstance(targets, str) and not _names(targets):
+        raise ConfigError(f"{file}: target_modules: {targets!r:.80}; expected names of layers")
+    follows = {LM_HEAD} if tied(model) else set()  # peft lists a tied head beside the embedding
+    saved = _saved(settings, file) - follows
+    return LoraConfig(
+        target_modules=targets,
+        r=rank,
+        alpha=float(alpha),
+        rslora=bool(settings.get("use_rslora")),
+        dora=bool(settings.get("use_dora")),
+        trainable_token_indices=trained_tokens(settings) or None,
+        modules_to_save=sorted(saved) or None,
+    )
+
+
+def trained_tokens(settings: Mapping[str, Any]) -> list[int]:
+    """Ids of the tokens whose vectors adapter_config.json trains, those of the first table."""
+    stored = settings.get("trainable_token_indices") or []
+    return next(iter(stored.values()), []) if isinstance(stored, dict) else stored
+
+
+def _saved(settings: Mapping[str, Any], file: Path) -> set[str]:
+    """Last parts of the names in modules_to_save."""
+    saved = settings.get("modules_to_save") or []
+    if not _names(saved):
+        raise ConfigError(f"{file}: modules_to_save: {saved!r:.80}; expected a list of names")
+    return {name.rpartition(".")[2] for name in saved}
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def check_features(config: Mapping[str, Any], file: Path) -> None:
     """Check that an adapter is LoRA or DoRA on the base as it is stored.
 
@@ -213,10 +260,7 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
     file = folder / ADAPTER_CONFIG
     config = read_json(file)
     check_features(config, file)
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise ConfigError(f"{file}: modules_to_save: {saved!r:.80}; expected a list of names")
-    stored, wanted = {name.rpartition(".")[2] for name in saved}, {*adapter.modules_to_save}
+    stored, wanted = _saved(config, file), {*adapter.modules_to_save}
     either = {LM_HEAD} if tied(adapter.model) else PEFT_HEADS if adapter.model.scorer else set()
     if (stored ^ wanted) - either:
         raise ConfigError(
@@ -239,12 +283,21 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
             f"{file}: trainable_token_indices: is {stored!r:.80}, but the run trains {wanted!r:.80}"
             "; use its data.template, or set lora.trainable_token_indices"
         )
+    tensors = open_weights(folder)
+    safetensors.check_exported(folder, tensors)
+    return from_peft(adapter, tensors, str(folder))
+
+
+def open_weights(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter, which are read when they are used.
+
+    Raises:
+        WeightsError: there is no adapter_model.safetensors, or it is damaged.
+    """
     weights = folder / ADAPTER_WEIGHTS
     if not weights.exists() and (pickle := folder / "adapter_model.bin").exists():
         raise WeightsError(
             f"{folder}: no {weights.name}; {pickle.name} is a pickle, which could run code, so it "
             "is not read; convert the adapter to safetensors with peft's save_pretrained"
         )
-    tensors = safetensors.open_file(weights)
-    safetensors.check_exported(folder, tensors)
-    return from_peft(adapter, tensors, str(folder))
+    return safetensors.open_file(weights)

@@ -25,6 +25,7 @@ from easyaira.files import named_path, read_yaml, reason, write_file
 from easyaira.run.provenance import completed, flattened, identity, provenance
 from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek
+from easyaira.storage.tokenizers import save_tokenizer
 from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
@@ -205,7 +206,7 @@ def _write(setup: Setup, place: str) -> None:
             setup.tokenizer.chat_template = setup.template.jinja
         tokenizer, new = folder / pretrained.TOKENIZER, folder / f".{pretrained.TOKENIZER}.new"
         _remove(new)
-        pretrained.save_tokenizer(setup.tokenizer, new)
+        save_tokenizer(setup.tokenizer, new)
         _remove(tokenizer)  # its files could be links
         new.rename(tokenizer)
     except OSError as error:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import logging
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import closing
@@ -24,13 +21,11 @@ from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import (
     ConfigError,
     StorageError,
-    TokenizerError,
     WeightsError,
     escaped,
-    on_one_line,
     shown_as,
 )
-from easyaira.files import check_links, named_path, read_json, read_yaml, reason
+from easyaira.files import check_links, named_path, read_json, read_yaml
 from easyaira.hf import safetensors, transfer
 from easyaira.hf.lazy import Lazy
 from easyaira.lora.adapter import Adapter, nested, of_record
@@ -41,6 +36,7 @@ from easyaira.storage.base import as_stored, load_base
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.chosen import chosen
 from easyaira.storage.hub import TEXTS, download
+from easyaira.storage.tokenizers import load_tokenizer
 
 TOKENIZER = "tokenizer"  # subfolder of a run folder
 CHECKPOINTS = "checkpoints"
@@ -84,14 +80,7 @@ class Pretrained:
         """Content of config.json."""
         if self.step is not None:
             return self._recorded("config")
-        file, adapter = self.folder / "config.json", self.folder / ADAPTER_CONFIG
-        if adapter.exists() and not file.exists():
-            base = read_json(adapter).get("base_model_name_or_path")
-            run = f", {self.folder.parent}," if self.folder.name == "hf" else ""
-            raise ConfigError(
-                f"{self.name}: holds an adapter of {base}; name its run folder{run} or merge it in "
-                "peft; to train it, name the base in model.name_or_path and it in lora.adapter"
-            )
+        file = self.folder / "config.json"
         if not file.exists() and self.commit is None:
             models = [*self.folder.glob("*/config.json"), *self.folder.glob(f"*/{CHECKPOINTS}")]
             such = f", such as {min(models).parent}" if models else ""
@@ -217,13 +206,7 @@ class Pretrained:
         else:
             leaves = by_path(self._stored(self._saved, mesh)) | drawn
             params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], target)
-        if each is None:
-            return params
-        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-        del params
-        # one at a time, so that each original is freed as soon as it is converted
-        leaves = [each(*leaves.pop(0)) for _ in range(len(leaves))]
-        return jax.tree.unflatten(tree, leaves)
+        return params if each is None else each_of(params, each)
 
     def lazy(self, model: Model, mesh: Any) -> Any:
         """The parameters of `load` as `Lazy` arrays; merged adapters need all at once. Raises like
@@ -272,37 +255,18 @@ class Pretrained:
         Raises:
             TokenizerError: there is no tokenizer, or it is not a fast one.
         """
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing torch
-        from transformers import AutoTokenizer
-
-        # drop warnings: of long texts, which data/tokenise.py truncates and counts; of token ids,
-        # which are checked where they are used; of a failure, which is raised below
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        folder = self.folder / TOKENIZER if self.step is not None else self.folder
-        where = str(folder) if self.commit is None else self.name
         if name is not None:
-            folder, where = (other := find(name)).folder, other.where
-        try:
-            # tokenizer.json alone, whether mistral-common is installed or not
-            read = {"trust_remote_code": False, "mistral_format": False}
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **read)
-        except Exception as error:  # transformers raises many types; all mean the same here
-            reason = on_one_line(error)
-            only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]
-            if only_model and importlib.util.find_spec("sentencepiece") is None:
-                raise TokenizerError(
-                    f"{where}: has tokenizer.model without tokenizer.json, which needs "
-                    "sentencepiece: pip install sentencepiece, or save a tokenizer.json there"
-                ) from error
-            raise TokenizerError(
-                f"{where}: no tokenizer could be loaded ({reason}); set model.tokenizer"
-            ) from error
-        if not tokenizer.is_fast:
-            raise TokenizerError(
-                f"{where}: only fast tokenizers (tokenizer.json) are supported; name one in "
-                "model.tokenizer"
-            )
-        return tokenizer
+            return find(name).tokenizer()
+        folder = self.folder / TOKENIZER if self.step is not None else self.folder
+        return load_tokenizer(folder, str(folder) if self.commit is None else self.name)
+
+
+def each_of(params: Any, each: transfer.Each) -> Any:
+    """Apply `each` to every parameter, and free each original as soon as it is converted."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    del params
+    leaves = [each(*leaves.pop(0)) for _ in range(len(leaves))]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def sampled(tensors: Mapping[str, np.ndarray]) -> str:
@@ -319,18 +283,6 @@ def without_most_common(dtypes: Mapping[str, str]) -> dict[str, str]:
     """Names of dtypes by tensor; "" stands for all tensors of the most common one."""
     kinds = sorted(set(dtypes.values()), key=list(dtypes.values()).count)
     return {n: kind for n, kind in dtypes.items() if kind != kinds[-1]} | {"": kinds[-1]}
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # of a full disk, the tokenizers library raises a plain Exception
-        raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
 def _missing(model: Model, stored: Mapping[str, Any]) -> list[str]:
@@ -377,13 +329,21 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
                 )
             return _of_run(name, path, step)
         check_links(path, TEXTS)
-        return Pretrained(name, path)
+        return _of_folder(name, path)
     if path.is_file():
         raise ConfigError(f"{name}: is a file; name the folder that it is in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{name}: no such folder; check the path")
     folder = download(name, revision, weights_wanted=weights_wanted)
-    return Pretrained(name, folder, commit=folder.name)
+    return _of_folder(name, folder, folder.name)
+
+
+def _of_folder(name: str, folder: Path, commit: str | None = None) -> Pretrained:
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        from easyaira.storage.peft_folder import PeftFolder  # which looks for its base by `find`
+
+        return PeftFolder(name, folder, commit=commit)
+    return Pretrained(name, folder, commit=commit)
 
 
 def _of_run(name: str, run: Path, step: int) -> Pretrained:

@@ -290,6 +290,13 @@ def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
 
 def _stacked(origin: Pretrained) -> str:
     """What to do instead of training an adapter on one, which peft cannot load."""
+    if origin.step is None:
+        return (
+            f"model.name_or_path: {origin.name} holds an adapter, and peft loads none on another. "
+            f"To train it further, name its base, {origin.adapter['base']['name']}, in "
+            f"model.name_or_path and {origin.name} in lora.adapter; to train a new one, merge it "
+            "in peft first"
+        )
     released, made = origin.folder / "hf", ""
     if origin.name != str(origin.folder) or not (released / peft.ADAPTER_CONFIG).exists():
         released, made = (
