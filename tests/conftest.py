@@ -30,7 +30,6 @@ gc.set_threshold(200_000, 20, 100)  # the collector takes a tenth of the time of
 
 import jax
 import pytest
-from jax._src import compiler
 from jaxtyping import _import_hook, install_import_hook
 
 # argument types are checked in modules that take arrays; in others beartype rejects valid values,
@@ -51,30 +50,14 @@ def visit_outer_function(self, node):
 _import_hook.JaxtypingTransformer.visit_FunctionDef = visit_outer_function
 install_import_hook(CHECKED, "beartype.beartype")
 
-from helpers import programs
+from helpers import programs, quick
 
 programs.share()
+quick.use()
 
 from easyaira.distributed import mesh as meshes
 
 jax.config.update("jax_default_matmul_precision", "highest")
-
-
-compile_options = compiler.get_compile_options
-
-
-def quick_options(*args, env_options_overrides=None, backend=None, **kwargs):
-    """XLA's compiler options; quick ones for CPUs without its fusion emitters, which take two
-    thirds of the time."""
-    options = dict(env_options_overrides or {})
-    quick = jax.config.read("jax_disable_most_optimizations")
-    switch = jax.__version_info__ < (0, 11)  # JAX 0.12 has none; 0.11 was not tried
-    if quick and switch and getattr(backend, "platform", "") == "cpu":
-        options["xla_cpu_use_fusion_emitters"] = False
-    return compile_options(*args, env_options_overrides=options, backend=backend, **kwargs)
-
-
-compiler.get_compile_options = quick_options
 
 
 @pytest.fixture

@@ -506,8 +506,11 @@ def test_a_run_is_the_same_however_it_is_laid_out(task, ground, tmp_path, device
     rows, params = train(*args, tmp_path / "one", **options)
     for name, other in {
         "apart": {"data.share_prompt": "never", "data.packing": False},
-        "together": {"data.share_prompt": "always", "gradient_accumulation_steps": 2},
-        "divided": {"mesh": "dp=2,fsdp=2", "data.share_prompt": "always"},
+        "divided": {
+            "mesh": "dp=2,fsdp=2",
+            "data.share_prompt": "always",
+            "gradient_accumulation_steps": 2,
+        },
     }.items():
         devices(4 if "mesh" in other else 1)
         other_rows, other_params = train(*args, tmp_path / name, **options | other)

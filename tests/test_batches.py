@@ -205,7 +205,6 @@ def test_a_run_visits_the_rows_in_their_own_order_if_told_so(shuffle, tmp_path):
     assert np.array_equal(*epochs) != shuffle
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", tiny.CONFIGS)
 def test_a_changed_token_leaves_the_other_answer_and_all_other_pairs_as_they_were(case, tmp_path):
     tiny.save(tmp_path / "model", tiny.CASES[case])

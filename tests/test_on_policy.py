@@ -487,13 +487,14 @@ def test_a_run_whose_answers_share_their_prompt_is_the_same_run(
     apart, alone = trained(ground, tmp_path / "apart", **options | {"data.share_prompt": "never"})
     close(params, alone, atol=1e-4)
     np.testing.assert_allclose(losses_of(rows), losses_of(apart), atol=1e-4)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
-            trained(ground, tmp_path / "stopped", **options)
-    resumed_rows, resumed = trained(ground, tmp_path / "stopped", **options)
-    same_bits(resumed, params)
-    assert logged(resumed_rows) == logged(rows)
+    if name == "grpo":  # the other algorithms' cycles are stopped below
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
+                trained(ground, tmp_path / "stopped", **options)
+        resumed_rows, resumed = trained(ground, tmp_path / "stopped", **options)
+        same_bits(resumed, params)
+        assert logged(resumed_rows) == logged(rows)
     plans = [
         prepare(
             *configure(

@@ -139,7 +139,6 @@ def test_tied_weights_follow_each_other_after_export(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", tiny.ATTENTION)
 def test_no_token_sees_its_future_or_another_segment(case, loaded):
     _, model, params, _ = loaded(case)

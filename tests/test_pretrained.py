@@ -47,7 +47,7 @@ def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     common = ["--data.template=plain", "--data.max_length=160", "--data.eval=0.05"]
-    common += ["--num_samples=2", "--train_batch_size=8", "--eval_steps=0"]
+    common += ["--num_samples=0", "--train_batch_size=8", "--eval_steps=0"]
     train_sft.main(
         [
             f"--model.name_or_path={STORIES}",

@@ -59,8 +59,11 @@ def test_greedy_answers_are_those_of_transformers(name, tmp_path):
         assert answer.tokens == wanted[0, len(prompt) :].tolist()
         assert answer.reason == ("end" if answer.tokens[-1] in (0, end) else "length")
     longest = max(range(len(prompts)), key=lambda i: len(answers[i].tokens))
-    _, logps = teacher_forced((model, params), prompts[longest], answers[longest])
-    np.testing.assert_allclose(answers[longest].logps, logps, atol=1e-5)
+    prompt, answer = prompts[longest], answers[longest]
+    with torch.no_grad():
+        logps = reference(torch.tensor([prompt + answer.tokens])).logits[0].log_softmax(-1)
+    wanted = logps[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+    np.testing.assert_allclose(answer.logps, wanted, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,6 @@ def test_answers_have_uneven_lengths_and_the_log_probabilities_of_training(llama
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 def test_no_batch_changes_an_answer(llama, drawn):
     """Neither its size, nor refills of it, nor other prompts in it, nor where it begins."""
     prompts, answers = drawn
@@ -175,9 +177,9 @@ def test_no_batch_changes_an_answer(llama, drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["dp=2,fsdp=2,tp=2", "fsdp=8"])
-def test_no_mesh_changes_an_answer(mesh, folder, drawn, devices):
+def test_no_mesh_changes_an_answer(folder, drawn, devices):
     devices(8)
+    mesh = "dp=2,fsdp=2,tp=2"
     model, params = tiny.load(folder, mesh)
     prompts, answers = drawn
     with model.on(make_mesh(mesh)):
@@ -186,7 +188,7 @@ def test_no_mesh_changes_an_answer(mesh, folder, drawn, devices):
 
 
 def test_samples_of_a_prompt_share_its_prefill(llama, monkeypatch):
-    narrow = Sampler(llama[0], DRAWN, rows=4)
+    narrow = Sampler(llama[0], DRAWN, rows=4, steps=3)
     computed = []
     prefill = narrow.programs.prefill
     narrow.programs.prefill = lambda *given: computed.append(given[1].shape[0]) or prefill(*given)

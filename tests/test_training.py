@@ -94,9 +94,9 @@ def test_label_smoothing_follows_a_torch_loop(models, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_dpo_follows_a_torch_loop(kind, models, tmp_path):
+def test_dpo_follows_a_torch_loop(models, tmp_path):
     """Of 20 pairs, so that every third update has four instead of eight."""
+    kind = "gpt2"
     data = tmp_path
     tiny.write_rows(data / "dpo.jsonl", tiny.dpo_rows(20))
     rows, _ = train("dpo", models / kind, data, tmp_path / "run", **{"dpo.sft_weight": 0.5})
@@ -302,16 +302,11 @@ def test_margins_are_refused_where_the_loss_takes_none(models, tmp_path):
 def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, models, data, tmp_path):
     args = (task, models / "llama", data)
     rows, params = train(*args, tmp_path / "plain", **{"data.packing": False})
-    variants = {
-        "packed": {},
-        "accumulated": {"gradient_accumulation_steps": 4},
-        "checkpointed": {"model.gradient_checkpointing": "full"},
-    }
-    for name, options in variants.items():
-        other_rows, other = train(*args, tmp_path / name, **options)
-        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
-        assert [r["num_tokens"] for r in other_rows[1:]] == [r["num_tokens"] for r in rows[1:]]
-        close(other, params, 1e-4)
+    options = {"gradient_accumulation_steps": 4, "model.gradient_checkpointing": "full"}
+    other_rows, other = train(*args, tmp_path / "other", **options)
+    np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-5)
+    assert [r["num_tokens"] for r in other_rows[1:]] == [r["num_tokens"] for r in rows[1:]]
+    close(other, params, 1e-4)
 
 
 @pytest.mark.slow
@@ -374,10 +369,7 @@ def test_reference_before_training_or_in_every_step(models, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, dtype",
-    [("gpt2", "float32"), ("opt", "float32"), ("llama", "bfloat16"), ("gpt2", "bfloat16")],
-)
+@pytest.mark.parametrize("kind, dtype", [("gpt2", "float32"), ("llama", "bfloat16")])
 def test_before_the_first_update_loss_is_ln_2_and_margins_are_exactly_0(
     kind, dtype, models, data, tmp_path
 ):

@@ -133,7 +133,9 @@ def record(path):
 def main(job):
     from easyaira import cli
     from easyaira.distributed import signals
+    from helpers import quick
 
+    quick.use()
     signals.GRACE = 1.0
     if job["point"] == "import":
         at_import()
