@@ -49,20 +49,19 @@ def test_a_released_adapter_answers_as_its_run(models, data, tmp_path, capsys):
     lora = "--lora={r: 4, alpha: 8, target_modules: [c_attn]}"
     options = {"max_steps": 3, "optimizer.warmup_steps": 0, "export": True}
     runs.train("sft", models / "gpt2", data / "sft.jsonl", tmp_path / "run", lora, **options)
-    run, released = (
-        easyaira.load(str(tmp_path / name), template="plain") for name in ("run", "run/hf")
-    )
+    places = [str(tmp_path / name) for name in ("run", "run/hf")]
+    run, released = (easyaira.load(place, template="plain") for place in places)
     prompts, answers = ["red fox", "why?"], ["dog", "no"]
     np.testing.assert_array_equal(run.logps(prompts, answers), released.logps(prompts, answers))
     base = easyaira.load(str(models / "gpt2"), template="plain")
     assert (run.logps(prompts, answers) != base.logps(prompts, answers)).all()
     capsys.readouterr()
-    for place in places.values():
+    for place in places:
         generate.main([place, "--prompt", "red fox", "--max_new_tokens=8",
                        "--template=plain"])  # fmt: skip
     out = capsys.readouterr().out.strip().splitlines()
     assert len(out) == 2 and out[0] == out[1]
-    hashes = {find(place).sample() for place in places.values()}
+    hashes = {find(place).sample() for place in places}
     assert len(hashes | {find(str(models / "gpt2")).sample()}) == 3
 
 
