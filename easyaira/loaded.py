@@ -43,7 +43,8 @@ def load(
     """Load a language model, or a reward or toxicity model.
 
     Args:
-        name: run folder (also with adapters), checkpoint, Hugging Face folder or hub id.
+        name: run folder (also with adapters), checkpoint, Hugging Face folder, adapter of a
+            language model in PEFT's format, or hub id.
         mesh: devices, as for training.
         dtype: float32 or bfloat16, to compute in.
         template: as `data.template`; chat: the model's own. Encoders have one form.

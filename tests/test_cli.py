@@ -17,7 +17,7 @@ import yaml
 
 from easyaira import __main__, __version__, cli, errors, inspect, train_dpo
 from easyaira.config.data import Source
-from easyaira.config.run import TrainDPO, TrainReward, TrainSFT, to_dict
+from easyaira.config.run import TrainDPO, TrainReward, TrainRL, TrainSFT, to_dict
 from easyaira.errors import ConfigError
 from easyaira.files import named_path
 from helpers.processes import call
@@ -487,7 +487,7 @@ def test_print_config_prints_the_resolved_configuration(capsys):
     assert printed["optimizer"]["learning_rate"] == 5e-5
 
 
-@pytest.mark.parametrize("command", [TrainSFT, TrainDPO])
+@pytest.mark.parametrize("command", [TrainSFT, TrainDPO, TrainReward, TrainRL])
 def test_help_shows_the_common_options_and_help_all_the_rest(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = {}

@@ -25,9 +25,9 @@ class RLConfig:
     """Reward of the answers to data.eval, such as another reward model, which nothing is trained
     on; default: reward."""
     algorithm: Literal["grpo", "rloo", "online_dpo", "ppo"] = "grpo"
-    """grpo: advantages relative to the answers of the same prompt, clipped ratios per token; rloo:
-    leave-one-out baseline, clipped ratios per answer, KL in the reward; online_dpo: the DPO loss of
-    a prompt's two answers; ppo: value model, clipped ratios per token, KL in the reward."""
+    """grpo: advantages relative to the answers of the same prompt; rloo: leave-one-out baseline, KL
+    in the reward; online_dpo: the DPO loss of a prompt's two answers; ppo: value model, KL in the
+    reward; see docs/rl.md."""
     num_generations: Count | None = None
     """Answers to each prompt, at least 2; for ppo 1; default: 8, online_dpo 2, ppo 1."""
     max_completion_length: Count = 256
