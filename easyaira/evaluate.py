@@ -179,6 +179,7 @@ def of_rows(args: Any, origin: Any):
     from easyaira.config.data import Source
     from easyaira.evaluation import judges
     from easyaira.evaluation.results import Result
+    from easyaira.evaluation.rewardbench import sections
 
     judged = judges.judge(
         args.model,
@@ -191,7 +192,8 @@ def of_rows(args: Any, origin: Any):
         mesh=args.mesh,
     )
     left_out = dict(judged.account.dropped) | ({"tie": judged.ties} if judged.ties else {})
-    metrics = judged.metrics()
+    groups = judged.by_group() if args.by else {}
+    metrics = judged.metrics() | sections(groups)
     return Result(
         task=Path(args.rows).name,
         metric="accuracy",
@@ -204,7 +206,7 @@ def of_rows(args: Any, origin: Any):
         limit=args.limit,
         truncated=judged.truncated,
         left_out=left_out,
-        groups=judged.by_group() if args.by else {},
+        groups=groups,
         step=origin.step,
         versions={"easyaira": __version__},
     )

@@ -1,6 +1,7 @@
 """Evaluation: log-likelihoods, tasks of the harness, scorers, tables."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from easyaira import evaluate, loaded
 from easyaira.config.data import Source
 from easyaira.data.packing import Shape
 from easyaira.errors import ConfigError, DataError, WeightsError
-from easyaira.evaluation import judges, likelihood, local, results
+from easyaira.evaluation import judges, likelihood, local, results, rewardbench
 from easyaira.evaluation.likelihood import Likelihoods, Request
 from easyaira.evaluation.results import Result
 from helpers import tiny
@@ -342,6 +343,39 @@ def test_comparisons_are_judged_as_pairs_without_ties(scorers, tmp_path):
     accuracy = judged.metrics()["accuracy"]
     assert judged.metrics() == {"accuracy": (judged.scores[:, 0] > judged.scores[:, 1]).mean()}
     assert 0 <= accuracy <= 1
+
+
+def test_pairs_of_rewardbench_by_section(scorers, tmp_path, capsys):
+    """By the counts of its code: a section is a mean over pairs, in which the 447 of mathematics
+    count as 984, as many as those of code; the whole is the mean of the sections."""
+    names = ["alpacaeval-easy", "mt-bench-med", "llmbar-natural", "donotanswer", "math-prm"]
+    names += ["hep-go", "hep-go", "hep-rust"]
+    rows = [row | {"subset": names[i % 8], "id": i} for i, row in enumerate(tiny.dpo_rows(40))]
+    file = tiny.write_rows(tmp_path / "bench.jsonl", rows)
+    command(scorers / "gpt2", "--rows", file, "--by", "subset", "--template", "plain",
+            "--output", tmp_path / "out")  # fmt: skip
+    (result,) = results.read(tmp_path / "out")
+    source = Source(str(file))
+    judged = judges.judge(str(scorers / "gpt2"), source, by="subset", template="plain")
+    right, of = judged.margins > 0, np.array(judged.groups)
+    weights = np.where(of == "math-prm", 984 / 447, 1.0)
+    inside = {
+        "Chat": ["alpacaeval-easy", "mt-bench-med"],
+        "Chat Hard": ["llmbar-natural"],
+        "Safety": ["donotanswer"],
+        "Reasoning": ["math-prm", "hep-go", "hep-rust"],
+    }
+    wanted = {
+        name: np.average(right[np.isin(of, own)], weights=weights[np.isin(of, own)])
+        for name, own in inside.items()
+    }
+    wanted["RewardBench"] = np.mean(list(wanted.values()))
+    assert result.metrics == pytest.approx(wanted | {"accuracy": right.mean()})
+    out = capsys.readouterr().out
+    assert re.search(rf"^RewardBench +{100 * wanted['RewardBench']:.2f}$", out, re.M)
+    groups = dict(result.groups)
+    assert "RewardBench" not in rewardbench.sections({"math-prm": groups["math-prm"]})
+    assert rewardbench.sections(groups | {"other": groups["math-prm"]}) == {}
 
 
 def test_labelled_texts_by_target(scorers, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from easyaira.errors import ConfigError, StorageError, escaped
+from easyaira.evaluation.rewardbench import sections
 from easyaira.files import read_json, reason, write_file
 
 FOLDER = "evaluation"
@@ -145,11 +146,12 @@ def table(results: Sequence[Result]) -> str:
 
 
 def groups_table(result: Result) -> str:
-    """Accuracy of each group of a result."""
+    """Accuracy of each group of a result, and of the sections of RewardBench."""
     rows = [
         [escaped(name), f"{100 * of['accuracy']:.2f}", f"{of['examples']:,}"]
         for name, of in result.groups.items()
     ]
+    rows += [[name, f"{100 * x:.2f}", ""] for name, x in sections(result.groups).items()]
     return aligned([["group", "accuracy", "examples"], *rows])
 
 
