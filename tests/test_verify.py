@@ -559,7 +559,8 @@ WAYS = {  # how an adapter is named as a model: what the refusal says
 def test_an_adapter_on_an_adapter_is_refused_with_both_ways(name, task, quantize, ground, tmp_path):
     """Nobody could load it: its base would be a folder of checkpoints."""
     lora = f"--lora={{r: 2, alpha: 4, target_modules: [q_proj], quantize: {quantize}}}"
-    options = {"max_steps": 1, "optimizer.warmup_steps": 0, "export": True}
+    export = not (name == "adapter/hf" and task == "dpo")  # of a bare adapter, in any case
+    options = {"max_steps": 1, "optimizer.warmup_steps": 0, "export": export}
     with pytest.raises(ConfigError) as refused:
         runs.train(task, ground / name, ground, tmp_path / "run", lora, **options)
     wanted = WAYS[name].format(adapter=ground / "adapter")

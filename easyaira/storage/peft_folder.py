@@ -117,4 +117,8 @@ class PeftFolder(Pretrained):
         params = jax.device_put(peft.read_peft(adapter, self.folder), shardings)
         key = jax.random.key(0) if head_key is None else head_key
         merged = adapter.merge(load_resized(self.base, model, mesh, key=key), params)
-        return merged if each is None else each_of(merged, each)
+        if each is None:
+            return merged
+        leaves, tree = jax.tree_util.tree_flatten_with_path(merged)
+        del merged
+        return each_of(leaves, tree, each)

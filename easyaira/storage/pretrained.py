@@ -206,7 +206,11 @@ class Pretrained:
         else:
             leaves = by_path(self._stored(self._saved, mesh)) | drawn
             params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], target)
-        return params if each is None else each_of(params, each)
+        if each is None:
+            return params
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        del params
+        return each_of(leaves, tree, each)
 
     def lazy(self, model: Model, mesh: Any) -> Any:
         """The parameters of `load` as `Lazy` arrays; merged adapters need all at once. Raises like
@@ -261,12 +265,10 @@ class Pretrained:
         return load_tokenizer(folder, str(folder) if self.commit is None else self.name)
 
 
-def each_of(params: Any, each: transfer.Each) -> Any:
-    """Apply `each` to every parameter, and free each original as soon as it is converted."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    del params
-    leaves = [each(*leaves.pop(0)) for _ in range(len(leaves))]
-    return jax.tree.unflatten(tree, leaves)
+def each_of(leaves: list, tree: Any, each: transfer.Each) -> Any:
+    """Apply `each` to every parameter. Empties `leaves`, pairs of path and array, so that each
+    original is freed as soon as it is converted."""
+    return jax.tree.unflatten(tree, [each(*leaves.pop(0)) for _ in range(len(leaves))])
 
 
 def sampled(tensors: Mapping[str, np.ndarray]) -> str:

@@ -278,8 +278,9 @@ def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
     Raises:
         ConfigError: it would be released on another adapter, or differs from the stored one.
     """
-    if config.export and resolved.origin.adapter is not None:
-        raise ConfigError(_stacked(resolved.origin))
+    origin = resolved.origin
+    if origin.adapter is not None and (config.export or origin.step is None):
+        raise ConfigError(_stacked(origin))
     new = {*resolved.template.added, *range(resolved.stored.vocab_size, resolved.model.vocab_size)}
     ids = sorted(new.union(config.lora.trainable_token_indices or ()))
     adapter = adapter_of(replace(config.lora, trainable_token_indices=ids or None), resolved.model)
