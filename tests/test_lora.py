@@ -124,7 +124,12 @@ def test_a_new_adapter_changes_no_bit(kind, dora, models):
     assert not any(np.array_equal(first, other) for other in others)
 
 
-KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}, {"whole": True}]
+PATTERNS = {  # of query and output layers of each kind
+    "rank_pattern": {"(q_proj|c_attn)": 2},
+    "alpha_pattern": {"(o_proj|out_proj|c_proj)": 6.0},
+}
+KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}, {"whole": True}, PATTERNS]
+KINDS_OF_LORA += [PATTERNS | {"rslora": True}]
 
 
 @pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
@@ -132,11 +137,28 @@ KINDS_OF_LORA = [{}, {"rslora": True}, {"dora": True}, {"whole": True}]
 def test_merged_is_unmerged(kind, options, models):
     model, base = tiny.load(models / kind)
     adapter = adapter_for(kind, model, **options)
-    assert adapter.scale == (4.0 if "rslora" in options else 2.0)
+    scales = {4.0 if "rslora" in options else 2.0} - ({2.0} if "rank_pattern" in options else set())
+    assert {*adapter.scales.values()} >= scales
     params = drawn(adapter)
     tuned = logits(model, adapter.on(base, params), rows_of())
     near(logits(model, adapter.merge(base, params), rows_of()), tuned)
     assert np.abs(tuned - logits(model, base, rows_of())).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "patterns, problem",
+    [
+        ({"rank_pattern": {"fc9": 2}}, "lora.rank_pattern: 'fc9' matches no layer with an adapter"),
+        ({"alpha_pattern": {"up_proj": 2}}, "lora.alpha_pattern: 'up_proj' matches no layer"),
+        ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}}, "matches some layers of model.layers"),
+        ({"rank_pattern": {"(": 2}}, "lora.rank_pattern: missing "),
+    ],
+    ids=str,
+)
+def test_patterns_are_of_all_layers_and_of_adapted_ones(patterns, problem, models):
+    model, _ = tiny.load(models / "llama")
+    with pytest.raises(ConfigError, match=problem):
+        _ = adapter_for("llama", model, **patterns).shapes
 
 
 @pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
@@ -168,6 +190,13 @@ TOKENS = [3, 70, 71]  # ids whose vectors are trained, too
     [(kind, {}) for kind in (*tiny.CONFIGS, *tiny.FAMILIES)]
     + [(kind, {"use_dora": True}) for kind in ("gpt2", "llama")]
     + [
+        (
+            "llama",
+            {
+                "rank_pattern": {"self_attn.q_proj": 2, "down_proj": 7},
+                "alpha_pattern": {"k_proj": 3, r"layers\.\d+\.self_attn\.q_proj": 5},
+            },
+        ),
         ("gpt2", {"trainable_token_indices": TOKENS}),
         ("gpt2", {"trainable_token_indices": {"wte": TOKENS}}),
         ("llama", {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}}),
@@ -190,8 +219,9 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, model
     dora, tied = options.get("use_dora", False), options.get("ensure_weight_tying", False)
     saved = [name.split(".")[-1] for name in options.get("modules_to_save", ())]
     saved = [name for name in saved if not (tied and name == "lm_head")]
+    patterns = {name: options[name] for name in peft.PATTERNS if name in options}
     adapter = adapter_for(
-        kind, model, trainable_token_indices=tokens, dora=dora, modules_to_save=saved
+        kind, model, trainable_token_indices=tokens, dora=dora, modules_to_save=saved, **patterns
     )
     params = peft.read_peft(adapter, tmp_path)
     rows = rows_of()
@@ -940,7 +970,6 @@ def test_tables_that_peft_trained_apart_are_refused(models, tmp_path):
     [
         ("bias", "all", "is not supported"),
         ("lora_bias", True, "is not supported"),
-        ("rank_pattern", {"q_proj": 2}, "is not supported"),
         ("use_a_new_method", {"of": 1}, "is not supported"),
         ("init_lora_weights", "pissa", "changes the base"),
         ("init_lora_weights", "pissa_niter_16", "changes the base"),

@@ -22,7 +22,7 @@ ADDED = [3, 300, 301]  # the vocabulary has 300 tokens
     [
         ("llama", {}),
         ("llama", {"use_rslora": True, "target_modules": r".*layers\.\d+\.self_attn\.[qv]_proj"}),
-        ("gpt2", {"use_dora": True}),
+        ("gpt2", {"use_dora": True, "rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_attn": 9}}),
         ("opt", {"trainable_token_indices": [3, 70]}),
         ("gpt2", {"modules_to_save": ["wte", "lm_head"], "ensure_weight_tying": True}),
         ("llama", {"modules_to_save": ["embed_tokens", "lm_head"], "size": 302}),
@@ -46,7 +46,7 @@ def test_a_loaded_adapter_has_the_logits_of_peft(kind, options, models, tmp_path
 
 @pytest.mark.slow
 def test_a_released_adapter_answers_as_its_run(models, data, tmp_path, capsys):
-    lora = "--lora={r: 4, alpha: 8, target_modules: [c_attn], modules_to_save: [wte]}"
+    lora = "--lora={r: 4, alpha: 8, target_modules: [c_attn], modules_to_save: [wte], rank_pattern: {c_attn: 3}}"
     options = {"max_steps": 3, "optimizer.warmup_steps": 0, "export": True}
     runs.train("sft", models / "gpt2", data / "sft.jsonl", tmp_path / "run", lora, **options)
     places = [str(tmp_path / name) for name in ("run", "run/hf")]
@@ -82,6 +82,7 @@ def test_a_released_adapter_answers_as_its_run(models, data, tmp_path, capsys):
         ({"target_modules": [1]}, r"target_modules: \[1\]; expected names of layers"),
         ({"target_modules": ["fc9"]}, "a: lora.target_modules: 'fc9' is no linear layer"),
         ({"bias": "all"}, "bias: 'all' is not supported"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern: .*; expected numbers by name"),
         ({"modules_to_save": 3}, "modules_to_save: 3; expected a list of names"),
         ({"r": 2}, "has shape .*; expected shape"),
     ],

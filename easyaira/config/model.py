@@ -66,6 +66,10 @@ class LoraConfig:
     """Rank of the adapters."""
     alpha: Positive = 8.0
     """Scale the output of an adapter by alpha / r."""
+    rank_pattern: dict[str, Count] | None = None
+    """Ranks of some layers by name, as in peft: {q_proj: 16}. The others have r."""
+    alpha_pattern: dict[str, Positive] | None = None
+    """Values of alpha of some layers by name, as in peft. The others have alpha."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
     dora: bool = False

@@ -38,6 +38,7 @@ from jax.sharding import PartitionSpec as P
 from easyaira.config.model import LoraConfig
 from easyaira.distributed.sharding import like, partition_specs
 from easyaira.distributed.tree import by_path, path_of
+from easyaira.errors import ConfigError
 from easyaira.hf.table import Row
 from easyaira.lora import dora
 from easyaira.lora.base import Frozen
@@ -45,6 +46,7 @@ from easyaira.lora.targets import (
     ALL_LINEAR,
     LM_HEAD,
     beside,
+    by_pattern,
     module_of,
     rows_of,
     saved_of,
@@ -78,10 +80,24 @@ class Adapter:
         """Ids of the trained tokens."""
         return (self.config.trainable_token_indices or []) if self.tables else []
 
-    @property
-    def scale(self) -> float:
-        rank = math.sqrt(self.config.r) if self.config.rslora else self.config.r
-        return self.config.alpha / rank
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each adapted kernel, by its path."""
+        return self._by_layer("rank_pattern", self.config.r)
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """Scale of each adapted kernel's adapter, by its path."""
+        alphas, root = self._by_layer("alpha_pattern", self.config.alpha), self.config.rslora
+        return {
+            path: alphas[path] / (math.sqrt(rank) if root else rank)
+            for path, rank in self.ranks.items()
+        }
+
+    def _by_layer(self, option: str, default: Any) -> dict[str, Any]:
+        pattern = getattr(self.config, option)
+        values = ((row.ours, by_pattern(row, option, pattern, self.model)) for row in self.targets)
+        return {path: default if value is None else value for path, value in values}
 
     @cached_property
     def shapes(self) -> Any:
@@ -90,7 +106,8 @@ class Adapter:
         tree = {row.ours: kernels[row.ours] for row in self.whole}
         for row in self.targets:
             layers, inputs, *outputs = kernels[row.ours].shape
-            sizes = {"a": (inputs, self.config.r), "b": (self.config.r, *outputs)}
+            rank = self.ranks[row.ours]
+            sizes = {"a": (inputs, rank), "b": (rank, *outputs)}
             if self.config.dora:
                 sizes["magnitude"] = tuple(outputs)
             for name, shape in sizes.items():
@@ -160,7 +177,7 @@ class Adapter:
             a, b, m, gain, dropout = (
                 beside(row, f"lora_{name}") for name in ("a", "b", "magnitude", "gain", "dropout")
             )
-            tree[b] = tree[b] * self.scale
+            tree[b] = tree[b] * self.scales[row.ours]
             if self.config.dora:
                 held = _at(base, row)
                 tree[gain] = dora.gains(tree.pop(m), held, tree[a], tree[b], self._dtype)
@@ -240,7 +257,7 @@ class Adapter:
             params: the adapter's parameters.
         """
         flat = by_path(params)
-        tables = {row.ours: row for row in self.tables}
+        tables, scales = {row.ours: row for row in self.tables}, self.scales
 
         def leaf(path, kernel):
             if self.replaces(path_of(path)):
@@ -252,7 +269,7 @@ class Adapter:
                 flat.get(path_of(path).replace("/kernel", f"/lora_{name}"))
                 for name in ("a", "b", "magnitude")
             )
-            return kernel if a is None else dora.merged(kernel, a, b * self.scale, m)
+            return kernel if a is None else dora.merged(kernel, a, b * scales[path_of(path)], m)
 
         return jax.tree_util.tree_map_with_path(leaf, base)
 
@@ -280,11 +297,20 @@ def adapter_of(config: LoraConfig, model: Model) -> Adapter:
     """The adapter described by `config`.
 
     Raises:
-        ConfigError: see `targets_of`, `saved_of` and `tables_of`.
+        ConfigError: see `targets_of`, `saved_of`, `tables_of` and `by_pattern`; or a pattern
+            matches no adapted layer.
     """
     whole = (*model.score_rows, *saved_of(config.modules_to_save, model))
     targets = targets_of(config.target_modules, model)
-    return Adapter(config, model, targets, whole, tables_of(config, model))
+    adapter = Adapter(config, model, targets, whole, tables_of(config, model))
+    for option in ("rank_pattern", "alpha_pattern"):
+        unused = dict(getattr(config, option) or {})
+        for row in targets:
+            for key in [key for key in unused if by_pattern(row, option, {key: 1}, model)]:
+                del unused[key]
+        if unused:
+            raise ConfigError(f"lora.{option}: {min(unused)!r} matches no layer with an adapter")
+    return adapter
 
 
 def of_record(record: Mapping[str, Any], model: Model) -> Adapter:

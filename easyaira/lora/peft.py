@@ -28,10 +28,11 @@ PEFT_HEADS = {"classifier", "score"}  # peft lists both for every scorer; a mode
 # adapter_config.json keys without effect on what the tensors compute, given PEFT_NEUTRAL's values
 PEFT_HARMLESS = set(
     """
-    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
-    fan_in_fan_out inference_mode layers_pattern loftq_config lora_alpha lora_dropout lora_ga_config
-    megatron_config megatron_core modules_to_save peft_version qalora_group_size r revision
-    runtime_config target_modules task_type trainable_token_indices use_dora use_rslora
+    alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
+    exclude_modules fan_in_fan_out inference_mode layers_pattern loftq_config lora_alpha
+    lora_dropout lora_ga_config megatron_config megatron_core modules_to_save peft_version
+    qalora_group_size r rank_pattern revision runtime_config target_modules task_type
+    trainable_token_indices use_dora use_rslora
     """.split()
 )
 # keys that change the numbers: their supported values. Any other key must be empty.
@@ -40,6 +41,7 @@ PEFT_NEUTRAL: dict[str, tuple] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "peft_type": ("LORA",),
 }
+PATTERNS = ("rank_pattern", "alpha_pattern")
 EMPTY = (None, False, 0, [], {}, "")
 
 
@@ -163,6 +165,8 @@ def peft_config(adapter: Adapter, base: str, revision: str | None) -> dict[str, 
         "r": adapter.config.r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": adapter.config.dropout,
+        "rank_pattern": adapter.config.rank_pattern or {},
+        "alpha_pattern": adapter.config.alpha_pattern or {},
         "use_rslora": adapter.config.rslora,
         "use_dora": adapter.config.dora,
         "target_modules": adapter.target_modules,
@@ -196,6 +200,12 @@ def lora_config(settings: Mapping[str, Any], file: Path, model: Model) -> LoraCo
     for name, value, kinds in (("r", rank, int), ("lora_alpha", alpha, (int, float))):
         if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
             raise ConfigError(f"{file}: {name}: {value!r:.80}; expected a number above 0")
+    for name in PATTERNS:
+        pattern = settings.get(name) or {}
+        if not isinstance(pattern, dict) or not all(
+            type(x) in (int, float) for x in pattern.values()
+        ):
+            raise ConfigError(f"{file}: {name}: {pattern!r:.80}; expected numbers by name")
     targets = settings.get("target_modules")
     if not isinstance(targets, str) and not _names(targets):
         raise ConfigError(f"{file}: target_modules: {targets!r:.80}; expected names of layers")
@@ -205,6 +215,8 @@ def lora_config(settings: Mapping[str, Any], file: Path, model: Model) -> LoraCo
         target_modules=targets,
         r=rank,
         alpha=float(alpha),
+        rank_pattern=settings.get("rank_pattern") or None,
+        alpha_pattern=settings.get("alpha_pattern") or None,
         rslora=bool(settings.get("use_rslora")),
         dora=bool(settings.get("use_dora")),
         trainable_token_indices=trained_tokens(settings) or None,
@@ -268,9 +280,10 @@ def read_peft(adapter: Adapter, folder: Path) -> Any:
             f"{sorted(wanted)} in full; set lora.modules_to_save, which takes tables alone"
         )
     names = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+    names |= {name: name for name in PATTERNS}
     for ours, theirs in names.items():
         wanted, stored = getattr(adapter.config, ours), config.get(theirs, False)
-        if wanted != stored:
+        if (wanted or False) != (stored or False):
             raise ConfigError(
                 f"lora.{ours}: is {wanted}, but {file} has {stored}; set it to {stored}"
             )

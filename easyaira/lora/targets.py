@@ -75,6 +75,29 @@ def _modules(row: Row, shapes: Mapping[str, Any]) -> list[str]:
     return [module_of(row).format(i) for i in range(shapes[row.ours].shape[0])]
 
 
+def by_pattern(row: Row, option: str, pattern: Mapping[str, Any] | None, model: Model) -> Any:
+    """The value of the first pattern that a row's modules match, as peft matches them; or None.
+
+    Raises:
+        ConfigError: the layers of the row differ, or a pattern is no regular expression.
+    """
+
+    def key_of(module: str) -> str | None:
+        matches = (key for key in pattern or () if re.match(rf"(.*\.)?({key})$", module))
+        return next(matches, None)
+
+    try:
+        keys = {key_of(module) for module in _modules(row, by_path(model.shapes))}
+    except re.error as error:
+        raise ConfigError(f"lora.{option}: {error}") from error
+    if len(keys) > 1:
+        raise ConfigError(
+            f"lora.{option}: {min(filter(None, keys))!r} matches some layers of {module_of(row)} "
+            "alone; one rank and scale for all layers is supported"
+        )
+    return (pattern or {}).get(keys.pop())
+
+
 def _available(rows: list[Row]) -> str:
     return ", ".join(sorted({module_of(row).rpartition(".")[2] for row in rows}))
 

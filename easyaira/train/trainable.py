@@ -186,9 +186,13 @@ class Adapters(Saved):
         if adapter.tokens:
             names += f", and the vectors of {len(adapter.tokens)} tokens"
         kind = adapter.config.quantize or self.model.compute.dtype.name
+        ranks, scales = (
+            " and ".join(f"{value:g}" for value in sorted({*values.values()}))
+            for values in (adapter.ranks, adapter.scales)
+        )
         return (
             f"lora    {count:,} trainable parameters ({count / total:.4%}): rank "
-            f"{adapter.config.r}, scale {adapter.scale:g}, on {names}; frozen linear layers held "
+            f"{ranks}, scale {scales}, on {names}; frozen linear layers held "
             f"in {kind}, all frozen weights take {size / 2**20:,.1f} MiB\n"
         )
 
