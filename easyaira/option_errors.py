@@ -176,7 +176,8 @@ def _words(kind: str) -> str:
     if listed := re.fullmatch(r"list\[(?:\w+\.)?(\w+)\]", kind):
         return WORDS["list"] if listed[1] == "str" else "a list such as [1, 2]"
     if kind.startswith("dict"):
-        return "pairs such as {a: b}"
+        values = re.match(r"dict\[str, (?:[\w.]+\.)?(Count|Positive)\]", kind)
+        return f"pairs of a name and {WORDS[values[1]]}" if values else "pairs such as {a: b}"
     return WORDS.get(kind, kind)
 
 

@@ -106,6 +106,11 @@ def test_a_run_without_a_folder_is_named_after_the_last_configuration(tmp_path, 
         (["--model.dtype", "float16"], "model.dtype: expected auto or float32 or"),
         (["--lora", "{r: 8}"], "lora.target_modules: required where lora is not null"),
         (["--lora", "{target_modules: [q], rank: 8}"], "lora.rank: no such option"),
+        (
+            ["--lora", "{target_modules: [q], rank_pattern: {q: 0}}"],
+            "lora.rank_pattern: expected pairs of a name and a whole number from 1, below 2**31",
+        ),
+        (["--data.columns", "[a]"], "data.columns: expected pairs such as {a: b}"),
         (["--lora", "{target_modules: [q], r: 0}"], "lora.r: expected a whole number from 1"),
         (["--lora", "{target_modules: [q], dropout: 1}"], "lora.dropout: expected a number"),
         (

@@ -137,8 +137,11 @@ KINDS_OF_LORA += [PATTERNS | {"rslora": True}]
 def test_merged_is_unmerged(kind, options, models):
     model, base = tiny.load(models / kind)
     adapter = adapter_for(kind, model, **options)
-    scales = {4.0 if "rslora" in options else 2.0} - ({2.0} if "rank_pattern" in options else set())
-    assert {*adapter.scales.values()} >= scales
+    root = "rslora" in options
+    scales = {8 / 2} if root else {8 / 4}
+    if "rank_pattern" in options:
+        scales |= {8 / 2**0.5, 6 / 2} if root else {8 / 2, 6 / 4}
+    assert {*adapter.scales.values()} == scales
     params = drawn(adapter)
     tuned = logits(model, adapter.on(base, params), rows_of())
     near(logits(model, adapter.merge(base, params), rows_of()), tuned)

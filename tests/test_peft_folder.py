@@ -46,7 +46,8 @@ def test_a_loaded_adapter_has_the_logits_of_peft(kind, options, models, tmp_path
 
 @pytest.mark.slow
 def test_a_released_adapter_answers_as_its_run(models, data, tmp_path, capsys):
-    lora = "--lora={r: 4, alpha: 8, target_modules: [c_attn], modules_to_save: [wte], rank_pattern: {c_attn: 3}}"
+    lora = "r: 4, alpha: 8, target_modules: [c_attn], modules_to_save: [wte]"
+    lora = f"--lora={{{lora}, rank_pattern: {{c_attn: 3}}}}"
     options = {"max_steps": 3, "optimizer.warmup_steps": 0, "export": True}
     runs.train("sft", models / "gpt2", data / "sft.jsonl", tmp_path / "run", lora, **options)
     places = [str(tmp_path / name) for name in ("run", "run/hf")]
