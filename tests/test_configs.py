@@ -593,7 +593,7 @@ def test_adapters_have_the_published_sizes_and_train(name, tmp_path, monkeypatch
     adapter = adapter_of(config.lora, model)
     shapes = jax.tree.leaves(jax.eval_shape(adapter.init, jax.random.key(0)))
     assert sum(leaf.size for leaf in shapes) == trainable
-    assert adapter.scale == scale
+    assert {*adapter.scales.values()} == {scale}
     assert model.parameter_count() == case.parameters
     total = updates(config, len(Batches(examples(case.rows), config.train_batch_size)))
     assert (total, optimizer.warmup_steps(config.optimizer, total)) == (case.updates, case.warmup)
