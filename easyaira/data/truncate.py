@@ -26,8 +26,8 @@ class Origin(NamedTuple):
 class Windows:
     """Divides the texts of a source into examples, as `Recipe.texts` says; see data.texts.
 
-    A window is at most recipe.max_length tokens. Its first token has no loss, since no token of it
-    precedes. The last window of a text that is split, or of all texts that are joined, is shorter.
+    A window has recipe.max_length tokens, and no loss on the first, which nothing in it precedes.
+    The last window of a text that is split, or of all texts that are joined, is shorter.
     """
 
     def __init__(self, recipe: Recipe):
