@@ -426,6 +426,7 @@ def test_plackett_luce_is_refused_beside_what_is_of_pairs(options, message):
 
 
 @pytest.mark.parametrize("share", [False, True])
+@pytest.mark.slow
 def test_rewards_of_answers_are_those_of_the_pairs_written_out(share, tmp_path):
     """Ouyang et al. (2022), eq. 1, with ties and missing answers; and its gradients."""
     tiny.save(tmp_path / "judge", tiny.CONFIGS["gpt2"])

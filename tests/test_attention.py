@@ -208,6 +208,7 @@ def test_splash_kernel_equals_xla(length, shared, monkeypatch):
 
 
 @pytest.mark.parametrize("answers", [3, 5])
+@pytest.mark.slow
 def test_splash_kernel_with_more_than_two_answers(answers, monkeypatch):
     interpreted = partial(splash._splash_rows, interpret=True)
     monkeypatch.setattr(splash, "_splash_rows", interpreted)
@@ -217,6 +218,7 @@ def test_splash_kernel_with_more_than_two_answers(answers, monkeypatch):
 
 
 @pytest.mark.parametrize("axes", ["dp=2,fsdp=2,tp=2"])
+@pytest.mark.slow
 def test_splash_kernel_on_many_devices(axes, devices, monkeypatch):
     """Each device computes its rows and heads by itself, and nothing is gathered for it."""
     devices(8)

@@ -110,6 +110,7 @@ def augmented(ground, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_text_is_a_pair_or_has_a_reason(augmented):
     pairs, others = lines(augmented / "pairs.jsonl"), lines(augmented / "not_paired.jsonl")
     assert sorted(row["text_id"] for row in (*pairs, *others)) == [0, 1, 2, 3, 4, 5]

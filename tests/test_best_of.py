@@ -212,6 +212,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("stage", ["answers", "scores"])
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_with_the_same_files(
     stage, made, ground, tmp_path, capsys, monkeypatch
 ):

@@ -56,6 +56,7 @@ def test_keys_and_values_take_the_memory_that_is_predicted(
 @pytest.mark.parametrize(
     "length, limit, steps", [(1, 1, 32), (5, 2, 32), (30, 34, 32), (40, 24, 4)]
 )
+@pytest.mark.slow
 def test_the_cache_grows_to_the_predicted_size(length, limit, steps):
     model = model_of(tiny.CONFIGS["llama"], "llama")
     sampler = Sampler(model, Sampling(max_new_tokens=limit), steps=steps)

@@ -617,6 +617,7 @@ def test_the_last_update_takes_its_own_time(monkeypatch):
 @pytest.mark.parametrize(
     "dtype, wanted", [("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "DEFAULT")]
 )
+@pytest.mark.slow
 def test_precision_of_products(dtype, wanted, models, data, tmp_path):
     options = {"model.dtype": dtype}
     config, algorithm = configured("sft", models / "gpt2", data / "sft.jsonl", tmp_path, **options)

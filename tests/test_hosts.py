@@ -104,6 +104,7 @@ def open_mpi(i, job):
 
 
 @pytest.mark.parametrize("variables", [slurm, open_mpi])
+@pytest.mark.slow
 def test_hosts_find_each_other_by_what_their_launcher_says(variables):
     job = free_port()  # any number; the port is made of it
     ended = Ended(

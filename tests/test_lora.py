@@ -134,6 +134,7 @@ KINDS_OF_LORA += [PATTERNS | {"rslora": True}]
 
 @pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.slow
 def test_merged_is_unmerged(kind, options, models):
     model, base = tiny.load(models / kind)
     adapter = adapter_for(kind, model, **options)
@@ -261,6 +262,7 @@ def test_logits_and_gradients_of_an_adapter_that_peft_saved(kind, options, model
 
 
 @pytest.mark.parametrize("kind, saved", [("llama", WHOLE["llama"]), ("gpt2", ["wte", "lm_head"])])
+@pytest.mark.slow
 def test_updates_are_those_of_peft_under_adamw(kind, saved, models, tmp_path):
     """Of an adapter and of whole tables. A large epsilon keeps rounding from becoming steps."""
     settings = {"learning_rate": 0.05, "weight_decay": 0.1, "adam_epsilon": 0.1}

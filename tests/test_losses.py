@@ -76,6 +76,7 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
 
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("at_once", [10**6, 7, 1])
+@pytest.mark.slow
 def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once, share):
     """With a factor in front, and beside another use of the hidden states."""
     hidden, head, tokens = map(jnp.asarray, head_and_hidden())

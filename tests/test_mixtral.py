@@ -85,6 +85,7 @@ def transformers_loss(theirs, tokens, learned):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts, count", [(4, 2), (8, 2), (3, 1), (5, 5)])
+@pytest.mark.slow
 def test_weights_are_those_of_transformers_router(experts, count, dtype):
     sizes = {"num_local_experts": experts, "num_experts_per_tok": count, "hidden_size": 16}
     router = MixtralTopKRouter(tiny.torch_model(tiny.CASES["mixtral"] | sizes).config)
@@ -107,6 +108,7 @@ def test_of_equal_experts_the_first_are_chosen():
 
 
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.slow
 def test_balance_is_transformers_loss_of_each_example(count):
     """Value, and gradients of logits; a row of two examples and padding, and one of another."""
     rng = np.random.default_rng(0)
@@ -128,6 +130,7 @@ def test_balance_is_transformers_loss_of_each_example(count):
     assert np.abs(grads).max() > 0.01
 
 
+@pytest.mark.slow
 def test_balance_of_an_even_router_is_the_number_of_chosen_experts():
     """By the formula: E sum_i (count / E) (1 / E)."""
     logits = jnp.zeros((1, 1, 4, 4)) + 1e-6 * jnp.eye(4)  # each token prefers another

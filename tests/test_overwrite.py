@@ -70,6 +70,7 @@ def held(folder):
 
 @pytest.mark.parametrize("older", ["older", "older ours"])
 @pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.slow
 def test_a_model_is_replaced_by_one_that_is_complete(name, older, ground, tmp_path, capsys):
     out = shutil.copytree(ground / older, tmp_path / "out")
     before = held(out)

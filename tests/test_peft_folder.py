@@ -30,6 +30,7 @@ ADDED = [3, 300, 301]  # the vocabulary has 300 tokens
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_loaded_adapter_has_the_logits_of_peft(kind, options, models, tmp_path):
     theirs = peft_model(models / kind, kind, **options)
     theirs.save_pretrained(tmp_path / "a", save_embedding_layers=False)

@@ -195,6 +195,7 @@ def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dty
 @pytest.mark.parametrize("clock", [100, 95, 48])  # within a tile of slots, at its end, its start
 @pytest.mark.parametrize("window", [32, None])
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
+@pytest.mark.slow
 def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
     few, G, clock, window, dtype, bound, monkeypatch
 ):

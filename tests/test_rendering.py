@@ -85,6 +85,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("case", READERS)
+@pytest.mark.slow
 def test_a_content_that_the_template_changes_is_refused(case):
     jinja, same, changed = READERS[case]
     template = template_of(jinja)
@@ -137,6 +138,7 @@ def doubts(jinja, scorer=False):
     return list(template_of(jinja).doubts(scorer))
 
 
+@pytest.mark.slow
 def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
     """That of DeepSeek-R1's distilled models begins the thoughts, which their answers lack."""
     thinks = CHAT.replace("'assistant: '", "'assistant: <think>\\n'")
@@ -286,6 +288,7 @@ def test_the_default_of_several_templates_is_used_as_by_transformers():
     ],
     ids=["syntax", "cut", "name", "token", "code", "file", "surrogate"],
 )
+@pytest.mark.slow
 def test_a_templates_own_fault_is_told_before_rows_are_read_with_its_file(jinja, problem, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(jinja)

@@ -33,6 +33,7 @@ MOMENTS = {  # what the process does around the signal: the status that it ends 
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.slow
 def test_a_signal_that_was_lost_ends_the_process_and_no_other(moment):
     code, status = MOMENTS[moment]
     done = subprocess.run(

@@ -178,6 +178,7 @@ def test_inspect_shows_a_text_as_learned(tmp_path, capsys):
     assert f"{first}[{'red fox'.removeprefix(first)}{END}]" in out
 
 
+@pytest.mark.slow
 def test_a_run_learns_texts_packed_as_it_does_apart(tmp_path):
     """It asks no question: a start token alone is none."""
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"])

@@ -126,6 +126,7 @@ def test_options_that_do_not_apply_are_refused(options, problem, tmp_path):
         load(write(tmp_path, ["red"]), texts="split", **options)
 
 
+@pytest.mark.slow
 def test_a_run_on_joined_texts_has_the_loss_of_transformers(tmp_path):
     """Across the texts of a window, too: each token attends to all before it."""
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"])
