@@ -16,7 +16,7 @@ from easyaira import cli
 from easyaira.short_help import Parser
 
 MERGE = "Merge adapters into their base weights."
-OVERWRITE = "Replace the model folder that is there, once the new one is complete."
+OVERWRITE = "Replace an existing model folder once the new one is complete."
 
 
 def to_hf(

@@ -111,7 +111,6 @@ class PeftFolder(Pretrained):
         each: Each | None = None,
     ) -> Any:
         """Load the parameters with the adapter merged, see `Pretrained.load`."""
-        self.check(model)
         adapter = self.of(model)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, adapter.target(mesh))
         params = jax.device_put(peft.read_peft(adapter, self.folder), shardings)

@@ -291,15 +291,11 @@ def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
 
 def _stacked(origin: Pretrained) -> str:
     """What to do instead of training an adapter on one, which peft cannot load."""
-    if origin.step is None:
-        return (
-            f"model.name_or_path: {origin.name} holds an adapter, and peft loads none on another. "
-            f"To train it further, name its base, {origin.adapter['base']['name']}, in "
-            f"model.name_or_path and {origin.name} in lora.adapter; to train a new one, merge it "
-            "in peft first"
-        )
     released, made = origin.folder / "hf", ""
-    if origin.name != str(origin.folder) or not (released / peft.ADAPTER_CONFIG).exists():
+    merging = f"it first: `easyaira convert to_hf {origin.name} MERGED --merge`, and name MERGED"
+    if origin.step is None:
+        released, merging = Path(origin.name), "it in peft first"
+    elif origin.name != str(origin.folder) or not (released / peft.ADAPTER_CONFIG).exists():
         released, made = (
             Path("ADAPTER"),
             f" (made by `easyaira convert to_hf {origin.name} ADAPTER`)",
@@ -307,6 +303,6 @@ def _stacked(origin: Pretrained) -> str:
     return (
         f"model.name_or_path: {origin.name} holds an adapter, and peft loads none on another. "
         f"To train it further, name its base, {origin.adapter['base']['name']}, in "
-        f"model.name_or_path and {released} in lora.adapter{made}; to train a new one, merge it "
-        f"first: `easyaira convert to_hf {origin.name} MERGED --merge`, and name MERGED"
+        f"model.name_or_path and {released} in lora.adapter{made}; to train a new one, merge "
+        f"{merging}"
     )
