@@ -24,8 +24,9 @@ ASKS = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 CHAT = PLAIN + ASKS
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def in_a_child(monkeypatch):
+    """Render as runs do; other tests render in this process, which takes no start of a second."""
     monkeypatch.setattr(template_module, "Child", rendering.Child)
 
 
@@ -334,6 +335,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.usefixtures("in_a_child")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_template_takes_neither_time_nor_memory_without_bound(case):
@@ -346,6 +348,7 @@ def test_a_template_takes_neither_time_nor_memory_without_bound(case):
     assert after.ru_maxrss <= max(before.ru_maxrss, 2**20)  # KiB, of the largest child so far
 
 
+@pytest.mark.usefixtures("in_a_child")
 @pytest.mark.slow
 def test_a_row_that_makes_a_template_endless_is_named(tmp_path):
     slow = "{% if 'slow' in messages[0].content %}{{ 7 ** (10 ** 9) > messages|length }}{% endif %}"
@@ -356,6 +359,25 @@ def test_a_row_that_makes_a_template_endless_is_named(tmp_path):
         load(path, template=CHAT + slow)
 
 
+def test_a_child_answers_as_this_process_does():
+    jinja = ROLES.replace("ANSWER", MARKED) + "{% if messages|length == 1 %}"
+    jinja += "{% if messages[0].role == 'user' %}{{ raise_exception('odd') }}{% endif %}"
+    jinja += "{{ nothing() }}{% endif %}"
+    child = rendering.Child(jinja, {"eos_token": END})
+
+    def outcome(render, *arguments):
+        try:
+            return render(*arguments)
+        except (rendering.Broken, rendering.Refused) as error:
+            return type(error), str(error)
+
+    inputs = [TURNS, TURNS[:1], TURNS[1:2], TURNS]
+    here = [outcome(rendering.render, jinja, {"eos_token": END}, input) for input in inputs]
+    assert [outcome(child.render, input) for input in inputs] == here
+    assert here[0].marks and here[1][0] is rendering.Refused and here[2][0] is rendering.Broken
+
+
+@pytest.mark.usefixtures("in_a_child")
 def test_a_child_serves_many_renderings_and_ends_with_its_template():
     template = template_of(CHAT)
     child = template._rendered.__self__._process

@@ -126,7 +126,7 @@ class Child:
         kind, content, marks = json.loads(answer)
         if kind != "Rendered":
             raise {"Refused": Refused, "Broken": Broken}[kind](content)
-        return Rendered(content, marks)
+        return Rendered(content, None if marks is None else [(a, b) for a, b in marks])
 
 
 def _close(process: subprocess.Popen) -> None:
