@@ -92,7 +92,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     devices) is left unsharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, _valid_spec(mesh, x, axes))
 
@@ -103,7 +103,7 @@ def by_device(f: Callable[..., jax.Array], axes: Sequence[Sequence[Any]]) -> Cal
     `axes` holds the entries of each argument, as in `constrain`. The result is sharded like the
     first argument."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.size <= 1:
         return f
 
     def sharded(*arrays: jax.Array) -> jax.Array:

@@ -35,19 +35,20 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     from the state that is kept, so nothing reads the old moments after the new ones are known.
     Otherwise XLA's CPU would copy all moments before it writes the new ones in their place.
     """
-    adam = optax.scale_by_adam(b1, b2, eps)
 
     def init(params: Any) -> AdamState:
-        return AdamState(*adam.init(params))
+        return AdamState(*optax.scale_by_adam().init(params))
 
     def update(grads: Any, state: AdamState, params: Any = None, *, ok: Any = True, **_: Any):
-        updates, new = adam.update(grads, optax.ScaleByAdamState(*state))
-        kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), AdamState(*new), state)
-        if not on_cpu():
-            return updates, kept
-        mu, nu = jax.lax.optimization_barrier((kept.mu, kept.nu))
-        mu = optax.tree.bias_correction(mu, b1, new.count)
-        nu = optax.tree.bias_correction(nu, b2, new.count)
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        new = AdamState(count, mu, nu)
+        kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+        if on_cpu():
+            mu, nu = jax.lax.optimization_barrier((kept.mu, kept.nu))
+        mu = optax.tree.bias_correction(mu, b1, count)
+        nu = optax.tree.bias_correction(nu, b2, count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), kept
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -111,19 +111,19 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
         parts = batch["tokens"].shape[0]
         key = None if key is None else jax.random.fold_in(key, state.step)
 
-        def micro(i):
+        def micro(i, part):
             part_key = None if key is None else jax.random.fold_in(key, i)
-            part = jax.tree.map(lambda array: array[i], batch)
             return traced_once(state.params, frozen, part, part_key)
 
-        def add(total, i):
-            return jax.tree.map(jnp.add, total, micro(i)), None
+        def add(total, numbered):
+            return jax.tree.map(jnp.add, total, micro(*numbered)), None
 
+        first = jax.tree.map(lambda array: jax.lax.index_in_dim(array, 0, keepdims=False), batch)
         if parts == 1:
-            grads, sums = micro(0)
+            grads, sums = micro(0, first)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro, 0))
-            (grads, sums), _ = jax.lax.scan(add, zeros, jnp.arange(parts))
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro, 0, first))
+            (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
         loss, count = sums["loss"]
         per_count = 1 / jnp.maximum(count, 1)
         # the norm first: XLA's CPU would store the scaled gradients for both
