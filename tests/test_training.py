@@ -295,12 +295,12 @@ FEW = {"max_steps": 4, "data.max_dropped": 0.1}
 def plain(models, tmp_path_factory):
     """`plain(task)`: what a run is of, its rows and its parameters, without any fast path.
 
-    11 examples in updates of 8, so that every second one holds 3; a row is dropped before them, so
-    that numbers of rows and of examples are not the same."""
+    11 texts or 13 pairs in updates of 8, so that of the 4 micro-batches of every second one, one is
+    empty or larger; a pair is dropped, so that numbers of rows and of examples are not the same."""
     root = tmp_path_factory.mktemp("plain")
-    pairs = tiny.dpo_rows(16)
+    pairs = tiny.dpo_rows(18)
     pairs[3]["rejected"] = pairs[3]["chosen"]
-    tiny.ground(root, sft=tiny.sft_rows(11), dpo=pairs[:12], held_out=pairs[12:])
+    tiny.ground(root, sft=tiny.sft_rows(11), dpo=pairs[:14], held_out=pairs[14:])
 
     @functools.cache
     def run(task):
@@ -316,8 +316,8 @@ def plain(models, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_packed_accumulated_and_checkpointed_runs_are_the_same_run(task, plain, tmp_path):
-    """With the last update of an epoch in unequal micro-batches, one of which is empty, and with
-    the reference before training and in every step."""
+    """With the last update of an epoch in unequal micro-batches, and with the reference before
+    training and in every step."""
     args, rows, params = plain(task)
     options = FEW | {"gradient_accumulation_steps": 4, "model.gradient_checkpointing": "full"}
     if task == "dpo":
