@@ -28,7 +28,7 @@ from easyaira.storage import pretrained
 from easyaira.train.setup import prepare
 from helpers import tiny
 from helpers.examples import load
-from helpers.runs import close, configure, losses_of, train
+from helpers.runs import close, configure, train
 
 ASKED = {"prompt": "what do you like?"}
 FOUR = [" yes", " no", " red", " blue"]
@@ -359,8 +359,7 @@ def as_pairs(e, members):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [False, True])
-def test_all_pairs_are_the_pairs_written_out(share, model, tmp_path):
+def test_all_pairs_are_the_pairs_written_out(model, tmp_path):
     """The loss, the metrics and the gradients; every prompt has three answers without ties."""
     net, params = model
     texts = [" no", " yes, I like red", " I like Paris and blue and red"]
@@ -371,7 +370,7 @@ def test_all_pairs_are_the_pairs_written_out(share, model, tmp_path):
     data = load(tiny.write_rows(tmp_path / "r.jsonl", rows), task="pair").train
     reference = -np.random.default_rng(0).uniform(20, 40, (3, 3)).astype(np.float32)
     known = {"ref_logps": reference, "ranks": data.ranks}
-    together = Batches(data, 3, share_prompt=share, known=known)[0]
+    together = Batches(data, 3, share_prompt=True, known=known)[0]
     apart = as_pairs(data, range(3))
     of_pairs = [reference[i, list(p)] for i in range(3) for p in ((0, 1), (0, 2), (1, 2))]
     separate = Batches(apart, 9, packing=False, known={"ref_logps": np.stack(of_pairs)})[0]
@@ -425,15 +424,14 @@ def test_plackett_luce_is_refused_beside_what_is_of_pairs(options, message):
 # Reward models
 
 
-@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.slow
-def test_rewards_of_answers_are_those_of_the_pairs_written_out(share, tmp_path):
+def test_rewards_of_answers_are_those_of_the_pairs_written_out(tmp_path):
     """Ouyang et al. (2022), eq. 1, with ties and missing answers; and its gradients."""
     tiny.save(tmp_path / "judge", tiny.CONFIGS["gpt2"])
     origin = pretrained.find(str(tmp_path / "judge"))
     net = model_of(origin.config, "judge", scorer=True)
     params = origin.load(net, make_mesh("fsdp=-1"), head_key=jax.random.key(0))
-    plan = ranked_batches(tmp_path, share_prompt=share)
+    plan = ranked_batches(tmp_path, share_prompt=True)
     e, members = plan.examples, plan.members(0)
     batch = replace(plan, known={"ranks": e.ranks})[0]
     config = RewardConfig(margin=0.2, center_rewards_coefficient=0.1)
@@ -489,34 +487,27 @@ def ground(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_learns_the_order(ground, tmp_path):
-    options = {"dpo.answers": "plackett_luce", "max_steps": 6, "data.eval": 4, "eval_steps": 6}
-    options |= {"data.share_prompt": "always"}
-    rows, _ = train("dpo", ground / "gpt2", ground / "ranked.jsonl", tmp_path, **options)
-    start, end = rows[0], rows[-1]
-    assert start["rewards/margins"] == 0 and start["loss"] > np.log(2)
-    assert end["eval_loss"] < start["eval_loss"] and end["eval_rewards/margins"] > 0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["dpo", "reward"])
-def test_a_run_is_the_same_however_it_is_laid_out(task, ground, tmp_path, devices):
-    """On one device and on four, accumulated, packed or not, with prompts shared or not."""
+def test_a_run_learns_the_order_however_it_is_laid_out(task, ground, tmp_path, devices):
+    """On one device with each answer in a row of its own; on two, accumulated, packed and with
+    prompts shared."""
     args = (task, ground / "llama", ground / "ranked.jsonl")
-    options = {"max_steps": 4}
-    rows, params = train(*args, tmp_path / "one", **options)
-    for name, other in {
-        "apart": {"data.share_prompt": "never", "data.packing": False},
-        "divided": {
-            "mesh": "dp=2,fsdp=2",
-            "data.share_prompt": "always",
-            "gradient_accumulation_steps": 2,
-        },
-    }.items():
-        devices(4 if "mesh" in other else 1)
-        other_rows, other_params = train(*args, tmp_path / name, **options | other)
-        np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-        close(params, other_params, atol=1e-4)
+    options = {"max_steps": 5, "optimizer.learning_rate": 3e-3}
+    options |= {"dpo.answers": "plackett_luce", "data.eval": 4} if task == "dpo" else {}
+    apart = {"data.share_prompt": "never", "data.packing": False}
+    rows, params = train(*args, tmp_path / "apart", **options, **apart)
+    if task == "dpo":
+        start, end = rows[0], rows[-1]
+        assert start["rewards/margins"] == 0 and start["loss"] > np.log(2)
+        assert end["eval_loss"] < start["eval_loss"] and end["eval_rewards/margins"] > 0
+    devices(2)
+    divided = {"mesh": "fsdp=2", "gradient_accumulation_steps": 2}
+    divided["data.share_prompt"] = "always"
+    other_rows, other_params = train(*args, tmp_path / "divided", **options, **divided)
+    for name in ("loss", "eval_loss", "accuracy", "rewards/margins"):
+        ours, theirs = ([r[name] for r in logged if name in r] for logged in (other_rows, rows))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    close(params, other_params, atol=1e-4)
 
 
 def test_a_prompt_is_shared_where_it_costs_less(ground, tmp_path):

@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from easyaira import cli, train_dpo, train_rl, train_sft
+from easyaira.algorithms.rollouts import rl_algorithm
+from easyaira.algorithms.sft import sft_algorithm
 from easyaira.config.run import TrainDPO, TrainRL, TrainSFT
 from easyaira.data.batches import Batches
 from easyaira.data.examples import Examples
@@ -29,7 +31,7 @@ from easyaira.export import torch_check
 from easyaira.models.registry import model_of
 from easyaira.train import optimizer
 from easyaira.train.resolve import find
-from easyaira.train.setup import updates
+from easyaira.train.setup import prepare, updates
 from helpers import tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -437,8 +439,8 @@ def rows_of(name, case):
 
 # one of each kind; the others are the same when they are shrunk, but for figures of the optimizer
 SHRUNK = """
-    aira-2-124m aira-opt-350m aira-2-1b1 aira-2-124m-dpo aira-2-portuguese-124m-dpo tulu-2-sft-7b
-    tulu-2.5-dpo-13b-uf-overall aira-2-portuguese-560m
+    aira-2-124m aira-opt-350m aira-2-1b1 aira-2-124m-dpo tulu-2-sft-7b tulu-2.5-dpo-13b-uf-overall
+    aira-2-portuguese-560m
 """.split()
 
 
@@ -572,6 +574,10 @@ def test_on_policy_runs_have_their_sizes_and_train(name, tmp_path, monkeypatch):
         "--rl.reward=easyaira.rewards.rules:concise", "--logging_steps=1", "--mesh=fsdp=-1",
         f"--output_dir={tmp_path / 'run'}",
     )  # fmt: skip
+    if name == "aira-2-124m-rl":  # a shrunken copy is trained as the other is
+        config, _ = cli.parse(TrainRL, argv)
+        assert len(prepare(config, rl_algorithm(config)).data.train) == 24
+        return
     cli.run_command(train_rl.main, argv)
     value = AutoModelForTokenClassification.from_pretrained(tmp_path / "run/value")
     assert value.num_labels == 1 and value.config.id2label == {0: "value"}
@@ -606,15 +612,18 @@ def test_adapters_have_the_published_sizes_and_train(name, tmp_path, monkeypatch
     if case is ALPACA:
         rows = [{"instruction": "what", "input": f"{i}?", "output": "yes"} for i in range(24)]
     data = tiny.write_rows(tmp_path / "data.jsonl", rows)
-    cli.run_command(
-        train_sft.main,
-        [
-            argv[0], f"--model.name_or_path={folder}", f"--data.train={data}", "--mesh=fsdp=-1",
-            "--max_steps=3", "--train_batch_size=8", "--num_samples=0",
-            "--optimizer.warmup_ratio=0", "--optimizer.warmup_steps=1",
-            f"--output_dir={tmp_path / 'run'}",
-        ],
-    )  # fmt: skip
+    argv = [
+        argv[0], f"--model.name_or_path={folder}", f"--data.train={data}", "--mesh=fsdp=-1",
+        "--max_steps=3", "--train_batch_size=8", "--num_samples=0",
+        "--optimizer.warmup_ratio=0", "--optimizer.warmup_steps=1",
+        f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    if case is ALPACA:  # a shrunken copy is trained as the other is
+        config, _ = cli.parse(TrainSFT, argv)
+        setup = prepare(config, sft_algorithm(config))
+        assert len(setup.data.train) == 24 and len(setup.adapter.targets) == matrices
+        return
+    cli.run_command(train_sft.main, argv)
     peft = pytest.importorskip("peft")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/hf")
     trained = [p for n, p in loaded.named_parameters() if "lora_B" in n]

@@ -32,7 +32,7 @@ from easyaira.train.optimizer import make_optimizer, make_schedule
 from easyaira.train.saving import due
 from easyaira.train.setup import prepare
 from helpers import tiny
-from helpers.runs import close, configure, losses_of, same_bits, stop_after, train
+from helpers.runs import configure, same_bits, stop_after, train
 
 B, C, K = 6, 5, 3
 LENGTHS = np.array([5, 1, 3, 2, 5, 4], np.float32)
@@ -338,33 +338,33 @@ def trained(ground, folder, **options):
 
 
 CYCLES = {  # two roll-outs and a half, of two updates each
-    "grpo": {"rl.generation_batch_size": 16, "max_steps": 5},
-    "rloo": {
-        "rl.algorithm": "rloo",
-        "rl.num_iterations": 2,
-        "optimizer.name": "muon",
-        "max_steps": 5,
-    },
+    "grpo": {"rl.generation_batch_size": 16, "gradient_accumulation_steps": 2},
+    "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2, "optimizer.name": "muon"},
     "ppo": {
         "rl.algorithm": "ppo",
         "rl.num_generations": 2,
-        "rl.generation_batch_size": 16,
-        "max_steps": 5,
+        "rl.num_iterations": 2,
         "export": True,
     },
-    "online_dpo": {"rl.algorithm": "online_dpo", "rl.generation_batch_size": 16, "max_steps": 5},
+    "online_dpo": {"rl.algorithm": "online_dpo", "rl.generation_batch_size": 16},
 }
+SHARED = {"max_steps": 5, "data.share_prompt": "always"}
+CYCLES = {name: SHARED | options for name, options in CYCLES.items()}
 
 
 @pytest.fixture(scope="module")
 def through(ground, tmp_path_factory):
     """Uninterrupted runs: name -> (folder, rows, parameters)."""
-    root, runs = tmp_path_factory.mktemp("through"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
-        for name, options in CYCLES.items():
-            runs[name] = root / name, *trained(ground, root / name, **options)
-    return runs
+    root = tmp_path_factory.mktemp("through")
+
+    class Runs(dict):
+        def __missing__(self, name):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
+                self[name] = root / name, *trained(ground, root / name, **CYCLES[name])
+            return self[name]
+
+    return Runs()
 
 
 def test_the_first_update_of_a_roll_out_has_the_bits_of_its_log_probabilities(ground):
@@ -423,7 +423,7 @@ def test_completions_that_share_their_prompt_equal_separate_rows(algorithm, toge
         return sums, grads, batch.filled
 
     sums, grads, filled = measure(1, packing=False)
-    for share in (True, False):
+    for share in (True, False) if algorithm == "grpo" else (True,):
         other_sums, other_grads, other_filled = measure(together, share_prompt=share)
         assert (other_filled < filled) == share
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
@@ -467,50 +467,6 @@ def test_answers_and_rewards_are_kept_for_people(name, through):
     assert {"completions/mean_length", "completions/clipped_ratio"} <= drawn & set(rows[0])
 
 
-SHARED = {  # one update per pass, but for online DPO, whose pairs stay together anyway
-    "grpo": {"gradient_accumulation_steps": 2},
-    "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2},
-    "ppo": {"rl.algorithm": "ppo", "rl.num_generations": 2},
-    "online_dpo": {"rl.algorithm": "online_dpo", "rl.generation_batch_size": 16},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHARED)
-def test_a_run_whose_answers_share_their_prompt_is_the_same_run(
-    name, ground, tmp_path, monkeypatch
-):
-    """As one with separate rows, and stopped and continued, bit for bit."""
-    options = {"max_steps": 4, "data.share_prompt": "always", "optimizer.learning_rate": 1e-3}
-    options |= SHARED[name]
-    rows, params = trained(ground, tmp_path / "shared", **options)
-    apart, alone = trained(ground, tmp_path / "apart", **options | {"data.share_prompt": "never"})
-    close(params, alone, atol=1e-4)
-    np.testing.assert_allclose(losses_of(rows), losses_of(apart), atol=1e-4)
-    if name == "grpo":  # the other algorithms' cycles are stopped below
-        with monkeypatch.context() as patch:
-            stop_after(patch, 2)
-            with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
-                trained(ground, tmp_path / "stopped", **options)
-        resumed_rows, resumed = trained(ground, tmp_path / "stopped", **options)
-        same_bits(resumed, params)
-        assert logged(resumed_rows) == logged(rows)
-    plans = [
-        prepare(
-            *configure(
-                "rl",
-                ground / "gpt2",
-                ground,
-                tmp_path / "x",
-                **options_of(ground, **options | {"data.share_prompt": s}),
-            )
-        )
-        for s in ("always", "never")
-    ]
-    sizes = [plan.batches.examples.answers for plan in plans]
-    assert sizes == [2 if name in ("ppo", "online_dpo") else 4, 1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stop", [("grpo", 1), ("rloo", 4), ("online_dpo", 3), ("ppo", 3)])
 def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
@@ -531,19 +487,41 @@ def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
     assert same[0] == same[1]
 
 
+def same_roll_out(name, through, folder, rows):
+    """Texts and two updates of the first roll-out. AdamW makes other texts of its rounding in the
+    next one: its first steps are as large for gradients near 0."""
+    wanted_folder, wanted_rows, _ = through[name]
+    texts = [rollouts.read(f / rollouts.COMPLETIONS) for f in (folder, wanted_folder)]
+    assert texts[0] == texts[1][: len(texts[0])] and len(rows) == 2
+    for row, wanted in zip(rows, wanted_rows, strict=False):
+        for metric in ("loss", "reward", "objective/kl", "entropy", "grad_norm", "value_loss"):
+            assert row.get(metric, 0) == pytest.approx(wanted.get(metric, 0), abs=1e-5), metric
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CYCLES)
+def test_a_run_whose_answers_share_their_prompt_is_the_same_run(name, ground, through, tmp_path):
+    """As one with separate rows, which are neither packed nor accumulated. Answers are apart where
+    a roll-out's updates have some of them each, but for pairs, which stay together."""
+    apart = {"data.share_prompt": "never", "data.packing": False, "gradient_accumulation_steps": 1}
+    options = CYCLES[name] | apart | {"max_steps": 2, "export": False}
+    rows, _ = trained(ground, tmp_path / "apart", **options)
+    same_roll_out(name, through, tmp_path / "apart", rows)
+    args = ("rl", ground / "gpt2", ground, tmp_path / "x")
+    plans = [
+        prepare(*configure(*args, **options_of(ground, **own))) for own in (CYCLES[name], options)
+    ]
+    sizes = [plan.batches.examples.answers for plan in plans]
+    assert sizes == [{"grpo": 1, "rloo": 4}.get(name, 2), 1]
+
+
 @pytest.mark.slow
 def test_eight_devices_are_the_run_of_one(ground, through, devices, tmp_path):
-    """Policy, value model, reference and sampler on a mesh, through a roll-out. AdamW makes other
-    texts of its rounding in the next one: its first steps are as large for gradients near 0."""
+    """Policy, value model, reference and sampler on a mesh, through a roll-out."""
     devices(8)
     options = CYCLES["ppo"] | {"mesh": "fsdp=4,tp=2", "max_steps": 2, "export": False}
     rows, _ = trained(ground, tmp_path / "run", **options)
-    folder, wanted_rows, _ = through["ppo"]
-    texts = [rollouts.read(f / rollouts.COMPLETIONS) for f in (tmp_path / "run", folder)]
-    assert texts[0] == texts[1][: len(texts[0])]
-    for row, wanted in zip(rows, wanted_rows, strict=False):
-        for metric in ("loss", "value_loss", "reward", "objective/kl", "entropy", "grad_norm"):
-            assert row[metric] == pytest.approx(wanted[metric], abs=1e-5), metric
+    same_roll_out("ppo", through, tmp_path / "run", rows)
 
 
 @pytest.mark.slow
@@ -557,23 +535,6 @@ def test_a_run_stopped_in_a_roll_out_is_the_same_run(ground, through, tmp_path, 
     resumed_rows, resumed = trained(ground, tmp_path / "run", **CYCLES["grpo"])
     same_bits(resumed, params)
     assert logged(resumed_rows) == logged(rows)
-
-
-@pytest.mark.slow
-def test_packed_and_accumulated_runs_are_the_plain_run(ground, tmp_path):
-    plain_rows, plain = trained(ground, tmp_path / "plain", max_steps=2, **{"data.packing": False})
-    for name, options in {"packed": {}, "parts": {"gradient_accumulation_steps": 2}}.items():
-        rows, params = trained(ground, tmp_path / name, max_steps=2, **options)
-        np.testing.assert_allclose(losses_of(rows), losses_of(plain_rows), atol=1e-5)
-        close(params, plain, 1e-4)
-
-
-@pytest.mark.slow
-def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
-    lora = {"lora.r": 4, "lora.alpha": 8, "lora.target_modules": "[c_attn, c_proj, c_fc]"}
-    lora |= {"lora.dora": True, "lora.modules_to_save": "[wte]"}
-    rows, _ = trained(ground, tmp_path / "run", max_steps=3, **lora)
-    assert rows[0]["objective/kl"] == rows[0]["kl"] == 0 and rows[2]["objective/kl"] != 0
 
 
 @pytest.mark.slow
@@ -648,15 +609,10 @@ def test_policy_and_value_model_have_optimizers_of_their_own(clip, name):
 
 
 @pytest.mark.slow
-def test_the_reward_of_a_single_answer_has_no_spread(ground, tmp_path):
-    options = {"rl.algorithm": "ppo", "train_batch_size": 1, "max_steps": 1, "export": False}
-    (row,), _ = trained(ground, tmp_path / "run", **options)
-    assert row["reward_std"] == 0
-
-
-@pytest.mark.slow
-def test_adapters_learn_beside_a_value_model(ground, tmp_path):
+def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
+    """With magnitudes and a whole table, beside a value model."""
     lora = {"lora.r": 4, "lora.alpha": 8, "lora.target_modules": "[c_attn, c_proj, c_fc]"}
+    lora |= {"lora.dora": True, "lora.modules_to_save": "[wte]"}
     options = CYCLES["ppo"] | lora | {"max_steps": 3, "export": False}
     rows, _ = trained(ground, tmp_path / "run", **options)
     assert rows[0]["objective/kl"] == rows[0]["kl"] == 0 and rows[2]["objective/kl"] != 0
@@ -665,9 +621,11 @@ def test_adapters_learn_beside_a_value_model(ground, tmp_path):
 
 @pytest.mark.slow
 def test_reward_models_and_functions_add_up(ground, tmp_path):
+    """In roll-outs of a single answer, whose reward has no spread."""
     count = f"{ground / 'reward.py'}:count"
     options = {"rl.reward": f"[{count}, {ground / 'bert'}]", "rl.reward_weights": "[2, 10]"}
-    options |= {"train_batch_size": 4, "max_steps": 1, "rl.missing_eos_penalty": 3.0}
+    options |= {"rl.algorithm": "ppo", "train_batch_size": 1, "max_steps": 4}
+    options |= {"rl.missing_eos_penalty": 3.0}
     rows, _ = trained(ground, tmp_path / "run", **options)
     shown = rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)
     conversations = [
@@ -682,12 +640,12 @@ def test_reward_models_and_functions_add_up(ground, tmp_path):
         .load()
         .of_answers(conversations)
     )
-    for row, score in zip(shown, scores, strict=True):
-        wanted = 2 * row["completion"].count("e") + 10 * score
-        assert row["reward"] == pytest.approx(wanted, rel=1e-4)
-    mean = np.mean([row["reward"] for row in shown])
-    wanted = mean - 3 * rows[0]["completions/clipped_ratio"]
-    assert len(shown) == 4 and rows[0]["reward"] == pytest.approx(wanted, rel=1e-5)
+    assert len(shown) == 4
+    for answer, score, row in zip(shown, scores, rows, strict=True):
+        wanted = 2 * answer["completion"].count("e") + 10 * score
+        assert answer["reward"] == pytest.approx(wanted, rel=1e-4)
+        wanted = answer["reward"] - 3 * row["completions/clipped_ratio"]
+        assert row["reward"] == pytest.approx(wanted, rel=1e-5) and row["reward_std"] == 0
 
 
 # Bad input
@@ -725,6 +683,20 @@ def test_a_bad_reward_loses_no_update(ground, tmp_path):
 HELD_OUT = CYCLES["grpo"] | {"max_steps": 4, "data.eval": 3, "eval_steps": 1}
 
 
+@pytest.fixture(scope="module")
+def measured(ground, tmp_path_factory):
+    """Of a run that answers held-out prompts: folder, options, rows, parameters and what its second
+    reward was asked."""
+    root, kept = tmp_path_factory.mktemp("measured"), ground / "reward.py.held_out"
+    options = HELD_OUT | {"rl.eval_reward": f"{ground / 'reward.py'}:kept"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "all_devices", lambda: jax.devices()[:1])
+        kept.unlink(missing_ok=True)
+        rows, params = trained(ground, root / "run", **options)
+    asked = [json.loads(line) for line in kept.read_text().splitlines()]
+    return root / "run", options, rows, params, asked
+
+
 @pytest.mark.parametrize("source", ["share", "file"])
 def test_the_held_out_reward_gets_the_prompts_that_are_answered(source, ground, tmp_path):
     other = tiny.write_rows(tmp_path / "other.jsonl", [{"prompt": f"why {i}?"} for i in range(4)])
@@ -741,47 +713,43 @@ def test_the_held_out_reward_gets_the_prompts_that_are_answered(source, ground, 
 
 @pytest.mark.slow
 def test_a_run_stopped_while_held_out_prompts_are_answered_is_the_same_run(
-    ground, tmp_path, monkeypatch
+    ground, measured, tmp_path, monkeypatch
 ):
-    rows, params = trained(ground, tmp_path / "whole", **HELD_OUT)
+    _, options, rows, params, _ = measured
     with monkeypatch.context() as patch:  # at the evaluation after update 2
         stop_after(patch, 2, HeldOut, "__call__")
         with pytest.raises(Preempted):
-            trained(ground, tmp_path / "run", **HELD_OUT)
-    resumed_rows, resumed = trained(ground, tmp_path / "run", **HELD_OUT)
+            trained(ground, tmp_path / "run", **options)
+    resumed_rows, resumed = trained(ground, tmp_path / "run", **options)
     same_bits(resumed, params)
     assert logged(resumed_rows) == logged(rows)
 
 
 @pytest.mark.slow
-def test_held_out_prompts_are_answered_between_roll_outs(ground, tmp_path):
+def test_held_out_prompts_are_answered_between_roll_outs(ground, measured, tmp_path):
     """By a reward of their own, and without a trace in the training."""
-    (kept := ground / "reward.py.held_out").unlink(missing_ok=True)
-    judge = {"rl.eval_reward": f"{ground / 'reward.py'}:kept"}
-    rows, params = trained(ground, tmp_path / "run", **HELD_OUT, **judge)
-    measured = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
-    answered = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert list(measured) == [0, 2, 4] and len(answered) == 3
-    for reward, (prompts, answers) in zip(measured.values(), answered, strict=True):
+    folder, _, rows, params, answered = measured
+    rewards = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
+    assert list(rewards) == [0, 2, 4] and len(answered) == 3
+    for reward, (prompts, answers) in zip(rewards.values(), answered, strict=True):
         assert reward == pytest.approx(np.mean([len(text) for text in answers]))
         assert len(prompts) == 3 and prompts == answered[0][0]
-    trained_on = {row["prompt"] for row in rollouts.read(tmp_path / "run" / rollouts.COMPLETIONS)}
+    trained_on = {row["prompt"] for row in rollouts.read(folder / rollouts.COMPLETIONS)}
     assert not trained_on & {*answered[0][0]}
     rows, plain = trained(ground, tmp_path / "plain", **HELD_OUT | {"eval_steps": 0})
     same_bits(params, plain)
-    assert rows[0]["eval_reward"] != measured[0]  # of the reward that is trained on
+    assert rows[0]["eval_reward"] != rewards[0]  # of the reward that is trained on
 
 
 @pytest.mark.slow
-def test_a_bad_held_out_reward_loses_no_update(ground, tmp_path):
+def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
     late = HELD_OUT | {"rl.eval_reward": f"{ground / 'reward.py'}:late_held_out"}
     with pytest.raises(RewardError):
         trained(ground, tmp_path / "run", **late)  # at the evaluation after update 2
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
     (ground / "reward.py.mended").touch()
     rows, params = trained(ground, tmp_path / "run", **late)
-    _, whole = trained(ground, tmp_path / "whole", **HELD_OUT)
-    same_bits(params, whole)
+    same_bits(params, measured[3])
     assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 4]
 
 
@@ -879,8 +847,13 @@ def test_prompts_are_counted(ground, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys):
-    """Policy, value model, reference, reward model and the cache, in float32."""
-    options = options_of(ground, **CYCLES["ppo"]) | {"rl.reward": str(ground / "bert")}
+    """Policy, value model, reference, reward model and the cache, in float32. It needs no weights
+    of reward and value model: a run that lacks them says so before its first update."""
+    for name in ("bert", "judge"):
+        shutil.copytree(ground / name, tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+    options = options_of(ground, **CYCLES["ppo"])
+    options |= {"rl.reward": str(tmp_path / "bert"), "rl.value_model": str(tmp_path / "judge")}
     if adapters:
         options |= {"lora.r": 2, "lora.target_modules": "[c_attn]"}
     config, algorithm = configure("rl", ground / "gpt2", ground, tmp_path / "run", **options)
@@ -904,18 +877,5 @@ def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys)
     words = re.search(r"whole run needs .* GiB; (.*) in an update, (.*) in a roll-out", output)
     assert words and all(float(size) < 0.1 for size in words.groups())
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_plan_needs_no_weights_of_reward_and_value_model(ground, tmp_path, capsys):
-    """A run that lacks them says so before its first update."""
-    for name in ("bert", "judge"):
-        shutil.copytree(ground / name, tmp_path / name)
-        (tmp_path / name / "model.safetensors").unlink()
-    options = options_of(ground, **CYCLES["ppo"])
-    options |= {"rl.reward": str(tmp_path / "bert"), "rl.value_model": str(tmp_path / "judge")}
-    config, algorithm = configure("rl", ground / "gpt2", ground, tmp_path / "run", **options)
-    run(config, algorithm, dry_run=DryRun())
-    assert "whole run needs" in capsys.readouterr().out
     with pytest.raises(WeightsError, match="judge: no model.safetensors"):
         run(config, algorithm, dry_run=None)

@@ -1,29 +1,43 @@
 """A run is the same on any mesh and wherever it is stopped: each algorithm, with and without
 adapters."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from easyaira.errors import Preempted
 from easyaira.train import metrics
 from helpers import tiny
-from helpers.runs import close, losses_of, same_bits, stop_after, train
+from helpers.runs import close, same_bits, stop_after, train
 
-LORA = {"lora.r": 4, "lora.alpha": 8, "lora.dropout": 0.3, "optimizer.learning_rate": 2e-2}
-GPT2 = LORA | {"lora.target_modules": "[c_attn, c_proj, c_fc]"}
-WHOLE = GPT2 | {"lora.dropout": 0, "lora.modules_to_save": "[wte]"}
-BERT = LORA | {"lora.target_modules": "[query, dense]"}
-EXPERTS = {"sft.router_aux_loss": True}
-RUNS = {  # algorithm, model, data, options
-    "sft": ("sft", "gpt2", "sft", {"model.dropout": 0.3}),
-    "dpo": ("dpo", "gpt2", "dpo", {}),
-    "reward": ("reward", "bert", "label", {"model.dropout": 0.2, "eval_steps": 2}),
-    "sft-nf4-dora": ("sft", "gpt2", "sft", GPT2 | {"lora.quantize": "nf4", "lora.dora": True}),
-    "sft-8bit": ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}),
-    "sft-experts-muon": ("sft", "mixtral", "sft", EXPERTS | {"optimizer.name": "muon"}),
-    "dpo-lora-whole": ("dpo", "gpt2", "dpo", WHOLE | {"dpo.precompute_ref_log_probs": False}),
-    "reward-lora": ("reward", "bert", "dpo", BERT),
-}
+LORA = {"lora.r": 4, "lora.alpha": 8}
+GPT2 = LORA | {"lora.target_modules": "[c_attn, c_proj, c_fc]", "lora.modules_to_save": "[wte]"}
+SCORER = LORA | {"lora.target_modules": "[q_proj, o_proj]"}
+# Algorithm, model, data, options; meshes of dp, fsdp and tp, and from which to which one run moves.
+# Each algorithm, kind of model and adapter, and optimizer is there once. Several share a run, which
+# shows the fault of each.
+RUNS = {
+    "sft": ("sft", "heads", "sft", {}, ["8,1,1", "1,1,8"]),
+    "dpo": ("dpo", "llama", "dpo", {}, ["1,8,1 to 1,4,2"]),
+    "reward": ("reward", "bert", "label", {"eval_steps": 2}, ["2,2,2"]),
+    "reward-lora-int8": (
+        "reward", "mixtral", "dpo", SCORER | {"lora.quantize": "int8"}, ["2,2,2"],
+    ),
+    "sft-nf4-dora-8bit": (
+        "sft", "wide", "sft",
+        GPT2 | {"lora.quantize": "nf4", "lora.dora": True, "optimizer.state_dtype": "8bit"},
+        ["2,2,2"],
+    ),
+    "sft-experts-muon": (
+        "sft", "mixtral", "sft", {"sft.router_aux_loss": True, "optimizer.name": "muon"}, ["2,2,2"],
+    ),
+    "dpo-lora-in-step": (
+        "dpo", "gpt2", "dpo", GPT2 | {"dpo.precompute_ref_log_probs": False}, [],
+    ),
+}  # fmt: skip
+OPTIONS = {"max_steps": 8, "logging_steps": 4, "data.eval": 0.2}  # two epochs
+NAMES = ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_auc")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +45,21 @@ def ground(tmp_path_factory):
     models = {kind: tiny.CONFIGS[kind] for kind in ("gpt2", "llama")}
     rows = {"sft": tiny.sft_rows(40), "dpo": tiny.dpo_rows(40), "label": tiny.label_rows(40)}
     models["mixtral"] = tiny.CASES["mixtral"]
-    models |= {"bert": tiny.SCORERS["bert"], "wide": tiny.CONFIGS["gpt2"] | {"n_embd": 64}}
+    models |= {"bert": tiny.SCORERS["bert"], "wide": models["gpt2"] | {"n_embd": 64}}
+    models["heads"] = models["gpt2"] | {"n_head": 8, "vocab_size": 321}
     return tiny.ground(tmp_path_factory.mktemp("ground"), models, **rows)
+
+
+@pytest.fixture(scope="module")
+def through(ground, tmp_path_factory):
+    """`through(name)` are the rows and parameters of a run of one device without a stop."""
+    root = tmp_path_factory.mktemp("through")
+    return functools.cache(lambda name: run_of(name, ground, root / name))
+
+
+def run_of(name, ground, folder, **others):
+    task, model, data, own, _ = RUNS[name]
+    return train(task, ground / model, ground / f"{data}.jsonl", folder, **OPTIONS | own | others)
 
 
 def untimed(rows):
@@ -43,12 +70,13 @@ def untimed(rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, monkeypatch):
-    """Eight updates, two epochs; stopped after one of them, or while numbers are fetched."""
-    task, model, data, own = RUNS[name]
-    args = (task, ground / model, ground / f"{data}.jsonl")
-    options = {"max_steps": 8, "logging_steps": 4, "data.eval": 0.2, **own}
-    rows, params = train(*args, tmp_path / "through", **options)
+def test_stop_and_continue_is_the_same_run_bit_for_bit(
+    name, ground, through, tmp_path, monkeypatch
+):
+    """Stopped after an update, or while numbers are fetched."""
+    rows, params = through(name)
+    if name.startswith("dpo"):  # it starts as its reference
+        assert rows[0]["rewards/margins"] == 0 < abs(rows[-1]["rewards/margins"])
     late = (5, metrics.Window, "add")  # while the numbers of update 5 are fetched, in update 6
     stops = {1: (1,), 6: late} if name == "sft" else {3: (3,)}
     for stop, where in stops.items():
@@ -56,16 +84,17 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(name, ground, tmp_path, m
         with monkeypatch.context() as patch:
             stop_after(patch, *where)
             with pytest.raises(Preempted, match=f"SIGTERM after update {stop} of"):
-                train(*args, folder, **options)
-        resumed_rows, resumed = train(*args, folder, **options)
+                run_of(name, ground, folder)
+        resumed_rows, resumed = run_of(name, ground, folder)
         same_bits(resumed, params)
         assert untimed(resumed_rows) == untimed(rows)
 
 
 @pytest.mark.slow
 def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, monkeypatch):
+    """And what is dropped follows from the update."""
     args, options = ("sft", ground / "gpt2", ground), {"data.eval": 0.2, "eval_steps": 2}
-    options |= {"max_steps": 4}
+    options |= {"max_steps": 4, "model.dropout": 0.3}
     rows, params = train(*args, tmp_path / "through", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
@@ -76,63 +105,24 @@ def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, m
     assert untimed(resumed_rows) == untimed(rows) and [r["step"] for r in rows] == [0, 1, 2, 3, 4]
 
 
-NAMES = ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_auc")
-EVAL = {"data.eval": 0.2, "eval_steps": 3}
-INT8 = WHOLE | {"lora.quantize": "int8"}
-NF4 = GPT2 | {"lora.dropout": 0, "lora.quantize": "nf4"}
-# Algorithm, model, data, options; devices per dp, fsdp and tp. Each algorithm, kind of model and
-# adapter, and optimizer is divided once. Several share a run, which shows the fault of each.
-DIVIDED = [
-    ("sft", "gpt2", "sft", EVAL, ["8,1,1", "1,1,4"]),
-    ("dpo", "mixtral", "dpo", EVAL, ["1,4,2"]),
-    ("reward", "bert", "label", EVAL, ["2,2,2"]),
-    ("reward", "llama", "dpo", EVAL, ["2,2,2"]),  # it has two key/value heads
-    ("sft", "mixtral", "sft", EXPERTS, ["2,2,2"]),
-    ("sft", "wide", "sft", {"optimizer.state_dtype": "8bit"}, ["2,2,2"]),
-    ("sft", "gpt2", "sft", {"optimizer.name": "muon"}, ["2,2,2"]),
-    ("sft", "gpt2", "sft", INT8, ["1,4,2"]),
-    ("sft", "gpt2", "sft", NF4 | {"lora.dora": True}, ["2,2,2"]),
-    ("sft", "mixtral", "sft", NF4 | {"lora.target_modules": "[q_proj, o_proj]"}, ["2,2,2"]),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("task, model, data, own, meshes", DIVIDED)
-def test_meshes_agree_with_one_device(task, model, data, own, meshes, ground, tmp_path, devices):
-    args = (task, ground / model, ground / f"{data}.jsonl")
-    options = {"max_steps": 5, **own}
-    rows, params = train(*args, tmp_path / "one", **options)
+@pytest.mark.parametrize("name, meshes", [(name, row[-1]) for name, row in RUNS.items() if row[-1]])
+def test_meshes_agree_with_one_device(
+    name, meshes, ground, through, tmp_path, devices, monkeypatch
+):
+    rows, params = through(name)
     for mesh in meshes:
-        devices(np.prod([int(size) for size in mesh.split(",")]))
-        other_rows, other = train(*args, tmp_path / mesh, mesh=mesh, **options)
-        for name in NAMES:
-            ours, theirs = ([r[name] for r in logged if name in r] for logged in (rows, other_rows))
+        devices(8)
+        *before, mesh = mesh.split(" to ")
+        for other in before:
+            with monkeypatch.context() as patch:
+                stop_after(patch, 3)
+                with pytest.raises(Preempted):
+                    run_of(name, ground, tmp_path / mesh, mesh=other)
+        other_rows, other = run_of(name, ground, tmp_path / mesh, mesh=mesh)
+        for metric in NAMES:
+            ours, theirs = (
+                [r[metric] for r in logged if metric in r] for logged in (rows, other_rows)
+            )
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
-        if own == EVAL:  # of adapters, at their rate, rounding becomes steps
-            close(other, params, 1e-4)
-
-
-@pytest.mark.slow
-def test_tensor_parallelism_over_eight_devices(ground, tmp_path, devices):
-    config = tiny.CONFIGS["gpt2"] | {"n_head": 8, "vocab_size": 321}
-    tiny.save(tmp_path / "model", config)
-    args = ("sft", tmp_path / "model", ground)
-    rows, params = train(*args, tmp_path / "one", max_steps=5)
-    devices(8)
-    other_rows, other = train(*args, tmp_path / "tp", max_steps=5, mesh="1,1,8")
-    np.testing.assert_allclose(losses_of(other_rows), losses_of(rows), atol=1e-4)
-    close(other, params, 1e-4)
-
-
-@pytest.mark.slow
-def test_a_run_saved_on_one_mesh_continues_on_another(ground, tmp_path, devices, monkeypatch):
-    args, options = ("sft", ground / "llama", ground), {"max_steps": 12}
-    rows, params = train(*args, tmp_path / "one", **options)
-    devices(8)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 8)
-        with pytest.raises(Preempted):
-            train(*args, tmp_path / "moved", mesh="fsdp=8", **options)
-    moved_rows, moved = train(*args, tmp_path / "moved", mesh="fsdp=4,tp=2", **options)
-    np.testing.assert_allclose(losses_of(moved_rows), losses_of(rows), atol=1e-4)
-    close(moved, params, 1e-4)
+        close(other, params, 1e-4)
