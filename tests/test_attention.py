@@ -1,5 +1,6 @@
-"""Each way to compute attention against the contract, and the contract against a loop."""
+"""Each way to compute attention against the contract, and the contract against its sentence."""
 
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -14,8 +15,9 @@ from easyaira.models import splash, tiles
 from easyaira.models.attention import DOT_PRODUCT, Near, attention, visible
 from easyaira.models.layers import Compute, Scores
 from easyaira.models.layout import UNATTENDED
+from helpers.formulas import attention_of
 
-LENGTHS = [1, 53, 127, 128, 129, 209, 255, 256, 257, 300]  # around tiles of 128
+LENGTHS = [1, 127, 128, 129, 257, 300]  # around tiles of 128
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SLOPES = (0.5, 0.25, 0.125, 1.0)
 
@@ -45,53 +47,57 @@ def rows(length: int, *, shared: bool, answers: int = 2, seed: int = 0):
     return (q, k, v), jnp.asarray(segments), jnp.asarray(sides)
 
 
-def by_hand(q, k, v, mask, divisor=WIDTH**0.5, cap=None, biases=0):
-    """softmax(q k / sqrt(N) + biases) v with a mask, in full."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    scores = jnp.einsum("rqhn,rthn->rhqt", q, k) / divisor
-    if cap:
-        scores = cap * jnp.tanh(scores / cap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores + biases, -1e30))
-    out = jnp.einsum("rhqt,rthn->rqhn", weights, v)
-    return out.reshape(*q.shape[:2], -1)
+def sentence(segments, sides, causal=True, near=None):
+    """The docstring of `visible`, word for word."""
+    (segment, key_segment), (side, key_side) = (
+        (x[:, :, None], x[:, None]) for x in map(np.asarray, (segments, sides))
+    )
+    seen = (segment == key_segment) & (key_segment != 0)
+    seen &= (key_side == 0) | ((key_side == side) & (key_side != UNATTENDED))
+    if causal:
+        seen &= np.tri(segments.shape[1], dtype=bool)
+    if near and near.window:
+        positions = np.asarray(near.positions)
+        seen &= positions[:, :, None] - positions[:, None] < near.window
+    return seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_contract_equals_its_sentence(causal):
     _, segments, sides = rows(40, shared=True)
-    sides = sides.at[0, 5].set(UNATTENDED)
-    seen = np.asarray(visible(segments, sides, causal=causal))
-    for r, q, k in np.ndindex(seen.shape):
-        of_own = segments[r, q] == segments[r, k] != 0
-        side = sides[r, k] == 0 or (sides[r, k] == sides[r, q] and sides[r, k] != UNATTENDED)
-        assert seen[r, q, k] == bool(of_own and side and (k <= q or not causal))
-    part = visible(segments, sides, slice(8, 24), slice(0, 24), causal=causal)
+    sides = np.array(sides)
+    sides[0, 5] = UNATTENDED
+
+    @jax.jit
+    def masks(*x):
+        part = visible(*x, slice(8, 24), slice(0, 24), causal=causal)
+        return visible(*x, causal=causal), part
+
+    seen, part = map(np.asarray, masks(segments, sides))
+    assert np.array_equal(seen, sentence(segments, sides, causal))
     assert np.array_equal(part, seen[:, 8:24, :24])
 
 
 def check(compute, arrays, segments, sides, causal=True, scores=DOT_PRODUCT, near=None):
-    """Outputs and gradients of real tokens equal those by hand."""
+    """Outputs and gradients of real tokens equal those of the formula."""
     real = np.asarray(segments > 0)
-    mask = visible(segments, sides, causal=causal, near=near)
-    weights = jnp.asarray(np.random.default_rng(0).normal(0, 1, real.shape + (HEADS * WIDTH,)))
-    weights = weights * real[..., None]
-
-    def total(of):
-        def loss(arrays):
-            out = of(*arrays)
-            return (out * weights).sum(), out
-
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-
+    weights = np.random.default_rng(0).normal(0, 1, real.shape + (HEADS * WIDTH,))
+    weights = weights.astype(np.float32) * real[..., None]
     ours = partial(attention, compute=compute, causal=causal, scores=scores, near=near)
-    (_, out), grads = total(lambda *x: ours(*x, segments, sides))
-    given = {"divisor": scores.divisor or WIDTH**0.5, "cap": scores.cap}
+
+    def loss(arrays):
+        out = ours(*arrays, segments, sides)
+        return (out * weights).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    given = {"divisor": scores.divisor, "cap": scores.cap}
     if scores.slopes:  # of the keys' positions, as BLOOM has them: a softmax ignores the rest
         slopes = np.reshape(scores.slopes, (1, HEADS, 1, 1))
-        given["biases"] = slopes * near.positions[:, None, None]
-    (_, wanted), wanted_grads = total(lambda *x: by_hand(*x, mask, **given))
+        given["biases"] = slopes * np.asarray(near.positions)[:, None, None]
+    mask = sentence(segments, sides, causal, near)
+    wanted, wanted_grads = attention_of(*arrays, mask, weights, **given)
+    out = np.asarray(out)
     np.testing.assert_allclose(out[real], wanted[real], rtol=2e-5, atol=2e-5)
     for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(grad, wanted_grad, rtol=2e-5, atol=2e-5)
@@ -109,7 +115,7 @@ def test_blocks_are_few_and_cover_the_row():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 53, 63, 64, 65, 128, 129, 192, 257])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 257])
 def test_blocks_of_queries_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 64)
     arrays, segments, sides = rows(length, shared=length % 2 == 0)
@@ -118,9 +124,10 @@ def test_blocks_of_queries_change_nothing(length, monkeypatch):
 
 def positions_of(segments, sides):
     """Of each token in its text; both answers to a prompt follow it."""
+    segments, sides = map(np.asarray, (segments, sides))
     positions = np.zeros(segments.shape, np.int32)
     for r, t in np.ndindex(segments.shape):
-        same = np.asarray(segments[r, :t] == segments[r, t])
+        same = segments[r, :t] == segments[r, t]
         seen = np.isin(sides[r, :t], (0, sides[r, t]))
         positions[r, t] = (same & seen).sum()
     return jnp.asarray(positions)
@@ -130,38 +137,52 @@ def positions_of(segments, sides):
 def test_a_window_counts_tokens_of_the_text_and_not_places_in_the_row():
     _, segments, sides = rows(40, shared=True)
     positions = positions_of(segments, sides)
-    whole, near = (
-        np.asarray(visible(segments, sides, near=Near(positions, window))) for window in (None, 3)
-    )
+
+    @jax.jit
+    def masks(segments, sides, positions):
+        of = partial(visible, segments, sides)
+        part = of(slice(8, 24), slice(0, 24), near=Near(positions, 3))
+        return *(of(near=Near(positions, window)) for window in (None, 3)), part
+
+    whole, near, part = map(np.asarray, masks(segments, sides, positions))
     for r, q in np.ndindex(segments.shape):
         expected = np.zeros(40, bool)
         expected[np.flatnonzero(whole[r, q])[-3:]] = True  # itself and the two before it
         assert np.array_equal(near[r, q], expected)
     of_answers = near & (np.asarray(sides)[:, :, None] == 2) & (np.asarray(sides)[:, None] == 0)
     assert of_answers.any()  # behind the first answer, a token still sees the prompt's last ones
-    part = visible(segments, sides, slice(8, 24), slice(0, 24), near=Near(positions, 3))
     assert np.array_equal(part, near[:, 8:24, :24])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["xla", "splash", "pallas", "cudnn", "tiles"])
 @pytest.mark.parametrize(
     "scores, window",
     [(Scores(), 5), (Scores(cap=0.7), None), (Scores(divisor=1.5), None), (Scores(1.5, 0.7), 5)]
     + [(Scores(slopes=SLOPES), None), (Scores(1.5, 0.7, SLOPES), 5)],
 )
-def test_windows_soft_caps_and_biases_whatever_was_asked_for(how, scores, window, monkeypatch):
-    """Tiles have all but biases. XLA computes the rest."""
+def test_windows_soft_caps_and_biases_whatever_was_asked_for(scores, window, monkeypatch):
+    """Tiles have all but biases. XLA computes the rest: in the same operations as if asked."""
     monkeypatch.setattr(tiles, "TILE", 16)
     monkeypatch.setattr(attentions, "BLOCK", 16)
     arrays, segments, sides = rows(40, shared=True)
     near = Near(positions_of(segments, sides), window)
-    check(Compute(attention=how), arrays, segments, sides, scores=scores, near=near)
+    for how in ("xla", "tiles"):
+        check(Compute(attention=how), arrays, segments, sides, scores=scores, near=near)
+
+    def operations(how, dtype):
+        given = [x.astype(dtype) for x in arrays], segments, sides
+        of = partial(attention, compute=Compute(attention=how), scores=scores, near=near)
+        program = jax.make_jaxpr(lambda arrays, *rows: of(*arrays, *rows))(*given)
+        return re.sub(r"0x\w+", "", str(program))
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        wanted = operations("xla", dtype)
+        assert all(operations(how, dtype) == wanted for how in ("splash", "pallas", "cudnn"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [17, 31, 32, 33, 200])
+@pytest.mark.parametrize("length", [31, 32, 33, 200])
 def test_tiles_equal_the_whole_softmax(length, causal, monkeypatch):
     monkeypatch.setattr(attentions, "BLOCK", 16)
     monkeypatch.setattr(tiles, "TILE", 16)
@@ -174,20 +195,27 @@ def test_tiles_equal_the_whole_softmax(length, causal, monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_are_those_that_hold_a_visible_key(answers, causal, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 8)
+
+    @jax.jit
+    def chosen(segments, sides):
+        keys = tiles.needed(tiles.Tokens(segments, sides, None, None), causal)
+        places = jnp.arange(20)
+        return keys.count, jax.vmap(lambda i: keys.tile(i, places))(places)
+
     for seed in range(20):
         _, segments, sides = rows(160, shared=answers > 1, answers=answers, seed=seed)
-        keys = tiles.needed(tiles.Tokens(segments[0], sides[0], None, None), causal)
-        mask = visible(segments[:1], sides[:1], causal=causal)[0].reshape(20, 8, 20, 8).any((1, 3))
-        for i, count in enumerate(keys.count.tolist()):
-            chosen = [int(keys.tile(i, t)) for t in range(count)]
-            assert chosen == np.flatnonzero(mask[i]).tolist()
+        counts, places = map(np.asarray, chosen(segments[0], sides[0]))
+        mask = sentence(segments[:1], sides[:1], causal)[0].reshape(20, 8, 20, 8).any((1, 3))
+        for i, count in enumerate(counts):
+            assert places[i, :count].tolist() == np.flatnonzero(mask[i]).tolist()
 
 
 def test_a_window_hides_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 8)
-    place = jnp.arange(64)
-    tokens = tiles.Tokens(1 + 0 * place, 0 * place, place, jnp.int32(10))
-    assert tiles.needed(tokens, True).count.tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
+    place = np.arange(64, dtype=np.int32)
+    tokens = tiles.Tokens(1 + 0 * place, 0 * place, place, np.int32(10))
+    counts = jax.jit(lambda tokens: tiles.needed(tokens, True).count)(tokens)
+    assert counts.tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 200])
@@ -198,7 +226,7 @@ def test_blocks_without_causality(length, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length, shared", [(n, n % 3 == 0) for n in LENGTHS] + [(200, True)])
+@pytest.mark.parametrize("length, shared", [(n, n % 3 == 0) for n in LENGTHS])
 def test_splash_kernel_equals_xla(length, shared, monkeypatch):
     """The TPU's kernel, interpreted."""
     interpreted = partial(splash._splash_rows, interpret=True)
@@ -226,10 +254,10 @@ def test_splash_kernel_on_many_devices(axes, devices, monkeypatch):
     monkeypatch.setattr(splash, "_splash_rows", interpreted)
     arrays, segments, sides = rows(130, shared=True)
     arrays, segments, sides = jax.tree.map(
-        lambda x: jnp.concatenate([x] * 2), (arrays, segments, sides)
+        lambda x: np.concatenate([x] * 2), (arrays, segments, sides)
     )
     compute = Compute(attention="splash", shared_prompt=2)
-    alone = attention(*arrays, segments, sides, compute)
+    alone = jax.jit(lambda *x: attention(*x, compute))(*arrays, segments, sides)
     with jax.set_mesh(make_mesh(axes)):
         divided = (
             jax.jit(lambda *x: attention(*x, compute)).lower(*arrays, segments, sides).compile()

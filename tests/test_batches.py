@@ -166,25 +166,29 @@ def test_pairs_without_a_prompt_can_be_shared_too(tmp_path):
 def test_packed_and_shared_log_probabilities_and_gradients_equal_separate_ones(case, tmp_path):
     tiny.save(tmp_path / "model", tiny.CASES[case])
     model, params = tiny.load(tmp_path / "model")
-    weights = np.random.default_rng(0).normal(size=(8, 2))
+    weights = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    layouts = [{"packing": False}, {"share_prompt": True}, {}]
+    layouts += [{"share_prompt": True, "packing": False}]
+    laid_out = [batches(tmp_path, pairs=True, **layout)[0].arrays for layout in layouts]
+    rows, width = np.max([arrays["tokens"].shape[1:] for arrays in laid_out], axis=0)
 
-    def measure(**kwargs):
-        batch = batches(tmp_path, pairs=True, **kwargs)[0]
-        arrays = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
-
+    @jax.jit
+    def measure(params, arrays):
         def total(params):
             logps = answer_scores(model, params, arrays, examples=8).logps
             return (logps * weights).sum(), logps
 
-        (_, logps), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+        (_, logps), grads = jax.value_and_grad(total, has_aux=True)(params)
         return logps, grads
 
-    logps, grads = measure(packing=False)
-    layouts = [{"share_prompt": True}]
-    if case in tiny.CONFIGS:  # each layout by itself is the same for every family
-        layouts += [{}, {"share_prompt": True, "packing": False}]
-    for kwargs in layouts:
-        other_logps, other_grads = measure(**kwargs)
+    def padded(array):  # to one shape, so that one program serves all layouts
+        return np.pad(array, [(0, rows - len(array)), (0, width - array.shape[1])])
+
+    (logps, grads), *others = (
+        measure(params, {name: jnp.asarray(padded(arrays[name][0])) for name in LAYOUT})
+        for arrays in laid_out
+    )
+    for other_logps, other_grads in others:
         np.testing.assert_allclose(other_logps, logps, rtol=1e-5)
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
         for one, other in zip(*map(jax.tree.leaves, (grads, other_grads)), strict=True):
@@ -239,9 +243,10 @@ def test_padding_that_is_learned_is_seen_by_no_token(tmp_path):
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"] | {"vocab_size": 400})
     model, params = tiny.load(tmp_path / "model")
     lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
-    before = np.asarray(model.apply(params, lines)[0])
-    other = jnp.where(sides[0] == UNATTENDED, 7, lines["tokens"])
-    after = np.asarray(model.apply(params, lines | {"tokens": other})[0])
+    apply = jax.jit(model.apply)
+    before = np.asarray(apply(params, lines)[0])
+    other = np.where(sides[0] == UNATTENDED, 7, batch.arrays["tokens"][0])
+    after = np.asarray(apply(params, lines | {"tokens": jnp.asarray(other)})[0])
     seen = sides[0] != UNATTENDED
     assert np.array_equal(before[seen], after[seen]) and not np.array_equal(before, after)
 
@@ -344,6 +349,6 @@ def test_compat_aira_is_the_loss_of_the_original_script(tmp_path):
     for packing in (False, True):
         batch = Batches(data, 8, packing=packing)[0]
         lines = {name: jnp.asarray(batch.arrays[name][0]) for name in LAYOUT}
-        total, count = sft(model)(params, None, lines, None)["loss"]
+        total, count = jax.jit(lambda *x: sft(model)(*x, None)["loss"])(params, None, lines)
         assert count == 8 * 39
         assert abs(total / count - wanted) < 1e-5

@@ -15,13 +15,13 @@ from helpers import tiny
 from helpers.processes import call
 
 # layers, key/value heads and head width of each, from its config.json
-SIZES = {"gpt2": (2, 4, 4), "llama": (2, 2, 4), "gemma2": (3, 2, 8)}
+SIZES = {"llama": (2, 2, 4), "gemma2": (3, 2, 8)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mesh, rows_apart, heads_apart",
-    [("gemma2", "fsdp=1", 1, 1), *((name, "fsdp=4,tp=2", 4, 2) for name in SIZES)],
+    [("llama", "fsdp=1", 1, 1), ("gemma2", "fsdp=4,tp=2", 4, 2)],
 )
 def test_keys_and_values_take_the_memory_that_is_predicted(
     name, mesh, rows_apart, heads_apart, devices, monkeypatch

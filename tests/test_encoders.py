@@ -139,13 +139,13 @@ def test_packed_side_by_side_each_scores_as_alone(case, loaded):
         tokens[place], segments[place], sides[place] = text, segment, side
         positions[place] = np.arange(len(text))
     batch = tiny.layout(tokens, segment_ids=segments, sides=sides, positions=positions)
-    scores, exists = jax.jit(partial(model.score, examples=4, answers=2))(params, batch)
-    score = jax.jit(partial(model.score, examples=1, answers=1))
+    score = jax.jit(partial(model.score, examples=4, answers=2))
+    scores, exists = map(np.asarray, score(params, batch))
 
     def alone(text):
-        row = np.pad(text, (0, 8 - len(text)))[None]
-        real = np.arange(8)[None] < len(text)
-        return float(score(params, tiny.layout(row, segment_ids=real.astype(int)))[0][0, 0])
+        tokens, real = np.zeros((2, 2, 14), int)
+        tokens[0, : len(text)], real[0, : len(text)] = text, 1
+        return np.asarray(score(params, tiny.layout(tokens, segment_ids=real, sides=real))[0])[0, 0]
 
     wanted = [alone(rows[i]) for i in (0, 1, 3, 2, 4)]
     np.testing.assert_allclose(scores.ravel()[:5], wanted, atol=1e-5, rtol=1e-5)

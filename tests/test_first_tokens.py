@@ -20,6 +20,21 @@ LAYOUTS = {
 }
 
 
+ROWS, WIDTH = 16, 64  # of every batch here, with padding, so that one program serves all
+
+
+def arrays_of(batch):
+    """Of the first micro-batch, padded."""
+
+    def padded(array):
+        if array.ndim < 3:
+            return array[0]
+        room = [(0, most - size) for most, size in zip((ROWS, WIDTH), array.shape[1:], strict=True)]
+        return np.pad(array[0], room)
+
+    return {name: jnp.asarray(padded(array)) for name, array in batch.arrays.items()}
+
+
 def text(rng, shortest=1):
     return " ".join(rng.choice(WORDS, rng.integers(shortest, 6)))
 
@@ -64,15 +79,9 @@ def test_sft_learns_each_sequence_as_if_alone(case, layout, models, tmp_path):
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
     examples = load(tiny.write_rows(tmp_path / "a.jsonl", rows), **SFT[case]).train
     batch = Batches(examples, len(examples), **LAYOUTS[layout])[0]
-    arrays = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
-
-    @jax.jit
-    def loss_and_grads(params):
-        return jax.value_and_grad(
-            lambda p: sft(model)(p, None, arrays, None)["loss"], has_aux=True
-        )(params)
-
-    (loss, count), grads = loss_and_grads(params)
+    loss_of = lambda params, arrays: sft(model)(params, None, arrays, None)["loss"]  # noqa: E731
+    loss_and_grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, count), grads = loss_and_grads(params, arrays_of(batch))
 
     wanted, number = 0.0, 0
     for row in examples.rows:
@@ -104,8 +113,8 @@ def test_a_pair_is_scored_as_its_answers_alone(layout, models, tmp_path):
     ]
     examples = load(tiny.write_rows(tmp_path / "a.jsonl", rows), task="pair").train
     batch = Batches(examples, 8, **LAYOUTS[layout])[0]
-    arrays = {name: jnp.asarray(array[0]) for name, array in batch.arrays.items()}
-    scores = jax.jit(lambda p: answer_scores(model, p, arrays, examples=8))(params)
+    scored = jax.jit(lambda params, arrays: answer_scores(model, params, arrays, examples=8))
+    scores = jax.tree.map(np.asarray, scored(params, arrays_of(batch)))
     for example, (_, slot) in zip(batch.examples, batch.slots, strict=True):
         row = rows[examples.rows[example]]
         prompt = ids(row["prompt"])

@@ -41,16 +41,18 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
     wanted = rng.random((ROWS, LENGTH)) < share
     weights *= wanted
 
-    learned = jnp.asarray(tokens), jnp.asarray(wanted)
-
-    def ours(hidden, head):
+    def ours(hidden, head, tokens, wanted, weights):
         out = token_logps.token_logps(
-            hidden, head, *learned, vocab_size=VOCAB, cap=None, chunk_logits=at_once * COLUMNS
+            *(hidden, head, tokens, wanted),
+            vocab_size=VOCAB,
+            cap=None,
+            chunk_logits=at_once * COLUMNS,
         )
         return (out.logps * weights).sum(), out
 
-    of_ours = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
-    (value, out), grads = of_ours(jnp.asarray(hidden), jnp.asarray(head))
+    of_ours = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))
+    (value, out), grads = of_ours(hidden, head, tokens, wanted, weights)
+    out = jax.tree.map(np.asarray, out)
     h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     logits = (h @ w)[:, :-1, :VOCAB]
     logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
@@ -79,29 +81,28 @@ def test_token_logps_equal_torch_whatever_the_chunks(at_once, share):
 @pytest.mark.slow
 def test_the_sums_gradient_in_the_forward_pass_equals_that_of_the_parts(at_once, share):
     """With a factor in front, and beside another use of the hidden states."""
-    hidden, head, tokens = map(jnp.asarray, head_and_hidden())
-    wanted = jnp.asarray(np.random.default_rng(1).random((ROWS, LENGTH)) < share)
+    hidden, head, tokens = head_and_hidden()
+    wanted = np.random.default_rng(1).random((ROWS, LENGTH)) < share
     kwargs = {"vocab_size": VOCAB, "cap": None, "chunk_logits": at_once * COLUMNS}
 
-    def by_sum(hidden, head):
-        nll, out = token_logps.token_nll(hidden, head, tokens, wanted, **kwargs)
+    def by_sum(hidden, head, *learned):
+        nll, out = token_logps.token_nll(hidden, head, *learned, **kwargs)
         return 2.5 * nll + (hidden**2).sum(), out
 
-    def by_parts(hidden, head):
-        out = token_logps.token_logps(hidden, head, tokens, wanted, **kwargs)
+    def by_parts(hidden, head, *learned):
+        out = token_logps.token_logps(hidden, head, *learned, **kwargs)
         return -2.5 * out.logps.sum() + (hidden**2).sum(), out
 
-    (value, out), grads = jax.value_and_grad(by_sum, (0, 1), has_aux=True)(hidden, head)
-    (wanted_value, parts), wanted_grads = jax.value_and_grad(by_parts, (0, 1), has_aux=True)(
-        hidden, head
-    )
+    def compared(*given):
+        both = (jax.value_and_grad(f, (0, 1), has_aux=True)(*given) for f in (by_sum, by_parts))
+        return *both, token_logps.token_nll(*given, **kwargs)[0]  # the last without a gradient
+
+    by_sum_and_parts = jax.jit(compared)(hidden, head, tokens, wanted)
+    ((value, out), grads), ((wanted_value, parts), wanted_grads), evaluated = by_sum_and_parts
     np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, out, parts)
     for a, b in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    evaluated, _ = token_logps.token_nll(
-        hidden, head, tokens, wanted, **kwargs
-    )  # without a gradient
     np.testing.assert_allclose(evaluated, -parts.logps.sum(), rtol=1e-6)
 
 
@@ -111,13 +112,13 @@ def test_soft_caps_of_logits_equal_torch(core, at_once):
     hidden, head, tokens = head_and_hidden()
     kwargs = {"vocab_size": VOCAB, "cap": 2.0, "chunk_logits": at_once * COLUMNS}
 
-    def ours(hidden, head):
-        out = core(hidden, head, jnp.asarray(tokens), **kwargs)
+    def ours(hidden, head, tokens):
+        out = core(hidden, head, tokens, **kwargs)
         nll, parts = out if core is token_logps.token_nll else (-out.logps.sum(), out)
         return nll, parts
 
-    of_ours = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
-    (value, out), grads = of_ours(jnp.asarray(hidden), jnp.asarray(head))
+    of_ours = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))
+    (value, out), grads = of_ours(hidden, head, tokens)
     h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     logits = 2 * torch.tanh((h @ w)[:, :-1, :VOCAB] / 2)
     logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, 1:, None])[..., 0]
@@ -229,8 +230,11 @@ def test_losses_of_sft_equal_torch_and_transformers(options, cap, monkeypatch):
         sums = loss_fn((hidden, head), None, batch, None)
         return sums["loss"][0] / sums["loss"][1], sums
 
-    of_ours = jax.value_and_grad(ours, (0, 1), has_aux=True)
-    (value, sums), grads = of_ours(jnp.asarray(hidden), jnp.asarray(head))
+    def compared(hidden, head):  # the last without a gradient
+        with_gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, head)
+        return with_gradients, loss_fn((hidden, head), None, batch, None)["loss"][0]
+
+    ((value, sums), grads), evaluated = jax.jit(compared)(hidden, head)
     h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     logits = (h @ w)[..., :VOCAB]
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
@@ -246,8 +250,7 @@ def test_losses_of_sft_equal_torch_and_transformers(options, cap, monkeypatch):
     np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
     for ours_grad, parameter in zip(grads, (h, w), strict=True):
         np.testing.assert_allclose(ours_grad, parameter.grad, rtol=1e-5, atol=1e-6)
-    evaluated = loss_fn((jnp.asarray(hidden), jnp.asarray(head)), None, batch, None)["loss"][0]
-    np.testing.assert_allclose(evaluated, sums["loss"][0], rtol=1e-6)  # without a gradient
+    np.testing.assert_allclose(evaluated, sums["loss"][0], rtol=1e-6)
     hits = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
     assert int(sums["mean_token_accuracy"][0]) == int(hits)
 
@@ -300,30 +303,31 @@ OPTIONS = {"dpop": {"dpop_lambda": 2.0}, "simpo": {"simpo_gamma": 0.7}}
 OPTIONS |= {loss: {"label_smoothing": 0.1} for loss in SMOOTHED_LOSSES}
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.8])
 @pytest.mark.parametrize("loss", preference.PREFERENCE_LOSSES)
-def test_each_loss_and_its_gradient_equal_the_formula(loss, beta):
+def test_each_loss_and_its_gradient_equal_the_formula(loss):
     rng = np.random.default_rng(0)
     logratios = rng.normal(0, 3, (50, 2))
     if LOSSES[loss].reference == "none":  # log-probabilities
         logratios = -np.abs(logratios)
     lengths = rng.integers(1, 9, (50, 2)).astype(float)
-    kwargs = OPTIONS.get(loss, {})
-    e = kwargs.get("label_smoothing", 0.0)
+    kwargs, betas = OPTIONS.get(loss, {}), (0.1, 0.8)
 
-    def ours(logratios):
-        return preference.preference_loss(
-            loss, logratios, jnp.asarray(lengths, jnp.float32), beta=beta, **kwargs
-        )
+    @jax.jit
+    def ours(logratios, lengths):
+        def summed(x, beta):
+            values = preference.preference_loss(loss, x, lengths, beta=beta, **kwargs)
+            return values.sum(), values
 
-    h = torch.tensor(logratios, requires_grad=True)
-    n = torch.tensor(lengths)
-    theirs = formula(loss, h[:, 0], h[:, 1], beta, e, n[:, 0], n[:, 1])
-    theirs.sum().backward()
-    inputs = jnp.asarray(logratios, jnp.float32)
-    np.testing.assert_allclose(ours(inputs), theirs.detach(), rtol=1e-5, atol=1e-5)
-    grads = jax.grad(lambda x: ours(x).sum())(inputs)
-    np.testing.assert_allclose(grads, h.grad, rtol=1e-5, atol=1e-5)
+        return [jax.grad(summed, has_aux=True)(logratios, beta) for beta in betas]
+
+    given = (np.asarray(x, np.float32) for x in (logratios, lengths))
+    for beta, (grads, values) in zip(betas, ours(*given), strict=True):
+        h, n = torch.tensor(logratios, requires_grad=True), torch.tensor(lengths)
+        e = kwargs.get("label_smoothing", 0.0)
+        theirs = formula(loss, h[:, 0], h[:, 1], beta, e, n[:, 0], n[:, 1])
+        theirs.sum().backward()
+        np.testing.assert_allclose(values, theirs.detach(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(grads, h.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [name for name, use in LOSSES.items() if use.margins])

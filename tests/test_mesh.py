@@ -26,6 +26,10 @@ from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
 from helpers import tiny
 
+# families whose layers are parts of others': Gemma 2 has their windows, GPT-NeoX their biases, and
+# layers without a rotation are those of BLOOM
+OF_OTHERS = {"mistral", "qwen2", "smollm3"}
+
 
 def test_a_cpus_devices_run_collectives_in_one_order(monkeypatch):
     """In different orders, a third of such runs deadlocked. XLA reads its flags when JAX starts."""
@@ -252,7 +256,10 @@ def test_fsdp_divides_the_bytes_of_weights_and_optimizer(kind, devices):
         mesh = meshes.make_mesh("fsdp=-1")
         model = model_of(tiny.CONFIGS[kind], "here")
         target = shardings(model.shapes, model.rules, mesh)
-        params = jax.jit(model.init, out_shardings=target)(jax.random.key(0))
+        params = jax.tree.map(
+            lambda leaf, place: jax.device_put(np.zeros(leaf.shape, leaf.dtype), place),
+            *(model.shapes, target),
+        )
         state = init_state(params, tx, mesh)
         first = jax.devices()[0]
         held[count] = sum(
@@ -323,7 +330,7 @@ def test_activations_are_divided_by_tokens_and_parameters_stay_where_they_are(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", tiny.FAMILIES)
+@pytest.mark.parametrize("case", [case for case in tiny.FAMILIES if case not in OF_OTHERS])
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(case, devices):
     devices(8)
     model = model_of(tiny.CASES[case], "here")
@@ -373,13 +380,21 @@ def test_a_vocabulary_of_another_size_is_the_same_on_every_mesh(size, how, devic
     devices(8)
     key = jax.random.key(0)
     model = model_of(tiny.CONFIGS["llama"], "config.json")
-    params = model.init(key)
-    larger, wanted = resize(model, params, size, how, key)
+    params = jax.jit(model.init)(key)
+    models = []
+
+    def of_size(params):
+        larger, changed = resize(model, params, size, how, key)
+        models.append(larger)
+        return changed
+
+    wanted = jax.jit(of_size)(params)
+    larger = models[0]
     for text in ("fsdp=8", "dp=2,fsdp=2,tp=2"):
         mesh = meshes.make_mesh(text)
         places = shardings(larger.shapes, larger.rules, mesh)
         divided = jax.device_put(params, shardings(model.shapes, model.rules, mesh))
-        change = jax.jit(lambda p: resize(model, p, size, how, key)[1], out_shardings=places)
+        change = jax.jit(of_size, out_shardings=places)
         with jax.set_mesh(mesh):
             changed = change(divided)
         for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(changed), strict=True):

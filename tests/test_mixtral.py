@@ -2,6 +2,7 @@
 accumulated rows, quantised experts, and what has no adapters."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def test_weights_are_those_of_transformers_router(experts, count, dtype):
     apart = (kept.diff() < 0).all(-1) if dtype == torch.bfloat16 else torch.full((200,), True)
     assert apart.sum() > 150  # PyTorch's choice among equal ones is anyone's
     wanted = torch.zeros(200, experts).scatter(1, places, weights.float())
-    ours = weights_of(jnp.asarray(logits.float().numpy()), count)
+    ours = jax.jit(weights_of, static_argnums=1)(logits.float().numpy(), count)
     np.testing.assert_allclose(ours[apart.numpy()], wanted[apart], atol=1e-6)
     np.testing.assert_array_equal((np.asarray(ours) > 0).sum(-1), count)
 
@@ -118,7 +119,7 @@ def test_balance_is_transformers_loss_of_each_example(count):
     def ours(logits):
         return balance(logits, batch["segment_ids"], batch["loss_mask"], count=count)
 
-    value, grads = jax.value_and_grad(ours)(jnp.asarray(logits))
+    value, grads = jax.jit(jax.value_and_grad(ours))(logits)
     given = torch.tensor(logits, requires_grad=True)
     wanted, spans = 0.0, [(0, 0, 5), (0, 5, 14), (1, 0, 7)]
     for (row, start, stop), (_, learned) in zip(spans, texts(), strict=True):
@@ -133,9 +134,9 @@ def test_balance_is_transformers_loss_of_each_example(count):
 @pytest.mark.slow
 def test_balance_of_an_even_router_is_the_number_of_chosen_experts():
     """By the formula: E sum_i (count / E) (1 / E)."""
-    logits = jnp.zeros((1, 1, 4, 4)) + 1e-6 * jnp.eye(4)  # each token prefers another
-    segments = jnp.ones((1, 4), jnp.int32)
-    value = balance(logits, segments, segments > 0, count=1)
+    logits = 1e-6 * np.eye(4, dtype=np.float32)[None, None]  # each token prefers another
+    segments = np.ones((1, 4), np.int32)
+    value = jax.jit(partial(balance, count=1))(logits, segments, segments > 0)
     np.testing.assert_allclose(value, 4 * 1, rtol=1e-5)
 
 
@@ -147,11 +148,16 @@ def test_loss_and_gradients_of_one_example_are_those_of_transformers(case, numbe
     batch = rows_of([[0]], 16, texts()[number : number + 1])
     loss_fn = sft(model, SFTConfig(router_aux_loss=True))
 
-    def mean(params):
-        sums = loss_fn(params, None, batch, None)
-        return sums["loss"][0] / sums["loss"][1], sums
+    @jax.jit
+    def compared(params, batch):
+        def mean(params):
+            sums = loss_fn(params, None, batch, None)
+            return sums["loss"][0] / sums["loss"][1], sums
 
-    (loss, sums), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+        plain = sft(model)(params, None, batch, None)["loss"]
+        return jax.value_and_grad(mean, has_aux=True)(params), plain
+
+    ((loss, sums), grads), plain = compared(params, batch)
     theirs.zero_grad()
     wanted = transformers_loss(theirs, *texts()[number])
     wanted.backward()
@@ -160,7 +166,6 @@ def test_loss_and_gradients_of_one_example_are_those_of_transformers(case, numbe
     for name, grad in tiny.gradients(theirs).items():
         assert np.abs(grads.pop(name) - grad).max() <= 1e-5 * max(np.abs(grad).max(), 1), name
     assert not grads
-    plain = sft(model)(params, None, batch, None)["loss"]
     added = 0.3 * sums["router_aux_loss"][0]
     np.testing.assert_allclose(sums["loss"][0] - plain[0], added, rtol=1e-3)
     assert added > 0.1
@@ -179,10 +184,10 @@ def test_packed_is_plain_is_accumulated_is_the_sum_over_examples(loaded):
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
-    packed = summed(params, rows_of([[0, 2], [1]], 14, texts()))
-    plain = summed(params, rows_of([[0], [1], [2]], 9, texts()))
-    alone = [summed(params, rows_of([[0]], 16, [part])) for part in texts()]
-    added = jax.tree.map(lambda *leaves: sum(leaves), *alone)
+    packed = summed(params, rows_of([[0, 2], [], [1]], 14, texts()))  # a row of padding, too
+    plain = summed(params, rows_of([[0], [1], [2]], 14, texts()))
+    alone = [summed(params, rows_of([[0], [], []], 14, [part])) for part in texts()]
+    added = jax.tree.map(lambda *leaves: sum(map(np.asarray, leaves)), *alone)
     for other in (plain, added):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), packed, other
@@ -201,7 +206,8 @@ def test_gradient_checkpointing_changes_no_number(policy, loaded):
 
     def grads(model):
         loss_fn = sft(model, SFTConfig(router_aux_loss=True))
-        return jax.jit(jax.grad(lambda p: loss_fn(p, None, batch, None)["loss"][0]))(params)
+        loss = lambda params, batch: loss_fn(params, None, batch, None)["loss"][0]  # noqa: E731
+        return jax.jit(jax.grad(loss))(params, batch)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),

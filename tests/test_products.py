@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from easyaira.models import cache, product
-from easyaira.models.attention import attention, visible
+from easyaira.models.attention import attention
 from easyaira.models.embedding import Embedding
 from easyaira.models.layers import Compute, LayerNorm, RMSNorm, Scores
 from easyaira.models.llama import MLP, LlamaConfig
@@ -22,9 +22,9 @@ from easyaira.models.product import by_rows, linear, packed, unpacked
 from easyaira.plan import cost
 from easyaira.train.setup import prepare
 from helpers import runs, tiny
+from helpers.formulas import attention_of
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-KEY = jax.random.key(0)
 
 
 def narrow_products(lowered):
@@ -90,24 +90,33 @@ def test_no_product_of_a_step_is_a_slow_one(task, kind, options, models, data, t
 
 
 def relative(x, y):
-    return float(jnp.linalg.norm(x.astype(F32) - y) / jnp.linalg.norm(y))
+    x, y = (np.asarray(a, np.float64) for a in (x, y))
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(of, grad, *given):
+    """The value of a function, and the gradients of its product with `grad`."""
+    value, pull = jax.vjp(of, *given)
+    return value, *pull(grad)
+
+
+def numbers(shape, dtype=F32, seed=0, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 @pytest.mark.parametrize("features", [(48,), (3, 16)])
 def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(features):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (4, 32, 64)).astype(BF16)
-    kernel = 0.2 * jax.random.normal(keys[1], (64, *features))
-    grad = jax.random.normal(keys[2], (4, 32, *features)).astype(BF16)
-    y, pull = jax.vjp(linear, x, kernel)
-    rounded = kernel.astype(BF16).astype(F32)
-    exact, exact_pull = jax.vjp(
-        lambda x, k: jnp.tensordot(x, k, 1, precision="highest"), x.astype(F32), rounded
-    )
-    d_x, d_kernel = pull(grad)
-    exact_x, exact_kernel = exact_pull(grad.astype(F32))
+    x, grad = numbers((4, 32, 64), BF16), numbers((4, 32, *features), BF16, seed=1)
+    kernel = numbers((64, *features), seed=2, scale=0.2)
+    y, d_x, d_kernel = with_gradients(linear, grad, x, kernel)
+    rounded = np.asarray(kernel.astype(BF16), np.float64)
+    exact_x, exact_grad = (np.asarray(a, np.float64) for a in (x, grad))
     assert (y.dtype, d_x.dtype, d_kernel.dtype) == (BF16, BF16, F32)
-    assert relative(y, exact) < 2**-9 and relative(d_x, exact_x) < 2**-9
+    assert relative(y, np.tensordot(exact_x, rounded, 1)) < 2**-9
+    outer = list(range(2, exact_grad.ndim)), list(range(1, rounded.ndim))
+    assert relative(d_x, np.tensordot(exact_grad, rounded, outer)) < 2**-9
+    exact_kernel = np.tensordot(exact_x, exact_grad, [(0, 1), (0, 1)])
     assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
 
 
@@ -121,10 +130,9 @@ def test_the_gradient_of_inputs_is_summed_over_one_axis():
 
 @pytest.mark.parametrize("features", [(48,), (3, 16)])
 def test_the_gradient_of_a_bias_is_a_float32_sum(features):
-    y, grad = (jax.random.normal(key, (4, 320, *features)) for key in jax.random.split(KEY))
-    y, grad, bias = y.astype(BF16), grad.astype(BF16), jnp.full(features, 0.3)
-    sums, pull = jax.vjp(product.add_bias, y, bias)
-    d_y, d_bias = pull(grad)
+    y, grad = (numbers((4, 320, *features), BF16, seed) for seed in (0, 1))
+    bias = jnp.asarray(np.full(features, 0.3, np.float32))
+    sums, d_y, d_bias = with_gradients(product.add_bias, grad, y, bias)
     assert (sums.dtype, d_y.dtype, d_bias.dtype) == (BF16, BF16, F32)
     np.testing.assert_array_equal(sums, y + bias.astype(BF16))
     np.testing.assert_array_equal(d_y, grad)
@@ -157,17 +165,6 @@ def test_rows_of_a_16_bit_table_are_read_without_converting_it():
     assert "50,8]" in (program := compiled.as_text()) and not re.search(r"f32\[50,8\]", program)
 
 
-def attended(q, k, v, segment_ids, sides):
-    """Vaswani et al. (2017), eq. 1, with the mask."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    scores = jnp.einsum("rqhn,rthn->rhqt", q, k, precision="highest") / math.sqrt(q.shape[-1])
-    mask = visible(segment_ids, sides)[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    out = jnp.einsum("rhqt,rthn->rqhn", weights, v, precision="highest")
-    return out.reshape(*q.shape[:2], -1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
 @pytest.mark.parametrize("heads, length", [((4, 4), 48), ((4, 2), 48), ((4, 2), 700)])
@@ -177,27 +174,24 @@ def test_attention_and_its_gradients_are_those_of_the_formula(heads, length, dty
         jnp.asarray(rng.normal(size=(2, length, count, 16)), dtype)
         for count in (heads[0], heads[1], heads[1])
     )
-    segment_ids = jnp.asarray(np.broadcast_to(1 + np.arange(length) // 20, (2, length)), jnp.int32)
-    sides = jnp.asarray(np.broadcast_to(np.arange(length) % 20 // 7, (2, length)), jnp.int32)
     grad = jnp.asarray(rng.normal(size=(2, length, heads[0] * 16)), dtype)
-    rows = segment_ids, sides
-    out, pull = jax.vjp(lambda *x: attention(*x, *rows, Compute(dtype)), q, k, v)
-    wanted, formula_pull = jax.vjp(
-        lambda *x: attended(*x, *rows), *(x.astype(F32) for x in (q, k, v))
-    )
-    for actual, exact in zip(
-        (out, *pull(grad)), (wanted, *formula_pull(grad.astype(F32))), strict=True
-    ):
+    place = np.arange(length, dtype=np.int32)
+    rows = [np.stack([x] * 2) for x in (1 + place // 20, place % 20 // 7)]
+    given = [jnp.asarray(x) for x in rows]
+    out = with_gradients(lambda *x: attention(*x, *given, Compute(dtype)), grad, q, k, v)
+    (segment, other_segment), (side, other_side) = ((x[:, :, None], x[:, None]) for x in rows)
+    mask = (segment == other_segment) & ((other_side == 0) | (other_side == side))
+    wanted, gradients = attention_of(q, k, v, mask & np.tri(length, dtype=bool), grad)
+    for actual, exact in zip(out, (wanted, *gradients), strict=True):
         assert actual.dtype == dtype and relative(actual, exact) < bound
 
 
 @pytest.mark.parametrize("few, G", [(1, 1), (4, 1), (8, 1), (4, 3)])
-@pytest.mark.parametrize("clock", [100, 95, 48])  # within a tile of slots, at its end, its start
 @pytest.mark.parametrize("window", [32, None])
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 4e-3)])
 @pytest.mark.slow
 def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
-    few, G, clock, window, dtype, bound, monkeypatch
+    few, G, window, dtype, bound, monkeypatch
 ):
     """A 16-bit cache is converted to float32 a few rows and slots at a time, however many there
     are."""
@@ -209,19 +203,21 @@ def test_attention_over_a_cache_is_that_of_the_formula_and_widens_few_rows(
     kept = [jnp.asarray(rng.normal(size=(R, K, W, N)), dtype) for _ in range(2)]
     lengths = jnp.array([1, 48, 17, 30, 5, 40, 2, 33])
 
-    def attend(q, *kept):
+    def attend(clock, q, *kept):
         kept = tuple(map(packed, kept))
-        return cache.attend(q, kept, lengths, jnp.int32(clock), Scores(), window=window)
+        return cache.attend(q, kept, lengths, clock, Scores(), window=window)
 
-    age = (clock - np.arange(W)) % W
-    visible = (age < np.array(lengths)[:, None]) & (age < (window or W))
+    compiled = jax.jit(attend).lower(np.int32(0), q, *kept).compile()
     k, v = (np.repeat(np.asarray(x, np.float64), G, axis=1) for x in kept)
     scores = np.einsum("rhn,rhwn->rhw", np.asarray(q, np.float64)[:, 0], k) / math.sqrt(N)
-    weights = np.where(visible[:, None], np.exp(scores), 0)
-    exact = np.einsum("rhw,rhwn->rhn", weights / weights.sum(-1, keepdims=True), v)[:, None]
-    assert relative(jax.jit(attend)(q, *kept), exact) < bound
+    for clock in (100, 95, 48):  # within a tile of slots, at its end, its start
+        age = (clock - np.arange(W)) % W
+        visible = (age < np.array(lengths)[:, None]) & (age < (window or W))
+        weights = np.where(visible[:, None], np.exp(scores), 0)
+        exact = np.einsum("rhw,rhwn->rhn", weights / weights.sum(-1, keepdims=True), v)[:, None]
+        assert relative(compiled(np.int32(clock), q, *kept), exact) < bound
     if G == 1:  # 16-bit products of several rows are not converted
-        program = jax.jit(attend).lower(q, *kept).compile().as_text()
+        program = compiled.as_text()
         slots = W if dtype == F32 else 16
         shapes = re.findall(rf"f32\[([\d,]+),{slots},16\]", program)
         at_a_time = max(math.prod(map(int, shape.split(","))) for shape in shapes) // K
@@ -290,7 +286,7 @@ def test_the_derivative_of_a_norm_is_that_of_its_formula(norm, shape):
     """At an epsilon that counts, with JAX's own derivative of the equation."""
     rng = np.random.default_rng(0)
     x, d_y = (jnp.asarray(rng.normal(0, 0.3, shape), F32) for _ in range(2))
-    params = norm.init(jax.random.key(0), x)
+    params = jax.eval_shape(norm.init, jax.random.key(0), x)
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 1, p.shape), F32), params)
 
     def formula(params, x):
@@ -300,12 +296,11 @@ def test_the_derivative_of_a_norm_is_that_of_its_formula(norm, shape):
         normed = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-2)
         return normed * (getattr(norm, "offset", 0.0) + given["scale"]) + given.get("bias", 0)
 
-    def gradients(of):
-        return jax.grad(lambda params, x: (of(params, x) * d_y).sum(), (0, 1))(params, x)
-
-    np.testing.assert_allclose(norm.apply(params, x), formula(params, x), rtol=1e-5, atol=1e-6)
-    wanted = jax.tree.leaves(gradients(formula))
-    for grad, other in zip(jax.tree.leaves(gradients(norm.apply)), wanted, strict=True):
+    (out, *grads), (wanted, *wanted_grads) = (
+        with_gradients(of, d_y, params, x) for of in (norm.apply, formula)
+    )
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+    for grad, other in zip(*map(jax.tree.leaves, (grads, wanted_grads)), strict=True):
         np.testing.assert_allclose(grad, other, rtol=1e-5, atol=2e-6)
 
 

@@ -266,7 +266,7 @@ def test_the_results_of_another_run_are_not_taken_and_those_of_another_mesh_are_
     go_on, keys, root = interrupted()
     _, params = train("dpo", models / "gpt2", data, tmp_path / "straight", **FEW)
     tiny.save(tmp_path / "model", tiny.CONFIGS["gpt2"], std=0.19)
-    train("dpo", tmp_path / "model", data, tmp_path / "other", **FEW)  # of the same shape
+    begun(tmp_path / "model", data, tmp_path / "other")  # of the same shape
     other = json.loads((tmp_path / "other/reference.json").read_text())
     record = tmp_path / "run/reference.json"
     record.write_text(json.dumps(keys | {"train": other["train"]}))
@@ -296,9 +296,9 @@ def test_a_fingerprint_sees_every_bit_and_no_mesh(tmp_path, devices):
     for i in range(len(leaves)):
         changed = np.asarray(leaves[i]).copy()
         changed.view(np.uint32).flat[-1] ^= 1
-        others = [*leaves[:i], jax.numpy.asarray(changed), *leaves[i + 1 :]]
+        others = [*leaves[:i], jax.device_put(changed, leaves[i].sharding), *leaves[i + 1 :]]
         assert fingerprint(jax.tree.unflatten(tree, others)) != whole
     swapped = np.asarray(leaves[0]).copy()
     swapped.flat[:2] = swapped.flat[:2][::-1].copy()
-    others = [jax.numpy.asarray(swapped), *leaves[1:]]
+    others = [jax.device_put(swapped, leaves[0].sharding), *leaves[1:]]
     assert fingerprint(jax.tree.unflatten(tree, others)) != whole

@@ -16,9 +16,9 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleTy
 # modules, with those inside them, whose functions tests replace and nothing traces
 OUTSIDE = """
     _pytest.config datasets huggingface_hub importlib os requests shutil sys
-    easyaira.algorithms.reference_cache easyaira.algorithms.rollouts easyaira.data
-    easyaira.distributed.mesh easyaira.errors easyaira.export easyaira.files easyaira.run
-    easyaira.storage.checkpoints easyaira.storage.pretrained easyaira.train.energy
+    easyaira.algorithms.reference_cache easyaira.algorithms.rollouts easyaira.backtranslation
+    easyaira.data easyaira.distributed.mesh easyaira.errors easyaira.export easyaira.files
+    easyaira.run easyaira.storage.checkpoints easyaira.storage.pretrained easyaira.train.energy
     easyaira.train.evaluation easyaira.train.loader easyaira.train.log easyaira.train.trackers
 """.split()
 

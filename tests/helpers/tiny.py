@@ -433,14 +433,12 @@ def as_theirs(model, tree) -> dict[str, np.ndarray]:
 
 def layout(tokens, *, segment_ids=None, sides=None, positions=None) -> dict:
     """A batch of rows; by default each row is one sequence."""
-    tokens = jnp.asarray(tokens)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return {
-        "tokens": tokens,
-        "positions": places if positions is None else jnp.asarray(positions),
-        "segment_ids": jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids),
-        "sides": jnp.zeros_like(tokens) if sides is None else jnp.asarray(sides),
-    }
+    tokens, shape = jnp.asarray(tokens), np.shape(tokens)
+    places = np.broadcast_to(np.arange(shape[1]), shape) if positions is None else positions
+    segments = np.ones(shape, int) if segment_ids is None else segment_ids
+    sides = np.zeros(shape, int) if sides is None else sides
+    others = {"positions": places, "segment_ids": segments, "sides": sides}
+    return {"tokens": tokens} | {name: jnp.asarray(of) for name, of in others.items()}
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
