@@ -195,9 +195,11 @@ def weights(run):
 
 RECORDS = {  # files that one fault may damage together: none is read to make up for another
     "configuration": ["config.yaml", ".lock"],
-    "metrics": ["metrics.jsonl", "data_report.html", "data_report.json"],
-    "reference": ["reference.json", "samples.json"],
-    "tokenizer": ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"],
+    "others": [
+        *("metrics.jsonl", "data_report.html", "data_report.json"),
+        *("reference.json", "samples.json"),
+        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+    ],
 }
 
 

@@ -37,11 +37,11 @@ for command, place, to in (("from_hf", 1, 2), ("to_hf", 2, 3)):
     convert.main([command, sys.argv[place], sys.argv[to]])
     print("peak", peak() - before)
 """
-LAYERS, WIDTH, INNER = 16, 512, 2048
+LAYERS, WIDTH, INNER = 8, 512, 2048
 
 
 def large(folder):
-    """A Llama of 67M parameters in bfloat16. Returns its bytes in float32."""
+    """A Llama of 34M parameters in bfloat16. Returns its bytes in float32."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
     config = tiny.CONFIGS["llama"] | sizes | {"num_key_value_heads": 4, "num_attention_heads": 4}
     tiny.save(folder, config | {"num_hidden_layers": 1})
