@@ -155,7 +155,7 @@ def test_the_layout_for_which_another_kernel_gave_nan(dtype):
         numbers = np.repeat(np.arange(len(pairs)) + 1, 3)
         segments[row, : lengths.sum()] = np.repeat(numbers, lengths)
         sides[row, : lengths.sum()] = np.repeat(np.tile([0, 1, 2], len(pairs)), lengths)
-    q, k, v, grad = arrays(6, 192, 4, 4, 64, dtype)
+    q, k, v, grad = arrays(6, 192, 1, 1, 64, dtype)
     check(q, k, v, grad, segments, sides)
     q, k = q.at[..., 0].set(-80), k.at[..., 0].set(10)  # scores of about -100
     check(q, k, v, grad, segments, sides, scale=3)
@@ -170,7 +170,7 @@ def seen_by_ends(segments, sides):
 @pytest.mark.parametrize("kind", ["shared", "several", "separate", "unpaired"])
 def test_ends_equal_the_contract(kind):
     """Of all queries, also padding and unattended ones, which may see what the contract lets."""
-    for seed, length in itertools.product(range(25), (1, 40, 97)):
+    for seed, length in itertools.product(range(10), (1, 40, 97)):
         segments, sides = layout(kind, 4, length, seed=seed)
         wanted = visible(jnp.asarray(segments), jnp.asarray(sides))
         assert np.array_equal(seen_by_ends(segments, sides), wanted)
