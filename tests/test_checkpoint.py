@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -29,6 +28,7 @@ from easyaira.storage import checkpoints as checkpoints_module
 from easyaira.storage import object_store, pretrained
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.integrity import bit_sums
+from helpers import tiny
 from helpers.processes import call
 from helpers.runs import argv
 
@@ -223,29 +223,21 @@ def test_a_failed_save_is_told_and_what_was_saved_is_still_known(eight, tmp_path
 
 
 @pytest.mark.slow
-def test_a_full_disk_in_a_save_is_one_line_with_its_cause(
-    models, data, tmp_path, monkeypatch, capfd
-):
+def test_a_full_disk_in_a_save_is_one_line_with_its_cause(models, data, tmp_path):
     """A limit on the size of a file stands for a disk.
 
-    Which arrays share a file is a matter of timing; a single one (the embedding, 49 kB) is larger
-    than the limit.
+    Which arrays share a file is a matter of timing; a single one (the kernels of the MLP,
+    490 kB) is larger than the limit.
     """
-    limits, inner = resource.getrlimit(resource.RLIMIT_FSIZE), Checkpoints.save
-
-    def full(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        return inner(*args)
-
-    monkeypatch.setattr(Checkpoints, "save", full)
+    tiny.save(tmp_path / "wide", tiny.CONFIGS["gpt2"] | {"n_embd": 128})
     run = tmp_path / "run"
-    arguments = argv("sft", models / "gpt2", data, run, max_steps=4, save_steps=2)
-    try:
-        status, _, err = call(train_sft.main, arguments, capfd)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 4, err
-    assert err == f"error: {run}/checkpoints/2: cannot be saved: File too large\n"
+    arguments = argv("sft", tmp_path / "wide", data, run, max_steps=4, save_steps=2)
+    words = [sys.executable, "-m", "easyaira.train_sft", *map(str, arguments)]
+    limited = ["bash", "-c", 'ulimit -f 400; exec "$@"', "bash", *words]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr == f"error: {run}/checkpoints/2: cannot be saved: File too large\n"
 
 
 def test_a_write_abandoned_by_a_failed_save_prints_nothing():

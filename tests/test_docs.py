@@ -308,10 +308,6 @@ def shrunk(module: str, arguments: list[str], ground: Path) -> list[str]:
     overrides = ["--max_steps=2", "--train_batch_size=4", "--optimizer.warmup_ratio=0"]
     overrides += ["--optimizer.warmup_steps=1", "--gradient_accumulation_steps=1", "--eval_steps=0"]
     overrides += ["--logging_steps=1", "--num_samples=0", "--mesh=fsdp=-1", "--data.max_length=64"]
-    # of what differs between pages and is claimed by none, so that their programs are equal
-    overrides += ["--model.dropout=0", "--model.gradient_checkpointing=none"]
-    overrides += ["--optimizer.weight_decay=0", "--optimizer.adam_beta2=0.999"]
-    overrides += ["--optimizer.max_grad_norm=1", "--optimizer.adam_epsilon=1e-8"]
     if module == "train_rl":
         overrides += ["--rl.num_generations=2", "--rl.max_completion_length=8"]
     if not Path(config.model.name_or_path).exists():

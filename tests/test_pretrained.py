@@ -1,9 +1,6 @@
 """A really pretrained Llama (stories260K) on real data, from import to a released folder."""
 
-import gzip
-import itertools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +42,18 @@ def test_losses_logits_and_greedy_tokens_are_those_of_pytorch(reference):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")  # its 120 updates take longer than their compilation
 def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def few(name, count, step=1):
-        with gzip.open(tiny.SHARED / name, "rt", encoding="utf-8") as file:
-            rows = list(itertools.islice(file, 0, count * step, step))
-        (tmp_path / Path(name).stem).write_text("".join(rows), encoding="utf-8")
-        return tmp_path / Path(name).stem
-
-    common = ["--data.template=plain", "--data.max_length=96", "--data.eval=0.1"]
+    common = ["--data.template=plain", "--data.max_length=160", "--data.eval=0.05"]
     common += ["--num_samples=0", "--train_batch_size=8", "--eval_steps=0"]
     train_sft.main(
         [
             f"--model.name_or_path={STORIES}",
-            f"--data.train={few('sft/aira1_en.jsonl.gz', 120)}",
-            "--max_steps=15",
-            "--optimizer.learning_rate=4e-3",
+            f"--data.train={tiny.SHARED / 'sft/aira1_en.jsonl.gz'}",
+            "--max_steps=60",
+            "--optimizer.learning_rate=2e-3",
             f"--output_dir={tmp_path / 'sft'}",
             *common,
         ]
@@ -71,9 +63,9 @@ def test_sft_then_dpo_on_real_data_then_pytorch(tmp_path):
     train_dpo.main(
         [
             f"--model.name_or_path={tmp_path / 'sft'}",
-            f"--data.train={few('preference/truthfulqa_pairs_en.jsonl.gz', 200, step=8)}",
-            "--max_steps=25",
-            "--optimizer.learning_rate=5e-4",
+            f"--data.train={tiny.SHARED / 'preference/truthfulqa_pairs_en.jsonl.gz'}",
+            "--max_steps=60",
+            "--optimizer.learning_rate=3e-4",
             f"--output_dir={tmp_path / 'dpo'}",
             *common,
         ]
