@@ -92,9 +92,9 @@ def test_stop_and_continue_is_the_same_run_bit_for_bit(
 
 @pytest.mark.slow
 def test_a_signal_before_an_evaluation_leaves_one_row_a_step(ground, tmp_path, monkeypatch):
-    """And what is dropped follows from the update."""
+    """And what is dropped, of activations and of adapters, follows from the update."""
     args, options = ("sft", ground / "gpt2", ground), {"data.eval": 0.2, "eval_steps": 2}
-    options |= {"max_steps": 4, "model.dropout": 0.3}
+    options |= GPT2 | {"max_steps": 4, "model.dropout": 0.3, "lora.dropout": 0.3}
     rows, params = train(*args, tmp_path / "through", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
