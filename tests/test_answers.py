@@ -187,6 +187,7 @@ def ranked_batches(tmp_path, count=11, **options):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("accumulation, shards", [(1, 1), (2, 2)])
+@pytest.mark.slow
 def test_each_answer_sees_its_prompt_and_itself(accumulation, shards, share, packing, tmp_path):
     options = {"packing": packing, "share_prompt": share}
     plan = ranked_batches(tmp_path, accumulation=accumulation, shards=shards, **options)

@@ -128,6 +128,7 @@ def test_every_text_is_a_pair_or_has_a_reason(augmented):
 
 
 @pytest.mark.parametrize("stage", ["asked", "answers", "sorted"])
+@pytest.mark.slow
 def test_an_interrupted_command_ends_with_the_same_bytes(
     stage, augmented, ground, tmp_path, capsys
 ):

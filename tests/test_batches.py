@@ -253,6 +253,7 @@ def test_padding_that_is_learned_is_seen_by_no_token(tmp_path):
 
 @pytest.mark.parametrize("pairs, share", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.slow
 def test_hosts_make_their_own_rows_of_the_same_updates(hosts, pairs, share, tmp_path):
     whole = batches(tmp_path, pairs=pairs, share_prompt=share, shards=4, accumulation=2)
     for update in range(7):

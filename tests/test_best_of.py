@@ -79,6 +79,7 @@ ANSWERS = ["yes", "", "I like Paris and blue and red. no", "the capital of Franc
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "llama-end", "gpt2-end"])
+@pytest.mark.slow
 def test_scores_of_answers_are_those_of_torch(kind, ground):
     """Of uneven answers, the last of which is cut at the model's positions."""
     folder = ground / kind
@@ -296,6 +297,7 @@ def test_a_folder_of_another_command_is_kept(made, ground, tmp_path, capsys):
     assert status == 2 and "is not empty; name another folder" in err
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_keep_the_answers(ground, tmp_path, capsys, monkeypatch):
     load_weights = RewardModel.load
 

@@ -139,6 +139,7 @@ def test_an_array_that_changed_is_named_also_where_weights_alone_are_read(saved,
 
 
 @pytest.mark.parametrize("text, count", [("fsdp=1", 1), ("dp=2,fsdp=2,tp=2", 8), ("tp=2", 2)])
+@pytest.mark.slow
 def test_any_mesh_reads_it_and_finds_the_same_sums(text, count, saved, eight):
     mesh = meshes.make_mesh(text, jax.devices()[:count])
     restored = restore_latest(saved, mesh)
@@ -240,6 +241,7 @@ def test_a_full_disk_in_a_save_is_one_line_with_its_cause(models, data, tmp_path
     assert done.stderr == f"error: {run}/checkpoints/2: cannot be saved: File too large\n"
 
 
+@pytest.mark.slow
 def test_a_write_abandoned_by_a_failed_save_prints_nothing():
     """Whether Orbax abandons one depends on timing; Python collects it at the end at the latest."""
     code = "import easyaira.storage.checkpoints\nasync def write(): pass\nkept = write()"

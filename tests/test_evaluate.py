@@ -148,12 +148,14 @@ def compared(name, ours, theirs):
             np.testing.assert_allclose(one[metric], other[metric], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_local_task_gives_what_the_hf_backend_gives(harness, ours, theirs, data):
     for samples in both(harness, ours, theirs, list(local.LOCAL), data, num_fewshot=3):
         compared(*samples)
     assert ours.truncated > 0  # of LAMBADA
 
 
+@pytest.mark.slow
 def test_on_the_small_pretrained_llama(harness):
     place = tiny.SHARED / "models/stories260k"
     if not place.exists():
@@ -185,6 +187,7 @@ def test_rolling_likelihoods_are_those_of_the_hf_backend(ours, theirs):
     np.testing.assert_allclose(samples, theirs.loglikelihood_rolling(asked), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_generated_answers_are_those_of_the_hf_backend(ours, theirs):
     rng = np.random.default_rng(3)
     options = {"max_gen_toks": 12, "until": ["e", "\n"], "do_sample": False}

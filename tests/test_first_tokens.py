@@ -104,6 +104,7 @@ def test_sft_learns_each_sequence_as_if_alone(case, layout, models, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 def test_a_pair_is_scored_as_its_answers_alone(layout, models, tmp_path):
     theirs, model, params = models
     rng = np.random.default_rng(1)

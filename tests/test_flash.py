@@ -124,6 +124,7 @@ def test_outputs_and_gradients_equal_those_by_hand(length, heads, key_heads, wid
 
 
 @pytest.mark.parametrize("tiles", [Tiles(64, 32, 4, 1), Tiles(16, 64, 4, 1)])
+@pytest.mark.slow
 def test_tiles_change_nothing(tiles, monkeypatch):
     """Uneven tiles, and rows of several, of 1 to 8 pairs."""
     monkeypatch.setattr(kernels, "TILES", {(4, 64): (tiles,) * 3})
@@ -168,6 +169,7 @@ def seen_by_ends(segments, sides):
 
 
 @pytest.mark.parametrize("kind", ["shared", "several", "separate", "unpaired"])
+@pytest.mark.slow
 def test_ends_equal_the_contract(kind):
     """Of all queries, also padding and unattended ones, which may see what the contract lets."""
     for seed, length in itertools.product(range(10), (1, 40, 97)):
@@ -181,6 +183,7 @@ def test_ends_equal_the_contract(kind):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("pairs, share", [(False, False), (True, False), (True, True)])
+@pytest.mark.slow
 def test_ends_equal_the_contract_in_batches(pairs, share, packing, tmp_path):
     of = batches(tmp_path, pairs=pairs, share_prompt=share, packing=packing)
     for update in range(len(of)):
@@ -284,6 +287,7 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 @pytest.mark.parametrize("width", [64, 80, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.slow
 def test_it_lowers_to_triton_without_a_gpu(width, dtype):
     """For a GPU that is only named: three kernels, no [T, T] array, and no scatter."""
     R, T, H, K = 2, 1000, 4, 2

@@ -225,6 +225,7 @@ def test_a_time_beyond_pythons_is_named(tmp_path):
     "name, save",
     [("a.parquet", _write_parquet), ("b.parquet", _write_plain_parquet), ("a.arrow", _write_arrow)],
 )
+@pytest.mark.slow
 def test_a_long_text_that_stands_in_every_row_is_not_held_once_a_row(name, save, tmp_path):
     """A bomb: 4 GB in a few kB, or in 8 MB."""
     save(_dictionary(2**23, 500), tmp_path / name)

@@ -271,6 +271,7 @@ SAMPLED = Sampling(max_new_tokens=9, temperature=1.0, end_ids=(0,))
 
 
 @pytest.mark.parametrize("share", [0, 0.35, 0.6, 0.999, 1])
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     share, gpt2, answered, tmp_path, capsys
 ):

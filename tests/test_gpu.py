@@ -208,6 +208,7 @@ def test_a_difference_is_refused(noisy, planted):
 
 
 @pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.slow
 def test_a_reference_that_differs_ends_in_one_line(
     in_step, models, data, tmp_path, monkeypatch, capsys
 ):
@@ -293,6 +294,7 @@ def setup_of(models, data, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_kernel_that_agrees_is_used(setup_of, attention_of, monkeypatch, capsys):
     attention_of(lambda kernel, q, segment_ids: q)
     setup, fact = checked(setup_of(**{"model.dtype": "bfloat16"}), monkeypatch, "cudnn", "pallas")
@@ -315,6 +317,7 @@ def test_a_gradient_that_is_not_finite_means_another_kernel(
     assert capsys.readouterr().out == f"attention: {fact['attention']}\n"
 
 
+@pytest.mark.slow
 def test_other_bits_the_second_time_mean_another_kernel(
     setup_of, attention_of, monkeypatch, capsys
 ):
@@ -349,6 +352,7 @@ def test_a_kernel_whose_program_fails_means_another_kernel(setup_of, monkeypatch
     assert fact["attention"].startswith("pallas (cudnn: IndexError: absl::container")
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_means_xla(setup_of, attention_of, monkeypatch):
     attention_of(lambda kernel, q, segment_ids: q * 1.3)
     setup, fact = checked(setup_of(**{"model.dtype": "bfloat16"}), monkeypatch, "cudnn")
@@ -631,6 +635,7 @@ def test_precision_of_products(dtype, wanted, models, data, tmp_path):
     assert (precisions or {"DEFAULT"}) == {wanted}
 
 
+@pytest.mark.slow
 def test_scores_are_float32_in_bfloat16_models(data, tmp_path):
     tiny.save(tmp_path / "llama", tiny.SCORERS["llama"])
     config, algorithm = configured(

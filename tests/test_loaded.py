@@ -118,6 +118,7 @@ def test_scores_are_those_of_transformers(kind, tmp_path):
     assert model.score([]).shape == (0,)
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_once_for_all_options_that_they_do_not_depend_on(model):
     def programs(**options):
         model.generate(["x"], max_new_tokens=3, **options)

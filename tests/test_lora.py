@@ -167,6 +167,7 @@ def test_patterns_are_of_all_layers_and_of_adapted_ones(patterns, problem, model
 
 @pytest.mark.parametrize("options", KINDS_OF_LORA, ids=str)
 @pytest.mark.parametrize("kind", [*tiny.CONFIGS, "mixtral"])
+@pytest.mark.slow
 def test_peft_loads_ours_and_gives_the_same_logits(kind, options, models, tmp_path, recwarn):
     from peft import PeftModel
 

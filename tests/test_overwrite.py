@@ -209,6 +209,7 @@ def test_what_is_read_and_the_current_folder_are_never_removed(
     assert held(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_base_of_an_adapter_is_never_replaced(ground, tmp_path, capsys):
     base = shutil.copytree(ground / "older", tmp_path / "base")
     tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))

@@ -163,6 +163,7 @@ def alone():
 
 
 @pytest.mark.parametrize("axes", ["fsdp=8", "fsdp=2,tp=4"])
+@pytest.mark.slow
 def test_a_mesh_gives_the_state_of_one_device_without_gathering_it(axes, alone):
     mesh = meshes.make_mesh(axes, jax.devices())
     state = updated(mesh, None, gradients(4))
@@ -183,6 +184,7 @@ def test_a_mesh_gives_the_state_of_one_device_without_gathering_it(axes, alone):
         assert math.prod(map(int, sizes.split(","))) <= 3 * 768 * 640 // parts
 
 
+@pytest.mark.slow
 def test_a_state_is_saved_on_one_mesh_and_restored_on_another(tmp_path, alone):
     one = meshes.make_mesh("fsdp=1", jax.devices()[:1])
     before = updated(one, None, gradients(4)[:2])

@@ -392,6 +392,7 @@ def test_a_new_adapter_of_a_scorer_changes_no_bit_and_merges(kind, lora_ground, 
 
 
 @pytest.mark.parametrize("kind, tables", [(k, []) for k in HEADS] + [("llama", ["embed_tokens"])])
+@pytest.mark.slow
 def test_scores_of_an_adapter_are_pefts_both_ways(kind, tables, lora_ground, tmp_path, recwarn):
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors.numpy import load_file, save_file

@@ -485,6 +485,7 @@ def test_the_loss_of_micro_batches_is_traced_once():
 
 
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.slow
 def test_every_micro_batch_of_every_update_drops_something_else(parts):
     import optax
 

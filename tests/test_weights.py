@@ -527,6 +527,7 @@ def test_a_path_is_never_looked_up_on_the_hub(tmp_path):
         find("owner/nothing")
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
