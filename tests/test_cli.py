@@ -369,6 +369,7 @@ OUT_OF_RANGE = {  # option: values that are refused
 
 
 @pytest.mark.parametrize("option", OUT_OF_RANGE)
+@pytest.mark.slow
 def test_a_number_out_of_range_is_refused_in_words(option):
     for value in OUT_OF_RANGE[option].split():
         with pytest.raises(ConfigError) as error:

@@ -526,6 +526,7 @@ def test_the_readme_stays_short_and_names_every_page():
     assert (ROOT / "docs/quickstart.png").stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_tests_that_pages_name_exist():
     named = set()
     for page in PAGES:

@@ -422,6 +422,7 @@ def test_a_decoder_that_pads_with_its_end_token_scores_before_it(tmp_path):
                 assert abs(theirs(torch.tensor([ids])).logits.item() - score) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_two_answers_are_compared_unless_tied(scorers, tmp_path, capsys):
     """In all three forms; the scores are those of the same answers as pairs."""
     answers = ["yes", "no", "I like red", "the capital of France"]

@@ -65,6 +65,7 @@ def entry_of(root, kind):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", CACHED)
+@pytest.mark.slow
 def test_damaged_tokens_are_made_again(name, damage, tokens, written, tmp_path, capsys):
     before = tokens(written)
     shutil.copytree(written, tmp_path / "cache")

@@ -470,6 +470,7 @@ def test_int8_is_within_half_a_step(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 172, 24), (2, 64, 3, 16), (1, 7, 5)])
+@pytest.mark.slow
 def test_nf4_takes_the_nearest_level_of_each_block(shape):
     rng = np.random.default_rng(0)
     kernel = rng.normal(0, 0.2, shape).astype(np.float32)

@@ -214,6 +214,7 @@ class OnlyHead:
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing": 0.1}])
+@pytest.mark.slow
 def test_losses_of_sft_equal_torch_and_transformers(options, cap, monkeypatch):
     """With masked tokens. Label smoothing: that of torch's cross_entropy and LabelSmoother."""
     hidden, head, tokens = head_and_hidden()
@@ -428,6 +429,7 @@ def test_the_configuration_and_the_losses_have_the_same_names_and_options():
 
 
 @pytest.mark.parametrize("loss", preference.PREFERENCE_LOSSES)
+@pytest.mark.slow
 def test_losses_are_finite_far_out(loss):
     logratios = jnp.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]])
 

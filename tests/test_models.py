@@ -190,6 +190,7 @@ PUBLISHED = {  # name: config.json, parameters
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.slow
 def test_published_configurations_have_the_published_number_of_parameters(name):
     config, parameters = PUBLISHED[name]
     assert model_of(config, name).parameter_count() == parameters

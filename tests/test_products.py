@@ -306,6 +306,7 @@ def test_the_derivative_of_a_norm_is_that_of_its_formula(norm, shape):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("kernel", [(24, 7), (7, 24), (8, 3, 5), (16, 3, 2)])
+@pytest.mark.slow
 def test_gradients_of_wide_and_narrow_kernels(kernel, dtype):
     """Against float64; a narrow kernel's is computed transposed."""
     rng = np.random.default_rng(0)

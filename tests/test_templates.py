@@ -302,6 +302,7 @@ def test_plain_prompts_equal_the_tokenizers_own_call(name):
 @with_tiny(*REAL, "roberta")
 @few
 @given(asked=TYPED, before=TYPED, prompt=TYPED, answer=TYPED)
+@pytest.mark.slow
 def test_a_prompt_is_a_prefix_whatever_is_typed(name, template_name, asked, before, prompt, answer):
     template = template_of(name, template_name)
     messages = [*turn(asked, before), *turn(prompt, answer)]
@@ -313,6 +314,7 @@ def test_a_prompt_is_a_prefix_whatever_is_typed(name, template_name, asked, befo
 @with_tiny(*REAL, "roberta")
 @few
 @given(prompt=TYPED, answer=TYPED)
+@pytest.mark.slow
 def test_no_control_token_stems_from_what_is_typed(name, template_name, prompt, answer):
     template = template_of(name, template_name)
     actual, wanted = (

@@ -510,6 +510,7 @@ ANY_END = EOT.replace("<|eot_id|>", "{{ eos_token }}")
         ({"chat_template_jinja": "<|eot_id|>" + ANY_END}, "<|eot_id|>", ""),
     ],
 )
+@pytest.mark.slow
 def test_an_end_token_is_accepted_where_the_template_writes_it(
     keys, token, accepted, tmp_path, capsys
 ):
@@ -532,6 +533,7 @@ def test_an_end_token_is_accepted_where_the_template_writes_it(
         ({"chat_template": EOT, "dataset_text_field": "body"}, False),
     ],
 )
+@pytest.mark.slow
 def test_trls_end_token_is_accepted_where_the_template_writes_it(keys, accepted, tmp_path, capsys):
     file = write(tmp_path / "a.yaml", **MINIMAL, eos_token="<|eot_id|>", **keys)
     if accepted:

@@ -447,6 +447,7 @@ def test_values_beyond_an_export_dtype_are_an_error(folder):
 @pytest.mark.parametrize("how", ["mean", "normal"])
 @pytest.mark.parametrize("size", [305, 290, 400])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.slow
 def test_resize_keeps_old_rows_and_fills_new_ones(kind, size, how, tmp_path):
     tiny.save(tmp_path, tiny.CONFIGS[kind])
     model, params = tiny.load(tmp_path)
@@ -472,6 +473,7 @@ def test_resize_keeps_old_rows_and_fills_new_ones(kind, size, how, tmp_path):
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.slow
 def test_random_weights_are_drawn_as_transformers_draws_them(kind, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
