@@ -12,6 +12,7 @@ import pytest
 from easyaira.algorithms import dpo, reference_cache
 from easyaira.algorithms.reference import make_score
 from easyaira.data import cache
+from easyaira.distributed import compiler
 from easyaira.errors import Preempted
 from easyaira.run.run import run
 from easyaira.storage.integrity import fingerprint
@@ -96,6 +97,20 @@ def test_the_reference_and_the_first_batch_are_scored_by_one_program(
     monkeypatch.setattr(dpo, "answer_scores", counted)
     begun(models / "gpt2", data, tmp_path / "1")
     assert len(traced) == len(set(traced)) == 2  # training and held-out examples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["flags", "instructions"])
+def test_other_machine_code_has_another_key(other, models, data, tmp_path, scored, monkeypatch):
+    """A folder may be shared by machines; else a CPU's results would be compared with another's."""
+    begun(models / "gpt2", data, tmp_path / "1")
+    if other == "flags":
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+    else:
+        (tmp_path / "cpuinfo").write_text("processor : 0\nflags     : sse2 avx\n")
+        monkeypatch.setattr(compiler, "CPU_INFO", tmp_path / "cpuinfo")
+    begun(models / "gpt2", data, tmp_path / "2")
+    assert len(scored) == 4
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from easyaira.algorithms.reference import reference_model
 from easyaira.data import cache
 from easyaira.data.batches import Batches
 from easyaira.distributed import hosts
+from easyaira.distributed.compiler import compiled_for
 from easyaira.errors import ConfigError, StorageError
 from easyaira.files import read_json, reason, write_file
 from easyaira.storage.integrity import fingerprint
@@ -79,7 +80,7 @@ def logps_of(
     """Reference log-probabilities of the answers of every example, [n, K], computed if not cached.
 
     The cache entry lies beside the cached tokens. Its key hashes everything that decides its bits:
-    weights, model, examples, layout, devices and versions. Later runs with the same key read the
+    weights, model, examples, layout, devices, compiler flags and versions. Later runs with the same key read the
     same entry, whatever their loss, beta or learning rate. An interrupted run keeps its partial
     results in its folder and resumes from them.
 
@@ -236,7 +237,7 @@ def score_all(
 
 def _decides(setup: Setup, batches: Batches, weights: str) -> dict[str, Any]:
     """Everything that decides the bits of the log-probabilities."""
-    model = reference_model(setup)
+    model, device = reference_model(setup), setup.mesh.devices.flat[0]
     tail = setup.config.dpo.tail  # type: ignore[attr-defined]
     return ({} if tail == 1 else {"tail": tail}) | {
         "examples": batches.examples.fingerprint(),
@@ -245,6 +246,7 @@ def _decides(setup: Setup, batches: Batches, weights: str) -> dict[str, Any]:
         "compute": repr(model.compute),
         "layout": [getattr(batches, name) for name in LAID_OUT_BY],
         "mesh": [setup.mesh.shape[axis] for axis in setup.mesh.axis_names],
-        "device": setup.mesh.devices.flat[0].device_kind,
+        "device": device.device_kind,
+        "compiled_for": compiled_for(device.platform),
         "versions": [easyaira.__version__, jax.__version__],
     }

@@ -1,10 +1,14 @@
-"""Options of XLA's compiler, by platform."""
+"""Options of XLA's compiler, by platform, and what else decides the machine code it writes."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
+from pathlib import Path
 
 IN_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
+CPU_INFO = Path("/proc/cpuinfo")  # Linux
 REPRODUCIBLE = {
     # cuDNN adds the gradients of queries by atomics unless it is asked for the same bits. A
     # training step has no other operation that this option changes, see tests/test_gpu.py.
@@ -35,3 +39,14 @@ def keep_order() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if IN_ORDER not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{IN_ORDER}=false".lstrip()
+
+
+def compiled_for(backend: str) -> list[str]:
+    """XLA's flags and, on CPUs, this CPU's instructions. A program compiled for others may round
+    differently."""
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if backend != "cpu":
+        return flags
+    text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    instructions = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    return [*flags, instructions[1] if instructions else platform.processor()]
