@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create .venv, check style and types, and run the tests. Arguments are passed to pytest.
 #   scripts/test.sh                        everything
-#   scripts/test.sh --fast                 without the slow tests; three and a half minutes
+#   scripts/test.sh --fast                 without the slow tests; three minutes
 #   scripts/test.sh --matrix               --fast with the oldest and newest JAX, in .venv-3.11, ...
 #   scripts/test.sh tests/test_losses.py   one file
 #   PYTHON=python3.12 scripts/test.sh      with another Python (remove .venv first)

@@ -80,9 +80,9 @@ def logps_of(
     """Reference log-probabilities of the answers of every example, [n, K], computed if not cached.
 
     The cache entry lies beside the cached tokens. Its key hashes everything that decides its bits:
-    weights, model, examples, layout, devices, compiler flags and versions. Later runs with the same key read the
-    same entry, whatever their loss, beta or learning rate. An interrupted run keeps its partial
-    results in its folder and resumes from them.
+    weights, model, examples, layout, devices, compiler flags and versions. Later runs with the same
+    key read the same entry, whatever their loss, beta or learning rate. An interrupted run keeps
+    its partial results in its folder and resumes from them.
 
     Raises:
         ConfigError: they are missing, and the reference has other weights than before.
