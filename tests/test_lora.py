@@ -865,7 +865,7 @@ def test_runs_stand_on_runs_and_adapters_on_adapters(models, data, tmp_path):
 def test_vectors_of_tokens_that_the_template_adds_are_trained_and_released(
     kind, models, data, tmp_path
 ):
-    """With a tied and with an untied head; DPO goes on from the released adapter."""
+    """One model ties its head, the other does not. DPO starts from the released adapter."""
     from peft import AutoPeftModelForCausalLM
 
     first, options = tmp_path / "first", {"data.template": "chatml", "max_steps": 4}

@@ -206,7 +206,10 @@ def test_gradient_checkpointing_changes_no_number(policy, loaded):
 
     def grads(model):
         loss_fn = sft(model, SFTConfig(router_aux_loss=True))
-        loss = lambda params, batch: loss_fn(params, None, batch, None)["loss"][0]  # noqa: E731
+
+        def loss(params, batch):
+            return loss_fn(params, None, batch, None)["loss"][0]
+
         return jax.jit(jax.grad(loss))(params, batch)
 
     jax.tree.map(

@@ -194,7 +194,9 @@ def test_gradient_checkpointing_changes_no_number(policy, loaded):
     saving = replace(model, compute=replace(model.compute, gradient_checkpointing=policy))
 
     def gradients(model):
-        loss = lambda params, rows: (model.apply(params, rows)[0] ** 2).sum()  # noqa: E731
+        def loss(params, rows):
+            return (model.apply(params, rows)[0] ** 2).sum()
+
         return jax.jit(jax.grad(loss))(params, rows)
 
     plain, saved = map(gradients, (model, saving))

@@ -26,7 +26,7 @@ CHAT = PLAIN + ASKS
 
 @pytest.fixture
 def in_a_child(monkeypatch):
-    """Render as runs do; other tests render in this process, which takes no start of a second."""
+    """Render as runs do. Other tests render in this process: a child takes a second to start."""
     monkeypatch.setattr(template_module, "Child", rendering.Child)
 
 
