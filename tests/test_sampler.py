@@ -177,6 +177,39 @@ def test_no_batch_changes_an_answer(llama, drawn):
 
 
 @pytest.mark.slow
+def test_fewer_rows_change_no_answer(llama, drawn, monkeypatch):
+    monkeypatch.setattr(sampler, "FEWEST_ROWS", 2)
+    fewer = Sampler(llama[0], DRAWN, steps=3)
+    sizes, decode = [], fewer.programs.decode
+
+    def noted(weights, state, *given):
+        sizes.append(len(state.tokens))
+        return decode(weights, state, *given)
+
+    fewer.programs.decode = noted
+    prompts, answers = drawn
+    again = dict(fewer.answers(fewer.weights(llama[1]), prompts, num_samples=2, seed=3))
+    assert tokens_of(again) == tokens_of(answers)
+    assert sizes == sorted(sizes, reverse=True) and {6, 8, 12} <= {*sizes} <= {
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+        16,
+    }
+
+
+def test_rows_have_two_sizes_per_doubling_but_powers_of_two_on_several_devices(devices):
+    assert sampler._sizes(4) == [4]
+    assert sampler._sizes(64) == [64, 48, 32, 24, 16, 12, 8]
+    devices(2)
+    with jax.set_mesh(make_mesh("fsdp=2")):
+        assert sampler._sizes(64) == [64, 32, 16, 8]
+
+
+@pytest.mark.slow
 def test_no_mesh_changes_an_answer(folder, drawn, devices):
     devices(8)
     mesh = "dp=2,fsdp=2,tp=2"
@@ -371,10 +404,25 @@ def test_a_draw_never_takes_a_token_without_probability():
     assert jax.jit(processors.draw)(logits, uniform).tolist() == [3, 200, 299, 299]
 
 
-def test_a_vocabulary_of_equal_logits_is_cut_to_the_share(monkeypatch):
-    sampling = dataclasses.replace(DRAWN, top_p=0.25)
-    kept = jax.jit(process, static_argnums=1)(np.zeros((1, 64), np.float32), sampling)
-    assert (np.asarray(kept) > -np.inf).sum() == 16
+@pytest.mark.parametrize("size", [64, 2**15])
+def test_equal_logits_are_cut_to_the_share_by_their_ids(size):
+    """A large vocabulary is cut a few rows at a time, and in blocks."""
+    sampling, rng = dataclasses.replace(DRAWN, top_p=0.25), np.random.default_rng(0)
+    logits = np.full((8, size), -np.inf, np.float32)
+    wanted = logits.copy()
+    for row in range(4):
+        ids = np.sort(rng.permutation(size)[: size >> row])
+        logits[row, ids], wanted[row, ids[: len(ids) // 4]] = row, row
+    logits[4:], wanted[4:] = logits[:4], wanted[:4]
+    kept = jax.jit(process, static_argnums=1)(logits, sampling)
+    np.testing.assert_array_equal(kept, wanted)
+
+
+def test_no_cut_off_sorts_the_vocabulary():
+    sampling = Sampling(temperature=1.0, top_k=7, top_p=0.9, min_p=0.1)
+    logits = jnp.zeros((2, 500))
+    program = jax.jit(process, static_argnums=1).lower(logits, sampling).compile().as_text()
+    assert "TopK" in program and " sort(" not in program
 
 
 @pytest.mark.slow

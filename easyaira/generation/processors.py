@@ -1,22 +1,23 @@
 """From logits to the next token: pure functions of arrays, with the results of transformers.
 
 Shapes: R rows, V vocabulary. A token that may not be chosen has the logit -inf. Nothing sorts the
-vocabulary: a cut-off is found by bisection, since a sort costs more than the model's products.
+vocabulary, since that costs more than the model's products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from easyaira.models.product import row_dot
+from easyaira.models.product import few_at_a_time, row_dot
 
 GREEDY = 1e-5  # temperatures below it would overflow float32
-BLOCK = 128  # tokens whose probabilities are summed at once, to find the drawn one
+BLOCK = 128  # tokens whose weights are summed at once, see `_first_beyond`
 
 Logits = Float[Array, "R V"]
 
@@ -105,7 +106,9 @@ def forbid_end(
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the k largest logits, and those equal to the last of them."""
-    return _from(logits, lambda kept: kept.sum(-1) >= k)
+    # without the barrier, XLA's CPU leaves out the places, which go unused, and then sorts all
+    largest, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(k, logits.shape[1])))
+    return jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
@@ -114,13 +117,12 @@ def keep_top_p(logits: Logits, p: float) -> Logits:
     Among equal ones at the cut-off, those with the lowest ids are kept.
     """
     probs = jax.nn.softmax(logits, axis=-1)
-    kept = _from(logits, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= p)
-    least = kept.min(-1, keepdims=True, where=kept > -jnp.inf, initial=jnp.inf)
-    ties = kept == least
-    above = jnp.where(kept > least, probs, 0).sum(-1, keepdims=True)
-    tie = jnp.where(ties, probs, 0).max(-1, keepdims=True)
-    wanted = jnp.maximum(jnp.ceil((p - above) / tie), 1)
-    return jnp.where(ties & (jnp.cumsum(ties, axis=-1) > wanted), -jnp.inf, kept)
+    least = few_at_a_time(partial(_cut_off, p), (logits, probs), 2 * logits.shape[1])[:, None]
+    above, ties = logits > least, logits == least
+    missing = p - jnp.where(above, probs, 0).sum(-1)
+    wanted = jnp.maximum(jnp.ceil(missing / jnp.where(ties, probs, 0).max(-1)), 1)
+    last = _first_beyond(ties.astype(jnp.float32), (wanted - 0.5) / ties.sum(-1))[:, None]
+    return jnp.where(above | ties & (jnp.arange(logits.shape[1]) <= last), logits, -jnp.inf)
 
 
 def keep_min_p(logits: Logits, p: float) -> Logits:
@@ -128,8 +130,8 @@ def keep_min_p(logits: Logits, p: float) -> Logits:
     return jnp.where(probs < p * probs.max(-1, keepdims=True), -jnp.inf, logits)
 
 
-def _from(logits: Logits, enough: Callable[[jax.Array], jax.Array]) -> Logits:
-    """Keep the logits from the largest cut-off on for which `enough(kept)` [R] holds.
+def _cut_off(p: float, logits: jax.Array, probs: jax.Array) -> jax.Array:
+    """The largest logit [R] for which the probabilities from it on sum up to p.
 
     Bisects the bit patterns of float32, whose order as integers is that of the numbers.
     """
@@ -137,14 +139,13 @@ def _from(logits: Logits, enough: Callable[[jax.Array], jax.Array]) -> Logits:
     order = jnp.where(bits < 0, ~bits ^ jnp.int32(-(2**31)), bits)
 
     def halve(_, bounds):
-        low, high = bounds  # enough from low on, not from high on
+        low, high = bounds  # the sum from low on is enough, that from high on is not
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        holds = enough(order >= middle[:, None])
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+        enough = jnp.where(order >= middle[:, None], probs, 0).sum(-1) >= p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    start = order.min(-1), order.max(-1) + 1
-    low, _ = jax.lax.fori_loop(0, 32, halve, start)
-    return jnp.where(order >= low[:, None], logits, -jnp.inf)
+    low, _ = jax.lax.fori_loop(0, 32, halve, (order.min(-1), order.max(-1) + 1))
+    return jnp.where(order >= low[:, None], logits, jnp.inf).min(-1)
 
 
 def largest(logits: Logits) -> Int[Array, " R"]:
@@ -170,18 +171,23 @@ def uniform(
 def draw(logits: Logits, numbers: Float[Array, " R"]) -> Int[Array, " R"]:
     """Draw a token from each row's distribution: the first one whose cumulative probability exceeds
     its number from [0, 1). One random number per row serves a vocabulary of any size."""
-    R, V = logits.shape
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return _first_beyond(jnp.exp(logits - logits.max(-1, keepdims=True)), numbers)
+
+
+def _first_beyond(weights: jax.Array, share: jax.Array) -> jax.Array:
+    """First index [R] at which the cumulative weight exceeds this share [R] of the row's total.
+
+    The first block is sought by the sums of the blocks' weights, then the place in that block.
+    """
+    R, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
-    block, rest = _first_beyond(blocks.sum(-1), numbers)
+    block, rest = _in_one_pass(blocks.sum(-1), share)
     chosen = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    place, _ = _first_beyond(chosen, rest)
-    return block * BLOCK + place
+    return block * BLOCK + _in_one_pass(chosen, rest)[0]
 
 
-def _first_beyond(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index at which the cumulative weight exceeds this share of the total, and the share of
-    that index's own weight that remains."""
+def _in_one_pass(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same with one cumulative sum, and the share of that index's own weight that remains."""
     sums = jnp.cumsum(weights, -1)
     wanted = jnp.minimum(share * sums[:, -1], jnp.nextafter(sums[:, -1], 0.0))[:, None]
     place = (sums <= wanted).sum(-1)  # its weight is not 0, since the sum grows there

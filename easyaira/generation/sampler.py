@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from easyaira.data.examples import check_embedded
+from easyaira.distributed.mesh import BATCH_AXES
+from easyaira.distributed.sharding import parts_of
 from easyaira.errors import DataError, WeightsError
 from easyaira.generation.forward import Prefilled, Weights
 from easyaira.generation.processors import Sampling
@@ -161,10 +163,16 @@ class _Run:
         self.sampler, self.programs = sampler, sampler.programs
         self.weights, self.prompts, self.waiting = weights, prompts, waiting
         self.seed, self.progress = np.uint32(seed), progress
-        self.places: list[_Row | None] = [None] * _power(min(len(waiting), sampler.rows))
+        rows = min(len(waiting), sampler.rows)
+        self.sizes = _sizes(_power(rows))
+        self.places: list[_Row | None] = [None] * self.size(rows)
         self.state: State | None = None
         self.slots = 0
         self.held: tuple[Prefilled, dict[int, int]] | None = None  # and the row of each prompt
+
+    def size(self, rows: int) -> int:
+        """Number of places for so many rows."""
+        return min(size for size in self.sizes if size >= rows)
 
     def running(self) -> list[_Row]:
         return [row for row in self.places if row is not None]
@@ -242,8 +250,9 @@ class _Run:
         slots = _rounded(needed, FEWEST_SLOTS)
         if longest < self.slots < 2 * slots:
             slots = self.slots
-        places = _power(max(len(rows), min(FEWEST_ROWS, len(self.places))))
-        places = len(self.places) if self.waiting else min(places, len(self.places))
+        places = len(self.places)
+        if not self.waiting:
+            places = self.size(len(rows))
         if self.state is None:
             self.state = self.programs.empty(self.held[0], places, slots)
         elif slots != self.slots or places < len(self.places):
@@ -269,7 +278,7 @@ class _Run:
         if self.waiting:
             enough = len(self.places) - min(self.refill(), len(self.waiting))
         elif len(self.places) > FEWEST_ROWS:
-            enough = len(self.places) // 2
+            enough = max(size for size in self.sizes if size < len(self.places))
         running = np.array([row is not None for row in self.places])
         self.state, read = self.programs.decode(
             self.weights, self.state, self.seed, running, np.int32(steps), np.int32(enough)
@@ -337,6 +346,16 @@ def _last_slots(length: int, limit: int) -> int:
     """Slots when an answer of `limit` tokens to a prompt of `length` tokens ends. The newest token
     is not in the cache, and a row that has its last one is not decoded."""
     return length + max(limit - 2, 0) + 1
+
+
+def _sizes(rows: int) -> list[int]:
+    """Numbers of places as rows end, from `rows` down: two per doubling, but powers of two where
+    devices share the rows."""
+    sizes = []
+    while rows > FEWEST_ROWS:
+        sizes += [rows, rows * 3 // 4] if parts_of(rows, BATCH_AXES) == 1 else [rows]
+        rows //= 2
+    return [*sizes, rows]
 
 
 def _power(size: int) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from easyaira.distributed.sharding import on_cpu, on_one_cpu
 
-FEW, SMALL = 16, 32  # rows, see `by_rows`
+FEW, SMALL, FEW_FLOATS = 16, 32, 64  # rows, see `by_rows`
 CACHED = 2**18  # float32 numbers that a core's cache holds, see `few_at_a_time`
 
 
@@ -142,6 +142,8 @@ def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
         # and two rows of 16-bit numbers three times as fast as one
         rows = jnp.concatenate([rows, rows])
     few = SMALL if len(rows) * len(columns) <= CACHED else FEW
+    if x.dtype == jnp.float32:
+        few = FEW_FLOATS
     if 1 < len(rows) <= few and on_one_cpu():
         # faster still if the rows are the second factor; the barrier keeps XLA from swapping them
         y = jax.lax.optimization_barrier(einsum("uk,nk->un", columns, rows, dtype)).T
