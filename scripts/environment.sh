@@ -8,8 +8,8 @@ fi
 [ -d "$VENV" ] || "$PYTHON" -m venv "$VENV"
 source "$VENV/bin/activate"
 
-pip_install() {
-  python -m pip install --quiet --disable-pip-version-check "$@"
+pip_install() { # Python compiles what it imports; pip would take a minute more to compile everything
+  python -m pip install --quiet --disable-pip-version-check --no-compile "$@"
 }
 
 install() { # arguments: the repository with its extras (installed editable), then other packages

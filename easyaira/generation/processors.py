@@ -107,7 +107,7 @@ def forbid_end(
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the k largest logits, and those equal to the last of them."""
     # without the barrier, XLA's CPU leaves out the places, which go unused, and then sorts all
-    largest, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(k, logits.shape[1])))
+    largest, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))
     return jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
 
 

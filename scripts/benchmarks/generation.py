@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from easyaira.allocator import keep_memory
+
 SIZES = {
     "small": {"vocab_size": 2048, "n_embd": 128, "n_layer": 4, "n_head": 4},
     "gpt2-small": {},
@@ -31,6 +33,7 @@ def generation(args: argparse.Namespace) -> list[dict[str, object]]:
     token ends one, so their lengths are geometric.
     """
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    keep_memory()  # for both sides
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
