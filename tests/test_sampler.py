@@ -201,7 +201,7 @@ def test_fewer_rows_change_no_answer(llama, drawn, monkeypatch):
     }
 
 
-def test_rows_have_two_sizes_per_doubling_but_powers_of_two_on_several_devices(devices):
+def test_rows_have_two_sizes_per_doubling_on_one_cpu_and_powers_of_two_elsewhere(devices):
     assert sampler._sizes(4) == [4]
     assert sampler._sizes(64) == [64, 48, 32, 24, 16, 12, 8]
     devices(2)

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 
 from easyaira.data.examples import check_embedded
-from easyaira.distributed.mesh import BATCH_AXES
-from easyaira.distributed.sharding import parts_of
+from easyaira.distributed.sharding import on_one_cpu
 from easyaira.errors import DataError, WeightsError
 from easyaira.generation.forward import Prefilled, Weights
 from easyaira.generation.processors import Sampling
@@ -349,11 +348,11 @@ def _last_slots(length: int, limit: int) -> int:
 
 
 def _sizes(rows: int) -> list[int]:
-    """Numbers of places as rows end, from `rows` down: two per doubling, but powers of two where
-    devices share the rows."""
+    """Numbers of places as rows end, from `rows` down. On a CPU, two per doubling; other devices
+    take as long for a few rows more, and several share powers of two."""
     sizes = []
     while rows > FEWEST_ROWS:
-        sizes += [rows, rows * 3 // 4] if parts_of(rows, BATCH_AXES) == 1 else [rows]
+        sizes += [rows, rows * 3 // 4] if on_one_cpu() else [rows]
         rows //= 2
     return [*sizes, rows]
 
