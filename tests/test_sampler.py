@@ -188,8 +188,8 @@ def test_fewer_rows_change_no_answer(llama, drawn, monkeypatch):
 
     fewer.programs.decode = noted
     prompts, answers = drawn
-    again = dict(fewer.answers(fewer.weights(llama[1]), prompts, num_samples=2, seed=3))
-    assert tokens_of(again) == tokens_of(answers)
+    fewest = dict(fewer.answers(fewer.weights(llama[1]), prompts, num_samples=2, seed=3))
+    assert tokens_of(fewest) == tokens_of(answers)
     assert sizes == sorted(sizes, reverse=True) and {6, 8, 12} <= {*sizes} <= {
         2,
         3,

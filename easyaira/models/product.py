@@ -101,14 +101,18 @@ def _of_kernel(x: jax.Array, d_y: jax.Array, kernel: jax.Array) -> jax.Array:
     if not on_one_cpu():
         x_, kernel_, y_ = _letters(x, kernel)
         return einsum(f"{x_},{y_}->{kernel_}", x, d_y, kernel.dtype)
-    # Over several axes, XLA's product transposes a copy of x in memory first; in float32, with more
-    # rows than columns, its own transposition takes longer than that of the result.
+    # over several axes, XLA's product transposes a copy of x in memory first
     rows, columns = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, math.prod(kernel.shape[1:]))
-    if x.dtype != jnp.float32 or rows.shape[1] <= columns.shape[1]:
+    if x.dtype != jnp.float32:
         return einsum("nk,nu->ku", rows, columns, kernel.dtype).reshape(kernel.shape)
-    transposed = einsum("nu,nk->uk", columns, rows, kernel.dtype)
-    # without the barrier, XLA would swap the factors back
-    return jax.lax.optimization_barrier(transposed).T.reshape(kernel.shape)
+    # Over the first axes of both, XLA's float32 product takes up to twice as long. The smaller
+    # factor is transposed in memory before; without the barriers, XLA would undo it.
+    wide = rows.shape[1] > columns.shape[1]
+    first, second = (columns, rows) if wide else (rows, columns)
+    grad = einsum("kn,nu->ku", jax.lax.optimization_barrier(first.T), second, kernel.dtype)
+    if wide:
+        grad = jax.lax.optimization_barrier(grad).T
+    return grad.reshape(kernel.shape)
 
 
 _linear.defvjp(_forward, _backward)
