@@ -107,8 +107,8 @@ def forbid_end(
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the k largest logits, and those equal to the last of them."""
     # without the barrier, XLA's CPU leaves out the places, which go unused, and then sorts all
-    largest, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))
-    return jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
+    top, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))
+    return jnp.where(logits < top[:, -1:], -jnp.inf, logits)
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
