@@ -273,11 +273,11 @@ class _Run:
         self.fit()
         rows = self.running()
         steps = min(self.sampler.steps, self.slots - max(row.length for row in rows))
-        enough = 0  # running rows below which there is something better to do
+        # running rows below which there is something better to do
         if self.waiting:
             enough = len(self.places) - min(self.refill(), len(self.waiting))
-        elif len(self.places) > FEWEST_ROWS:
-            enough = max(size for size in self.sizes if size < len(self.places))
+        else:
+            enough = max((size for size in self.sizes if size < len(self.places)), default=0)
         running = np.array([row is not None for row in self.places])
         self.state, read = self.programs.decode(
             self.weights, self.state, self.seed, running, np.int32(steps), np.int32(enough)
