@@ -7,6 +7,8 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 [ -d "$VENV" ] || "$PYTHON" -m venv "$VENV"
 source "$VENV/bin/activate"
+# Many containers set it. Every child process of the tests would compile what it imports anew.
+unset PYTHONDONTWRITEBYTECODE
 
 pip_install() { # Python compiles what it imports; pip would take a minute more to compile everything
   python -m pip install --quiet --disable-pip-version-check --no-compile "$@"
