@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyaira.distributed import compiler
 from easyaira.models import cache, product
 from easyaira.models.attention import attention
 from easyaira.models.embedding import Embedding
@@ -105,11 +106,19 @@ def numbers(shape, dtype=F32, seed=0, scale=1.0):
     return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@pytest.mark.parametrize("features", [(48,), (3, 16)])
-def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(features):
+@pytest.mark.parametrize("lacks, narrow", [(True, 0), (False, 3)])
+@pytest.mark.parametrize("features", [(80,), (5, 16)])
+def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(
+    features, lacks, narrow, monkeypatch
+):
+    """On a CPU that lacks products of 16 bits, their factors are converted to float32."""
+    monkeypatch.setattr(product, "lacks_16_bit_products", lambda: lacks)
     x, grad = numbers((4, 32, 64), BF16), numbers((4, 32, *features), BF16, seed=1)
     kernel = numbers((64, *features), seed=2, scale=0.2)
-    y, d_x, d_kernel = with_gradients(linear, grad, x, kernel)
+    given = partial(linear), grad, x, kernel
+    products = re.findall(r"dot_general .*xbf16>", with_gradients.lower(*given).as_text())
+    assert len(products) == narrow
+    y, d_x, d_kernel = with_gradients(*given)
     rounded = np.asarray(kernel.astype(BF16), np.float64)
     exact_x, exact_grad = (np.asarray(a, np.float64) for a in (x, grad))
     assert (y.dtype, d_x.dtype, d_kernel.dtype) == (BF16, BF16, F32)
@@ -118,6 +127,21 @@ def test_a_linear_layer_and_its_gradients_are_those_of_float32_rounded_once(feat
     assert relative(d_x, np.tensordot(exact_grad, rounded, outer)) < 2**-9
     exact_kernel = np.tensordot(exact_x, exact_grad, [(0, 1), (0, 1)])
     assert relative(d_kernel, exact_kernel) < 1e-6  # by JAX's own derivative: 1.6e-3
+
+
+@pytest.mark.parametrize(
+    "instructions, lacks",
+    [
+        ("sse2 avx2 fma", True),
+        ("avx2 avx512f avx512_bf16", True),
+        ("avx2 avx512_bf16 amx_bf16", False),
+        ("asimd bf16", False),
+        ("arm", False),
+    ],
+)
+def test_which_cpus_lack_products_of_16_bits(instructions, lacks, monkeypatch):
+    monkeypatch.setattr(compiler, "instructions", lambda: instructions)
+    assert compiler.lacks_16_bit_products.__wrapped__() == lacks  # without its cache
 
 
 def test_the_gradient_of_inputs_is_summed_over_one_axis():
