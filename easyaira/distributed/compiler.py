@@ -52,8 +52,8 @@ def compiled_for(backend: str) -> list[str]:
 def instructions() -> str:
     """Names of this CPU's instructions."""
     text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
-    names = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
-    return names[1] if names else platform.processor()
+    line = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    return line[1] if line else platform.processor()
 
 
 @cache
