@@ -16,12 +16,12 @@ pip_install() { # Python compiles what it imports; pip would take a minute more 
 
 install() { # arguments: the repository with its extras (installed editable), then other packages
   # pip takes 15 seconds to see that nothing is missing; any extra brings the package itself
-  local done="$VENV/installed" wanted
+  local record="$VENV/installed" wanted
   wanted="$(cat setup.py easyaira/__init__.py | cksum) $*"
-  grep -qxF "$wanted" "$done" 2>/dev/null && return
+  grep -qxF "$wanted" "$record" 2>/dev/null && return
   echo "Installing $* into $VENV (1.5 GB on disk the first time)"
   pip_install --editable "$@"
-  printf '%s\n' "$wanted" "${wanted%% .*} ." >>"$done"
+  printf '%s\n' "$wanted" "${wanted%% .*} ." >>"$record"
 }
 
 # Tests compare with PyTorch. If it is not installed, pip gets the arguments in TORCH. The default takes
