@@ -43,7 +43,7 @@ PARSED = (
     "push",
     *TRAINING,
 )  # whose parser is asked
-RECORDS = ("results.md", "performance.md")
+RECORDS = ("results.md", "performance.md", "optimisations.md")
 
 
 class Block(NamedTuple):
