@@ -30,6 +30,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "psutil>=7.0",
         "pyarrow>=20.0",
         "pyyaml>=6.0",
         "safetensors>=0.8.0",

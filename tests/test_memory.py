@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from safetensors.numpy import save_file
 
-from easyaira.hf import lazy, safetensors
+from easyaira import convert
+from easyaira.distributed.tree import by_path
+from easyaira.export import torch_check
+from easyaira.hf import lazy, safetensors, transfer
 from easyaira.storage.integrity import sums_of
 from helpers import tiny
 
@@ -84,3 +89,55 @@ def test_sums_of_pieces_are_those_of_the_array():
     whole = sums_of({"params": jnp.asarray(array)}, {})
     assert sums_of({"params": pieces}, {}) == whole
     assert sums_of({"params": jnp.asarray(array[::-1])}, {}) != whole
+
+
+@pytest.mark.parametrize("shape", [(256, 32), (257, 33), (300, 7), (5, 100), (1, 1), (4, 0)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_transposed_matrix_is_copied_in_tiles(shape, dtype):
+    stored = np.random.default_rng(0).normal(size=shape[::-1]).astype(dtype)
+    for view in (stored.T, stored, np.asfortranarray(stored), stored.T[:, ::-1], stored[None]):
+        for target in (np.float32, jnp.bfloat16):
+            room = np.full([size + 1 for size in view.shape], np.nan, target)  # a padded table
+            part = room[tuple(map(slice, view.shape))]
+            transfer._copy(part, view)
+            np.testing.assert_array_equal(part, view.astype(target))
+            assert np.isnan(room.astype(np.float32)).sum() == room.size - view.size
+
+
+@pytest.mark.parametrize(
+    "dtypes, kept",
+    [
+        ([jnp.bfloat16, jnp.bfloat16], jnp.bfloat16),
+        ([np.float16, np.float16], np.float16),
+        ([jnp.bfloat16, np.float16], np.float32),
+        ([np.float32, jnp.bfloat16], np.float32),
+        ([np.float64, np.float64], np.float32),
+    ],
+)
+def test_a_converted_parameter_is_stored_in_the_dtype_of_its_tensors(dtypes, kept, tmp_path):
+    """And is read in float32, with the checksums of float32."""
+    tiny.save(tmp_path / "hf", tiny.CONFIGS["gpt2"])
+    tensors = {n: np.array(t) for n, t in safetensors.open_folder(tmp_path / "hf").items()}
+    for layer, dtype in enumerate(dtypes):
+        tensors |= {n: t.astype(dtype) for n, t in tensors.items() if f"h.{layer}." in n}
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    convert.main(["from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    folder = f"file://{tmp_path}/ours/checkpoints/0/params/"
+    place = {"driver": "ocdbt", "base": folder, "path": "model.h.mlp.c_fc.kernel/"}
+    stored = tensorstore.open({"driver": "zarr", "kvstore": place}).result()
+    assert stored.dtype.numpy_dtype == kept
+    for params in (tiny.load(tmp_path / name)[1] for name in ("hf", "ours")):
+        leaves = by_path(params)
+        assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(np.float32)}
+        ours = np.asarray(leaves["model/h/mlp/c_fc/kernel"])
+        theirs = [tensors[f"transformer.h.{i}.mlp.c_fc.weight"] for i in range(len(dtypes))]
+        np.testing.assert_array_equal(ours, np.stack([t.astype(np.float32) for t in theirs]))
+
+
+@pytest.mark.parametrize(
+    "available, why", [(2**20, "needs 4.66 GiB of memory, 0.00 are free"), (2**33, None)]
+)
+def test_memory_that_holds_cached_files_is_free(available, why, monkeypatch):
+    memory = SimpleNamespace(available=available, free=0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert torch_check.obstacle(10**9, adapter=False) == why

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from easyaira.allocator import give_back_memory
 from easyaira.distributed.chips import memory_of
@@ -100,9 +100,9 @@ def obstacle(parameters: int, *, adapter: bool) -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     needed = 5 * parameters
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = psutil.virtual_memory().available  # with the system's cache of files
     if available < needed:
-        return f"needs {needed} bytes of memory, {available} are free"
+        return f"needs {needed / 2**30:,.2f} GiB of memory, {available / 2**30:,.2f} are free"
     return None
 
 

@@ -20,12 +20,14 @@ class Lazy:
         pieces: reads the array anew, in consecutive parts along axis 0; all but the last have the
             same number of rows.
         entry: reads one entry along axis 0; None: only whole pieces can be read.
+        kept: a smaller dtype that holds every value exactly, to be stored in; None: `dtype`.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: Callable[[], Iterable[Any]]
     entry: Callable[[int], Any] | None = None
+    kept: np.dtype | None = None
 
     @property
     def size(self) -> int:

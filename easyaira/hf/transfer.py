@@ -22,6 +22,7 @@ from easyaira.hf.safetensors import release
 from easyaira.hf.table import VOCAB, Row, pair_rows
 
 Each = Callable[[tuple, jax.Array], Any]  # (path in the tree, parameter) -> leaf to keep
+TILE = 256, 32  # rows and columns of the result that `_copy` transposes at once
 
 
 def match(
@@ -152,14 +153,16 @@ def lazy_from_hf(
     rows_by_path = {row.ours: row for row, _ in pair_rows(tree, rows)}
 
     def lazy(path: tuple, leaf: Any) -> Lazy:
-        rest = [slice(None)] * (leaf.ndim - 1)
-        read = partial(_read, rows_by_path[path_of(path)], leaf, tensors, where)
+        row, rest = rows_by_path[path_of(path)], [slice(None)] * (leaf.ndim - 1)
+        read = partial(_read, row, leaf, tensors, where)
         pieces = [(piece, *rest) for piece in slices(leaf.shape, 4)]
+        dtype, *others = {tensors[name].dtype for name in row.names(leaf)}
         return Lazy(
             leaf.shape,
             np.dtype(np.float32),
             lambda: map(read, pieces),
             lambda i: read((slice(i, i + 1), *rest))[0],
+            dtype if dtype.itemsize < 4 and not others else None,
         )
 
     return jax.tree_util.tree_map_with_path(lazy, tree)
@@ -187,12 +190,24 @@ def _fill(array: np.ndarray, view: np.ndarray, place: str) -> None:
     """Copy a stored tensor into a part of a parameter, whose vocabulary may be padded."""
     if view.shape != array.shape:
         array[...] = 0
-    array[tuple(map(slice, view.shape))] = view
+    _copy(array[tuple(map(slice, view.shape))], view)
     release(view)
     if not np.isfinite(array).all():
         raise WeightsError(
             f"{place}: contains NaN or infinity; the file is damaged or the model diverged"
         )
+
+
+def _copy(array: np.ndarray, view: np.ndarray) -> None:
+    """`array[...] = view`, also of another dtype. The tiles of a transposed matrix stay in the
+    core's cache, which takes a quarter of the time."""
+    if view.ndim != 2 or view.strides[0] >= view.strides[1]:
+        array[...] = view
+        return
+    for row in range(0, view.shape[0], TILE[0]):
+        for column in range(0, view.shape[1], TILE[1]):
+            tile = slice(row, row + TILE[0]), slice(column, column + TILE[1])
+            array[tile] = view[tile].T.astype(array.dtype).T
 
 
 def to_hf(
@@ -225,8 +240,10 @@ def lazy_to_hf(
                 last[row.ours] = loaded(leaf)
             array = last[row.ours]
             array = hosts.fetch(array[layer] if row.stacked else array)
-        with np.errstate(over="ignore"):  # rounds before it transposes, which then moves less
-            tensor = np.ascontiguousarray(row.cut(array.astype(dtype), vocab_size))
+        with np.errstate(over="ignore"):
+            view = row.cut(array, vocab_size)
+            tensor = np.empty(view.shape, dtype)
+            _copy(tensor, view)
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise WeightsError(
                 f"{name}: values overflow {dtype.name}; choose --dtype float32"

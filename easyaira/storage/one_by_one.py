@@ -18,8 +18,9 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         store, start, writing = None, 0, None
         for piece in value.pieces():  # blocks its thread, so that one array is written at a time
             if store is None:
-                metadata = tspec["metadata"] | {"chunks": [len(piece), *value.shape[1:]]}
-                spec = tensorstore.Spec(tspec | {"metadata": metadata})
+                array = tspec.get("base", tspec)  # inside a cast to the dtype that is kept
+                array["metadata"]["chunks"] = [len(piece), *value.shape[1:]]
+                spec = tensorstore.Spec(tspec)
                 store = tensorstore.open(spec, create=True, open=True, context=ts_context).result()
             if writing is not None:
                 writing.result()
@@ -37,8 +38,10 @@ def register() -> None:
 
 def save_args(tree: Any) -> Any:
     """Orbax's arguments to save a tree, whose arrays may be `Lazy`."""
-    lazy = any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(tree))
-    return ocp.args.PyTreeSave(tree) if lazy else ocp.args.StandardSave(tree)
+    if not any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(tree)):
+        return ocp.args.StandardSave(tree)
+    kept = jax.tree.map(lambda leaf: ocp.SaveArgs(dtype=getattr(leaf, "kept", None)), tree)
+    return ocp.args.PyTreeSave(tree, save_args=kept)
 
 
 def restore_args(tree: Any) -> Any:

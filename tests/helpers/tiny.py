@@ -15,7 +15,7 @@ import numpy as np
 from easyaira.distributed.mesh import make_mesh
 from easyaira.hf import transfer
 from easyaira.models.registry import model_of
-from easyaira.storage.pretrained import Pretrained
+from easyaira.storage.pretrained import find
 
 if TYPE_CHECKING:  # imported lazily: they take seconds, and many tests need none of them
     import torch
@@ -409,7 +409,7 @@ def _trained(vocab_size: int, controls: list[str]) -> Tokenizer:
 
 def load(folder: Path, mesh: str = "fsdp=-1"):
     """Load (model, float32 params) of a Hugging Face folder."""
-    origin = Pretrained(str(folder), folder)
+    origin = find(str(folder))
     model = model_of(origin.config, str(folder))
     return model, origin.load(model, make_mesh(mesh))
 
