@@ -6,9 +6,11 @@ Fixtures import their own dependencies, so that test files without a model start
 import ast
 import gc
 import os
-import resource
 import tempfile
 
+import psutil
+
+from easyaira.allocator import give_back_memory
 from easyaira.distributed.compiler import keep_order
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would spin beside those
 # tests and their child processes share a compilation cache of every program, however small
 cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # XLA compiles the same operations in half the time; 0 tests its optimized machine code
 QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
@@ -99,16 +101,19 @@ def one_device(devices):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Free compiled programs after each test file, once this process has held 2.5 GB. What a file
+    """Free compiled programs after each test file, while this process holds 3 GB. What a file
     leaves is frozen: else each later collection would walk it, and late tests take twice as long.
     """
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2.5e6:  # kilobytes on Linux
+    full = psutil.Process().memory_info().rss > 3e9
+    if full:
         gc.unfreeze()
         jax.clear_caches()
         programs.shared.clear()
     gc.collect()
     gc.freeze()
+    if full:
+        give_back_memory()
 
 
 @pytest.fixture(scope="session")
