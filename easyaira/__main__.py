@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # afterwards, run_command handles signals
         print("stopped: SIGINT; nothing is lost, run the same command again", file=sys.stderr)
         sys.exit(75)
-    run_command(module.main, rest)
+    run_command(module.main, rest, torch=getattr(module, "TORCH", False))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import jsonargparse
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from easyaira import torchless
 from easyaira.allocator import keep_memory
 from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
@@ -302,11 +303,19 @@ def start(config: Any, algorithm: str, dry_run: DryRun | None = None) -> None:
     run(config, getattr(importlib.import_module(module), name)(config), dry_run=dry_run)
 
 
-def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run `command` on the command line; exit with the status of its error, if there is one."""
+def run_command(
+    command: Callable[[list[str]], None], argv: list[str] | None = None, *, torch: bool = False
+) -> None:
+    """Run `command` on the command line; exit with the status of its error, if there is one.
+
+    Args:
+        torch: whether the command, or a function that the user gives it, may use PyTorch.
+    """
     argv = sys.argv[1:] if argv is None else argv
     keep_memory()
     keep_order()
+    if not torch:
+        torchless.hide_torch()
     try:
         with StopSignal():
             command(argv)

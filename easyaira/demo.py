@@ -6,7 +6,6 @@ python -m easyaira.demo runs/aira-2-124m --reward runs/aira-reward --guard runs/
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import Any
 
@@ -77,4 +76,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main, sys.argv[1:])
+    cli.run_command(main)

@@ -8,7 +8,6 @@ python -m easyaira.evaluate --compare MODEL MODEL ...
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from easyaira.errors import ConfigError
 from easyaira.files import named_path
 
 MISSING = "tasks: need lm-evaluation-harness; pip install 'lm-eval>=0.4.13'"
+TORCH = True  # lm-evaluation-harness uses it
 OF_TASKS = ("num_fewshot", "data")
 OF_ROWS = ("by", "split", "template", "positive_label")
 
@@ -213,4 +213,4 @@ def of_rows(args: Any, origin: Any):
 
 
 if __name__ == "__main__":
-    cli.run_command(main, sys.argv[1:])
+    cli.run_command(main, torch=TORCH)

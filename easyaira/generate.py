@@ -259,4 +259,4 @@ def write(output: Any, sampler: Any, weights: Any, args: Any, text: Any) -> None
 
 
 if __name__ == "__main__":
-    cli.run_command(main, sys.argv[1:])
+    cli.run_command(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from easyaira import cli
 from easyaira.errors import ConfigError, shortened
+from easyaira.torchless import import_transformers
 
 # country: capital, continent
 COUNTRIES = {
@@ -166,7 +167,6 @@ def write_data(folder: Path) -> list[dict[str, str]]:
 def write_base(folder: Path, data: Path) -> None:
     """Write a tokenizer trained on the data, and a config.json: a model without weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
     rows = [json.loads(line) for line in (data / "sft_train.jsonl").read_text().splitlines()]
@@ -179,7 +179,7 @@ def write_base(folder: Path, data: Path) -> None:
         vocab_size=640, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
     )
     trained.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=trained, bos_token=end, eos_token=end, unk_token=end, model_max_length=128
     )
     tokenizer.save_pretrained(str(folder))

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "easyaira"
 # A name with a slash is a folder.
 FLOORS = """
     errors
-    allocator files pages
+    allocator files pages torchless
     plots
     config/
     distributed/

@@ -24,6 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from easyaira import torchless
+from easyaira.torchless import import_transformers
+
 MAX_SECONDS = 2  # processor time of one rendering
 MAX_BYTES = 512 * 2**20  # memory of the child beyond that of its libraries
 MAX_TEXT = 64 * 2**20  # characters of one rendering
@@ -62,6 +65,8 @@ def render(
         Refused, Broken: with the reason.
     """
     import jinja2
+
+    import_transformers()
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marked = GENERATION.search(template) is not None
@@ -135,6 +140,8 @@ def _close(process: subprocess.Popen) -> None:
 
 
 def _serve(seconds: int, memory: int) -> None:
+    torchless.hide_torch()
+    import_transformers()
     from transformers.utils import chat_template_utils
 
     started = chat_template_utils.datetime.now()

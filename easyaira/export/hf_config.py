@@ -16,6 +16,7 @@ from easyaira.generation.settings import (
     check_number,
     end_ids,
 )
+from easyaira.torchless import import_transformers
 from easyaira.train.setup import Setup
 
 
@@ -42,8 +43,6 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: transformers refuses the settings, or would compute nonsense with them.
     """
-    from transformers import GenerationConfig
-
     # with this key, transformers would replace the settings by those in config.json
     settings = {k: v for k, v in settings.items() if k != "_from_model_config"}
     sampling = {"temperature", "top_p", "top_k"} & settings.keys()
@@ -55,7 +54,7 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         if settings[name] is not None:
             check_number(name, settings[name])
     try:
-        GenerationConfig(**settings).validate(strict=True)
+        import_transformers().GenerationConfig(**settings).validate(strict=True)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"generation_config.json: transformers refuses it: {reason}") from error
@@ -131,6 +130,7 @@ def _check_widget(setup: Setup) -> None:
 def value_released(setup: Setup) -> Facts | None:
     """config.json of a value model, as transformers' token classifier with one label; None if
     transformers has none of its architecture."""
+    import_transformers()
     from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
     critic = setup.critic
@@ -150,6 +150,7 @@ def value_released(setup: Setup) -> Facts | None:
 
 def language_model(config: Mapping[str, Any]) -> str:
     """Name of the transformers class of a language model, by which other programs choose."""
+    import_transformers()
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]

@@ -19,6 +19,7 @@ from easyaira.hf.table import VOCAB
 from easyaira.models.model import Model
 from easyaira.models.registry import model_of
 from easyaira.storage.pretrained import Pretrained, without_most_common
+from easyaira.torchless import import_transformers
 
 TEXT_PART = "language_model"
 OTHER_PARTS = ("vision_tower", "audio_tower", "multi_modal_projector", "image_newline")
@@ -82,8 +83,6 @@ def text_model(origin: Pretrained) -> TextModel:
 
 def _config(origin: Pretrained) -> dict[str, Any]:
     """The text model's config, with what transformers takes from the whole model's."""
-    from transformers import AutoConfig
-
     outer = origin.config
     if not isinstance(outer.get("text_config"), Mapping):
         raise ConfigError(
@@ -91,7 +90,8 @@ def _config(origin: Pretrained) -> dict[str, Any]:
             "parts than text; use it as it is"
         )
     try:
-        whole = AutoConfig.from_pretrained(str(origin.folder), trust_remote_code=False)
+        auto = import_transformers().AutoConfig
+        whole = auto.from_pretrained(str(origin.folder), trust_remote_code=False)
         config = json.loads(whole.get_text_config(decoder=True).to_json_string())
     except Exception as error:  # transformers raises many types; all mean the same here
         reason = on_one_line(error)

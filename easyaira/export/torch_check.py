@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def compare_logits(
 def obstacle(parameters: int, *, adapter: bool) -> str | None:
     """Why a model of this size cannot be run in PyTorch here, or None."""
     for package in ("torch", "peft") if adapter else ("torch",):
-        if importlib.util.find_spec(package) is None:
+        if PathFinder.find_spec(package) is None:
             return f"{package} is not installed"
     needed = 5 * parameters
     available = psutil.virtual_memory().available  # with the system's cache of files

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from easyaira.errors import StorageError, TokenizerError, on_one_line
 from easyaira.files import reason
+from easyaira.torchless import import_transformers
 
 
 def load_tokenizer(folder: Path, where: str) -> Any:
@@ -18,16 +18,14 @@ def load_tokenizer(folder: Path, where: str) -> Any:
     Raises:
         TokenizerError: there is no tokenizer, or it is not a fast one.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing torch
-    from transformers import AutoTokenizer
-
+    transformers = import_transformers()
     # drop warnings: of long texts, which data/tokenise.py truncates and counts; of token ids, which
     # are checked where they are used; of a failure, which is raised below
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         # tokenizer.json alone, whether mistral-common is installed or not
         read = {"trust_remote_code": False, "mistral_format": False}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **read)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **read)
     except Exception as error:  # transformers raises many types; all mean the same here
         only_model = [file.name for file in folder.glob("tokenizer.*")] == ["tokenizer.model"]
         if only_model and importlib.util.find_spec("sentencepiece") is None:

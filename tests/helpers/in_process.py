@@ -1,9 +1,11 @@
-"""PyTorch's logits and chat templates without child processes, whose imports take seconds."""
+"""PyTorch's logits and chat templates without child processes, whose imports take seconds; and
+PyTorch for the transformers of this process."""
 
 import warnings
 
 import numpy as np
 
+from easyaira import torchless
 from easyaira.data import rendering, template
 from easyaira.export import torch_check, torch_logits
 
@@ -29,6 +31,7 @@ class Renderer:
 
 
 def use(setattr_of=setattr):
-    """Replace the child processes by calls in this process."""
+    """Replace the child processes by calls in this process, which needs PyTorch."""
     setattr_of(torch_check, "torch_logits", logits)
     setattr_of(template, "Child", Renderer)
+    setattr_of(torchless, "hide_torch", lambda: None)
