@@ -1,6 +1,7 @@
 """transformers without PyTorch, whose import takes half of a command's start. What is used of
 transformers here, tokenizers and configurations, needs none."""
 
+import importlib
 import os
 import sys
 from types import ModuleType
@@ -15,8 +16,8 @@ def hide_torch() -> None:
     hidden = True
 
 
-def import_transformers() -> ModuleType:
-    """transformers, which takes PyTorch for missing after `hide_torch`."""
+def import_transformers(part: str = "") -> ModuleType:
+    """transformers, or a part such as ".utils"; it takes PyTorch for missing after `hide_torch`."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing torch
     if hidden and not {"torch", "transformers"} & sys.modules.keys():
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -26,6 +27,4 @@ def import_transformers() -> ModuleType:
             is_torch_available()  # transformers remembers the answer
         finally:
             del sys.modules["torch"]
-    import transformers
-
-    return transformers
+    return importlib.import_module(f"transformers{part}")

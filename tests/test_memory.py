@@ -141,3 +141,12 @@ def test_memory_that_holds_cached_files_is_free(available, why, monkeypatch):
     memory = SimpleNamespace(available=available, free=0)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     assert torch_check.obstacle(10**9, adapter=False) == why
+
+
+def test_converted_pieces_are_not_stored_in_the_dtype_they_came_from():
+    third = np.full(3, 1 / 3, np.float32)  # not a bfloat16
+    half = lazy.Lazy(
+        third.shape, third.dtype, lambda: [third * 0 + 0.5], kept=np.dtype(jnp.bfloat16)
+    )
+    changed = half.then(lambda piece: third)
+    assert changed.kept is None and half.kept == jnp.bfloat16

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from easyaira import torchless
-from easyaira.torchless import import_transformers
 
 MAX_SECONDS = 2  # processor time of one rendering
 MAX_BYTES = 512 * 2**20  # memory of the child beyond that of its libraries
@@ -66,12 +65,10 @@ def render(
     """
     import jinja2
 
-    import_transformers()
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    utils = torchless.import_transformers(".utils.chat_template_utils")
     marked = GENERATION.search(template) is not None
     try:
-        (text,), marks = render_jinja_template(
+        (text,), marks = utils.render_jinja_template(
             [list(messages)],
             chat_template=template,
             return_assistant_tokens_mask=marked,
@@ -141,9 +138,7 @@ def _close(process: subprocess.Popen) -> None:
 
 def _serve(seconds: int, memory: int) -> None:
     torchless.hide_torch()
-    import_transformers()
-    from transformers.utils import chat_template_utils
-
+    chat_template_utils: Any = torchless.import_transformers(".utils.chat_template_utils")
     started = chat_template_utils.datetime.now()
     # one date for all rows, also after midnight
     chat_template_utils.datetime = types.SimpleNamespace(now=lambda: started)

@@ -19,6 +19,8 @@ from easyaira.generation.settings import (
 from easyaira.torchless import import_transformers
 from easyaira.train.setup import Setup
 
+AUTO = ".models.auto.modeling_auto"  # of transformers: its classes by model type
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -130,14 +132,12 @@ def _check_widget(setup: Setup) -> None:
 def value_released(setup: Setup) -> Facts | None:
     """config.json of a value model, as transformers' token classifier with one label; None if
     transformers has none of its architecture."""
-    import_transformers()
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
-
+    classes = import_transformers(AUTO).MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     critic = setup.critic
     config = critic.origin.config  # type: ignore[union-attr]
-    if config["model_type"] not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+    if config["model_type"] not in classes:
         return None
-    name = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]
+    name = classes[config["model_type"]]
     dtypes = {"": "float32"}
     if not critic.random:  # type: ignore[union-attr]
         dtypes = critic.origin.stored_dtypes()  # type: ignore[union-attr]
@@ -150,10 +150,7 @@ def value_released(setup: Setup) -> Facts | None:
 
 def language_model(config: Mapping[str, Any]) -> str:
     """Name of the transformers class of a language model, by which other programs choose."""
-    import_transformers()
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
+    return import_transformers(AUTO).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
 
 
 def _scored(setup: Setup) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Lazy:
 
     def then(self, convert: Callable[[Any], Any]) -> Lazy:
         """The same array with `convert` applied to each piece, which keeps its shape and dtype."""
-        return replace(self, pieces=lambda: map(convert, self.pieces()), entry=None)
+        return replace(self, pieces=lambda: map(convert, self.pieces()), entry=None, kept=None)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)

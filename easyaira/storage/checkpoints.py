@@ -358,9 +358,7 @@ def _short(error: BaseException) -> str:
     """One line with the array or file named in an Orbax error, and the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
-    for cause in map(
-        os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-    ):
+    for cause in map(os.strerror, NO_ROOM):
         if cause in str(error):  # behind paths, in a long text
             return cause
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
