@@ -137,12 +137,12 @@ def parse_json(text: bytes) -> Any:
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Hook of a JSON decoder that refuses a key that stands twice."""
+    """Hook of a JSON decoder that refuses a key that occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return content
 
 
@@ -152,7 +152,7 @@ def read_yaml(
     """Read a YAML file that holds a mapping.
 
     Args:
-        repeated: takes the keys that stand twice, which are then no error; the last value counts.
+        repeated: takes the keys that occur twice, which are then no error; the last value counts.
 
     Raises:
         error: it cannot be read, is not YAML or no mapping, or has a key twice; with the line.

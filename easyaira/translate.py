@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     result = checked(translate(source, given, place=place, **options), place)
     for key in dict.fromkeys(repeated):
         result.differences.append(
-            f"{key} stands twice in the file; the last value counts, as there"
+            f"{key} occurs twice in the file; the last value counts, as there"
         )
     print(result.text(f"Translated from {place} ({source.name})"), end="")
 

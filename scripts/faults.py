@@ -129,7 +129,7 @@ def outcome(status: int, out: str, err: str, run: Path, wanted: dict[str, str]) 
         if weights(run) != wanted:
             return "OTHER WEIGHTS"
         warned = any(word in out for word in ("damaged", "lost or unreadable", "left out"))
-        return "said, and the same weights" if warned else "the same weights"
+        return "reported, and the same weights" if warned else "the same weights"
     if status in (2, 4) and len(lines) == 1 and lines[0].startswith("error: "):
         return f"status {status}, one line"
     print(err, file=sys.stderr)

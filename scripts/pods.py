@@ -249,7 +249,7 @@ def generation_figures(row: Generation) -> dict[str, Any]:
 
 
 GENERATION_COLUMNS = (
-    "model, pod, mesh, rows x slots, weights (GiB), keys and values (GiB), in a step (GiB), of "
+    "model, pod, mesh, rows x slots, weights (GiB), KV cache (GiB), in a step (GiB), of "
     "(GiB), sent by a device per token (MiB), estimated ms per token of all rows, compiled in (s)"
 ).split(", ")
 
@@ -289,7 +289,7 @@ def line(row: Row, result: dict[str, Any]) -> str:
 
 RL_COLUMNS = (
     "recipe, pod, mesh, policy and value model with their optimizer (GiB), in an update (GiB), "
-    "reference (GiB), reward model (GiB), weights for sampling (GiB), keys and values (GiB), "
+    "reference (GiB), reward model (GiB), weights for sampling (GiB), KV cache (GiB), "
     "in a step of sampling (GiB), most in all (GiB), of (GiB), estimated step (s), compiled in (s)"
 ).split(", ")
 

@@ -194,7 +194,7 @@ def test_a_folder_of_another_command_is_kept(augmented, ground, tmp_path, capsys
     before = contents(augmented)
     other = tiny.write_rows(tmp_path / "other.jsonl", [{"text": "yes"}])
     for flag, problem in {
-        f"--texts={other}": "was made with another texts",
+        f"--texts={other}": "was made with other settings (texts)",
         "--seed=1": "with seed 0, but 1 is asked for",
     }.items():
         status, _, err = call(backtranslate.main, augment(ground, augmented, flag), capsys)

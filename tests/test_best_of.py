@@ -250,7 +250,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(
     [
         (["--num_samples=1"], "--num_samples: found 1; the best needs at least 2"),
         (["--temperature=0"], "--temperature: found 0, which gives equal answers"),
-        (["--reward=GROUND/gpt2"], "gpt2: is no reward model, as it has no score/linear/kernel"),
+        (["--reward=GROUND/gpt2"], "gpt2: is not a reward model, as it has no score/linear/kernel"),
         (["--reward=GROUND/none"], "none: no such folder"),
         (["--prompts=GROUND/long.jsonl"], "long.jsonl:2: a prompt has"),
         (["--prompts=GROUND/bad.jsonl"], "bad.jsonl:1: wanted a column prompt or messages"),
@@ -281,13 +281,16 @@ def test_scores_of_a_reward_model_that_was_replaced_are_not_kept(ground, tmp_pat
     assert call(best_of.main, words, capsys)[0] == 0
     tiny.save(reward, tiny.SCORERS["bert"], std=0.19)
     status, _, err = call(best_of.main, words, capsys)
-    assert status == 2 and "best was made with another reward model; name another folder" in err
+    assert (
+        status == 2
+        and "best was made with other settings (reward model); name another folder" in err
+    )
 
 
 def test_a_folder_of_another_command_is_kept(made, ground, tmp_path, capsys):
     before = contents(made)
     for flags, problem in {
-        (f"--reward={ground / 'llama'}",): "was made with another reward model",
+        (f"--reward={ground / 'llama'}",): "was made with other settings (reward model)",
         ("--seed=1",): "with seed 0, but 1 is asked for",
     }.items():
         status, _, err = call(best_of.main, arguments(ground, made, *flags), capsys)

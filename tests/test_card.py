@@ -451,7 +451,7 @@ def test_examples_of_the_card_in_another_models_form_are_refused_before_the_run(
     models, data, tmp_path
 ):
     options = ["--card.widget=['<|user|>hi']"]
-    with pytest.raises(ConfigError, match=r"card.widget: <\|user\|> is no token of this run"):
+    with pytest.raises(ConfigError, match=r"card.widget: <\|user\|> is not a token of this run"):
         facts_of(models, data, tmp_path / "plain", None, None, *options)
     assert facts_of(models, data, tmp_path / "tulu", None, None, *options, "--data.template=tulu")
 

@@ -562,7 +562,7 @@ def test_every_command_has_its_module():
 
 
 @pytest.mark.parametrize(
-    "name, mend",
+    "name, fix",
     [
         ("dpp", "did you mean dpo?"),
         ("train_reward", "did you mean reward?"),
@@ -573,13 +573,13 @@ def test_every_command_has_its_module():
         ("chat", "did you mean generate?"),
     ],
 )
-def test_an_unknown_command_is_one_line_with_the_nearest(name, mend, capsys):
+def test_an_unknown_command_is_one_line_with_the_nearest(name, fix, capsys):
     with pytest.raises(SystemExit) as end:
         __main__.main([name, "--max_steps", "1"])
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out
     assert err.startswith(f"error: {name}: no such command; ") and err.count("\n") == 1
-    assert mend in err
+    assert fix in err
 
 
 def test_a_command_gets_its_arguments_and_its_exit_status(monkeypatch, capsys):

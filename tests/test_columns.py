@@ -437,7 +437,7 @@ def test_roles_of_other_names_are_told_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header, task, mend",
+    "header, task, fix",
     [
         ("prompt chosen rejected", "conversation", "`easyaira dpo` trains on (prompt, chosen, rej"),
         ("prompt completion label", "pair", "kto` trains on (prompt, completion, label)"),
@@ -448,7 +448,7 @@ def test_roles_of_other_names_are_told_by_name(tmp_path):
         ("question text", "pair", "Name them in data.columns"),
     ],
 )
-def test_columns_of_another_task_name_its_command(header, task, mend):
+def test_columns_of_another_task_name_its_command(header, task, fix):
     with pytest.raises(DataError) as error:
         columns.form_of(header.split(" "), task)
-    assert mend in str(error.value) and "\n" not in str(error.value)
+    assert fix in str(error.value) and "\n" not in str(error.value)

@@ -163,7 +163,7 @@ BROKEN = {  # content that stands alone -> the reason
     "byte 2: a text that is not UTF-8": b"\x92\x91\xa1\xff\xc4\x00",
     "a longer key, or more of them": record(b"", ["x" * 200] * 2),
     "has no array": record(b""),
-    "is no array of Flax": array([1], "float32", bytes(4), kind=3),
+    "is not an array of Flax": array([1], "float32", bytes(4), kind=3),
     "an array of 'object'": array([1], "object", bytes(4)),
     "an array of 'int8'": array([4], "int8", bytes(4)),
     "shape [2, 3] needs 24 bytes, 4 are stored": array([2, 3], "float32", bytes(4)),
@@ -172,7 +172,7 @@ BROKEN = {  # content that stands alone -> the reason
     ),
     "a list of length 9; at most 8": array([1] * 9, "float32", bytes(4)),
     "expected a number, found 0xff": array([-1], "float32", bytes(4)),
-    "transformer/h/1/attention/wq/kernel stands twice": 2 * array([1], "float32", bytes(4)),
+    "transformer/h/1/attention/wq/kernel occurs twice": 2 * array([1], "float32", bytes(4)),
     "bytes follow the array": record(flax.serialization.to_bytes(np.ones(2, np.float32)) + b"more"),
     "not a regular file": None,
 }

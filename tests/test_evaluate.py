@@ -277,7 +277,7 @@ def test_an_empty_choice_is_named_with_its_row(tmp_path):
         ("arc_challange", "no such task; did you mean arc_challenge?"),
         ("zzz", "with --data, choose from arc_challenge, arc_easy"),
         ("toxigen", "has no toxigen_en.jsonl.gz; name the folder that holds it"),
-        ("arc_easy", r"arc_easy.jsonl:1: is no row of this task: KeyError 'choices'"),
+        ("arc_easy", r"arc_easy.jsonl:1: is not a row of this task: KeyError 'choices'"),
     ],
 )
 def test_tasks_and_files_that_are_not_there(names, message, folder, tmp_path, monkeypatch):
@@ -541,5 +541,5 @@ def test_results_of_other_questions_stand_in_another_column():
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "arc.json").write_text('{"task": "arc"}')
-    with pytest.raises(ConfigError, match=r"arc\.json: is no result of easyaira evaluate"):
+    with pytest.raises(ConfigError, match=r"arc\.json: is not a result of easyaira evaluate"):
         command("--compare", tmp_path)

@@ -58,7 +58,7 @@ def test_large_files_are_refused(tmp_path):
         b"": "not JSON",
         b'{"a": 1': "not JSON",
         b"[" * 200_000: "nested too deeply",
-        b'{"a": 1, "b": {"c": 1, "c": 1}}': "'c' stands twice",
+        b'{"a": 1, "b": {"c": 1, "c": 1}}': "'c' occurs twice",
         b'{"a": "\xff"}': "not UTF-8: byte 0xff at 7",
         b"[]": "holds a list, expected an object",
     }.items(),

@@ -166,7 +166,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, mend",
+    "name, content, fix",
     [
         ("a.jsonl", b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
         ("a.json", b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
@@ -181,18 +181,18 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "is Zstandard; decompress it"),
     ],
 )
-def test_a_file_of_another_format_is_named(name, content, mend, tmp_path):
+def test_a_file_of_another_format_is_named(name, content, fix, tmp_path):
     (tmp_path / name).write_bytes(content)
-    assert refused(tmp_path / name) == f"{tmp_path / name}: {mend}"
+    assert refused(tmp_path / name) == f"{tmp_path / name}: {fix}"
 
 
 def test_a_key_that_stands_twice_is_a_bad_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": "a", "m": {"x": 1, "x": 2}}\n{"n": "b"}\n')
     first, second = sources.read(Source(str(tmp_path / "a.jsonl")))
-    assert first.row == sources.BadRow("not JSON: the key 'x' stands twice in one object")
+    assert first.row == sources.BadRow("not JSON: the key 'x' occurs twice in one object")
     assert second.row == {"n": "b"}
     (tmp_path / "a.json").write_text('[{"n": "a", "n": "b"}]')
-    assert "a.json:1: not JSON: the key 'n' stands twice" in refused(tmp_path / "a.json")
+    assert "a.json:1: not JSON: the key 'n' occurs twice" in refused(tmp_path / "a.json")
 
 
 def _dictionary(length, rows):

@@ -98,7 +98,7 @@ ILL = {
     "accuracy at chance": made(rewards__accuracies=(0.45, 0.52), eval_loss=(0.6, 0.6)),
     "margins explode": made(rewards__margins=(0.0, 4.0), loss=(0.7, 1.9)),
     "gradient spikes": made(at={14: {"grad_norm": 90.0}}),
-    "held-out pairs apart": made(
+    "overfitting": made(
         rewards__accuracies=(0.7, 0.99),
         eval_loss=(0.69, 0.8),
         **{"eval_rewards__accuracies": (0.5, 0.6)},

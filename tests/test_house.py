@@ -222,7 +222,7 @@ def test_private_parts_of_libraries_are_where_they_are_looked_for(file, name):
     module, _, attribute = name.rpartition(".")
     library = name.split(".")[0]
     assert hasattr(importlib.import_module(module), attribute), (
-        f"{library} {importlib.metadata.version(DISTRIBUTIONS[library])} has no {name}: mend "
+        f"{library} {importlib.metadata.version(DISTRIBUTIONS[library])} has no {name}: fix "
         f"easyaira/{file.replace('.', '/')}.py, or bound the version in setup.py"
     )
 

@@ -87,7 +87,7 @@ def test_it_takes_the_options_of_any_command_and_refuses_what_does_not_fit(groun
         (b"[" * 500_000, "nested too deeply"),
         (b'{"prompt": "q"}{"prompt": "r"}', "Extra data"),
         (b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
-        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
         (b"null", "a row must be an object with columns, found null"),
     ],
 )

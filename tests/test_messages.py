@@ -1,4 +1,4 @@
-"""Every error message of the command line, in one list that people read: what, where, how to mend.
+"""Every error message of the command line, in one list that people read: what, where, how to fix.
 
 After a change that is meant:    python tests/test_messages.py
 """
@@ -50,7 +50,7 @@ def test_messages_are_those_that_were_read():
     now, before = messages(), FILE.read_text().splitlines()
     gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
     assert now == before, (
-        f"gone: {gone}\nnew: {new}\nRead them once: do they say what, where and how to mend?"
+        f"gone: {gone}\nnew: {new}\nRead them once: do they say what, where and how to fix it?"
         " Then run python tests/test_messages.py"
     )
 

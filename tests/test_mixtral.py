@@ -302,7 +302,7 @@ def test_tensors_of_other_experts_are_missing_or_unknown(tmp_path):
         (["q_proj", "w1"], "'w1' is a router or in the experts, which have no adapters; choose f"),
         (["gate"], "'gate' is a router or in the experts"),
         (r".*layers\.\d+\..*(w2|q_proj)", "is a router or in the experts"),
-        (["experts"], "'experts' is no linear layer of this model's blocks"),
+        (["experts"], "'experts' is not a linear layer of this model's blocks"),
     ],
 )
 def test_router_and_experts_have_no_adapters(targets, message):

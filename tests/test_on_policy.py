@@ -337,7 +337,7 @@ def trained(ground, folder, **options):
     return train("rl", ground / "gpt2", ground, folder, **options_of(ground, **options))
 
 
-CYCLES = {  # two roll-outs and a half, of two updates each
+CYCLES = {  # two rollouts and a half, of two updates each
     "grpo": {"rl.num_iterations": 2, "gradient_accumulation_steps": 2},
     "rloo": {"rl.algorithm": "rloo", "rl.num_iterations": 2, "optimizer.name": "muon"},
     "ppo": {
@@ -443,7 +443,7 @@ def test_ratios_are_1_and_the_divergence_is_0_at_the_first_update(name, through)
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     else:
         assert first["clip_ratio/region_mean"] == 0
-    # the second update is of the same roll-out, whose divergence was taken when it was sampled
+    # the second update is of the same rollout, whose divergence was taken when it was sampled
     assert (second["kl"] == 0) == (name != "grpo")
     assert rows[2]["objective/kl"] != 0 and rows[2]["entropy"] > 0
     assert 0 < first["completions/mean_length"] <= 10
@@ -472,7 +472,7 @@ def test_answers_and_rewards_are_kept_for_people(name, through):
 def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
     name, stop, ground, through, tmp_path, monkeypatch
 ):
-    """It ends after the roll-out's last update, since only there is nothing of it needed."""
+    """It ends after the rollout's last update, since only there is nothing of it needed."""
     _, rows, params = through[name]
     ends = stop + stop % 2
     with monkeypatch.context() as patch:
@@ -488,7 +488,7 @@ def test_a_run_stopped_anywhere_in_a_cycle_is_the_same_run(
 
 
 def same_roll_out(name, through, folder, rows):
-    """Texts and two updates of the first roll-out. AdamW makes other texts of its rounding in the
+    """Texts and two updates of the first rollout. AdamW makes other texts of its rounding in the
     next one: its first steps are as large for gradients near 0."""
     wanted_folder, wanted_rows, _ = through[name]
     texts = [rollouts.read(f / rollouts.COMPLETIONS) for f in (folder, wanted_folder)]
@@ -516,7 +516,7 @@ def test_a_run_whose_answers_share_their_prompt_is_the_same_run(name, ground, th
 
 @pytest.mark.slow
 def test_eight_devices_are_the_run_of_one(ground, through, devices, tmp_path):
-    """Policy, value model, reference and sampler on a mesh, through a roll-out."""
+    """Policy, value model, reference and sampler on a mesh, through a rollout."""
     devices(8)
     options = CYCLES["ppo"] | {"mesh": "fsdp=4,tp=2", "max_steps": 2, "export": False}
     rows, _ = trained(ground, tmp_path / "run", **options)
@@ -526,7 +526,7 @@ def test_eight_devices_are_the_run_of_one(ground, through, devices, tmp_path):
 @pytest.mark.slow
 def test_a_run_stopped_in_a_roll_out_is_the_same_run(ground, through, tmp_path, monkeypatch):
     _, rows, params = through["grpo"]
-    # two roll-outs of four prompts with four answers are 32 answers; the next one is interrupted
+    # two rollouts of four prompts with four answers are 32 answers; the next one is interrupted
     with monkeypatch.context() as patch:
         stop_after(patch, 2, rollouts.Rollouts, "roll_out")
         with pytest.raises(Preempted, match="SIGTERM after update 2 of"):
@@ -620,7 +620,7 @@ def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
 
 @pytest.mark.slow
 def test_reward_models_and_functions_add_up(ground, tmp_path):
-    """In roll-outs of a single answer, whose reward has no spread."""
+    """In rollouts of a single answer, whose reward has no spread."""
     count = f"{ground / 'reward.py'}:count"
     options = {"rl.reward": f"[{count}, {ground / 'bert'}]", "rl.reward_weights": "[2, 10]"}
     options |= {"rl.algorithm": "ppo", "train_batch_size": 1, "max_steps": 4}
@@ -756,8 +756,8 @@ def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
     "options, problem",
     [
         ({"rl.num_generations": 1}, "rl.num_generations: 1 answer has none"),
-        ({"rl.num_generations": 3}, "8 answers are no multiple of rl.num_generations 3"),
-        ({"rl.generation_batch_size": 12}, "12 answers are no multiple of train_batch_size 8"),
+        ({"rl.num_generations": 3}, "8 answers are not a multiple of rl.num_generations 3"),
+        ({"rl.generation_batch_size": 12}, "12 answers are not a multiple of train_batch_size 8"),
         ({"rl.reward_weights": "[1, 2]"}, "2 weights for 1 rewards"),
         ({"rl.algorithm": "rloo", "rl.loss_type": "dapo"}, "rl.loss_type: applies to grpo only"),
         ({"rl.normalize_advantages": True}, "applies to rloo only"),
@@ -774,9 +774,9 @@ def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
         ({"rl.eval_reward": "none.py:f", "data.eval": 2}, "none.py cannot be imported"),
         ({"model.dropout": 0.1}, "set it to 0 for on-policy training"),
         ({"rl.max_completion_length": 64}, "64 leaves no room for a prompt in 64 positions"),
-        ({"train_batch_size": 64}, "10 prompts are fewer than the 16 of a roll-out"),
+        ({"train_batch_size": 64}, "10 prompts are fewer than the 16 of a rollout"),
         ({"rl.reward": "none.py:f"}, "none.py cannot be imported: FileNotFoundError"),
-        ({"rl.reward": "GROUND/gpt2"}, "gpt2: is no reward model, as it has no score/linear"),
+        ({"rl.reward": "GROUND/gpt2"}, "gpt2: is not a reward model, as it has no score/linear"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, problem, ground, tmp_path):
@@ -872,8 +872,8 @@ def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys)
     assert 1 <= sizes["weights for sampling"] / (4 * policy.parameter_count()) < 2
     rows, slots = map(int, re.search(r"of (\d+) rows in (\d+) slots", output).groups())
     cache = 2 * policy.config.n_layer * rows * slots * policy.config.width * 4
-    assert sizes["keys and values"] == pytest.approx(cache, abs=half)
-    words = re.search(r"whole run needs .* GiB; (.*) in an update, (.*) in a roll-out", output)
+    assert sizes["KV cache"] == pytest.approx(cache, abs=half)
+    words = re.search(r"whole run needs .* GiB; (.*) in an update, (.*) in a rollout", output)
     assert words and all(float(size) < 0.1 for size in words.groups())
     assert not (tmp_path / "run").exists()
     with pytest.raises(WeightsError, match="judge: no model.safetensors"):

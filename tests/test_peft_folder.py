@@ -82,7 +82,7 @@ def test_a_released_adapter_answers_as_its_run(models, data, tmp_path, capsys):
         ({"r": "four"}, "r: 'four'; expected a number above 0"),
         ({"lora_alpha": True}, "lora_alpha: True; expected a number above 0"),
         ({"target_modules": [1]}, r"target_modules: \[1\]; expected names of layers"),
-        ({"target_modules": ["fc9"]}, "a: lora.target_modules: 'fc9' is no linear layer"),
+        ({"target_modules": ["fc9"]}, "a: lora.target_modules: 'fc9' is not a linear layer"),
         ({"bias": "all"}, "bias: 'all' is not supported"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern: .*; expected numbers by name"),
         ({"modules_to_save": 3}, "modules_to_save: 3; expected a list of names"),

@@ -546,7 +546,10 @@ def test_a_file_and_a_folder_of_models_are_no_model(tmp_path):
     for name, message in (
         ("runs/a/config.json", "a/config.json: is a file; name the folder that it is in"),
         ("runs", f"runs: holds no config.json, .* folder, such as {tmp_path}/runs/a$"),
-        ("empty", "empty: holds no config.json, so it is no model; name a run folder or a Hugging"),
+        (
+            "empty",
+            "empty: holds no config.json, so it is not a model; name a run folder or a Hugging",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             _ = find(str(tmp_path / name)).config

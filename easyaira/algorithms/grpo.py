@@ -53,5 +53,5 @@ def loss(policy: Completions, config: RLConfig) -> Sums:
         return {"loss": (total, jnp.float32(B))} | sums
     if config.loss_type == "dr_grpo":
         return {"loss": (total, jnp.float32(B * C))} | sums
-    # tokens of the roll-out, divided among its updates: each token weighs the same in all of them
+    # tokens of the rollout, divided among its updates: each token weighs the same in all of them
     return {"loss": (total, policy.mean_length.sum())} | sums

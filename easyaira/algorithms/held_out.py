@@ -16,12 +16,12 @@ from easyaira.train.setup import Setup
 
 
 class HeldOut:
-    """Measures the reward of one answer to each held-out prompt, sampled as in roll-outs.
+    """Measures the reward of one answer to each held-out prompt, sampled as in rollouts.
 
     The seed is the same at every evaluation.
 
     Args:
-        sampler: of the roll-outs.
+        sampler: of the rollouts.
         reward: of the training, used unless rl.eval_reward names another.
 
     Raises:

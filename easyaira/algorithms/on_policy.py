@@ -29,9 +29,9 @@ class Completions(NamedTuple):
             sampled them, and by the reference (0 without one).
         mask: [B, C] real tokens, the end token among them.
         advantages: [B], or [B, C] with a value model.
-        mean_length: [B] mean length of the completions of the roll-out.
+        mean_length: [B] mean length of the completions of the rollout.
         values, old_values, returns: [B, C] values of the text before each token by the value model,
-            by the one of the roll-out, and their targets.
+            by the one of the rollout, and their targets.
     """
 
     logps: jax.Array
@@ -120,7 +120,7 @@ def loss_of(
     """The loss of a batch of completions, of the policy's weights or, with a value model, of
     `{"policy": weights, "value": weights}`.
 
-    In the first update of a roll-out, the policy is the one that sampled it. Its log-probabilities
+    In the first update of a rollout, the policy is the one that sampled it. Its log-probabilities
     then have the bits of `old_logps`, so ratios are exactly 1, and the KL divergence from a
     reference with the same weights is exactly 0.
     """

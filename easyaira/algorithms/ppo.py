@@ -1,7 +1,7 @@
 """Proximal policy optimisation (Schulman et al., 2017), with a value model, and the KL divergence
 as a penalty (Ziegler et al., 2019; Ouyang et al., 2022).
 
-Shapes: G completions of a roll-out and B of a micro-batch, of at most C tokens. A value is that of
+Shapes: G completions of a rollout and B of a micro-batch, of at most C tokens. A value is that of
 the text before its token.
 """
 
@@ -57,13 +57,13 @@ def whitened(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def targets(
     scores: np.ndarray, kl: np.ndarray, values: np.ndarray, mask: np.ndarray, config: RLConfig
 ) -> dict[str, np.ndarray]:
-    """What a roll-out teaches policy and value model, before its first update.
+    """What a rollout teaches policy and value model, before its first update.
 
     Args:
         scores: [G]; kl, values, mask: [G, C].
 
     Returns:
-        advantages [G, C], whitened over the roll-out; returns [G, C], the targets of the values;
+        advantages [G, C], whitened over the rollout; returns [G, C], the targets of the values;
         explained_variance [G], the share of the returns' variance that the values explain.
     """
     values = values * mask

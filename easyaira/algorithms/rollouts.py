@@ -1,8 +1,8 @@
 """On-policy training: the current weights answer prompts, a reward scores the answers, and an
 objective learns from them.
 
-A roll-out is a function of the weights, the seed and its number. So nothing of it is saved: a run
-resumes only between roll-outs. Shapes: P prompts with K answers each, G = P x K answers of at most
+A rollout is a function of the weights, the seed and its number. So nothing of it is saved: a run
+resumes only between rollouts. Shapes: P prompts with K answers each, G = P x K answers of at most
 C tokens; A micro-batches of B answers, in examples of `together` answers that share their prompt.
 """
 
@@ -50,7 +50,7 @@ OBJECTIVES = {
     "online_dpo": Objective(online_dpo.advantages, online_dpo.loss, together=2),
     "ppo": Objective(None, ppo.loss, targets=ppo.targets),
 }
-SHOWN = 4  # answers of a roll-out in COMPLETIONS
+SHOWN = 4  # answers of a rollout in COMPLETIONS
 COMPLETIONS = "completions.jsonl"  # in the run folder
 
 
@@ -71,7 +71,7 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         count = config.answers // rl.answers_per_prompt
         if len(prompts) < count:
             raise ConfigError(
-                f"data.train: {len(prompts)} prompts are fewer than the {count} of a roll-out; "
+                f"data.train: {len(prompts)} prompts are fewer than the {count} of a rollout; "
                 "lower train_batch_size or raise rl.num_generations"
             )
         for names in (rl.rewards, rl.eval_rewards or []):
@@ -117,7 +117,7 @@ def largest_update(prompts: Examples, together: int, *, answers: int, longest: i
 
 
 def make_sampler(setup: Setup) -> Sampler:
-    """Sampler of the roll-outs."""
+    """Sampler of the rollouts."""
     config: TrainRL = setup.config
     files = {} if config.model.tokenizer else files_of(setup.origin)
     sampling = Sampling(
@@ -131,7 +131,7 @@ def make_sampler(setup: Setup) -> Sampler:
 
 
 def largest_cache(setup: Setup, sampler: Sampler) -> tuple[int, int]:
-    """Rows and slots that the cache of a roll-out has at most."""
+    """Rows and slots that the cache of a rollout has at most."""
     config: TrainRL = setup.config
     lengths = np.sort(np.diff(setup.data.train.bounds[:, :2])[:, 0])
     own = int(config.rl.answers_per_prompt)
@@ -142,7 +142,7 @@ class Rollouts:
     """Makes the batches of an on-policy run; see train.loader.Stored for the interface.
 
     Args:
-        folder: the run folder, which gets some answers of each roll-out.
+        folder: the run folder, which gets some answers of each rollout.
         start: first update of this process.
         stopping: asks whether a signal requests a stop.
     """
@@ -314,7 +314,7 @@ def of_critic(model: Model, config: RLConfig, weights: Any, part: Mapping[str, j
 
 
 class Log:
-    """Appends some answers of each roll-out to a file.
+    """Appends some answers of each rollout to a file.
 
     Args:
         start: rows of this update and later ones are removed.
@@ -335,7 +335,7 @@ class Log:
         return StorageError(f"{self.path}: cannot be written: {reason(error)}")
 
     def write(self, update: int, asked: list[Any], texts: list[str], rewards: np.ndarray) -> None:
-        """Append the first answers of the roll-out before this update."""
+        """Append the first answers of the rollout before this update."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 for messages, text, score in list(zip(asked, texts, rewards, strict=True))[:SHOWN]:

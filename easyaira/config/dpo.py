@@ -166,7 +166,7 @@ class DPOConfig:
         for name in ("label_smoothing", "use_weighting"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"dpo.{name}: is of pairs, which plackett_luce has none of; leave it out, or "
+                    f"dpo.{name}: applies to pairs, and plackett_luce has none; leave it out, or "
                     "set dpo.answers all_pairs"
                 )
 

@@ -42,8 +42,8 @@ class ModelConfig:
     cudnn (bfloat16) on GPUs; splash on TPUs. auto: tiles; pallas or splash if it agrees with XLA on
     the run's own rows; otherwise xla."""
     dropout: Share = 0.0
-    """Dropout on embeddings, attention and residual branches. The model's config.json does not
-    set it; DPO refuses it."""
+    """Dropout on embeddings, attention and residual branches. Replaces the rates in the model's
+    config.json. DPO with a reference and on-policy training refuse it."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ class RLConfig:
     reward_weights: list[float] | None = None
     """Weight of each reward; default: 1."""
     eval_reward: str | list[str] | None = None
-    """Reward of the answers to data.eval, such as another reward model, which nothing is trained
-    on; default: reward."""
+    """Reward for the answers to data.eval that is not used in training, such as another reward
+    model; default: reward."""
     algorithm: Literal["grpo", "rloo", "online_dpo", "ppo"] = "grpo"
     """grpo: advantages relative to the answers of the same prompt; rloo: leave-one-out baseline, KL
     in the reward; online_dpo: the DPO loss of a prompt's two answers; ppo: value model, KL in the
@@ -33,10 +33,10 @@ class RLConfig:
     max_completion_length: Count = 256
     """Longest answer in tokens."""
     generation_batch_size: Count | None = None
-    """Answers per roll-out, used in updates of train_batch_size answers each; default:
+    """Answers per rollout, used in updates of train_batch_size answers each; default:
     train_batch_size, which makes every update on-policy."""
     num_iterations: Count = 1
-    """Passes over the answers of a roll-out."""
+    """Passes over the answers of a rollout."""
     temperature: Positive = 1.0
     """Divisor of the logits when answers are sampled."""
     top_k: CountOrZero = 0
@@ -58,9 +58,9 @@ class RLConfig:
     then answers; dr_grpo: answers times max_completion_length."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """grpo only: divide advantages by the standard deviation of the rewards of the prompt (group,
-    default), of the roll-out (batch), or not at all."""
+    default), of the rollout (batch), or not at all."""
     normalize_advantages: bool = False
-    """rloo only: scale the advantages of a roll-out to mean 0 and standard deviation 1."""
+    """rloo only: scale the advantages of a rollout to mean 0 and standard deviation 1."""
 
     value_model: str | None = None
     """ppo only: model that the value model starts from, with the policy's tokenizer: usually the
@@ -72,7 +72,7 @@ class RLConfig:
     lam: TopP = 0.95
     """ppo only: lambda of the generalised advantage estimates."""
     cliprange_value: Positive = 0.2
-    """ppo only: values are clipped at this distance from those of the roll-out."""
+    """ppo only: values are clipped at this distance from those of the rollout."""
     vf_coef: Positive = 0.1
     """ppo only: weight of the value model's loss."""
 

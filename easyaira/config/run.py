@@ -332,7 +332,7 @@ class TrainRL(RunConfig):
         ):
             if answers % divisor:
                 raise ConfigError(
-                    f"rl.generation_batch_size: {answers} answers are no multiple of {name} "
+                    f"rl.generation_batch_size: {answers} answers are not a multiple of {name} "
                     f"{divisor}; use one"
                 )
         micro_batch = size // self.gradient_accumulation_steps
@@ -345,12 +345,12 @@ class TrainRL(RunConfig):
 
     @property
     def answers(self) -> int:
-        """Answers of a roll-out."""
+        """Answers of a rollout."""
         return self.rl.generation_batch_size or self.train_batch_size
 
     @property
     def cycle(self) -> int:
-        """Updates of a roll-out."""
+        """Updates of a rollout."""
         return self.answers // self.train_batch_size * self.rl.num_iterations
 
 

@@ -180,20 +180,20 @@ class Account:
         is not lost, since its first row is kept."""
         lost = self.read - self.kept - self.dropped[REPEATED] - self.dropped[TRAINED]
         if not self.kept or lost > max_dropped * self.read:
-            mend = ["Fix the rows"]
+            fix = ["Fix the rows"]
             if any(reason.startswith("the template") for reason in self.dropped):
-                mend.append("choose another data.template")
+                fix.append("choose another data.template")
             if any("max_length" in reason or "no room" in reason for reason in self.dropped):
-                mend.append("raise data.max_length")
+                fix.append("raise data.max_length")
             if any("min_length" in reason for reason in self.dropped):
-                mend.append("lower data.min_length")
+                fix.append("lower data.min_length")
             if TRAINED in self.dropped:
-                mend.append("name other rows in data.eval")
+                fix.append("name other rows in data.eval")
             if self.kept:
-                mend.append("raise data.max_dropped")
+                fix.append("raise data.max_dropped")
             raise DataError(
                 f"data: only {self.summary()}; the allowed share is {max_dropped}. "
-                + ", or ".join(mend)
+                + ", or ".join(fix)
             )
 
 
@@ -347,7 +347,7 @@ def identity(parts: Parts, **numbers: float) -> int:
     return digest(*arrays)
 
 
-def check_embedded(tokens: Any, vocab_size: int, mend: str = "") -> None:
+def check_embedded(tokens: Any, vocab_size: int, fix: str = "") -> None:
     """Check that the model has an embedding of every token.
 
     Raises:
@@ -358,5 +358,5 @@ def check_embedded(tokens: Any, vocab_size: int, mend: str = "") -> None:
         if not 0 <= extreme < vocab_size:
             raise TokenizerError(
                 f"tokenizer: gives id {extreme} and the embedding has {vocab_size} rows; use the "
-                f"model's own tokenizer{mend}"
+                f"model's own tokenizer{fix}"
             )

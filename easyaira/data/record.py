@@ -72,9 +72,9 @@ class Record(Mapping[str, Any]):
             if key in self._read or not self.filled(key):
                 continue
             if key in MATTERS:
-                mend = "remove the key" if self._name else f"set data.columns {{unused: {key}}}"
+                fix = "remove the key" if self._name else f"set data.columns {{unused: {key}}}"
                 raise Unreadable(
-                    f"{where} {key} is filled and would not be used; join it to the text, or {mend}"
+                    f"{where} {key} is filled and would not be used; join it to the text, or {fix}"
                 )
             if not HARMLESS.fullmatch(str(key)):
                 yield f"{where} {key}"

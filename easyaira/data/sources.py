@@ -116,7 +116,7 @@ def _files(source: Source) -> list[Path]:
     if path.is_dir():
         return folders.files_of(path, source.split, tuple(READERS))
     if not path.is_file():
-        raise DataError(f"{path}: is no regular file; save its rows to a file first")
+        raise DataError(f"{path}: is not a regular file; save its rows to a file first")
     if source.split != "train":
         raise DataError(f"{path}: has no splits; leave out split {source.split!r}")
     if _reader(path) is None:
@@ -174,9 +174,9 @@ def _check_format(path: Path) -> None:
         start = file.read(64)
     if path.suffix == ".jsonl" and LIST.match(start):
         raise DataError(f"{path}: is one JSON list and not an object a line; name it .json")
-    for magic, mend in FORMATS.items():
+    for magic, fix in FORMATS.items():
         if start.startswith(magic):
-            raise DataError(f"{path}: {mend}")
+            raise DataError(f"{path}: {fix}")
 
 
 def _parse(text: bytes) -> Any:

@@ -121,7 +121,7 @@ def read(path: Path, rows: Callable[[Row], Row]) -> Any:
             content.append(rows(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(
-                f"{place}: is no row of this task: {type(error).__name__} {error}"
+                f"{place}: is not a row of this task: {type(error).__name__} {error}"
             ) from error
     return {"test": Dataset.from_list(content)}
 

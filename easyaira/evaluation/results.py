@@ -114,7 +114,7 @@ def read(folder: Path) -> list[Result]:
             result = Result(**{key: value for key, value in content.items() if key in known})
             _ = result.shown
         except (TypeError, KeyError) as error:
-            raise ConfigError(f"{path}: is no result of easyaira evaluate; remove it") from error
+            raise ConfigError(f"{path}: is not a result of easyaira evaluate; remove it") from error
         results.append(result)
     return results
 

@@ -124,7 +124,7 @@ def _check_widget(setup: Setup) -> None:
         text = setup.tokenizer.decode(prompt)
         if lost := [token for token in foreign if token not in text]:
             raise ConfigError(
-                f"card.widget: {lost[0]} is no token of this run; write examples in the form of "
+                f"card.widget: {lost[0]} is not a token of this run; write examples in the form of "
                 f"data.template {shortened(setup.template.name)}"
             )
 

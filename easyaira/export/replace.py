@@ -37,7 +37,7 @@ def target(out: str, origin: Pretrained, overwrite: bool) -> Path:
 
     Raises:
         ConfigError: it is a file, the current folder or one above; or it is not empty, and either
-            `overwrite` is false, or it is a link, holds `origin`, or is no model folder.
+            `overwrite` is false, or it is a link, holds `origin`, or is not a model folder.
     """
     folder = named_path(out)
     if Path.cwd().is_relative_to(folder.resolve()):

@@ -82,7 +82,7 @@ class Output:
         self.waiting: dict[int, str] = {}
         self.total = len(prompts) * num_samples
         if not path.parent.is_dir():
-            raise ConfigError(f"output: {path.parent} is no folder; create it")
+            raise ConfigError(f"output: {path.parent} is not a folder; create it")
         try:
             self.written = self._continue() if path.exists() else 0
         except OSError as error:

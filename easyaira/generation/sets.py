@@ -1,6 +1,6 @@
 """Folders of sets: files of rows that an interrupted command continues.
 
-A set gets its name when it is whole, so a named set is not made again.
+A set is renamed to its final name once complete, so a set with that name is not written again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     before = read_json(record)
     for name, value in settings.items():
         if before.get(name) != value:
-            raise ConfigError(f"output: {folder} was made with another {name}; name another folder")
+            raise ConfigError(
+                f"output: {folder} was made with other settings ({name}); name another folder"
+            )
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class _Reader:
         kind = self.take(1).bytes()[0]
         inner = self.take(count)
         if kind != NDARRAY or inner.length("a list") != 3:
-            raise Broken(f"byte {at}: is no array of Flax")
+            raise Broken(f"byte {at}: is not an array of Flax")
         axes = inner.length("a list", MOST_AXES)
         shape = tuple(inner.length("a number") for _ in range(axes))
         name = inner.text()
@@ -170,7 +170,7 @@ def open_stream(place: str) -> dict[str, np.ndarray]:
             if len(key) > LONGEST_TEXT or len(arrays) == MOST_RECORDS:
                 raise Broken(f"byte {at}: a longer key, or more of them, than a model has")
             if key in arrays:
-                raise Broken(f"byte {at}: {key} stands twice")
+                raise Broken(f"byte {at}: {key} occurs twice")
             if value.at == value.end:
                 raise Broken(f"byte {at}: {key} has no array")
             arrays[key] = value.chunked() if value.is_next("a map") else value.array()

@@ -118,8 +118,9 @@ def from_peft(adapter: Adapter, tensors: Mapping[str, np.ndarray], where: str) -
         for other in others:
             if other not in left or not np.array_equal(take(other, layout), tensor):
                 raise WeightsError(
-                    f"{where}: {other} is not {name}, so they were trained apart, and this model's "
-                    "head is its embedding; train the adapter with peft's ensure_weight_tying"
+                    f"{where}: {other} differs from {name}, so they were trained separately, "
+                    "but this model's head is its embedding; train the adapter with peft's "
+                    "ensure_weight_tying"
                 )
         padding = zip(shape, row.op.to_ours(tensor).shape, strict=True)  # of the vocabulary
         flat[row.ours] = np.pad(row.op.to_ours(tensor), [(0, a - b) for a, b in padding])

@@ -64,7 +64,7 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
     if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
         listed = f"; write a list as [{missing[0]}]" if "," in missing[0] else ""
         raise ConfigError(
-            f"lora.target_modules: {missing[0]!r} is no linear layer of this model's blocks; "
+            f"lora.target_modules: {missing[0]!r} is not a linear layer of this model's blocks; "
             f"choose from {_available(rows)}{listed}"
         )
     return tuple(row for row in rows if any(row in match for match in matches.values()))
@@ -79,7 +79,7 @@ def by_pattern(row: Row, option: str, pattern: Mapping[str, Any] | None, model: 
     """The value of the first pattern that a row's modules match, as peft matches them; or None.
 
     Raises:
-        ConfigError: the layers of the row differ, or a pattern is no regular expression.
+        ConfigError: the layers of the row differ, or a pattern is not a regular expression.
     """
 
     def key_of(module: str) -> str | None:
@@ -117,7 +117,7 @@ def saved_of(names: list[str] | None, model: Model) -> tuple[Row, ...]:
             )
         if name not in tables:
             raise ConfigError(
-                f"lora.modules_to_save: {name!r} is no table with a vector for each token, and "
+                f"lora.modules_to_save: {name!r} is not a table with a vector for each token, and "
                 f"nothing else can be trained in full; choose from {', '.join(tables)}"
             )
     return tuple(row for name, row in tables.items() if name in (names or ()))

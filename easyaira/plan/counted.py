@@ -1,4 +1,4 @@
-"""Memory of an update by counting, for devices that nothing here can compile for.
+"""Memory of an update by counting, for devices that cannot be compiled for on this machine.
 
 Arguments are exact. What is kept for the backward pass is read from JAX's own derivative, without
 computing anything; a compiler may keep less, or need more at once. ERROR says how far the count was

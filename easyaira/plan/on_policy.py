@@ -1,4 +1,4 @@
-"""Memory of an on-policy run: what it holds beside its updates, and a roll-out."""
+"""Memory of an on-policy run: what it holds beside its updates, and a rollout."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def measure(setup: Setup) -> RollOut:
 
 
 def show(setup: Setup, update: Program, held: float, room: float | None) -> Iterator[str]:
-    """Lines about a roll-out, and whether the run fits.
+    """Lines about a rollout, and whether the run fits.
 
     Args:
         update: its program.
@@ -83,8 +83,8 @@ def show(setup: Setup, update: Program, held: float, room: float | None) -> Iter
     for name, size, words in (
         ("reference", cost.reference, "held beside updates"),
         ("reward models", cost.rewards, "held beside updates"),
-        ("weights for sampling", cost.weights, "in a roll-out"),
-        ("keys and values", cost.cache, f"of {cost.rows:,} rows in {cost.slots:,} slots, at most"),
+        ("weights for sampling", cost.weights, "in a rollout"),
+        ("KV cache", cost.cache, f"of {cost.rows:,} rows in {cost.slots:,} slots, at most"),
         ("decoding", cost.temporaries, "a step of it"),
     ):
         yield f"{name:24}{size / 2**20:>10,.{0 if size >= 10 * 2**20 else 2}f}  {words}"
@@ -94,5 +94,5 @@ def show(setup: Setup, update: Program, held: float, room: float | None) -> Iter
     of = "" if room is None else f" of {room / 2**30:,.2f} GiB"
     yield (
         f"whole run {enough} {needed / 2**30:,.2f} GiB{of}; {updating / 2**30:,.2f} in an update, "
-        f"{sampling / 2**30:,.2f} in a roll-out"
+        f"{sampling / 2**30:,.2f} in a rollout"
     )

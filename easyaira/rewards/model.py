@@ -48,7 +48,7 @@ class RewardModel:
         params: weights, in EasyAira's layout.
 
     Raises:
-        ConfigError: it is no reward model.
+        ConfigError: it is not a reward model.
         EasyAiraError: its files cannot be read.
     """
 
@@ -66,7 +66,7 @@ class RewardModel:
         # a plan needs no weights; without them, `load` fails
         if has_weights(self.origin) and (missing := self.origin.check(self.model)):
             raise ConfigError(
-                f"{self.name}: is no reward model, as it has no {missing[0]}; train one with "
+                f"{self.name}: is not a reward model, as it has no {missing[0]}; train one with "
                 "easyaira reward"
             )
         if self.model.architecture.encoder:

@@ -119,7 +119,9 @@ class Reward:
                     f"rl.reward: {name} raised {type(error).__name__}: {shortened(str(error), 200)}"
                 )
         if (problem := hosts.problem_of_any(problem)) is not None:
-            raise RewardError(f"{problem}; the state is saved, mend it and run the command again")
+            raise RewardError(
+                f"{problem}; the state is saved; fix the reward and run the command again"
+            )
         return hosts.from_first(rewards, self.mesh)
 
 

@@ -280,7 +280,7 @@ def _reads_start(config: RunConfig) -> bool:
 
 def _added(then: Mapping[str, Any], setup: Setup) -> int:
     """Updates that this command adds to a run of the options `then`. 0 if it has as many or fewer,
-    or is on-policy, where the last roll-out may have been cut short."""
+    or is on-policy, where the last rollout may have been cut short."""
     try:
         before = replace(setup.config, **{name: then[name] for name in LENGTH})
         count = updates(before, len(setup.batches))

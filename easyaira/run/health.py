@@ -45,7 +45,7 @@ SIGNS = (
         "answers cut",
         0.05,
         "pairs cut to `data.max_length` with `keep_start` > {} of all",
-        "a cut answer teaches to go on; the limit at which the data warn, too",
+        "a cut answer teaches the model not to stop; the data report warns at the same limit",
         "raise data.max_length, or set data.truncation to drop",
         health_data.answers_cut,
     ),
@@ -61,7 +61,7 @@ SIGNS = (
         "other template",
         1,
         "the model's tokenizer has another chat template",
-        "what the model learned to answer is no longer written",
+        "prompts no longer have the form that the model learned to answer",
         "set data.template to chat, unless the model was trained with this one",
         health_data.other_template,
     ),
@@ -69,7 +69,7 @@ SIGNS = (
         "held-out leaked",
         0.01,
         "held-out pairs whose prompt is trained on > {} of all",
-        "the limit at which the data warn, too",
+        "the data report warns at the same limit",
         "divide the data by prompt: set data.eval to a share of data.train",
         health_data.held_out_leaked,
     ),
@@ -121,17 +121,17 @@ SIGNS = (
         0.5,
         "log-probabilities of whole answers moved by < {} nats, half of the run done",
         "an answer is then not 1.7 times as likely as before; healthy runs here move by 3 to 90",
-        "raise optimizer.learning_rate, ten times at first",
+        "multiply optimizer.learning_rate by ten first",
         health_curves.rate_low,
     ),
     Sign(
         "rate too high",
         0.2,
-        "logged losses > 1.1 x that of the start >= {} of all, and chosen answers moved by > 0.2 "
-        "nats a token",
-        "at the start no pair is preferred, so a larger loss is of pairs that the updates before "
-        "turned round; healthy runs here have none",
-        "lower optimizer.learning_rate, ten times at first",
+        "in >= {} of the logged updates, the loss is > 1.1 x its value at the start, and chosen "
+        "answers moved by > 0.2 nats a token",
+        "at the start no answer is preferred, so a larger loss means that earlier updates reversed "
+        "the order of some pairs; healthy runs here have none",
+        "divide optimizer.learning_rate by ten first",
         health_curves.rate_high,
     ),
     Sign(
@@ -165,12 +165,12 @@ SIGNS = (
         10,
         "largest gradient norm >= {} x the median and 2 x the largest of the first five logged",
         "weights of pairs in the gradient of `sigmoid` are 1/2 at first and at most 1, so margins "
-        "explain a doubling; ten medians keep those out that solved pairs leave small",
+        "explain at most a doubling; solved pairs lower the median, hence the second condition",
         "lower optimizer.learning_rate, lengthen the warm-up, or read the rows of that update",
         health_curves.gradient_spikes,
     ),
     Sign(
-        "held-out pairs apart",
+        "overfitting",
         0.1,
         "training accuracy - held-out accuracy >= {} + 2 standard errors, and held-out loss above "
         "its least",

@@ -1,4 +1,4 @@
-"""What the health of a DPO run is judged by."""
+"""Facts that the health checks of a DPO run use."""
 
 from __future__ import annotations
 

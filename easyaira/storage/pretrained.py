@@ -85,7 +85,7 @@ class Pretrained:
             models = [*self.folder.glob("*/config.json"), *self.folder.glob(f"*/{CHECKPOINTS}")]
             such = f", such as {min(models).parent}" if models else ""
             raise ConfigError(
-                f"{self.name}: holds no config.json, so it is no model; name a run folder or a "
+                f"{self.name}: holds no config.json, so it is not a model; name a run folder or a "
                 f"Hugging Face folder{such}"
             )
         with shown_as(self.folder, self.where):

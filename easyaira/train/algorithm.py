@@ -41,7 +41,7 @@ class OnPolicy(NamedTuple):
         together: answers of a micro-batch on a device -> numbers of a prompt's answers that an
             example may hold, the least first.
         epoch: prompts -> updates in an epoch.
-        cycle: updates per roll-out; only between roll-outs is there a state to resume from.
+        cycle: updates per rollout; only between rollouts is there a state to resume from.
         source: (Setup, run folder, first update, asks whether to stop) -> see loader.Stored.
     """
 

@@ -2,8 +2,8 @@
 
 Kernels fail at some shapes, and the shapes vary with the release: cuDNN's backward pass has given
 NaN at rows of 192 tokens with a fully masked query (pytorch/pytorch#196678). So with
-`model.attention: auto`, a run compares output and gradients of one attention layer on one update of
-each shape before its first update. A kernel that disagrees is not used.
+`model.attention: auto`, a run compares output and gradients of two attention layers, on one update
+of each row shape, before its first update. A kernel that disagrees is not used.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def problem(
         lines = str(error).strip().splitlines() or ["no message"]  # fails to compile or run
         return f"{type(error).__name__}: {lines[0][:120]}"
     if not same:
-        return f"the kernel gave other bits the second time on rows of {length}"
+        return f"the kernel gave different bits in a second call on rows of {length}"
     return judge(errors, jnp.finfo(of_kernel.dtype).eps, length=length)
 
 

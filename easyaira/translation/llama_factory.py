@@ -43,7 +43,9 @@ COMMON: Table = {
         "plot_loss use_swanlab swanlab_project swanlab_run_name swanlab_mode "
         "include_effective_tokens_per_second include_num_input_tokens_seen compute_accuracy",
     ),
-    **no_effect("data sets are looked up in dataset_dir/dataset_info.json", "dataset_dir"),
+    **no_effect(
+        "dataset_info.json is not read; name the file or hub id of each data set", "dataset_dir"
+    ),
     **no_effect("the run uploads nothing", "hf_hub_token ms_hub_token om_hub_token "
                 "export_hub_model_id"),
     **unsupported("is no loss of EasyAira", "use_asft_loss use_eaft_loss"),

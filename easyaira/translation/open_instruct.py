@@ -201,7 +201,7 @@ def _mixture(run: Recipe) -> None:
     """Sources from names with shares or numbers of rows."""
     mixer = run.get("dataset_mixer", {})
     entries = list(mixer.items()) if isinstance(mixer, dict) else []
-    if isinstance(mixer, list):  # name, amount, name, amount; a name may stand twice
+    if isinstance(mixer, list):  # name, amount, name, amount; a name may occur twice
         if len(mixer) % 2:
             run.refuse("dataset_mixer", "is a list of names, each with its amount; one lacks it")
         entries = list(zip(mixer[::2], mixer[1::2], strict=False))
