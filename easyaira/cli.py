@@ -9,6 +9,7 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from itertools import pairwise
@@ -24,9 +25,9 @@ from easyaira.config.data import Source
 from easyaira.config.model import LoraConfig
 from easyaira.config.ranges import bytes_of
 from easyaira.config.run import PROVENANCE, DryRun
+from easyaira.distributed import signals
 from easyaira.distributed.compiler import keep_order
-from easyaira.distributed.signals import StopSignal
-from easyaira.errors import ConfigError, EasyAiraError, one_line, shortened
+from easyaira.errors import ConfigError, EasyAiraError, Preempted, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
 from easyaira.option_errors import SOURCES, no_group, no_such_option, options_of, reworded, type_of
 from easyaira.short_help import USAGE, HelpAll, Parser
@@ -317,8 +318,12 @@ def run_command(
     if not torch:
         torchless.hide_torch()
     try:
-        with StopSignal():
+        with signals.StopSignal():
             command(argv)
+    except Preempted as error:
+        with suppress(OSError, ValueError):  # its reader has closed it
+            sys.stdout.flush()
+        signals.leave(error)
     except EasyAiraError as error:
         if "--debug" in argv:
             raise

@@ -21,8 +21,8 @@ def escaped(text: str, keep: str = "") -> str:
 
 def one_line(error: BaseException) -> tuple[str, int]:
     """Format an error as one line, and give its exit status for a scheduler."""
-    if isinstance(error, EasyAiraError):
-        kind = "stopped" if error.exit_status == Preempted.exit_status else "error"
+    if isinstance(error, EasyAiraError | Preempted):
+        kind = "stopped" if isinstance(error, Preempted) else "error"
         return f"{kind}: {error}", error.exit_status
     lines = str(error).strip().splitlines()
     return f"error: {type(error).__name__}: {lines[0][:300] if lines else 'a bug'}", 1
@@ -144,7 +144,8 @@ class HostError(EasyAiraError):
     exit_status = 5
 
 
-class Preempted(EasyAiraError):
-    """The run was asked to stop and has saved its state; the same command resumes it."""
+class Preempted(BaseException):
+    """The run was asked to stop and has saved its state; the same command resumes it. Not an
+    Exception, so that code which takes any error of a library for a fault lets it pass."""
 
     exit_status = 75

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 from contextlib import closing
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 import yaml
 from safetensors import SafetensorError
 
@@ -21,9 +23,11 @@ from easyaira.generation.processors import Sampling
 from easyaira.hf import safetensors
 from easyaira.run import folder as run_folder
 from easyaira.run.provenance import completed
+from easyaira.storage import checkpoints
 from easyaira.storage.tokenizers import save_tokenizer
 from easyaira.train import log as logs
 from easyaira.train import step as steps
+from easyaira.train import trackers
 from helpers import runs, tiny
 from helpers.adapters import TARGETS, peft_model
 from helpers.processes import call
@@ -236,6 +240,39 @@ def test_a_run_from_before_an_option_goes_on_with_its_default(ground, tmp_path, 
     (out / "config.yaml").write_text(written)
     status, text, _ = call(train_sft.main, arguments, capsys)
     assert status == 0 and "finished after 4 updates" in text
+
+
+LIBRARIES = {  # calls whose every error is taken for a fault of what they read or write
+    "restoring": (checkpoints.ocp.CheckpointManager, "restore"),
+    "tokenizer": (transformers.AutoTokenizer, "from_pretrained"),
+    "tracker": (trackers.TensorBoard, "__init__"),
+    "listing": (checkpoints.Checkpoints, "_clean"),
+}
+
+
+@pytest.mark.slow
+def test_a_signal_inside_a_library_is_no_fault_of_what_it_reads(
+    ground, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    few = ["--export=false", "--num_samples=0", "--report_to=[tensorboard]"]
+    arguments = command(ground, "sft", out, *few)
+    assert call(train_sft.main, arguments, capsys)[0] == 0
+    folders = sorted((out / "checkpoints").iterdir())
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    for moment, (owner, name) in LIBRARIES.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            status, text, err = call(train_sft.main, [*arguments, "--max_steps=6"], capsys)
+        assert status == 75, (moment, err)
+        assert err.splitlines()[-1].startswith("stopped: SIGINT; nothing is lost"), moment
+        assert "cannot" not in text + err, moment
+        assert sorted((out / "checkpoints").iterdir()) == folders, moment
+    status, text, _ = call(train_sft.main, [*arguments, "--max_steps=6"], capsys)
+    assert status == 0 and "after update 4" in text
 
 
 RL = {

@@ -47,6 +47,24 @@ def test_a_signal_that_was_lost_ends_the_process_and_no_other(moment):
     assert (done.stderr.splitlines()[-1:] == [stopped]) == (status == 75)
 
 
+def test_a_stopped_command_ends_before_the_interpreter_does():
+    """XLA's threads may compile then, and would crash."""
+    code = """
+        import atexit
+        from easyaira import cli
+        from easyaira.errors import Preempted
+        def command(argv):
+            print("before")
+            raise Preempted("SIGINT")
+        atexit.register(print, "at the interpreter's end")
+        cli.run_command(command, [])
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (75, "before\n", "stopped: SIGINT\n")
+
+
 def test_ctrl_c_during_the_first_imports_is_one_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt

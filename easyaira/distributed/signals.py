@@ -14,7 +14,9 @@ from easyaira.errors import Preempted
 GRACE = 5.0  # seconds for the interpreter to run the signal handler
 
 
-def _leave(error: Preempted) -> None:
+def leave(error: Preempted) -> None:
+    """End the process at once: XLA may compile in a thread of its own, which would crash while the
+    interpreter ends."""
     print(f"stopped: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_status)
 
@@ -35,7 +37,7 @@ class StopSignal:
         deferred: there is state to save; the code that sets this must check `received`.
     """
 
-    def __init__(self, leave: Callable[[Preempted], None] = _leave):
+    def __init__(self, leave: Callable[[Preempted], None] = leave):
         self.received: str | None = None
         self.deferred = False
         self._leave = leave

@@ -47,7 +47,8 @@ class Ended(NamedTuple):
 
     Attributes:
         message, status: its last line and exit status.
-        known: an EasyAiraError; any other error may be a mere consequence of a lost host.
+        known: an EasyAiraError or Preempted; any other error may be a mere consequence of a lost
+            host.
         at: time of the error.
     """
 
@@ -113,7 +114,7 @@ def watched(config: DistributedConfig, client: Any) -> Iterator[None]:
         _watch = None
 
 
-def leave(error: EasyAiraError) -> None:
+def leave(error: EasyAiraError | Preempted) -> None:
     """End this process, and with it all others, from any thread."""
     if _watch is not None and _watch.client is not None:
         _watch.leave(error)
@@ -278,7 +279,7 @@ class Watch(threading.Thread):
 
     def leave(self, error: BaseException) -> None:
         """End this process with an error, and all others with that error as their last line."""
-        known = isinstance(error, EasyAiraError)
+        known = isinstance(error, EasyAiraError | Preempted)
         if not known or "--debug" in sys.argv:
             traceback.print_exception(error)
         message, status = errors.one_line(error)

@@ -1,12 +1,14 @@
-"""PyTorch's logits and chat templates without child processes, whose imports take seconds; and
-PyTorch for the transformers of this process."""
+"""PyTorch's logits and chat templates without child processes, whose imports take seconds;
+PyTorch for the transformers of this process; and a stop that ends a command, not the process."""
 
+import sys
 import warnings
 
 import numpy as np
 
 from easyaira import torchless
 from easyaira.data import rendering, template
+from easyaira.distributed import signals
 from easyaira.export import torch_check, torch_logits
 
 logits_in_child = torch_check.torch_logits
@@ -30,8 +32,14 @@ class Renderer:
         return rendering.render(*self.arguments, messages, add_generation_prompt)
 
 
+def stop(error):
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(error.exit_status)
+
+
 def use(setattr_of=setattr):
     """Replace the child processes by calls in this process, which needs PyTorch."""
+    setattr_of(signals, "leave", stop)
     setattr_of(torch_check, "torch_logits", logits)
     setattr_of(template, "Child", Renderer)
     setattr_of(torchless, "hide_torch", lambda: None)
