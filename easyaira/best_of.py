@@ -76,6 +76,8 @@ def main(argv: list[str]) -> None:
     print(f"{escaped(args.output)}: {rows}")
     best = counts["mean score of the best"]
     of_best = "no best answer" if best is None else f"{best:.4g} of the best"
+    if best is None and (cut := counts.get("cut")):
+        of_best += f": {cut:,} were cut; raise --max_new_tokens, and name another --output"
     print(f"mean score {counts['mean score of all']:.4g} of all answers, {of_best}")
 
 

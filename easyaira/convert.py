@@ -51,7 +51,9 @@ def to_hf(
 
     origin = pretrained.find(source)
     if origin.step is None:
-        raise ConfigError(f"{source}: is not a run folder or one of its checkpoints; name one")
+        raise ConfigError(
+            f"{source}: is not a run folder or one of its checkpoints; name the run that it is from"
+        )
     if merge and origin.adapter is None:
         raise ConfigError(f"merge: {source} has no adapters; leave --merge out")
     adapter_only = origin.adapter is not None and not merge

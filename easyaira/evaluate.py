@@ -123,8 +123,9 @@ def compare(names: list[str]) -> None:
     short = [Path(name).resolve().name for name in names]
     models = {}
     for name, last in zip(names, short, strict=True):
-        inside = Path(name) / results.FOLDER
-        own = results.read(inside if inside.is_dir() else Path(name))
+        inside, given = Path(name) / results.FOLDER, Path(name)
+        of_model = any((given / file).exists() for file in ("config.json", "config.yaml"))
+        own = results.read(inside if of_model or inside.is_dir() else given)
         if not own:
             raise ConfigError(f"compare: {name} has no results; evaluate it first")
         models[last if short.count(last) == 1 else name] = own

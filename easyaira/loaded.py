@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
+from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.mesh import data_shards
-from easyaira.errors import ConfigError, DataError
+from easyaira.errors import ConfigError, DataError, did_you_mean
 from easyaira.generation.chat import text_of
 from easyaira.generation.processors import Sampling
 from easyaira.generation.programs import Programs
@@ -35,10 +36,15 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]  # a user's message, or a conversation that ends before the answer
 
 TEXTS = 16  # per device and call
+DTYPES = ("float32", "bfloat16")
 
 
 def load(
-    name: str, *, mesh: str = "fsdp=-1", dtype: str = "float32", template: str = "chat"
+    name: str | PathLike[str],
+    *,
+    mesh: str = "fsdp=-1",
+    dtype: str = "float32",
+    template: str = "chat",
 ) -> LoadedModel | RewardModel:
     """Load a language model, or a reward or toxicity model.
 
@@ -53,7 +59,10 @@ def load(
         EasyAiraError: the folder cannot be read, or is an encoder without a score head.
     """
     keep_order()
-    origin = pretrained.find(name)
+    if dtype not in DTYPES:
+        near = did_you_mean(str(dtype), DTYPES)
+        raise ConfigError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}{near}")
+    origin = pretrained.find(fspath(name))
     if model_of(origin.config, origin.where).scorer:
         return RewardModel(origin, meshes.make_mesh(mesh), dtype, template).load()
     loaded = LoadedModel(origin, mesh=mesh, dtype=dtype, template=template)

@@ -97,9 +97,10 @@ def _stray(value: str, parser: ArgumentParser) -> str:
     """Refuse a word of the command line that stands after no option."""
     if value.endswith((".yaml", ".yml")) and "config" in options_of(parser):
         return f"{value}: stands after no option; write --config {value}"
+    name = "prompt" if "prompt" in options_of(parser) else "NAME"
     return (
-        f"{value}: stands after no option; write --NAME {value}, and several values as one list, "
-        "such as '[a, b]'"
+        f"{value}: stands after no option; write --{name} {value}, with quotes around several "
+        "words, and several values as one list, such as '[a, b]'"
     )
 
 
@@ -199,6 +200,8 @@ def _group_error(name: str, class_path: str, problem: str) -> str:
         return no_such_option(f"{name}.{unknown[1]}", options)
     if missing := re.match(r"the following arguments are required: ([\w.]+)", problem):
         needs = "each entry needs it" if name in SOURCES else f"required where {name} is not null"
+        if missing[1] == "target_modules":
+            needs += ", such as all-linear"
         return f"{name}.{missing[1]}: {needs}"
     if inner := re.match(r'Parser key "([\w.]+)": (.*)', problem):
         return _value_error(f"{name}.{inner[1]}", inner[2])

@@ -272,7 +272,10 @@ def test_without_a_best_answer_there_is_no_mean_of_the_best(ground, tmp_path, ca
     status, out, _ = call(best_of.main, words, capsys)
     counts = json.loads((tmp_path / "best" / COUNTS).read_text())
     assert status == 0 and counts["sft.jsonl"] == 0 and counts["cut"] == counts["scored.jsonl"]
-    assert counts["mean score of the best"] is None and out.endswith("answers, no best answer\n")
+    assert counts["mean score of the best"] is None and out.endswith(
+        f"no best answer: {counts['cut']} were cut; raise --max_new_tokens, and name another "
+        "--output\n"
+    )
 
 
 def test_scores_of_a_reward_model_that_was_replaced_are_not_kept(ground, tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_what_is_missing_is_named_as_it_is_given(argv, message):
         ("convert", ["to_hf"], "needs source and out; --help explains them"),
         ("convert", ["runs/a", "out"], "command: expected to_hf or from_hf or"),
         ("translate", ["a.yaml"], "source: expected trl or open-instruct or"),
-        ("generate", ["runs/a", "hello"], "hello: stands after no option; write --NAME hello"),
+        ("generate", ["runs/a", "hello"], "hello: stands after no option; write --prompt hello"),
         ("push", ["runs/a/hf", "me/mine"], "me/mine: stands after no option"),
         ("best_of", ["runs/a"], "needs --prompts and --reward and --output; --help explains them"),
         ("quickstart", ["--out", "x"], "--out x: expected one folder, or nothing"),

@@ -62,8 +62,8 @@ def test_many_cuts_are_a_warning_with_the_lengths_that_keep_the_rows(tmp_path, c
     cut = int((lengths > lengths[14]).sum())
     most = next(n for n in np.unique(lengths) if (lengths <= n).mean() >= 0.95)
     assert (
-        f"warning: train: {cut} of 30 rows ({cut / 30:.0%}) exceed data.max_length {lengths[14]}"
-        f", lose their end and teach no end token; {most} keeps 95 % whole, {lengths[-1]} all"
+        f"warning: train: {cut} of 30 rows ({cut / 30:.0%}) are cut at data.max_length "
+        f"{lengths[14]} and teach no end token; {most} would keep 95 % whole, {lengths[-1]} all"
     ) in capsys.readouterr().out
     load(file, max_length=int(lengths[14]), max_dropped=0.9, positions=int(lengths[-1]) - 1)
     limit = f"{lengths[-1]} all; the model has {lengths[-1] - 1} positions"

@@ -264,6 +264,15 @@ def test_options_that_contradict_each_other(argv, message):
         command(*argv)
 
 
+@pytest.mark.parametrize("file", ["config.json", "config.yaml"])
+def test_a_model_without_results_is_not_compared(file, tmp_path):
+    """Its own files were taken for damaged results, to be removed."""
+    (tmp_path / file).write_text("{}")
+    (tmp_path / "data_report.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has no results; evaluate it first"):
+        command("--compare", str(tmp_path))
+
+
 def test_an_empty_choice_is_named_with_its_row(tmp_path):
     row = {"query": "Question: what?", "choices": ["a", ""], "gold": 0}
     path = tiny.write_rows(tmp_path / "arc.jsonl", [row])

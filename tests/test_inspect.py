@@ -108,9 +108,18 @@ def test_columns_that_are_filled_and_not_used_are_told(ground, capsys):
 def test_columns_that_fit_two_tasks_ask_for_the_task(ground):
     both = [row | {"completion": "x"} for row in tiny.dpo_rows(9)]
     tiny.write_rows(ground / "both.jsonl", both)
-    with pytest.raises(DataError, match="which fit conversation and pair; set --task"):
+    with pytest.raises(DataError, match="those of `easyaira sft` and of `easyaira dpo`; set"):
         look(ground, "both")
     assert look(ground, "both", "--task=sft")["recipe"]["task"] == "conversation"
+
+
+def test_columns_that_fit_no_task_are_named_with_those_wanted(ground):
+    tiny.write_rows(ground / "none.jsonl", [{"question": "a", "answer": "b"}])
+    wanted = (
+        r"found columns question, answer; wanted such as \(prompt, completion\) or .* Name them"
+    )
+    with pytest.raises(DataError, match=wanted):
+        look(ground, "none")
 
 
 @pytest.mark.slow

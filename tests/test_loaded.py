@@ -10,6 +10,7 @@ import torch
 import easyaira
 from easyaira.algorithms import rollouts
 from easyaira.errors import ConfigError, DataError
+from easyaira.rewards.model import check_listed
 from helpers import tiny
 
 QUESTIONS = ["Who?", "What is the capital of Peru?", [{"role": "user", "content": "Why"}]]
@@ -149,7 +150,14 @@ def test_options_are_checked_as_the_commands(model):
 
 def test_errors_name_the_option_and_the_text(model, folder):
     with pytest.raises(ConfigError, match="^template: no template 'nothing'; choose plain, "):
-        easyaira.load(str(folder), template="nothing")
+        easyaira.load(folder, template="nothing")
+    with pytest.raises(ConfigError, match="dtype: expected .*, got 'bf16'; did you mean bfloat16"):
+        easyaira.load(folder, dtype="bf16")
+    for prompts in ([None], ["x", 3], [["x"]], [[{"role": "user"}]]):
+        with pytest.raises(ConfigError, match="generate: expected a text or a list of messages at"):
+            model.generate(prompts)
+    with pytest.raises(ConfigError, match=r"score: expected a text or \(prompt, answer\) at place"):
+        check_listed("score", ["x", {"prompt": "a", "answer": "b"}], pairs=True)
     with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
         model.generate(["x"], top_q=1)
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):

@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         (["--data.template=chat"], "the tokenizer has no chat template"),
         (["--optimizer.warmup_steps=4"], "optimizer.warmup_steps: 4 of 4 updates"),
         (["--resume=must"], "resume: there is no run"),
-        (["--output_dir={ground}"], "is not empty and holds no run"),
+        (["--output_dir={ground}", "--data.train=nothing.jsonl"], "is not empty and holds no run"),
         (["--data.eval=0.999"], "data.eval: 0.999 of 40 prompts leaves one part empty"),
         (["--train_batch_size=64", "--data.drop_last=true"], "more than the 36 examples"),
     ],

@@ -363,10 +363,16 @@ DAMAGED = cases(
     ("empty csv", "a.csv", b"", ": no rows"),
     ("only a header", "a.csv", b"prompt,completion\n", ": no rows"),
     ("empty list", "a.json", b" [ ] ", ": no rows"),
-    ("empty json", "a.json", b"", ": wanted a list of rows"),
+    ("empty json", "a.json", b"", ": no rows"),
     ("empty parquet", "a.parquet", b"", ": cannot be read"),
     ("empty arrow", "a.arrow", b"", ": cannot be read"),
-    ("an object in json", "a.json", b'{"prompt": "a"}', ": wanted a list of rows"),
+    (
+        "an object in json",
+        "a.json",
+        b'{"prompt": "a"}',
+        ": wanted a list of rows .*, found .{.prompt",
+    ),
+    ("semicolons", "a.csv", b"prompt;completion\na;b,c\n", ": columns are separated by ';'"),
     ("lines in json", "a.json", FINE * 2, ": wanted a list.*one object a line is a .jsonl"),
     ("broken item", "a.json", b"[" + FINE + b', {"prompt": a}, ' + FINE + b"]", ":2: not JSON"),
     ("list without its end", "a.json", b"[" + FINE + b"," + FINE, ":3: not JSON"),
@@ -603,6 +609,9 @@ def test_columns_are_mapped(tmp_path):
     assert error_of(file, columns={"prompt": "x"}) == (
         f"{file}:1: no column 'x', which data.columns names; found q, a, n"
     )
+    reversed_ = error_of(file, columns={"q": "prompt"})
+    assert reversed_.endswith("found q, a, n; write {our name: name in the source}")
+    assert error_of(file, columns={"prompt": "nn"}).endswith("; did you mean n?")
 
 
 def test_columns_may_be_swapped_shared_and_moved_away(tmp_path):

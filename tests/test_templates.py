@@ -230,6 +230,10 @@ def test_what_a_template_cannot_show_is_refused(tmp_path):
         Template(tiny.tokenizer(), str(raises), "gpt2").accepts(TURN)
     with pytest.raises(ConfigError, match="no template 'nothing'"):
         Template(tiny.tokenizer(), "nothing", "gpt2")
+    with pytest.raises(ConfigError, match="no template 'llama2'.*; did you mean llama-2"):
+        Template(tiny.tokenizer(), "llama2", "gpt2")
+    with pytest.raises(ConfigError, match=r"data.template: my.jinja: no such file"):
+        Template(tiny.tokenizer(), "my.jinja", "gpt2")
 
 
 @shared

@@ -607,9 +607,9 @@ def test_keys_without_effect_are_named(tmp_path, capsys):
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type (polynomial is none of"),
         (
             {"learning_rat": 1},
-            "learning_rat: no key of TRL 1.16's sft; did you mean learning_rate?",
+            "learning_rat: TRL 1.16's sft has no such key; did you mean learning_rate?",
         ),
-        ({"beta": 0.1}, "beta: no key of TRL 1.16's sft; it belongs to dpo (--task)"),
+        ({"beta": 0.1}, "beta: TRL 1.16's sft has no such key; it belongs to dpo (--task)"),
         ({"learning_rate": -1.0}, "translated, optimizer.learning_rate: expected"),
         ({"use_peft": True}, "lora_target_modules (is not set"),
     ],
@@ -1123,7 +1123,7 @@ def test_kto_keeps_its_weights(source, tmp_path, capsys):
 @pytest.mark.parametrize(
     "keys, expected",
     [
-        ({}, ("drop", 0.05)),
+        ({}, ("drop", 0.99)),
         ({"excess_length_strategy": "truncate"}, ("keep_start", 0.05)),
         ({"excess_length_strategy": "raise"}, ("drop", 0.0)),
     ],

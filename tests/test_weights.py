@@ -529,6 +529,13 @@ def test_a_path_is_never_looked_up_on_the_hub(tmp_path):
         find("owner/nothing")
 
 
+def test_a_checkpoint_that_a_run_lacks_is_refused_with_those_that_it_has(tmp_path):
+    for step in (5, 30):
+        (tmp_path / f"run/checkpoints/{step}").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no such folder; check the path; the run has 5, 30$"):
+        find(str(tmp_path / "run/checkpoints/31"))
+
+
 @pytest.mark.slow
 def test_the_package_needs_no_torch():
     code = (

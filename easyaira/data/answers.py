@@ -104,7 +104,10 @@ def _answers(
         prompt += messages_of(row, form.prompt, role="user")
     before, _ = joined(prompt, first, form.columns[0])
     if not any(turn["role"] == "user" for turn in before):
-        raise Unreadable(f"no column {form.prompt}, and {form.columns[0]} holds no prompt")
+        raise Unreadable(
+            f"no column {form.prompt}, and {form.columns[0]} holds no prompt; found "
+            f"{', '.join(row)}; name the prompt in data.columns, such as {{prompt: question}}"
+        )
     turns = [{name: turn[name] for name in ("role", "content")} for turn in before[:-1]]
     return turns, [side[-1]["content"] for side in sides]
 

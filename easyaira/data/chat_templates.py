@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from easyaira.errors import ConfigError, TokenizerError, kind_of
+from easyaira.errors import ConfigError, TokenizerError, did_you_mean, kind_of
 from easyaira.files import named_path, read_file, reason
 
 PLAIN = (
@@ -93,9 +93,11 @@ def find_template(name: str, tokenizer: Any) -> tuple[str, str]:
             return read_file(path).decode(), str(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
+    if path.suffix in (".jinja", ".j2"):
+        raise ConfigError(f"data.template: {path}: no such file; check the path")
     raise ConfigError(
         f"data.template: no template {name!r}; choose {', '.join(TEMPLATES)}, chat, a .jinja "
-        "file or a Jinja template"
+        f"file or a Jinja template{did_you_mean(name, TEMPLATES)}"
     )
 
 

@@ -96,11 +96,11 @@ def form_of(columns: Sequence[str], task: str) -> Form:
         )
     raise DataError(
         f"found columns {', '.join(columns)}; wanted {' or '.join(f'({f})' for f in FORMS[task])}. "
-        f"{_mend(columns, task)}"
+        f"{hint(columns, task)}"
     )
 
 
-def _mend(columns: Sequence[str], task: str) -> str:
+def hint(columns: Sequence[str], task: str | None = None) -> str:
     """What to do with columns that match no form of the task."""
     if len(columns) == 1 and (separators := [mark for mark in ";\t|" if mark in columns[0]]):
         return f"The columns are separated by {separators[0]!r}; write the file with commas"

@@ -15,7 +15,7 @@ import numpy as np
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import pairs, sources
 from easyaira.data.cache import Earlier, cached_source
-from easyaira.data.columns import Message, Record, fitting, question
+from easyaira.data.columns import FORMS, TRAINED_BY, Message, Record, fitting, hint, question
 from easyaira.data.examples import (
     PER_EXAMPLE,
     PER_TOKEN,
@@ -116,7 +116,7 @@ def load(
     return Data(train, held_out, report, accounts)
 
 
-def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
+def task_of(config: DataConfig, tasks: Sequence[str], ask: str = "") -> str:
     """The task of `tasks` that the columns of the first row match.
 
     Raises:
@@ -135,13 +135,14 @@ def task_of(config: DataConfig, tasks: Sequence[str], hint: str = "") -> str:
     if not columns and bad:
         raise DataError(f"{bad[0]}. Fix the row, or set data.on_bad_row to skip")
     fits = list(dict.fromkeys(task for task, _ in fitting(columns, tasks)))
-    if len(fits) != 1:
-        raise DataError(
-            f"{first.path}: found columns {', '.join(columns)}, which fit "
-            f"{' and '.join(fits) or 'none of ' + ', '.join(tasks)}; {hint}name them in "
-            "data.columns"
-        )
-    return fits[0]
+    if len(fits) == 1:
+        return fits[0]
+    listed = f"{first.path}: found columns {', '.join(columns)}"
+    if fits:
+        commands = " and of ".join(f"`easyaira {TRAINED_BY[task]}`" for task in fits)
+        raise DataError(f"{listed}, which are those of {commands}; {ask}rename the unwanted ones")
+    wanted = " or ".join(f"({FORMS[task][0]})" for task in tasks)
+    raise DataError(f"{listed}; wanted such as {wanted}. {hint(columns)}")
 
 
 def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Source]:
@@ -206,12 +207,10 @@ def _warn_of_cuts(
     cut = account.cut.total()
     if cut <= CUT_SHARE * account.kept:
         return
-    loss = (
-        ", lose their end and teach no end token" if truncation == "keep_start" else " and are cut"
-    )
+    loss = " and teach no end token" if truncation == "keep_start" else ""
     warning = (
-        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) exceed "
-        f"data.max_length {max_length:,}{loss}; {account.length_for(0.95):,} keeps 95 % "
+        f"warning: {label}: {cut:,} of {account.kept:,} rows ({cut / account.kept:.0%}) are cut "
+        f"at data.max_length {max_length:,}{loss}; {account.length_for(0.95):,} would keep 95 % "
         f"whole, {max(account.cut):,} all"
     )
     if positions and max(account.cut) > positions:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from easyaira.config.data import Source
 from easyaira.data import folders
-from easyaira.errors import DataError, EasyAiraError, kind_of
+from easyaira.errors import DataError, EasyAiraError, did_you_mean, kind_of, shortened
 from easyaira.files import named_path, no_key_twice, parse_json, reason
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer row is an error, or an attack
@@ -56,6 +56,11 @@ def read(source: Source) -> Iterator[Located]:
             continue
         if missing := sorted(set(source.columns.values()) - set(row)):
             problem = f"no column {missing[0]!r}, which data.columns names; found {', '.join(row)}"
+            problem += (
+                "; write {our name: name in the source}"
+                if source.columns.keys() <= row.keys()
+                else did_you_mean(missing[0], row)
+            )
             if count == 1:
                 raise DataError(f"{place}: {problem}")
             yield Located(place, BadRow(problem))
@@ -214,9 +219,12 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     decoder = json.JSONDecoder(object_pairs_hook=no_key_twice)
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(WINDOW).lstrip()
+        if not text:
+            return
         if not text.startswith("["):
             raise DataError(
-                f"{path}: wanted a list of rows in [ ]; one object a line is a .jsonl file"
+                f"{path}: wanted a list of rows in [ ], found {shortened(repr(text), 20)}; one "
+                "object a line is a .jsonl file"
             )
         place, number = 1, 0
         while True:
@@ -256,6 +264,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
                 if not cells:
                     continue
                 if len(cells) != len(head):
+                    if len(head) == 1 and (marks := [mark for mark in ";\t|" if mark in head[0]]):
+                        raise DataError(
+                            f"{path}: columns are separated by {marks[0]!r}; write it with commas"
+                        )
                     row: Any = BadRow(f"{len(cells)} cells, but the first line has {len(head)}")
                 elif any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
                     row = BadRow("not UTF-8; re-encode the file")

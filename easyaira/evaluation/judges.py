@@ -238,9 +238,9 @@ def _task(located: sources.Located) -> str:
         task for task in ("pair", "label") if any(form.fits(names) for form in columns.FORMS[task])
     ]
     if len(fits) != 1:
-        raise DataError(
-            f"{located.place}: found columns {', '.join(names)}, which are "
-            f"{'both a pair and a labelled text' if fits else 'neither a pair nor a labelled text'}"
-            "; rename them"
-        )
+        listed = f"{located.place}: found columns {', '.join(names)}, which are"
+        if fits:
+            raise DataError(f"{listed} both a pair and a labelled text; rename them")
+        wanted = " or ".join(f"({columns.FORMS[task][0]})" for task in ("pair", "label"))
+        raise DataError(f"{listed} neither a pair nor a labelled text; wanted such as {wanted}")
     return fits[0]

@@ -16,7 +16,7 @@ from easyaira.data.examples import Examples, check_embedded, of_tokens
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.sharding import constrain
-from easyaira.errors import ConfigError, DataError, WeightsError
+from easyaira.errors import ConfigError, DataError, WeightsError, shortened
 from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
@@ -117,7 +117,7 @@ class RewardModel:
         Returns:
             [n] float32. Raises and cuts as `of_answers`.
         """
-        check_listed("score", texts)
+        check_listed("score", texts, pairs=True)
         scores = np.zeros(len(texts), np.float32)
         alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
         pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
@@ -211,17 +211,40 @@ def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]
     return [*asked, {"role": "assistant", "content": answer}]
 
 
-def check_listed(name: str, *given: Any) -> None:
+def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
     """Refuse one text or conversation in the place of a list, whose characters or messages would
-    be taken for texts of their own.
+    be taken for texts of their own, and whatever else is not a text or a conversation.
 
     Args:
         name: the function, for the message.
+        pairs: take texts, and pairs of a prompt and its answer.
 
     Raises:
         ConfigError: see above.
     """
     for texts in given:
-        if isinstance(texts, str) or any(isinstance(text, Mapping) for text in texts):
+        if isinstance(texts, str) or any(_is_message(text) for text in texts):
             one = "text" if isinstance(texts, str) else "conversation"
             raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
+        for i, text in enumerate(texts):
+            if not (_is_pair(text) or isinstance(text, str) if pairs else _is_prompt(text)):
+                wanted = "a text or (prompt, answer)" if pairs else "a text or a list of messages"
+                raise ConfigError(
+                    f"{name}: expected {wanted} at place {i}, got {shortened(repr(text))}"
+                )
+
+
+def _is_message(given: Any) -> bool:
+    if not isinstance(given, Mapping):
+        return False
+    return isinstance(given.get("role"), str) and isinstance(given.get("content"), str)
+
+
+def _is_prompt(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, Sequence) and all(map(_is_message, given)))
+
+
+def _is_pair(given: Any) -> bool:
+    if not isinstance(given, Sequence) or len(given) != 2:
+        return False
+    return _is_prompt(given[0]) and isinstance(given[1], str)

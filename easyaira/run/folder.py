@@ -63,14 +63,19 @@ def claimed(setup: Setup) -> Iterator[Checkpoints]:
         yield checkpoints
 
 
-def refuse_taken(folder: Path) -> None:
-    """Refuse a locked run folder.
+def refuse_taken(config: RunConfig) -> None:
+    """Refuse a run folder that is locked or holds something else.
 
-    Call before joining the cluster, or this process could join a run already in progress.
+    Call before joining the cluster, or this process could join a run already in progress, and
+    before data are read.
 
     Raises:
-        ConfigError: another process uses the folder.
+        ConfigError: another process uses the folder, or it holds other files and no run.
     """
+    folder = Path(config.output_dir)
+    with suppress(OSError, StorageError):  # `claimed` reports unreadable folders
+        if _is_foreign(folder) and peek(_place(config))[0] is None:
+            raise _no_run(folder)
     try:
         file = _open_lock(folder, os.O_RDONLY)
     except OSError:
@@ -155,9 +160,8 @@ def _check(setup: Setup, place: str) -> None:
                 )
         except (ConfigError, StorageError) as error:
             _blame(record, error, setup, place)
-    elif folder.exists() and (not folder.is_dir() or _foreign_files(folder)):
-        holds_none = f"output_dir: {folder} is not empty and holds no run; choose another"
-        _blame(record, ConfigError(holds_none), setup, place)
+    elif _is_foreign(folder):
+        _blame(record, _no_run(folder), setup, place)
     elif config.resume == "must" and not config.checkpoint_dir:
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
     _check_place(setup, place)
@@ -233,10 +237,17 @@ def _check_place(setup: Setup, place: str) -> None:
         _compare(meta.get("run", {}), setup, place)
 
 
-def _foreign_files(folder: Path) -> list[Path]:
-    """Files in a folder other than a lock and the report of `easyaira.inspect`."""
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder without config.yaml holds more than a lock and the report of
+    `easyaira.inspect`, or is a file."""
+    if not folder.exists() or (folder / "config.yaml").exists():
+        return False
     ours = (*data_report.FILES, LOCK)
-    return [path for path in folder.iterdir() if path.name not in ours]
+    return not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())
+
+
+def _no_run(folder: Path) -> ConfigError:
+    return ConfigError(f"output_dir: {folder} is not empty and holds no run; choose another")
 
 
 def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:

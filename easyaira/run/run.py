@@ -59,7 +59,7 @@ REPORT_SECONDS = 20  # at least, between two reports of a run that goes on
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:
     """Run a training command, or plan it if `dry_run` is given."""
     if not dry_run:
-        run_folder.refuse_taken(Path(config.output_dir))
+        run_folder.refuse_taken(config)
     elif dry_run.topology:
         jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
     # a second signal kills the process even while it waits for the other hosts

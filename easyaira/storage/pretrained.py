@@ -36,6 +36,7 @@ from easyaira.storage.base import as_stored, load_base
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.chosen import chosen
 from easyaira.storage.hub import TEXTS, download
+from easyaira.storage.object_store import finished_steps
 from easyaira.storage.tokenizers import load_tokenizer
 
 TOKENIZER = "tokenizer"  # subfolder of a run folder
@@ -335,7 +336,10 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     if path.is_file():
         raise ConfigError(f"{name}: is a file; name the folder that it is in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{name}: no such folder; check the path")
+        of_run = path.parent.name == CHECKPOINTS and path.parent.is_dir()
+        steps = finished_steps(path.parent) if of_run else []
+        others = f"; the run has {', '.join(map(str, steps))}" if steps else ""
+        raise ConfigError(f"{name}: no such folder; check the path{others}")
     folder = download(name, revision, weights_wanted=weights_wanted)
     return _of_folder(name, folder, folder.name)
 

@@ -209,6 +209,8 @@ def length(run: Recipe) -> None:
     run.options["data.truncation"] = run.get("truncation_mode", "keep_start")
     if run.task == "reward":  # its trainer leaves longer rows out
         run.options["data.truncation"] = "drop"
+    if run.options["data.truncation"] == "drop":  # of any share of the rows, there
+        run.options.setdefault("data.max_dropped", 0.99)
 
 
 def adapters(run: Recipe) -> None:

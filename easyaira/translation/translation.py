@@ -98,7 +98,8 @@ def translate(
             others = [t for t, keys in source.tables.items() if key in keys]
             hint = f"; it belongs to {others[0]} (--task)" if others else did_you_mean(key, table)
             raise ConfigError(
-                f"{place}: {key}: no key of {source.name}'s {task}{hint}; --drop {key} to go on"
+                f"{place}: {key}: {source.name}'s {task} has no such key{hint}; --drop {key} to go "
+                "on"
             )
     run = Recipe(task, devices)
     for key, value in (source.defaults[task] | given).items():
