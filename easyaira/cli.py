@@ -27,7 +27,7 @@ from easyaira.config.ranges import bytes_of
 from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed import signals
 from easyaira.distributed.compiler import keep_order
-from easyaira.errors import ConfigError, EasyAiraError, Preempted, one_line, shortened
+from easyaira.errors import ConfigError, EasyAiraError, Preempted, StorageError, one_line, shortened
 from easyaira.files import parse_yaml, read_yaml, yaml_line
 from easyaira.option_errors import SOURCES, no_group, no_such_option, options_of, reworded, type_of
 from easyaira.short_help import USAGE, HelpAll, Parser
@@ -320,7 +320,9 @@ def run_command(
     try:
         with signals.StopSignal():
             command(argv)
-    except Preempted as error:
+    except (Preempted, StorageError) as error:
+        if "--debug" in argv and isinstance(error, StorageError):
+            raise
         with suppress(OSError, ValueError):  # its reader has closed it
             sys.stdout.flush()
         signals.leave(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,14 @@ def open_new(path: Path) -> TextIO:
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     return open(os.open(path, flags, 0o666), "w", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that it holds, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import closing
 from pathlib import Path
@@ -239,6 +240,29 @@ def test_a_full_disk_in_a_save_is_one_line_with_its_cause(models, data, tmp_path
     done = subprocess.run(limited, env=environment, capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
     assert done.stderr == f"error: {run}/checkpoints/2: cannot be saved: File too large\n"
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_a_folder_ends_the_command_at_once(models, tmp_path):
+    """Threads of Orbax waited five minutes for the folder."""
+    code = """
+        import os
+        def full(path, *arguments, make=os.mkdir, **named):
+            if "params" in os.fspath(path):
+                raise OSError(28, os.strerror(28), os.fspath(path))
+            return make(path, *arguments, **named)
+        os.mkdir = full
+        from easyaira.__main__ import main
+        main()
+        """
+    words = [sys.executable, "-c", textwrap.dedent(code), "convert", "from_hf"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*words, str(models / "gpt2"), str(out)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 4 and not list(tmp_path.iterdir()), done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == f"error: {out}/checkpoints/0: cannot be saved: {os.strerror(28)}"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import jax
@@ -801,6 +802,20 @@ def test_a_missing_reward_function_is_one_line(name, problem):
     with pytest.raises(ConfigError, match="rl.reward: ") as error:
         function_of(name)
     assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_a_reward_may_hold_a_dataclass_and_be_called_like_a_library(tmp_path):
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Rule:\n"
+        "    worth: int = 3\n"
+        "def reward(completions, **_):\n"
+        "    return [Rule().worth for _ in completions]\n"
+    )
+    assert function_of(f"{tmp_path / 'json.py'}:reward")(completions=["a", "b"]) == [3, 3]
+    assert sys.modules["json"] is json
 
 
 @pytest.mark.parametrize(

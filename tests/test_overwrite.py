@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from easyaira import cli, convert
 from easyaira.distributed import mesh as meshes
-from easyaira.export import torch_check
+from easyaira.errors import ConfigError
+from easyaira.export import replace, torch_check
 from easyaira.hf import safetensors
 from easyaira.storage import checkpoints
 from helpers import easylm, runs, tiny, whole
@@ -116,13 +117,42 @@ def test_a_new_model_that_cannot_take_its_place_leaves_the_old_one(
     before, rename = held(out), Path.rename
 
     def failing(path, goal):
-        if path.name == ".out.new":
+        if path.name == ".out.easyaira.new":
             raise OSError(5, "Input/output error")
         return rename(path, goal)
 
     monkeypatch.setattr(Path, "rename", failing)
     assert call(*command_of("to_hf", ground, out), "--overwrite") == 4
     assert held(out) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_between_the_two_renames_loses_no_model(ground, tmp_path):
+    """The old one has moved aside and the new one is not there yet."""
+    aside = shutil.copytree(ground / "older", tmp_path / ".out.easyaira.old")
+    before = held(aside)
+    with pytest.raises(ConfigError), replace.replacing(tmp_path / "out"):
+        raise ConfigError("a fault")
+    assert held(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    with replace.replacing(tmp_path / "out") as new:
+        (new / "a").touch()
+        with pytest.raises(ConfigError, match="out: another process is writing it; wait until"):
+            with replace.replacing(tmp_path / "out"):
+                pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_hidden_folders_of_other_people_are_kept(tmp_path):
+    for name in (".out.new", ".out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for _ in range(2):
+        with replace.replacing(tmp_path / "out") as new:
+            (new / "a").touch()
+    assert (tmp_path / ".out.new/file").exists() and (tmp_path / ".out.old/file").exists()
 
 
 def notes(folder, model):

@@ -168,6 +168,8 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(ground, tmp_path, c
         (["--optimizer.warmup_steps=4"], "optimizer.warmup_steps: 4 of 4 updates"),
         (["--resume=must"], "resume: there is no run"),
         (["--output_dir={ground}", "--data.train=nothing.jsonl"], "is not empty and holds no run"),
+        (["--output_dir={ground}/a[1]", "--data.train=nothing.jsonl"], "need a path without .;"),
+        (["--output_dir={ground}/a\\b", "--data.train=nothing.jsonl"], "need a path without .;"),
         (["--data.eval=0.999"], "data.eval: 0.999 of 40 prompts leaves one part empty"),
         (["--train_batch_size=64", "--data.drop_last=true"], "more than the 36 examples"),
     ],

@@ -9,16 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 
-from easyaira.errors import Preempted
+from easyaira.errors import Preempted, StorageError, one_line
 
 GRACE = 5.0  # seconds for the interpreter to run the signal handler
 
 
-def leave(error: Preempted) -> None:
-    """End the process at once: XLA may compile in a thread of its own, which would crash while the
-    interpreter ends."""
-    print(f"stopped: {error}", file=sys.stderr, flush=True)
-    os._exit(error.exit_status)
+def leave(error: Preempted | StorageError) -> None:
+    """End the process at once. XLA may compile in a thread of its own, which would crash while the
+    interpreter ends; after a failed save, Orbax's threads wait for five minutes."""
+    message, status = one_line(error)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 class StopSignal:

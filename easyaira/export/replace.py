@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from easyaira.errors import ConfigError, StorageError, shown_as
-from easyaira.files import named_path, reason
+from easyaira.files import named_path, reason, remove
 from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.storage.pretrained import CHECKPOINTS, TOKENIZER, Pretrained, checkpoint_dir
 
@@ -87,26 +89,51 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Temporary folder that takes the place of `folder` on success and is removed on failure.
 
     Raises:
+        ConfigError: another process is writing `folder`.
         StorageError: it cannot be written.
     """
-    new = folder.with_name(f".{folder.name}.new")
-    old = folder.with_name(f".{folder.name}.old")
+    new = folder.with_name(f".{folder.name}.easyaira.new")
+    old = folder.with_name(f".{folder.name}.easyaira.old")
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        with shown_as(new, folder):
-            yield new
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
+        with _locked(new, folder):
+            if old.exists() and not folder.exists():  # killed between the two renames below
                 old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+            try:
+                with shown_as(new, folder):
+                    yield new
+                if folder.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+                try:
+                    new.rename(folder)
+                except OSError:
+                    if old.exists():
+                        old.rename(folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
+
+
+@contextmanager
+def _locked(new: Path, folder: Path) -> Iterator[None]:
+    """Create a folder, lock it against other processes, and empty it of what a killed process has
+    left there. The system releases the lock of a killed process."""
+    new.mkdir(parents=True, exist_ok=True)
+    opened = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{folder}: another process is writing it; wait until it ends, or name another "
+                    "folder"
+                ) from None
+        for path in new.iterdir():
+            remove(path)
+        yield
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        os.close(opened)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -30,8 +31,9 @@ def function_of(name: str) -> Callable[..., Any]:
     try:
         if place.endswith(".py"):
             path = named_path(place)
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
+            # a name of its own hides no library; dataclasses and pickle look for it in sys.modules
+            spec = importlib.util.spec_from_file_location(f"easyaira_reward_{path.stem}", path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import platform
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,10 +20,11 @@ from easyaira.config.run import GROUPS_MAY_CHANGE, MAY_CHANGE, PROVENANCE, RunCo
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
-from easyaira.files import named_path, read_yaml, reason, write_file
+from easyaira.files import named_path, read_yaml, reason, remove, write_file
 from easyaira.run.provenance import completed, flattened, identity, provenance
 from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek
+from easyaira.storage.object_store import locate
 from easyaira.storage.tokenizers import save_tokenizer
 from easyaira.train.setup import Setup, updates
 
@@ -70,9 +70,11 @@ def refuse_taken(config: RunConfig) -> None:
     before data are read.
 
     Raises:
-        ConfigError: another process uses the folder, or it holds other files and no run.
+        ConfigError: another process uses the folder, it holds other files and no run, or its
+            checkpoints cannot be stored under that name.
     """
     folder = Path(config.output_dir)
+    locate(_place(config))
     with suppress(OSError, StorageError):  # `claimed` reports unreadable folders
         if _is_foreign(folder) and peek(_place(config))[0] is None:
             raise _no_run(folder)
@@ -209,19 +211,12 @@ def _write(setup: Setup, place: str) -> None:
         if not setup.template.encoder:
             setup.tokenizer.chat_template = setup.template.jinja
         tokenizer, new = folder / pretrained.TOKENIZER, folder / f".{pretrained.TOKENIZER}.new"
-        _remove(new)
+        remove(new)
         save_tokenizer(setup.tokenizer, new)
-        _remove(tokenizer)  # its files could be links
+        remove(tokenizer)  # its files could be links
         new.rename(tokenizer)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _check_place(setup: Setup, place: str) -> None:

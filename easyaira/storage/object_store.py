@@ -21,7 +21,12 @@ COMMIT = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # object stores have no atomic 
 
 def locate(folder: str | Path) -> epath.Path:
     if not in_store(folder):
-        return epath.Path(Path(folder).absolute())
+        path = Path(folder).absolute()
+        if odd := [sign for sign in "[\\" if sign in str(path)]:  # Orbax takes it for a pattern
+            raise ConfigError(
+                f"{path}: checkpoints need a path without {odd[0]}; rename the folder"
+            )
+        return epath.Path(path)
     _prepare(str(folder))
     return epath.Path(folder)
 

@@ -9,6 +9,7 @@ import numpy as np
 from easyaira import torchless
 from easyaira.data import rendering, template
 from easyaira.distributed import signals
+from easyaira.errors import one_line
 from easyaira.export import torch_check, torch_logits
 
 logits_in_child = torch_check.torch_logits
@@ -33,8 +34,9 @@ class Renderer:
 
 
 def stop(error):
-    print(f"stopped: {error}", file=sys.stderr)
-    sys.exit(error.exit_status)
+    message, status = one_line(error)
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def use(setattr_of=setattr):
