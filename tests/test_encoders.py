@@ -273,7 +273,7 @@ def test_a_masked_language_model_is_given_a_head(case, tmp_path):
     for name in new:
         assert np.array_equal(repeated[name], tensors[name])
         assert np.array_equal(other[name], tensors[name]) == name.endswith("bias")
-    with pytest.raises(WeightsError, match="train_reward adds a score head"):
+    with pytest.raises(WeightsError, match="is not a reward model, as it has no score"):
         origin = origin_of(tmp_path)
         origin.load(model_of(origin.config, "x", scorer=True), make_mesh("fsdp=-1"))
 

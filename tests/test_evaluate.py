@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from easyaira import evaluate, loaded
 from easyaira.config.data import Source
 from easyaira.data.packing import Shape
+from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, DataError, WeightsError
 from easyaira.evaluation import judges, likelihood, local, results, rewardbench
 from easyaira.evaluation.likelihood import Likelihoods, Request
@@ -100,6 +102,19 @@ def test_a_long_list_of_continuations_does_not_make_an_endless_row():
     requests = [Request([5], [6] * 100) for _ in range(20)]
     lengths = [sequence.length for sequence in likelihood.sequenced(requests)]
     assert len(lengths) == 4 and max(lengths) <= likelihood.ROOM
+
+
+@pytest.mark.parametrize("shards, most", [(1, 1.05), (2, 1.1)])
+def test_rows_of_uneven_lengths_hold_little_padding(shards, most, model, devices):
+    """Rows as long as the longest sequence held one each: 2.4 positions per token."""
+    devices(shards)
+    mesh = meshes.make_mesh("dp=-1")
+    model_ = replace(model.model, compute=replace(model.model.compute, attention="tiles"))
+    lengths = [128] * 50 + [223, 190, 137, 60, 56] * 3
+    rows = list(Likelihoods(model_, None, mesh, tokens=4096 // shards).batches(lengths))
+    inside = [i for _, group in rows for row in group for i in row]
+    assert sorted(inside) == list(range(len(lengths)))
+    assert sum(shape.rows * shape.length for shape, _ in rows) < most * sum(lengths)
 
 
 # Tasks

@@ -25,7 +25,7 @@ TOKENS = 4096  # computed at a time, per data shard
 ROOM = (
     512  # continuations share a context up to this length, or as long as they fill no more than it
 )
-FINE = 16  # row lengths per doubling: texts that are cut to the model's positions fill their rows
+FINE = 64  # row lengths per doubling: texts that are cut to the model's positions fill their rows
 
 
 class Request(NamedTuple):
@@ -98,29 +98,33 @@ class Likelihoods:
     def batches(self, lengths: Sequence[int]) -> Iterator[tuple[Shape, list[list[int]]]]:
         """Shapes of all rows, and the sequences in each row; sequences of similar lengths are
         computed together."""
-        shards = meshes.data_shards(self.mesh)
+        shards, config = meshes.data_shards(self.mesh), self.model.config
+        attention = attention_cost(config.width, config.heads, self.model.compute.attention)
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        groups: list[list[int]] = []
-        total = 0
+        total, before = sum(lengths), 0
+        count = -(-total // (self.tokens * shards))  # of groups, each of about as many tokens
+        divided: list[list[int]] = [[] for _ in range(count)]
         for i in order:
-            if not groups or total + lengths[i] > self.tokens * shards:
-                groups.append([])
-                total = 0
-            groups[-1].append(i)
-            total += lengths[i]
+            middle = before + lengths[i] / 2
+            divided[int(middle * count / total)].append(i)
+            before += lengths[i]
+        groups = [group for group in divided if group]
 
         def packed(group: list[int], length: int) -> list[list[int]]:
             return pack([lengths[i] for i in group], length - 1)
 
         # one place more: a row's last token is predicted by the place before
-        rows = sorted({bucket(lengths[group[0]] + 1, 8, FINE) for group in groups})
+        longest = {lengths[group[0]] for group in groups}
+        if not attention:  # a long row costs as much as several short ones, and has less padding
+            for group in groups:
+                spare = lengths[group[-1]] * (shards > 1)  # the shards' rows end unevenly
+                longest.add(-(-sum(lengths[i] for i in group) // shards) + spare)
+        rows = sorted({bucket(length + 1, 8, FINE) for length in longest})
         needed = np.full((len(rows), len(groups)), np.inf)
         for i, length in enumerate(rows):
             for j, group in enumerate(groups):
                 if lengths[group[0]] < length:
                     needed[i, j] = -(-len(packed(group, length)) // shards)
-        config = self.model.config
-        attention = attention_cost(config.width, config.heads, self.model.compute.attention)
 
         def cost(shape: Shape) -> float:
             return shape.rows * shape.length * (1 + attention * shape.length)

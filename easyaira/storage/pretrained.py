@@ -197,7 +197,10 @@ class Pretrained:
         stored = self._matched(model) if self.step is None else None
         missing = self.check(model) if stored is None else _missing(model, stored)
         if missing and head_key is None:
-            raise WeightsError(f"{self.name}: has no {missing[0]}; train_reward adds a score head")
+            raise WeightsError(
+                f"{self.name}: is not a reward model, as it has no {missing[0]}; train one with "
+                "easyaira reward"
+            )
         drawn = model.init_some(missing, target, head_key) if missing else {}
         if stored is not None:
             self._check_exported()

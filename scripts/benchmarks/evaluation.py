@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from easyaira.allocator import keep_memory
+
 
 def timed(function: Callable, seconds: list[float]) -> Callable:
     """The function, which notes the CPU seconds of each call."""
@@ -27,6 +29,7 @@ def evaluation(args: argparse.Namespace) -> list[dict[str, object]]:
     """Requests per CPU second of a task on local files, and the largest difference of two
     log-likelihoods. Tokenising counts, and what the harness does before does not. The first round
     is warm-up."""
+    keep_memory()  # in commands, the command line does it; the other side gets it, too
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     import torch
     from lm_eval.models.huggingface import HFLM
