@@ -412,8 +412,8 @@ def test_a_pair_is_a_ranking_of_two():
     "options, message",
     [
         ({"loss_type": "ipo"}, "plackett_luce takes the place of sigmoid, not of ipo"),
-        ({"label_smoothing": 0.1}, "dpo.label_smoothing: is of pairs, which plackett_luce"),
-        ({"use_weighting": True}, "dpo.use_weighting: is of pairs"),
+        ({"label_smoothing": 0.1}, "dpo.label_smoothing: applies to pairs, and plackett_luce"),
+        ({"use_weighting": True}, "dpo.use_weighting: applies to pairs"),
         ({"loss_type": "kto"}, "dpo.answers: kto has none; leave it out"),
     ],
 )

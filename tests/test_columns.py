@@ -432,7 +432,7 @@ def test_a_transcript_with_quotations_of_its_own_is_not_accused(tmp_path):
 
 def test_roles_of_other_names_are_told_by_name(tmp_path):
     rows = [{"messages": [turn("human", "Hi?"), turn("gpt", "Hello.")]}]
-    with pytest.raises(DataError, match="no turn has the role assistant, only gpt, human"):
+    with pytest.raises(DataError, match="no turn has the role assistant; rename gpt, human"):
         load(tiny.write_rows(tmp_path / "a.jsonl", rows))
 
 

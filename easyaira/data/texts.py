@@ -13,7 +13,7 @@ from easyaira.data.answers import compared
 from easyaira.data.recipe import Dropped, Recipe
 from easyaira.data.template import Template
 from easyaira.data.truncate import untied
-from easyaira.errors import DataError, shortened
+from easyaira.errors import DataError
 
 FRAMED = "a text begins or ends with the token put there anyway, which is written once"
 SPOKEN = re.compile(r"\s*(?:###\s*)?Human:.*\bAssistant:", re.DOTALL)
@@ -97,8 +97,13 @@ def texts_of(
         answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
         judged = answers[-1:] if recipe.task == "pair" or recipe.last_turn_only else answers
         if not answers:
-            roles = ", ".join(sorted({shortened(turn["role"], 20) for turn in messages})[:4])
-            raise Dropped(f"no turn has the role assistant, only {roles}")
+            # of other names, each row could have its own
+            known = columns.SPEAKERS.keys() & {turn["role"] for turn in messages} - {
+                "user",
+                "system",
+            }
+            such = f"; rename {', '.join(sorted(known))}" if known else ""
+            raise Dropped(f"no turn has the role assistant{such}")
         if not all(judged):
             raise Dropped("empty answer")
         if recipe.last_turn_only and messages[-1]["role"] != "assistant":
