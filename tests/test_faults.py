@@ -14,6 +14,8 @@ import pytest
 
 from easyaira import train_dpo
 from easyaira.config.data import DataConfig, Source
+from easyaira.config.model import ModelConfig
+from easyaira.config.run import TrainSFT
 from easyaira.data import cache
 from easyaira.data.examples import PER_EXAMPLE, PER_TOKEN
 from easyaira.data.recipe import Recipe
@@ -282,7 +284,8 @@ def test_the_lock_is_a_file_of_the_folder(kind, tmp_path):
     folder.mkdir()
     victim.write_text("mine")
     (folder / ".lock").symlink_to(victim) if kind == "link" else os.mkfifo(folder / ".lock")
-    run_folder.refuse_taken(folder)  # neither waits nor raises
+    config = TrainSFT(ModelConfig("m"), DataConfig("d"), output_dir=str(folder))
+    run_folder.refuse_taken(config)  # neither waits nor raises
     with pytest.raises(StorageError, match=r"run/\.lock: .*(it is a link, remove|not a regular)"):
         with run_folder._locked(folder):
             pass

@@ -70,7 +70,7 @@ def sums() -> str:
     first = both()
     for _ in range(19):
         if any((x != y).any() for x, y in zip(first, both(), strict=True)):
-            raise CheckFailed("the same sum has other bits the second time")
+            raise CheckFailed("the same sum has different bits the second time")
     answers = np.zeros((pairs, 2))
     np.add.at(answers, (segment_ids - 1, sides - 1), logps.astype(np.float64))
     table = np.zeros((4096, 64))
@@ -179,7 +179,7 @@ def speed(dtype: str) -> str:
             if update == 0:
                 repeated, _ = step(repeated, None, batch, None, 1e-5)
                 if not jax.tree.all(jax.tree.map(jnp.array_equal, state, repeated)):
-                    raise CheckFailed("the same update has other bits the second time")
+                    raise CheckFailed("the same update has different bits the second time")
                 del repeated
     loss = float(sums["loss"][0]) / float(sums["loss"][1])
     if not np.isfinite(loss):
