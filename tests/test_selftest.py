@@ -76,7 +76,7 @@ def test_sums_pass_here_and_noise_is_found(monkeypatch):
 
     monkeypatch.setattr(preference, "answer_sums", noisy)
     monkeypatch.setattr(jax, "jit", lambda f: f)
-    with pytest.raises(CheckFailed, match="other bits the second time"):
+    with pytest.raises(CheckFailed, match="different bits the second time"):
         device_checks.sums()
 
 
