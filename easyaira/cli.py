@@ -320,15 +320,13 @@ def run_command(
     try:
         with signals.StopSignal():
             command(argv)
-    except (Preempted, StorageError) as error:
-        if "--debug" in argv and isinstance(error, StorageError):
+    except (Preempted, EasyAiraError) as error:
+        if "--debug" in argv and isinstance(error, EasyAiraError):
             raise
-        with suppress(OSError, ValueError):  # its reader has closed it
-            sys.stdout.flush()
-        signals.leave(error)
-    except EasyAiraError as error:
-        if "--debug" in argv:
-            raise
+        if isinstance(error, Preempted | StorageError):
+            with suppress(OSError, ValueError):  # its reader has closed it
+                sys.stdout.flush()
+            signals.leave(error)
         message, status = one_line(error)
         print(message, file=sys.stderr)
         sys.exit(status)

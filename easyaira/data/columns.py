@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from easyaira.data import sources
 from easyaira.data.record import HISTORY, SYSTEM, WEIGHTS, Record, Unreadable
 from easyaira.errors import DataError, kind_of
 
@@ -74,6 +75,11 @@ TRAINED_BY = {
 }
 
 
+def usual(tasks: Sequence[str]) -> str:
+    """The first form of each task, for messages."""
+    return " or ".join(f"({FORMS[task][0]})" for task in tasks)
+
+
 def fitting(columns: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, Form]]:
     """Forms that the columns match, each with its task."""
     pairs = [(task, form) for task in tasks for form in FORMS[task] if form.fits(columns)]
@@ -102,8 +108,8 @@ def form_of(columns: Sequence[str], task: str) -> Form:
 
 def hint(columns: Sequence[str], task: str | None = None) -> str:
     """What to do with columns that match no form of the task."""
-    if len(columns) == 1 and (separators := [mark for mark in ";\t|" if mark in columns[0]]):
-        return f"The columns are separated by {separators[0]!r}; write the file with commas"
+    if odd := sources.other_separator(columns):
+        return f"The {odd}"
     others = fitting(columns, [other for other in TRAINED_BY if other != task])
     if others := [(other, form) for other, form in others if not form.otherwise]:
         other, form = max(others, key=lambda fits: str(fits[1]).count(","))

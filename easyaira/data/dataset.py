@@ -15,7 +15,7 @@ import numpy as np
 from easyaira.config.data import DataConfig, Source
 from easyaira.data import pairs, sources
 from easyaira.data.cache import Earlier, cached_source
-from easyaira.data.columns import FORMS, TRAINED_BY, Message, Record, fitting, hint, question
+from easyaira.data.columns import TRAINED_BY, Message, Record, fitting, hint, question, usual
 from easyaira.data.examples import (
     PER_EXAMPLE,
     PER_TOKEN,
@@ -141,8 +141,7 @@ def task_of(config: DataConfig, tasks: Sequence[str], ask: str = "") -> str:
     if fits:
         commands = " and of ".join(f"`easyaira {TRAINED_BY[task]}`" for task in fits)
         raise DataError(f"{listed}, which are those of {commands}; {ask}rename the unwanted ones")
-    wanted = " or ".join(f"({FORMS[task][0]})" for task in tasks)
-    raise DataError(f"{listed}; wanted such as {wanted}. {hint(columns)}")
+    raise DataError(f"{listed}; wanted such as {usual(tasks)}. {hint(columns)}")
 
 
 def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Source]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,6 +250,12 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
                 text, place = text[place:], 0
 
 
+def other_separator(head: Sequence[str]) -> str | None:
+    """What is wrong with the first line of a CSV file that has no commas, for a message."""
+    marks = [mark for mark in ";\t|" if len(head) == 1 and mark in head[0]]
+    return f"columns are separated by {marks[0]!r}; write the file with commas" if marks else None
+
+
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
@@ -264,10 +270,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
                 if not cells:
                     continue
                 if len(cells) != len(head):
-                    if len(head) == 1 and (marks := [mark for mark in ";\t|" if mark in head[0]]):
-                        raise DataError(
-                            f"{path}: columns are separated by {marks[0]!r}; write it with commas"
-                        )
+                    if odd := other_separator(head):
+                        raise DataError(f"{path}: {odd}")
                     row: Any = BadRow(f"{len(cells)} cells, but the first line has {len(head)}")
                 elif any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
                     row = BadRow("not UTF-8; re-encode the file")

@@ -241,6 +241,6 @@ def _task(located: sources.Located) -> str:
         listed = f"{located.place}: found columns {', '.join(names)}, which are"
         if fits:
             raise DataError(f"{listed} both a pair and a labelled text; rename them")
-        wanted = " or ".join(f"({columns.FORMS[task][0]})" for task in ("pair", "label"))
+        wanted = columns.usual(("pair", "label"))
         raise DataError(f"{listed} neither a pair nor a labelled text; wanted such as {wanted}")
     return fits[0]

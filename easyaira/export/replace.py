@@ -6,14 +6,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from easyaira.errors import ConfigError, StorageError, shown_as
-from easyaira.files import named_path, reason, remove
+from easyaira.files import lock, named_path, reason, remove
 from easyaira.lora.peft import ADAPTER_CONFIG
 from easyaira.storage.pretrained import CHECKPOINTS, TOKENIZER, Pretrained, checkpoint_dir
 
@@ -120,18 +120,15 @@ def replacing(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(new: Path, folder: Path) -> Iterator[None]:
     """Create a folder, lock it against other processes, and empty it of what a killed process has
-    left there. The system releases the lock of a killed process."""
+    left there."""
     new.mkdir(parents=True, exist_ok=True)
     opened = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{folder}: another process is writing it; wait until it ends, or name another "
-                    "folder"
-                ) from None
+        if not lock(opened, fcntl.LOCK_EX):
+            raise ConfigError(
+                f"{folder}: another process is writing it; wait until it ends, or name another "
+                "folder"
+            )
         for path in new.iterdir():
             remove(path)
         yield

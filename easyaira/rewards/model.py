@@ -65,10 +65,7 @@ class RewardModel:
         self.model = model_of(self.origin.config, self.origin.where, compute, scorer=True)
         # a plan needs no weights; without them, `load` fails
         if has_weights(self.origin) and (missing := self.origin.check(self.model)):
-            raise ConfigError(
-                f"{self.name}: is not a reward model, as it has no {missing[0]}; train one with "
-                "easyaira reward"
-            )
+            raise ConfigError(pretrained.no_score_head(self.name, missing))
         if self.model.architecture.encoder:
             if template != "chat":
                 raise ConfigError("template: encoders have one form; leave it out")

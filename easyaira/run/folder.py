@@ -20,7 +20,7 @@ from easyaira.config.run import GROUPS_MAY_CHANGE, MAY_CHANGE, PROVENANCE, RunCo
 from easyaira.data import report as data_report
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, EasyAiraError, StorageError, shortened
-from easyaira.files import named_path, read_yaml, reason, remove, write_file
+from easyaira.files import lock, named_path, read_yaml, reason, remove, write_file
 from easyaira.run.provenance import completed, flattened, identity, provenance
 from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek
@@ -96,16 +96,12 @@ def _open_lock(folder: Path, how: int) -> TextIO:
 
 
 def _hold(file: TextIO, how: int, folder: Path) -> None:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(file, how):
         file.seek(0)
         raise ConfigError(
             f"output_dir: {file.read().strip() or 'another process'} is at work in "
             f"{folder}; wait until it ends, or choose another folder"
-        ) from None
-    except OSError:
-        pass  # a file system without locks (Lustre without flock, NFS without lockd)
+        )
 
 
 @contextmanager

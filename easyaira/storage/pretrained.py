@@ -197,10 +197,7 @@ class Pretrained:
         stored = self._matched(model) if self.step is None else None
         missing = self.check(model) if stored is None else _missing(model, stored)
         if missing and head_key is None:
-            raise WeightsError(
-                f"{self.name}: is not a reward model, as it has no {missing[0]}; train one with "
-                "easyaira reward"
-            )
+            raise WeightsError(no_score_head(self.name, missing))
         drawn = model.init_some(missing, target, head_key) if missing else {}
         if stored is not None:
             self._check_exported()
@@ -267,6 +264,12 @@ class Pretrained:
             return find(name).tokenizer()
         folder = self.folder / TOKENIZER if self.step is not None else self.folder
         return load_tokenizer(folder, str(folder) if self.commit is None else self.name)
+
+
+def no_score_head(name: str, missing: list[str]) -> str:
+    return (
+        f"{name}: is not a reward model, as it has no {missing[0]}; train one with easyaira reward"
+    )
 
 
 def each_of(leaves: list, tree: Any, each: transfer.Each) -> Any:

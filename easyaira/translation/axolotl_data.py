@@ -166,8 +166,8 @@ def filters(run: Recipe) -> None:
     if least := run.get("min_sample_len"):  # without it 2, below which there is nothing to learn
         run.options["data.min_length"] = least
         run.note(
-            "rows below min_sample_len are counted as dropped, of which data.max_dropped allows a "
-            "share"
+            "rows below min_sample_len are counted as dropped; data.max_dropped limits the share "
+            "of dropped rows"
         )
         if run.get("has_texts") and "data.texts" not in run.options:
             run.note("data.min_length is of whole texts; there of the parts of a long one, too")
