@@ -77,7 +77,7 @@ def to_hf(
                 folder,
                 model=model,
                 params=origin.lazy(model, mesh),
-                facts=Facts(origin.config, origin.generation_config, origin.stored_dtypes()),
+                facts=Facts.of(origin),
                 dtype=dtype,
                 **common,
             )
@@ -115,13 +115,13 @@ def from_hf(source: str, out: str, revision: str | None = None, overwrite: bool 
     tokenizer = origin.tokenizer()
     mesh = meshes.make_mesh("fsdp=-1")
     params = origin.lazy(model, mesh)
-    facts = Facts(origin.config, origin.generation_config, origin.stored_dtypes())
-    meta = facts.to_meta() | {"easyaira": __version__, "source": origin.commit or source}
+    meta = Facts.of(origin).to_meta() | {"easyaira": __version__, "source": origin.commit or source}
     with replacing(folder) as new:
         save_tokenizer(tokenizer, new / pretrained.TOKENIZER)
         with closing(Checkpoints(new / pretrained.CHECKPOINTS, write=True)) as checkpoints:
             checkpoints.save_params(0, params, meta)
-    print(f"{out}: {model.parameter_count():,} parameters from {source}")
+    rounded = ", rounded from float64 to float32" if origin.is_rounded() else ""
+    print(f"{out}: {model.parameter_count():,} parameters from {source}{rounded}")
 
 
 def from_easylm(

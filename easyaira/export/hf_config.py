@@ -16,6 +16,7 @@ from easyaira.generation.settings import (
     check_number,
     end_ids,
 )
+from easyaira.storage.pretrained import Pretrained
 from easyaira.torchless import import_transformers
 from easyaira.train.setup import Setup
 
@@ -34,6 +35,13 @@ class Facts:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     stored_dtypes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, origin: Pretrained) -> Facts:
+        """Those of a model that is only converted."""
+        dtypes = origin.stored_dtypes()
+        config = with_dtype(origin.config, dtypes[""] if origin.is_rounded() else None)
+        return cls(config, origin.generation_config, dtypes)
 
     def to_meta(self) -> dict[str, Any]:
         return asdict(self)

@@ -115,10 +115,16 @@ class Pretrained:
         return sampled(self._tensors)
 
     def stored_dtypes(self) -> dict[str, str]:
-        """Map from tensor name to stored dtype; "" stands for all other tensors."""
+        """Map from tensor name to stored dtype; "" stands for all other tensors. Float64 counts as
+        float32, to which weights are rounded when they are read."""
         if self.step is not None:
             return self._recorded("stored_dtypes")
-        return without_most_common({name: t.dtype.name for name, t in self._tensors.items()})
+        dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
+        return without_most_common({n: d.replace("float64", "float32") for n, d in dtypes.items()})
+
+    def is_rounded(self) -> bool:
+        """Whether weights lose bits when they are read."""
+        return self.step is None and any(t.dtype == np.float64 for t in self._tensors.values())
 
     @property
     def adapter(self) -> dict[str, Any] | None:
