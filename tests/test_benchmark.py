@@ -1,6 +1,7 @@
 """scripts/benchmark.py: what it compares is the same work, and what it says of it is right."""
 
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,14 @@ def test_examples_fit_into_the_model():
     work = {"task": "dpo", "model": "gpt2-small", "lengths": "ultrafeedback"}
     examples = sides.examples_of(work | {"examples": 64, "updates": 4})
     assert examples.lengths().max() == sides.max_length(work) == 1024
+
+
+def test_examples_leave_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    work = {"task": "dpo", "model": "gpt2-small", "lengths": "aira", "examples": 4, "updates": 1}
+    examples = sides.examples_of(work)
+    assert not list(tmp_path.iterdir())
+    assert examples.tokens.max() == 1 and examples.learned.any()  # still there to be read
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def synthetic(kind: str, rows: int, answers: int, folder: Path, longest: int) ->
     arrays["ranks"] = np.tile(np.arange(answers, dtype=np.int16), (rows, 1))
     for name, dtype in (("tokens", np.int32), ("learned", np.bool_)):
         file, total = folder / f"{kind}-{answers}-{name}", int(starts[-1])
-        with open(file, "wb") as stream:  # a full disk is an error here, and a crash in a memory map
+        with open(file, "wb") as stream:  # a full disk: an error here, a crash in a memory map
             for begin in range(0, total, 10**7):
                 rng.integers(0, 2, min(10**7, total - begin)).astype(dtype).tofile(stream)
         arrays[name] = np.memmap(file, dtype, "r+").view(np.ndarray)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -42,6 +44,7 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     )
     torch.manual_seed(0)
     folder = tempfile.mkdtemp()  # TRL reads its reference from here
+    atexit.register(shutil.rmtree, folder)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     rng = np.random.default_rng(0)
@@ -83,7 +86,7 @@ def trl(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     if options.get("packing"):  # as many tokens an update as the other sides
         size = max(1, round(examples.lengths().sum() / work["updates"] / max_length(work)))
     settings = settings_class(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=f"{folder}/run",
         per_device_train_batch_size=size,
         num_train_epochs=1,
         learning_rate=LEARNING_RATE,

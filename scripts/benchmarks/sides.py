@@ -93,10 +93,10 @@ def examples_of(work: Mapping[str, Any], updates: int = 0) -> Examples:
     """Examples of a round, or of so many updates, which begin with those of a round. They are equal
     for all sides and have the loss on answers only."""
     count = work["examples"] * max(updates, work["updates"])
-    folder = Path(tempfile.mkdtemp())
     longest = min(KINDS[work["lengths"]].longest, max_length(work))
     answers = work.get("answers", 2) if work["task"] == "dpo" else 1
-    examples = synthetic(work["lengths"], count, answers, folder, longest)
+    with tempfile.TemporaryDirectory() as folder:  # its files are freed with the examples
+        examples = synthetic(work["lengths"], count, answers, Path(folder), longest)
     examples.learned[:] = True
     for start, end in examples.bounds[:, :2]:
         examples.learned[start:end] = False
