@@ -73,18 +73,18 @@ def iterate_options(step: Any) -> None:
     add = step.add_argument
     add("--config", required=True, help="YAML file of `easyaira sft`, without data.train.")
     add("--seed_data", required=True, help=f"Rows with prompt and completion, {ROWS}")
-    add("--pairs", required=True, help="The same, of `augment`.")
-    add("--rounds", type=Count, default=2, help="Models after the one of the seed data.")
-    add("--threshold", type=Literal[4, 5], default=5, help="Lowest score of a pair to learn.")
+    add("--pairs", required=True, help="Such rows, written by `augment`.")
+    add("--rounds", type=Count, default=2, help="Models to train after that of the seed data.")
+    add("--threshold", type=Literal[4, 5], default=5, help="Lowest score of pairs to train on.")
     add("--output", required=True, help=FOLDER)
     generate.sampling_options(step)
 
 
 STEPS = {
-    "reverse": ("Write seed data as answers with their instructions.", reverse_options),
-    "augment": ("Find an instruction for each text, by a backward model.", augment_options),
-    "curate": ("Rate pairs from 1 to 5 by a model, and keep the best.", curate_options),
-    "iterate": ("Curate and train, in rounds, from the seed data on.", iterate_options),
+    "reverse": ("Swap instruction and answer of seed data.", reverse_options),
+    "augment": ("Find an instruction for each text with a backward model.", augment_options),
+    "curate": ("Rate pairs from 1 to 5 with a model; keep the best.", curate_options),
+    "iterate": ("Curate and train in rounds, starting from seed data.", iterate_options),
 }
 
 

@@ -9,7 +9,7 @@ from easyaira import cli, generate
 from easyaira.errors import ConfigError, DataError, escaped
 from easyaira.files import named_path
 
-AIRA = {"num_samples": 5, "temperature": 0.6, "top_k": 50, "top_p": 0.6}  # its rejection sampling
+AIRA = {"num_samples": 5, "temperature": 0.6, "top_k": 50, "top_p": 0.6}  # as Aira samples
 
 
 def parser():

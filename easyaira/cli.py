@@ -121,7 +121,7 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
         if name in ("config", "print_config"):
             raise ConfigError(f"{name}: is for the command line; give it there as --{name}")
         if beside := [other for other in content if f"{key}".startswith(f"{other}.")]:
-            raise ConfigError(f"{name}: write it inside {group}{beside[0]}, which stands beside it")
+            raise ConfigError(f"{name}: write it inside {group}{beside[0]}, which is there, too")
         if name in options:
             _check_null(name, value, type_of(parser, name))
         if name in SOURCES:
@@ -146,7 +146,7 @@ def _check_names(content: Any, parser: Any, group: str = "") -> None:
 
 
 def _check_null(name: str, value: Any, hint: Any) -> None:
-    """Refuse null where a type has no null, which jsonargparse takes for any type."""
+    """Refuse null where the type excludes it; jsonargparse accepts null for every type."""
     if value is None and hint is not type(None) and type(None) not in get_args(hint):
         raise ConfigError(
             f"{name}: expected a value, got null; give it one, or leave it out for its default"
@@ -324,7 +324,7 @@ def run_command(
         if "--debug" in argv and isinstance(error, EasyAiraError):
             raise
         if isinstance(error, Preempted | StorageError):
-            with suppress(OSError, ValueError):  # its reader has closed it
+            with suppress(OSError, ValueError):  # the reader of stdout closed it
                 sys.stdout.flush()
             signals.leave(error)
         message, status = one_line(error)

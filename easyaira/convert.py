@@ -31,7 +31,8 @@ def to_hf(
     A LoRA run becomes an adapter in PEFT's format, or a model if merged.
 
     Args:
-        source: Run folder (for its newest checkpoint), or its subfolder checkpoints/STEP.
+        source: Run folder (for its best checkpoint if it looks for one, else the newest), or its
+            subfolder checkpoints/STEP.
         out: New folder.
         dtype: Data type of the stored weights; default: that of the model the run started from.
         merge: see MERGE.
@@ -83,7 +84,9 @@ def to_hf(
             )
     held = origin.adapter and origin.adapter["config"]["quantize"]
     if merge and held:
-        print(f"note: the adapter was trained on a base in {held}, so expect slightly other logits")
+        print(
+            f"note: the adapter was trained on a base in {held}; expect slightly different logits"
+        )
     print(f"{out}: {release.summary(report)}")
 
 

@@ -25,7 +25,7 @@ def parser():
     add = parser.add_argument
     add("model", help="Run folder, Hugging Face folder or hub id.")
     add("--reward", help="Reward model: the candidate that it scores highest is the answer.")
-    add("--guard", help="Toxicity model; candidates that score below 5 are no answers.")
+    add("--guard", help="Toxicity model; candidates that score below 5 are dropped.")
     add("--search", help="Data to search: .jsonl, .json, .csv, .parquet, folder or hub id.")
     add("--language", type=Literal["en", "pt"], default="en", help="Language of the page.")
     add("--host", default="127.0.0.1", help="Address to serve; 0.0.0.0: other machines, too.")

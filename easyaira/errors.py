@@ -15,7 +15,7 @@ from typing import Any
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """Escape unprintable characters but those in `keep`, so that a text cannot steer a terminal."""
+    """Escape unprintable characters not in `keep`, so that a text cannot control a terminal."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
@@ -33,17 +33,17 @@ KINDS |= {"str": "a text", "list": "a list", "dict": "an object"}
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a file is, in the words of JSON."""
+    """Kind of a value from a file, in the words of JSON."""
     return KINDS.get(type(value).__name__, type(value).__name__)
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """Text for a message, which a file may make as long as it likes."""
+    """Shorten a text for a message; one from a file may be of any length."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def on_one_line(error: Exception) -> str:
-    """What an error of a library says, or its name if it says nothing, for a message."""
+    """Message of a library's error on one line; the error's type if the message is empty."""
     return shortened(" ".join(str(error).split()) or type(error).__name__, 200)
 
 
@@ -87,7 +87,7 @@ class EasyAiraError(Exception):
 
 @contextmanager
 def shown_as(place: Any, name: Any) -> Iterator[None]:
-    """Errors raised inside say `name`, as the user calls it, where they would say `place`."""
+    """Replace `place` by `name`, as the user calls it, in errors raised inside."""
     try:
         yield
     except EasyAiraError as error:

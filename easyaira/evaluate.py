@@ -48,7 +48,7 @@ def parser():
         type=Literal[0, 1],
         help="Label that scores above 0, for --rows; default: 0, since 1 is toxic.",
     )
-    add("--limit", type=Count, help="Use the first questions or rows only.")
+    add("--limit", type=Count, help="Use only the first N questions or rows.")
     add("--output", help="Folder of the results; default: MODEL/evaluation.")
     add("--compare", nargs="+", help="Print a Markdown table of the results of these models.")
     add("--batch_tokens", type=Count, default=4096, help="Tokens at a time, per data shard.")

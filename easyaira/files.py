@@ -1,4 +1,4 @@
-"""Reads and writes of small files. Files may be damaged, or made to harm: reads are bounded."""
+"""Reads and writes of small files. Files may be damaged or malicious: reads are bounded."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def decoded(text: bytes) -> str:
     """Decode UTF-8.
 
     Raises:
-        ValueError: it is something else, with the place.
+        ValueError: it is not UTF-8; the message says where.
     """
     try:
         return text.decode("utf-8")
@@ -139,10 +139,10 @@ def decoded(text: bytes) -> str:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """A row of a JSONL file, which `parse_json` reads as it is; what JSON has not becomes text."""
+    """Line of a JSONL file that `parse_json` can read; values that JSON lacks become text."""
     line = json.dumps(row, ensure_ascii=False, default=str)
     if not line.isascii() and any("\ud800" <= c <= "\udfff" for c in line):
-        line = json.dumps(row, default=str)  # lone surrogates are no UTF-8
+        line = json.dumps(row, default=str)  # lone surrogates are not valid UTF-8
     return line + "\n"
 
 
@@ -177,7 +177,7 @@ def read_yaml(
     """Read a YAML file that holds a mapping.
 
     Args:
-        repeated: takes the keys that occur twice, which are then no error; the last value counts.
+        repeated: collects keys that occur twice instead of raising; the last value counts.
 
     Raises:
         error: it cannot be read, is not YAML or no mapping, or has a key twice; with the line.

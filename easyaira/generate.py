@@ -36,8 +36,8 @@ def parser():
     )
     add(
         "--output",
-        help="File for their answers: each row with the columns generated and finish_reason (end, "
-        "stop or length). The same command continues an interrupted one.",
+        help="File for the answers to --prompts: each row with the columns generated and "
+        "finish_reason (end, stop or length). The same command continues an interrupted one.",
     )
     add(
         "--num_samples",
@@ -130,7 +130,7 @@ def check(args: Any) -> None:
 
 
 def load(args: Any, devices: Any = None) -> tuple[Any, Any]:
-    """The model on `devices` (default: all), its weights unread, and the options of sampling."""
+    """The model on `devices` (default: all), without reading its weights, and sampling options."""
     from easyaira.generation.settings import NUMBERS
     from easyaira.loaded import LoadedModel
     from easyaira.storage import pretrained
@@ -229,7 +229,7 @@ def show(text: str) -> None:
 
 
 def write(output: Any, sampler: Any, weights: Any, args: Any, text: Any) -> None:
-    """Generate what the output lacks, with a progress bar."""
+    """Generate the answers that the output lacks, with a progress bar."""
     import time
 
     from tqdm import tqdm

@@ -33,12 +33,12 @@ class Inspect(RunConfig):
     dpo: DPOConfig = field(default_factory=DPOConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     task: Literal["auto", "sft", "dpo", "kto", "label"] = "auto"
-    """Interpretation of the rows: conversations, pairs of answers, or labelled texts. auto: by the
-    columns."""
+    """Interpretation of the rows: conversations, pairs of answers, rated answers (kto), or labelled
+    texts. auto: by the columns."""
 
 
 def task_of(config: Inspect) -> str:
-    """Interpretation of the rows: conversation, pair or label.
+    """Interpretation of the rows: conversation, pair, rated or label.
 
     Raises:
         DataError: the columns do not decide it.
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     )
     data = read_data(config, resolved, recipe)
     folder = Path(config.output_dir)
-    of_run = (folder / "config.yaml").exists()  # its report is of the rows it was trained on
+    of_run = (folder / "config.yaml").exists()  # keep the report of the rows it was trained on
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not of_run:

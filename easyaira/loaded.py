@@ -102,7 +102,7 @@ class LoadedModel:
             return self.origin.load(self.model, self.mesh)
 
     def sampling(self, **options: Any) -> Sampling:
-        """How to choose tokens: `options` over those of the folder's generation_config.json.
+        """Sampling settings: `options` override those of the folder's generation_config.json.
 
         Raises:
             ConfigError: an option does not exist, is out of range, or has no effect.
@@ -131,7 +131,7 @@ class LoadedModel:
         return sampling
 
     def sampler(self, sampling: Sampling, rows: int = ROWS, steps: int | None = None) -> Sampler:
-        """A sampler of these settings. Settings of equal programs share them."""
+        """A sampler with these settings. Settings that need the same programs share them."""
         sampler = Sampler(
             self.model,
             sampling,
@@ -175,7 +175,7 @@ class LoadedModel:
         return text_of(answer, self.template, sampling.stop_strings)
 
     def logps(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
-        """Log-probability of each answer given its prompt, in nats, with the token that ends it.
+        """Log-probability of each answer given its prompt, in nats, including its end token.
 
         Returns:
             [n] float32: sums over the answer's tokens, as DPO's.

@@ -13,7 +13,7 @@ from easyaira.config.run import PROVENANCE
 from easyaira.errors import did_you_mean, shortened
 
 SOURCES = ("data.train", "data.eval")  # options that name data
-OTHER_NAMES = {  # names of transformers, TRL and PEFT that resemble no option or another one
+OTHER_NAMES = {  # names of transformers, TRL and PEFT that resemble no option, or the wrong one
     "model_name_or_path": "model.name_or_path",
     "tokenizer_name_or_path": "model.tokenizer",
     "torch_dtype": "model.dtype",
@@ -37,7 +37,7 @@ OTHER_NAMES = {  # names of transformers, TRL and PEFT that resemble no option o
     "load_in_4bit": "lora.quantize",
     "load_in_8bit": "lora.quantize",
 }
-MEANT = {  # by a value in the place of a group of options
+MEANT = {  # group of options -> the option that a value in its place is meant for
     "model": "name_or_path",
     "data": "train",
     "lora": "target_modules",
@@ -94,12 +94,12 @@ def options_of(parser: ArgumentParser) -> list[str]:
 
 
 def _stray(value: str, parser: ArgumentParser) -> str:
-    """Refuse a word of the command line that stands after no option."""
+    """Refuse a word of the command line that belongs to no option."""
     if value.endswith((".yaml", ".yml")) and "config" in options_of(parser):
-        return f"{value}: stands after no option; write --config {value}"
+        return f"{value}: belongs to no option; write --config {value}"
     name = "prompt" if "prompt" in options_of(parser) else "NAME"
     return (
-        f"{value}: stands after no option; write --{name} {value}, with quotes around several "
+        f"{value}: belongs to no option; write --{name} {value}, with quotes around several "
         "words, and several values as one list, such as '[a, b]'"
     )
 

@@ -57,7 +57,7 @@ def curves(title: str, series: Mapping[str, Points], last: float, colours: Seque
 
 
 def histogram(title: str, parts: Mapping[str, Mapping[int, int]], mark: int | None) -> Markup:
-    """Counts of whole numbers, stacked, with a line behind `mark`.
+    """Counts of whole numbers, stacked, with a line after `mark`.
 
     Args:
         parts: CSS class -> number -> its count.

@@ -16,7 +16,7 @@ def parser() -> Parser:
     made = Parser(description=__doc__)
     made.add_argument("folder", type=str, help="Released folder, such as RUN/hf.")
     made.add_argument("--repo", required=True, help="Repository on the hub: owner/name.")
-    made.add_argument("--private", action="store_true", help="A new repository is private.")
+    made.add_argument("--private", action="store_true", help="Make a new repository private.")
     cli.debug_option(made)
     return made
 

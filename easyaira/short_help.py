@@ -1,4 +1,4 @@
-"""--help without Python types; of a training command, with the common options, and --help_all."""
+"""--help without Python types. Training commands show their common options, with --help_all all."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ COMMON = """
     optimizer.learning_rate optimizer.lr_scheduler_type optimizer.warmup_ratio
     model.gradient_checkpointing eval_steps save_steps mesh dry_run topology memory search
 """.split()  # in the order of the help; each command has about 25 of them
-OF_INSPECT = [*COMMON[:6], "task", "output_dir"]  # it takes the others, and does not use them
-NOT_HELP = r"\s*(python -m|Args:|Raises:|Returns:)"  # of a docstring's paragraphs
+OF_INSPECT = [*COMMON[:6], "task", "output_dir"]  # it takes the others, but does not use them
+NOT_HELP = r"\s*(python -m|Args:|Raises:|Returns:)"  # paragraphs of a docstring to leave out
 USAGE = "%(prog)s [--config FILE] --model.name_or_path MODEL --data.train DATA [OPTIONS]"
 INDENT, WIDEST = 30, 100  # columns
 
 
 class Formatter(DefaultHelpFormatter):
-    """Leaves out Python types, and defaults that are nothing: the texts say what they mean."""
+    """Leaves out Python types, and empty defaults, whose meaning the help texts state."""
 
     def _get_help_string(self, action: Action) -> str:
         text = super()._get_help_string(action)
         text = re.sub(r"(, )?type: %\(type\)s", "", text)
         if action.default is None or action.default is False or action.default in ([], {}):
             text = re.sub(r"(, )?default: %\(default\)s", "", text)
-        elif "default: %(default)s" in text:  # which a command has set, in the place of another one
+        elif "default: %(default)s" in text:  # set by a command, it replaces the text's own
             text = re.sub(r"; default: [^(]*\. \(", ". (", text)
         return re.sub(r" \((, )?", " (", text).replace(" ()", "")
 
@@ -42,7 +42,7 @@ class Formatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A parser whose --help is short if it has --help_all; groups of options have theirs whole.
+    """A parser whose --help is short if it has --help_all; the help of a group is complete.
 
     Args:
         description: purpose, or the docstring of the command.

@@ -1,5 +1,5 @@
-"""transformers without PyTorch, whose import takes half of a command's start. What is used of
-transformers here, tokenizers and configurations, needs none."""
+"""transformers without PyTorch, whose import takes half of a command's start. The parts that are
+used here, tokenizers and configurations, do not need it."""
 
 import importlib
 import os

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     if args.source == "easylm":
         given, place = flags_of(place), "the command line"
     else:
-        # a key twice: PyYAML, which the others read by, takes the last value; OmegaConf refuses it
+        # duplicate keys: PyYAML of the other trainers takes the last value; OmegaConf refuses them
         strict = args.source == "llama-factory"
         given = read_yaml(Path(place), repeated=None if strict else repeated)
     options = {"task": args.task, "devices": args.devices, "drop": args.drop}

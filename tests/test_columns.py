@@ -165,7 +165,7 @@ def test_answers_before_and_after_one_that_is_not_learned_are(tmp_path):
         ({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "key weight: wanted 0 or 1, found 0.5"),
         ({"messages": [ASKED, ANSWERED | {"train": "maybe"}]}, "key train: wanted 0 or 1"),
         ({"messages": [ASKED | {"train": True}, ANSWERED]}, "only answers can be learned"),
-        ({"messages": [ASKED, ANSWERED | {"weight": 0, "train": True}]}, "marked to be learned"),
+        ({"messages": [ASKED, ANSWERED | {"weight": 0, "train": True}]}, "marked both learned"),
     ],
 )
 def test_a_mark_that_cannot_be_followed_is_an_error(row, reason, tmp_path):

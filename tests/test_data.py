@@ -76,7 +76,7 @@ def test_many_cuts_are_a_warning_with_the_lengths_that_keep_the_rows(tmp_path, c
 
 def test_a_number_is_no_hub_id(tmp_path):
     """The hub would be asked for half a minute."""
-    with pytest.raises(DataError, match="0: no such file, and no hub id"):
+    with pytest.raises(DataError, match="0: no such file, and not a hub id"):
         load("0")
 
 

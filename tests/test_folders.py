@@ -171,11 +171,11 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         ("a.jsonl", b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
         ("a.json", b"\x1f\x8b\x08\x00", "is gzip; name it .jsonl.gz"),
         ("a.csv", b"PK\x03\x04", "is a zip archive; unpack it"),
-        ("a.jsonl", b'[{"n": 1}]', "is one JSON list and not an object a line; name it .json"),
+        ("a.jsonl", b'[{"n": 1}]', "is one JSON list, not one object per line; name it .json"),
         (
             "a.jsonl",
             b' [\n  {"n": 1}\n]',
-            "is one JSON list and not an object a line; name it .json",
+            "is one JSON list, not one object per line; name it .json",
         ),
         ("a.jsonl", b"PAR1", "is Parquet; name it .parquet"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "is Zstandard; decompress it"),

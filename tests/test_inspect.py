@@ -116,7 +116,8 @@ def test_columns_that_fit_two_tasks_ask_for_the_task(ground):
 def test_columns_that_fit_no_task_are_named_with_those_wanted(ground):
     tiny.write_rows(ground / "none.jsonl", [{"question": "a", "answer": "b"}])
     wanted = (
-        r"found columns question, answer; wanted such as \(prompt, completion\) or .* Name them"
+        r"found columns question, answer; wanted columns such as "
+        r"\(prompt, completion\) or .* Name them"
     )
     with pytest.raises(DataError, match=wanted):
         look(ground, "none")

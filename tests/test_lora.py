@@ -154,7 +154,10 @@ def test_merged_is_unmerged(kind, options, models):
     [
         ({"rank_pattern": {"fc9": 2}}, "lora.rank_pattern: 'fc9' matches no layer with an adapter"),
         ({"alpha_pattern": {"up_proj": 2}}, "lora.alpha_pattern: 'up_proj' matches no layer"),
-        ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}}, "matches some layers of model.layers"),
+        (
+            {"rank_pattern": {"layers.0.self_attn.q_proj": 2}},
+            "matches only some layers of model.layers",
+        ),
         ({"rank_pattern": {"(": 2}}, "lora.rank_pattern: missing "),
     ],
     ids=str,

@@ -145,7 +145,7 @@ def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
     thinks = CHAT.replace("'assistant: '", "'assistant: <think>\\n'")
     assert doubts(CHAT) == doubts(thinks, scorer=True) == []
     (doubt,) = doubts(thinks)
-    assert "learned behind '<|endoftext|>assistant:', and its generation prompt is" in doubt
+    assert "learned after '<|endoftext|>assistant:', but the generation prompt" in doubt
     assert "'<|endoftext|>assistant: <think>', with which" in doubt
     assert "generation prompt is '<|endoftext|>'" in doubts(PLAIN)[0]
     for name in TEMPLATES:
@@ -155,7 +155,7 @@ def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
 def test_a_template_that_writes_the_date_is_told():
     """Those of SmolLM3 and Llama 3.2: a run on another day has other tokens."""
     (doubt,) = doubts("{{ strftime_now('%d %b %Y') }}" + CHAT, scorer=True)
-    assert "may write the date of today" in doubt
+    assert "may write today's date" in doubt
 
 
 MARKED = "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"

@@ -64,7 +64,7 @@ def test_start_and_end_tokens_that_a_text_has_are_written_once_and_counted(tmp_p
     first, second = (data.train.tokens[a:b].tolist() for a, _, b in data.train.bounds)
     assert first == second and first.count(0) == 2
     assert data.report["train"]["noted"] == {
-        "a text begins or ends with the token put there anyway, which is written once": 1
+        "a text has its own start or end token, which is not added a second time": 1
     }
 
 

@@ -270,7 +270,9 @@ def test_groups_that_a_device_cannot_hold_are_refused(models, tmp_path):
     tiny.write_rows(tmp_path / "dpo.jsonl", tiny.rated_rows(8))
     args = ("dpo", models / "gpt2", tmp_path, tmp_path / "x")
     options = {"dpo.loss_type": "kto", "gradient_accumulation_steps": 2}
-    with pytest.raises(ConfigError, match="no multiple of dpo.kto_group 8; use a multiple of 16"):
+    with pytest.raises(
+        ConfigError, match="not a multiple of dpo.kto_group 8; use a multiple of 16"
+    ):
         prepare(*configure(*args, **options))
     options = {"dpo.loss_type": "kto", "train_batch_size": 16, "dpo.kto_group": 16}
     with pytest.raises(DataError, match="8 rows are fewer than a group of 16"):

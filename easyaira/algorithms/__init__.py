@@ -1,1 +1,1 @@
-"""SFT, DPO and reward modelling: one file each, with the loss and its wiring."""
+"""SFT, DPO, reward modelling and on-policy training: the losses and their wiring."""

@@ -81,7 +81,7 @@ def dpo(
     """Preference loss over the answers to the `examples` prompts of a micro-batch.
 
     The reference's log-probabilities are the batch's `ref_logps`. If `reference` is given, the step
-    computes them from the frozen weights instead. Losses without a reference take none."""
+    computes them from the frozen weights instead. Without a reference they are 0."""
 
     options = {"examples": examples, "answers": answers, "tail": config.tail}
 
@@ -105,7 +105,7 @@ def numbers_in(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def sums_of(config: DPOConfig) -> Callable[..., Sums]:
-    """The function that gives the loss and metrics from the scores of policy and reference."""
+    """The function from policy and reference scores to sums of the loss and metrics."""
     return kto_sums if config.unpaired else dpo_sums
 
 
@@ -117,12 +117,12 @@ def dpo_sums(
     weights: jax.Array | None = None,
     ranks: jax.Array | None = None,
 ) -> Sums:
-    """Sums and counts of the loss and metrics over prompts, of each the mean over its pairs.
+    """Sums and counts of the loss and metrics over prompts; a prompt counts as its pairs' mean.
 
     Args:
         policy, ref_logps: scores of policy and reference, [B, K].
         margins: of pairs, [B]; only where K is 2.
-        weights: multiply the loss of a prompt, and not the count.
+        weights: factors of each prompt's loss, but not of its count.
         ranks: of the answers, [B, K]; default: chosen and rejected.
     """
     real = (policy.lengths[:, 0] > 0).astype(jnp.float32)  # the last update may have fewer prompts
@@ -181,7 +181,7 @@ def dpo_sums(
     }
     if config.nll_weight:
         # Pang et al. (2024), Iterative Reasoning Preference Optimization, eq. 2: per token of the
-        # chosen answer, which is the best one
+        # chosen answer (the best, if there are several)
         nll = -policy.logps[:, 0] / jnp.maximum(policy.lengths[:, 0], 1)
         loss = loss + config.nll_weight * nll
         sums["nll_loss"] = over_prompts(nll)

@@ -20,7 +20,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, config: RLConfig) -> np.ndar
 
     Args:
         rewards: [P, K].
-        kl: not used: the KL divergence is a part of the loss.
+        kl: unused; the KL divergence is part of the loss.
     """
     centred = rewards - rewards.mean(1, keepdims=True)
     if config.scale_rewards == "none":
@@ -33,8 +33,8 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, config: RLConfig) -> np.ndar
 def loss(policy: Completions, config: RLConfig) -> Sums:
     """Clipped loss per token, with the KL divergence from the reference by the k3 estimator.
 
-    The denominators are those of TRL's `loss_type`: dapo is Yu et al. (2025), DAPO, eq. 8; dr_grpo
-    is Liu et al. (2025), eq. 4.
+    The denominators follow TRL's `loss_type`: dapo is Yu et al. (2025), DAPO, eq. 8; dr_grpo is
+    Liu et al. (2025), eq. 4.
     """
     mask, A_B1 = policy.mask, policy.advantages[:, None]
     ratio_BC = jnp.exp(policy.logps - policy.old_logps)
@@ -53,5 +53,5 @@ def loss(policy: Completions, config: RLConfig) -> Sums:
         return {"loss": (total, jnp.float32(B))} | sums
     if config.loss_type == "dr_grpo":
         return {"loss": (total, jnp.float32(B * C))} | sums
-    # tokens of the rollout, divided among its updates: each token weighs the same in all of them
+    # an even share of the rollout's tokens, so a token weighs the same in every update
     return {"loss": (total, policy.mean_length.sum())} | sums

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def kto_sums(
     policy: AnswerScores, ref_logps: jax.Array, config: DPOConfig, labels: jax.Array
 ) -> Sums:
-    """Sums and counts of the loss and metrics over examples, whose second answer is that of
-    another prompt (`data.mismatch`).
+    """Sums and counts of the loss and metrics over examples. The second answer of an example comes
+    from another prompt (`data.mismatch`).
 
-    The KL divergence is estimated in each group of examples; a group is never divided, so the loss
-    does not depend on micro-batches and devices."""
+    The KL divergence is estimated per group of examples. A group is never split, so the loss does
+    not depend on micro-batches and devices."""
     real = (policy.lengths[:, 0] > 0).astype(jnp.float32)
     good, bad = labels * real, (1 - labels) * real
     logratios = policy.logps - ref_logps

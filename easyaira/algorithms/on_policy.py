@@ -1,7 +1,7 @@
-"""Shared by on-policy algorithms: completions in a batch, and what is logged of them.
+"""Shared by on-policy algorithms: batches of completions and their metrics.
 
-Shapes: E examples of K completions each, B = E x K completions of at most C tokens. The arrays of a
-batch are [E, K, ...], those of a loss [B, ...].
+Shapes: E examples of K completions each, B = E x K completions of at most C tokens. Arrays of a
+batch are [E, K, ...], arrays of a loss [B, ...].
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Completions(NamedTuple):
     Attributes:
         logps, old_logps, ref_logps: [B, C] log-probabilities by the policy, by the policy that
             sampled them, and by the reference (0 without one).
-        mask: [B, C] real tokens, the end token among them.
+        mask: [B, C] real tokens, including the end token.
         advantages: [B], or [B, C] with a value model.
         mean_length: [B] mean length of the completions of the rollout.
-        values, old_values, returns: [B, C] values of the text before each token by the value model,
-            by the one of the rollout, and their targets.
+        values, old_values, returns: [B, C] values of the text before each token by the current
+            value model and by the rollout's, and their targets.
     """
 
     logps: jax.Array
@@ -92,7 +92,7 @@ def logps_of(
     hidden, head = model.apply(params, batch)
     options = model.head_options
     if config.temperature_in_loss:
-        hidden = hidden / config.temperature  # and so are the logits, with a cap of as much less
+        hidden = hidden / config.temperature  # scales the logits; their cap must shrink with them
         options["cap"] = options["cap"] and options["cap"] / config.temperature
     out = token_logps(hidden, head, batch["tokens"], batch["loss_mask"], **options)
     places = completion_places(batch, batch["prompt_lengths"], int(config.max_completion_length))
@@ -110,15 +110,15 @@ def values_of(
 
 
 def by_completion(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The arrays of a batch [E, K, ...], but for its rows, as [B, ...]."""
+    """The arrays of a batch [E, K, ...] as [B, ...], without its rows of tokens."""
     return {x: batch[x].reshape(-1, *batch[x].shape[2:]) for x in batch if x not in LAYOUT}
 
 
 def loss_of(
     model: Model, config: RLConfig, objective: Objective, value: Model | None = None
 ) -> LossFn:
-    """The loss of a batch of completions, of the policy's weights or, with a value model, of
-    `{"policy": weights, "value": weights}`.
+    """The loss of a batch of completions. Its params are the policy's weights or, with a value
+    model, `{"policy": weights, "value": weights}`.
 
     In the first update of a rollout, the policy is the one that sampled it. Its log-probabilities
     then have the bits of `old_logps`, so ratios are exactly 1, and the KL divergence from a

@@ -23,7 +23,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, config: RLConfig) -> np.ndar
 
     Args:
         rewards: [P, 2].
-        kl: not used: the loss compares with the reference.
+        kl: unused; the loss itself compares with the reference.
     """
     second_is_better = rewards[:, 1] > rewards[:, 0]
     return np.where(second_is_better[:, None], [-1.0, 1.0], [1.0, -1.0])
@@ -32,7 +32,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, config: RLConfig) -> np.ndar
 def loss(policy: Completions, config: RLConfig) -> Sums:
     """-log sigmoid(beta (h_w - h_l)), h = log pi(y|x) - log pi_ref(y|x), eq. 1; mean over pairs.
 
-    Both completions of a prompt are neighbours.
+    The two completions of a prompt are adjacent.
     """
     mask = policy.mask
     ratios_P2 = ((policy.logps - policy.ref_logps) * mask).sum(1).reshape(-1, 2)

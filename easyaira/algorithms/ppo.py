@@ -1,8 +1,8 @@
 """Proximal policy optimisation (Schulman et al., 2017), with a value model, and the KL divergence
 as a penalty (Ziegler et al., 2019; Ouyang et al., 2022).
 
-Shapes: G completions of a rollout and B of a micro-batch, of at most C tokens. A value is that of
-the text before its token.
+Shapes: G completions of a rollout and B of a micro-batch, of at most C tokens. The value at a token
+is the value of the text before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from easyaira.train.step import Sums
 def token_rewards(
     scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, config: RLConfig
 ) -> np.ndarray:
-    """-beta KL of each token, and the score at the last one: Ziegler et al. (2019), eq. 2, [G, C].
+    """-beta KL of each token, plus the score at the last: Ziegler et al. (2019), eq. 2, [G, C].
 
     Args:
         scores: [G].
@@ -57,7 +57,7 @@ def whitened(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def targets(
     scores: np.ndarray, kl: np.ndarray, values: np.ndarray, mask: np.ndarray, config: RLConfig
 ) -> dict[str, np.ndarray]:
-    """What a rollout teaches policy and value model, before its first update.
+    """Targets of policy and value model, fixed before the first update of a rollout.
 
     Args:
         scores: [G]; kl, values, mask: [G, C].

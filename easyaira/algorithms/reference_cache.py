@@ -126,8 +126,8 @@ def logps_of(
             raise ConfigError(
                 f"model.{'ref_' * bool(name)}name_or_path: "
                 f"{name or setup.config.model.name_or_path} has other weights than when the run in "
-                f"{folder} began, and they are its reference; restore them to continue, or choose "
-                "another output_dir"
+                f"{folder} began, and the original ones are its reference; restore them to "
+                "continue, or choose another output_dir"
             )
         score_all(score, params, batches, setup, logps, rows)
     if rows is not None:
@@ -167,7 +167,7 @@ def _recorded(record: Path) -> dict[str, str]:
 def _kept(
     root: Path, key: str, decides: dict[str, Any], shape: tuple[int, int]
 ) -> np.ndarray | None:
-    """The log-probabilities of a cache entry, if it is intact and of these examples and weights."""
+    """Log-probabilities of a cache entry, if intact and of the same examples, model and weights."""
     folder = cache.kept(root, key)
     if folder is None:
         return None
@@ -178,7 +178,7 @@ def _kept(
 
 
 def row_of(answers: int) -> np.dtype:
-    """Of an interrupted computation."""
+    """Dtype of a row in the file of an interrupted computation."""
     return np.dtype([("logps", np.float32, answers), ("sum", np.uint32)])
 
 
@@ -202,9 +202,8 @@ def _open_partial(file: Path, count: int, answers: int) -> np.ndarray:
     file.unlink(missing_ok=True)
     rows = np.zeros(count, row_of(answers))
     rows["logps"] = np.nan
-    np.save(
-        file, rows
-    )  # written in full: a full disk is an error here, and a crash in a memory map
+    # written in full before it is mapped: a full disk raises here, but would crash a memory map
+    np.save(file, rows)
     return np.lib.format.open_memmap(file, "r+")
 
 

@@ -24,9 +24,9 @@ from easyaira.train.step import PER_EXAMPLE, LossFn, Sums
 def reward(model: Model, config: RewardConfig, *, examples: int, answers: int) -> LossFn:
     """Loss over the scores of the `examples` examples of a micro-batch.
 
-    With several answers: the Bradley-Terry loss, mean over the pairs of a prompt, which are one
-    example: Ouyang et al. (2022), Training language models to follow instructions, eq. 1. With one
-    text: binary cross-entropy; the batch's `labels` say whether its score should be positive."""
+    With several answers: the Bradley-Terry loss, mean over the pairs of a prompt: Ouyang et al.
+    (2022), Training language models to follow instructions, eq. 1. With one text: binary
+    cross-entropy; the batch's `labels` say whether its score should be positive."""
     pairs = preference.pairs_of(answers)
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:

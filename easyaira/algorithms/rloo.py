@@ -29,7 +29,7 @@ def advantages(rewards: np.ndarray, kl: np.ndarray, config: RLConfig) -> np.ndar
 
 
 def loss(policy: Completions, config: RLConfig) -> Sums:
-    """Clipped loss per completion; its gradient is that of eq. 6 where the ratio is 1."""
+    """Clipped loss per completion; its gradient equals eq. 6 where the ratio is 1."""
     mask, A_B = policy.mask, policy.advantages
     ratio_B = jnp.exp(((policy.logps - policy.old_logps) * mask).sum(1))
     clipped_B = jnp.clip(ratio_B, *config.clip)

@@ -79,8 +79,8 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         return len(prompts) // count * config.cycle
 
     def together(answers: int) -> list[int]:
-        """Numbers of a prompt's answers that an example may hold, so that each update has the
-        answers that it would have with single ones."""
+        """Numbers of answers that an example may hold without changing the answers of any
+        update."""
         own, whole = int(rl.answers_per_prompt), config.answers == config.train_batch_size
         if not whole and objective.together < own:
             return [1]
@@ -131,7 +131,7 @@ def make_sampler(setup: Setup) -> Sampler:
 
 
 def largest_cache(setup: Setup, sampler: Sampler) -> tuple[int, int]:
-    """Rows and slots that the cache of a rollout has at most."""
+    """Upper bounds on the rows and slots of a rollout's cache."""
     config: TrainRL = setup.config
     lengths = np.sort(np.diff(setup.data.train.bounds[:, :2])[:, 0])
     own = int(config.rl.answers_per_prompt)
@@ -144,7 +144,7 @@ class Rollouts:
     Args:
         folder: the run folder, which gets some answers of each rollout.
         start: first update of this process.
-        stopping: asks whether a signal requests a stop.
+        stopping: returns whether a signal has requested a stop.
     """
 
     def __init__(self, setup: Setup, folder: Path, start: int, stopping: Callable[[], bool]):
@@ -268,7 +268,7 @@ class Rollouts:
     def layout(
         self, prompts: list[np.ndarray], answers: list[Answer], rows: np.ndarray, seed: int
     ) -> Batches:
-        """The answers in updates; every pass over them has an order of its own."""
+        """Arrange the answers in updates; every pass over them is shuffled anew."""
         plan, n = self.setup.batches, self.together
         lengths = {
             "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.float32),

@@ -24,8 +24,8 @@ def sft(model: Model, config: SFTConfig = PLAIN) -> LossFn:
     """Negative log-likelihood per token in the loss mask.
 
     With `router_aux_loss`, plus the balance loss of each example, times its number of such tokens.
-    With `dft`, that of a token is weighted by its probability, through which no gradient flows: Wu
-    et al. (2025), On the Generalization of SFT, dynamic fine-tuning."""
+    With `dft`, a token's loss is weighted by its probability, taken as constant: Wu et al. (2025),
+    On the Generalization of SFT, dynamic fine-tuning."""
 
     def loss_fn(params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: Any) -> Sums:
         if config.router_aux_loss:

@@ -1,4 +1,4 @@
-"""Questions to a model, from file to file: those that cannot be asked are kept with the reason."""
+"""Ask a model questions, from file to file; keep those that cannot be asked, with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Question(NamedTuple):
 
     Attributes:
         place: file and line that it comes from.
-        columns: what its row holds beside the question.
+        columns: further columns of its row.
         fault: why it cannot be asked; None if it can.
     """
 
@@ -36,11 +36,11 @@ def ask(
 
     Args:
         questions: read once, before anything is written.
-        settings: what decides the questions, for the folder's record.
+        settings: everything that determines the questions, for the folder's record.
         args: the model and options of `generate`.
 
     Raises:
-        ConfigError: the folder is of another command.
+        ConfigError: the folder belongs to another command.
         DataError: no question can be asked.
     """
     loaded, sampling = generate.load(args)
@@ -61,7 +61,7 @@ def ask(
 def _checked(
     questions: Iterable[Question], loaded: Any, sampler: Any
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The set and the row of each question."""
+    """Yield the file and the row of each question."""
     for place, prompt, columns, fault in questions:
         if fault is None:
             try:

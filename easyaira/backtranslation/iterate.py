@@ -16,7 +16,7 @@ from easyaira.errors import DataError
 from easyaira.files import named_path
 from easyaira.generation import sets
 
-# Li et al. (2023), section 2.4: what follows an instruction says where its answer comes from
+# Li et al. (2023), section 2.4: a tag after the instruction says where its answer comes from
 SEED_TAG = "Answer in the style of an AI Assistant."
 WEB_TAG = "Answer with knowledge from web search."
 TRAIN, RUN, CURATED = "train.jsonl", "run", "curated"
@@ -40,9 +40,9 @@ def mix(seed: Source, kept: Source | None, folder: Path) -> dict[str, int]:
 
 
 def iterate(args: Any) -> Iterator[dict[str, Any]]:
-    """Train model 0 on seed rows; in each round the newest model rates the pairs, and the next
-    one, from the same start, learns from seed rows and those kept. Yield each round's counts
-    before its training.
+    """Train model 0 on seed rows. In each round, the newest model rates the pairs; the next model
+    starts from the same weights as model 0 and trains on seed rows and kept pairs. Yield each
+    round's counts before its training.
 
     Args:
         args: seed_data, pairs, config, rounds, threshold and output; for the ratings, the options
@@ -56,7 +56,7 @@ def iterate(args: Any) -> Iterator[dict[str, Any]]:
     settings = {"step": "iterate", "seed_data": sources.content_key(seed)}
     settings |= {"pairs": sources.content_key(pairs), "threshold": args.threshold}
     sets.check_folder(output, settings)
-    cli.parse(train_sft.CONFIG, _training(args.config, output / "0"))  # refuses it now, not later
+    cli.parse(train_sft.CONFIG, _training(args.config, output / "0"))  # refuse a wrong one now
     sets.begin(output, settings)
     rounds: list[dict[str, Any]] = []
     for number in range(args.rounds + 1):

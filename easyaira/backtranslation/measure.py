@@ -58,7 +58,7 @@ def scores(generated: Sequence[str], true: Sequence[str]) -> dict[str, float]:
 
 
 def first_words(examples: Sequence[Example]) -> list[str]:
-    """The trivial instruction: the first words of the text, as many as a true one has in mean."""
+    """Baseline: the first words of each text, as many as a true instruction has on average."""
     count = round(sum(len(one.true.split()) for one in examples) / len(examples))
     return [" ".join(one.text.split()[:count]) for one in examples]
 

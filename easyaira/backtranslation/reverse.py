@@ -16,13 +16,13 @@ TRAIN, HELD_OUT, SEED = "train.jsonl", "held_out.jsonl", "seed.jsonl"
 
 
 def reverse(source: Source, folder: Path, held_out: int) -> dict[str, int]:
-    """Write the reversed rows, and the same rows as they were; return the counts.
+    """Write the rows reversed, and those to train on also as they were; return the counts.
 
     Args:
-        held_out: rows that HELD_OUT gets, at least; rows with one answer stay together.
+        held_out: least number of rows in HELD_OUT; rows with the same answer stay together.
 
     Raises:
-        ConfigError: the folder is of another command.
+        ConfigError: the folder belongs to another command.
         DataError: a row is unreadable, or too few are left to train on.
     """
     settings = {"step": "reverse", "data": sources.content_key(source), "held_out": held_out}
@@ -51,7 +51,7 @@ def reverse(source: Source, folder: Path, held_out: int) -> dict[str, int]:
 
 
 def _held_out(rows: list[Exchange], wanted: int) -> set[str]:
-    """Answers whose rows are held out, the same ones in any order of the rows."""
+    """Answers whose rows are held out; independent of the order of the rows."""
     of = Counter(row.answer for row in rows)
     chosen: set[str] = set()
     for answer in sorted(of, key=lambda text: hashlib.sha256(text.encode()).digest()):

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from easyaira.chat.choice import GUARD_THRESHOLD, choose, ranking
 from easyaira.errors import one_line
 
-STEPS = 4  # tokens between two looks at the answers
+STEPS = 4  # tokens between updates of the page
 
 
 class Controls(NamedTuple):
-    """What the page sets.
+    """Settings of the page.
 
     Attributes:
         samples: number of candidates.
@@ -32,7 +32,7 @@ class Controls(NamedTuple):
 
 @dataclass
 class State:
-    """What the page shows.
+    """State of the page.
 
     Attributes:
         texts: the candidates, unfinished while they are generated.
@@ -52,7 +52,7 @@ class State:
 
 
 class Answers:
-    """Answers of a language model, chosen by the scores of others.
+    """Answers of a language model, chosen by the scores of other models.
 
     Args:
         model: from `easyaira.load`.
@@ -65,10 +65,10 @@ class Answers:
         self.model, self.reward, self.guard, self.apology = model, reward, guard, apology
 
     def ask(self, question: str, controls: Controls) -> Iterator[State]:
-        """Yield the candidates as they grow, and at last the choice.
+        """Yield the candidates as they grow, then the choice.
 
-        Only the question is given to the model: no earlier turn. An error becomes the state's
-        problem, and a failing scorer the apology.
+        The model sees only the question, no earlier turn. An error becomes the state's problem; if
+        a scorer fails, the answer is the apology.
         """
         state = State([""] * controls.samples)
         try:
@@ -105,7 +105,7 @@ class Answers:
         return [float(score) for score in self.reward.of_answers(pairs)]
 
     def _candidates(self, question: str, controls: Controls) -> Iterator[list[str]]:
-        """Yield all texts, each time that one has grown."""
+        """Yield all texts whenever one of them has grown."""
         model = self.model
         sampling = model.sampling(**controls.sampling)
         sampler = model.sampler(sampling, controls.samples, STEPS)

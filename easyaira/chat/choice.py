@@ -28,7 +28,7 @@ def ranking(
     allowed = [
         i
         for i, (reward, guard) in enumerate(scores)
-        if not math.isnan(reward) and guard >= threshold  # NaN is not
+        if not math.isnan(reward) and guard >= threshold  # false for NaN
     ]
     return sorted(allowed, key=lambda i: -rewards[i])
 

@@ -24,7 +24,7 @@ SAMPLING = {  # control: least, most, step
     "repetition_penalty": (1.0, 2.0, 0.05),
     "max_new_tokens": (10, 500, 10),
 }
-KEPT = 2000  # characters of a refused question
+KEPT = 2000  # characters of a failed question that stay in its box
 NEEDS_TEMPERATURE = ("top_k", "top_p", "min_p")
 CSS = """.rows table { border-collapse: collapse; width: 100%; }
 .rows table, .rows tr, .rows th, .rows td { border: 0 none !important; }

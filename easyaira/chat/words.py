@@ -35,8 +35,8 @@ WORDS: dict[str, dict[str, Any]] = {
         "failed": "No answer",
         "apology": "I have no suitable and safe answer to this question. Please rephrase it.",
         "none": "Every candidate was dropped: the guard scored it below {threshold:g}, or a score "
-        "is no number.",
-        "note": "Each question is answered by itself: earlier turns are shown, and not read.",
+        "is not a number.",
+        "note": "Each question is answered on its own: the model does not read earlier turns.",
     },
     "pt": {
         "title": "Pergunte a {model}",

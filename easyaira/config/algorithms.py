@@ -31,13 +31,13 @@ class SFTConfig:
     last_turn_only: bool = False
     """Put loss only on the last answer of a conversation; everything before it is the prompt."""
     loss_type: Literal["nll", "dft"] = "nll"
-    """nll: negative log-likelihood; dft: each token's is weighted by its probability (dynamic
+    """nll: negative log-likelihood; dft: the same, weighted by each token's probability (dynamic
     fine-tuning)."""
     label_smoothing: Share = 0.0
     """nll: share of each label that is spread evenly over the vocabulary."""
     router_aux_loss: bool = False
-    """Mixtures of experts: add the loss that balances the experts, of each example, times
-    router_aux_loss_coef of config.json."""
+    """Mixtures of experts: add each example's load-balancing loss, times router_aux_loss_coef of
+    config.json."""
 
     def __post_init__(self):
         if self.label_smoothing and self.loss_type != "nll":
@@ -89,10 +89,11 @@ class OptimizerConfig:
     min_lr_rate: Share = 0.0
     """Last learning rate as a share of the peak (cosine_with_min_lr, warmup_stable_decay)."""
     decay_ratio: Share = 0.1
-    """warmup_stable_decay: share of all updates in which the rate falls, at the end, rounded up;
-    between the warm-up and these it is constant."""
+    """warmup_stable_decay: last share of all updates, rounded up, in which the rate decays; from
+    the warm-up until then it is constant."""
     warmup_steps: CountOrZero = 0
-    """Updates of linear warmup from 0 (the first update has rate 0)."""
+    """Updates of linear warmup; the first has rate 0 (warmup_stable_decay: min_lr_rate of the
+    peak)."""
     warmup_ratio: Share = 0.0
     """Warmup as a share of all updates, rounded up; instead of warmup_steps."""
     weight_decay: NonNegative = 0.0

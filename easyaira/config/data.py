@@ -56,7 +56,7 @@ class DataConfig:
     reverse: bool = False
     """Swap prompt and completion: train a backward model, for instruction backtranslation."""
     allowed_tokens: list[str] = field(default_factory=list)
-    """Control tokens that become one token where a row's text spells them; others stay text."""
+    """Control tokens to recognise in the text of a row; all others stay plain text."""
     max_examples: Count | None = None
     """Read at most N rows of each source of train."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -72,8 +72,8 @@ class DataConfig:
     """For an example above max_length: cut its end (so it has no EOS to learn), cut the start of
     its prompt, or drop the row. data_report.json counts these examples."""
     texts: Literal["whole", "split", "join"] = "whole"
-    """Rows of plain text (SFT): an example each; one above max_length is split into several; or all
-    texts of a source are joined and cut at max_length (continued pretraining)."""
+    """Rows of plain text (SFT). whole: an example each; split: several, for a row above max_length;
+    join: all texts of a source, joined and cut at max_length (continued pretraining)."""
     packing: bool = True
     """Pack several examples of an update into one row; an example attends only to itself. Packing
     changes the amount of padding and nothing else."""
@@ -81,15 +81,15 @@ class DataConfig:
     """Store the prompt of several answers once; all of them attend to it. Sharing changes the
     amount of computation and nothing else. auto: share where it saves enough; the log says so."""
     shuffle: bool = True
-    """Visit the rows in a new random order in every epoch; false: in their own order, such as that
-    of a curriculum."""
+    """Visit the rows in a new random order in every epoch; false: in the order of the data, such as
+    a curriculum."""
     drop_last: bool = False
     """Drop an epoch's last update if it is smaller than the others."""
     deduplicate: bool = False
     """Drop and count rows that repeat an earlier one exactly, in its source or another, and
-    held-out rows that are also trained on. The copies of a weight are no repeats."""
+    held-out rows that are also trained on. Copies made by a weight are not repeats."""
     max_dropped: Share = 0.05
-    """Stop if more than this share of the rows was dropped, without those of deduplicate."""
+    """Stop if more than this share of the rows was dropped, not counting those of deduplicate."""
     compat: Literal["aira"] | None = None
     """aira: reproduce the loss of Aira's original scripts, which includes prompts and padding up
     to max_length (SFT only)."""

@@ -1,4 +1,4 @@
-"""Options of preference optimisation. Names are those of TRL where the thing is the same.
+"""Options of preference optimisation. Names follow TRL where the meaning is the same.
 
 The string below an option is its `--help`."""
 
@@ -13,15 +13,15 @@ from easyaira.errors import ConfigError, did_you_mean, shortened
 
 
 class LossUse(NamedTuple):
-    """What a preference loss takes of the options.
+    """Options that a preference loss supports.
 
     Attributes:
-        smoothed: takes `label_smoothing`.
-        divergences: takes other `f_divergence_type`s than reverse_kl, because it depends on the
-            difference of the two log-ratios alone.
-        margins: takes the margins of the rows, because it is a function of the difference of the
-            two rewards, which they reduce.
-        reference: `needed`; `either`, if it has a meaning on plain log-probabilities; or `none`.
+        smoothed: `label_smoothing`.
+        divergences: other `f_divergence_type`s than reverse_kl: the loss depends only on the
+            difference of the two log-ratios.
+        margins: margins of the rows: the loss depends only on the difference of the two rewards,
+            from which they are subtracted.
+        reference: `needed`; `either`, if plain log-probabilities make sense, too; or `none`.
     """
 
     smoothed: bool = False

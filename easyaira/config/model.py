@@ -48,10 +48,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig(ModelConfig):
-    """The policy to train, and its DPO reference."""
+    """The policy to train, and its reference."""
 
     ref_name_or_path: str | None = None
-    """Weights of the DPO reference; default: the policy's initial weights."""
+    """Weights of the reference model; default: the policy's initial weights."""
 
 
 @dataclass(frozen=True)

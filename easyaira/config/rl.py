@@ -1,4 +1,4 @@
-"""Options of on-policy training. Names are those of TRL where the thing is the same.
+"""Options of on-policy training. Names follow TRL where the meaning is the same.
 
 The string below an option is its `--help`."""
 
@@ -22,14 +22,14 @@ class RLConfig:
     reward_weights: list[float] | None = None
     """Weight of each reward; default: 1."""
     eval_reward: str | list[str] | None = None
-    """Reward for the answers to data.eval that is not used in training, such as another reward
-    model; default: reward."""
+    """Reward of the answers to data.eval, such as a reward model that is not used in training;
+    default: reward."""
     algorithm: Literal["grpo", "rloo", "online_dpo", "ppo"] = "grpo"
     """grpo: advantages relative to the answers of the same prompt; rloo: leave-one-out baseline, KL
     in the reward; online_dpo: the DPO loss of a prompt's two answers; ppo: value model, KL in the
     reward; see docs/rl.md."""
     num_generations: Count | None = None
-    """Answers to each prompt, at least 2; for ppo 1; default: 8, online_dpo 2, ppo 1."""
+    """Answers to each prompt, at least 2 (ppo: 1); default: 8, online_dpo 2, ppo 1."""
     max_completion_length: Count = 256
     """Longest answer in tokens."""
     generation_batch_size: Count | None = None

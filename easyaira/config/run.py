@@ -170,11 +170,12 @@ class RunConfig:
     save_steps: CountOrZero = 200
     """Save a checkpoint every N updates and always after the last; 0: only after the last."""
     save_total_limit: Count = 2
-    """Number of checkpoints to keep, beside the best."""
+    """Number of checkpoints to keep, in addition to the best."""
     load_best_model_at_end: bool = False
     """Save at each evaluation that is the best so far, keep that checkpoint, and export it."""
     metric_for_best_model: str | None = None
-    """Held-out metric that decides what is best, with or without eval_; default: loss."""
+    """Held-out metric that decides which checkpoint is best, with or without eval_; default:
+    loss."""
     greater_is_better: bool | None = None
     """Whether larger values are better; default: unless the metric's name ends in loss."""
     early_stopping_patience: Count | None = None
@@ -182,7 +183,7 @@ class RunConfig:
     logging_steps: Count = 10
     """Log metrics every N updates, averaged over them."""
     report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, mlflow; []: nowhere."""
+    """Trackers in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow; []: none."""
     num_samples: CountOrZero = 4
     """Number of held-out prompts to answer at every evaluation, for report.html and TensorBoard."""
     seed: Seed = 42

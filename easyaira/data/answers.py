@@ -32,7 +32,7 @@ def compared(row: Record, form: Form) -> tuple[list[Message], list[str], list[in
 
     Raises:
         Unreadable: a column is missing or has the wrong type, the answers have different prompts,
-            there are other numbers than answers, or a number is not finite.
+            there are more or fewer scores or ranks than answers, or one of them is not finite.
         Dropped: there are fewer than two answers.
     """
     if len(form.columns) == 2:

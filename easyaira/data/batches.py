@@ -6,16 +6,16 @@ of a micro-batch.
     tokens       [A, R, T]  token ids; 0 in padding
     positions    [A, R, T]  position in the token's own sequence, from 0
     segment_ids  [A, R, T]  index of the example in its micro-batch, from 1; 0 is padding
-    sides        [A, R, T]  0 shared, or the only answer; k + 1 answer k (of a pair 1 chosen, 2
-                            rejected); UNATTENDED masked for every token
+    sides        [A, R, T]  0: shared prompt, or the only answer; k + 1: answer k (in a pair, 1 is
+                            chosen, 2 rejected); UNATTENDED: masked for every token
     loss_mask    [A, R, T]  tokens with loss (each is predicted by the token before it)
 
 A batch also has per-example arrays [A, B, ...], such as the reference's log-probabilities.
 
-Several answers are stored as sequences of their own, or with a shared prompt as one. A shared
-sequence is the prompt without its last token, then that token and the answer for each answer. So
-every token with loss follows the token that predicts it, only one token of the prompt is stored
-again, and positions continue from the prompt's end in every answer.
+Several answers are stored as separate sequences, or as one with a shared prompt. A shared sequence
+is the prompt without its last token, then, for each answer, that token and the answer. So every
+token with loss follows the token that predicts it, only one token of the prompt is repeated, and
+positions continue from the prompt's end in every answer.
 
 Update n is a pure function of (seed, n), so the only state of the data order is one integer.
 """
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 SAMPLED_UPDATES = 256
-EXTREME_UPDATES = 16  # per SAMPLED_EPOCHS: the largest, and those with the longest examples
+EXTREME_UPDATES = 16  # of each sampled epoch: the largest, and as many with the longest examples
 SAMPLED_EPOCHS = 3
 MAX_PACKED_LENGTH = 4096  # longer only where an example is longer
 
@@ -95,7 +95,7 @@ class Batches:
         multiple: divisor of every row length, as the device's attention requires.
         known: name -> [n, ...] per-example arrays.
         length: length of the rows, unless an example is longer; None: chosen by cost. With
-            `one_row`, each update's is chosen as it comes.
+            `one_row`, it is ignored, and each update has its own.
         together: consecutive examples that stay together on a shard, in their order; divides the
             examples of a shard and the number of all.
     """
@@ -123,7 +123,7 @@ class Batches:
 
     @property
     def one_row(self) -> bool:
-        """Whether all examples of a shard lie in one row, as where long rows cost nothing."""
+        """Whether all examples of a shard lie in one row: long rows cost no more attention."""
         return self.packing and not self.attention
 
     def order(self, epoch: int) -> np.ndarray:
@@ -169,7 +169,7 @@ class Batches:
         return max(sum(group) if self.one_row else max(group, default=1) for group in groups)
 
     def bucket(self, length: int) -> int:
-        """A row length of at least `length`, and little more in a row that is not filled up."""
+        """A row length of at least `length`; finer steps for `one_row`, whose rest stays empty."""
         return bucket(length, self.multiple, 64 if self.one_row else 4)
 
     def _regular(self) -> set[int]:

@@ -75,7 +75,7 @@ def cache_error(folder: Path, error: OSError) -> StorageError:
 
 
 def kept(root: Path, key: str) -> Path | None:
-    """Folder of the entry `key` if all its files are those that were written.
+    """Folder of the entry `key` if all its files are intact.
 
     A damaged entry is reported and removed."""
     folder = root / key
@@ -170,7 +170,7 @@ def cached_source(
 
     def build(folder: Path) -> None:
         rows = islice(sources.read(source), limit)
-        known = {one: of.reason for of in earlier for one in of.ids.tolist()}
+        known = {example: other.reason for other in earlier for example in other.ids.tolist()}
         tokenise.build(rows, folder, recipe=recipe, template=template, label=label, known=known)
 
     part, account = examples.open_folder(kept(root, key) or add(root, key, build))
@@ -214,6 +214,6 @@ def _key(
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     digest.update(json.dumps([content, source.path, limit, asdict(recipe)]).encode())
     digest.update(template.fingerprint().encode())
-    for of in earlier:
-        digest.update(f"{of.key} {of.reason}".encode())
+    for other in earlier:
+        digest.update(f"{other.key} {other.reason}".encode())
     return digest.hexdigest()[:32]

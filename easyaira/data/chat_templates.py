@@ -68,7 +68,7 @@ AIRA_TOKENS = {
     "sep_token": "<|endofinstruction|>",
     "pad_token": "<|pad|>",
 }
-KEEPS_UNKNOWN = ("gpt2", "bloom")
+KEEPS_UNKNOWN = ("gpt2", "bloom")  # model types that keep their own unk_token
 CHATML_TOKENS = {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
 
 

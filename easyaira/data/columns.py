@@ -118,7 +118,7 @@ def hint(columns: Sequence[str], task: str | None = None) -> str:
 
 
 def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
-    """Convert a row to messages, and the number of those that are its prompt.
+    """Convert a row to messages, and count those of its prompt.
 
     Raises:
         Unreadable: a column is missing or has the wrong type.
@@ -328,7 +328,7 @@ def _message(turn: Record, name: str) -> Message:
     message["content"] = _content(turn, turn.get(key), name)
     flags = {_flag(turn[key], f"column {name}: key {key}") for key in WEIGHTS if turn.filled(key)}
     if len(flags) > 1:
-        raise Unreadable(f"column {name}: a message is marked to be learned and not to be")
+        raise Unreadable(f"column {name}: a message is marked both learned and not learned")
     if flags == {True} and message["role"] != "assistant":
         raise Unreadable(f"column {name}: only answers can be learned; mark no other turn")
     return message | ({"learned": False} if flags == {False} else {})

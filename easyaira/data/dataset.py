@@ -28,7 +28,7 @@ from easyaira.data.recipe import Recipe
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, TokenizerError, escaped, folded, shortened
 
-SHOWN = 20  # columns that are not used, in the log
+SHOWN = 20  # unused columns to name in the log
 CUT_SHARE = 0.05  # warn above this share of rows that are cut
 RESIZE = ", or set model.resize"
 OVERLAP = 0.01  # warn above this share of held-out examples whose prompt is also trained on
@@ -62,7 +62,7 @@ def load(
     """Read, tokenise, count and split all sources of `config`.
 
     Args:
-        positions: of the model, the longest max_length; for a warning.
+        positions: the model's number of positions, for a warning.
 
     Raises:
         DataError: no row is usable or has a weight above 0, or the dropped share exceeds
@@ -141,7 +141,7 @@ def task_of(config: DataConfig, tasks: Sequence[str], ask: str = "") -> str:
     if fits:
         commands = " and of ".join(f"`easyaira {TRAINED_BY[task]}`" for task in fits)
         raise DataError(f"{listed}, which are those of {commands}; {ask}rename the unwanted ones")
-    raise DataError(f"{listed}; wanted such as {usual(tasks)}. {hint(columns)}")
+    raise DataError(f"{listed}; wanted columns such as {usual(tasks)}. {hint(columns)}")
 
 
 def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Source]:
@@ -221,7 +221,7 @@ def _joined(parts: list[Examples]) -> Examples:
     """Concatenate sources in memory. The tokens of a single source stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
-    counts = {part.answers for part in parts if len(part)}  # all rows of one may be repeats
+    counts = {part.answers for part in parts if len(part)}  # all rows of a source may be repeats
     if len(counts) > 1 and 1 in counts:
         raise DataError("data: some sources have pairs and some single texts; use only one kind")
     parts = [part.widened(max(counts)) for part in parts]

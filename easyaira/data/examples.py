@@ -136,7 +136,7 @@ class Account:
     cut: Counter = field(default_factory=Counter)
     shown: list[list[Any]] = field(default_factory=list)
 
-    def __post_init__(self):  # JSON knows no Counter
+    def __post_init__(self):  # JSON has no Counter
         for name in ("dropped", "noted", "unread"):
             setattr(self, name, Counter(getattr(self, name)))
         self.cut = Counter({int(length): count for length, count in self.cut.items()})
@@ -158,7 +158,7 @@ class Account:
         )
 
     def length_for(self, share: float) -> int | None:
-        """Shortest max_length that leaves this share of the kept rows whole; None: today's does."""
+        """Shortest max_length that leaves this share of the kept rows whole; None: the current."""
         whole, wanted = self.kept - self.cut.total(), None
         for length, count in sorted(self.cut.items()):
             if whole >= share * self.kept:
@@ -351,7 +351,7 @@ def check_embedded(tokens: Any, vocab_size: int, fix: str = "") -> None:
     """Check that the model has an embedding of every token.
 
     Raises:
-        TokenizerError: it has not.
+        TokenizerError: a token has none.
     """
     tokens = np.asarray(tokens)
     for extreme in (int(tokens.max(initial=0)), int(tokens.min(initial=0))):

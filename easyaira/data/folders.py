@@ -79,7 +79,7 @@ def _data_files(paths: Iterable[Path], endings: Sequence[str]) -> list[Path]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file's name tells, below the folder that was given."""
+    """The split named by a file's path below the given folder; None if it names none."""
     if shard := SHARD.match(name):
         return SPLITS.get(shard[1], shard[1])
     words = WORD.findall(name.lower())
@@ -87,7 +87,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _of_split(place: Path, files: Sequence[Path], split: str) -> list[Path]:
-    """The files of a split; those whose names tell none are trained on."""
+    """The files of a split; those whose names tell none belong to train."""
     named = {
         file: _split_of(file.relative_to(place).as_posix() if place.is_dir() else file.name)
         for file in files

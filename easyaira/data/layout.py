@@ -1,4 +1,4 @@
-"""What a template writes around the contents of a conversation, and which of it is learned.
+"""Layouts: the text of a template around the contents of a conversation, and what is learned of it.
 
 A template is rendered once per sequence of roles, with placeholders for the contents. The rendering
 is split into control tokens, text and placeholders, each of them learned or not.
@@ -141,9 +141,9 @@ def _parts(
 
 
 def _with_spaces(parts: Sequence[Part]) -> Iterator[Part]:
-    """Move the spaces before an answer into it, since tokenizers merge a space with the next word,
-    and the text between an answer and its control token, if it is blank or closes the last answer,
-    too."""
+    """Move text into the answer beside it: spaces before it, since tokenizers merge a space with
+    the next word; and text up to its control token, if blank or equal to the text that closes the
+    last answer."""
     items = [part.item for part in parts]
     tokens = [isinstance(item, int) for item in items] + [False, False]
     answers = [part.learned and not isinstance(part.item, int) for part in parts] + [False]
@@ -164,7 +164,7 @@ def _with_spaces(parts: Sequence[Part]) -> Iterator[Part]:
 
 
 def _with_ends(parts: Iterable[Part]) -> Iterator[Part]:
-    """Learn the control token that follows an answer."""
+    """Mark the control token that follows an answer as learned."""
     ends = False
     for part in parts:
         token = isinstance(part.item, int)

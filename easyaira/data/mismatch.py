@@ -11,12 +11,12 @@ from easyaira.errors import DataError
 
 
 def mismatched(examples: Examples, group: int, *, max_length: int, seed: int) -> Examples:
-    """Examples of one answer, shuffled and cut into groups, with a second answer: that of the
-    example before it in its group, shortened to `max_length` tokens with the prompt.
+    """Shuffle examples of one answer into groups, and give each a second answer: the answer of the
+    example before it in its group, cut where prompt and answer exceed `max_length` tokens.
 
-    So the second answers of a group are its first ones, as the estimate of the KL divergence in
-    Ethayarajh et al. (2024), KTO, wants them. Groups stay the same in all epochs. The tokens are
-    copied into memory; up to `group` - 1 examples are left out.
+    So a group has the same answers as first and as second ones, as the estimate of the KL
+    divergence in Ethayarajh et al. (2024), KTO, requires. Groups stay the same in all epochs. The
+    tokens are copied into memory; up to `group` - 1 examples are left out.
 
     Raises:
         DataError: there are fewer examples than a group has.

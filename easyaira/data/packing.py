@@ -20,13 +20,13 @@ class Shape(NamedTuple):
 
 
 MAX_SHAPES = 8
-COMPILATION = 10  # cost of compiling one more program, in updates, unless it is less
-CPU_COMPILATION = 1.6e12  # the same in operations: 8 seconds at 200 GFLOP/s
+COMPILATION = 10  # cost of compiling one more program, in updates, at most
+CPU_COMPILATION = 1.6e12  # cost on a CPU, in operations: 8 seconds at 200 GFLOP/s
 ROW_COUNTS = 24  # row counts to try per length
 
 
 def bucket(size: int, multiple: int = 1, per_doubling: int = 4) -> int:
-    """Round `size` up to one of four (or another power of 2) sizes per doubling, and to a multiple
+    """Round `size` up to one of `per_doubling` (a power of 2) sizes per doubling, and to a multiple
     of `multiple`."""
     step = max(multiple, (1 << size.bit_length()) // (2 * per_doubling))
     return -(-size // step) * step
@@ -102,7 +102,7 @@ WORTH_SHARING, WORTH_SHARING_TILES = 0.15, 0.03
 
 
 def shares_prompt(choice: str, examples: Examples, kernel: str) -> bool:
-    """Whether to store the answers to a prompt with their prompt once.
+    """Whether to store a prompt once for all its answers.
 
     Args:
         kernel: attention implementation, see models/attention.py.

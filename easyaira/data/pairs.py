@@ -1,4 +1,4 @@
-"""Counts of pairs that say before a run how well it can go."""
+"""Statistics of pairs that show, before a run, how much it can learn from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def statistics(pairs: Examples) -> dict[str, int]:
 
     Returns:
         pairs: their number.
-        repeats: copies of other pairs; those that a weight of the source makes are none.
+        repeats: copies of other pairs, not counting those made by a source's weight.
         chosen longer, rejected longer: pairs in which this answer has more tokens.
         chosen tokens, rejected tokens: in all answers.
         compared, common ends: pairs looked at, and those whose answers differ by their beginnings

@@ -90,7 +90,7 @@ class PlainText:
                 list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
             ).input_ids
         except BaseException as error:
-            # the library raises plain Exceptions, and panics, which are no Exceptions
+            # the library raises plain Exceptions, and panics, which are BaseExceptions
             if type(error) is Exception or type(error).__name__ == "PanicException":
                 raise TokenizerError(f"tokenizer: fails on a text: {reason(error)}") from error
             raise

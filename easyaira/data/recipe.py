@@ -19,8 +19,8 @@ class Recipe:
     Attributes:
         task: kind of row: a conversation to train on, two or more answers to compare, an answer
             with a label, a text to score, or a prompt to answer.
-        max_length: longest prompt with answer, in tokens; of a prompt to answer, without one.
-        min_length: a row with a shorter prompt with answer is dropped.
+        max_length: longest prompt with answer, in tokens; in the task prompt, longest prompt.
+        min_length: a row is dropped if its prompt with answer is shorter.
         max_prompt_length: a longer prompt keeps its start token and its last tokens.
         truncation: treatment of examples above max_length.
         texts: treatment of texts that are learned whole, see config.data.DataConfig.
@@ -29,7 +29,7 @@ class Recipe:
             config.algorithms.SFTConfig.
         padded: put loss on every token and on padding to max_length, as Aira's original scripts do.
         on_bad_row: error or skip.
-        margin: a pair's column margin is read.
+        margin: whether a pair's column margin is read.
         deduplicate: a row is dropped if its tokens, the tokens with loss, and its label, margin,
             weight and ranks are those of an earlier row.
         compared: which of the answers to a prompt are kept, see config.dpo.DPOConfig.answers.
@@ -77,7 +77,7 @@ def recipe_of(
             if getattr(data, name):
                 raise ConfigError(
                     f"data.texts: {data.texts} makes examples of parts of texts, which data.{name} "
-                    "does not take; leave one of them out"
+                    "does not support; leave one of them out"
                 )
     if task not in ("pair", "rated", "prompt") and data.share_prompt == "always":
         raise ConfigError("data.share_prompt: only pairs have a prompt to share; leave it out")

@@ -1,5 +1,5 @@
-"""A row that notes which of its columns and keys are read, so that nothing filled is left unread
-without a word."""
+"""A row that notes which of its columns and keys are read, so that filled ones that are not read
+can be reported."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def facts(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outcome(outcome: str, part: str) -> str:
-    """What became of a row of this part: held-out rows of their own are not trained on."""
+    """Outcome of a row of this part; rows of data.eval are evaluated, not trained on."""
     return outcome.replace(KEPT, "evaluated", 1) if part == "held out" else outcome
 
 
@@ -124,7 +124,7 @@ def histograms(examples: Examples, account: Account | None, max_length: int) -> 
     """Panels of the lengths of prompts, answers and examples, and of learned tokens.
 
     Args:
-        account: counts of the rows, with the lengths of those that were cut, if they are known.
+        account: counts of the rows, and lengths of those that were cut; None if unknown.
         max_length: of an example.
     """
     exists, unseen = examples.exists, examples.unseen[:, None]

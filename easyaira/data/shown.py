@@ -11,17 +11,17 @@ import numpy as np
 from easyaira.data.examples import Account, Parts
 from easyaira.data.template import Template
 
-ROWS = 12  # that are trained on
-FIRST = 2  # of every other outcome, beside the sample
-LONGEST = 2000  # tokens of a span
+ROWS = 12  # size of the sample of rows that are trained on
+FIRST = 2  # rows of every other outcome, in addition to the sample
+LONGEST = 2000  # tokens shown of a span
 KEPT = "trained on"
 STATES = {True: "trained", False: "masked"}
 
 
 def show(account: Account, place: str, parts: Parts, template: Template, outcome: str) -> None:
-    """Record a random sample of the kept rows, changed ones too, and the first two of every outcome
-    but the plain one, for a report. The sample holds the rows whose places have the smallest
-    hashes."""
+    """Record a row for a report, which holds a random sample of the kept rows, changed or not, and
+    the first two rows of every outcome except KEPT. The sample holds the rows whose places have the
+    smallest hashes."""
     seen: Counter[str] = Counter()
     sample = []
     for row in account.shown:
@@ -62,7 +62,7 @@ def show(account: Account, place: str, parts: Parts, template: Template, outcome
 
 
 def _hash(place: str) -> bytes:
-    """Of the file's name and the row, so that a sample does not depend on the folder."""
+    """Hash of the file's name and the row, so that a sample does not depend on the folder."""
     name = place.rpartition("/")[2].encode("utf-8", "replace")
     return hashlib.blake2b(name, digest_size=8).digest()
 
@@ -70,8 +70,8 @@ def _hash(place: str) -> bytes:
 def _abridged(
     tokens: np.ndarray, learned: np.ndarray | None
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Tokens for a report, without the middle of a long span; the state of each, and what to write
-    before it. Without `learned`, they are cut off."""
+    """Tokens for a report, without the middle of a long span; the state of each, and text to write
+    before it. Without `learned`, the state is "cut"."""
     index, middle = np.arange(len(tokens)), LONGEST // 2
     if left_out := max(len(tokens) - LONGEST, 0):
         index = np.delete(index, slice(middle, middle + left_out))

@@ -154,7 +154,7 @@ def _read_file(path: Path) -> Iterator[Located]:
         pyarrow.ArrowException,
     ) as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}; it may be cut off") from error
-    except (OverflowError, ValueError) as error:  # times that Python has not
+    except (OverflowError, ValueError) as error:  # times that Python cannot represent
         raise DataError(f"{path}: cannot be read: {reason(error)}; leave its column out") from error
 
 
@@ -178,7 +178,7 @@ def _check_format(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(64)
     if path.suffix == ".jsonl" and LIST.match(start):
-        raise DataError(f"{path}: is one JSON list and not an object a line; name it .json")
+        raise DataError(f"{path}: is one JSON list, not one object per line; name it .json")
     for magic, fix in FORMATS.items():
         if start.startswith(magic):
             raise DataError(f"{path}: {fix}")
@@ -304,7 +304,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 def _rows_of(batches: Iterable[Any]) -> Iterator[Any]:
     """Rows of Arrow batches as Python objects, few at once where they may be large."""
     for batch in (batch for batch in batches if batch.num_rows):
-        # a value of a dictionary may stand in every row
+        # a row may repeat any value of a dictionary, and so be as large as the batch
         row = batch.nbytes if "dictionary<" in str(batch.schema) else batch.nbytes // batch.num_rows
         step = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(row, 1)))
         for start in range(0, batch.num_rows, step):
@@ -370,8 +370,8 @@ def _read_with_datasets(source: Source) -> Iterator[Located]:
 
 def _load_with_datasets(source: Source) -> Any:
     path = named_path(source.path)
-    if source.path.isdecimal() and not path.exists():  # the hub would be asked for half a minute
-        raise DataError(f"{source.path}: no such file, and no hub id; name a file or owner/name")
+    if source.path.isdecimal() and not path.exists():  # asking the hub takes half a minute
+        raise DataError(f"{source.path}: no such file, and not a hub id; name a file or owner/name")
     try:
         import datasets
     except ImportError as error:

@@ -41,13 +41,13 @@ from easyaira.errors import ConfigError, DataError, TokenizerError
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # spelling of added tokens that are controls
 ROLE = re.compile(r"\w[\w .-]{0,39}")  # templates write it as it is
 DATED = (
-    "data.template: may write the date of today, so the same command gives other tokens on "
-    "another day; name a .jinja file with a fixed date"
+    "data.template: may write today's date, so the same command gives other tokens on another "
+    "day; name a .jinja file with a fixed date"
 )
 
 
 class Start(int):
-    """A start token that the tokenizer adds and the template lacks; text after it starts a text."""
+    """A start token that the tokenizer adds and the template lacks; text after it has no anchor."""
 
 
 Plan = list[tuple[int | Text, bool]]
@@ -185,7 +185,7 @@ class Template:
             raise DataError(f"the template cannot be rendered: {error}") from error
 
     def _layout_uncached(self, roles: tuple[str, ...]) -> Layout:
-        """What the template writes around contents of these roles."""
+        """Layout of a conversation with these roles."""
         for role in roles:
             if not ROLE.fullmatch(role):
                 raise DataError(f"a role must be a word, such as user, found {role[:40]!r}")
@@ -289,9 +289,9 @@ class Template:
         return digest.hexdigest()
 
     def own(self) -> str:
-        """What the tokenizer's own chat template, from before this one, writes for a question and
-        its answer, apart from blanks and the start token: `same`, `other`, or `none` if there is
-        none that can be rendered."""
+        """Compare the text of this template for a question and its answer with that of the
+        tokenizer's own, apart from blanks and the start token: `same`, `other`, or `none` if the
+        tokenizer has none that can be rendered."""
         if not self._own or self._own == self.jinja.strip():
             return "same" if self._own else "none"
         tokens = self.tokenizer.special_tokens_map
@@ -307,8 +307,8 @@ class Template:
         return "same" if one == other else "other"
 
     def doubts(self, scorer: bool) -> Iterator[str]:
-        """Warnings: the template writes the date, or its generation prompt, with which others ask a
-        language model, is not what answers are learned after."""
+        """Warnings: the template may write the date, or answers are learned after another text than
+        its generation prompt, which other programs use."""
         if "strftime_now" in self.jinja:
             yield DATED
         try:
@@ -324,8 +324,8 @@ class Template:
         if learned != asked and not scorer:
             before, after = (repr(text.rpartition("\0")[2])[:60] for text in (learned, asked))
             yield (
-                f"data.template: after a question, answers are learned behind {before}, and its "
-                f"generation prompt is {after}, with which other programs ask; make them the same"
+                f"data.template: answers are learned after {before}, but the generation prompt "
+                f"is {after}, which other programs use; make them the same"
             )
 
     @property

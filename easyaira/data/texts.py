@@ -15,7 +15,7 @@ from easyaira.data.template import Template
 from easyaira.data.truncate import untied
 from easyaira.errors import DataError
 
-FRAMED = "a text begins or ends with the token put there anyway, which is written once"
+FRAMED = "a text has its own start or end token, which is not added a second time"
 SPOKEN = re.compile(r"\s*(?:###\s*)?Human:.*\bAssistant:", re.DOTALL)
 NOT_SPLIT = "a text names its speakers (Human:), and is not split into their turns"
 ECHOED = "an answer begins with its prompt, which is then learned with it"
@@ -56,11 +56,11 @@ class Texts(NamedTuple):
 def texts_of(
     row: columns.Record, form: columns.Form | None, recipe: Recipe, template: Template
 ) -> Texts:
-    """What a row of this form holds for the recipe's task.
+    """Texts that a row of this form holds for the recipe's task.
 
     Raises:
         Dropped: there is nothing to learn, or the template refuses it.
-        Unreadable: a column holds something else than it should.
+        Unreadable: a column is missing or has the wrong content.
     """
     if recipe.task == "prompt":
         asked = columns.question(row)
@@ -97,7 +97,7 @@ def texts_of(
         answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
         judged = answers[-1:] if recipe.task == "pair" or recipe.last_turn_only else answers
         if not answers:
-            # of other names, each row could have its own
+            # known names only, since each row could have other names, and so another reason
             known = columns.SPEAKERS.keys() & {turn["role"] for turn in messages} - {
                 "user",
                 "system",
@@ -145,7 +145,7 @@ def _comparable(
     better one.
 
     Raises:
-        Dropped: there are no two of them, or all are tied.
+        Dropped: there are fewer than two of them, or all are tied.
     """
     written = [i for i, answer in enumerate(answers) if answer.strip()]
     kept = sorted({answers[i].strip(): i for i in reversed(written)}.values())

@@ -31,7 +31,7 @@ from easyaira.data.truncate import CUT, Origin, Windows, fit, lengths_of, pad_pa
 from easyaira.errors import DataError, TokenizerError
 
 CHUNK = 1000  # rows to tokenise together, on all cores
-CHUNK_CHARACTERS = 2**21  # of them, at most, since each takes 200 bytes
+CHUNK_CHARACTERS = 2**21  # of such rows, at most; a character takes 200 bytes
 LONGEST_TEXT = 2**21  # characters
 
 

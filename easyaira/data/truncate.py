@@ -32,7 +32,7 @@ class Windows:
 
     def __init__(self, recipe: Recipe):
         self._texts, self._length = recipe.texts, recipe.max_length
-        self._shortest = max(2, recipe.min_length or 0)  # of one token, nothing is learned
+        self._shortest = max(2, recipe.min_length or 0)  # the first token has no loss
         self._rest: tuple[np.ndarray, np.ndarray] = np.zeros(0, np.int32), np.zeros(0, bool)
         self._origin: Origin | None = None  # of the rest
 

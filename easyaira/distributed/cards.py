@@ -1,4 +1,4 @@
-"""GPUs by the names that people use, to plan for without one.
+"""GPUs by their common names, to plan for without hardware.
 
 Where JAX's CUDA plugin is installed, XLA compiles for them without a driver. Elsewhere `Absent`
 stands for a device: enough for a mesh and for shapes."""
@@ -41,7 +41,7 @@ class Card(NamedTuple):
     cache: int = 0
 
 
-# Those with all figures can be compiled for: Pallas, which makes the attention kernel, knows them.
+# Cards with all figures can be compiled for, also by Pallas, which makes the attention kernel.
 CARDS = {
     "rtx3060": Card("NVIDIA GeForce RTX 3060", (8, 6)),
     "rtx4070": Card("NVIDIA GeForce RTX 4070", (8, 9)),
@@ -57,7 +57,7 @@ CARDS = {
     "h200": Card("NVIDIA H200", (9, 0), 132, 228, 2048, 128, 1.98, 50),
     "mi300x": Card("AMD Instinct MI300X"),
 }
-UNNAMED = Card("GPU")  # of which the memory alone is known
+UNNAMED = Card("GPU")  # only its memory is known
 UNTIMED = (  # without a device no variant of a product can be timed
     "--xla_gpu_enable_triton_gemm=false",
     "--xla_gpu_autotune_level=0",
@@ -95,13 +95,13 @@ def planned_devices(topology: str | None, memory: float | None) -> list[Any] | N
 
 
 def machine(name: str) -> list[Any] | None:
-    """GPUs to plan for: to compile for where that is possible, otherwise `Absent` ones.
+    """GPUs to plan for: devices to compile for where possible, otherwise `Absent` ones.
 
     Args:
         name: a card, and how many of them: h100, or h100:8.
 
     Returns:
-        None if the name does not begin with a card's.
+        None if the name is not of a known card.
 
     Raises:
         ConfigError: there is no such number of cards.

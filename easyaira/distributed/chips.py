@@ -50,11 +50,11 @@ CHIPS = {
     "NVIDIA H200": Chip(989e12, 141 * GB, 4800 * GB, 450 * GB),
     "AMD Instinct MI300X": Chip(1307e12, 192 * GB, 5300 * GB, 448 * GB),
 }
-# Cards whose names others begin with (RTX 3060 Ti): matched exactly. Speeds are those of bfloat16
+# Cards whose names are prefixes of others (RTX 3060 Ti): matched exactly. Speeds are of bfloat16
 # with float32 sums, without sparsity, from the white papers of Turing, GA102 and AD102 and the data
-# sheets of T4, V100, A10G and L4; of T4 and V100, which lack bfloat16, those of float32. Links are
-# PCIe, and NVLink for V100. A card has its memory in GiB; as many GB, 7 % less, are for programs.
-# Error correction takes 1 to 1.5 GiB of T4, L4 and A10G.
+# sheets of T4, V100, A10G and L4; T4 and V100 lack bfloat16, so theirs are of float32. Links are
+# PCIe, and NVLink for V100. Memory is sold in GiB; programs get as many GB, 7 % less. Error
+# correction takes 1 to 1.5 GiB of T4, L4 and A10G.
 CARD_CHIPS = {
     "NVIDIA GeForce RTX 3060": Chip(25.5e12, 12 * GB, 360 * GB, 32 * GB),
     "NVIDIA GeForce RTX 4070": Chip(58.3e12, 12 * GB, 504 * GB, 32 * GB),
@@ -99,12 +99,19 @@ QUIET = {  # without these, libtpu queries the metadata server of a cloud TPU ma
 }
 
 
-BILLED = {"v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}  # units of a chip
+BILLED = {
+    "v3": 2,
+    "v4": 2,
+    "v5p": 2,
+    "v5e": 1,
+    "v5litepod": 1,
+    "v6e": 1,
+}  # cores per chip in a type's name
 
 
 def sides_of(name: str) -> str:
-    """The topology of a name on the bill: v5p-64 counts cores, two a chip, and is v5p:4x4x2. Other
-    names are returned as they are."""
+    """The topology of an accelerator type: v5p-64 counts cores, two per chip, and is v5p:4x4x2.
+    Other names are returned as they are."""
     match = re.fullmatch(r"(v\w+)-(\d+)", name)
     if not match or match[1] not in BILLED:
         return name
@@ -123,7 +130,7 @@ def pod(name: str) -> list[Any]:
     """Devices of a TPU pod, without hardware: for compiling programs, not for running them.
 
     Args:
-        name: chip kind and number of chips on each side, such as v5p:4x4x2, or as on the bill,
+        name: chip kind and number of chips on each side, such as v5p:4x4x2, or accelerator type,
             such as v5p-64.
 
     Raises:
@@ -133,7 +140,7 @@ def pod(name: str) -> list[Any]:
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
     if not match or TOPOLOGIES.get(match[1], 0) != match[2].count("x") + 1:
         raise ConfigError(
-            f"topology: {name!r} is not known; use for example {KNOWN}, or v5p-64 as on the bill; "
+            f"topology: {name!r} is not known; use for example {KNOWN}, or a type such as v5p-64; "
             "training commands also know GPUs, such as rtx3060 or h100:8 (docs/gpus.md)"
         )
     for variable, value in QUIET.items():

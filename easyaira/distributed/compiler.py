@@ -1,4 +1,4 @@
-"""Options of XLA's compiler, by platform, and what else decides the machine code it writes."""
+"""Options of XLA's compiler by platform, and everything else that decides its machine code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPRODUCIBLE = {
 }
 QUICK = {
     # For programs of many shapes: no compiled variants of each product to time against cuBLAS.
-    # They make updates of GPT-2 124M 5 % faster, and their compilation a third longer.
+    # Variants make updates of GPT-2 124M 5 % faster, but compilation a third longer.
     "gpu": {"xla_gpu_enable_triton_gemm": False},
 }
 ADAPTERS = {  # steps of adapters, whose thin products have many variants to compile: the first
@@ -30,8 +30,8 @@ UNTIMED = {  # for programs that run once: no timing of cuBLAS's algorithms, eit
 
 
 def keep_order() -> None:
-    """Start a CPU's collectives in one order on all devices. Call it before JAX looks for devices:
-    XLA reads its flags then.
+    """Start a CPU's collectives in the same order on all devices. Call it before JAX looks for
+    devices: XLA reads its flags then.
 
     XLA's concurrency-optimised CPU scheduler can start them in a different order on each device and
     deadlock, on several hosts and on several devices of a process. It is not faster: GPT-2 small

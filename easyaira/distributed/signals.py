@@ -27,8 +27,8 @@ class StopSignal:
     during it. A second signal kills the process at once.
 
     Python runs a signal handler only between two bytecode instructions, so not during a
-    compilation, which takes minutes; and what it raises inside a callback or __del__ is lost. A
-    thread watches for signals and then ends the process.
+    compilation, which takes minutes; and an exception raised inside a callback or __del__ is lost.
+    In both cases, a thread that watches for signals ends the process.
 
     Args:
         leave: called by that thread to end the process.

@@ -157,7 +157,7 @@ class EasyAiraLM(TemplateLM):
         return tokens[-room:]
 
     def _sampling(self, given: dict[str, Any]) -> tuple[Sampling, list[str]]:
-        """How a task wants its answers, and the texts that end one."""
+        """Sampling options of a task, and the texts that end an answer."""
         options = dict(normalize_gen_kwargs(given, MOST_NEW_TOKENS))
         end = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(options.pop("until", None), eos=end)

@@ -38,10 +38,11 @@ class Judged(NamedTuple):
     """Scores of rows.
 
     Attributes:
-        margins: [n] lead of the better text, for every two answers to a prompt of which one is
-            better; or distance from 0 towards the right side.
-        rows: [n] row of each of them.
-        scores, is_better: [rows, answers]; is_better: the best answers to a prompt.
+        margins: [n] score of the better answer less that of the worse, for every two answers to a
+            prompt that are not tied; of labelled texts, distance from 0 to the right side.
+        rows: [n] row of each margin.
+        scores, is_better: [rows, answers]; is_better: the best answers to a prompt, or the texts
+            with the positive label.
         groups: [n] value of the column to group by.
         account: rows read, dropped and cut.
         ties: comparisons without a better answer, which are left out.
@@ -61,8 +62,8 @@ class Judged(NamedTuple):
         return sum(count for why, count in noted.items() if any(word in why for word in CUT))
 
     def metrics(self) -> dict[str, float]:
-        """Share of comparisons or texts that are judged rightly (0 is wrong); area under the ROC
-        curve of labelled texts."""
+        """Share of comparisons or texts that are judged correctly (a margin of 0 is wrong); area
+        under the ROC curve of labelled texts."""
         metrics = {"accuracy": float((self.margins > 0).mean())}
         auc = roc_auc(self.scores[self.is_better], self.scores[~self.is_better])
         if self.scores.shape[1] == 1 and auc is not None:
@@ -188,7 +189,7 @@ def _read(
                 ties += 1
                 continue
             row = _compared(row)
-        # the group's column is used
+        # so that the group's column is not reported as unused
         row = {key: value for key, value in row.items() if key != by}
         located.append(sources.Located(place, row))
         groups.append(group)
@@ -209,8 +210,8 @@ def _read(
 
 
 def _without_padding(part: Examples, pad: int) -> Examples:
-    """Examples whose answers end before padding tokens, as transformers scores those of a decoder:
-    the end token may be one."""
+    """Cut padding tokens off the end of answers, since transformers scores a decoder at the last
+    token that is not padding; the end token may be the padding token."""
     kept = np.ones(len(part.tokens), bool)
     for bounds in part.bounds.tolist():
         for start, end in pairwise(bounds[1:]):
@@ -242,5 +243,5 @@ def _task(located: sources.Located) -> str:
         if fits:
             raise DataError(f"{listed} both a pair and a labelled text; rename them")
         wanted = columns.usual(("pair", "label"))
-        raise DataError(f"{listed} neither a pair nor a labelled text; wanted such as {wanted}")
+        raise DataError(f"{listed} neither a pair nor a labelled text; wanted {wanted}")
     return fits[0]

@@ -22,9 +22,7 @@ from easyaira.losses.token_logps import token_logps
 from easyaira.models.model import Model
 
 TOKENS = 4096  # computed at a time, per data shard
-ROOM = (
-    512  # continuations share a context up to this length, or as long as they fill no more than it
-)
+ROOM = 512  # tokens of a context with its continuations, at most, or twice the context if more
 FINE = 64  # row lengths per doubling: texts that are cut to the model's positions fill their rows
 
 

@@ -81,7 +81,7 @@ LOCAL = {
     "enem_2024": Local("enem2024_pt.jsonl.gz", _as_is),
     "pira_mcqa": Local("pira_mcqa_en.jsonl.gz", _as_is),
 }
-# a file has one split; examples of a prompt are other rows of it
+# a file has one split; few-shot examples are other rows of it
 ONE_SPLIT = {
     "dataset_path": None,
     "dataset_name": None,

@@ -14,7 +14,7 @@ from easyaira.evaluation.rewardbench import sections
 from easyaira.files import read_json, reason, write_file
 
 FOLDER = "evaluation"
-METRICS = ("acc_norm", "acc", "exact_match", "accuracy")  # the first of them is a task's figure
+METRICS = ("acc_norm", "acc", "exact_match", "accuracy")  # tables show the first that a task has
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from easyaira.storage.pretrained import Pretrained, find
 
 
 def loadable(base: Pretrained) -> Pretrained | None:
-    """A base that peft can load: itself, or the release of its run if its proof says that it holds
-    the weights of this checkpoint, unrounded. None if there is no such release."""
+    """A base that peft can load: the base itself if it is no checkpoint, else the release of its
+    run, if that holds this checkpoint's weights unrounded, as its proof says. None: neither."""
     if base.step is None:
         return base
     folder = base.folder / "hf"
@@ -43,13 +43,13 @@ def compared(base: Pretrained, model: Model, mesh: Any) -> Pretrained | None:
 
 
 def to_convert(base: Pretrained, place: str) -> str:
-    """The command that writes a base as a folder for peft; `place` is how to call the base."""
+    """The command that writes a base as a folder for peft; `place` names the base."""
     merge = " --merge" if base.adapter is not None else ""
     return f"easyaira convert to_hf {place} BASE{merge}"
 
 
 def warning(base: Pretrained) -> str | None:
-    """What a release on this base will need, if peft cannot load it as it is."""
+    """Warning if peft cannot load this base as it is: how to make the release usable."""
     if loadable(base) is not None:
         return None
     place = base.location()["name"]
@@ -61,8 +61,8 @@ def warning(base: Pretrained) -> str | None:
 
 
 def moved(adapter: str, base: Pretrained) -> str | None:
-    """What to say of an adapter that a run continues, if its release is on other weights than this
-    base. Releases on a checkpoint, and adapters of other programs, hold no hash of weights."""
+    """Warning if the adapter that a run continues was trained on other weights than this base.
+    Releases on a checkpoint, and adapters of other programs, hold no hash of weights."""
     try:
         of = proof.read(find(adapter).folder).get("base") or {}
     except ConfigError:

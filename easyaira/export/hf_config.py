@@ -105,7 +105,7 @@ def released(setup: Setup) -> Facts:
     if tokenizer.sep_token_id is not None:  # encoder templates use it; both files name it
         ids |= {name: getattr(tokenizer, name) for name in ("sep_token_id", "unk_token_id")}
     ids = {name: token for name, token in ids.items() if token is not None}
-    # config.json's own may be stale: it is written anew
+    # without the ids of config.json, which may be stale
     files = {} if changed else {GENERATION_CONFIG: origin.generation_config}
     ends = end_ids(setup.template, files, setup.model.vocab_size)
     ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
@@ -113,10 +113,10 @@ def released(setup: Setup) -> Facts:
     config |= ids | {"architectures": [language_model(config)]}
     settings = dict(origin.generation_config)
     for file in (config, settings):
-        if file.get("pad_token_id") == -1:  # of early Llamas: none
+        if file.get("pad_token_id") == -1:  # early Llamas write -1 for none
             file["pad_token_id"] = None
     for name in ("bos_token_id", "pad_token_id"):
-        config.setdefault(name, None)  # else transformers takes its own: SmolLM3's pad is 128004
+        config.setdefault(name, None)  # else transformers has a default: SmolLM3's pad is 128004
     generation = generation_config(settings | asked | ids)
     check_ids(config, "config.json", setup.model.vocab_size)
     check_ids(generation, GENERATION_CONFIG, setup.model.vocab_size)
@@ -157,7 +157,7 @@ def value_released(setup: Setup) -> Facts | None:
 
 
 def language_model(config: Mapping[str, Any]) -> str:
-    """Name of the transformers class of a language model, by which other programs choose."""
+    """Name of a language model's class in transformers, from which programs choose the loader."""
     return import_transformers(AUTO).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
 
 

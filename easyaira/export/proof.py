@@ -1,7 +1,8 @@
 """proof.json of a release: what was released, what it was made from, and what was compared.
 
-export_report.json stays beside it, as scripts of users read it; proof.json holds the same hashes of
-tensors, and everything that `easyaira verify` needs. Local paths are private: only names are kept.
+export_report.json stays beside it, since users' scripts read it; proof.json holds the same hashes
+of tensors, and everything that `easyaira verify` needs. Local paths are private: only names are
+kept.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def base_hash(base: Pretrained) -> str:
 
 
 def files(folder: Path) -> list[str]:
-    """Files that programs read beside the weights and the card, which have entries of their own."""
+    """Files that programs read, except weights and card, which have entries of their own."""
     paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     own = {FILE, REPORT}
     return sorted(

@@ -20,7 +20,7 @@ ALGORITHMS = ("dpo", "reward", "sft", "rl")  # groups of options, one of which a
 
 @dataclass(frozen=True)
 class Records:
-    """What a run folder says of the training behind one of its checkpoints; read on demand.
+    """A run folder's records of the training behind one of its checkpoints; read on demand.
 
     Attributes:
         folder: the run folder.
@@ -93,7 +93,7 @@ class Records:
 
     @cached_property
     def data(self) -> dict[str, Any] | None:
-        """Content of data_report.json; None, and a line that says so, if it is damaged."""
+        """Content of data_report.json; None, with a line in the log, if it is damaged."""
         try:
             return read_json(self.folder / data_report.FILES[0], error=DataError)
         except DataError as error:
@@ -102,7 +102,7 @@ class Records:
 
     @cached_property
     def evaluations(self) -> list[results.Result]:
-        """Complete results of these weights; none, and a line that says so, if one is damaged."""
+        """Complete results of these weights; none, with a line in the log, if one is damaged."""
         try:
             evaluations = results.read(self.folder / results.FOLDER)
         except ConfigError as error:

@@ -1,8 +1,8 @@
 """Export of a trained model as a Hugging Face folder: weights, configs, tokenizer, card, report.
 
 Files are written to a temporary folder beside the target, read back and compared. A folder that
-fails verification never appears under the target's name.
-`easyaira verify` checks it against its proof.json ever after.
+fails verification never appears under the target's name. `easyaira verify` can check a released
+folder against its proof.json at any time.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _write_model(
     generation_config: Mapping[str, Any],
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """Write weights, configs and tokenizer, and read the weights back; returns what
-    export_report.json says of them."""
+    """Write weights, configs and tokenizer, and read the weights back; returns the entries of
+    export_report.json about them."""
     written: dict[str, dict[str, Any]] = {}
 
     def recorded(name: str, tensor: np.ndarray) -> np.ndarray:

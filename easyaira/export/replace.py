@@ -1,4 +1,4 @@
-"""The folder that a release or a conversion writes: beside its place, which it takes at the end."""
+"""Folders of releases and conversions: written beside the target, and renamed to it at the end."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ CONVERTED = {CHECKPOINTS, TOKENIZER}  # what convert from_hf writes
 
 
 def target(out: str, origin: Pretrained, overwrite: bool) -> Path:
-    """The folder that a user names for a model. Nothing is written or removed.
+    """Check the folder that a user names for a model. Nothing is written or removed.
 
     Args:
         out: its name.
-        origin: the model that is read for it, which must not be replaced.
-        overwrite: it may be a model folder.
+        origin: the model to read, which must not be replaced.
+        overwrite: a model folder may be replaced.
 
     Raises:
         ConfigError: it is a file, the current folder or one above; or it is not empty, and either
@@ -71,7 +71,7 @@ def _read_for(origin: Pretrained) -> list[Path]:
 
 
 def _of_no_model(folder: Path) -> str | None:
-    """What shows that a folder holds more than a model, or None."""
+    """Why a folder is not just a model folder, or None."""
     names, reason = {path.name for path in folder.iterdir()}, None
     if CHECKPOINTS in names:
         if [path.name for path in (folder / CHECKPOINTS).iterdir()] != ["0"]:

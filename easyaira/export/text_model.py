@@ -46,7 +46,7 @@ def text_model(origin: Pretrained) -> TextModel:
 
     Raises:
         ConfigError: the folder has none, or one that is not supported.
-        WeightsError: a tensor is missing, of another shape, or of no part that is known.
+        WeightsError: a tensor is missing, has another shape, or belongs to an unknown part.
     """
     config = _config(origin)
     model = model_of(config, origin.where, scorer=False)
@@ -103,8 +103,8 @@ def _config(origin: Pretrained) -> dict[str, Any]:
 
 
 def _own_name(stored: str, prefix: str) -> str | None:
-    """Name of a stored tensor in a folder of the text model alone, or None if it is of another
-    part. Its backbone has a `prefix` there."""
+    """Name of a stored tensor in a folder of the text model alone, where names of its backbone
+    begin with `prefix`; None if the tensor is of another part."""
     if stored.startswith("lm_head."):
         return stored
     if stored.startswith(f"model.{TEXT_PART}."):

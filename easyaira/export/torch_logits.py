@@ -97,7 +97,8 @@ def logits_of(folder: str, prompts: list[list[int]], base: str | None = None) ->
 
 
 def _rows(folder: str, adapter: dict[str, Any]) -> int:
-    """Rows of the tables that an adapter needs: for the tokens that it trains, or for its own."""
+    """Rows that an adapter needs in the embedding: for the tokens that it trains, or as many as its
+    own tables have."""
     from safetensors import safe_open
 
     ids = adapter.get("trainable_token_indices") or []

@@ -1,4 +1,4 @@
-"""The model's passes for generation: weights as they are read, and prompts computed at once.
+"""The model's passes for generation: weights laid out for decoding, and the prefill of prompts.
 
 Shapes: M prompts of a prefill, T tokens of the longest one (both rounded up), R rows, V vocabulary.
 """
@@ -46,7 +46,7 @@ def together(tree: Any) -> Any:
 
 
 def _by_rows(layers: Any) -> Any:
-    """On a single CPU, with the kernels [L, K, ...] held by rows."""
+    """On a single CPU, store the kernels [L, K, ...] by rows."""
     if not on_one_cpu():
         return layers
 

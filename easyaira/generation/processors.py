@@ -57,8 +57,8 @@ class Sampling:
 
     @property
     def compiled(self) -> Sampling:
-        """With the defaults of what no program is compiled for: what the host reads, and what has
-        no effect on greedy answers."""
+        """The options that decide a compiled program. Others take their defaults: those that only
+        the host reads, and those without effect on greedy answers."""
         none = {"max_new_tokens": 0, "stop_strings": ()}
         if self.greedy:
             none |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -106,7 +106,7 @@ def forbid_end(
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the k largest logits, and those equal to the last of them."""
-    # without the barrier, XLA's CPU leaves out the places, which go unused, and then sorts all
+    # without the barrier, XLA's CPU backend drops the unused indices, and then sorts everything
     top, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))
     return jnp.where(logits < top[:, -1:], -jnp.inf, logits)
 
@@ -114,7 +114,7 @@ def keep_top_k(logits: Logits, k: int) -> Logits:
 def keep_top_p(logits: Logits, p: float) -> Logits:
     """Keep the smallest set of the likeliest tokens whose probabilities sum up to p.
 
-    Among equal ones at the cut-off, those with the lowest ids are kept.
+    Among equally likely tokens at the cut-off, those with the lowest ids are kept.
     """
     probs = jax.nn.softmax(logits, axis=-1)
     least = few_at_a_time(partial(_cut_off, p), (logits, probs), 2 * logits.shape[1])[:, None]
@@ -131,7 +131,7 @@ def keep_min_p(logits: Logits, p: float) -> Logits:
 
 
 def _cut_off(p: float, logits: jax.Array, probs: jax.Array) -> jax.Array:
-    """The largest logit [R] for which the probabilities from it on sum up to p.
+    """The largest logit [R] such that all tokens with at least this logit have probability p.
 
     Bisects the bit patterns of float32, whose order as integers is that of the numbers.
     """
@@ -187,7 +187,7 @@ def _first_beyond(weights: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def _in_one_pass(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same with one cumulative sum, and the share of that index's own weight that remains."""
+    """`_first_beyond` by one cumulative sum, and the share of that index's weight that remains."""
     sums = jnp.cumsum(weights, -1)
     wanted = jnp.minimum(share * sums[:, -1], jnp.nextafter(sums[:, -1], 0.0))[:, None]
     place = (sums <= wanted).sum(-1)  # its weight is not 0, since the sum grows there

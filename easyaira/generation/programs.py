@@ -51,8 +51,8 @@ class Programs:
     """The programs of one model and one way to sample.
 
     Args:
-        others: programs of the same model, which are used again where they are equal: a prefill
-            does not depend on the way to sample.
+        others: programs of the same model, reused where they are equal: a prefill does not depend
+            on the way to sample.
     """
 
     weights: Any

@@ -70,7 +70,7 @@ class Output:
         settings: everything but the prompts that decides the answers.
 
     Raises:
-        ConfigError: the file exists and is of another command.
+        ConfigError: the file exists and belongs to another command.
         StorageError: it cannot be read or written.
     """
 
@@ -128,7 +128,7 @@ class Output:
         return json_line(row)
 
     def write(self, answers: Iterator[tuple[int, Answer]], text: Any) -> None:
-        """Append the answers as soon as all before them are there.
+        """Append each answer as soon as all before it are written.
 
         Raises:
             StorageError: the file cannot be written.

@@ -1,4 +1,5 @@
-"""Answers to prompts of any lengths: finished rows give their places to waiting prompts."""
+"""Continuous batching: answers to prompts of any lengths, where finished rows give their places to
+waiting prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from easyaira.models.model import Model
 ROWS = 64  # answered at a time
 FEWEST_ROWS = 8  # fewer rows take as long: the weights are read once per step
 FEWEST_SLOTS = 64  # of the cache
-SLOTS_AT_ONCE = 256  # of few rows: empty ones cost less than a program for each size
+SLOTS_AT_ONCE = 256  # of few rows: empty slots cost less than a program for each size
 FEWEST_TOKENS = 16  # of a prefill's rows
 PREFILL_ROWS = 16  # prompts of a prefill, of similar lengths
 PREFILL_TOKENS = 2**14
@@ -69,8 +70,8 @@ class Sampler:
         sampling: how to choose tokens and when to stop.
         text: decodes tokens; needed for stop strings.
         rows: answers under way at a time.
-        steps: tokens per row between two looks at them, at most STEPS; None: STEPS.
-        programs: those of other samplers of the model, to be used again.
+        steps: tokens per row and call of `decode`, at most STEPS; None: STEPS.
+        programs: programs of the model's other samplers, to reuse.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Sampler:
         return min(self.sampling.max_new_tokens, positions - length)
 
     def largest_cache(self, lengths: Sequence[int], num_samples: int = 1) -> tuple[int, int]:
-        """Rows and slots that the cache has at most, for prompts of these lengths."""
+        """Upper bounds on the rows and slots of the cache, for prompts of these lengths."""
         positions = self.model.config.max_positions
         limits = [min(self.sampling.max_new_tokens, positions - length) for length in lengths]
         rows = _power(min(len(lengths) * num_samples, self.rows))
@@ -167,7 +168,7 @@ class _Run:
         self.places: list[_Row | None] = [None] * self.size(rows)
         self.state: State | None = None
         self.slots = 0
-        self.held: tuple[Prefilled, dict[int, int]] | None = None  # and the row of each prompt
+        self.held: tuple[Prefilled, dict[int, int]] | None = None  # and its row of each prompt
 
     def size(self, rows: int) -> int:
         """Number of places for so many rows."""
@@ -273,7 +274,7 @@ class _Run:
         self.fit()
         rows = self.running()
         steps = min(self.sampler.steps, self.slots - max(row.length for row in rows))
-        # running rows below which there is something better to do
+        # number of running rows at which to stop, and admit others or drop free places
         if self.waiting:
             enough = len(self.places) - min(self.refill(), len(self.waiting))
         else:
@@ -349,7 +350,7 @@ def _last_slots(length: int, limit: int) -> int:
 
 def _sizes(rows: int) -> list[int]:
     """Numbers of places as rows end, from `rows` down. On a CPU, two per doubling; other devices
-    take as long for a few rows more, and several share powers of two."""
+    take as long for a few more rows, and several of them divide powers of two evenly."""
     sizes = []
     while rows > FEWEST_ROWS:
         sizes += [rows, rows * 3 // 4] if on_one_cpu() else [rows]

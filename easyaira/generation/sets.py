@@ -42,7 +42,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Errors of the disk inside name the folder."""
+    """Report disk errors inside with the folder's name."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Create a folder that `check_folder` lets pass, with its settings."""
+    """Create a folder that `check_folder` accepts, with its settings."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")

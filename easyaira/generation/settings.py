@@ -1,4 +1,4 @@
-"""What config.json and generation_config.json say about generation."""
+"""Generation settings in config.json and generation_config.json."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from easyaira.errors import WeightsError, shortened
 from easyaira.files import reason
 from easyaira.hf.safetensors import DTYPES
 
-# Of each kind of value: the first bytes that hold a length (of a number: the number), and those
-# after which it follows in so many bytes. https://github.com/msgpack/msgpack/blob/master/spec.md
+# For each kind of value: first byte -> the length that it contains (of a number: the number), and
+# first byte -> size of the length after it. https://github.com/msgpack/msgpack/blob/master/spec.md
 KINDS: dict[str, tuple[dict[int, int], dict[int, int]]] = {
     "a number": ({i: i for i in range(0x80)}, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}),
     "a text": ({0xA0 + i: i for i in range(32)}, {0xD9: 1, 0xDA: 2, 0xDB: 4}),

@@ -20,7 +20,7 @@ class Lazy:
         pieces: reads the array anew, in consecutive parts along axis 0; all but the last have the
             same number of rows.
         entry: reads one entry along axis 0; None: only whole pieces can be read.
-        kept: a smaller dtype that holds every value exactly, to be stored in; None: `dtype`.
+        kept: smaller dtype for storage, which holds every value exactly; None: `dtype`.
     """
 
     shape: tuple[int, ...]

@@ -129,8 +129,8 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
 
 
 def release(tensor: np.ndarray) -> None:
-    """Unload the file of a memory-mapped tensor. What has been read of it counts as this process's
-    memory; a later access reads it again."""
+    """Free the pages of a memory-mapped file that count as this process's memory; a later access
+    reads them again."""
     mapped = getattr(tensor, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)

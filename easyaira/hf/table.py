@@ -2,9 +2,8 @@
 
 A `Row` pairs a path of our parameter tree with the name of a Hugging Face tensor. `{}` in that name
 is the layer's index; our parameters stack layers on axis 0. `{expert}` in both is an expert's
-index; each expert's parameter is one of its own, so that no more than one is in memory where
-weights are read one by one. The table is at the end of each model's file and serves both
-directions."""
+index. Each expert has its own parameter, so that only one is in memory where weights are read one
+by one. The table is at the end of each model's file and serves both directions."""
 
 from __future__ import annotations
 

@@ -199,8 +199,8 @@ def _fill(array: np.ndarray, view: np.ndarray, place: str) -> None:
 
 
 def _copy(array: np.ndarray, view: np.ndarray) -> None:
-    """`array[...] = view`, also of another dtype. The tiles of a transposed matrix stay in the
-    core's cache, which takes half of the time (from float16, as long as before)."""
+    """`array[...] = view`, also of another dtype. A transposed matrix is copied in tiles that fit
+    into the core's cache, in half of the time (from float16, in the same time)."""
     view = np.asarray(view)  # slices of a memory map take longer
     if view.ndim != 2 or view.strides[0] >= view.strides[1]:
         array[...] = view

@@ -7,10 +7,10 @@ The adapter of a linear layer is `lora_a` [L, in, r] and `lora_b` [L, r, out]. L
 optimizer state and checkpoints. The base is an argument of the step, in storage precision
 (lora/held.py).
 
-With `dora`, there is also the norm of each output's weights, `lora_magnitude` [L, out]. The model's
-parameters hold factors of the outputs in its place, `lora_gain` (lora/dora.py).
+With `dora`, there is also the norm of each output's weights, `lora_magnitude` [L, out]. In the
+model's parameters, factors of the outputs take its place, `lora_gain` (lora/dora.py).
 
-Of a few tokens, the vectors in the token table and in an untied head may be trained, too:
+The vectors of a few tokens may be trained, too, in the token table and in an untied head:
 `token_rows` [n, D] beside the frozen table, as peft's trainable_token_indices.
 
 The score head and the tables of `modules_to_save` are trained in full, as in peft. Their parameters
@@ -125,7 +125,7 @@ class Adapter:
         """PartitionSpecs, derived from those of the kernels.
 
         `lora_a` is sharded like the kernel's inputs, `lora_b` and magnitudes like its outputs; the
-        rank is never sharded. What is trained in full keeps its specs."""
+        rank is never sharded. Parameters that are trained in full keep their specs."""
         kernels = by_path(partition_specs(self.model.shapes, self.model.rules))
         tables = {rows_of(row): kernels[row.ours][1 - row.op.vocab_axis] for row in self.tables}
 
@@ -220,7 +220,7 @@ class Adapter:
         )
 
     def replaces(self, path: str) -> bool:
-        """Whether the parameter at this path is trained in full, and so is none of the base."""
+        """Whether the parameter at this path is trained in full, and so not part of the base."""
         return any(row.ours == path for row in self.whole)
 
     def of_base(self, base: Any) -> Any:
@@ -242,7 +242,7 @@ class Adapter:
         return nested(flat)
 
     def parted(self, tree: Any) -> tuple[Any, Any]:
-        """Split a tree of all the model's weights into the base and what is trained in full."""
+        """Split a tree of the model's weights into the base and those that are trained in full."""
         base, whole = {}, {}
         for path, leaf in by_path(tree).items():
             (whole if self.replaces(path) else base)[path] = leaf

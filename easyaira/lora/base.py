@@ -13,8 +13,8 @@ class Base(NamedTuple):
 
     Attributes:
         params: frozen weights in storage precision.
-        start: initial values of what is trained in full, of vectors of tokens and of magnitudes;
-            None once nothing needs them.
+        start: initial values of parameters that are trained in full, of vectors of trained tokens
+            and of magnitudes; None once nothing needs them.
         fingerprint: hash of the float32 weights that `params` was made from.
     """
 

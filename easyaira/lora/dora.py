@@ -27,7 +27,7 @@ def norms(held: Any, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     W + A B of a single layer.
 
     Args:
-        held: kernels [L, K, U], or what is stored of them (models/quantize.py).
+        held: kernels [L, K, U], or their quantised form (models/quantize.py).
         a, b: [L, K, r] and [L, r, U].
         dtype: computing dtype, to which kernels are rounded.
     """

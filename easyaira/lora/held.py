@@ -51,7 +51,7 @@ def held_target(adapter: Adapter, mesh: Mesh, dtype: Any) -> Any:
 
 def holder(adapter: Adapter, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Array], Any]:
     """`hold` for a loader: jitted, called weight by weight, so that at most one weight is in memory
-    as float32. What is trained in full is left unchanged."""
+    as float32. Parameters that are trained in full stay unchanged."""
     target = held_target(adapter, mesh, dtype)
 
     def held(path: tuple, leaf: jax.Array) -> Any:
@@ -71,7 +71,7 @@ def holder(adapter: Adapter, mesh: Mesh, dtype: Any) -> Callable[[tuple, jax.Arr
 
 
 def _precision(adapter: Adapter, path: tuple, dtype: Any) -> Any:
-    """That in which a weight of the base is stored: int8, nf4 or a dtype."""
+    """Storage precision of a weight of the base: int8, nf4 or a dtype."""
     name, how = path_of(path), adapter.config.quantize
     if how and name in {row.ours for row in kernels(adapter.model) if row.quantizable}:
         return how
@@ -86,7 +86,7 @@ def _held(leaf: jax.Array, precision: Any) -> Any:
 
 @lru_cache
 def _holder(precision: Any, structure: Any, *shardings: NamedSharding) -> Callable:
-    """A compiled `_held`, for all weights that are stored so."""
+    """A compiled `_held`, for all weights with this precision and these shardings."""
     out = jax.tree.unflatten(structure, shardings)
     return jax.jit(partial(_held, precision=precision), out_shardings=out)
 

@@ -1,4 +1,4 @@
-"""What is trained: adapters of linear layers, and tables of vectors, whole or of a few tokens."""
+"""Trained parameters: adapters of linear layers, and token tables, whole or a few rows."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def by_pattern(row: Row, option: str, pattern: Mapping[str, Any] | None, model: 
         raise ConfigError(f"lora.{option}: {error}") from error
     if len(keys) > 1:
         raise ConfigError(
-            f"lora.{option}: {min(filter(None, keys))!r} matches some layers of {module_of(row)} "
-            "alone; one rank and scale for all layers is supported"
+            f"lora.{option}: {min(filter(None, keys))!r} matches only some layers of "
+            f"{module_of(row)}; all its layers must have the same rank and scale"
         )
     return (pattern or {}).get(keys.pop())
 
@@ -106,7 +106,7 @@ def saved_of(names: list[str] | None, model: Model) -> tuple[Row, ...]:
     """Rows of the tables that `lora.modules_to_save` names.
 
     Raises:
-        ConfigError: a name is none of a table, or is that of a tied head.
+        ConfigError: a name does not denote a table, or denotes a tied head.
     """
     tables = {table_name(row): row for row in token_tables(model)}
     for name in names or ():

@@ -48,7 +48,7 @@ def completion_places(
 
 
 def take(values: PerToken, places: Int[Array, "B C"]) -> PerCompletion:
-    """The values of completions, 0 where there is no token. Places are unique, so the gradient is a
-    write and no sum."""
+    """The values of completions, 0 where there is no token. Places are unique, so the gradient
+    writes and does not sum."""
     flat = constrain(values, None, None).ravel()
     return flat.at[places].get(mode="fill", fill_value=0, unique_indices=True)

@@ -35,12 +35,12 @@ def answer_sums(
     """Sum values over the learned tokens of each answer; of a pair, column 0 is chosen, column 1
     rejected.
 
-    With another `tail`, tokens of the longer answer beyond the length of the shorter one have this
-    weight: Liu et al. (2024), Length Desensitization in Direct Preference Optimization.
+    `tail` is the weight of the longer answer's tokens beyond the length of the shorter one: Liu et
+    al. (2024), Length Desensitization in Direct Preference Optimization.
 
     Example b has segment id b + 1, and its answer k has side k + 1. Each device holds all tokens of
-    its examples. Each sum masks all tokens of the device. A scatter-add
-    would be cheaper, but its order on GPUs varies, so results would not be bitwise deterministic.
+    its examples. Each sum masks all tokens of the device. A scatter-add would be cheaper, but its
+    order on GPUs varies, so results would not be bitwise deterministic.
     """
     rows, length = values.shape
     shards = parts_of(rows, BATCH_AXES)
@@ -64,7 +64,7 @@ def answer_sums(
 
 
 def pairs_of(answers: int, best_rest: bool = False) -> list[tuple[int, int]]:
-    """Answers to compare, of those stored best first: the better one of each pair, the other one.
+    """Indices (better, other) of the answers to compare; answers are stored best first.
 
     Args:
         best_rest: the first answer with each other one, instead of all pairs.
@@ -74,7 +74,7 @@ def pairs_of(answers: int, best_rest: bool = False) -> list[tuple[int, int]]:
 
 
 def shares(ranks: Int[Array, "B K"], pairs: Sequence[tuple[int, int]]) -> Float[Array, "B P"]:
-    """Weight of each pair: 1 / (the prompt's pairs that are not tied), or 0."""
+    """Weight of each pair: 1 / (number of the prompt's pairs that are not tied); tied: 0."""
     better = jnp.stack([ranks[:, i] < ranks[:, j] for i, j in pairs], axis=1)
     return better / jnp.maximum(better.sum(1, keepdims=True), 1)
 
@@ -347,6 +347,6 @@ def preference_loss(
 
 
 def divisor(loss_types: Iterable[str], lengths: Float[Array, "B 2"]) -> Float[Array, "B 2"]:
-    """What rewards are divided by where they are no sums: tokens, if the first loss does so."""
+    """Divisor of logged rewards without a reference: tokens, if the first loss divides by them."""
     per_token = PREFERENCE_LOSSES[next(iter(loss_types))].per_token
     return jnp.maximum(lengths, 1) if per_token else jnp.ones_like(lengths)

@@ -1,4 +1,4 @@
-"""Balance of a router over its experts, of each example by itself.
+"""Load balance of a router over its experts, per example.
 
 Shapes: L layers, R rows, T tokens, E experts."""
 
@@ -22,9 +22,9 @@ def balance(
 
     The balance loss of an example is E sum_i f_i P_i, over its tokens in all layers: f_i is the
     share of tokens that choose expert i, and P_i the mean of its probability. Fedus et al. (2022),
-    Switch Transformers, eq. 4 to 6, where both are of a batch; of a sequence as in DeepSeek-V3, Liu
-    et al. (2024), section 2.1.2. With `count` experts per token, it is `count` where all are equal.
-    Of one example, it is transformers' `load_balancing_loss_func`.
+    Switch Transformers, eq. 4 to 6, has both per batch; DeepSeek-V3, Liu et al. (2024), section
+    2.1.2, per sequence. If all experts are used equally, the loss is `count`. For one example, it
+    equals transformers' `load_balancing_loss_func`.
 
     Args:
         logits: the router's.
@@ -47,8 +47,8 @@ def balance(
 
 
 def _sums_so_far(values: list[jax.Array], segment_ids: jax.Array) -> list[jax.Array]:
-    """Sums of values [R, T, ...] over each token's example up to that token. Sums of pairs of
-    pairs: no scatter, whose order of sums may vary, and no difference of longer sums."""
+    """Sums of values [R, T, ...] over each token's example up to that token. Summation is pairwise:
+    no scatter, whose order may vary, and no difference of longer sums."""
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     first = (segment_ids != before)[..., None]
 

@@ -19,8 +19,8 @@ from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpa
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
 KEPT_CHUNKS = 4  # chunks of that size whose logit gradients are cached for the backward pass
-# Most positions in a CPU's chunk. Its caches hold their logits, and few positions of the last chunk
-# have no loss; with fewer, adding to the head's gradient costs more than that saves.
+# Most positions of a chunk on a CPU: its caches hold their logits, and the last chunk has few
+# positions without loss. Smaller chunks save less than their additions to the head's gradient cost.
 CPU_CHUNK = 256
 
 PerToken = Float[Array, "R T"]

@@ -90,8 +90,9 @@ def attention(
 
     The output at padding is finite and meaningless. `compute.attention` selects the implementation.
     XLA replaces it where it is unsupported: with dropout or biases; for all but tiles, with other
-    scores or a window; without a causal mask (splash, pallas), in 32 bits or with an odd length
-    (cudnn). It also replaces tiles in rows of at most BLOCK tokens, where one product is faster.
+    scores or a window; without a causal mask (splash, pallas), in 32 bits, with an odd length or
+    other head widths (cudnn). It also replaces tiles in rows of at most BLOCK tokens, where one
+    product is faster.
 
     With `compute.cached`, keys and values are cached. Rows of one new token then have the row's
     length in `segment_ids`, and the cache's clock in `sides`; see cache.py.
@@ -125,8 +126,8 @@ def attention(
 
 
 def implementation_for(mesh: jax.sharding.Mesh | None) -> str:
-    """The implementation for a model that is used and not trained: tiles on CPUs, else XLA's. The
-    kernels of accelerators are checked before each run, see train/kernel_check.py."""
+    """The implementation for a model that is not trained: tiles on CPUs, else XLA's. Training
+    checks the kernels of accelerators before each run, see train/kernel_check.py."""
     on_cpus = mesh is not None and mesh.devices.flat[0].platform == "cpu"
     return "tiles" if on_cpus else "xla"
 

@@ -142,7 +142,7 @@ HF_ALIASES = {
 HF_NEUTRAL = {
     "apply_residual_connection_post_layernorm": False,
     "slow_but_exact": False,
-    # notes of the program that trained BLOOM, which transformers does not read
+    # settings of the program that trained BLOOM; transformers does not read them
     "attention_softmax_in_fp32": True,
     "bias_dropout_fusion": True,
     "masked_softmax_fusion": True,

@@ -60,7 +60,7 @@ def attend(
 
     Args:
         kept: keys and values of all slots, [R, K, W, N], packed.
-        lengths_R: tokens of each row, with the newest; 0 for a row whose output is of no use.
+        lengths_R: tokens of each row, including the newest; 0 for a row whose output is not used.
         clock: tokens written to the ring before the newest.
         scores, window: see attention.py.
     """

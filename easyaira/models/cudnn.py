@@ -3,9 +3,9 @@
 cuDNN's backward pass adds up the gradients of queries by atomics, in any order, unless a call's
 configuration has `force_deterministic`. XLA writes it there under its option
 `xla_gpu_exclude_nondeterministic_ops` (see distributed/compiler.py), but only into the first of
-several equal calls. Then it does not find the program of the others: two layers, or a loop that
-XLA unrolls, end in an IndexError at the first update (jaxlib 0.11.2 on an H200). So with
-`reproducible`, JAX writes it into every call.
+several equal calls. It then does not find the programs of the other calls: two layers, or a loop
+that XLA unrolls, end in an IndexError at the first update (jaxlib 0.11.2 on an H200). So with
+`reproducible`, JAX writes `force_deterministic` into every call.
 """
 
 from __future__ import annotations

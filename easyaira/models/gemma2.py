@@ -30,10 +30,10 @@ class Gemma2Config(LlamaConfig):
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     sliding_window: int | None = 4096
-    layer_types: tuple | None = None  # instead: sliding_attention or full_attention, by layer
+    layer_types: tuple | None = None  # overrides the pattern: sliding_ or full_attention, by layer
     tie_word_embeddings: bool = True
 
-    sliding_window_pattern = property(lambda self: 2)  # one layer of so many has no window
+    sliding_window_pattern = property(lambda self: 2)  # one layer in this many has no window
     activation = property(lambda self: self.hidden_activation)
     norms = property(lambda self: tuple(f"{name}_layernorm" for name in NORMS))
     norm_offset = property(lambda self: 1.0)
@@ -66,6 +66,6 @@ class Gemma2(Llama):
 
 HF_NEUTRAL = {
     "mlp_bias": False,
-    "hidden_act": "gelu_pytorch_tanh",  # without effect: hidden_activation has one
+    "hidden_act": "gelu_pytorch_tanh",  # ignored: hidden_activation decides
     "use_bidirectional_attention": False,
 }

@@ -21,7 +21,7 @@ class Gemma3TextConfig(Gemma2Config):
     rope_local_base_freq: float = 10000.0  # rope_theta of layers with a window
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    sliding_window_pattern: int = 6  # one layer of so many has no window
+    sliding_window_pattern: int = 6  # one layer in this many has no window
 
     qk_norm = property(lambda self: "each head")
     rotary_tables = property(
@@ -30,7 +30,7 @@ class Gemma3TextConfig(Gemma2Config):
     table_of_layer = property(lambda self: tuple(map(int, self.sliding)))
 
 
-# transformers reads a soft cap of attention and does not apply it
+# transformers reads a soft cap of attention, but does not apply it
 HF_NEUTRAL = gemma2.HF_NEUTRAL | {"attn_logit_softcapping": None}
 
 

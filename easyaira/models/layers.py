@@ -71,8 +71,8 @@ class Compute:
         return "tensorfloat32" if self.tf32 else "highest"
 
 
-# Activations and norms keep only their input for the backward pass, and compute the rest again: it
-# costs less than to store it.
+# Activations and norms keep only their input for the backward pass and recompute the rest, which
+# costs less than storing it.
 def _recompute(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """f in float32, rounded once, whose backward pass computes it again from its inputs."""
 
@@ -195,7 +195,7 @@ def rotary(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of rotary position embeddings, [R, T, 1, width / 2] each, in float32.
 
-    Without `theta`, those of no rotation: 1 and 0."""
+    Without `theta`, there is no rotation: 1 and 0."""
     exponents = -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     frequencies = jnp.zeros(width // 2) if theta is None else theta**exponents
     if scaling is not None:
@@ -247,7 +247,7 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def hiding(windows: tuple[int, ...] | None, compute: Compute) -> tuple[int, ...] | None:
-    """These windows of the layers, or None where every text lies within each of them."""
+    """The windows of the layers, or None if every text fits into each of them."""
     longest = compute.max_length
     if windows is None or (longest is not None and longest <= min(windows)):
         return None
@@ -260,8 +260,8 @@ def layers(
     """`length` copies of `block`, scanned: one compiled body, parameters stacked on axis 0.
 
     A loop copies what each layer keeps for the backward pass into a stack and out of it. Unrolled,
-    a program needs no copies and compiles longer. With a cache, layers are always unrolled, since a
-    loop would copy a layer's cache for each token.
+    a program needs no copies, but takes longer to compile. With a cache, layers are always
+    unrolled, since a loop would copy a layer's cache for each token.
 
     Args:
         in_axes: for each input after the first, 0 if it is stacked over layers, else broadcast.

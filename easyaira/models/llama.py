@@ -62,8 +62,8 @@ class LlamaConfig:
     scores = property(lambda self: Scores())
     # module between the MLP norms, and its name in a layer
     feed_forward = property(lambda self: (MLP, "mlp"))
-    # of each layer: the window of its attention, and which of the rotary tables it has; None if all
-    # see everything, or there is one table
+    # per layer: the window of its attention (None: no layer has one), and the index of its rotary
+    # table (None: there is only one)
     windows = property(lambda self: None)
     table_of_layer = property(lambda self: None)
     rotary_tables = property(lambda self: ((self.rope_theta, self.rope_scaling),))

@@ -1,9 +1,9 @@
 """Mixtral (Jiang et al., 2024): Mistral with a mixture of experts in the place of each MLP.
 
 Every expert computes every token, and its result has weight 0 where the router did not choose it.
-So order of sums and sharding are those of dense MLPs, whatever the router chooses; with 2 of 8
-experts per token, the products of experts are 4 times those needed. Shapes: see layers.py, and E
-experts.
+So the order of sums and the sharding are those of dense MLPs, whatever the router chooses; with 2
+of 8 experts per token, 4 times as many products are computed as needed. Shapes: see layers.py, and
+E experts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MixtralConfig(MistralConfig):
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001
-    output_router_logits: bool = False  # an option of the run decides in its place
+    output_router_logits: bool = False  # ignored: sft.router_aux_loss decides
 
     feed_forward = property(lambda self: (Experts, "block_sparse_moe"))
 
@@ -73,8 +73,8 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """Sum of the experts' results, with the router's weights. The router's logits are an output of
-    the collection `router`, for those who ask for it."""
+    """Sum of the experts' results, with the router's weights. The router's logits are stored in the
+    collection `router` if the caller makes it mutable."""
 
     config: MixtralConfig
 
@@ -104,8 +104,8 @@ PARTITION_RULES = (
 )
 
 _MOE, _THEIRS = "model/layers/block_sparse_moe/", "model.layers.{}.block_sparse_moe."
-# Adapters are for the attention. The router's weights are few, and its choice is sensitive to their
-# rounding.
+# Only attention has adapters. The router is not quantised: its weights are few, and its choice is
+# sensitive to their rounding.
 HF_ROWS = (
     *(row for row in llama.HF_ROWS if "/mlp/" not in row.ours),
     Row(

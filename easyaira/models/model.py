@@ -72,7 +72,7 @@ class Model:
 
     @property
     def rules(self) -> Rules:
-        """Those of the architecture, but for parameters that this configuration lacks."""
+        """Rules of the architecture, without those of parameters that this configuration lacks."""
         head = self._of_head(LM_HEAD_RULES, self.architecture.score_head.rules)
         rows = self.architecture.rows
         absent = [row.ours for row in rows if not row.when(self.config)]
@@ -144,7 +144,7 @@ class Model:
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """How `losses/token_logps.py` reads the head."""
+        """Options of `losses/token_logps.py` for this model's head."""
         return {"vocab_size": self.vocab_size, "cap": self.logit_cap}
 
     def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ class Model:
 
     @property
     def shapes(self) -> Any:
-        """Shapes of the parameters, however they are computed."""
+        """Shapes of the parameters; they do not depend on `compute`."""
         return _shapes(replace(self, compute=Compute()))
 
     def target(self, mesh: Mesh) -> Any:
@@ -185,7 +185,7 @@ class Model:
     def apply_routed(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Those of `apply`, and the logits of the routers [L, R, T, E]."""
+        """The results of `apply`, and the logits of the routers [L, R, T, E]."""
         (hidden, head), kept = self._applied(params, batch, dropout_key, mutable=["router"])
         (logits,) = jax.tree.leaves(kept)
         return hidden, head, logits
@@ -243,8 +243,8 @@ class Model:
             yield
 
     def parameter_count(self, tree: Any = None) -> int:
-        """Number of weights in a tree of parameters, without vocabulary padding. The tree may hold
-        those of an adapter; default: all weights of this model."""
+        """Number of weights in a tree of parameters, without vocabulary padding. The tree may be an
+        adapter's; default: all weights of this model."""
         total = 0
         axis = {row.ours: row.op.vocab_axis for row in self.rows}
         for path, leaf in by_path(self.shapes if tree is None else tree).items():

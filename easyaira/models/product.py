@@ -60,8 +60,8 @@ def _over_two_axes(spec: str, a: jax.Array, b: jax.Array) -> tuple[str, jax.Arra
 
 
 def packed(x: jax.Array) -> jax.Array:
-    """x as it is put into a larger array, such as the stack of what layers keep for their backward
-    pass: on a CPU, 16-bit floats as integers.
+    """x in the form in which it is written into a larger array, such as the stack of arrays that
+    layers keep for their backward pass: on a CPU, 16-bit floats as integers.
 
     XLA's CPU writes float32. To write 16-bit floats, it would convert the whole array to float32
     and back."""
@@ -158,7 +158,7 @@ def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     multiplies a few rows twice as fast."""
     rows, columns = x.reshape(-1, x.shape[-1]), kernel.reshape(-1, kernel.shape[-1])
     if len(rows) == 1 and x.dtype != jnp.float32 and on_cpu():
-        # and two rows of 16-bit numbers three times as fast as one
+        # two rows of 16-bit numbers are three times as fast as one
         rows = jnp.concatenate([rows, rows])
     few = SMALL if len(rows) * len(columns) <= CACHED else FEW
     if x.dtype == jnp.float32:

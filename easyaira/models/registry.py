@@ -139,7 +139,7 @@ def model_of(
     values |= _rope(raw, architecture.config, where)
     if "partial_rotary_factor" not in names and values.get("partial_rotary_factor") == 1:
         del values["partial_rotary_factor"]
-    # a switch of some families; others have windows whatever it says
+    # some families have this switch; others ignore it
     switched = {"use_sliding_window", "sliding_window"} & architecture.neutral.keys()
     if switched and values.get("use_sliding_window") is False:
         values["sliding_window"] = None
@@ -205,7 +205,7 @@ def _check_types(values: Mapping[str, Any], config: type, where: str) -> None:
     """Refuse sizes and options of another type than the configuration's."""
     for name, kind in get_type_hints(config).items():
         value = values.get(name)
-        # JSON writes 1.0 as 1; true is no number
+        # JSON writes 1.0 as 1; true is not a number
         right = isinstance(value, kind) or (kind is float and type(value) is int)
         if name in values and (not right or (isinstance(value, bool) and kind is not bool)):
             wanted = getattr(kind, "__name__", str(kind))
@@ -215,8 +215,8 @@ def _check_types(values: Mapping[str, Any], config: type, where: str) -> None:
 def _rope(raw: Mapping[str, Any], config: type, where: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json, which may stand under `rope_parameters`.
 
-    If `config` has a `rope_local_base_freq`, these hold one entry for layers with full attention,
-    and one for layers with a window, which becomes it."""
+    If `config` has `rope_local_base_freq`, `rope_parameters` has an entry for layers with full
+    attention, and one for layers with a window, whose theta becomes `rope_local_base_freq`."""
     by_kind = hasattr(config, "rope_local_base_freq")
     scaling, given = (_object(raw, key, where) for key in ("rope_scaling", "rope_parameters"))
     if given and bool(given.keys() & set(LAYER_TYPES)) != by_kind:

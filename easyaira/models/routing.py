@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def chosen(probabilities: jax.Array, count: int) -> jax.Array:
     """Mask [..., E] of the `count` experts of highest probability; of equal ones, the first.
 
-    By comparing all pairs: a sort of few numbers is slower, and may gather a divided array."""
+    By comparing all pairs: a sort of few numbers is slower, and may gather a sharded array."""
     one, other = probabilities[..., :, None], probabilities[..., None, :]
     place = jnp.arange(probabilities.shape[-1])
     before = (other > one) | ((other == one) & (place < place[:, None]))

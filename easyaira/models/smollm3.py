@@ -20,7 +20,7 @@ class SmolLM3Config(LlamaConfig):
     max_position_embeddings: int = 32768
     rope_theta: float = 2e6
     no_rope_layers: tuple | None = None  # by layer: 1 with rotary positions, 0 without
-    no_rope_layer_interval: int = 4  # otherwise: one layer of so many has none
+    no_rope_layer_interval: int = 4  # otherwise: one layer in this many has none
     tie_word_embeddings: bool = True
 
     rotary_tables = property(lambda self: ((self.rope_theta, self.rope_scaling), (None,)))

@@ -97,7 +97,7 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
 
 
 def together_of(setup: Setup, algorithm: Algorithm) -> int:
-    """A micro-batch on a device has a multiple of so many rows of train_batch_size."""
+    """Number of rows of train_batch_size that must be together in a device's micro-batch."""
     if algorithm.on_policy is None:
         return algorithm.together
     return OBJECTIVES[setup.config.rl.algorithm].together  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Memory of an update by counting, for devices that cannot be compiled for on this machine.
 
-Arguments are exact. What is kept for the backward pass is read from JAX's own derivative, without
-computing anything; a compiler may keep less, or need more at once. ERROR says how far the count was
-from programs that were compiled or run (docs/gpus.md)."""
+Arguments are exact. Arrays kept for the backward pass are read from JAX's own derivative, without
+computing anything; a compiler may keep less, or need more at once. ERROR is the difference from
+programs that were compiled or run (docs/gpus.md)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def counted(
     begun = time.perf_counter()
     arguments = sum(sizes[name] for name in ("weights", "optimizer", "frozen", "batch"))
     kept = kept_bytes(setup, algorithm, batch)
-    if setup.model.compute.gradient_checkpointing == "full":  # a layer is computed again at a time
+    if setup.model.compute.gradient_checkpointing == "full":  # recomputes one layer at a time
         compute = replace(setup.model.compute, gradient_checkpointing="none")
         whole = replace(setup, model=replace(setup.model, compute=compute))
         kept += kept_bytes(whole, algorithm, batch) / depth

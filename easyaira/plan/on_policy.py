@@ -1,4 +1,4 @@
-"""Memory of an on-policy run: what it holds beside its updates, and a rollout."""
+"""Memory of an on-policy run: weights held beside its updates, and a rollout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RollOut(NamedTuple):
     """Bytes per device.
 
     Attributes:
-        reference, rewards: their weights, held through the run.
+        reference, rewards: their weights, held throughout the run.
         weights: prepared for sampling.
         cache: keys and values of the most tokens.
         temporaries: of the compiled decoding; 0 where it cannot be compiled.

@@ -84,7 +84,7 @@ def method(setup: Setup) -> str:
             f"{device.device_kind} is installed; the count may be wrong by {ERROR:.0%}"
         )
     if lacks_bfloat16(device) and compute.dtype.itemsize == 4:
-        line += f"\nwarning: {device.device_kind} has no bfloat16; float32, and no float16, is used"
+        line += f"\nwarning: {device.device_kind} has no bfloat16; float32 is used, not float16"
     return line
 
 
@@ -142,7 +142,7 @@ def show(setup: Setup, plan: Plan, room: float | None) -> str:
     return "\n".join([*lines, words])
 
 
-JAX_TAKES = 0.75 / 0.93  # share that JAX takes of a GPU by default, of what programs may use
+JAX_TAKES = 0.75 / 0.93  # JAX's default share of a GPU, relative to what programs may use
 
 
 def _chip_hours(setup: Setup, seconds: float) -> str:

@@ -22,7 +22,7 @@ ACCUMULATION = "gradient_accumulation_steps"
 
 
 def smaller(setup: Setup, algorithm: Algorithm, room: float) -> Iterator[str]:
-    """Lines with options, each added to those before it, and the memory that they leave needed,
+    """Lines with options, each added to those before it, and the memory that is then needed,
     counted for GPUs of the same kind; the last one fits, if any does.
 
     Args:

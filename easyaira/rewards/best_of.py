@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
 def select(
     candidates: Sequence[Candidate], counts: Counter
 ) -> tuple[Candidate | None, Candidate | None]:
-    """The best answer that can be learned, and the worst one to learn it from as a pair.
+    """The best answer that can be learned, and the worst one to pair it with.
 
     The worst one may be toxic, but neither cut nor empty: its end is learned, too. Among equal
     scores, the first one wins.
@@ -90,7 +90,7 @@ def write(folder: Path, num_samples: int, models: Sequence[RewardModel]) -> Mapp
     """
     counts: Counter = Counter()
     sums = {"all": 0.0, "the best": 0.0}
-    names = (DPO, SFT, SCORED)  # the last one to be renamed says that all are there
+    names = (DPO, SFT, SCORED)  # renamed in this order: if SCORED exists, all do
     with new_sets(folder, names) as write_row:
 
         def put(name: str, row: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ def _scores(candidate: Candidate, prefix: str = "") -> dict[str, float]:
 def scored(
     path: Path, num_samples: int, models: Sequence[RewardModel]
 ) -> Iterator[tuple[list[columns.Message], list[dict[str, Any]], list[Candidate]]]:
-    """Messages of each prompt, the rows of its answers, and these as Candidates."""
+    """Messages of each prompt, the rows of its answers, and the answers as Candidates."""
     reward, *rest = models
     rows = rows_of(path)
     bar = tqdm(desc="scoring", unit="answer", disable=None)

@@ -35,8 +35,8 @@ class RewardModel:
     """A model that scores texts. Its weights are read by `load`.
 
     Args:
-        origin: run folder of `train_reward`, Hugging Face folder or hub id; or what
-            `pretrained.find` gives for it.
+        origin: run folder of `train_reward`, Hugging Face folder or hub id; or the result of
+            `pretrained.find` for it.
         mesh: devices to compute on.
         dtype: float32 or bfloat16, to compute in.
         template: as `data.template`; encoders have one form.
@@ -74,8 +74,8 @@ class RewardModel:
         with as_argument():
             self.template = Template(self.origin.tokenizer(), template, model_type)
         self.tokenizer = self.template.tokenizer
-        # transformers scores a decoder at the last token that is no padding, also where that is the
-        # end token
+        # transformers scores a decoder at the last token that is not padding, also where the end
+        # token serves as padding
         self._pad = None if self.template.encoder else self.config.get("pad_token_id")
         self.params: Any = None
         self._score = jax.jit(self._scores_of)
@@ -209,8 +209,8 @@ def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]
 
 
 def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
-    """Refuse one text or conversation in the place of a list, whose characters or messages would
-    be taken for texts of their own, and whatever else is not a text or a conversation.
+    """Refuse a single text or conversation instead of a list, since its characters or messages
+    would be taken for separate texts; and entries that are neither texts nor conversations.
 
     Args:
         name: the function, for the message.

@@ -31,7 +31,7 @@ def function_of(name: str) -> Callable[..., Any]:
     try:
         if place.endswith(".py"):
             path = named_path(place)
-            # a name of its own hides no library; dataclasses and pickle look for it in sys.modules
+            # a unique name hides no library; dataclasses and pickle look for it in sys.modules
             spec = importlib.util.spec_from_file_location(f"easyaira_reward_{path.stem}", path)
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -145,14 +145,14 @@ def _called(function: Callable[..., Any], prompts: list[Any], completions: list[
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             named = {name: texts for name, texts in named.items() if name in signature.parameters}
         by_name = "completions" in signature.parameters and signature.bind(**named)
-    except (TypeError, ValueError):  # it has none, or other arguments, too
+    except (TypeError, ValueError):  # it has no signature, or needs further arguments
         by_name = None
     return function(**named) if by_name else function(prompts, completions)
 
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:
     try:
-        if isinstance(given, Mapping | Set | str | bytes):  # in no order, or of characters
+        if isinstance(given, Mapping | Set | str | bytes):  # unordered, or characters
             raise TypeError
         rewards = [float(number) for number in given]
     except (TypeError, ValueError) as error:

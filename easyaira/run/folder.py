@@ -267,14 +267,14 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
         if before and before != sample:
             raise ConfigError(
                 f"{STARTS[name]}: {attrgetter(STARTS[name])(setup.config)} has other weights than "
-                f"when the run in {place} began, and they are its reference; restore them to "
-                "continue, or choose another output_dir"
+                f"when the run in {place} began, and the original ones are its reference; restore "
+                "them to continue, or choose another output_dir"
             )
 
 
 def _reads_start(config: RunConfig) -> bool:
-    """Whether a resumed run reads its reference again. The log-probabilities that are computed
-    before the first update have a check of their own."""
+    """Whether a resumed run reads its reference again. Log-probabilities that are computed before
+    the first update have their own check."""
     dpo, rl = getattr(config, "dpo", None), getattr(config, "rl", None)
     in_step = dpo and dpo.reference == "model" and not dpo.precompute_ref_log_probs
     return bool(in_step or rl and rl.beta)

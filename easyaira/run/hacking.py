@@ -1,4 +1,4 @@
-"""Signs of reward hacking: the reward rises, and other metrics say that answers get no better."""
+"""Signs of reward hacking: the reward rises, but other metrics show that answers do not improve."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FEWEST = 5  # rows with a reward
 
 
 class Limits(NamedTuple):
-    """When a change is a sign.
+    """Thresholds above which a change is a sign.
 
     Attributes:
-        rise: of the reward, in standard deviations of the first answers' rewards. Below it, the
-            reward is the same but for chance.
+        rise: of the reward, in standard deviations of the first answers' rewards. A smaller one may
+            be chance.
         entropy: share of the first entropy that is left. With less, few tokens are uncertain and
             answers repeat each other.
         length: of the last answers, relative to the first.

@@ -18,7 +18,7 @@ class Sign(NamedTuple):
     Attributes:
         name: of the illness.
         limit: threshold.
-        when: what is compared with it; {} stands for the limit.
+        when: the condition in words; {} stands for the limit.
         why: reason for the threshold.
         do: what to try.
         seen: (run, limit) -> the evidence, or None.

@@ -17,14 +17,14 @@ FEWEST = 5  # logged updates after the warm-up, before curves are judged
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run.
+    """Facts about a run.
 
     Attributes:
         rows: of metrics.jsonl.
         data: of data_report.json.
         beta, batch: dpo.beta, pairs per update.
         warmup, planned: updates of the warm-up, and of the run.
-        reference: a reference model is compared with.
+        reference: whether there is a reference model.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -88,7 +88,7 @@ class Run:
 
 
 def of_setup(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> Run | None:
-    """A run of pairs; None: it has none."""
+    """Facts about a run on pairs; None for other runs."""
     config = setup.config
     if not isinstance(config, TrainDPO) or config.dpo.unpaired:
         return None

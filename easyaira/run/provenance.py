@@ -48,8 +48,8 @@ def started_from(setup: Setup) -> dict[str, str | None]:
 
 
 def completed(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The options of a run as plain values, with defaults for those that did not exist when it
-    began, which is how it was made.
+    """The options of a run as plain values. Options that did not exist when it began get their
+    defaults, which keep the behaviour of that time.
 
     Args:
         saved: options of the same kind of run as `config`, from `to_dict` of any version.

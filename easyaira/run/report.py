@@ -38,7 +38,7 @@ PANELS = (  # title, and metrics that share an axis
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
 )
-SHOWN_UPDATES = 6  # whose answers are shown
+SHOWN_UPDATES = 6  # rollouts whose answers are shown
 # By the end of a metric's name; other held-out ones: c2
 COLOURS = {"chosen": "c3", "rejected": "c4", "reward_std": "c2", "value_loss": "c2"}
 COLOURS |= {"eval_auc": "c3", "eval_reward": "c3"}
@@ -131,8 +131,8 @@ def write(
     schedule: plots.Points = (),
     signs: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]] = hacking.warnings,
 ) -> Mapping[str, str]:
-    """Write report.html into a run folder, from its metrics.jsonl and config.yaml. It reloads
-    itself while the run goes on.
+    """Write report.html into a run folder, from its metrics.jsonl and config.yaml. The page reloads
+    itself until the run has ended.
 
     Args:
         figures: name -> value, shown large at the top; those of the metrics follow.
@@ -191,7 +191,7 @@ def _spent(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def _spread(completions: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
-    """Those of at most SHOWN_UPDATES updates, evenly spread, as rows of a table."""
+    """Completions of at most SHOWN_UPDATES updates, evenly spread, as rows of a table."""
     updates = sorted({row["update"] for row in completions})
     last = len(updates) - 1
     shown = {

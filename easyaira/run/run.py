@@ -53,7 +53,7 @@ UNBALANCED = (
     "config.json has output_router_logits: true, for which transformers adds a loss that balances "
     "the experts; here sft.router_aux_loss adds it, and only to SFT"
 )
-REPORT_SECONDS = 20  # at least, between two reports of a run that goes on
+REPORT_SECONDS = 20  # at least, between two reports during a run
 
 
 def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> None:

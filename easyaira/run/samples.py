@@ -100,7 +100,7 @@ class Samples:
 
     def make_sampler(self) -> Sampler:
         setup = self.setup
-        foreign = setup.config.model.tokenizer is not None  # the files have ids of another one
+        foreign = setup.config.model.tokenizer is not None  # the files have another's ids
         files = {} if foreign else files_of(setup.origin)
         ends = end_ids(setup.template, files, setup.model.vocab_size)
         return Sampler(setup.model, Sampling(max_new_tokens=SAMPLE_TOKENS, end_ids=tuple(ends)))

@@ -1,4 +1,4 @@
-"""The signs of all kinds that a run shows. The report has them all, the terminal each of them once.
+"""All signs that a run shows. The report lists all of them; the terminal shows each once.
 
 A sign is a name and a sentence with the evidence and what to try."""
 

@@ -62,7 +62,7 @@ logging.getLogger("absl").propagate = False  # pages of tracebacks for errors th
 
 
 def _without_closed_loops(print_error: Callable[..., Any]) -> Callable[..., None]:
-    """An unraisablehook that leaves out what TensorStore's threads print after a failed save, whose
+    """An unraisablehook that drops the errors of TensorStore's threads after a failed save, whose
     event loop is closed."""
 
     def hook(unraisable: Any) -> None:
@@ -73,8 +73,8 @@ def _without_closed_loops(print_error: Callable[..., Any]) -> Callable[..., None
 
 
 sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors nobody has asked a task for
-# Orbax abandons the other writes of a failed save; Python says so whenever it collects them.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors of tasks that nobody awaits
+# Orbax abandons the other writes of a failed save; Python warns when it collects them.
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 

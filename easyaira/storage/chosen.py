@@ -1,4 +1,4 @@
-"""The checkpoint that stands for a run."""
+"""The checkpoint that a run is read from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BEST = "best"  # in the window of a checkpoint's meta record
 
 
 def chosen(folder: str | Path) -> int | None:
-    """The finished step that a run is read from: its best if it looks for one, else the newest;
-    None without any. Every process must call this.
+    """The finished step that a run is read from: the best if the run looks for one, else the
+    newest; None if there is none. Every process must call this.
 
     Raises:
         ConfigError: see `Checkpoints`.
@@ -29,7 +29,7 @@ def chosen(folder: str | Path) -> int | None:
 
 
 def best_step(meta: Mapping[str, Any]) -> int | None:
-    """The best checkpoint so far, as a meta record has it; None if its run looks for none."""
+    """Step of the best checkpoint so far, from a meta record; None if the run looks for none."""
     window = meta.get("window")
     record = window.get(BEST) if isinstance(window, dict) else None
     return record.get("step") if isinstance(record, dict) else None

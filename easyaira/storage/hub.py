@@ -8,11 +8,11 @@ from typing import Any
 from easyaira.errors import ConfigError
 from easyaira.hf import safetensors
 
-TEXTS = (".json", ".jinja", ".model", ".txt")  # endings of what is read beside the weights
+TEXTS = (".json", ".jinja", ".model", ".txt")  # endings of the files to read besides the weights
 
 
 def download(name: str, revision: str | None, *, weights_wanted: bool) -> Path:
-    """Folder of a model's files in the hub's cache, which are downloaded if they are not there.
+    """Folder of a model's files in the hub's cache; missing ones are downloaded.
 
     Raises:
         ConfigError: there is no such model, or its weights are of another format only.

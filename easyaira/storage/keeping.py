@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Kept:
-    """Orbax's policy of what to keep: the newest checkpoints, as many as `keep`, and the `best`."""
+    """Preservation policy for Orbax: keep the newest `keep` checkpoints, and the `best`."""
 
     def __init__(self, keep: int | None):
         self.keep = keep

@@ -318,7 +318,7 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
     """Locate the model called `name`.
 
     Args:
-        name: a run folder (its newest checkpoint), a checkpoint (RUN/checkpoints/STEP, also where
+        name: a run folder (see `chosen`), a checkpoint (RUN/checkpoints/STEP, also where
             checkpoint_dir is elsewhere), a Hugging Face folder, or a hub id.
         revision: of a hub id.
         weights_wanted: whether to download weights from the hub, too.
@@ -358,7 +358,7 @@ def find(name: str, revision: str | None = None, *, weights_wanted: bool = True)
 
 def _of_folder(name: str, folder: Path, commit: str | None = None) -> Pretrained:
     if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        from easyaira.storage.peft_folder import PeftFolder  # which looks for its base by `find`
+        from easyaira.storage.peft_folder import PeftFolder  # late: it calls `find`
 
         return PeftFolder(name, folder, commit=commit)
     return Pretrained(name, folder, commit=commit)

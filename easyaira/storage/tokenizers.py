@@ -13,7 +13,7 @@ from easyaira.torchless import import_transformers
 
 
 def load_tokenizer(folder: Path, where: str) -> Any:
-    """Load the tokenizer of a folder; `where` is how messages call it.
+    """Load the tokenizer of a folder; `where` names it in messages.
 
     Raises:
         TokenizerError: there is no tokenizer, or it is not a fast one.
@@ -52,5 +52,5 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     try:
         tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # of a full disk, the tokenizers library raises a plain Exception
+    except Exception as error:  # on a full disk, the tokenizers library raises a plain Exception
         raise StorageError(f"{folder}: cannot be written: {reason(error)}") from error

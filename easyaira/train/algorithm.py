@@ -41,8 +41,9 @@ class OnPolicy(NamedTuple):
         together: answers of a micro-batch on a device -> numbers of a prompt's answers that an
             example may hold, the least first.
         epoch: prompts -> updates in an epoch.
-        cycle: updates per rollout; only between rollouts is there a state to resume from.
-        source: (Setup, run folder, first update, asks whether to stop) -> see loader.Stored.
+        cycle: updates per rollout; a run can resume only between rollouts.
+        source: (Setup, run folder, first update, whether to stop) -> source of batches, see
+            loader.Stored.
     """
 
     largest: Callable[[Examples, int], Examples]

@@ -14,8 +14,8 @@ class Best:
     """Follows a metric from evaluation to evaluation, as transformers' Trainer does with
     load_best_model_at_end, metric_for_best_model and EarlyStoppingCallback.
 
-    What it knows is a record in the window, which every checkpoint holds: the `step` and `value` of
-    the best evaluation (None before the first), and how many evaluations have `waited` since.
+    Its state is a record in the window, which every checkpoint holds: `step` and `value` of the
+    best evaluation (None before the first), and the number of evaluations since, `waited`.
 
     Args:
         keep: called with the step of a new best, whose checkpoint must then be kept.
@@ -49,8 +49,8 @@ class Best:
         return self.patience is not None and self.record["waited"] >= self.patience
 
     def look(self, number: int, measured: dict[str, float | None]) -> None:
-        """Compare the metrics of an evaluation with the best; those of update 0 have no checkpoint
-        and only show which metrics there are.
+        """Compare the metrics of an evaluation with the best. Update 0 has no checkpoint, so its
+        metrics are only checked for the name.
 
         Raises:
             ConfigError: the metric is not among those of the evaluation.
@@ -69,7 +69,7 @@ class Best:
             return
         before = self.record["value"]
         sign = 1 if self.greater else -1
-        if value == value and (before is None or sign * value > sign * before):  # NaN is no value
+        if value == value and (before is None or sign * value > sign * before):  # not NaN
             self.window.best = {"step": number, "value": value, "waited": 0}
             self.improved = True
             self.keep(number)

@@ -56,7 +56,7 @@ def critic_of(name: str | None, init: str, resolved: Resolved, mesh: Mesh) -> Cr
     if scorer.architecture.encoder:
         raise ConfigError(
             f"rl.value_model: {name} is an encoder, whose tokens see later ones; name a scorer "
-            "that generates text, or leave it out"
+            "with causal attention, or leave it out"
         )
     if scorer.vocab_size != resolved.model.vocab_size:
         raise ConfigError(
@@ -105,8 +105,8 @@ def make_optimizer(
 class ActorCritic:
     """Policy and value model are trainable; the interface is that of train/trainable.py.
 
-    `params` are `{"policy": ..., "value": ...}`. A checkpoint holds the value model beside the
-    optimizer state, so that its parameters are those of the policy.
+    `params` are `{"policy": ..., "value": ...}`. A checkpoint stores the value model with the
+    optimizer state, so that its item `params` is the policy alone.
     """
 
     policy: FullWeights | Adapters

@@ -36,7 +36,7 @@ class Evaluate:
         best: compares each evaluation with the best so far.
         stage: shows the current work.
         own: (params, whether to stop) -> metrics, or None if interrupted; in the place of `step`.
-        cycle: evaluations are put off to the end of a cycle of so many updates.
+        cycle: evaluations are postponed to the end of a cycle of this many updates.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ class Log:
             self.say(line)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Give texts to the trackers that show some."""
+        """Pass texts to the trackers that show texts."""
         if self._trackers:
             self._trackers.texts(step, texts)
 
@@ -141,7 +141,7 @@ class Log:
         self._bar.set_description(what)
 
     def advance(self, steps: int) -> None:
-        if not self._begun:  # the time left is that of updates alone
+        if not self._begun:  # so that only updates count for the time left
             self._begun = True
             self._bar.unpause()
         self._bar.set_description("training", refresh=False)
@@ -216,7 +216,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a metrics.jsonl, and its damaged lines. A last line cut by a crash is no damage."""
+    """Rows of a metrics.jsonl, and its damaged lines. A last line cut by a crash is not damaged."""
     rows: list[dict[str, Any]] = []
     damaged: list[str] = []
     if not path.exists():

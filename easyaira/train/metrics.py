@@ -67,7 +67,7 @@ class Window:
 
     @property
     def running(self) -> bool:
-        """The clock is running."""
+        """Whether the clock is running."""
         return self._since is not None
 
     def run(self) -> None:

@@ -2,8 +2,8 @@
 neural networks; with the scale of Liu et al. (2025), Muon is Scalable for LLM Training, under which
 AdamW's learning rate and weight decay serve both.
 
-Shapes: L layers are stacked on axis 0 of a kernel, [L, in, out]; those of q, k and v that share one
-kernel, [L, in, 3, out], are three matrices."""
+Shapes: L layers are stacked on axis 0 of a kernel, [L, in, out]; a kernel that q, k and v share,
+[L, in, 3, out], is three matrices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALLEST_NORM = 1e-7
 
 
 def is_hidden(path: tuple, leaf: Any) -> bool:
-    """Whether Muon trains a parameter: a matrix of a layer, no embedding, head, norm or bias."""
+    """Whether Muon trains a parameter: a layer's matrix, not an embedding, head, norm or bias."""
     return path_of(path).endswith("kernel") and leaf.ndim > 2
 
 

@@ -29,7 +29,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of update n, counted from 0; equals transformers' schedule of the same name.
 
     Raises:
-        ConfigError: the warm-up, or warm-up and decay, are as long as the run.
+        ConfigError: the warm-up is as long as the run, or warm-up and decay are longer.
     """
     warmup = warmup_steps(config, total_steps)
     if warmup and warmup >= total_steps:
@@ -122,7 +122,7 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArgs
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clip, then AdamW: Loshchilov and Hutter (2019), Decoupled Weight Decay, algorithm 2; or Muon
-    (see muon.py), with this AdamW for the parameters that are no matrices of hidden layers.
+    (see muon.py), with this AdamW for the parameters that are not matrices of hidden layers.
 
     `update` takes the learning rate, see `scale_by_learning_rate`."""
     constants = {"b1": config.adam_beta1, "b2": config.adam_beta2, "eps": config.adam_epsilon}

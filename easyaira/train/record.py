@@ -64,8 +64,8 @@ class Record:
         self.latest, self.evaluated = latest, evaluated
         self.shapes: set[Any] = set()  # compiled so far, by shape of the rows
         self.pending: list[Pending] = []
-        # A GPU takes a limited number of operations ahead of time, so the next update's start
-        # returns when that update has nearly ended. A thread of its own sees when this one has.
+        # A GPU queues a limited number of operations, so dispatching the next update returns when
+        # that update has nearly ended. A separate thread therefore notes when each update ends.
         self._clock = ThreadPoolExecutor(1)
 
     def wants_evaluation(self, number: int) -> bool:
@@ -162,6 +162,6 @@ class Record:
 
 
 def _end(sums: Sums) -> float:
-    """Time at which the sums of an update are there."""
+    """Time at which the sums of an update are ready."""
     jax.block_until_ready(sums)
     return time.perf_counter()

@@ -73,7 +73,7 @@ def find(
 
 
 def has_weights(origin: Pretrained) -> bool:
-    """False for a Hugging Face folder of texts alone, which suffices for a plan."""
+    """False for a Hugging Face folder without weights, which suffices for a plan."""
     return origin.step is not None or any(origin.folder.glob("*.safetensors"))
 
 

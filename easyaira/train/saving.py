@@ -15,7 +15,7 @@ from easyaira.train.step import State
 
 
 def due(number: int, every: int, until: int, cycle: int = 1) -> bool:
-    """True every `every` updates (0: never), put off to the end of a cycle, and after the last."""
+    """True every `every` updates (0: never), delayed to the end of a cycle, and after the last."""
     if number == until:
         return True
     return bool(every) and number % cycle == 0 and number // every > (number - cycle) // every
@@ -28,10 +28,10 @@ class Save:
         meta: stored with each checkpoint.
         seed: seed of the data order; stored with the position in the data.
         cycle: updates between two states that a run can resume from.
-        saved: (parameters, optimizer state) -> those of a checkpoint.
+        saved: (parameters, optimizer state) -> what a checkpoint stores of them.
 
     Attributes:
-        last: the newest saved update, or that which the run started from.
+        last: the newest saved update, or the one that the run started from.
     """
 
     def __init__(

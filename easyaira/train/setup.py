@@ -47,7 +47,7 @@ class Setup:
         model: the trained model, whose vocabulary may have been resized.
         batches, held_out: the data, in updates and in micro-batches; on-policy, the largest update.
         total_steps, schedule, tx: number of updates, learning rate of update n, and optimizer.
-        adapter: trained in the place of the model's own weights.
+        adapter: trained instead of the model's own weights.
         critic: value model that is trained beside the model.
     """
 
@@ -84,15 +84,15 @@ class Setup:
 
     @cached_property
     def trainable(self) -> Trainable | ActorCritic:
-        """What an update changes: all weights, or adapters, and a value model. The only place that
-        asks which."""
+        """Trainable parameters: all weights or adapters, and a value model if there is one. The
+        only place that distinguishes them."""
         if self.critic is None:
             return self.policy
         return ActorCritic(self.policy, self.critic, self.mesh, self.config.seed)
 
     @cached_property
     def policy(self) -> Trainable:
-        """What an update changes of the model."""
+        """Trainable parameters of the model."""
         if self.adapter is None:
             return FullWeights(self.config, self.mesh, self.origin, self.stored, self.model)
         adapter = replace(self.adapter, model=self.model)
@@ -162,8 +162,8 @@ def prepare(
     critic = algorithm.critic and algorithm.critic(resolved, mesh)
     if micro_batch // shards % algorithm.together:
         raise ConfigError(
-            f"train_batch_size: each device takes {micro_batch // shards} examples at a time, no "
-            f"multiple of dpo.kto_group {algorithm.together}; use a multiple of "
+            f"train_batch_size: each device takes {micro_batch // shards} examples at a time, not "
+            f"a multiple of dpo.kto_group {algorithm.together}; use a multiple of "
             f"{algorithm.together * shards * config.gradient_accumulation_steps}"
         )
     data = read_data(config, resolved, algorithm.recipe(resolved.max_length))
@@ -290,7 +290,7 @@ def _adapter(config: RunConfig, resolved: Resolved) -> Adapter:
 
 
 def _stacked(origin: Pretrained) -> str:
-    """What to do instead of training an adapter on one, which peft cannot load."""
+    """Error that advises against an adapter on an adapter, which peft cannot load."""
     released, made = origin.folder / "hf", ""
     merging = f"it first: `easyaira convert to_hf {origin.name} MERGED --merge`, and name MERGED"
     if origin.step is None:

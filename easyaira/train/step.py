@@ -131,7 +131,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
         grads = jax.tree.map(lambda grad: grad * per_count, grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
         update = optax.with_extra_args_support(tx).update
-        # for those that take them, see optimizer.py
+        # for the transformations in optimizer.py that take them
         known = {"ok": ok, "grad_norm": grad_norm, "learning_rate": rate}
         updates, opt_state = update(grads, state.opt_state, state.params, **known)
         params = optax.apply_updates(state.params, updates)

@@ -1,7 +1,7 @@
-"""Metrics beside metrics.jsonl: TensorBoard, and trackers whose packages are extras.
+"""Trackers in addition to metrics.jsonl: TensorBoard, and others whose packages are extras.
 
-They are opened on the first process. One that fails later is left out with a warning, since
-metrics.jsonl has everything; a full disk, which ends the run, is none of these failures."""
+They are opened on the first process. A tracker that fails later is dropped with a warning, since
+metrics.jsonl has everything; only a full disk ends the run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TensorBoard:
         self._add(step, scalars)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Give texts to TensorBoard, which shows Markdown: here as literal text."""
+        """Write texts as literal blocks, since TensorBoard renders Markdown."""
         plugin = self._metadata.PluginData(plugin_name="text")
         values = []
         for name, text in texts.items():
@@ -151,7 +151,7 @@ class MLflow(Other):
         self.mlflow.end_run()
 
 
-# what an update costs, and not what it learns
+# metrics of an update's cost, not of what it learns
 COSTS = frozenset(
     "compilations cpu_time data_wait mfu num_tokens padding positions step_time "
     "tokens_per_second".split()
@@ -207,7 +207,7 @@ class Trackers:
                 ) from error
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Give the known values of a row to the trackers, under their tags."""
+        """Pass the known values of a row to the trackers, under their tags."""
         known = {tag(name): value for name, value in values.items() if value is not None}
         self._each("write", step, known)
 

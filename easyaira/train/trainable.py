@@ -206,7 +206,7 @@ class Adapters(Saved):
 
     @cached_property
     def base(self) -> Base:
-        """Frozen base weights in storage precision, and what an adapter takes from them."""
+        """Frozen base weights in storage precision, and an adapter's initial values from them."""
         params, fingerprint = load_fingerprinted(
             self.origin,
             self.model,

@@ -1,1 +1,1 @@
-"""Configurations of other trainers as ours: a table of keys for each, and the sums between them."""
+"""Configurations of other trainers as ours: a table of keys for each, and computed options."""

@@ -21,7 +21,7 @@ HARMLESS = (  # plugins that change no number
     "axolotl.integrations.liger.LigerPlugin",
     "axolotl.integrations.swanlab.SwanLabPlugin",
 )
-# layers of the text model in one for images and text, without what escapes a dot or a digit
+# layers of the text model inside a model for images and text, after escapes are removed
 OF_TEXT_MODEL = re.compile(
     r"(?:model\.language_model|language_model\.model)\.layers\.d\+\."
     r"(?:\(_checkpoint_wrapped_module\.\)\?)?\((.+)\)\.\((.+)\)_proj"
@@ -211,7 +211,7 @@ def facts(run: Recipe) -> None:
         run.refuse("adapter", f"{kind} is no adapter of EasyAira")
     if kind == "qlora" and not run.get("load_in_8bit"):
         run.facts["load_in_4bit"] = True
-    if not kind:  # of a full run, the two flags say nothing
+    if not kind:  # without adapters, the two flags have no effect
         run.facts |= {"load_in_4bit": None, "load_in_8bit": None}
     if run.get("lora_target_linear"):
         run.facts["lora_target_modules"] = "all-linear"
@@ -258,7 +258,7 @@ def facts(run: Recipe) -> None:
     elif run.get("loss_type") == "dpo":
         run.facts["loss_type"] = "sigmoid"
     for weight in ("desirable_weight", "undesirable_weight"):
-        if run.facts.get(weight) == 0:  # which it takes for not set
+        if run.facts.get(weight) == 0:  # axolotl takes 0 for not set
             run.facts[weight] = None
     excess = run.get("excess_length_strategy", "drop")
     run.facts["truncation_mode"] = "keep_start" if excess == "truncate" else "drop"
@@ -272,7 +272,7 @@ def facts(run: Recipe) -> None:
 
 def _experts(run: Recipe) -> None:
     """Adapters and quantised weights of Mixtral, whose experts transformers 5 holds as parameters
-    that are no linear layers."""
+    that are not linear layers."""
     if not MIXTRAL.search(_name(run)):
         if run.get("quantize_moe_experts"):
             run.refuse("quantize_moe_experts", NO_FAMILY)

@@ -15,12 +15,12 @@ ALPACA = (
 )
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA_2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-READ = (  # keys of a source, and values that other keys may have
+READ = (  # keys of a source that are read
     "path split name data_files type field_messages message_property_mappings roles "
     "field_chosen field_rejected ds_type revision chat_template field message_field_role "
     "message_field_content conversation drop_system_message"
 ).split()
-AS_HERE = {  # keys of a source -> values that say what a run does anyway
+AS_HERE = {  # keys of a source -> values that mean the behaviour here
     "roles_to_train": (None, ["assistant"], ["gpt"]),
     "train_on_eos": (None, "turn"),
     "train_on_eot": (None, "turn"),
@@ -95,7 +95,7 @@ def _chatml(run: Recipe, named: list[Any], own: dict[str, Any]) -> None:
 
 
 def sources(run: Recipe) -> None:
-    """The data sets of a run, and what their forms say of all."""
+    """The data sets of a run, and the facts that follow from their forms."""
     if run.get("axolotl_streaming") and not run.get("axolotl_texts"):
         run.refuse("axolotl_streaming", "set streaming in the sources of the translated file")
     entries = _pretraining(run) or run.get("axolotl_datasets", [])

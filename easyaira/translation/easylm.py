@@ -122,7 +122,7 @@ def flags_of(line: str) -> dict[str, Any]:
     """Flags of a command line, with the last part of its module under `module`.
 
     Raises:
-        ConfigError: no flags stand in it, or it is quoted wrongly.
+        ConfigError: it holds no flags, or is quoted wrongly.
     """
     try:
         words = shlex.split(line.replace("\\\n", " "))

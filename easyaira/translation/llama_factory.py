@@ -122,7 +122,7 @@ def facts(run: Recipe) -> None:
     run.facts.setdefault("lora_alpha", 2 * run.get("lora_r", 8))
     if run.get("use_muon"):
         run.options["optimizer.name"] = "muon"
-        run.facts["optim"] = "adamw"  # use_muon goes before it
+        run.facts["optim"] = "adamw"  # use_muon takes precedence
         run.note(
             "Muon trains the matrices of layers, and in LLaMA-Factory a score head, too; norms and "
             "biases do not decay here; Newton-Schulz is computed in float32, there in bfloat16"

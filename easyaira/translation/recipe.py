@@ -62,7 +62,7 @@ def batch(run: Recipe) -> None:
     each, steps = run.get("per_device_train_batch_size", 8), run.get("gradient_accumulation_steps")
     if not all(isinstance(number, int) for number in (each, steps or 1)):
         return run.refuse(
-            "per_device_train_batch_size", "is no number; write the number it stands for"
+            "per_device_train_batch_size", "is not a number; write the number it stands for"
         )
     steps = steps or 1
     total = each * steps * run.devices
@@ -209,7 +209,7 @@ def length(run: Recipe) -> None:
     run.options["data.truncation"] = run.get("truncation_mode", "keep_start")
     if run.task == "reward":  # its trainer leaves longer rows out
         run.options["data.truncation"] = "drop"
-    if run.options["data.truncation"] == "drop":  # of any share of the rows, there
+    if run.options["data.truncation"] == "drop":  # there, any share of the rows
         run.options.setdefault("data.max_dropped", 0.99)
 
 
@@ -260,7 +260,7 @@ def adapters(run: Recipe) -> None:
 
 
 def _saved(run: Recipe) -> None:
-    """What is trained in full beside adapters."""
+    """Modules that are trained in full beside adapters."""
     names = run.get("modules_to_save") or []
     names = names.split(",") if isinstance(names, str) else names
     names = [name.strip().rpartition(".")[2] for name in names]
@@ -323,8 +323,8 @@ def objective(run: Recipe) -> None:
 
 
 def kto(run: Recipe, weights: dict[str, Any]) -> None:
-    """The loss of single answers. TRL compares them with those of a device, and takes the mean of
-    that over all devices."""
+    """The loss of single answers. TRL estimates the KL divergence from the examples of a device,
+    and averages it over all devices."""
     group = run.get("per_device_train_batch_size", 8)
     if group == 1:
         run.refuse("per_device_train_batch_size", "kto needs other examples beside each one")

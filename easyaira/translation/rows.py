@@ -1,4 +1,4 @@
-"""The data of a run: sources, the template, and what of a row is learned."""
+"""The data of a run: sources, the template, and which tokens of a row are learned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def columns_of(path: str) -> dict[str, Any] | None:
 
 
 def source(entry: dict[str, Any]) -> dict[str, Any]:
-    """A source of ours; what is its default stays out."""
+    """A source of ours, without values that are defaults."""
     if entry.get("subset") == "default":
         entry = entry | {"subset": None}
     return {key: value for key, value in entry.items() if value not in (None, 1.0, "train")}

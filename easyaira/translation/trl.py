@@ -211,7 +211,7 @@ DROPOUT = (
 
 def facts(run: Recipe) -> None:
     """The loss that balances experts, which TRL adds to SFT, DPO and KTO with the weight of
-    config.json, unless router_aux_loss_coef says another."""
+    config.json, unless router_aux_loss_coef sets another."""
     weight = run.get("router_aux_loss_coef")
     mixtral = MIXTRAL.search(str(run.options.get("model.name_or_path", "")))
     if weight:

@@ -1,4 +1,4 @@
-"""What a key of another trainer is here. A table of keys holds one of four verdicts for each."""
+"""Verdicts on keys of other trainers: a table of keys holds one of four for each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Unsupported(NamedTuple):
 
     Attributes:
         why: ends the error.
-        unless: values that mean what is done here, too.
+        unless: values that mean the behaviour here, too.
         harmless: a list of any of these changes nothing.
     """
 
@@ -50,10 +50,10 @@ class Source(NamedTuple):
     Attributes:
         name: with the version whose keys the tables hold.
         tables: task -> key -> verdict.
-        defaults: task -> values of keys that a file leaves out, where ours would do another thing.
+        defaults: task -> values of keys that a file leaves out, where our default differs.
         differences: what differs on purpose in every translated run, task -> sentences.
         telling: key -> the task of a file that sets it, or value -> task.
-        otherwise: the task of a file that no key tells.
+        otherwise: the task of a file whose keys tell none.
         prepare: makes facts by transformers' names from the trainer's own.
     """
 
