@@ -220,7 +220,7 @@ class LoadedModel:
         positions = self.model.config.max_positions
         if lengths.max() > positions:
             raise DataError(
-                f"text {lengths.argmax()} has {lengths.max()} tokens with its answer, and the "
+                f"text {np.argmax(lengths)} has {lengths.max()} tokens with its answer, and the "
                 f"model has {positions} positions; shorten it"
             )
         shards = data_shards(self.mesh)

@@ -81,7 +81,7 @@ def dpo(
     """Preference loss over the answers to the `examples` prompts of a micro-batch.
 
     The reference's log-probabilities are the batch's `ref_logps`. If `reference` is given, the step
-    computes them from the frozen weights instead. Without a reference they are 0."""
+    computes them from the frozen weights instead. Losses without a reference set them to 0."""
 
     options = {"examples": examples, "answers": answers, "tail": config.tail}
 

@@ -277,7 +277,7 @@ class Files:
         """Values of all answers as rows, one per example, as long as the longest."""
         further = OF_ANSWERS[name]
         counts = np.array(self._counts, np.int64) + further
-        place = np.arange(counts.max(initial=1 + further))
+        place = np.arange(np.max(counts, initial=1 + further))
         starts = np.cumsum(counts) - counts
         rows = values[starts[:, None] + np.minimum(place, counts[:, None] - 1)]
         return rows if name == "bounds" else np.where(place < counts[:, None], rows, -1)

@@ -99,7 +99,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # each thread takes address space
-            start_new_session=True,  # a signal that stops the run must not end it, as a fault would
+            start_new_session=True,  # a signal to the run is not a fault of the template
         )
         weakref.finalize(self, _close, self._process)
         self._template: tuple[Any, ...] = (template, dict(tokens))  # sent with the first request

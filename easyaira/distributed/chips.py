@@ -99,14 +99,7 @@ QUIET = {  # without these, libtpu queries the metadata server of a cloud TPU ma
 }
 
 
-BILLED = {
-    "v3": 2,
-    "v4": 2,
-    "v5p": 2,
-    "v5e": 1,
-    "v5litepod": 1,
-    "v6e": 1,
-}  # cores per chip in a type's name
+BILLED = {"v3": 2, "v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}  # in names: cores a chip
 
 
 def sides_of(name: str) -> str:

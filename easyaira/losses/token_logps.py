@@ -20,7 +20,7 @@ from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpa
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
 KEPT_CHUNKS = 4  # chunks of that size whose logit gradients are cached for the backward pass
 # Most positions of a chunk on a CPU: its caches hold their logits, and the last chunk has few
-# positions without loss. Smaller chunks save less than their additions to the head's gradient cost.
+# positions without loss. Smaller chunks add to the head's gradient more often than they are worth.
 CPU_CHUNK = 256
 
 PerToken = Float[Array, "R T"]
