@@ -146,7 +146,7 @@ def test_a_generation_prompt_that_no_answer_is_learned_after_is_told():
     assert doubts(CHAT) == doubts(thinks, scorer=True) == []
     (doubt,) = doubts(thinks)
     assert "learned after '<|endoftext|>assistant:', but the generation prompt" in doubt
-    assert "'<|endoftext|>assistant: <think>', with which" in doubt
+    assert "'<|endoftext|>assistant: <think>', which other programs use" in doubt
     assert "generation prompt is '<|endoftext|>'" in doubts(PLAIN)[0]
     for name in TEMPLATES:
         assert not [*Template(tiny.tokenizer(), name, "gpt2").doubts(scorer=False)]
