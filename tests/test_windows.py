@@ -116,9 +116,9 @@ def test_rows_without_a_text_are_an_error(tmp_path):
     "options, problem",
     [
         ({"task": "pair"}, "data.texts: split is for SFT only"),
-        ({"deduplicate": True}, "which data.deduplicate does not take"),
-        ({"reverse": True}, "which data.reverse does not take"),
-        ({"compat": "aira"}, "which data.compat does not take"),
+        ({"deduplicate": True}, "which data.deduplicate does not support"),
+        ({"reverse": True}, "which data.reverse does not support"),
+        ({"compat": "aira"}, "which data.compat does not support"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(options, problem, tmp_path):
