@@ -254,11 +254,13 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(
         (["--reward=GROUND/none"], "none: no such folder"),
         (["--prompts=GROUND/long.jsonl"], "long.jsonl:2: a prompt has"),
         (["--prompts=GROUND/bad.jsonl"], "bad.jsonl:1: wanted a column prompt or messages"),
+        (["--prompts=GROUND/own.jsonl"], "own.jsonl:1: column score: the output has it; rename"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(flags, problem, ground, tmp_path, capsys):
     tiny.write_rows(ground / "long.jsonl", [{"prompt": "yes"}, {"prompt": "no " * 100}])
     tiny.write_rows(ground / "bad.jsonl", [{"question": "yes"}])
+    tiny.write_rows(ground / "own.jsonl", [{"prompt": "yes", "score": 3}])
     flags = [flag.replace("GROUND", str(ground)) for flag in flags]
     status, _, err = call(best_of.main, arguments(ground, tmp_path / "best", *flags), capsys)
     assert status == 2 and problem in err and len(err.splitlines()) == 1

@@ -49,14 +49,23 @@ def _prompt(located: sources.Located, template: Template, sampler: Sampler) -> P
     try:
         if isinstance(row, sources.BadRow):
             raise columns.Unreadable(row.reason)
-        if taken := [name for name in GENERATED if name in row]:
-            raise columns.Unreadable(f"column {taken[0]}: the output has it; rename yours")
+        check_free(row, GENERATED)
         messages = columns.question(columns.Record(row))
         tokens = template.prompt(messages)
         sampler.limit(tokens)
     except (columns.Unreadable, DataError) as error:
         raise DataError(f"{place}: {error}") from error
     return Prompt(place, row, tokens)
+
+
+def check_free(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a row with a column of the output, which would replace it.
+
+    Raises:
+        Unreadable: the row has one of these columns.
+    """
+    if taken := [name for name in names if name in row]:
+        raise columns.Unreadable(f"column {taken[0]}: the output has it; rename yours")
 
 
 class Output:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from easyaira.config.data import Source
 from easyaira.data import columns, sources
 from easyaira.errors import DataError
+from easyaira.generation.prompts import check_free
 from easyaira.generation.sets import new_sets, rows_of, write_counts
 from easyaira.rewards.model import RewardModel
 
@@ -71,12 +72,13 @@ def questions(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """Place and messages of each prompt of a file.
 
     Raises:
-        DataError: a row is unreadable.
+        DataError: a row is unreadable, or has a column of the output.
     """
     for place, row in sources.read(Source(path)):
         try:
             if isinstance(row, sources.BadRow):
                 raise columns.Unreadable(row.reason)
+            check_free(row, ("score", "toxicity_score"))
             yield place, columns.question(columns.Record(row))
         except columns.Unreadable as error:
             raise DataError(f"{place}: {error}") from error
