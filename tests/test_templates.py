@@ -292,6 +292,24 @@ def test_ids_equal_apply_chat_template(name, template_name):
 
 
 @shared
+@pytest.mark.parametrize("template_name", TEMPLATES)
+@pytest.mark.parametrize("name", REAL)
+def test_the_released_template_gives_others_the_prompts_of_training(name, template_name):
+    """apply_chat_template adds no start token, so models of Llama and OPT were asked without one."""
+    folder, kind = REAL[name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = Template(tokenizer, template_name, kind)
+    tokenizer.chat_template = template.released()
+    for messages in (TURN[:-1], TURNS[:-1]):
+        theirs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        assert template.prompt(messages).tolist() == theirs
+    later = Template(tokenizer, "chat", kind)  # of a run that starts from the release
+    assert later.jinja == template.jinja and later.released() == tokenizer.chat_template
+
+
+@shared
 @pytest.mark.parametrize("name", REAL)
 def test_plain_prompts_equal_the_tokenizers_own_call(name):
     folder, kind = REAL[name]

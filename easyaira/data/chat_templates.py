@@ -68,8 +68,20 @@ AIRA_TOKENS = {
     "sep_token": "<|endofinstruction|>",
     "pad_token": "<|pad|>",
 }
+STARTS = ("{{ bos_token }}", "{{ bos_token + ' ' }}")  # before a template, in a release
 KEEPS_UNKNOWN = ("gpt2", "bloom")  # model types that keep their own unk_token
 CHATML_TOKENS = {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
+
+
+def add_tokens(name: str, tokenizer: Any, model_type: str) -> None:
+    """Add the tokens of the template called `name` to a tokenizer."""
+    if name == "aira":
+        wanted = dict(AIRA_TOKENS)
+        if model_type in KEEPS_UNKNOWN:
+            del wanted["unk_token"]
+        tokenizer.add_special_tokens(wanted)
+    elif name == "chatml":
+        tokenizer.add_special_tokens(CHATML_TOKENS)
 
 
 def find_template(name: str, tokenizer: Any) -> tuple[str, str]:
@@ -110,6 +122,22 @@ def as_argument() -> Iterator[None]:
         raise type(error)(str(error).removeprefix("data.")) from error
 
 
+def with_start(jinja: str, text: str, wanted: list[int], tokenizer: Any) -> str:
+    """A template from which `apply_chat_template` makes the tokens of training. It does not add the
+    start token that the tokenizer adds, so the template has to write it; and a blank after it,
+    where the tokenizer has one at the start of a text alone.
+
+    Args:
+        text: what `jinja` writes for a question.
+        wanted: the question's tokens in training.
+    """
+    bos = tokenizer.bos_token or ""
+    for start, written in zip(("", *STARTS), ("", bos, f"{bos} "), strict=True):
+        if tokenizer(written + text, add_special_tokens=False).input_ids == wanted:
+            return start + jinja
+    return jinja
+
+
 def _own(tokenizer: Any) -> tuple[str, str]:
     """The tokenizer's template, and the file that holds it."""
     if not tokenizer.chat_template:
@@ -127,7 +155,9 @@ def _own(tokenizer: Any) -> tuple[str, str]:
         kind = kind_of(tokenizer.chat_template)
         raise TokenizerError(f"{where}: chat_template: expected a text, found {kind}")
     try:
-        return tokenizer.get_chat_template(), where
+        jinja = tokenizer.get_chat_template()
+        plain = {start + template: template for start in STARTS for template in TEMPLATES.values()}
+        return plain.get(jinja, jinja), where
     except ValueError as error:
         raise TokenizerError(
             f"{where}: has the templates {', '.join(tokenizer.chat_template)}, but no default; "

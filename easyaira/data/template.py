@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,11 +18,11 @@ import numpy as np
 
 from easyaira.data.chat_templates import (
     AIRA_TOKENS,
-    CHATML_TOKENS,
     ENCODER,
-    KEEPS_UNKNOWN,
     TEMPLATES,
+    add_tokens,
     find_template,
+    with_start,
 )
 from easyaira.data.layout import (
     LEFT,
@@ -86,13 +87,7 @@ class Template:
         self.model_type = model_type
         self._allowed_names = tuple(allowed)
         known = set(tokenizer.get_vocab().values())
-        if name == "aira":
-            wanted = dict(AIRA_TOKENS)
-            if model_type in KEEPS_UNKNOWN:
-                del wanted["unk_token"]
-            tokenizer.add_special_tokens(wanted)
-        elif name == "chatml":
-            tokenizer.add_special_tokens(CHATML_TOKENS)
+        add_tokens(name, tokenizer, model_type)
         self.encoder = name == "encoder"
         if self.encoder and None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
             raise TokenizerError("tokenizer: has no cls_token or no sep_token, which encoders need")
@@ -146,6 +141,14 @@ class Template:
         )
         self._layout = lru_cache(maxsize=4096)(self._layout_uncached)
         self._check()
+
+    def released(self) -> str:
+        """The template for others' `apply_chat_template`, with the start token."""
+        user = [{"role": "user", "content": "Hi there"}]
+        with suppress(DataError):  # it takes other roles
+            text = self._render(user, add_generation_prompt=True).text
+            return with_start(self.jinja, text, self.prompt(user).tolist(), self.tokenizer)
+        return self.jinja
 
     def _check(self) -> None:
         """Render a conversation, to find faults of template and tokenizer before any row is read.

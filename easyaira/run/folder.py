@@ -205,7 +205,7 @@ def _write(setup: Setup, place: str) -> None:
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         data_report.write(folder, setup.data)
         if not setup.template.encoder:
-            setup.tokenizer.chat_template = setup.template.jinja
+            setup.tokenizer.chat_template = setup.template.released()
         tokenizer, new = folder / pretrained.TOKENIZER, folder / f".{pretrained.TOKENIZER}.new"
         remove(new)
         save_tokenizer(setup.tokenizer, new)
