@@ -200,11 +200,11 @@ def test_adapters_and_reward_models_have_their_own_usage(runs, tmp_path):
     assert "arXiv:2106.09685" in text and "arXiv:2308.06259" in text and "lora" in front["tags"]
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     del config["sft"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"reward": {"x": None}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"reward": {"x": 5, "y": None}}))
     (tmp_path / "README.md").write_text(card.text(Records(tmp_path, 3), proof()))
     front, text = of(tmp_path)
     assert front["pipeline_tag"] == "text-classification"
-    assert "AutoModelForSequenceClassification" in text and "x none" in text
+    assert "AutoModelForSequenceClassification" in text and ": x 5" in text
     assert "apply_chat_template(messages" in text and "{inputs}" not in text
 
 

@@ -5,6 +5,8 @@ import json
 import time
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -13,21 +15,51 @@ from easyaira.run import closing
 from easyaira.train import log
 from easyaira.train.energy import Used
 from easyaira.train.metrics import Window
+from easyaira.train.record import Record
 from easyaira.train.trackers import Trackers
+
+
+def burn(seconds):
+    start = time.process_time()
+    while time.process_time() < start + seconds:
+        pass
 
 
 def test_positions_are_totals_and_cpu_time_is_of_the_window():
     window = Window()
     for wanted in (1, 2):
         start = time.process_time()
-        while time.process_time() < start + 0.02:
-            pass
+        burn(0.02)
         batch = SimpleNamespace(positions=128, filled=100, num_tokens=90)
         window.add({}, batch, 0.0, timed=True)
-        row = window.take(time.perf_counter())
+        row = window.take(time.perf_counter(), time.process_time())
         assert (row["positions"], row["num_tokens"]) == (128 * wanted, 90 * wanted)
         assert row["cpu_time"] == pytest.approx(time.process_time() - start, abs=0.01)
     assert Window(json.loads(json.dumps(window.to_save()))).positions == 256  # a resumed run
+
+
+def test_an_update_that_is_compiled_is_not_timed_and_has_its_own_cpu_time():
+    """Rows are written one update late; each had the CPU time of the update after it."""
+    rows = {}
+    shown = SimpleNamespace(stage=print, advance=print, write=rows.__setitem__)
+    options = {"facts": {}, "schedule": np.float32, "flops": 1.0, "peak": None}
+    options |= {"start": 0, "every": 1, "until": 4, "latest": lambda: None}
+    record = Record(shown, Window(), range(10), **options)
+    for number, shape in enumerate("aabb"):
+        batch = SimpleNamespace(shape=shape, positions=1, filled=1, num_tokens=1)
+        ready = SimpleNamespace(batch=batch, waited=0.0)
+        record.before_step(number, ready)
+        burn(0.01 if shape in record.shapes else 0.3)
+        sums = {"loss": (jnp.float32(1), jnp.float32(1)), "failed": (jnp.int32(-1), 1)}
+        record.update(number + 1, ready, sums)
+        record.resume()
+    record.pause()
+    record.resume()
+    assert [rows[n]["compilations"] for n in (1, 2, 3, 4)] == [1, 1, 2, 2]
+    assert [rows[n]["step_time"] for n in (1, 3)] == [None, None]
+    for n in (2, 4):
+        assert 0.01 <= rows[n]["step_time"] < 0.2 and 0.01 <= rows[n]["cpu_time"] < 0.2
+        assert rows[n - 1]["cpu_time"] >= 0.3
 
 
 ROW = {"loss": 0.69314, "learning_rate": 1.8e-5, "grad_norm": 4.43, "tokens_per_second": 1023.4}

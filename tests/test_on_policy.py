@@ -282,6 +282,12 @@ def by_number(prompts, completions):
 def fails(prompts, completions):
     raise KeyError("score")
 
+def leaves(prompts, completions):
+    raise SystemExit(3)
+
+def compares(prompts, completions, answer):
+    return [float(a == b) for a, b in zip(completions, answer)]
+
 def kept(prompts, completions):
     with open(__file__ + ".held_out", "a") as file:
         file.write(json.dumps([prompts, completions]) + "\\n")
@@ -620,6 +626,22 @@ def test_adapters_learn_with_their_base_as_the_reference(ground, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["reward", "eval_reward"])
+def test_a_reward_model_that_was_replaced_is_refused(name, ground, tmp_path):
+    judge = shutil.copytree(ground / "bert", tmp_path / "judge")
+    options = {
+        f"rl.{name}": f"[{ground / 'reward.py'}:count, {judge}]",
+        "max_steps": 1,
+        "data.eval": 2,
+    }
+    trained(ground, tmp_path / "run", **options)
+    trained(ground, tmp_path / "run", **options)  # the same one
+    tiny.save(judge, tiny.SCORERS["bert"], std=0.19)
+    with pytest.raises(ConfigError, match=f"^rl.{name}: .*judge'] has other weights than when the"):
+        trained(ground, tmp_path / "run", **options)
+
+
+@pytest.mark.slow
 def test_reward_models_and_functions_add_up(ground, tmp_path):
     """In rollouts of a single answer, whose reward has no spread."""
     count = f"{ground / 'reward.py'}:count"
@@ -658,14 +680,16 @@ def test_reward_models_and_functions_add_up(ground, tmp_path):
         ("nan", "nan gave nan for the answer"),
         ("words", "words gave ['good', "),
         ("by_number", "by_number gave {0: "),
-        ("fails", "fails raised KeyError: 'score'"),
+        ("fails", "fails raised KeyError: 'score' (GROUND/reward.py:21)"),
+        ("leaves", "leaves raised SystemExit: 3 (GROUND/reward.py:24)"),
     ],
 )
 def test_a_bad_reward_is_one_line(function, problem, ground, tmp_path):
     reward = {"rl.reward": f"{ground / 'reward.py'}:{function}"}
     with pytest.raises(RewardError) as error:
         trained(ground, tmp_path / "run", max_steps=2, **reward)
-    assert problem in str(error.value) and error.value.exit_status == 2
+    assert problem.replace("GROUND", str(ground)) in str(error.value)
+    assert error.value.exit_status == 2
 
 
 @pytest.mark.slow
@@ -757,6 +781,12 @@ def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
     "options, problem",
     [
         ({"rl.num_generations": 1}, "rl.num_generations: 1 answer has none"),
+        ({"rl.reward": "[]"}, "rl.reward: is empty; name a reward model or file.py:function"),
+        ({"rl.eval_reward": "[]"}, "rl.eval_reward: is empty"),
+        (
+            {"rl.reward": "GROUND/reward.py:compares"},
+            "compares: missing a required argument: 'answer'; a fun",
+        ),
         ({"rl.num_generations": 3}, "8 answers are not a multiple of rl.num_generations 3"),
         ({"rl.generation_batch_size": 12}, "12 answers are not a multiple of train_batch_size 8"),
         ({"rl.reward_weights": "[1, 2]"}, "2 weights for 1 rewards"),

@@ -51,7 +51,7 @@ def command(ground, task, out, *flags, model="gpt2"):
 
 
 @pytest.mark.slow
-def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
+def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys, devices):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
@@ -127,8 +127,17 @@ def test_from_a_bare_config_to_two_released_models(ground, tmp_path, capsys):
     assert {"eval_" + name for name in paired} <= rows[2].keys()
     assert json.loads((dpo / "hf/config.json").read_text())["eos_token_id"] == 301
 
-    status, out, _ = call(train_sft.main, command(ground, "sft", sft, *extra, model="bare"), capsys)
+    repeated = command(ground, "sft", sft, *extra, "--mesh=dp=2", "--logging_steps=3", model="bare")
+    devices(2)
+    record = (sft / "config.yaml").read_bytes()
+    status, out, _ = call(train_sft.main, repeated, capsys)
     assert status == 0 and "finished after 4 updates; nothing to do" in out
+    assert (sft / "config.yaml").read_bytes() == record
+    shutil.rmtree(sft / "hf")
+    assert call(train_sft.main, repeated, capsys)[0] == 0  # only the release is made again
+    now, then = (yaml.safe_load(text) for text in ((sft / "config.yaml").read_bytes(), record))
+    assert now["provenance"] == then["provenance"] and now["mesh"] == "dp=2"
+    assert (sft / "hf/README.md").read_text() == card
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ def test_ids_equal_apply_chat_template(name, template_name):
 @pytest.mark.parametrize("template_name", TEMPLATES)
 @pytest.mark.parametrize("name", REAL)
 def test_the_released_template_gives_others_the_prompts_of_training(name, template_name):
-    """apply_chat_template adds no start token, so models of Llama and OPT were asked without one."""
+    """apply_chat_template adds no start token: models of Llama and OPT were asked without it."""
     folder, kind = REAL[name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = Template(tokenizer, template_name, kind)

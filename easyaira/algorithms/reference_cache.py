@@ -126,8 +126,8 @@ def logps_of(
             raise ConfigError(
                 f"model.{'ref_' * bool(name)}name_or_path: "
                 f"{name or setup.config.model.name_or_path} has other weights than when the run in "
-                f"{folder} began, and the original ones are its reference; restore them to "
-                "continue, or choose another output_dir"
+                f"{folder} began; restore the original ones to continue, or choose another "
+                "output_dir"
             )
         score_all(score, params, batches, setup, logps, rows)
     if rows is not None:

@@ -77,6 +77,9 @@ class RLConfig:
     """ppo only: weight of the value model's loss."""
 
     def __post_init__(self):
+        for name in ("reward", "eval_reward"):
+            if getattr(self, name) in ("", []):
+                raise ConfigError(f"rl.{name}: is empty; name a reward model or file.py:function")
         if self.answers_per_prompt < 2 and self.algorithm != "ppo":
             raise ConfigError(
                 "rl.num_generations: 1 answer has none to be compared with; use at least 2"

@@ -284,12 +284,15 @@ def _trained(report: Mapping[str, Any]) -> str:
 
 
 def _options(group: Mapping[str, Any]) -> str:
+    """The options that are set."""
+
     def shown(value: Any) -> str:
-        if value is None or isinstance(value, bool):
-            return {True: "yes", False: "no", None: "none"}[value]
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    return ", ".join(f"{escape(name)} {escape(shown(value))}" for name, value in group.items())
+    held = {name: shown(value) for name, value in group.items() if value is not None}
+    return ", ".join(f"{escape(name)} {escape(value)}" for name, value in held.items())
 
 
 def _emissions(used: energy.Used, config: Mapping[str, Any]) -> dict[str, Any]:

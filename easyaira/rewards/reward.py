@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -25,7 +26,7 @@ def function_of(name: str) -> Callable[..., Any]:
     """The function called `file.py:function` or `module:function`. Its code is run.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it needs more than prompts and completions.
     """
     place, _, attribute = name.rpartition(":")
     try:
@@ -44,6 +45,13 @@ def function_of(name: str) -> Callable[..., Any]:
         ) from error
     if not callable(function := getattr(module, attribute, None)):
         raise ConfigError(f"rl.reward: {place} has no function {attribute!r}")
+    try:
+        _bound(function, [], [])
+    except TypeError as error:
+        raise ConfigError(
+            f"rl.reward: {name}: {error}; a function gets prompts and completions, and no other "
+            "column of a row"
+        ) from error
     return function
 
 
@@ -112,13 +120,16 @@ class Reward:
         rewards, problem = np.zeros(len(answers), np.float32), None
         if hosts.first():
             try:
-                given = _called(function, prompts_of(questions), list(answers))
+                given, named = _bound(function, prompts_of(questions), list(answers))
+                given = function(*given, **named)
                 rewards[:] = _numbers(name, given, answers)
             except RewardError as error:
                 problem = str(error)
-            except Exception as error:  # of any kind: it is the user's code
+            except (Exception, SystemExit) as error:  # of any kind: it is the user's code
+                last = traceback.extract_tb(error.__traceback__)[-1]
                 problem = (
-                    f"rl.reward: {name} raised {type(error).__name__}: {shortened(str(error), 200)}"
+                    f"rl.reward: {name} raised {type(error).__name__}: "
+                    f"{shortened(str(error), 200)} ({last.filename}:{last.lineno})"
                 )
         if (problem := hosts.problem_of_any(problem)) is not None:
             raise RewardError(
@@ -135,19 +146,32 @@ def prompts_of(questions: Sequence[Messages]) -> list[Any]:
     ]
 
 
-def _called(function: Callable[..., Any], prompts: list[Any], completions: list[str]) -> Any:
-    """Call a function by the names of its arguments, which may come in any order, as in TRL; one
-    that has other names gets prompts and completions in this order."""
+def _bound(
+    function: Callable[..., Any], prompts: list[Any], completions: list[str]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Arguments of a call: by name, which may come in any order, as in TRL; a function that has
+    other names gets prompts and completions in this order.
+
+    Raises:
+        TypeError: it needs further arguments.
+    """
     try:
         signature = inspect.signature(function)
-        kinds = {parameter.kind for parameter in signature.parameters.values()}
-        named = {"prompts": prompts, "completions": completions}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            named = {name: texts for name, texts in named.items() if name in signature.parameters}
-        by_name = "completions" in signature.parameters and signature.bind(**named)
-    except (TypeError, ValueError):  # it has no signature, or needs further arguments
-        by_name = None
-    return function(**named) if by_name else function(prompts, completions)
+    except ValueError:  # it has none
+        return (prompts, completions), {}
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    named = {"prompts": prompts, "completions": completions}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        named = {name: texts for name, texts in named.items() if name in signature.parameters}
+    if "completions" in signature.parameters:
+        try:
+            signature.bind(**named)
+            return (), named
+        except TypeError:
+            if next(iter(signature.parameters)) in named:
+                raise
+    signature.bind(prompts, completions)
+    return (prompts, completions), {}
 
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:

@@ -29,17 +29,19 @@ from easyaira.storage.tokenizers import save_tokenizer
 from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
-STARTS = {  # sample of weights that a run begins with: the option that names them
+STARTS = {  # samples of weights that a run reads: the option that names them
     "initial_weights": "model.name_or_path",
     "initial_adapter": "lora.adapter",
     "reference_weights": "model.ref_name_or_path",
+    "reward_weights": "rl.reward",
+    "eval_reward_weights": "rl.eval_reward",
 }
 LENGTH = ("max_steps", "num_train_epochs")  # options that may make a run longer
 
 
 @contextmanager
 def claimed(setup: Setup) -> Iterator[Checkpoints]:
-    """Create the run folder or check that it is this run's, lock it, and yield its checkpoints.
+    """Check that the run folder is new or this run's, lock it, and yield its checkpoints.
 
     Only the first process uses the folder itself; other processes use the checkpoints alone.
 
@@ -54,7 +56,6 @@ def claimed(setup: Setup) -> Iterator[Checkpoints]:
         if hosts.first():
             _check(setup, place)
             held.enter_context(_locked(Path(config.output_dir)))
-            _write(setup, place)
         if hosts.several() and "://" not in place:
             _check_seen(Path(place))
         checkpoints = Checkpoints(place, keep=config.save_total_limit, write=True)
@@ -190,18 +191,30 @@ def _blame(record: Path, error: EasyAiraError, setup: Setup, place: str) -> None
     raise error
 
 
-def _write(setup: Setup, place: str) -> None:
-    """Write config.yaml, the data report and the tokenizer."""
+def write(setup: Setup, finished: bool, idle: bool) -> None:
+    """Write config.yaml, the data report and the tokenizer on the first process.
+
+    Args:
+        finished: the record of how the run was made stays.
+        idle: everything stays, unless config.yaml is damaged or the checkpoints have moved.
+    """
+    if not hosts.first():
+        return
     config, folder = setup.config, Path(setup.config.output_dir)
-    record = folder / "config.yaml"
+    place, record = _place(config), folder / "config.yaml"
+    recorded = place if config.checkpoint_dir else None
     try:
         made = provenance(setup)
         if record.exists() and peek(place)[0] is not None:
             with suppress(StorageError):  # it is damaged, and the checkpoints are this run's
-                began = _identity_of(record)
-                made |= {name: began[name] for name in STARTS if began[name]}
-        content = to_dict(config) | {PROVENANCE: made}
-        content["checkpoint_dir"] = place if config.checkpoint_dir else None
+                written = read_yaml(record, error=StorageError)
+                if idle and written.get("checkpoint_dir") == recorded:
+                    return
+                began = written.get(PROVENANCE)
+                began = began if isinstance(began, dict) else {}
+                names = began if finished else STARTS
+                made |= {name: began[name] for name in names if began.get(name)}
+        content = to_dict(config) | {PROVENANCE: made, "checkpoint_dir": recorded}
         write_file(record, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         data_report.write(folder, setup.data)
         if not setup.template.encoder:
@@ -249,7 +262,7 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
         for content in (completed(saved, setup.config), identity(setup))
     )
     other_rows = then.pop("data_fingerprint", None) != now.pop("data_fingerprint")
-    starts = {name: (then.pop(name, None), now.pop(name)) for name in STARTS}
+    starts = {name: (then.pop(name, None), now.pop(name, None)) for name in STARTS}
     may_change = {*MAY_CHANGE, *(LENGTH if _added(then, setup) else ())}
     for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
@@ -263,21 +276,21 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
             f"data: the run in {place} was trained on other rows than data.train gives now; "
             "restore them to continue, or choose another output_dir"
         )
-    for name, (before, sample) in starts.items() if _reads_start(setup.config) else ():
-        if before and before != sample:
+    for name, (before, sample) in starts.items():
+        if before and before != sample and _is_read_again(name, setup.config):
             raise ConfigError(
                 f"{STARTS[name]}: {attrgetter(STARTS[name])(setup.config)} has other weights than "
-                f"when the run in {place} began, and the original ones are its reference; restore "
-                "them to continue, or choose another output_dir"
+                f"when the run in {place} began; restore the original ones to continue, or choose "
+                "another output_dir"
             )
 
 
-def _reads_start(config: RunConfig) -> bool:
-    """Whether a resumed run reads its reference again. Log-probabilities that are computed before
-    the first update have their own check."""
+def _is_read_again(name: str, config: RunConfig) -> bool:
+    """Whether a resumed run reads these weights of STARTS again. Log-probabilities that are
+    computed before the first update have their own check."""
     dpo, rl = getattr(config, "dpo", None), getattr(config, "rl", None)
     in_step = dpo and dpo.reference == "model" and not dpo.precompute_ref_log_probs
-    return bool(in_step or rl and rl.beta)
+    return bool(in_step or rl and (rl.beta or STARTS[name].startswith("rl.")))
 
 
 def _added(then: Mapping[str, Any], setup: Setup) -> int:

@@ -35,16 +35,22 @@ def identity(setup: Setup) -> dict[str, Any]:
 
 
 def started_from(setup: Setup) -> dict[str, str | None]:
-    """Samples of the initial weights, of the initial adapter and of the reference's weights."""
+    """Samples of the initial weights, of the initial adapter, and of the weights of reference and
+    reward models."""
     random = setup.config.model.init == "random"
     name = getattr(setup.config.model, "ref_name_or_path", None)  # DPO and on-policy
     adapter = setup.config.lora and setup.config.lora.adapter
     file = pretrained.find(adapter).folder / ADAPTER_WEIGHTS if adapter else None
-    return {
+    samples = {
         "initial_weights": None if random else setup.origin.sample(),
         "initial_adapter": file and pretrained.sampled(safetensors.open_file(file)),
         "reference_weights": pretrained.find(name).sample() if name else None,
     }
+    if rl := getattr(setup.config, "rl", None):
+        for key, names in (("reward", rl.rewards), ("eval_reward", rl.eval_rewards or ())):
+            models = [pretrained.find(name).sample() for name in names if ":" not in name]
+            samples[f"{key}_weights"] = " ".join(models) or None
+    return samples
 
 
 def completed(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:

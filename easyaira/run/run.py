@@ -152,7 +152,9 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         step = checkpoints.latest()
         released_before = hosts.share((folder / "hf").exists())
         done = step == setup.total_steps or _stopped_early(config, checkpoints, step)
-        if done and (not config.export or released_before):
+        idle = done and (not config.export or released_before)
+        run_folder.write(setup, finished=done, idle=idle)
+        if idle:
             print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
             return
         with energy.track(config.energy if not done else None, folder):

@@ -56,7 +56,7 @@ def fit(
             if number > save.last:
                 save(number, state, record.to_save())
             break
-        record.compiling(number)
+        record.before_step(number, ready)
         state, sums = step(number, state, frozen, ready.arrays)
         number, wanted = number + 1, False
         stop.defer()

@@ -99,22 +99,22 @@ class Window:
             self._tokens += batch.num_tokens
             self._waited += waited
 
-    def take(self, ended: float) -> dict[str, float | None]:
+    def take(self, ended: float, cpu: float) -> dict[str, float | None]:
         """Return averages and rates, and start a new window.
 
         Args:
-            ended: time.perf_counter() at the end of the newest update.
+            ended, cpu: time.perf_counter() and time.process_time() at the end of the newest update.
         """
         seconds = self._end(ended)
         timed = self._steps > 0 and seconds > 0
         row = averages(self.sums) | {
             "num_tokens": self.num_tokens,
             "positions": self.positions,
-            "cpu_time": time.process_time() - self._cpu,
+            "cpu_time": cpu - self._cpu,
             "tokens_per_second": self._tokens / seconds if timed else None,
             "step_time": seconds / self._steps if timed else None,
             "data_wait": self._waited / seconds if timed else None,
         }
         self.sums, self._seconds, self._waited, self._steps, self._tokens = {}, 0.0, 0.0, 0, 0
-        self._cpu = time.process_time()
+        self._cpu = cpu
         return row

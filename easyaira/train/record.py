@@ -20,12 +20,20 @@ from easyaira.train.step import Sums
 
 
 class Pending(NamedTuple):
-    """An update whose sums are still on the device, and the time of its end."""
+    """An update whose sums are still on the device.
+
+    Attributes:
+        end: time and CPU time of this process at its end.
+        compilations: programs compiled so far.
+        timed: its program had been compiled before.
+    """
 
     number: int
     ready: Ready
     sums: Sums
-    end: Future[float]
+    end: Future[tuple[float, float]]
+    compilations: int
+    timed: bool
 
 
 class Record:
@@ -79,10 +87,12 @@ class Record:
             self._write(number, row)
         self.evaluated()
 
-    def compiling(self, number: int) -> None:
-        """Say that the update after `number` has to be compiled, if it is the first."""
+    def before_step(self, number: int, ready: Ready) -> None:
+        """Stop the clock if the update after `number` has to be compiled."""
         if number == self.start:
             self.log.stage("compiling the first update")
+        if ready.batch.shape not in self.shapes:
+            self.pause()
 
     def update(self, number: int, ready: Ready, sums: Sums) -> None:
         """Add an update that was dispatched, and fetch the sums of earlier ones.
@@ -90,12 +100,14 @@ class Record:
         Raises:
             NonFiniteError: an earlier update failed.
         """
+        timed = ready.batch.shape in self.shapes
         self.shapes.add(ready.batch.shape)
-        self.pending.append(Pending(number, ready, sums, self._clock.submit(_end, sums)))
+        end = self._clock.submit(_end, sums)
+        self.pending.append(Pending(number, ready, sums, end, len(self.shapes), timed))
         self.log.advance(1)
         self._fetch(number - 1)
-        if number == self.start + 1:
-            self.pause()  # the first update includes compilation
+        if not timed:  # it includes compilation
+            self.pause()
 
     def pause(self) -> None:
         """Wait for the device, and stop the clock until `resume`."""
@@ -123,15 +135,14 @@ class Record:
     def _fetch(self, until: int, measured: Mapping[str, float | None] | None = None) -> None:
         """Fetch the sums of updates up to `until`, and write the rows that are due."""
         while self.pending and self.pending[0].number <= until:
-            number, ready, sums, end = self.pending.pop(0)
-            sums, ended = jax.device_get(sums), end.result()
+            update = self.pending.pop(0)
+            number, sums = update.number, jax.device_get(update.sums)
             if (failed := int(sums.pop("failed")[0])) >= 0:
                 raise NonFiniteError(self._failure(failed))
-            timed = number > self.start + 1
-            self.window.add(sums, ready.batch, ready.waited, timed=timed)
+            self.window.add(sums, update.ready.batch, update.ready.waited, timed=update.timed)
             row = dict(measured or {}) if number == until else {}
             if due(number, self.every, self.until):
-                row = self._row(number, ended) | row
+                row = self._row(update) | row
             if row:
                 self._write(number, row)
 
@@ -139,15 +150,15 @@ class Record:
         self.log.write(number, row)
         self.window.logged = number
 
-    def _row(self, number: int, ended: float) -> dict[str, float | None]:
-        row = self.window.take(ended)
+    def _row(self, update: Pending) -> dict[str, float | None]:
+        row = self.window.take(*update.end.result())
         row |= {
-            "learning_rate": float(self.schedule(number - 1)),
-            "epoch": number / len(self.source),
+            "learning_rate": float(self.schedule(update.number - 1)),
+            "epoch": update.number / len(self.source),
         }
         rate = row["tokens_per_second"]
         row["mfu"] = rate and self.peak and rate * self.flops / self.peak
-        row["compilations"] = len(self.shapes)
+        row["compilations"] = update.compilations
         return row
 
     def _failure(self, failed: int) -> str:
@@ -161,7 +172,7 @@ class Record:
         )
 
 
-def _end(sums: Sums) -> float:
-    """Time at which the sums of an update are ready."""
+def _end(sums: Sums) -> tuple[float, float]:
+    """Time, and CPU time of this process, at which the sums of an update are ready."""
     jax.block_until_ready(sums)
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
