@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from easyaira import cli
+from easyaira.errors import ConfigError
 
 
 class Run:
@@ -52,6 +53,8 @@ class Training(ModuleType):
         """
         if isinstance(config, Mapping):
             config = cli.configuration(self.CONFIG, _plain(config))
+        if not isinstance(config, self.CONFIG):
+            raise ConfigError(f"expected a dictionary or a {self.CONFIG.__name__}, got {config!r}")
         cli.start(config, self.ALGORITHM)
         return Run(config.output_dir, config.data.template)
 

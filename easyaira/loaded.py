@@ -62,6 +62,8 @@ def load(
     if dtype not in DTYPES:
         near = did_you_mean(str(dtype), DTYPES)
         raise ConfigError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}{near}")
+    if not isinstance(name, str | PathLike):
+        raise ConfigError(f"load: expected a folder or a hub id, got {name!r}")
     origin = pretrained.find(fspath(name))
     if model_of(origin.config, origin.where).scorer:
         return RewardModel(origin, meshes.make_mesh(mesh), dtype, template).load()
@@ -157,6 +159,12 @@ class LoadedModel:
             ConfigError: an option does not exist, is out of range, or has no effect.
             DataError: a prompt leaves no room for an answer.
         """
+        for option, number, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
+            if not isinstance(number, int) or number < least:
+                raise ConfigError(
+                    f"generate: {option}: expected a whole number of at least {least}, got "
+                    f"{number!r}"
+                )
         stops = options.get("stop_strings", ())
         if stops:
             options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)

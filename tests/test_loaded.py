@@ -160,6 +160,16 @@ def test_errors_name_the_option_and_the_text(model, folder):
         check_listed("score", ["x", {"prompt": "a", "answer": "b"}], pairs=True)
     with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
         model.generate(["x"], top_q=1)
+    with pytest.raises(ConfigError, match="num_samples: expected a whole number of at least 1, g"):
+        model.generate(["x"], num_samples=0)
+    with pytest.raises(ConfigError, match="seed: expected a whole number of at least 0, got 'x'"):
+        model.generate(["x"], seed="x")
+    with pytest.raises(ConfigError, match="load: expected a folder or a hub id, got None"):
+        easyaira.load(None)
+    with pytest.raises(ConfigError, match="expected a dictionary or a TrainSFT, got None"):
+        easyaira.train_sft(None)
+    with pytest.raises(ConfigError, match=r"score: expected a list, got one pair; write \[pair\]"):
+        check_listed("score", ("Why?", "So."), pairs=True)
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):
         model.logps(["x", "x"], ["y", "y " * 200])
 

@@ -399,6 +399,7 @@ class Masked(torch.nn.Module):
         ),
         ([], "is not a linear layer"),
         ("nothing", "'nothing' is not a linear layer"),
+        ("q_proj", r"'q_proj' is not a linear layer .*; write a list as \[q_proj\]"),
         (["lm_head"], "'lm_head' is not a linear layer"),
         (r".*layers\.0\.self_attn\.q_proj", "matches 1 of 2 layers of model.layers.{}.self_attn.q"),
         ("*", "nothing to repeat"),

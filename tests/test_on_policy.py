@@ -766,6 +766,20 @@ def test_held_out_prompts_are_answered_between_roll_outs(ground, measured, tmp_p
 
 
 @pytest.mark.slow
+def test_a_last_evaluation_that_failed_is_made_by_the_next_command(ground, tmp_path):
+    """A run without a release was called finished."""
+    late = {"rl.eval_reward": f"{ground / 'reward.py'}:late_held_out", "max_steps": 2}
+    late |= {"data.eval": 3, "eval_steps": 2}
+    with pytest.raises(RewardError):
+        trained(ground, tmp_path / "run", **late)
+    (ground / "reward.py.mended").touch()
+    for _ in range(2):  # the second time, nothing is left to do
+        rows, _ = trained(ground, tmp_path / "run", **late)
+        assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2]
+    (ground / "reward.py.mended").unlink()
+
+
+@pytest.mark.slow
 def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
     late = HELD_OUT | {"rl.eval_reward": f"{ground / 'reward.py'}:late_held_out"}
     with pytest.raises(RewardError):
@@ -787,8 +801,9 @@ def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
             {"rl.reward": "GROUND/reward.py:compares"},
             "compares: missing a required argument: 'answer'; a fun",
         ),
-        ({"rl.num_generations": 3}, "8 answers are not a multiple of rl.num_generations 3"),
-        ({"rl.generation_batch_size": 12}, "12 answers are not a multiple of train_batch_size 8"),
+        ({"rl.num_generations": 3}, "rl.num_generations: the 8 answers of a rollout are not a mul"),
+        ({"rl.generation_batch_size": 12}, "rollout are not a multiple of train_batch_size 8"),
+        ({"rl.reward": "r.py"}, "rl.reward: r.py is a file; name a function in it as r.py:NAME"),
         ({"rl.reward_weights": "[1, 2]"}, "2 weights for 1 rewards"),
         ({"rl.algorithm": "rloo", "rl.loss_type": "dapo"}, "rl.loss_type: applies to grpo only"),
         ({"rl.normalize_advantages": True}, "applies to rloo only"),

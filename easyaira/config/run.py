@@ -332,9 +332,10 @@ class TrainRL(RunConfig):
             ("rl.num_generations", self.rl.answers_per_prompt),
         ):
             if answers % divisor:
+                given = "rl.generation_batch_size" if self.rl.generation_batch_size else name
                 raise ConfigError(
-                    f"rl.generation_batch_size: {answers} answers are not a multiple of {name} "
-                    f"{divisor}; use one"
+                    f"{given}: the {answers} answers of a rollout are not a multiple of {name} "
+                    f"{divisor}; change one of them"
                 )
         micro_batch = size // self.gradient_accumulation_steps
         if self.rl.algorithm == "online_dpo" and micro_batch % 2:

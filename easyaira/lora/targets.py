@@ -62,7 +62,7 @@ def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:
                 f"adapters; choose from {_available(rows)}"
             )
     if missing := [name for name in wanted if not matches[name]] or (["[]"] if not wanted else []):
-        listed = f"; write a list as [{missing[0]}]" if "," in missing[0] else ""
+        listed = f"; write a list as [{missing[0]}]" if isinstance(names, str) else ""
         raise ConfigError(
             f"lora.target_modules: {missing[0]!r} is not a linear layer of this model's blocks; "
             f"choose from {_available(rows)}{listed}"

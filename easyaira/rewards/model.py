@@ -223,6 +223,8 @@ def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
         if isinstance(texts, str) or any(_is_message(text) for text in texts):
             one = "text" if isinstance(texts, str) else "conversation"
             raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
+        if pairs and isinstance(texts, tuple) and _is_pair(texts):
+            raise ConfigError(f"{name}: expected a list, got one pair; write [pair]")
         for i, text in enumerate(texts):
             if not (_is_pair(text) or isinstance(text, str) if pairs else _is_prompt(text)):
                 wanted = "a text or (prompt, answer)" if pairs else "a text or a list of messages"

@@ -68,6 +68,8 @@ class Reward:
     def __init__(
         self, names: Sequence[str], weights: Sequence[float] | None, mesh: Mesh | None, dtype: Any
     ):
+        if file := next((name for name in names if name.endswith(".py")), None):
+            raise ConfigError(f"rl.reward: {file} is a file; name a function in it as {file}:NAME")
         self.mesh = mesh
         self.weights = [1.0] * len(names) if weights is None else weights
         self.scorers = [

@@ -26,6 +26,8 @@ from easyaira.storage import pretrained
 from easyaira.storage.checkpoints import Checkpoints, peek
 from easyaira.storage.object_store import locate
 from easyaira.storage.tokenizers import save_tokenizer
+from easyaira.train import log, metrics
+from easyaira.train.best import Best
 from easyaira.train.setup import Setup, updates
 
 LOCK = ".lock"  # held by the process that uses the folder
@@ -120,6 +122,22 @@ def _locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} of {platform.node()}\n")
         file.flush()
         yield
+
+
+def is_measured(folder: Path, checkpoints: Checkpoints, step: int) -> bool:
+    """False if the last evaluation of a finished run failed or was interrupted."""
+    window = metrics.Window(checkpoints.meta(step)["window"])
+    return not window.unmeasured or any(
+        row["step"] == step and any(name.startswith("eval_") for name in row)
+        for row in log.read(folder / "metrics.jsonl")
+    )
+
+
+def stopped_early(config: RunConfig, checkpoints: Checkpoints, step: int | None) -> bool:
+    """Whether the held-out metric had stopped improving at the newest checkpoint."""
+    if step is None or config.early_stopping_patience is None:
+        return False
+    return Best(config, metrics.Window(checkpoints.meta(step)["window"]), lambda _: None).exhausted
 
 
 def _place(config: RunConfig) -> str:

@@ -151,8 +151,10 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
     with run_folder.claimed(setup) as checkpoints:
         step = checkpoints.latest()
         released_before = hosts.share((folder / "hf").exists())
-        done = step == setup.total_steps or _stopped_early(config, checkpoints, step)
+        done = step == setup.total_steps or run_folder.stopped_early(config, checkpoints, step)
         idle = done and (not config.export or released_before)
+        if idle:
+            idle = hosts.share(hosts.first() and run_folder.is_measured(folder, checkpoints, step))
         run_folder.write(setup, finished=done, idle=idle)
         if idle:
             print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
@@ -168,13 +170,6 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         scorer = setup.model.scorer
         for line in closing.lines(rows, seconds, used, str(folder), scorer, warnings):
             print(folded(line), flush=True)
-
-
-def _stopped_early(config: RunConfig, checkpoints: Checkpoints, step: int | None) -> bool:
-    """Whether the held-out metric had stopped improving at the newest checkpoint."""
-    if step is None or config.early_stopping_patience is None:
-        return False
-    return Best(config, metrics.Window(checkpoints.meta(step)["window"]), lambda _: None).exhausted
 
 
 def _updates(
