@@ -31,7 +31,7 @@ MORE = {
     "auc": "auc",
     "margin": "margin",
     "reward": "reward",
-    "objective/kl": "kl",
+    "objective/kl": "kl of answers",
     "mean_token_accuracy": "token accuracy",
     "router_aux_loss": "balance of experts",
 }
