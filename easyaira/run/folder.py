@@ -58,6 +58,8 @@ def claimed(setup: Setup) -> Iterator[Checkpoints]:
         if hosts.first():
             _check(setup, place)
             held.enter_context(_locked(Path(config.output_dir)))
+            if peek(place)[0] is None:  # before `checkpoints` is made: config.yaml shows a run
+                write(setup, finished=False, idle=False)
         if hosts.several() and "://" not in place:
             _check_seen(Path(place))
         checkpoints = Checkpoints(place, keep=config.save_total_limit, write=True)

@@ -155,7 +155,8 @@ def train(setup: Setup, algorithm: Algorithm, stop: StopSignal, checked: Mapping
         idle = done and (not config.export or released_before)
         if idle:
             idle = hosts.share(hosts.first() and run_folder.is_measured(folder, checkpoints, step))
-        run_folder.write(setup, finished=done, idle=idle)
+        if step is not None:
+            run_folder.write(setup, finished=done, idle=idle)
         if idle:
             print(f"run     {folder} is finished after {step} updates; nothing to do", flush=True)
             return
