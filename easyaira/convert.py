@@ -49,6 +49,7 @@ def to_hf(
     from easyaira.lora.adapter import of_record
     from easyaira.models.registry import model_of
     from easyaira.storage import pretrained
+    from easyaira.storage.base import load_base
 
     origin = pretrained.find(source)
     if origin.step is None:
@@ -70,6 +71,7 @@ def to_hf(
         if adapter_only:
             adapter = of_record(origin.adapter, model)
             params = origin.load_adapter(adapter, mesh)
+            load_base(origin, adapter, mesh)  # raises if it has changed
             report = release.export_adapter(
                 folder, adapter=adapter, params=params, base=origin.base, **common
             )

@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
     keep_compiled()
     if args.prompts:
         settings = {
-            "template": args.template,
+            "template": f"{args.template} ({template.fingerprint()[:16]})",
             "dtype": args.dtype,
         }
         settings |= {"num_samples": args.num_samples, "seed": args.seed}

@@ -1,8 +1,11 @@
 """Generation ends where the model's files say, and takes or refuses their settings."""
 
+import errno
+import fcntl
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyaira import evaluate, generate
+from easyaira.data.chat_templates import TEMPLATES
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, Preempted
 from easyaira.export import hf_config
-from easyaira.generation import settings
+from easyaira.generation import prompts, settings
 from easyaira.generation.chat import CUT, Live, text_of
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import Answer
@@ -333,6 +337,51 @@ def test_answers_of_weights_that_were_replaced_are_not_gone_on_with(
     status, _, err = answer_file(model, answered / "in.jsonl", output, capsys)
     assert status == 2 and "exists with model" in err.splitlines()[-1]
     assert len(output.read_bytes().splitlines()) == 3
+
+
+def test_a_template_that_has_changed_is_not_gone_on_with(gpt2, answered, tmp_path, capsys):
+    """Its name is the same, and so was what the settings recorded."""
+    jinja, output = tmp_path / "t.jinja", tmp_path / "out.jsonl"
+    jinja.write_text(TEMPLATES["plain"])
+    words = (gpt2, answered / "in.jsonl", output, capsys, f"--template={jinja}")
+    assert answer_file(*words)[0] == 0
+    output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:3]))
+    jinja.write_text(TEMPLATES["zephyr"])
+    status, _, err = answer_file(*words)
+    assert status == 2 and "exists with template" in err.splitlines()[-1]
+
+
+def test_two_commands_do_not_write_one_file(gpt2, answered, tmp_path, capsys):
+    """Both ended with 0, and the file had lines of both."""
+    output, source = tmp_path / "out.jsonl", answered / "in.jsonl"
+    for name in ("out.jsonl", "out.jsonl.settings.json"):
+        (tmp_path / name).write_bytes((answered / name).read_bytes())
+    whole = output.read_bytes()
+    for left in (whole[:200], b""):  # seen at the start, or once the first answer is there
+        output.write_bytes(left)
+        with open(output, "rb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            status, _, err = answer_file(gpt2, source, output, capsys)
+        assert status == 2 and "another command writes" in err.splitlines()[-1]
+        assert output.read_bytes() == left
+    assert answer_file(gpt2, source, output, capsys)[0] == 0 and output.read_bytes() == whole
+
+
+def test_a_full_disk_is_one_line(gpt2, answered, tmp_path, capsys, monkeypatch):
+    """Closing the file, which tries once more, was a traceback."""
+    full = SimpleNamespace(write=len, tell=lambda: 0, truncate=len, fileno=lambda: 0)
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full.flush = full.close = fail
+    full.truncate = lambda size: None
+    monkeypatch.setattr(prompts, "open", lambda *_: full, raising=False)
+    monkeypatch.setattr(prompts, "lock", lambda *_: True)
+    status, _, err = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
+    assert status == 4 and err.splitlines()[-1].endswith(
+        "cannot be written: No space left on device"
+    )
 
 
 def test_an_output_that_is_not_ours_is_kept(gpt2, answered, tmp_path, capsys):

@@ -787,6 +787,9 @@ def test_a_changed_base_is_refused_by_name(models, data, tmp_path, monkeypatch):
     model = model_of(origin.config, "run")
     with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
         origin.load(model, meshes.make_mesh("fsdp=-1"))
+    with pytest.raises(WeightsError, match="trained on other weights than .*/gpt2"):
+        convert.to_hf(str(tmp_path / "run"), str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter").exists()
     shutil.rmtree(tmp_path / "gpt2")
     with pytest.raises(ConfigError, match="run: put the base of .*gpt2: no such folder"):
         find(str(tmp_path / "run")).check(model)

@@ -203,6 +203,17 @@ def test_rows_have_two_sizes_per_doubling_on_one_cpu_and_powers_of_two_elsewhere
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axes", [(), ("dp",), (None, "dp")])
+def test_the_largest_logits_of_several_devices_are_kept(axes, devices):
+    """XLA aborted the process."""
+    devices(2)
+    logits = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    sharding = jax.NamedSharding(make_mesh("dp=2"), jax.P(*axes))
+    kept = jax.jit(lambda x: processors.keep_top_k(x, 5))(jax.device_put(logits, sharding))
+    wanted = np.where(logits < np.sort(logits)[:, -5:-4], -np.inf, logits)
+    np.testing.assert_array_equal(kept, wanted)
+
+
 def test_no_mesh_changes_an_answer(folder, drawn, devices):
     devices(8)
     mesh = "dp=2,fsdp=2,tp=2"

@@ -106,8 +106,10 @@ def forbid_end(
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
     """Keep the k largest logits, and those equal to the last of them."""
-    # without the barrier, XLA's CPU backend drops the unused indices, and then sorts everything
-    top, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits, k))
+    top, places = jax.lax.top_k(logits, k)
+    # without the barrier, XLA's CPU backend drops the unused indices, and then sorts everything;
+    # on several devices, it aborts if the barrier holds the two results alone
+    top, *_ = jax.lax.optimization_barrier((top, places, logits[:, 0]))
     return jnp.where(logits < top[:, -1:], -jnp.inf, logits)
 
 

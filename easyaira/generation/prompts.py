@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from easyaira.config.data import Source
 from easyaira.data import columns, sources
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, StorageError
-from easyaira.files import json_line, parse_json, read_json, reason, write_file
+from easyaira.files import json_line, lock, parse_json, read_json, reason, write_file
 from easyaira.generation.sampler import Answer, Sampler
 
 GENERATED = ("generated", "finish_reason", "sample")  # columns of the output
@@ -89,11 +90,13 @@ class Output:
         self.path, self.prompts, self.num_samples = path, prompts, num_samples
         self.settings, self.settings_file = settings, path.with_name(f"{path.name}.settings.json")
         self.waiting: dict[int, str] = {}
+        self.whole = 0  # bytes of whole lines
         self.total = len(prompts) * num_samples
         if not path.parent.is_dir():
             raise ConfigError(f"output: {path.parent} is not a folder; create it")
         try:
-            self.written = self._continue() if path.exists() else 0
+            self.size = path.stat().st_size if path.exists() else 0
+            self.written = self._continue() if self.size else 0
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {reason(error)}") from error
 
@@ -109,8 +112,10 @@ class Output:
                     f"{other} with {name} {before.get(name)!r}, but {self.settings.get(name)!r} is "
                     "asked for; name another file"
                 )
-        count = self.whole = 0
+        count = 0
         with open(self.path, "rb") as file:
+            if not lock(file, fcntl.LOCK_SH):
+                raise self._in_use()
             for line in file:
                 if not line.endswith(b"\n"):
                     break
@@ -151,15 +156,27 @@ class Output:
                     file.write(self.waiting.pop(self.written).encode())
                     file.flush()
                     self.written += 1
+            if file:
+                file.close()
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {reason(error)}") from error
         finally:
             if file:
-                file.close()
+                with suppress(OSError):  # it tries once more to write
+                    file.close()
 
     def _open(self) -> Any:
-        if self.written:
-            os.truncate(self.path, self.whole)
-        else:
+        """Lock the file, and cut it after its last whole line."""
+        file = open(self.path, "ab")
+        if not lock(file, fcntl.LOCK_EX) or file.tell() != self.size:
+            file.close()
+            raise self._in_use()
+        if not self.written:
             write_file(self.settings_file, json.dumps(self.settings, indent=2) + "\n")
-        return open(self.path, "ab" if self.written else "wb")
+        file.truncate(self.whole)
+        return file
+
+    def _in_use(self) -> ConfigError:
+        return ConfigError(
+            f"output: another command writes {self.path}; wait until it ends, or name another file"
+        )
