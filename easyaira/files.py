@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from easyaira.errors import ConfigError, EasyAiraError, UnsafeInputError, kind_of
+from easyaira.errors import ConfigError, EasyAiraError, UnsafeInputError, kind_of, shortened
 
 MAX_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 2**20
@@ -26,11 +26,14 @@ def named_path(text: str) -> Path:
     has replaced it, as in a YAML file or after `--output=`.
 
     Raises:
-        ConfigError: the name is empty, which would be the current folder.
+        ConfigError: the name is empty, which would be the current folder, or too long.
     """
     if not text.strip():
         raise ConfigError("found an empty text where a file or folder is named; name it")
-    return Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
+    path = Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ConfigError(f"{shortened(text)}: is too long for the name of a file or folder")
+    return path
 
 
 def write_file(path: Path, text: str) -> None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from easyaira import best_of
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.mesh import make_mesh
-from easyaira.errors import WeightsError
-from easyaira.generation.sets import COUNTS, SETTINGS
+from easyaira.errors import ConfigError, WeightsError
+from easyaira.generation.sets import COUNTS, SETTINGS, check_folder
 from easyaira.rewards import best_of as sets
 from easyaira.rewards.best_of import Candidate, select
 from easyaira.rewards.model import RewardModel
@@ -265,6 +265,14 @@ def test_bad_input_is_refused_before_anything_is_written(flags, problem, ground,
     status, _, err = call(best_of.main, arguments(ground, tmp_path / "best", *flags), capsys)
     assert status == 2 and problem in err and len(err.splitlines()) == 1
     assert not (tmp_path / "best").exists()
+
+
+def test_a_folder_whose_settings_did_not_fit_on_the_disk_is_gone_on_with(tmp_path):
+    (tmp_path / f".{SETTINGS}.new").touch()
+    check_folder(tmp_path, {})
+    (tmp_path / "mine").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        check_folder(tmp_path, {})
 
 
 def test_without_a_best_answer_there_is_no_mean_of_the_best(ground, tmp_path, capsys):

@@ -13,6 +13,8 @@ from easyaira.storage import pretrained
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(ConfigError, match="found an empty text where a file or folder is named"):
         files.named_path("")
+    with pytest.raises(ConfigError, match="is too long for the name of a file or folder"):
+        pretrained.find("why? " * 60)
 
 
 def test_write_replaces_links_and_leaves_their_targets(tmp_path):

@@ -29,7 +29,10 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     record = folder / SETTINGS
     if not record.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = f".{SETTINGS}.new"  # left by a full disk or a kill
+        if folder.exists() and (
+            not folder.is_dir() or any(path.name != begun for path in folder.iterdir())
+        ):
             raise ConfigError(f"output: {folder} is not empty; name another folder")
         return
     before = read_json(record)
