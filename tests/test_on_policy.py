@@ -936,5 +936,5 @@ def test_a_dry_run_plans_update_and_roll_out(adapters, ground, tmp_path, capsys)
     words = re.search(r"whole run needs .* GiB; (.*) in an update, (.*) in a rollout", output)
     assert words and all(float(size) < 0.1 for size in words.groups())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(WeightsError, match="judge: no model.safetensors"):
+    with pytest.raises(WeightsError, match="bert: no model.safetensors"):
         run(config, algorithm, dry_run=None)
