@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
+from numbers import Integral
 from os import PathLike, fspath
 from typing import Any
 
@@ -160,7 +161,7 @@ class LoadedModel:
             DataError: a prompt leaves no room for an answer.
         """
         for option, number, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
-            if not isinstance(number, int) or number < least:
+            if not isinstance(number, Integral) or number < least:  # also NumPy's
                 raise ConfigError(
                     f"generate: {option}: expected a whole number of at least {least}, got "
                     f"{number!r}"

@@ -164,6 +164,7 @@ def test_errors_name_the_option_and_the_text(model, folder):
         model.generate(["x"], num_samples=0)
     with pytest.raises(ConfigError, match="seed: expected a whole number of at least 0, got 'x'"):
         model.generate(["x"], seed="x")
+    assert len(model.generate(["x"], num_samples=np.int64(2), seed=np.int64(1))[0]) == 2
     with pytest.raises(ConfigError, match="load: expected a folder or a hub id, got None"):
         easyaira.load(None)
     with pytest.raises(ConfigError, match="expected a dictionary or a TrainSFT, got None"):

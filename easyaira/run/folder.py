@@ -186,11 +186,16 @@ def _check(setup: Setup, place: str) -> None:
     _check_place(setup, place)
 
 
-def _identity_of(record: Path) -> dict[str, Any]:
-    """The identity of the run that wrote this config.yaml."""
+def _recorded(record: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and provenance in a config.yaml."""
     written = read_yaml(record, error=StorageError)
     made = written.pop(PROVENANCE, None)
-    made = made if isinstance(made, dict) else {}
+    return written, made if isinstance(made, dict) else {}
+
+
+def _identity_of(record: Path) -> dict[str, Any]:
+    """The identity of the run that wrote this config.yaml."""
+    written, made = _recorded(record)
     return written | {name: made.get(name) for name in ("data_fingerprint", *STARTS)}
 
 
@@ -227,11 +232,9 @@ def write(setup: Setup, finished: bool, idle: bool) -> None:
         made = provenance(setup)
         if record.exists() and peek(place)[0] is not None:
             with suppress(StorageError):  # it is damaged, and the checkpoints are this run's
-                written = read_yaml(record, error=StorageError)
+                written, began = _recorded(record)
                 if idle and written.get("checkpoint_dir") == recorded:
                     return
-                began = written.get(PROVENANCE)
-                began = began if isinstance(began, dict) else {}
                 names = began if finished else STARTS
                 made |= {name: began[name] for name in names if began.get(name)}
         content = to_dict(config) | {PROVENANCE: made, "checkpoint_dir": recorded}
