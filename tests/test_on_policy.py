@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from dataclasses import replace
 
 import jax
@@ -19,13 +20,14 @@ from easyaira.config.algorithms import OptimizerConfig
 from easyaira.config.rl import RLConfig
 from easyaira.config.run import DryRun
 from easyaira.data.batches import Batches
+from easyaira.data.dataset import Question
 from easyaira.data.examples import of_tokens
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, Preempted, RewardError, WeightsError
 from easyaira.losses.completions import completion_places, take
 from easyaira.plan import cost
 from easyaira.rewards.model import RewardModel
-from easyaira.rewards.reward import Reward, function_of
+from easyaira.rewards.reward import Reward, function_of, metrics_of
 from easyaira.run import report
 from easyaira.run.run import run
 from easyaira.train import critic
@@ -729,7 +731,7 @@ def test_the_held_out_reward_gets_the_prompts_that_are_answered(source, ground, 
     setup = prepare(*configure(*args, **options))
     reward = Reward(setup.config.rl.rewards, None, setup.mesh, "float32")
     held_out = HeldOut(setup, rollouts.make_sampler(setup), reward)
-    asked = [messages[0]["content"] for messages in held_out.questions]
+    asked = [question.messages[0]["content"] for question in held_out.questions]
     assert asked == [setup.template.text(tokens) for tokens in held_out.prompts]
     assert len(asked) == {"share": 3, "file": 4}[source] and held_out.reward is reward
     assert setup.held_out is None  # nothing to compute a loss of
@@ -867,19 +869,76 @@ def test_a_file_of_a_reward_may_hold_a_dataclass_and_be_called_like_a_library(tm
     "arguments",
     [
         "p, c",
+        "p, c, gold",
+        "gold, c",  # the first two, whatever they are called
         "prompts, completions",
         "completions, prompts",
-        "completions, **others",
+        "gold, completions",
+        "completions, absent=None, **others",
         "completions, *, prompts",
     ],
 )
 def test_a_function_gets_its_arguments_by_name(arguments, tmp_path):
     """In any order, as TRL calls it; those of other names get prompts, then completions."""
-    body = "[float(len(text)) for text in (c if 'c' in locals() else completions)]"
-    (tmp_path / "own.py").write_text(f"def f({arguments}):\n    return {body}\n")
-    reward = Reward([f"{tmp_path / 'own.py'}:f"], None, meshes.make_mesh("fsdp=1"), "float32")
-    asked = [[{"role": "user", "content": "four"}]] * 2
-    assert reward(asked, ["a", "bc"]).tolist() == [1.0, 2.0]
+    source = f"""
+        def f({arguments}):
+            texts = locals().get("c") or completions
+            prompts_ = locals().get("prompts") or locals().get("p") or ["four"] * len(texts)
+            if "others" in locals():
+                assert set(others) == {{"prompts", "gold"}} and absent is None
+            elif "gold" in locals() and "{arguments}" != "gold, c":
+                assert gold == [7, None]
+            assert list(prompts_) == ["four"] * len(texts)
+            return [float(len(text)) for text in texts]
+        """
+    (tmp_path / "own.py").write_text(textwrap.dedent(source))
+    own = [f"{tmp_path / 'own.py'}:f"]
+    reward = Reward(own, [0.5], meshes.make_mesh("fsdp=1"), "float32", ["prompt", "gold"])
+    assert reward.takes("gold") == ("gold" in arguments or "**" in arguments)
+    messages = [{"role": "user", "content": "four"}]
+    asked = [Question(messages, {"gold": gold}) for gold in (7, None)]
+    each = reward(asked, ["a", "bc"])
+    assert each.tolist() == [[1.0, 2.0]] and reward.total(each).tolist() == [0.5, 1.0]
+
+
+def test_several_rewards_have_names_of_their_own():
+    names = ["runs/judge/", "a.py:long", "b:long", "owner/model"]
+    short = ["judge", "long_2", "long_3", "model"]
+    assert metrics_of(names) == [f"rewards/{name}/mean" for name in short]
+    assert metrics_of(names[:1]) == []
+
+
+@pytest.mark.slow
+def test_functions_compare_with_the_columns_of_the_prompt(ground, tmp_path, capsys):
+    """A column goes with its prompt, and each of several rewards is logged."""
+    rows = [{"prompt": f"what {i}?", "gold": i, "part": i % 2 or None} for i in range(12)]
+    del rows[4]["part"]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "own.py").write_text(
+        "def matches(prompts, completions, gold, part):\n"
+        "    assert prompts == [f'what {i}?' for i in gold]\n"
+        "    assert part == [1 if i % 2 else None for i in gold]\n"
+        "    return [float(len(text)) for text in completions]\n"
+        "def vowels(completions):\n"
+        "    return [float(text.count('e')) for text in completions]\n"
+    )
+    own = tmp_path / "own.py"
+    options = options_of(ground, **{"rl.reward": f"[{own}:matches, {own}:vowels]"})
+    options |= {"rl.reward_weights": "[0.25, 2.0]", "data.eval": 2, "max_steps": 2}
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigError) as error:
+        train("rl", ground / "gpt2", ground, folder, **options)
+    line = f"rl.reward: {own}:matches: missing a required argument: 'gold'; a function gets prompts"
+    assert str(error.value) == f"{line}, completions and the columns of the data: prompt"
+    assert not folder.exists()
+    logged, _ = train("rl", ground / "gpt2", data, folder, **options)
+    assert "for reward functions only: column gold (" in capsys.readouterr().out
+    for prefix in ("", "eval_"):
+        row = next(row for row in logged if f"{prefix}reward" in row)
+        first, second = (row[f"{prefix}rewards/{name}/mean"] for name in ("matches", "vowels"))
+        assert first > 0
+        assert row[f"{prefix}reward"] == pytest.approx(0.25 * first + 2 * second, rel=1e-6)
+    assert "rewards/vowels/mean" in (folder / "report.html").read_text()
 
 
 def test_example_rewards():

@@ -567,7 +567,7 @@ def test_the_texts_of_prompts_are_read_up_to_the_last_one(hub):
     data = load(train, task="prompt", **config)
     config = DataConfig(train=train, **config)
     parts = [dataset.questions_of(config, part, train) for part in (data.train, data.held_out)]
-    asked = [[messages[0]["content"] for messages in part] for part in parts]
+    asked = [[question.messages[0]["content"] for question in part] for part in parts]
     assert sorted(sum(asked, [])) == [f"what {n}?" for n in range(4)] and len(asked[1]) == 2
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from easyaira.config.data import Source
 from easyaira.config.run import TrainRL
 from easyaira.data.dataset import questions_of
 from easyaira.distributed import watchdog
 from easyaira.generation.sampler import Sampler
-from easyaira.rewards.reward import Reward
+from easyaira.rewards.reward import Reward, metrics_of
 from easyaira.train.setup import Setup
+
+
+def rewards_of(config: TrainRL) -> Iterator[tuple[list[str], str | Sequence[Source]]]:
+    """Rewards of a run, each time with the prompts that they are for."""
+    yield config.rl.rewards, config.data.train
+    own = config.data.eval
+    if own is not None:
+        prompts = config.data.train if isinstance(own, int | float) else own
+        yield config.rl.eval_rewards or config.rl.rewards, prompts
 
 
 class HeldOut:
@@ -35,9 +45,8 @@ class HeldOut:
             reward = Reward(self.rl.eval_rewards, None, setup.mesh, setup.model.compute.dtype)
         bounds = data.bounds[:, :2]
         self.prompts = [data.tokens[start:end].tolist() for start, end in bounds]
-        of_train = isinstance(config.data.eval, int | float)  # rows of data.train, held out
-        sources = config.data.train if of_train else config.data.eval
-        self.questions = questions_of(config.data, data, sources)
+        *_, (_, sources) = rewards_of(config)
+        self.questions = questions_of(config.data, data, sources, reward.takes)
         reward.check(self.questions)
         self.reward = reward if self.rl.eval_rewards is None else reward.load()
         self.seed = int(np.random.SeedSequence([config.seed, 5]).generate_state(1)[0])
@@ -58,11 +67,14 @@ class HeldOut:
         ordered = [answers[number] for number in range(len(answers))]
         texts = [self.setup.template.text(answer.content) for answer in ordered]
         cut = np.array([answer.reason == "length" for answer in ordered], np.float32)
-        rewards = self.reward(self.questions, texts)
+        each = self.reward(self.questions, texts)
+        own = dict(zip(metrics_of(self.reward.names), each, strict=False))
+        rewards = self.reward.total(each)
         rewards = rewards - np.float32(self.rl.missing_eos_penalty) * cut
         return {
             "eval_reward": float(rewards.mean()),
             "eval_reward_std": float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0,
             "eval_completions/mean_length": float(np.mean([len(a.tokens) for a in ordered])),
             "eval_completions/clipped_ratio": float(cut.mean()),
+            **{f"eval_{name}": float(values.mean()) for name, values in own.items()},
         }

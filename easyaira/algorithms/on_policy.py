@@ -18,6 +18,7 @@ from easyaira.data.batches import LAYOUT
 from easyaira.losses.completions import completion_mask, completion_places, take
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.model import Model
+from easyaira.rewards.reward import metrics_of
 from easyaira.train.step import LossFn, Sums
 
 
@@ -75,11 +76,11 @@ MATRICES = ("old_logps", "ref_logps")  # arrays [E, K, C]
 VALUES = ("old_values", "returns")  # [E, K, C], with a value model
 
 
-def known_of(objective: Objective, answers: int, longest: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a batch, per example of `answers` completions of at most `longest`
-    tokens."""
-    vector, matrix = (answers,), (answers, longest)
-    known = dict.fromkeys(VECTORS, vector) | dict.fromkeys(MATRICES, matrix)
+def known_of(objective: Objective, config: RLConfig, answers: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a batch, per example of `answers` completions."""
+    vector, matrix = (answers,), (answers, int(config.max_completion_length))
+    vectors = (*VECTORS, *metrics_of(config.rewards))
+    known = dict.fromkeys(vectors, vector) | dict.fromkeys(MATRICES, matrix)
     if objective.targets is None:
         return known | {"advantages": vector}
     return known | dict.fromkeys(OF_VALUES, vector) | dict.fromkeys((*VALUES, "advantages"), matrix)
@@ -140,6 +141,7 @@ def loss_of(
         sums = objective.loss(Completions(logps, old, batch["ref_logps"], mask, *rest), config)
         count = jnp.float32(len(logps))
         names = LOGGED | OF_VALUES if value is not None else LOGGED
+        names = names | {name: name for name in metrics_of(config.rewards)}
         logged = {metric: (batch[name].sum(), count) for name, metric in names.items()}
         if not config.beta:
             del logged["objective/kl"]

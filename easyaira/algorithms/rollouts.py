@@ -19,13 +19,13 @@ import jax
 import numpy as np
 
 from easyaira.algorithms import grpo, online_dpo, ppo, rloo
-from easyaira.algorithms.held_out import HeldOut
+from easyaira.algorithms.held_out import HeldOut, rewards_of
 from easyaira.algorithms.on_policy import Objective, known_of, logps_of, loss_of, values_of
 from easyaira.algorithms.reference import make_score, reference_model, reference_weights
 from easyaira.config.rl import RLConfig
 from easyaira.config.run import TrainRL
 from easyaira.data.batches import LAYOUT, Batches
-from easyaira.data.dataset import questions_of
+from easyaira.data.dataset import columns_of, questions_of
 from easyaira.data.examples import Examples, of_tokens
 from easyaira.data.recipe import recipe_of
 from easyaira.distributed import hosts, watchdog
@@ -36,7 +36,7 @@ from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import ROWS, Answer, Sampler
 from easyaira.generation.settings import end_ids, files_of
 from easyaira.models.model import Model
-from easyaira.rewards.reward import Reward
+from easyaira.rewards.reward import Reward, metrics_of
 from easyaira.train import loader
 from easyaira.train.algorithm import Algorithm, Beginning, OnPolicy
 from easyaira.train.critic import critic_of
@@ -74,8 +74,8 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
                 f"data.train: {len(prompts)} prompts are fewer than the {count} of a rollout; "
                 "lower train_batch_size or raise rl.num_generations"
             )
-        for names in (rl.rewards, rl.eval_rewards or []):
-            Reward(names, None, None, "float32")  # raises if there is none
+        for names, data in rewards_of(config):  # raises if there is none
+            Reward(names, None, None, "float32", columns_of(config.data, data))
         return len(prompts) // count * config.cycle
 
     def together(answers: int) -> list[int]:
@@ -95,7 +95,7 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         loss_fn=loss_fn,
         frozen=lambda setup: None,
         begin=lambda setup, params, folder, first: Beginning(),
-        known=lambda setup: known_of(objective, setup.batches.examples.answers, longest),
+        known=lambda setup: known_of(objective, rl, setup.batches.examples.answers),
         critic=partial(critic_of, rl.value_model, config.model.init) if objective.targets else None,
         on_policy=OnPolicy(
             largest=partial(largest_update, answers=int(config.train_batch_size), longest=longest),
@@ -153,10 +153,10 @@ class Rollouts:
         count = config.answers // self.rl.answers_per_prompt
         data = setup.data.train
         self.prompts = Batches(data, count, seed=config.order_seed, drop_last=True)
-        self.questions = questions_of(config.data, data, config.data.train)
         reward = Reward(
             self.rl.rewards, self.rl.reward_weights, setup.mesh, setup.model.compute.dtype
         )
+        self.questions = questions_of(config.data, data, config.data.train, reward.takes)
         reward.check(self.questions)
         self.reward = reward.load()
         self.sampler = make_sampler(setup)
@@ -209,7 +209,8 @@ class Rollouts:
             return None
         texts = [self.setup.template.text(answer.content) for answer in answers]
         asked = [self.questions[i] for i in members for _ in range(K)]
-        rewards = self.reward(asked, texts)
+        each = self.reward(asked, texts)
+        rewards = self.reward.total(each)
         cut = np.array([answer.reason == "length" for answer in answers], np.float32)
         if self.log:
             self.log.write(number * self.config.cycle, asked, texts, rewards)
@@ -243,6 +244,7 @@ class Rollouts:
             "cut": cut,
             "kl_sums": kl,
             **learned,
+            **dict(zip(metrics_of(self.rl.rewards), each, strict=False)),
             **{name: np.full(len(answers), value) for name, value in of_all.items()},
         }
         known = {name: np.asarray(values, np.float32) for name, values in known.items()}
@@ -338,8 +340,8 @@ class Log:
         """Append the first answers of the rollout before this update."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                for messages, text, score in list(zip(asked, texts, rewards, strict=True))[:SHOWN]:
-                    row = {"update": update, "prompt": messages[-1]["content"]}
+                for question, text, score in list(zip(asked, texts, rewards, strict=True))[:SHOWN]:
+                    row = {"update": update, "prompt": question.messages[-1]["content"]}
                     file.write(json_line(row | {"completion": text, "reward": float(score)}))
         except OSError as error:
             raise self._failed(error) from error

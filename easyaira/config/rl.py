@@ -18,7 +18,7 @@ class RLConfig:
     reward: str | list[str]
     """Reward of an answer: a reward model (run folder, Hugging Face folder or hub id), or
     file.py:function or module:function, whose code is run; several are added up. A function takes
-    prompts and completions (lists of texts) and returns a list of numbers."""
+    prompts, completions and columns of data.train as lists, and returns a list of numbers."""
     reward_weights: list[float] | None = None
     """Weight of each reward; default: 1."""
     eval_reward: str | list[str] | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -149,20 +149,53 @@ def sources_of(config: DataConfig, what: str | Sequence[Source]) -> Sequence[Sou
     return [Source(what, config.split, config.columns)] if isinstance(what, str) else what
 
 
+class Question(NamedTuple):
+    """A prompt as a reward gets it.
+
+    Attributes:
+        columns: other columns of its row, for reward functions; None where the row has no value.
+    """
+
+    messages: list[Message]
+    columns: Mapping[str, Any]
+
+
 def questions_of(
-    config: DataConfig, examples: Examples, what: str | Sequence[Source]
-) -> list[list[Message]]:
-    """Messages of each prompt of the sources `what`, read again: examples hold only tokens."""
+    config: DataConfig,
+    examples: Examples,
+    what: str | Sequence[Source],
+    takes: Callable[[str], bool] = lambda column: False,
+) -> list[Question]:
+    """Prompts of the sources `what`, read again: examples hold only tokens.
+
+    Args:
+        takes: whether a column is kept; all questions get the same ones.
+    """
     wanted = list(zip(examples.sources.tolist(), examples.rows.tolist(), strict=True))
     needed, questions = set(wanted), {}
     for number, source in enumerate(sources_of(config, what)):
         last = max((row for of, row in needed if of == number), default=None)
         for row, located in enumerate(sources.read(source) if last is not None else ()):
             if (number, row) in needed:
-                questions[number, row] = question(Record(located.row))
+                record = Record(located.row)
+                columns = {name: record[name] for name in record if takes(name)}
+                questions[number, row] = Question(question(record), columns)
                 if row == last:
                     break  # a stream may have no end
-    return [questions[key] for key in wanted]
+    names = dict.fromkeys(name for asked in questions.values() for name in asked.columns)
+    return [
+        asked._replace(columns={name: asked.columns.get(name) for name in names})
+        for asked in map(questions.__getitem__, wanted)
+    ]
+
+
+def columns_of(config: DataConfig, what: str | Sequence[Source]) -> list[str]:
+    """Columns of the first readable row of each source."""
+    names: dict[str, None] = {}
+    for source in sources_of(config, what):
+        rows = (row for _, row in sources.read(source) if not isinstance(row, sources.BadRow))
+        names |= dict.fromkeys(next(rows, {}))
+    return list(names)
 
 
 def _read(
@@ -195,7 +228,8 @@ def _read(
         if left := len(account.unread) - len(shown):
             shown.append(f"and {left} more, in data_report.json")
         unused = escaped(", ".join(shown))
-        print(folded(f"data    {label}: filled and not used: {unused}"), flush=True)
+        use = "for reward functions only" if recipe.task == "prompt" else "filled and not used"
+        print(folded(f"data    {label}: {use}: {unused}"), flush=True)
     return _joined(parts), account
 
 

@@ -6,27 +6,33 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from easyaira.data.dataset import Question
 from easyaira.distributed import hosts
 from easyaira.errors import ConfigError, DataError, RewardError, WeightsError, shortened
 from easyaira.files import named_path
 from easyaira.rewards.model import RewardModel
 
-Messages = Sequence[Mapping[str, str]]
+TEXTS = ("prompts", "completions")  # of every function
 
 
-def function_of(name: str) -> Callable[..., Any]:
+def function_of(name: str, columns: Iterable[str] | None = None) -> Callable[..., Any]:
     """The function called `file.py:function` or `module:function`. Its code is run.
 
+    Args:
+        columns: of the prompts' rows; None: its arguments are not checked.
+
     Raises:
-        ConfigError: there is none, or it needs more than prompts and completions.
+        ConfigError: there is none, or it needs an argument that is no column.
     """
     place, _, attribute = name.rpartition(":")
     try:
@@ -45,13 +51,14 @@ def function_of(name: str) -> Callable[..., Any]:
         ) from error
     if not callable(function := getattr(module, attribute, None)):
         raise ConfigError(f"rl.reward: {place} has no function {attribute!r}")
-    try:
-        _bound(function, [], [])
-    except TypeError as error:
-        raise ConfigError(
-            f"rl.reward: {name}: {error}; a function gets prompts and completions, and no other "
-            "column of a row"
-        ) from error
+    if columns is not None:
+        try:
+            _bound(function, dict.fromkeys((*TEXTS, *columns), []))
+        except TypeError as error:
+            raise ConfigError(
+                f"rl.reward: {name}: {error}; a function gets prompts, completions and the columns "
+                f"of the data: {', '.join(columns)}"
+            ) from error
     return function
 
 
@@ -60,20 +67,27 @@ class Reward:
 
     Args:
         mesh: devices to compute on; None: only check the names.
+        columns: of the prompts' rows; None: the arguments of functions are not checked.
 
     Raises:
         EasyAiraError: a model or function cannot be read.
     """
 
     def __init__(
-        self, names: Sequence[str], weights: Sequence[float] | None, mesh: Mesh | None, dtype: Any
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None,
+        mesh: Mesh | None,
+        dtype: Any,
+        columns: Iterable[str] | None = None,
     ):
         if file := next((name for name in names if name.endswith(".py")), None):
             raise ConfigError(f"rl.reward: {file} is a file; name a function in it as {file}:NAME")
         self.mesh = mesh
         self.weights = [1.0] * len(names) if weights is None else weights
         self.scorers = [
-            function_of(name) if ":" in name else RewardModel(name, mesh, dtype) for name in names
+            function_of(name, columns) if ":" in name else RewardModel(name, mesh, dtype)
+            for name in names
         ]
         self.names = names
 
@@ -84,7 +98,12 @@ class Reward:
                 scorer.load()
         return self
 
-    def check(self, questions: Sequence[Messages]) -> None:
+    def takes(self, column: str) -> bool:
+        """Whether a function has an argument for a column."""
+        functions = [scorer for scorer in self.scorers if not isinstance(scorer, RewardModel)]
+        return column not in TEXTS and any(_names(function, [column]) for function in functions)
+
+    def check(self, questions: Sequence[Question]) -> None:
         """Check that every prompt leaves room for an answer in every model.
 
         Raises:
@@ -92,29 +111,35 @@ class Reward:
         """
         for scorer in self.scorers:
             if isinstance(scorer, RewardModel):
-                for messages in questions:
-                    scorer.check(messages)
+                for question in questions:
+                    scorer.check(question.messages)
 
-    def __call__(self, questions: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
-        """Rewards [n] float32 of answers.
+    def __call__(self, questions: Sequence[Question], answers: Sequence[str]) -> np.ndarray:
+        """Each reward [R, n] float32 of n answers.
 
         Raises:
             RewardError: a function fails, or gives other than n finite numbers.
         """
-        total = np.zeros(len(answers), np.float32)
-        for weight, name, scorer in zip(self.weights, self.names, self.scorers, strict=True):
+        rewards = np.zeros((len(self.names), len(answers)), np.float32)
+        for i, (name, scorer) in enumerate(zip(self.names, self.scorers, strict=True)):
             if isinstance(scorer, RewardModel):
                 conversations = [
-                    [*messages, {"role": "assistant", "content": answer}]
-                    for messages, answer in zip(questions, answers, strict=True)
+                    [*question.messages, {"role": "assistant", "content": answer}]
+                    for question, answer in zip(questions, answers, strict=True)
                 ]
                 try:
-                    rewards = scorer.of_answers(conversations)
+                    rewards[i] = scorer.of_answers(conversations)
                 except (DataError, WeightsError) as error:
                     raise RewardError(str(error)) from error
             else:
-                rewards = self._of_function(name, scorer, questions, answers)
-            total += np.float32(weight) * rewards
+                rewards[i] = self._of_function(name, scorer, questions, answers)
+        return rewards
+
+    def total(self, rewards: np.ndarray) -> np.ndarray:
+        """Weighted sum [n] of rewards [R, n]."""
+        total = np.zeros(rewards.shape[1:], np.float32)
+        for weight, own in zip(self.weights, rewards, strict=True):
+            total += np.float32(weight) * own
         return total
 
     def _of_function(self, name, function, questions, answers) -> np.ndarray:
@@ -122,7 +147,9 @@ class Reward:
         rewards, problem = np.zeros(len(answers), np.float32), None
         if hosts.first():
             try:
-                given, named = _bound(function, prompts_of(questions), list(answers))
+                columns = {n: [q.columns[n] for q in questions] for n in questions[0].columns}
+                texts = dict(zip(TEXTS, (prompts_of(questions), list(answers)), strict=True))
+                given, named = _bound(function, columns | texts)
                 given = function(*given, **named)
                 rewards[:] = _numbers(name, given, answers)
             except RewardError as error:
@@ -140,31 +167,52 @@ class Reward:
         return hosts.from_first(rewards, self.mesh)
 
 
-def prompts_of(questions: Sequence[Messages]) -> list[Any]:
+def metrics_of(names: Sequence[str]) -> list[str]:
+    """Name of each reward in metrics, if there are several: that of the function, or the last part
+    of a model's."""
+    short = [re.split("[:/]", name.rstrip("/"))[-1] for name in names]
+    equal = {name for name, count in Counter(short).items() if count > 1}
+    numbered = (f"{name}_{i}" if name in equal else name for i, name in enumerate(short, 1))
+    return [f"rewards/{name}/mean" for name in numbered] if len(names) > 1 else []
+
+
+def prompts_of(questions: Sequence[Question]) -> list[Any]:
     """Prompts as functions get them: the text of a single message, or all messages."""
     return [
         messages[0]["content"] if len(messages) == 1 else [dict(turn) for turn in messages]
-        for messages in questions
+        for messages, _ in questions
     ]
 
 
+def _names(function: Callable[..., Any], names: Iterable[str]) -> list[str]:
+    """Those of `names` that a function has an argument for."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # it has none
+        return []
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return list(names)
+    return [name for name in names if name in parameters]
+
+
 def _bound(
-    function: Callable[..., Any], prompts: list[Any], completions: list[str]
+    function: Callable[..., Any], lists: Mapping[str, list[Any]]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Arguments of a call: by name, which may come in any order, as in TRL; a function that has
-    other names gets prompts and completions in this order.
+    other names for prompts and completions gets them first, in this order.
+
+    Args:
+        lists: prompts, completions, and columns.
 
     Raises:
         TypeError: it needs further arguments.
     """
+    first = [lists[name] for name in TEXTS]
     try:
         signature = inspect.signature(function)
     except ValueError:  # it has none
-        return (prompts, completions), {}
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    named = {"prompts": prompts, "completions": completions}
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
-        named = {name: texts for name, texts in named.items() if name in signature.parameters}
+        return first, {}
+    named = {name: lists[name] for name in _names(function, lists)}
     if "completions" in signature.parameters:
         try:
             signature.bind(**named)
@@ -172,8 +220,10 @@ def _bound(
         except TypeError:
             if next(iter(signature.parameters)) in named:
                 raise
-    signature.bind(prompts, completions)
-    return (prompts, completions), {}
+    taken = {*TEXTS, *list(signature.parameters)[:2]}
+    named = {name: values for name, values in named.items() if name not in taken}
+    signature.bind(*first, **named)
+    return first, named
 
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:

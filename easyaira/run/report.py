@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -96,7 +97,8 @@ def curves(
         schedule: (update, learning rate) of the whole run; default: those that were logged.
     """
     panels = []
-    for title, names in PANELS:
+    rewards = dict.fromkeys(n for row in rows for n in row if re.fullmatch("rewards/.+/mean", n))
+    for title, names in (*PANELS, *((name, (name, f"eval_{name}")) for name in rewards)):
         series: dict[str, plots.Points] = {}
         for name in names:
             points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
