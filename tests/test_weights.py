@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from easyaira import convert
 from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, TokenizerError, UnsafeInputError, WeightsError
 from easyaira.hf import safetensors, transfer
@@ -125,6 +126,33 @@ def test_types_that_are_not_read_and_pipes_are_named(folder):
     os.mkfifo(file)
     with pytest.raises(WeightsError, match="not a regular file"):
         check(folder)
+
+
+@pytest.mark.parametrize("kind", tiny.CASES)
+def test_tensors_have_the_names_of_transformers_files(kind, tmp_path):
+    """Which need not be those of its modules: other readers know the files."""
+    tiny.save(tmp_path, tiny.CASES[kind])
+    model, _ = tiny.load(tmp_path)
+    rows = transfer.pair_rows(model.shapes, model.rows)
+    names = [name for row, leaf in rows for name in row.names(leaf)]
+    saved = model.architecture.saved
+    assert {saved.get(n, n) for n in names} == set(load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_release_of_gpt_neox_has_the_head_that_every_transformers_reads(tmp_path):
+    """Version 4 knows embed_out alone, and would draw a missing head at random."""
+    folders = [str(tmp_path / name) for name in ("base", "converted", "released")]
+    tiny.save(tmp_path / "base", tiny.CASES["gpt_neox"])
+    file = tmp_path / "base/model.safetensors"
+    given = load_file(file)
+    given["embed_out.weight"] = given["embed_out.weight"].astype(np.float16)  # keeps its dtype
+    save_file(given, file, {"format": "pt"})
+    convert.main(["from_hf", *folders[:2]])
+    convert.main(["to_hf", *folders[1:]])
+    released = load_file(tmp_path / "released/model.safetensors")
+    assert given.keys() == released.keys()
+    assert all(given[name].tobytes() == released[name].tobytes() for name in given)
 
 
 def test_buffers_of_old_files_are_no_weights(tmp_path):

@@ -64,12 +64,14 @@ def export(
         WeightsError: verification failed.
     """
     stored = {"": dtype} if dtype else facts.stored_dtypes
-    tensors = transfer.lazy_to_hf(
+    names = model.architecture.saved
+    of_modules = transfer.lazy_to_hf(
         params,
         model.rows,
         vocab_size=model.vocab_size,
-        dtypes=lambda name: jnp.dtype(stored.get(name, stored[""])),
+        dtypes=lambda name: jnp.dtype(stored.get(names.get(name, name), stored[""])),
     )
+    tensors = ((names.get(name, name), tensor) for name, tensor in of_modules)
     if not hosts.first():
         for _, tensor in tensors:
             tensor.read()  # every process takes part in each gather

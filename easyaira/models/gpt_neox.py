@@ -163,6 +163,6 @@ HF_ROWS = (
 )
 HF_PREFIX = "gpt_neox."
 HF_IGNORED = (r"\.attention\.(bias|masked_bias)$", r"\.rotary_emb\.inv_freq$")  # buffers
-HF_RENAMED = {"embed_out.weight": "lm_head.weight"}
+HF_SAVED = {"lm_head.weight": "embed_out.weight"}  # as every version of transformers reads it
 HF_ALIASES = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
 HF_NEUTRAL: dict = {}

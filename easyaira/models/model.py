@@ -35,6 +35,7 @@ class Architecture:
     neutral: Mapping[str, Any]  # unsupported config keys, with their only accepted value
     score_head: ScoreHead
     renamed: Mapping[str, str]  # endings of tensor names in old files -> today's
+    saved: Mapping[str, str]  # names of tensors in transformers' modules -> those in its files
     aliases: Mapping[str, str]  # further names of config.json keys -> those of the config
     easylm_rows: Callable[[Any], Sequence[Row]] | None  # by config: table of EasyLM's checkpoints
 
@@ -114,7 +115,8 @@ class Model:
             vocab_size=self.vocab_size,
             prefix=self.architecture.prefix,
             ignored=self.ignored,
-            renamed=self.architecture.renamed,
+            renamed=self.architecture.renamed
+            | {file: module for module, file in self.architecture.saved.items()},
             optional=self.optional,
             tied=self.config.tie_word_embeddings,
             where=where,

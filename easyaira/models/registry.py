@@ -45,6 +45,7 @@ def _architecture(module: Any, config: type, backbone: type[nn.Module]) -> Archi
         module.HF_NEUTRAL,
         getattr(module, "SCORE_HEAD", LAST_TOKEN),
         getattr(module, "HF_RENAMED", {}),
+        getattr(module, "HF_SAVED", {}),
         getattr(module, "HF_ALIASES", {}),
         getattr(module, "easylm_rows", None),
     )
