@@ -156,6 +156,7 @@ def main(argv: list[str]) -> None:
     from easyaira.generation.chat import CUT, chat
 
     loaded, sampling = load(args, args.topology and pod(args.topology))
+    sampling.check(args.num_samples)
     template = loaded.template
     sampler = loaded.sampler(sampling, args.batch_size, 1 if args.chat else None)
 

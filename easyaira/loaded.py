@@ -25,7 +25,7 @@ from easyaira.generation.chat import text_of
 from easyaira.generation.processors import Sampling
 from easyaira.generation.programs import Programs
 from easyaira.generation.sampler import ROWS, Sampler
-from easyaira.generation.settings import NUMBERS, check_number, end_ids, files_of, options_of
+from easyaira.generation.settings import NUMBERS, end_ids, files_of, number_of, options_of
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
@@ -117,7 +117,7 @@ class LoadedModel:
                 f"{', '.join(sorted(known))}"
             )
         for name in options.keys() & NUMBERS.keys():
-            check_number(name, options[name], "generate")
+            options[name] = number_of(name, options[name], "generate")
         ends = end_ids(self.template, files_of(self.origin), self.model.vocab_size)
         settings = options_of(self.origin.generation_config) | options
         sampling = Sampling(**{"end_ids": tuple(ends)} | settings)
@@ -170,6 +170,7 @@ class LoadedModel:
         if stops:
             options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
         sampling = self.sampling(**options)
+        sampling.check(int(num_samples))
         sampler = self.sampler(sampling)
         check_listed("generate", prompts)
         tokens = [self.template.prompt(_messages(prompt)).tolist() for prompt in prompts]

@@ -77,7 +77,8 @@ def ground(tmp_path_factory):
 
 def test_a_dry_run_of_generate_says_what_it_needs_and_writes_nothing(ground, tmp_path, capsys):
     files = [f"--prompts={ground / 'rl.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
-    flags = ["--template=plain", "--dry_run", "--max_new_tokens=40", "--num_samples=2"]
+    flags = ["--template=plain", "--dry_run", "--max_new_tokens=40"]
+    flags += ["--num_samples=2", "--temperature=1"]
     status, out, err = call(generate.main, [ground / "gpt2", *files, *flags], capsys)
     assert status == 0, err
     printed = re.search(r"of 32 rows in (\d+) slots, at most: ([\d,]+) bytes", out)

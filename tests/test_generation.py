@@ -135,6 +135,7 @@ def test_a_temperature_near_0_is_greedy(gpt2):
         ("--min_new_tokens=300", "min_new_tokens: 300 exceeds max_new_tokens, 200"),
         ("--stop=", "--stop: found an empty text"),
         ("--num_samples=0", "num_samples: expected"),
+        ("--num_samples=2", "num_samples: 2 answers at temperature 0 are equal; raise temp"),
     ],
 )
 def test_an_option_without_sense_is_refused_in_one_line(flag, problem, gpt2, capsys):

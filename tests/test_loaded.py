@@ -160,11 +160,14 @@ def test_errors_name_the_option_and_the_text(model, folder):
         check_listed("score", ["x", {"prompt": "a", "answer": "b"}], pairs=True)
     with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
         model.generate(["x"], top_q=1)
+    with pytest.raises(ConfigError, match="num_samples: 2 answers at temperature 0 are equal"):
+        model.generate(["x"], num_samples=2)
     with pytest.raises(ConfigError, match="num_samples: expected a whole number of at least 1, g"):
         model.generate(["x"], num_samples=0)
     with pytest.raises(ConfigError, match="seed: expected a whole number of at least 0, got 'x'"):
         model.generate(["x"], seed="x")
-    assert len(model.generate(["x"], num_samples=np.int64(2), seed=np.int64(1))[0]) == 2
+    drawn = {"num_samples": np.int64(2), "seed": np.int64(1), "temperature": np.float32(1)}
+    assert len(model.generate(["x"], **drawn)[0]) == 2
     with pytest.raises(ConfigError, match="load: expected a folder or a hub id, got None"):
         easyaira.load(None)
     with pytest.raises(ConfigError, match="expected a dictionary or a TrainSFT, got None"):

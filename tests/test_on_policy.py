@@ -678,7 +678,7 @@ def test_reward_models_and_functions_add_up(ground, tmp_path):
 @pytest.mark.parametrize(
     "function, problem",
     [
-        ("length", "length gave 7 numbers for 8 answers; the state is saved"),
+        ("length", "length gave 7 numbers for 8 answers; fix the reward and"),
         ("nan", "nan gave nan for the answer"),
         ("words", "words gave ['good', "),
         ("by_number", "by_number gave {0: "),

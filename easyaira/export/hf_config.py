@@ -13,8 +13,8 @@ from easyaira.generation.settings import (
     GENERATION_CONFIG,
     NUMBERS,
     check_ids,
-    check_number,
     end_ids,
+    number_of,
 )
 from easyaira.storage.pretrained import Pretrained
 from easyaira.torchless import import_transformers
@@ -62,7 +62,7 @@ def generation_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings["do_sample"] = True  # transformers refuses sampling settings without it
     for name in NUMBERS.keys() & settings.keys():
         if settings[name] is not None:
-            check_number(name, settings[name])
+            number_of(name, settings[name])
     try:
         import_transformers().GenerationConfig(**settings).validate(strict=True)
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from easyaira.errors import ConfigError
 from easyaira.models.product import few_at_a_time, row_dot
 
 GREEDY = 1e-5  # temperatures below it would overflow float32
@@ -54,6 +55,17 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY
+
+    def check(self, num_samples: int) -> None:
+        """Check that several answers to a prompt can differ.
+
+        Raises:
+            ConfigError: they are greedy.
+        """
+        if num_samples > 1 and self.greedy:
+            raise ConfigError(
+                f"num_samples: {num_samples} answers at temperature 0 are equal; raise temperature"
+            )
 
     @property
     def compiled(self) -> Sampling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from easyaira.data.template import Template
@@ -73,8 +74,8 @@ def check_ids(content: Mapping[str, Any], file: str, vocab_size: int) -> None:
                 )
 
 
-def check_number(name: str, value: Any, where: str = GENERATION_CONFIG) -> None:
-    """Check a setting of NUMBERS.
+def number_of(name: str, value: Any, where: str = GENERATION_CONFIG) -> int | float:
+    """A setting of NUMBERS, which may be a number of NumPy's, as one of Python's.
 
     Args:
         where: the file, for messages.
@@ -83,7 +84,7 @@ def check_number(name: str, value: Any, where: str = GENERATION_CONFIG) -> None:
         ConfigError: it is out of range.
     """
     kind, least, most = NUMBERS[name]
-    number = isinstance(value, int | kind) and not isinstance(value, bool)
+    number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not number or not least <= value <= most or value == math.inf:
         words = "a number" if kind is float else "a whole number"
         upto = f" to {most:g}" if most < math.inf else ""
@@ -91,6 +92,7 @@ def check_number(name: str, value: Any, where: str = GENERATION_CONFIG) -> None:
             f"{where}: {name}: found {value!r:.80}, expected {words} from {least:g}{upto}; "
             "correct or remove it"
         )
+    return kind(value)
 
 
 def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +106,7 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or name in (*WITHOUT_EFFECT, "do_sample"):
             continue
         if name in NUMBERS:
-            check_number(name, value)
-            options[name] = value
+            options[name] = number_of(name, value)
         elif name == "stop_strings":
             stops = [value] if isinstance(value, str) else value
             if not isinstance(stops, list) or not all(type(s) is str and s for s in stops):

@@ -162,7 +162,7 @@ class Reward:
                 )
         if (problem := hosts.problem_of_any(problem)) is not None:
             raise RewardError(
-                f"{problem}; the state is saved; fix the reward and run the command again"
+                f"{problem}; fix the reward and run the command again: no update is lost"
             )
         return hosts.from_first(rewards, self.mesh)
 
