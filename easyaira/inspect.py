@@ -12,14 +12,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from easyaira import cli
 from easyaira.config.algorithms import RewardConfig, SFTConfig
 from easyaira.config.dpo import DPOConfig
 from easyaira.config.model import PolicyConfig
+from easyaira.config.rl import RLConfig
 from easyaira.config.run import RunConfig
 from easyaira.errors import ConfigError, StorageError, escaped
+
+if TYPE_CHECKING:
+    from easyaira.data.recipe import Recipe
 
 ROWS = 4  # printed
 
@@ -32,23 +36,33 @@ class Inspect(RunConfig):
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rl: RLConfig | None = None
     task: Literal["auto", "sft", "dpo", "kto", "label"] = "auto"
     """Interpretation of the rows: conversations, pairs of answers, rated answers (kto), or labelled
     texts. auto: by the columns."""
 
 
-def task_of(config: Inspect) -> str:
-    """Interpretation of the rows: conversation, pair, rated or label.
+def recipe_of(config: Inspect, max_length: int) -> Recipe:
+    """How the training command would tokenise a row.
 
     Raises:
-        DataError: the columns do not decide it.
+        ConfigError: --task beside rl.
+        DataError: the columns do not decide the task.
     """
-    if config.task != "auto":
-        return {"sft": "conversation", "dpo": "pair", "kto": "rated", "label": "label"}[config.task]
+    from easyaira.data import columns, dataset, recipe
 
-    from easyaira.data import columns, dataset
+    if config.rl is not None:
+        if config.task != "auto":
+            raise ConfigError("--task: rows of an rl configuration are prompts; leave it out")
+        from easyaira.algorithms.rollouts import prompts_of
 
-    return dataset.task_of(config.data, list(columns.FORMS), "set --task, or ")
+        return prompts_of(config.data, config.rl, max_length)
+    if config.task == "auto":
+        task = dataset.task_of(config.data, list(columns.FORMS), "set --task, or ")
+    else:
+        names = {"sft": "conversation", "dpo": "pair", "kto": "rated", "label": "label"}
+        task = names[config.task]
+    return recipe.recipe_of(task, config.data, max_length, config.sft, compared=config.dpo.compared)
 
 
 def main(argv: list[str]) -> None:
@@ -57,17 +71,12 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--dry_run: inspect trains nothing; give it to the training command")
 
     from easyaira.data import report
-    from easyaira.data.recipe import recipe_of
     from easyaira.distributed import mesh as meshes
     from easyaira.train.resolve import find
     from easyaira.train.setup import read_data
 
     resolved = find(config, meshes.make_mesh("fsdp=-1"), planned=True)  # without weights
-    compared = config.dpo.compared
-    recipe = recipe_of(
-        task_of(config), config.data, resolved.max_length, config.sft, compared=compared
-    )
-    data = read_data(config, resolved, recipe)
+    data = read_data(config, resolved, recipe_of(config, resolved.max_length))
     folder = Path(config.output_dir)
     of_run = (folder / "config.yaml").exists()  # keep the report of the rows it was trained on
     try:
@@ -76,6 +85,7 @@ def main(argv: list[str]) -> None:
             report.write(folder, data)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
+    use = "not used" if config.rl is None else "for reward functions only"
     for name, account in data.accounts.items():
         print(f"\n{name}: {escaped(account.summary())}")
         for source, count in data.report[name].get("examples by source", {}).items():
@@ -83,7 +93,7 @@ def main(argv: list[str]) -> None:
         for noted, count in account.noted.items():
             print(f"  {count:,} {noted}")
         for unread, count in account.unread.items():
-            print(f"  {count:,} {escaped(unread)} filled and not used")
+            print(f"  {count:,} {escaped(unread)} filled and {use}")
         print(f"  {_size(data.report[name])}")
         print(report.terminal(account, part=name, rows=ROWS, colour=sys.stdout.isatty()))
     if not sys.stdout.isatty():

@@ -123,6 +123,19 @@ def test_columns_that_fit_no_task_are_named_with_those_wanted(ground):
         look(ground, "none")
 
 
+def test_prompts_of_an_rl_configuration_are_those_with_room_for_an_answer(ground, capsys):
+    rows = [{"prompt": f"why {'so ' * i}?", "gold": i} for i in range(20)]
+    tiny.write_rows(ground / "rl.jsonl", rows)
+    flags = ["--rl.reward=none.py:f", "--rl.max_completion_length=40", "--data.max_dropped=0.9"]
+    report = look(ground, "rl", *flags)
+    lengths = [len(tiny.tokenizer()(row["prompt"]).input_ids) for row in rows]
+    assert report["recipe"]["task"] == "prompt" and report["recipe"]["max_length"] == 64 - 40
+    assert report["train"]["kept"] == sum(length <= 24 for length in lengths) < 20
+    assert "column gold filled and for reward functions only" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--task: rows of an rl configuration are prompts"):
+        look(ground, "rl", *flags, "--task=sft")
+
+
 @pytest.mark.slow
 def test_a_run_may_follow_in_the_same_folder(ground, capsys):
     look(ground, "sft")

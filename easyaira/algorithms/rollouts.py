@@ -22,12 +22,13 @@ from easyaira.algorithms import grpo, online_dpo, ppo, rloo
 from easyaira.algorithms.held_out import HeldOut, rewards_of
 from easyaira.algorithms.on_policy import Objective, known_of, logps_of, loss_of, values_of
 from easyaira.algorithms.reference import make_score, reference_model, reference_weights
+from easyaira.config.data import DataConfig
 from easyaira.config.rl import RLConfig
 from easyaira.config.run import TrainRL
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.dataset import columns_of, questions_of
 from easyaira.data.examples import Examples, of_tokens
-from easyaira.data.recipe import recipe_of
+from easyaira.data.recipe import Recipe, recipe_of
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, StorageError
@@ -59,14 +60,6 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
     rl, longest = config.rl, int(config.rl.max_completion_length)
     objective = OBJECTIVES[rl.algorithm]
 
-    def room(max_length: int) -> int:
-        if longest >= max_length:
-            raise ConfigError(
-                f"rl.max_completion_length: {longest} leaves no room for a prompt in {max_length} "
-                "positions; lower it"
-            )
-        return max_length - longest
-
     def epoch(prompts: Examples) -> int:
         count = config.answers // rl.answers_per_prompt
         if len(prompts) < count:
@@ -91,7 +84,7 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
         return loss_of(setup.model, rl, objective, value)
 
     return Algorithm(
-        recipe=lambda max_length: recipe_of("prompt", config.data, room(max_length)),
+        recipe=partial(prompts_of, config.data, rl),
         loss_fn=loss_fn,
         frozen=lambda setup: None,
         begin=lambda setup, params, folder, first: Beginning(),
@@ -105,6 +98,21 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
             source=Rollouts,
         ),
     )
+
+
+def prompts_of(data: DataConfig, rl: RLConfig, max_length: int) -> Recipe:
+    """Recipe of prompts that leave room for an answer.
+
+    Raises:
+        ConfigError: the longest answer leaves no room.
+    """
+    longest = int(rl.max_completion_length)
+    if longest >= max_length:
+        raise ConfigError(
+            f"rl.max_completion_length: {longest} leaves no room for a prompt in {max_length} "
+            "positions; lower it"
+        )
+    return recipe_of("prompt", data, max_length - longest)
 
 
 def largest_update(prompts: Examples, together: int, *, answers: int, longest: int) -> Examples:
