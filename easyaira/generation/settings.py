@@ -121,6 +121,6 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(sample, bool):
         raise ConfigError(f"{GENERATION_CONFIG}: do_sample: found {sample!r}, expected a boolean")
     if sample:
-        return {"temperature": 1.0} | options
+        return {"temperature": 1.0, "top_k": 50} | options  # transformers' defaults
     sampling = ("temperature", "top_k", "top_p", "min_p")
     return {name: value for name, value in options.items() if name not in sampling}
