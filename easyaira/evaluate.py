@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
 
     origin = pretrained.find(args.model)
     folder = named_path(args.output) if args.output else folder_of(origin)
+    results.check_folder(folder)
     keep_compiled()
     finished = []
     for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:

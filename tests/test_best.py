@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from easyaira import convert
-from easyaira.config.run import TrainSFT
+from easyaira.config.run import TrainRL, TrainSFT
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError, Preempted
 from easyaira.hf import safetensors
@@ -22,16 +22,17 @@ from helpers import runs, tiny
 LOSSES = {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.25, 10: 1.0}  # of update 4 is best for two more
 
 
-def follow(values, **options):
+def follow(values, kind=TrainSFT, **options):
     """(step of the best, how many have waited, step at which it stops) of evaluations in order."""
     kept, window = [], Window()
-    config = TrainSFT.__new__(TrainSFT)
+    config = kind.__new__(kind)
     for name in ("metric_for_best_model", "greater_is_better", "early_stopping_patience"):
         object.__setattr__(config, name, options.get(name))
     object.__setattr__(config, "load_best_model_at_end", True)
     best = Best(config, window, kept.append)
     for number, value in enumerate(values, 1):
-        best.look(number, {"eval_loss": value, "eval_accuracy": value})
+        names = ("eval_loss", "eval_accuracy") if kind is TrainSFT else ("eval_reward",)
+        best.look(number, dict.fromkeys(names, value))
         assert best.improved == (best.step == number)
         if best.exhausted:
             return best.step, best.record["waited"], number
@@ -50,6 +51,7 @@ def follow(values, **options):
         ([0.1, 0.3, 0.2], {"greater_is_better": True}, (2, 1, None)),
         ([2.0, math.nan, 1.0], {}, (3, 0, None)),
         ([math.nan, 2.0, 2.5], {}, (2, 1, None)),
+        ([0.1, 0.3, 0.2], {"kind": TrainRL}, (2, 1, None)),  # the highest reward
     ],
 )
 def test_what_is_best_is_decided_as_by_hand(values, options, expected):

@@ -4,6 +4,7 @@ and texts people give; and the files beside the weights, whose control tokens ag
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from easyaira import cli, convert, train_dpo, train_sft
 from easyaira.algorithms.sft import sft_algorithm
+from easyaira.config.rl import RLConfig
 from easyaira.config.run import TrainSFT
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
@@ -131,6 +133,13 @@ def test_what_nobody_said_is_unknown(runs):
     assert "No rows were held out" in text and "metrics" not in front
     assert "arXiv:2305.18290" in text and "not compared: torch is not installed." in text
     assert "beta 0.25" in table_rows(text, "Details")["Objective"][0]
+
+
+def test_the_objective_lists_the_options_of_its_algorithm():
+    shown = card._applying(asdict(RLConfig(reward="a.py:f", algorithm="grpo")))
+    assert {"beta", "epsilon", "loss_type", "reward"} <= shown.keys()
+    assert not {"gamma", "lam", "vf_coef", "normalize_advantages"} & shown.keys()
+    assert card._applying({"gamma": 1}) == {"gamma": 1}  # of another command
 
 
 @pytest.mark.slow

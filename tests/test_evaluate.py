@@ -12,7 +12,7 @@ from easyaira import evaluate, loaded
 from easyaira.config.data import Source
 from easyaira.data.packing import Shape
 from easyaira.distributed import mesh as meshes
-from easyaira.errors import ConfigError, DataError, WeightsError
+from easyaira.errors import ConfigError, DataError, StorageError, WeightsError
 from easyaira.evaluation import judges, likelihood, local, results, rewardbench
 from easyaira.evaluation.likelihood import Likelihoods, Request
 from easyaira.evaluation.results import Result
@@ -253,6 +253,26 @@ def test_the_command_writes_results_and_prints_their_average(folder, data, tmp_p
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].split() == ["average", f"{mean:.2f}"]
     assert lines[-3].split()[:4] == ["arc_challenge,", "2-shot", "acc_norm", f"{100 * share:.2f}"]
+
+
+def test_results_of_all_questions_are_not_replaced_by_those_of_a_few(tmp_path):
+    whole = Result("a", "acc", {"acc": 0.5}, "higher", 9, "a.jsonl", "float32")
+    limited = replace(whole, limit=4, examples=4)
+    path = results.write(tmp_path, limited)
+    results.write(tmp_path, whole)
+    with pytest.raises(ConfigError, match=f"--limit: {path} is of all questions and would be rep"):
+        results.write(tmp_path, limited)
+    assert json.loads(path.read_text())["limit"] is None
+    results.write(tmp_path, whole)
+
+
+def test_a_place_without_room_for_results_is_named_before_they_are_computed(tmp_path, folder):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    problem = f"{file / 'results'}: {file} is not a folder; set --output"
+    with pytest.raises(StorageError, match=problem):
+        command(folder, "--tasks", "no_such_task", "--output", file / "results")
+    assert file.read_text() == "kept"
 
 
 def test_an_encoder_has_no_tasks(tmp_path):

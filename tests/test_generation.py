@@ -327,6 +327,14 @@ def test_answers_of_another_command_are_kept(
     assert (answered / "out.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["out.jsonl.gz", "out.json", "out.csv", "out.parquet"])
+def test_an_output_that_would_be_read_as_another_format_is_refused(name, gpt2, tmp_path, capsys):
+    rows = tiny.write_rows(tmp_path / "in.jsonl", ROWS)
+    status, _, err = answer_file(gpt2, rows, tmp_path / name, capsys)
+    assert status == 2 and f"{name}: answers are written as JSON lines; name it .jsonl" in err
+    assert not (tmp_path / name).exists()
+
+
 def test_answers_of_weights_that_were_replaced_are_not_gone_on_with(
     gpt2, answered, tmp_path, capsys
 ):

@@ -809,6 +809,7 @@ def test_a_bad_held_out_reward_loses_no_update(ground, measured, tmp_path):
         ({"rl.reward_weights": "[1, 2]"}, "2 weights for 1 rewards"),
         ({"rl.algorithm": "rloo", "rl.loss_type": "dapo"}, "rl.loss_type: applies to grpo only"),
         ({"rl.normalize_advantages": True}, "applies to rloo only"),
+        ({"rl.gamma": 0.9}, "rl.gamma: applies to ppo only"),
         ({"rl.algorithm": "online_dpo", "rl.num_generations": 4}, "online_dpo compares 2 answers"),
         ({"rl.value_model": "x"}, "rl.value_model: applies to ppo only"),
         ({"rl.algorithm": "ppo", "rl.value_model": "GROUND/bert"}, "bert is an encoder"),
@@ -863,6 +864,19 @@ def test_a_file_of_a_reward_may_hold_a_dataclass_and_be_called_like_a_library(tm
     )
     assert function_of(f"{tmp_path / 'json.py'}:reward")(completions=["a", "b"]) == [3, 3]
     assert sys.modules["json"] is json
+
+
+def test_a_reward_may_import_a_file_beside_it(tmp_path, monkeypatch):
+    """And a module of the current folder is one, also for the installed command."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/part_of_reward.py").write_text("WORTH = 4\n")
+    code = "from part_of_reward import WORTH\ndef f(completions):\n    return [WORTH]\n"
+    (tmp_path / "parts/own_reward.py").write_text(code)
+    assert function_of(f"{tmp_path / 'parts/own_reward.py'}:f")([""]) == [4]
+    (tmp_path / "reward_of_folder.py").write_text("def f(completions):\n    return [5]\n")
+    monkeypatch.chdir(tmp_path)
+    assert function_of("reward_of_folder:f")([""]) == [5]
 
 
 @pytest.mark.parametrize(

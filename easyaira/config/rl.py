@@ -4,11 +4,18 @@ The string below an option is its `--help`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from easyaira.config.ranges import Count, CountOrZero, NonNegative, Positive, Share, TopP
 from easyaira.errors import ConfigError
+
+ONLY_OF = {  # option: the only algorithm that it applies to
+    **dict.fromkeys(("loss_type", "scale_rewards"), "grpo"),
+    "normalize_advantages": "rloo",
+    **dict.fromkeys(("value_model", "value_learning_rate", "gamma", "lam"), "ppo"),
+    **dict.fromkeys(("cliprange_value", "vf_coef"), "ppo"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,14 +106,10 @@ class RLConfig:
                 f"rl.reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} "
                 "rewards; give each reward one"
             )
-        for name in ("loss_type", "scale_rewards"):
-            if self.algorithm != "grpo" and getattr(self, name) is not None:
-                raise ConfigError(f"rl.{name}: applies to grpo only; leave it out")
-        for name in ("value_model", "value_learning_rate"):
-            if self.algorithm != "ppo" and getattr(self, name) is not None:
-                raise ConfigError(f"rl.{name}: applies to ppo only; leave it out")
-        if self.algorithm != "rloo" and self.normalize_advantages:
-            raise ConfigError("rl.normalize_advantages: applies to rloo only; leave it out")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, algorithm in ONLY_OF.items():
+            if self.algorithm != algorithm and getattr(self, name) != defaults[name]:
+                raise ConfigError(f"rl.{name}: applies to {algorithm} only; leave it out")
 
     @property
     def answers_per_prompt(self) -> int:

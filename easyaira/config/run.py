@@ -10,7 +10,7 @@ import json
 import os
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from easyaira.config.algorithms import OptimizerConfig, RewardConfig, SFTConfig
 from easyaira.config.data import DataConfig
@@ -151,6 +151,7 @@ class DistributedConfig:
 class RunConfig:
     """Options that all training commands share."""
 
+    default_metric: ClassVar[str] = "loss"  # that decides which checkpoint is best
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -175,7 +176,7 @@ class RunConfig:
     """Save at each evaluation that is the best so far, keep that checkpoint, and export it."""
     metric_for_best_model: str | None = None
     """Held-out metric that decides which checkpoint is best, with or without eval_; default:
-    loss."""
+    loss, of rl reward."""
     greater_is_better: bool | None = None
     """Whether larger values are better; default: unless the metric's name ends in loss."""
     early_stopping_patience: Count | None = None
@@ -316,6 +317,7 @@ class TrainReward(RunConfig):
 class TrainRL(RunConfig):
     """On-policy training of a language model on prompts, with rewards of its own answers."""
 
+    default_metric: ClassVar[str] = "reward"
     model: PolicyConfig
     rl: RLConfig
     train_batch_size: Count = 64

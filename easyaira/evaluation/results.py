@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -85,13 +86,31 @@ class Result:
         return f"{name}{shots}.json"
 
 
+def check_folder(folder: Path) -> None:
+    """Check that results can be written, before they are computed.
+
+    Raises:
+        StorageError: the folder, or where it would be made, is no folder that can be written to.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise StorageError(f"{folder}: {place} is not a folder; set --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: {place} cannot be written to; set --output")
+
+
 def write(folder: Path, result: Result) -> Path:
     """Write a result; it replaces an earlier one of the same task and shots.
 
     Raises:
+        ConfigError: it is of a limited number of questions, and the earlier one of all.
         StorageError: it cannot be written.
     """
     path = folder / result.file
+    if result.limit is not None and path.exists() and read_json(path).get("limit") is None:
+        raise ConfigError(
+            f"--limit: {path} is of all questions and would be replaced; set --output"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n")

@@ -18,6 +18,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from easyaira.config.rl import ONLY_OF
 from easyaira.config.run import PROVENANCE
 from easyaira.evaluation.results import Result, average
 from easyaira.export.records import Records
@@ -217,7 +218,7 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
         ),
         "Tokens": f"{last['num_tokens']:,}, without padding" if "num_tokens" in last else None,
         "Longest example": f"{train['length']['longest']:,} tokens" if train else None,
-        "Objective": f"{algorithm}: {_options(config[algorithm])}",
+        "Objective": f"{algorithm}: {_options(_applying(config[algorithm]))}",
         "Optimizer": f"{_algorithm(optimizer)}, "
         f"betas {optimizer['adam_beta1']} and {optimizer['adam_beta2']}, "
         f"epsilon {optimizer['adam_epsilon']}, weight decay {optimizer['weight_decay']} "
@@ -281,6 +282,12 @@ def _trained(report: Mapping[str, Any]) -> str:
     }
     trained = sum(sizes.values())
     return f"; {trained:,} trained parameters"
+
+
+def _applying(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those of other on-policy algorithms."""
+    own = group.get("algorithm")
+    return {name: x for name, x in group.items() if own is None or ONLY_OF.get(name, own) == own}
 
 
 def _options(group: Mapping[str, Any]) -> str:

@@ -92,6 +92,8 @@ class Output:
         self.waiting: dict[int, str] = {}
         self.whole = 0  # bytes of whole lines
         self.total = len(prompts) * num_samples
+        if path.name.endswith((*sources.READERS,)) and path.suffix != ".jsonl":
+            raise ConfigError(f"output: {path}: answers are written as JSON lines; name it .jsonl")
         if not path.parent.is_dir():
             raise ConfigError(f"output: {path.parent} is not a folder; create it")
         try:

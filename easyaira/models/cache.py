@@ -101,12 +101,12 @@ def attend(
         zeros = jnp.zeros(q_RKGN.shape, jnp.float32)
         sums = zeros[..., 0] + MASKED, zeros[..., 0], zeros
         _, total, out = jax.lax.fori_loop(0, jnp.minimum(tiles, W // S), visit, sums)
-        return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q_RKGN.dtype)
+        return out / jnp.maximum(total, 1e-30)[..., None]  # rounded later, for all rows at once
 
     q_RKGN = q_R1HN.reshape(R, K, -1, N)
     if kept[0].dtype == q_R1HN.dtype:
         out_RKGN = at_once(q_RKGN, *kept, lengths_R)
     else:  # XLA converts 16-bit factors to float32 in memory
         rows = (q_RKGN, lengths_R, jnp.arange(R))
-        out_RKGN = few_at_a_time(by_tiles, rows, K * W * N)
+        out_RKGN = few_at_a_time(by_tiles, rows, K * W * N).astype(q_R1HN.dtype)
     return unpacked(out_RKGN, q_R1HN.dtype).reshape(q_R1HN.shape)

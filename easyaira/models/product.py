@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from easyaira.distributed.compiler import lacks_16_bit_products
 from easyaira.distributed.sharding import on_cpu, on_one_cpu
 
-FEW, SMALL, FEW_FLOATS = 16, 32, 64  # rows, see `by_rows`
+FEW, MANY = 16, 64  # rows, see `by_rows`
 WIDE = 64  # rows and columns, see `_widened`
 CACHED = 2**18  # float32 numbers that a core's cache holds, see `few_at_a_time`
 
@@ -160,9 +160,8 @@ def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     if len(rows) == 1 and x.dtype != jnp.float32 and on_cpu():
         # two rows of 16-bit numbers are three times as fast as one
         rows = jnp.concatenate([rows, rows])
-    few = SMALL if len(rows) * len(columns) <= CACHED else FEW
-    if x.dtype == jnp.float32:
-        few = FEW_FLOATS
+    is_small = len(rows) * len(columns) <= CACHED  # the result is transposed in the core's cache
+    few = MANY if is_small or x.dtype == jnp.float32 else FEW
     if 1 < len(rows) <= few and on_one_cpu():
         # faster still if the rows are the second factor; the barrier keeps XLA from swapping them
         y = jax.lax.optimization_barrier(einsum("uk,nk->un", columns, rows, dtype)).T

@@ -11,13 +11,14 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from easyaira.data.dataset import Question
-from easyaira.distributed import hosts
+from easyaira.distributed import hosts, watchdog
 from easyaira.errors import ConfigError, DataError, RewardError, WeightsError, shortened
 from easyaira.files import named_path
 from easyaira.rewards.model import RewardModel
@@ -36,8 +37,11 @@ def function_of(name: str, columns: Iterable[str] | None = None) -> Callable[...
     """
     place, _, attribute = name.rpartition(":")
     try:
-        if place.endswith(".py"):
-            path = named_path(place)
+        path = named_path(place) if place.endswith(".py") else None
+        folder = str(path.resolve().parent if path else Path.cwd())
+        if folder not in sys.path:
+            sys.path.append(folder)  # at the end, so that its files hide no library
+        if path:
             # a unique name hides no library; dataclasses and pickle look for it in sys.modules
             spec = importlib.util.spec_from_file_location(f"easyaira_reward_{path.stem}", path)
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -122,6 +126,7 @@ class Reward:
         """
         rewards = np.zeros((len(self.names), len(answers)), np.float32)
         for i, (name, scorer) in enumerate(zip(self.names, self.scorers, strict=True)):
+            watchdog.beat(f"computing the reward {name}")
             if isinstance(scorer, RewardModel):
                 conversations = [
                     [*question.messages, {"role": "assistant", "content": answer}]

@@ -26,7 +26,8 @@ class Best:
 
     def __init__(self, config: RunConfig, window: Window, keep: Callable[[int], None]):
         self.wanted, self.patience = config.load_best_model_at_end, config.early_stopping_patience
-        self.name = f"eval_{(config.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        name = config.metric_for_best_model or config.default_metric
+        self.name = f"eval_{name.removeprefix('eval_')}"
         greater = config.greater_is_better
         self.greater = not self.name.endswith("loss") if greater is None else greater
         self.window, self.keep, self.improved = window, keep, False
