@@ -907,7 +907,7 @@ def test_a_function_gets_its_arguments_by_name(arguments, tmp_path):
         """
     (tmp_path / "own.py").write_text(textwrap.dedent(source))
     own = [f"{tmp_path / 'own.py'}:f"]
-    reward = Reward(own, [0.5], meshes.make_mesh("fsdp=1"), "float32", ["prompt", "gold"])
+    reward = Reward(own, [0.5], meshes.make_mesh("fsdp=1"), "float32", lambda: ["prompt", "gold"])
     assert reward.takes("gold") == ("gold" in arguments or "**" in arguments)
     messages = [{"role": "user", "content": "four"}]
     asked = [Question(messages, {"gold": gold}) for gold in (7, None)]

@@ -68,7 +68,7 @@ def rl_algorithm(config: TrainRL) -> Algorithm:
                 "lower train_batch_size or raise rl.num_generations"
             )
         for names, data in rewards_of(config):  # raises if there is none
-            Reward(names, None, None, "float32", columns_of(config.data, data))
+            Reward(names, None, None, "float32", partial(columns_of, config.data, data))
         return len(prompts) // count * config.cycle
 
     def together(answers: int) -> list[int]:

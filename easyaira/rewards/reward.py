@@ -26,11 +26,13 @@ from easyaira.rewards.model import RewardModel
 TEXTS = ("prompts", "completions")  # of every function
 
 
-def function_of(name: str, columns: Iterable[str] | None = None) -> Callable[..., Any]:
+def function_of(
+    name: str, columns: Callable[[], Iterable[str]] | None = None
+) -> Callable[..., Any]:
     """The function called `file.py:function` or `module:function`. Its code is run.
 
     Args:
-        columns: of the prompts' rows; None: its arguments are not checked.
+        columns: reads those of the prompts; None: the function's arguments are not checked.
 
     Raises:
         ConfigError: there is none, or it needs an argument that is no column.
@@ -56,12 +58,13 @@ def function_of(name: str, columns: Iterable[str] | None = None) -> Callable[...
     if not callable(function := getattr(module, attribute, None)):
         raise ConfigError(f"rl.reward: {place} has no function {attribute!r}")
     if columns is not None:
+        names = list(columns())
         try:
-            _bound(function, dict.fromkeys((*TEXTS, *columns), []))
+            _bound(function, dict.fromkeys((*TEXTS, *names), []))
         except TypeError as error:
             raise ConfigError(
                 f"rl.reward: {name}: {error}; a function gets prompts, completions and the columns "
-                f"of the data: {', '.join(columns)}"
+                f"of the data: {', '.join(names)}"
             ) from error
     return function
 
@@ -71,7 +74,7 @@ class Reward:
 
     Args:
         mesh: devices to compute on; None: only check the names.
-        columns: of the prompts' rows; None: the arguments of functions are not checked.
+        columns: reads those of the prompts; None: the arguments of functions are not checked.
 
     Raises:
         EasyAiraError: a model or function cannot be read.
@@ -83,7 +86,7 @@ class Reward:
         weights: Sequence[float] | None,
         mesh: Mesh | None,
         dtype: Any,
-        columns: Iterable[str] | None = None,
+        columns: Callable[[], Iterable[str]] | None = None,
     ):
         if file := next((name for name in names if name.endswith(".py")), None):
             raise ConfigError(f"rl.reward: {file} is a file; name a function in it as {file}:NAME")
