@@ -952,7 +952,8 @@ def test_functions_compare_with_the_columns_of_the_prompt(ground, tmp_path, caps
         first, second = (row[f"{prefix}rewards/{name}/mean"] for name in ("matches", "vowels"))
         assert first > 0
         assert row[f"{prefix}reward"] == pytest.approx(0.25 * first + 2 * second, rel=1e-6)
-    assert "rewards/vowels/mean" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "reward by vowels" in page and "eval_rewards/matches/mean" in page
 
 
 def test_example_rewards():

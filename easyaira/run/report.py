@@ -97,8 +97,9 @@ def curves(
         schedule: (update, learning rate) of the whole run; default: those that were logged.
     """
     panels = []
-    rewards = dict.fromkeys(n for row in rows for n in row if re.fullmatch("rewards/.+/mean", n))
-    for title, names in (*PANELS, *((name, (name, f"eval_{name}")) for name in rewards)):
+    matches = (re.fullmatch("rewards/(.+)/mean", name) for row in rows for name in row)
+    rewards = {f"reward by {match[1]}": match[0] for match in matches if match}
+    for title, names in (*PANELS, *((of, (name, f"eval_{name}")) for of, name in rewards.items())):
         series: dict[str, plots.Points] = {}
         for name in names:
             points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
@@ -201,4 +202,6 @@ def _spread(completions: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
     }
     for row in completions:
         if row["update"] in shown:
-            yield [row.get(name, "") for name in ("update", "prompt", "completion", "reward")]
+            reward = row.get("reward", "")
+            texts = [row.get(name, "") for name in ("update", "prompt", "completion")]
+            yield [*texts, f"{reward:.4g}" if _is_number(reward) else reward]
