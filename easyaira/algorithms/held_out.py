@@ -12,7 +12,7 @@ from easyaira.config.run import TrainRL
 from easyaira.data.dataset import questions_of
 from easyaira.distributed import watchdog
 from easyaira.generation.sampler import Sampler
-from easyaira.rewards.reward import Reward, metrics_of
+from easyaira.rewards.reward import Reward
 from easyaira.train.setup import Setup
 
 
@@ -68,7 +68,6 @@ class HeldOut:
         texts = [self.setup.template.text(answer.content) for answer in ordered]
         cut = np.array([answer.reason == "length" for answer in ordered], np.float32)
         each = self.reward(self.questions, texts)
-        own = dict(zip(metrics_of(self.reward.names), each, strict=False))
         rewards = self.reward.total(each)
         rewards = rewards - np.float32(self.rl.missing_eos_penalty) * cut
         return {
@@ -76,5 +75,8 @@ class HeldOut:
             "eval_reward_std": float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0,
             "eval_completions/mean_length": float(np.mean([len(a.tokens) for a in ordered])),
             "eval_completions/clipped_ratio": float(cut.mean()),
-            **{f"eval_{name}": float(values.mean()) for name, values in own.items()},
+            **{
+                f"eval_{name}": float(values.mean())
+                for name, values in self.reward.logged(each).items()
+            },
         }

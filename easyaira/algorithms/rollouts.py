@@ -37,7 +37,7 @@ from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import ROWS, Answer, Sampler
 from easyaira.generation.settings import end_ids, files_of
 from easyaira.models.model import Model
-from easyaira.rewards.reward import Reward, metrics_of
+from easyaira.rewards.reward import Reward
 from easyaira.train import loader
 from easyaira.train.algorithm import Algorithm, Beginning, OnPolicy
 from easyaira.train.critic import critic_of
@@ -252,7 +252,7 @@ class Rollouts:
             "cut": cut,
             "kl_sums": kl,
             **learned,
-            **dict(zip(metrics_of(self.rl.rewards), each, strict=False)),
+            **self.reward.logged(each),
             **{name: np.full(len(answers), value) for name, value in of_all.items()},
         }
         known = {name: np.asarray(values, np.float32) for name, values in known.items()}

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,7 +172,7 @@ def questions_of(
         takes: whether a column is kept; all questions get the same ones.
     """
     wanted = list(zip(examples.sources.tolist(), examples.rows.tolist(), strict=True))
-    needed, questions = set(wanted), {}
+    needed, questions, takes = set(wanted), {}, cache(takes)
     for number, source in enumerate(sources_of(config, what)):
         last = max((row for of, row in needed if of == number), default=None)
         for row, located in enumerate(sources.read(source) if last is not None else ()):

@@ -150,6 +150,11 @@ class Reward:
             total += np.float32(weight) * own
         return total
 
+    def logged(self, rewards: np.ndarray) -> dict[str, np.ndarray]:
+        """Each of several rewards [R, n], by its metric."""
+        metrics = metrics_of(self.names)
+        return dict(zip(metrics, rewards, strict=True)) if metrics else {}
+
     def _of_function(self, name, function, questions, answers) -> np.ndarray:
         """Call a function on the first host; all hosts get its numbers, or its fault."""
         rewards, problem = np.zeros(len(answers), np.float32), None
