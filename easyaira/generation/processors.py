@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from easyaira.errors import ConfigError
@@ -112,7 +113,7 @@ def penalise(logits: Logits, seen: Bool[Array, "R V"], penalty: float) -> Logits
 def forbid_end(
     logits: Logits, counts: Int[Array, " R"], least: int, end_ids: Sequence[int]
 ) -> Logits:
-    ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(end_ids, jnp.int32))
+    ends = np.isin(np.arange(logits.shape[-1]), end_ids)
     return jnp.where((counts < least)[:, None] & ends, -jnp.inf, logits)
 
 

@@ -161,7 +161,9 @@ def by_rows(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
         # two rows of 16-bit numbers are three times as fast as one
         rows = jnp.concatenate([rows, rows])
     is_small = len(rows) * len(columns) <= CACHED  # the result is transposed in the core's cache
-    few = MANY if is_small or x.dtype == jnp.float32 else FEW
+    # 48 float32 rows as the second factor take longer than 64, and longer than as the first one
+    fits = x.dtype != jnp.float32 or len(rows) & (len(rows) - 1) == 0
+    few = MANY if is_small and fits else FEW
     if 1 < len(rows) <= few and on_one_cpu():
         # faster still if the rows are the second factor; the barrier keeps XLA from swapping them
         y = jax.lax.optimization_barrier(einsum("uk,nk->un", columns, rows, dtype)).T
