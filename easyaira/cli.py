@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -28,7 +29,7 @@ from easyaira.config.run import PROVENANCE, DryRun
 from easyaira.distributed import signals
 from easyaira.distributed.compiler import keep_order
 from easyaira.errors import ConfigError, EasyAiraError, Preempted, StorageError, one_line, shortened
-from easyaira.files import parse_yaml, read_yaml, yaml_line
+from easyaira.files import parse_yaml, read_yaml, reason, yaml_line
 from easyaira.option_errors import SOURCES, no_group, no_such_option, options_of, reworded, type_of
 from easyaira.short_help import USAGE, HelpAll, Parser
 
@@ -320,6 +321,8 @@ def run_command(
     try:
         with signals.StopSignal():
             command(argv)
+        if sys.stdout:  # None if it is closed
+            sys.stdout.flush()
     except (Preempted, EasyAiraError) as error:
         if "--debug" in argv and isinstance(error, EasyAiraError):
             raise
@@ -330,6 +333,14 @@ def run_command(
         message, status = one_line(error)
         print(message, file=sys.stderr)
         sys.exit(status)
-    except BrokenPipeError:  # the reader of stdout closed it
+    except OSError as error:
+        full = error.errno == errno.ENOSPC and error.filename is None
+        if not (full or isinstance(error, BrokenPipeError)):
+            raise
+        # the interpreter writes what is left of stdout once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if not full:  # the reader of stdout closed it
+            sys.exit(1)
+        message, status = one_line(StorageError(f"standard output: {reason(error)}"))
+        print(message, file=sys.stderr)
+        sys.exit(status)

@@ -214,13 +214,22 @@ def plan(loaded: Any, sampler: Any, lengths: list[int], num_samples: int) -> str
 
 
 def questions() -> Iterator[str]:
-    """Lines that the user types."""
-    while True:
+    """Lines that the user types.
+
+    Raises:
+        ConfigError: one is not UTF-8.
+    """
+    while sys.stdin:  # None if it is closed
         try:
             line = input("> ").strip()
+            line.encode()
         except EOFError:
             print()
             return
+        except UnicodeError as error:
+            raise ConfigError(
+                "the question is not UTF-8; set the terminal's encoding to it"
+            ) from error
         if line:
             yield line
 

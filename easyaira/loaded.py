@@ -43,7 +43,7 @@ DTYPES = ("float32", "bfloat16")
 def load(
     name: str | PathLike[str],
     *,
-    mesh: str = "fsdp=-1",
+    mesh: str | None = None,
     dtype: str = "float32",
     template: str = "chat",
 ) -> LoadedModel | RewardModel:
@@ -52,7 +52,7 @@ def load(
     Args:
         name: run folder (also with adapters), checkpoint, Hugging Face folder, adapter of a
             language model in PEFT's format, or hub id.
-        mesh: devices, as for training.
+        mesh: devices, as for training; None: all of them.
         dtype: float32 or bfloat16, to compute in.
         template: as `data.template`; chat: the model's own. Encoders have one form.
 
@@ -65,6 +65,7 @@ def load(
         raise ConfigError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}{near}")
     if not isinstance(name, str | PathLike):
         raise ConfigError(f"load: expected a folder or a hub id, got {name!r}")
+    mesh = "fsdp=-1" if mesh is None else mesh
     origin = pretrained.find(fspath(name))
     if model_of(origin.config, origin.where).scorer:
         return RewardModel(origin, meshes.make_mesh(mesh), dtype, template).load()
@@ -168,7 +169,10 @@ class LoadedModel:
                 )
         stops = options.get("stop_strings", ())
         if stops:
-            options["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
+            stops = (stops,) if isinstance(stops, str) else tuple(stops)
+            if not all(isinstance(stop, str) and stop for stop in stops):
+                raise ConfigError(f"generate: stop_strings: expected texts, got {list(stops)!r}")
+            options["stop_strings"] = stops
         sampling = self.sampling(**options)
         sampling.check(int(num_samples))
         sampler = self.sampler(sampling)

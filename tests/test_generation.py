@@ -144,6 +144,23 @@ def test_an_option_without_sense_is_refused_in_one_line(flag, problem, gpt2, cap
     assert status == 2 and problem in err and len(err.splitlines()) == 1 and not out
 
 
+def test_what_a_terminal_may_send_or_refuse_ends_in_one_line(gpt2, capsys, monkeypatch):
+    """All of these were tracebacks; a closed input ends the conversation."""
+    arguments = [gpt2, "--chat", "--template=plain"]
+    monkeypatch.setattr("builtins.input", lambda _: "caf\udce9")
+    status, _, err = call(generate.main, arguments, capsys)
+    assert status == 2 and err == (
+        "error: the question is not UTF-8; set the terminal's encoding to it\n"
+    )
+    monkeypatch.setattr("sys.stdin", None)
+    assert call(generate.main, arguments, capsys)[0] == 0
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        status, _, err = ask(gpt2, capsys, "--max_new_tokens=2")
+    problem = "error: standard output: No space left on device"
+    assert status == 4 and err.splitlines()[-1] == problem
+
+
 def test_a_huge_limit_is_that_of_the_models_positions(gpt2, capsys):
     answer, tokenizer = answer_of_transformers(
         gpt2, max_new_tokens=64 - len(tiny.tokenizer()(PROMPT).input_ids)

@@ -186,6 +186,17 @@ def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
         (lambda: model.generate(asked), "generate: expected a list, got one conversation; write"),
         (lambda: model.logps(["Why"], "B"), "logps: expected a list, got one text"),
         (lambda: model.logps(["Why", "x"], ["B"]), "logps: found 2 prompts and 1 answers; give"),
+        (
+            lambda: model.generate(iter(["x"])),
+            "generate: expected a list, got one list_iterator; w",
+        ),
+        (lambda: model.generate(5), "generate: expected a list, got one int"),
+        (lambda: model.generate(["x", "caf\udce9"]), "the text at place 1 has a lone surrogate"),
+        (lambda: model.logps(["x"], ["\ud83d"]), "the text at place 0 has a lone surrogate"),
+        (
+            lambda: model.generate(["x"], stop_strings=[""]),
+            r"stop_strings: expected texts, got \['",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             call()

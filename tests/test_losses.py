@@ -31,6 +31,12 @@ def head_and_hidden():
     return hidden, head, tokens
 
 
+def test_cached_logit_gradients_have_the_same_size_in_16_bits_as_in_32():
+    few = [token_logps.kept_chunks(256, 10**5, 50_304, itemsize=n) for n in (4, 2)]
+    assert few == [10, 20] and few[0] * 256 * 50_304 * 4 <= 16 * token_logps.CHUNK_LOGITS
+    assert token_logps.kept_chunks(256, 300, 50_304, itemsize=2) == 2  # no more than there are
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("at_once", [10**6, 15, 7, 1])  # all, some or few chunks are kept

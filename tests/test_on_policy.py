@@ -964,9 +964,10 @@ def test_example_rewards():
 
 
 def test_prompts_are_counted(ground, tmp_path):
-    """Those without room for an answer are dropped with a reason; answers are not used."""
+    """Empty ones and those without room for an answer are dropped with a reason; answers are not
+    used."""
     rows = [{"prompt": f"what {i}?", "completion": "yes"} for i in range(8)]
-    rows.append({"prompt": "no " * 60, "completion": "no"})
+    rows += [{"prompt": text, "completion": "no"} for text in ("no " * 60, " ")]
     tiny.write_rows(tmp_path / "rows.jsonl", rows)
     options = options_of(ground, **{"data.max_dropped": 0.5})
     setup = prepare(
@@ -974,7 +975,7 @@ def test_prompts_are_counted(ground, tmp_path):
     )
     report = setup.data.report["train"]
     assert report["kept"] == 8 and report["not used"] == {"column completion": 8}
-    assert report["dropped"] == {"prompt leaves no room for an answer": 1}
+    assert report["dropped"] == {"prompt leaves no room for an answer": 1, "empty prompt": 1}
 
 
 @pytest.mark.slow

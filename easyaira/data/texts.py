@@ -64,6 +64,8 @@ def texts_of(
     """
     if recipe.task == "prompt":
         asked = columns.question(row)
+        if not asked[-1]["content"].strip():
+            raise Dropped("empty prompt")
         try:
             template.accepts([*asked, {"role": "assistant", "content": "x"}])
         except DataError as error:

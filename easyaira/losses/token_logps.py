@@ -18,7 +18,7 @@ from easyaira.models.layers import capped
 from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpacked
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
-KEPT_CHUNKS = 4  # chunks of that size whose logit gradients are cached for the backward pass
+KEPT_BYTES = 4 * 4  # for each of them: logit gradients that are cached for the backward pass
 # Most positions of a chunk on a CPU: its caches hold their logits, and the last chunk has few
 # positions without loss. Smaller chunks add to the head's gradient more often than they are worth.
 CPU_CHUNK = 256
@@ -100,9 +100,12 @@ def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -
     return min(most, CPU_CHUNK) if on_cpu() else most
 
 
-def kept_chunks(chunk: int, positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
-    """Number of chunks of this size whose logit gradients are cached for the backward pass."""
-    most = KEPT_CHUNKS * max(1, chunk_logits // columns) // chunk
+def kept_chunks(
+    chunk: int, positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS, *, itemsize: int
+) -> int:
+    """Number of chunks of this size whose logit gradients, of `itemsize` bytes each, are cached for
+    the backward pass."""
+    most = KEPT_BYTES // itemsize * max(1, chunk_logits // columns) // chunk
     return min(most, -(-positions // chunk))
 
 
@@ -141,7 +144,8 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
     most = rows // shards * (length - 1), head.shape[1], chunk_logits
     chunk = chunk_size(*most)
     flattened = flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:])
-    return _Positions(*flattened, _Sizes(chunk, kept_chunks(chunk, *most))), unflatten
+    kept = kept_chunks(chunk, *most, itemsize=hidden.dtype.itemsize)
+    return _Positions(*flattened, _Sizes(chunk, kept)), unflatten
 
 
 class _Chunks(NamedTuple):

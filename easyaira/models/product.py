@@ -118,13 +118,15 @@ def _of_kernel(x: jax.Array, d_y: jax.Array, kernel: jax.Array) -> jax.Array:
     # over several axes, XLA's product transposes a copy of x in memory first
     rows, columns = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, math.prod(kernel.shape[1:]))
     rows, columns = _widened("nk,nu->ku", rows, columns)
-    if rows.dtype != jnp.float32:
-        return einsum("nk,nu->ku", rows, columns, kernel.dtype).reshape(kernel.shape)
-    # Over the first axes of both, XLA's float32 product takes up to twice as long. The smaller
-    # factor is transposed in memory before; without the barriers, XLA would undo it.
+    # the first factor is transposed in memory: the narrower one, which takes less time
     wide = rows.shape[1] > columns.shape[1]
     first, second = (columns, rows) if wide else (rows, columns)
-    grad = einsum("kn,nu->ku", jax.lax.optimization_barrier(first.T), second, kernel.dtype)
+    if first.dtype == jnp.float32:
+        # Over the first axes of both, XLA's float32 product takes up to twice as long. Without the
+        # barriers, XLA would undo the transposition.
+        grad = einsum("kn,nu->ku", jax.lax.optimization_barrier(first.T), second, kernel.dtype)
+    else:
+        grad = einsum("nk,nu->ku", first, second, kernel.dtype)
     if wide:
         grad = jax.lax.optimization_barrier(grad).T
     return grad.reshape(kernel.shape)

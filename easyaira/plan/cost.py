@@ -168,7 +168,8 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
         chunk, itemsize = update.chunks[1], setup.model.compute.dtype.itemsize
         kept = 0
         if setup.data.train.answers > 1:
-            kept = token_logps.kept_chunks(chunk, update.rows * (update.length - 1), vocab)
+            positions = update.rows * (update.length - 1)
+            kept = token_logps.kept_chunks(chunk, positions, vocab, itemsize=itemsize)
         sizes["logits"] = columns * (chunk * (4 + kept * itemsize) + width * (4 + itemsize))
     return sizes
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -210,7 +211,8 @@ def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]
 
 def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
     """Refuse a single text or conversation instead of a list, since its characters or messages
-    would be taken for separate texts; and entries that are neither texts nor conversations.
+    would be taken for separate texts; iterators, which this check would use up; entries that are
+    neither texts nor conversations; and lone surrogates, which no tokenizer takes.
 
     Args:
         name: the function, for the message.
@@ -220,6 +222,9 @@ def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
         ConfigError: see above.
     """
     for texts in given:
+        if not isinstance(texts, Collection) or isinstance(texts, bytes):
+            kind = type(texts).__name__
+            raise ConfigError(f"{name}: expected a list, got one {kind}; write list(...)")
         if isinstance(texts, str) or any(_is_message(text) for text in texts):
             one = "text" if isinstance(texts, str) else "conversation"
             raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
@@ -231,6 +236,13 @@ def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
                 raise ConfigError(
                     f"{name}: expected {wanted} at place {i}, got {shortened(repr(text))}"
                 )
+            try:
+                json.dumps(text, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"{name}: the text at place {i} has a lone surrogate, which is no character; "
+                    "remove it"
+                ) from error
 
 
 def _is_message(given: Any) -> bool:
