@@ -8,6 +8,7 @@ python -m easyaira.evaluate --compare MODEL MODEL ...
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
     results.check_folder(folder)
     keep_compiled()
     finished = []
-    for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin)]:
+    for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin, folder)]:
         print(f"{results.write(folder, result)}: {result.label} {result.shown}", flush=True)
         finished.append(result)
     print(results.table(finished))
@@ -175,14 +176,19 @@ def of_tasks(args: Any, origin: Any):
         )
 
 
-def of_rows(args: Any, origin: Any):
-    """Score rows."""
+def of_rows(args: Any, origin: Any, folder: Path):
+    """Score rows, unless the result would replace another one in the folder."""
     from easyaira import __version__
     from easyaira.config.data import Source
     from easyaira.evaluation import judges
-    from easyaira.evaluation.results import Result
+    from easyaira.evaluation.results import Result, check_earlier, file_of
     from easyaira.evaluation.rewardbench import sections
 
+    name, local = Path(args.rows).name, named_path(args.rows)
+    place = [str(local.resolve()) if local.exists() else args.rows, args.split or ""]
+    place = hashlib.sha256("\n".join(place).encode()).hexdigest()[:16]
+    task = f"{name}/{args.split}" if args.split else name
+    check_earlier(folder / file_of(task), args.limit, place)
     judged = judges.judge(
         args.model,
         Source(args.rows, args.split or "train"),
@@ -197,12 +203,12 @@ def of_rows(args: Any, origin: Any):
     groups = judged.by_group() if args.by else {}
     metrics = judged.metrics() | sections(groups)
     return Result(
-        task=Path(args.rows).name,
+        task=task,
         metric="accuracy",
         metrics=metrics,
         better="higher",
         examples=len(judged.margins),
-        data=Path(args.rows).name,
+        data=name,
         dtype=args.dtype,
         stderr=judged.stderr(),
         limit=args.limit,
@@ -211,6 +217,7 @@ def of_rows(args: Any, origin: Any):
         groups=groups,
         step=origin.step,
         versions={"easyaira": __version__},
+        place=place,
     )
 
 

@@ -17,6 +17,7 @@ from easyaira.evaluation import judges, likelihood, local, results, rewardbench
 from easyaira.evaluation.likelihood import Likelihoods, Request
 from easyaira.evaluation.results import Result
 from helpers import tiny
+from helpers.processes import call
 from helpers.tasks import text, write_data
 
 pytest.importorskip("lm_eval")
@@ -264,6 +265,25 @@ def test_results_of_all_questions_are_not_replaced_by_those_of_a_few(tmp_path):
         results.write(tmp_path, limited)
     assert json.loads(path.read_text())["limit"] is None
     results.write(tmp_path, whole)
+
+
+def test_rows_of_one_name_do_not_replace_each_others_result(scorers, tmp_path, capsys):
+    """Files in two folders; splits have results of their own."""
+    pairs = [{"prompt": f"a {i}?", "chosen": "yes", "rejected": "no no"} for i in range(3)]
+
+    def score(folder, *options):
+        file = tiny.write_rows(tmp_path / folder / "rows.jsonl", pairs)
+        arguments = [scorers / "gpt2", "--rows", file, "--template", "plain", *options]
+        return call(evaluate.main, [*arguments, "--output", tmp_path / "out"], capsys)
+
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    assert [score("first")[0] for _ in range(2)] == [0, 0]
+    status, _, err = score("second")
+    problem = f"--rows: {tmp_path / 'out/rows.jsonl.json'} is of other rows of this name and would"
+    assert status == 2 and problem in err
+    assert score("second", "--split", "train")[0] == 0
+    assert [r.task for r in results.read(tmp_path / "out")] == ["rows.jsonl/train", "rows.jsonl"]
 
 
 def test_a_place_without_room_for_results_is_named_before_they_are_computed(tmp_path, folder):

@@ -34,6 +34,7 @@ class Result:
         truncated: requests, or rows, that were cut to the model's positions.
         left_out: rows that do not count, by reason.
         data: hub id, or name of the file.
+        place: hash of the file's path, or of the hub id, and the split; None for tasks.
         groups: value of a column -> examples and accuracy.
         step: updates of the checkpoint; None for a Hugging Face folder.
         dtype: computing precision.
@@ -55,6 +56,7 @@ class Result:
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     step: int | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
+    place: str | None = None
 
     @property
     def value(self) -> float:
@@ -81,9 +83,14 @@ class Result:
 
     @property
     def file(self) -> str:
-        name = re.sub(r"[^\w.-]+", "-", self.task)
-        shots = "" if self.num_fewshot is None else f"-{self.num_fewshot}"
-        return f"{name}{shots}.json"
+        return file_of(self.task, self.num_fewshot)
+
+
+def file_of(task: str, num_fewshot: int | None = None) -> str:
+    """Name of a result's file."""
+    name = re.sub(r"[^\w.-]+", "-", task)
+    shots = "" if num_fewshot is None else f"-{num_fewshot}"
+    return f"{name}{shots}.json"
 
 
 def check_folder(folder: Path) -> None:
@@ -99,18 +106,33 @@ def check_folder(folder: Path) -> None:
         raise StorageError(f"{folder}: {place} cannot be written to; set --output")
 
 
+def check_earlier(path: Path, limit: int | None, place: str | None) -> None:
+    """Check that a result of this limit and place may replace one at `path`.
+
+    Raises:
+        ConfigError: the earlier one is of all questions, and this one is not; or it is of other
+            rows whose file has the same name.
+    """
+    earlier = read_json(path) if path.exists() else {}
+    if limit is not None and earlier and earlier.get("limit") is None:
+        raise ConfigError(
+            f"--limit: {path} is of all questions and would be replaced; set --output"
+        )
+    if place and earlier.get("place", place) not in (None, place):
+        raise ConfigError(
+            f"--rows: {path} is of other rows of this name and would be replaced; set --output"
+        )
+
+
 def write(folder: Path, result: Result) -> Path:
     """Write a result; it replaces an earlier one of the same task and shots.
 
     Raises:
-        ConfigError: it is of a limited number of questions, and the earlier one of all.
+        ConfigError: see `check_earlier`.
         StorageError: it cannot be written.
     """
     path = folder / result.file
-    if result.limit is not None and path.exists() and read_json(path).get("limit") is None:
-        raise ConfigError(
-            f"--limit: {path} is of all questions and would be replaced; set --output"
-        )
+    check_earlier(path, result.limit, result.place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n")
