@@ -76,6 +76,10 @@ def check(args: Any) -> None:
     for name in others[asked[0]]:
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name}: has no effect on --{asked[0]}; leave it out")
+    if args.tasks and not args.tasks.strip(" ,"):
+        raise ConfigError(
+            f"--tasks: found {args.tasks!r}, expected names such as arc_challenge,piqa"
+        )
     if args.data and not named_path(args.data).is_dir():
         raise ConfigError(f"data: {args.data}: no such folder; name one with data files")
 

@@ -6,14 +6,13 @@ python -m easyaira.translate trl sft.yaml --devices 8 > ours.yaml
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Literal
 
 from easyaira import cli
 from easyaira.config.ranges import Count
 from easyaira.config.run import TrainDPO, TrainReward, TrainSFT
 from easyaira.errors import ConfigError
-from easyaira.files import read_yaml
+from easyaira.files import named_path, read_yaml
 from easyaira.short_help import Parser
 from easyaira.translation.axolotl import AXOLOTL
 from easyaira.translation.easylm import EASYLM, flags_of
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> None:
     else:
         # duplicate keys: PyYAML of the other trainers takes the last value; OmegaConf refuses them
         strict = args.source == "llama-factory"
-        given = read_yaml(Path(place), repeated=None if strict else repeated)
+        given = read_yaml(named_path(place), repeated=None if strict else repeated)
     options = {"task": args.task, "devices": args.devices, "drop": args.drop}
     result = checked(translate(source, given, place=place, **options), place)
     for key in dict.fromkeys(repeated):

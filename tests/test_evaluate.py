@@ -308,6 +308,10 @@ def test_an_encoder_has_no_tasks(tmp_path):
         (["M"], "--tasks, --rows, --compare: found none; choose one"),
         (["--tasks", "arc_easy"], "model: is missing"),
         (["M", "--tasks", "a", "--rows", "b"], "found tasks and rows; choose one"),
+        (
+            ["M", "--tasks", " , "],
+            "--tasks: found ' , ', expected names such as arc_challenge,piqa",
+        ),
         (["M", "--tasks", "a", "--by", "target"], "--by: has no effect on --tasks"),
         (["M", "--rows", "a", "--num_fewshot", "2"], "--num_fewshot: has no effect on --rows"),
         (["M", "--tasks", "a", "--data", "nowhere"], "data: nowhere: no such folder"),

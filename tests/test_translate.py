@@ -855,10 +855,11 @@ def test_open_instruct_refuses_what_would_be_another_run(keys, message, tmp_path
     assert message in str(error.value)
 
 
-def test_a_key_that_stands_twice_has_its_last_value_as_there(tmp_path, capsys):
+def test_a_key_that_stands_twice_has_its_last_value_as_there(tmp_path, capsys, monkeypatch):
     text = yaml.safe_dump(TULU_DPO) + "learning_rate: 2.0e-6\n"
     (tmp_path / "a.yaml").write_text(text)
-    config, report = ours(capsys, "open-instruct", str(tmp_path / "a.yaml"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, report = ours(capsys, "open-instruct", "~/a.yaml")  # also where no shell replaces ~
     assert config.optimizer.learning_rate == yaml.safe_load(text)["learning_rate"] == 2e-6
     assert "learning_rate occurs twice in the file; the last value counts" in report
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(FACTORY) + "learning_rate: 2.0e-6\n")
