@@ -190,7 +190,7 @@ def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
             lambda: model.generate(iter(["x"])),
             "generate: expected a list, got one list_iterator; w",
         ),
-        (lambda: model.generate(5), "generate: expected a list, got one int"),
+        (lambda: model.generate(asked[0]), "generate: expected a list, got an object of type dict"),
         (lambda: model.generate(["x", "caf\udce9"]), "the text at place 1 has a lone surrogate"),
         (lambda: model.logps(["x"], ["\ud83d"]), "the text at place 0 has a lone surrogate"),
         (

@@ -113,8 +113,10 @@ def check_earlier(path: Path, limit: int | None, place: str | None) -> None:
         ConfigError: the earlier one is of all questions, and this one is not; or it is of other
             rows whose file has the same name.
     """
-    earlier = read_json(path) if path.exists() else {}
-    if limit is not None and earlier and earlier.get("limit") is None:
+    if (limit is None and place is None) or not path.exists():
+        return
+    earlier = read_json(path)
+    if limit is not None and earlier.get("limit") is None:
         raise ConfigError(
             f"--limit: {path} is of all questions and would be replaced; set --output"
         )

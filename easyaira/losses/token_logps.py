@@ -18,7 +18,7 @@ from easyaira.models.layers import capped
 from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpacked
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
-KEPT_BYTES = 4 * 4  # for each of them: logit gradients that are cached for the backward pass
+KEPT_BYTES = 16  # for each of these: of logit gradients cached for the backward pass
 # Most positions of a chunk on a CPU: its caches hold their logits, and the last chunk has few
 # positions without loss. Smaller chunks add to the head's gradient more often than they are worth.
 CPU_CHUNK = 256

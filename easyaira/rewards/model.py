@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -211,8 +211,8 @@ def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]
 
 def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
     """Refuse a single text or conversation instead of a list, since its characters or messages
-    would be taken for separate texts; iterators, which this check would use up; entries that are
-    neither texts nor conversations; and lone surrogates, which no tokenizer takes.
+    would be taken for separate texts; iterators, which this check would use up, and dictionaries;
+    entries that are neither texts nor conversations; and lone surrogates, which no tokenizer takes.
 
     Args:
         name: the function, for the message.
@@ -222,9 +222,9 @@ def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
         ConfigError: see above.
     """
     for texts in given:
-        if not isinstance(texts, Collection) or isinstance(texts, bytes):
+        if not isinstance(texts, Collection) or isinstance(texts, Mapping | Set | bytes):
             kind = type(texts).__name__
-            raise ConfigError(f"{name}: expected a list, got one {kind}; write list(...)")
+            raise ConfigError(f"{name}: expected a list, got an object of type {kind}")
         if isinstance(texts, str) or any(_is_message(text) for text in texts):
             one = "text" if isinstance(texts, str) else "conversation"
             raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
