@@ -188,7 +188,7 @@ def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
         (lambda: model.logps(["Why", "x"], ["B"]), "logps: found 2 prompts and 1 answers; give"),
         (
             lambda: model.generate(iter(["x"])),
-            "generate: expected a list, got one list_iterator; w",
+            "generate: expected a list, got an object of type list_iterator",
         ),
         (lambda: model.generate(asked[0]), "generate: expected a list, got an object of type dict"),
         (lambda: model.generate(["x", "caf\udce9"]), "the text at place 1 has a lone surrogate"),
