@@ -101,11 +101,11 @@ def one_device(devices):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Free compiled programs after each test file, while this process holds 3 GB and the machine
-    has less than 8 GB left. What a file leaves is frozen: else each later collection would walk it,
-    and late tests take twice as long."""
+    """Free compiled programs after each test file, while this process holds 3 GB. What a file
+    leaves is frozen: else each later collection would walk it, and late tests take twice as long.
+    """
     yield
-    full = psutil.Process().memory_info().rss > 3e9 and psutil.virtual_memory().available < 8e9
+    full = psutil.Process().memory_info().rss > 3e9
     if full:
         gc.unfreeze()
         jax.clear_caches()
