@@ -189,6 +189,11 @@ def link(folder, model):
     folder.symlink_to(folder.with_name("model"))
 
 
+def link_to_nothing(folder, _):
+    folder.with_name("empty").mkdir()
+    folder.symlink_to(folder.with_name("empty"))
+
+
 def home(folder, model):
     folder.mkdir()
     shutil.copy(model / "config.json", folder)
@@ -205,6 +210,7 @@ KEPT = {  # what stands at OUT, a model to make it of: what the error says
     (readme, "older"): "holds no config.json of a model",
     (file, "older"): "is a file; name a folder",
     (link, "older"): "is a link; name the folder that it leads to",
+    (link_to_nothing, "older"): "is a link; name the folder that it leads to",
 }
 
 

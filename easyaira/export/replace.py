@@ -38,12 +38,14 @@ def target(out: str, origin: Pretrained, overwrite: bool) -> Path:
         overwrite: a model folder may be replaced.
 
     Raises:
-        ConfigError: it is a file, the current folder or one above; or it is not empty, and either
-            `overwrite` is false, or it is a link, holds `origin`, or is not a model folder.
+        ConfigError: it is a file, a link, the current folder or one above; or it is not empty, and
+            either `overwrite` is false, or it holds `origin`, or is not a model folder.
     """
     folder = named_path(out)
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ConfigError(f"{out}: is the current folder or one above it; name another folder")
+    if folder.is_symlink():  # the link would be replaced
+        raise ConfigError(f"{out}: is a link; name the folder that it leads to")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{out}: is a file; name a folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -53,8 +55,6 @@ def target(out: str, origin: Pretrained, overwrite: bool) -> Path:
             f"{out}: is not empty; choose another folder, or add --overwrite to replace a model"
         )
     kept = f"{out}: is not replaced, as it"
-    if folder.is_symlink():
-        raise ConfigError(f"{kept} is a link; name the folder that it leads to")
     if held := [
         path for path in _read_for(origin) if path.resolve().is_relative_to(folder.resolve())
     ]:
