@@ -340,6 +340,40 @@ def test_an_empty_choice_is_named_with_its_row(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "task, row, problem",
+    [
+        (
+            "arc_easy",
+            {"query": "x?", "choices": ["a", "b"], "gold": -1},
+            "gold is -1, not one of 0, 1",
+        ),
+        (
+            "arc_easy",
+            {"query": "x?", "choices": ["a", "b"], "gold": 2},
+            "gold is 2, not one of 0, 1",
+        ),
+        ("toxigen", {"text": "x", "label": 2}, "label is 2, not one of 0, 1"),
+        ("toxigen", {"text": "x"}, "KeyError 'label'"),
+        (
+            "enem_2024",
+            {"question": "x", "alternatives": list("abcde"), "label": "F"},
+            "label is 'F', n",
+        ),
+        (
+            "pira_mcqa",
+            {"text": "x", "alternative": None},
+            "alternative is None, not one of A, B, C",
+        ),
+    ],
+)
+def test_a_label_that_is_no_choice_is_named_with_its_row(task, row, problem, tmp_path):
+    """The last choice was right for -1, and the harness named neither file nor line."""
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=f"rows.jsonl:1: is not a row of this task: .*{problem}"):
+        local.read(path, local.LOCAL[task].rows)
+
+
+@pytest.mark.parametrize(
     "names, message",
     [
         ("arc_challange", "no such task; did you mean arc_challenge?"),

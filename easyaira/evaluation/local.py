@@ -4,7 +4,8 @@ hub's, and definitions in tasks/ for data that the harness has no task for."""
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,16 @@ from easyaira.data import sources
 from easyaira.errors import ConfigError, DataError
 
 TASKS = Path(__file__).with_name("tasks")
+LETTERS = tuple("ABCDE")  # of a question's choices
 Row = Mapping[str, Any]
 
 
-def _as_is(row: Row) -> Row:
+def _labelled(row: Row, column: str, labels: Collection[Any]) -> Row:
+    """The row as it is, if its column holds one of the labels."""
+    if row[column] not in labels:
+        raise ValueError(
+            f"column {column} is {row[column]!r}, not one of {', '.join(map(str, labels))}"
+        )
     return row
 
 
@@ -25,6 +32,7 @@ def _arc(row: Row) -> Row:
     if not all(choice.strip() for choice in row["choices"]):
         raise ValueError("an empty choice")
     letters = list(string.ascii_uppercase[: len(row["choices"])])
+    _labelled(row, "gold", range(len(letters)))  # -1 would be the last one
     return {
         "question": row["query"].removeprefix("Question: "),
         "choices": {"text": row["choices"], "label": letters},
@@ -77,9 +85,16 @@ LOCAL = {
     "truthfulqa_mc1": Local("TruthfulQA.csv", _truthfulqa, "truthfulqa"),
     "truthfulqa_mc2": Local("TruthfulQA.csv", _truthfulqa, "truthfulqa"),
     "lambada_openai": Local("lambada_en.jsonl.gz", _lambada, "lambada"),
-    "toxigen": Local("toxigen_en.jsonl.gz", _as_is, "toxigen", {"doc_to_target": "label"}),
-    "enem_2024": Local("enem2024_pt.jsonl.gz", _as_is),
-    "pira_mcqa": Local("pira_mcqa_en.jsonl.gz", _as_is),
+    "toxigen": Local(
+        "toxigen_en.jsonl.gz",
+        partial(_labelled, column="label", labels=(0, 1)),
+        "toxigen",
+        {"doc_to_target": "label"},
+    ),
+    "enem_2024": Local("enem2024_pt.jsonl.gz", partial(_labelled, column="label", labels=LETTERS)),
+    "pira_mcqa": Local(
+        "pira_mcqa_en.jsonl.gz", partial(_labelled, column="alternative", labels=LETTERS)
+    ),
 }
 # a file has one split; few-shot examples are other rows of it
 ONE_SPLIT = {
