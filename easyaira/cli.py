@@ -330,9 +330,7 @@ def run_command(
             with suppress(OSError, ValueError):  # the reader of stdout closed it
                 sys.stdout.flush()
             signals.leave(error)
-        message, status = one_line(error)
-        print(message, file=sys.stderr)
-        sys.exit(status)
+        _end(error)
     except OSError as error:
         full = error.errno == errno.ENOSPC and error.filename is None
         if not (full or isinstance(error, BrokenPipeError)):
@@ -341,6 +339,10 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not full:  # the reader of stdout closed it
             sys.exit(1)
-        message, status = one_line(StorageError(f"standard output: {reason(error)}"))
-        print(message, file=sys.stderr)
-        sys.exit(status)
+        _end(StorageError(f"standard output: {reason(error)}"))
+
+
+def _end(error: Preempted | EasyAiraError) -> None:
+    message, status = one_line(error)
+    print(message, file=sys.stderr)
+    sys.exit(status)

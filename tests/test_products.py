@@ -164,7 +164,7 @@ def test_the_gradient_of_a_bias_is_a_float32_sum(features):
     assert relative(d_bias, exact) < 1e-6  # by JAX's own derivative: 2e-3
 
 
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (16,), (17,), (32,), (48,), (65,)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1), (16,), (17,), (32,), (33,), (48,), (65,)])
 @pytest.mark.parametrize("dtype, bound", [(F32, 2e-6), (BF16, 2**-9)])
 def test_few_rows_and_many_times_a_kernel_by_rows(rows, dtype, bound):
     """One row of 16 bits is multiplied twice. Up to 16 rows stand second in their product, and up

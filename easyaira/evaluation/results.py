@@ -120,7 +120,7 @@ def check_earlier(path: Path, limit: int | None, place: str | None) -> None:
         raise ConfigError(
             f"--limit: {path} is of all questions and would be replaced; set --output"
         )
-    if place and earlier.get("place", place) not in (None, place):
+    if place and earlier.get("place") not in (None, place):
         raise ConfigError(
             f"--rows: {path} is of other rows of this name and would be replaced; set --output"
         )
