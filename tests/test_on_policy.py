@@ -29,8 +29,10 @@ from easyaira.plan import cost
 from easyaira.rewards.model import RewardModel
 from easyaira.rewards.reward import Reward, function_of, metrics_of
 from easyaira.run import report
+from easyaira.run.hacking import means
 from easyaira.run.run import run
 from easyaira.train import critic
+from easyaira.train.metrics import averages
 from easyaira.train.optimizer import make_optimizer, make_schedule
 from easyaira.train.saving import due
 from easyaira.train.setup import prepare
@@ -915,6 +917,30 @@ def test_a_function_gets_its_arguments_by_name(arguments, tmp_path):
     assert each.tolist() == [[1.0, 2.0]] and reward.total(each).tolist() == [0.5, 1.0]
 
 
+def test_none_is_no_reward(tmp_path):
+    """It adds nothing to the other rewards, as in TRL 1.16; an answer needs one of them."""
+    (tmp_path / "own.py").write_text(
+        "def first(completions):\n"
+        "    return (1 if 'a' in text else None for text in completions)\n"
+        "def second(completions):\n"
+        "    return [2 if 'b' in text else None for text in completions]\n"
+    )
+    own = [f"{tmp_path / 'own.py'}:{name}" for name in ("first", "second")]
+    reward = Reward(own, [0.5, 10], meshes.make_mesh("fsdp=1"), "float32")
+    asked = [Question([{"role": "user", "content": "four"}], {})] * 3
+    each = reward(asked, ["a", "b", "ab"])
+    np.testing.assert_equal(each, [[1, np.nan, 1], [np.nan, 2, 2]])
+    assert reward.total(each).tolist() == [0.5, 20, 20.5]
+    with pytest.raises(RewardError, match="no function gives a number for the answer 'c'; fix"):
+        reward(asked, ["a", "b", "c"])
+
+
+def test_metrics_of_nothing_are_null():
+    assert averages({"kl": (0.0, 0.0), "loss": (3.0, 2.0)}) == {"kl": None, "loss": 1.5}
+    rows = [{"kl": None, "loss": 1.0}, {"kl": 4.0, "loss": "inf"}]
+    assert means(rows) == {"loss": 1.0, "kl": 4.0}
+
+
 def test_several_rewards_have_names_of_their_own():
     names = ["runs/judge/", "a.py:long", "b:long", "owner/model"]
     short = ["judge", "long_2", "long_3", "model"]
@@ -935,10 +961,12 @@ def test_functions_compare_with_the_columns_of_the_prompt(ground, tmp_path, caps
         "    return [float(len(text)) for text in completions]\n"
         "def vowels(completions):\n"
         "    return [float(text.count('e')) for text in completions]\n"
+        "def of_odd(completions, part):\n"
+        "    return [3 if odd else None for odd in part]\n"
     )
     own = tmp_path / "own.py"
-    options = options_of(ground, **{"rl.reward": f"[{own}:matches, {own}:vowels]"})
-    options |= {"rl.reward_weights": "[0.25, 2.0]", "data.eval": 2, "max_steps": 2}
+    options = options_of(ground, **{"rl.reward": f"[{own}:matches, {own}:vowels, {own}:of_odd]"})
+    options |= {"rl.reward_weights": "[0.25, 2.0, 0]", "data.eval": 5, "max_steps": 2}
     folder = tmp_path / "run"
     with pytest.raises(ConfigError) as error:
         train("rl", ground / "gpt2", ground, folder, **options)
@@ -950,7 +978,7 @@ def test_functions_compare_with_the_columns_of_the_prompt(ground, tmp_path, caps
     for prefix in ("", "eval_"):
         row = next(row for row in logged if f"{prefix}reward" in row)
         first, second = (row[f"{prefix}rewards/{name}/mean"] for name in ("matches", "vowels"))
-        assert first > 0
+        assert first > 0 and row[f"{prefix}rewards/of_odd/mean"] == 3
         assert row[f"{prefix}reward"] == pytest.approx(0.25 * first + 2 * second, rel=1e-6)
     page = (folder / "report.html").read_text()
     assert "reward by vowels" in page and "eval_rewards/matches/mean" in page

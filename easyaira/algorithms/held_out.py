@@ -51,7 +51,7 @@ class HeldOut:
         self.reward = reward if self.rl.eval_rewards is None else reward.load()
         self.seed = int(np.random.SeedSequence([config.seed, 5]).generate_state(1)[0])
 
-    def __call__(self, params: Any, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    def __call__(self, params: Any, stopping: Callable[[], bool]) -> dict[str, float | None] | None:
         """Metrics of the answers by `params`; None if `stopping` has interrupted it.
 
         Raises:
@@ -75,8 +75,11 @@ class HeldOut:
             "eval_reward_std": float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0,
             "eval_completions/mean_length": float(np.mean([len(a.tokens) for a in ordered])),
             "eval_completions/clipped_ratio": float(cut.mean()),
-            **{
-                f"eval_{name}": float(values.mean())
-                for name, values in self.reward.logged(each).items()
-            },
+            **{f"eval_{name}": _mean(values) for name, values in self.reward.logged(each).items()},
         }
+
+
+def _mean(rewards: np.ndarray) -> float | None:
+    """Mean of those that a function gave; None without one."""
+    given = rewards[~np.isnan(rewards)]
+    return float(given.mean()) if len(given) else None

@@ -141,8 +141,10 @@ def loss_of(
         sums = objective.loss(Completions(logps, old, batch["ref_logps"], mask, *rest), config)
         count = jnp.float32(len(logps))
         names = LOGGED | OF_VALUES if value is not None else LOGGED
-        names = names | {name: name for name in metrics_of(config.rewards)}
         logged = {metric: (batch[name].sum(), count) for name, metric in names.items()}
+        for name in metrics_of(config.rewards):  # NaN where a function gave None
+            given = ~jnp.isnan(batch[name])
+            logged[name] = jnp.where(given, batch[name], 0).sum(), given.sum(dtype=jnp.float32)
         if not config.beta:
             del logged["objective/kl"]
         if config.answers_per_prompt == 1:

@@ -24,6 +24,7 @@ from easyaira.files import named_path
 from easyaira.rewards.model import RewardModel
 
 TEXTS = ("prompts", "completions")  # of every function
+RETRY = "fix the reward and run the command again: no update is lost"
 
 
 def function_of(
@@ -122,10 +123,11 @@ class Reward:
                     scorer.check(question.messages)
 
     def __call__(self, questions: Sequence[Question], answers: Sequence[str]) -> np.ndarray:
-        """Each reward [R, n] float32 of n answers.
+        """Each reward [R, n] float32 of n answers; NaN where a function gives None.
 
         Raises:
-            RewardError: a function fails, or gives other than n finite numbers.
+            RewardError: a function fails, gives other than n finite numbers and Nones, or all give
+                None for an answer.
         """
         rewards = np.zeros((len(self.names), len(answers)), np.float32)
         for i, (name, scorer) in enumerate(zip(self.names, self.scorers, strict=True)):
@@ -141,12 +143,19 @@ class Reward:
                     raise RewardError(str(error)) from error
             else:
                 rewards[i] = self._of_function(name, scorer, questions, answers)
+        without = np.isnan(rewards).all(0)
+        if without.any():
+            answer = answers[int(without.argmax())]
+            raise RewardError(
+                f"rl.reward: no function gives a number for the answer {shortened(answer)!r}; "
+                f"{RETRY}"
+            )
         return rewards
 
     def total(self, rewards: np.ndarray) -> np.ndarray:
-        """Weighted sum [n] of rewards [R, n]."""
+        """Weighted sum [n] of rewards [R, n]; NaN counts as 0, as in TRL 1.16."""
         total = np.zeros(rewards.shape[1:], np.float32)
-        for weight, own in zip(self.weights, rewards, strict=True):
+        for weight, own in zip(self.weights, np.nan_to_num(rewards), strict=True):
             total += np.float32(weight) * own
         return total
 
@@ -174,9 +183,7 @@ class Reward:
                     f"{shortened(str(error), 200)} ({last.filename}:{last.lineno})"
                 )
         if (problem := hosts.problem_of_any(problem)) is not None:
-            raise RewardError(
-                f"{problem}; fix the reward and run the command again: no update is lost"
-            )
+            raise RewardError(f"{problem}; {RETRY}")
         return hosts.from_first(rewards, self.mesh)
 
 
@@ -240,10 +247,12 @@ def _bound(
 
 
 def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:
+    """What a function gave, with NaN for None."""
     try:
         if isinstance(given, Mapping | Set | str | bytes):  # unordered, or characters
             raise TypeError
-        rewards = [float(number) for number in given]
+        given = list(given)
+        rewards = [math.nan if number is None else float(number) for number in given]
     except (TypeError, ValueError) as error:
         raise RewardError(
             f"rl.reward: {name} gave {shortened(repr(given))}, expected a list of numbers"
@@ -252,10 +261,10 @@ def _numbers(name: str, given: Any, answers: Sequence[str]) -> list[float]:
         raise RewardError(
             f"rl.reward: {name} gave {len(rewards)} numbers for {len(answers)} answers"
         )
-    for number, answer in zip(rewards, answers, strict=True):
-        if not math.isfinite(number) or abs(number) > 1e30:
+    for number, own, answer in zip(rewards, given, answers, strict=True):
+        if own is not None and not abs(number) <= 1e30:
             raise RewardError(
                 f"rl.reward: {name} gave {number} for the answer {shortened(answer)!r}, expected a "
-                "finite number"
+                "finite number, or None"
             )
     return rewards

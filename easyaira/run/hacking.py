@@ -128,7 +128,9 @@ def _signs(
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean of each number over the rows that have it."""
-    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    return {
-        name: float(np.mean([row[name] for row in rows if name in row])) for name in sorted(names)
-    }
+    numbers: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                numbers.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in numbers.items()}

@@ -21,8 +21,12 @@ def add(total: Sums, sums: Mapping[str, tuple[Any, Any]]) -> Sums:
     }
 
 
-def averages(sums: Mapping[str, tuple[float, float]], prefix: str = "") -> dict[str, float]:
-    return {prefix + name: total / max(count, 1) for name, (total, count) in sums.items()}
+def averages(sums: Mapping[str, tuple[float, float]], prefix: str = "") -> dict[str, float | None]:
+    """Sums divided by their counts; None for nothing counted."""
+    return {
+        prefix + name: total / max(count, 1) if count else None
+        for name, (total, count) in sums.items()
+    }
 
 
 def peak_flops(device_kind: str) -> float | None:
