@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     results.check_folder(folder)
     keep_compiled()
     finished = []
-    for result in of_tasks(args, origin) if args.tasks else [of_rows(args, origin, folder)]:
+    for result in of_tasks(args, origin, folder) if args.tasks else [of_rows(args, origin, folder)]:
         print(f"{results.write(folder, result)}: {result.label} {result.shown}", flush=True)
         finished.append(result)
     print(results.table(finished))
@@ -146,8 +146,8 @@ def versions() -> dict[str, Any]:
     return {"easyaira": __version__, "lm_eval": version("lm_eval")}
 
 
-def of_tasks(args: Any, origin: Any):
-    """Evaluate one task after another."""
+def of_tasks(args: Any, origin: Any, folder: Path):
+    """Evaluate one task after another, unless a result would replace another one in the folder."""
     try:
         from easyaira.evaluation import harness
     except ModuleNotFoundError as error:
@@ -156,13 +156,17 @@ def of_tasks(args: Any, origin: Any):
         raise ConfigError(MISSING) from error
 
     from easyaira.evaluation.likelihood import Likelihoods
+    from easyaira.evaluation.results import check_earlier, file_of
     from easyaira.generation.settings import end_ids, files_of
     from easyaira.loaded import LoadedModel
 
     names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
     data = named_path(args.data) if args.data else None
-    model = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template="plain")
     tasks = harness.load(names, data)
+    for name, task in tasks.items():
+        shots = harness.set_shots(task, args.num_fewshot)
+        check_earlier(folder / file_of(name, shots), args.limit, place=None)
+    model = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template="plain")
     likelihoods = Likelihoods(model.model, model.params, model.mesh, tokens=args.batch_tokens)
     ends = end_ids(model.template, files_of(origin), model.model.vocab_size)
     lm = harness.EasyAiraLM(likelihoods, model.tokenizer, ends)

@@ -143,7 +143,11 @@ def decoded(text: bytes) -> str:
 
 def json_line(row: Mapping[str, Any]) -> str:
     """Line of a JSONL file that `parse_json` can read; values that JSON lacks become text."""
-    line = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        line = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:  # NaN or an infinity
+        row = json.loads(json.dumps(row, default=str), parse_constant=str)
+        line = json.dumps(row, ensure_ascii=False)
     if not line.isascii() and any("\ud800" <= c <= "\udfff" for c in line):
         line = json.dumps(row, default=str)  # lone surrogates are not valid UTF-8
     return line + "\n"

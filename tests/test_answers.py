@@ -414,7 +414,7 @@ def test_a_pair_is_a_ranking_of_two():
         ({"loss_type": "ipo"}, "plackett_luce takes the place of sigmoid, not of ipo"),
         ({"label_smoothing": 0.1}, "dpo.label_smoothing: applies to pairs, and plackett_luce"),
         ({"use_weighting": True}, "dpo.use_weighting: applies to pairs"),
-        ({"loss_type": "kto"}, "dpo.answers: kto has none; leave it out"),
+        ({"loss_type": "kto"}, "dpo.answers: applies to pairs only; leave it out"),
     ],
 )
 def test_plackett_luce_is_refused_beside_what_is_of_pairs(options, message):

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from easyaira import cli, convert, train_dpo, train_sft
 from easyaira.algorithms.sft import sft_algorithm
+from easyaira.config.dpo import DPOConfig
 from easyaira.config.rl import RLConfig
 from easyaira.config.run import TrainSFT
 from easyaira.distributed import mesh as meshes
@@ -136,10 +137,16 @@ def test_what_nobody_said_is_unknown(runs):
 
 
 def test_the_objective_lists_the_options_of_its_algorithm():
-    shown = card._applying(asdict(RLConfig(reward="a.py:f", algorithm="grpo")))
+    shown = card._applying("rl", asdict(RLConfig(reward="a.py:f", algorithm="grpo")))
     assert {"beta", "epsilon", "loss_type", "reward"} <= shown.keys()
     assert not {"gamma", "lam", "vf_coef", "normalize_advantages"} & shown.keys()
-    assert card._applying({"gamma": 1}) == {"gamma": 1}  # of another command
+    shown = card._applying("dpo", asdict(DPOConfig(["sigmoid", "dpop"])))
+    assert {"beta", "label_smoothing", "dpop_lambda"} <= shown.keys()
+    assert not {"simpo_gamma", "kto_group", "f_alpha_divergence_coef"} & shown.keys()
+    shown = card._applying("dpo", asdict(DPOConfig("kto", kto_group=4)))
+    assert {"beta", "kto_group", "undesirable_weight"} <= shown.keys()
+    assert not {"label_smoothing", "reference", "dpop_lambda"} & shown.keys()
+    assert card._applying("sft", {"gamma": 1}) == {"gamma": 1}
 
 
 @pytest.mark.slow

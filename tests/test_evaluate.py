@@ -256,6 +256,18 @@ def test_the_command_writes_results_and_prints_their_average(folder, data, tmp_p
     assert lines[-3].split()[:4] == ["arc_challenge,", "2-shot", "acc_norm", f"{100 * share:.2f}"]
 
 
+def test_a_result_of_all_questions_is_named_before_computing(folder, data, tmp_path, monkeypatch):
+    """Of the last task, too; the model is not even loaded."""
+    whole = Result(
+        "truthfulqa_mc2", "acc", {"acc": 0.5}, "higher", 9, "a", "float32", num_fewshot=0
+    )
+    path = results.write(tmp_path, whole)
+    monkeypatch.setattr(loaded, "LoadedModel", None)
+    options = ("--data", data.parent, "--limit", 4, "--output", tmp_path, "--num_fewshot", 2)
+    with pytest.raises(ConfigError, match=f"--limit: {path} is of all questions and would be"):
+        command(folder, "--tasks", "arc_challenge,truthfulqa_mc2", *options)
+
+
 def test_results_of_all_questions_are_not_replaced_by_those_of_a_few(tmp_path):
     whole = Result("a", "acc", {"acc": 0.5}, "higher", 9, "a.jsonl", "float32")
     limited = replace(whole, limit=4, examples=4)

@@ -103,6 +103,22 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_read(tokens, written, tmp
         tokens(tmp_path / "cache")
 
 
+def test_programs_are_compiled_without_a_cache_that_cannot_be_written(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EASYAIRA_CACHE", str(tmp_path / "file"))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        cache.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    line = f"cache   programs are compiled anew by each command: {tmp_path / 'file'}"
+    assert capsys.readouterr().out.startswith(line)
+
+
 # ---------------------------------------------------------------------------------------------
 # metrics.jsonl
 

@@ -1,5 +1,8 @@
 """Reads are bounded and name what is wrong; writes follow no link."""
 
+import datetime
+import json
+import math
 import os
 
 import pytest
@@ -26,6 +29,20 @@ def test_write_replaces_links_and_leaves_their_targets(tmp_path):
     assert victim.read_text() == "mine"
     assert path.read_text() == "new" and not path.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "victim"]
+
+
+def test_a_line_is_json_for_every_reader():
+    """Python's NaN and lone surrogates are not; other programs would stop at them."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    day = datetime.date(2026, 1, 2)
+    row = {"a": [float("nan"), -math.inf, 1.5], "b": {"c": "caf\ud83d é"}, "day": day}
+    line = files.json_line(row)
+    values = {"a": ["NaN", "-Infinity", 1.5], "b": {"c": "caf\ud83d é"}, "day": "2026-01-02"}
+    assert json.loads(line.encode(), parse_constant=refuse) == values
+    assert files.json_line({"c": "é"}) == '{"c": "é"}\n'
 
 
 def unreadable(tmp_path):

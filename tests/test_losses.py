@@ -523,8 +523,12 @@ def test_a_list_of_losses_is_the_sum_of_its_weighted_losses():
         ({"loss_type": "ipo", "ld_alpha": 0.5}, "ipo divides by the whole length"),
         ({"loss_type": "dpop", "label_smoothing": 0.1}, "dpop has no smoothing"),
         ({"loss_type": ["kto", "sft"]}, "kto takes single answers and other losses pairs"),
-        ({"loss_type": "kto", "sft_weight": 1.0}, "dpo.sft_weight: kto has none"),
-        ({"loss_type": "kto", "reference": "none"}, "dpo.reference: kto has none"),
+        ({"loss_type": "kto", "sft_weight": 1.0}, "dpo.sft_weight: applies to pairs only"),
+        ({"loss_type": "kto", "reference": "none"}, "dpo.reference: applies to pairs only"),
+        ({"loss_type": "kto", "simpo_gamma": 1.0}, "dpo.simpo_gamma: applies to simpo only"),
+        ({"dpop_lambda": 5.0}, "dpo.dpop_lambda: applies to dpop only"),
+        ({"loss_type": ["ipo", "sft"], "kto_group": 4}, "dpo.kto_group: applies to kto only"),
+        ({"f_alpha_divergence_coef": 0.7}, "applies to alpha_divergence only"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(options, message):

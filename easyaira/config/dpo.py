@@ -4,9 +4,9 @@ The string below an option is its `--help`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from easyaira.config.ranges import Count, HalfShare, NonNegative, Number, Positive, Share, Weight
 from easyaira.errors import ConfigError, did_you_mean, shortened
@@ -65,7 +65,31 @@ REFUSED = {
 }
 PAIRED_OPTIONS = ("reference", "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting")
 PAIRED_OPTIONS += ("sft_weight", "answers")
+ONLY_OF = {  # option: the only loss, or divergence, that it applies to
+    "simpo_gamma": "simpo",
+    "dpop_lambda": "dpop",
+    "f_alpha_divergence_coef": "alpha_divergence",
+    **dict.fromkeys(("desirable_weight", "undesirable_weight", "kto_group"), UNPAIRED),
+}
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+def others_only(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options that apply only to other losses than the chosen ones, with the name of one."""
+    chosen = _names(options["loss_type"])
+    if UNPAIRED in chosen:
+        return dict.fromkeys(PAIRED_OPTIONS, "pairs") | {
+            name: of for name, of in ONLY_OF.items() if of != UNPAIRED
+        }
+    return {
+        name: of
+        for name, of in ONLY_OF.items()
+        if of not in chosen and of != options["f_divergence_type"]
+    }
+
+
+def _names(loss_type: Sequence[str] | str) -> Sequence[str]:
+    return [loss_type] if isinstance(loss_type, str) else loss_type
 
 
 @dataclass(frozen=True)
@@ -115,7 +139,13 @@ class DPOConfig:
     """Compute the reference's log-probabilities once before training; false: in every step."""
 
     def __post_init__(self):
-        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        names = _names(self.loss_type)
+        others = others_only(vars(self))
+        for field in fields(self):
+            if field.name in others and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"dpo.{field.name}: applies to {others[field.name]} only; leave it out"
+                )
         if UNPAIRED in names:
             return self._check_unpaired(names)
         for name in names or ["none"]:
@@ -176,9 +206,6 @@ class DPOConfig:
                 f"dpo.loss_type: {UNPAIRED} takes single answers and other losses pairs; use it "
                 "alone, without dpo.loss_weights"
             )
-        for field in fields(self):
-            if field.name in PAIRED_OPTIONS and getattr(self, field.name) != field.default:
-                raise ConfigError(f"dpo.{field.name}: {UNPAIRED} has none; leave it out")
 
     def _check_reference(self, uses: dict[str, LossUse]) -> None:
         for name, use in uses.items():
@@ -206,11 +233,11 @@ class DPOConfig:
     @property
     def unpaired(self) -> bool:
         """Whether rows are single answers with a label."""
-        return UNPAIRED in ([self.loss_type] if isinstance(self.loss_type, str) else self.loss_type)
+        return UNPAIRED in _names(self.loss_type)
 
     @property
     def _weights(self) -> list[tuple[str, float]]:
-        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        names = _names(self.loss_type)
         return list(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
 
     @property

@@ -4,8 +4,9 @@ The string below an option is its `--help`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from easyaira.config.ranges import Count, CountOrZero, NonNegative, Positive, Share, TopP
 from easyaira.errors import ConfigError
@@ -16,6 +17,11 @@ ONLY_OF = {  # option: the only algorithm that it applies to
     **dict.fromkeys(("value_model", "value_learning_rate", "gamma", "lam"), "ppo"),
     **dict.fromkeys(("cliprange_value", "vf_coef"), "ppo"),
 }
+
+
+def others_only(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options that apply only to another algorithm than the chosen one, with its name."""
+    return {name: of for name, of in ONLY_OF.items() if of != options["algorithm"]}
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,12 @@ class RLConfig:
                 f"rl.reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} "
                 "rewards; give each reward one"
             )
-        defaults = {field.name: field.default for field in fields(self)}
-        for name, algorithm in ONLY_OF.items():
-            if self.algorithm != algorithm and getattr(self, name) != defaults[name]:
-                raise ConfigError(f"rl.{name}: applies to {algorithm} only; leave it out")
+        others = others_only(vars(self))
+        for field in fields(self):
+            if field.name in others and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"rl.{field.name}: applies to {others[field.name]} only; leave it out"
+                )
 
     @property
     def answers_per_prompt(self) -> int:

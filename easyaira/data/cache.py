@@ -60,18 +60,25 @@ def cache_folder(cache_dir: str | None, *names: str) -> Path:
 
 def keep_compiled(cache_dir: str | None = None) -> None:
     """Enable JAX's compilation cache for later commands on this machine, unless it is configured.
+    Where it cannot be kept, say so.
 
     Compiled programs are code, so the folder is private to the user. With several processes, JAX
     lets only the first one write, so a cache needs a folder that all hosts see: the user must
     configure it."""
     if jax.config.jax_compilation_cache_dir is None and not hosts.several():
-        folder = cache_folder(cache_dir, "programs", platform.node())
+        try:
+            folder = cache_folder(cache_dir, "programs", platform.node())
+        except StorageError as error:
+            print(f"cache   programs are compiled anew by each command: {error}", flush=True)
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def cache_error(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{folder}: cannot be written: {reason(error)}; set data.cache_dir")
+    return StorageError(
+        f"{folder}: cannot be written: {reason(error)}; set EASYAIRA_CACHE or data.cache_dir"
+    )
 
 
 def kept(root: Path, key: str) -> Path | None:

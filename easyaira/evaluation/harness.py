@@ -281,13 +281,19 @@ def run(
 
     Args:
         lm: EasyAiraLM, or any model of the harness.
-        num_fewshot: examples in each prompt, except of tasks that fix them at 0; None: as each
-            task says, or 0.
+        num_fewshot: see `set_shots`.
         limit: questions of each task.
     """
     for task in tasks.values():
-        stated = task.get_config("num_fewshot")
-        if stated is None or (num_fewshot is not None and stated != 0):
-            task.set_config("num_fewshot", num_fewshot or 0)
+        set_shots(task, num_fewshot)
         task.set_fewshot_seed(SEED)
     return evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
+
+
+def set_shots(task: Any, num_fewshot: int | None) -> int:
+    """Set and return the number of examples in each prompt: of a task that fixes it at 0, 0; for
+    None, as the task says, or 0."""
+    stated = task.get_config("num_fewshot")
+    if stated is None or (num_fewshot is not None and stated != 0):
+        task.set_config("num_fewshot", num_fewshot or 0)
+    return task.get_config("num_fewshot")

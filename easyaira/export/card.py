@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from easyaira.config.rl import ONLY_OF
+from easyaira.config import dpo, rl
 from easyaira.config.run import PROVENANCE
 from easyaira.evaluation.results import Result, average
 from easyaira.export.records import Records
@@ -218,7 +218,7 @@ def _details(records: Records, report: Mapping[str, Any]) -> dict[str, str]:
         ),
         "Tokens": f"{last['num_tokens']:,}, without padding" if "num_tokens" in last else None,
         "Longest example": f"{train['length']['longest']:,} tokens" if train else None,
-        "Objective": f"{algorithm}: {_options(_applying(config[algorithm]))}",
+        "Objective": f"{algorithm}: {_options(_applying(algorithm, config[algorithm]))}",
         "Optimizer": f"{_algorithm(optimizer)}, "
         f"betas {optimizer['adam_beta1']} and {optimizer['adam_beta2']}, "
         f"epsilon {optimizer['adam_epsilon']}, weight decay {optimizer['weight_decay']} "
@@ -284,10 +284,11 @@ def _trained(report: Mapping[str, Any]) -> str:
     return f"; {trained:,} trained parameters"
 
 
-def _applying(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those of other on-policy algorithms."""
-    own = group.get("algorithm")
-    return {name: x for name, x in group.items() if own is None or ONLY_OF.get(name, own) == own}
+def _applying(algorithm: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an algorithm without those that apply only to other losses or algorithms."""
+    of = {"dpo": dpo.others_only, "rl": rl.others_only}.get(algorithm)
+    others = of(group) if of else {}
+    return {name: value for name, value in group.items() if name not in others}
 
 
 def _options(group: Mapping[str, Any]) -> str:
