@@ -18,7 +18,7 @@ from easyaira.algorithms.sft import sft
 from easyaira.config.algorithms import SFTConfig
 from easyaira.config.dpo import LOSSES, SMOOTHED_LOSSES, DPOConfig
 from easyaira.errors import ConfigError
-from easyaira.losses import preference, token_logps
+from easyaira.losses import chunks, preference, token_logps
 
 ROWS, LENGTH, WIDTH, VOCAB, COLUMNS = 3, 17, 8, 100, 128
 
@@ -31,10 +31,14 @@ def head_and_hidden():
     return hidden, head, tokens
 
 
-def test_cached_logit_gradients_have_the_same_size_in_16_bits_as_in_32():
-    few = [token_logps.kept_chunks(256, 10**5, 50_304, itemsize=n) for n in (4, 2)]
-    assert few == [10, 20] and few[0] * 256 * 50_304 * 4 <= 16 * token_logps.CHUNK_LOGITS
-    assert token_logps.kept_chunks(256, 300, 50_304, itemsize=2) == 2  # no more than there are
+def test_cached_logit_gradients_have_the_same_size_in_16_bits_as_in_32(monkeypatch):
+    """In whole groups, on a CPU of three chunks."""
+    few = [chunks.sizes_of(10**5, 50_304, itemsize) for itemsize in (4, 2)]
+    assert few == [(256, 3, 9), (256, 3, 18)]
+    assert few[0].kept * 256 * 50_304 * 4 <= 16 * chunks.CHUNK_LOGITS
+    assert chunks.sizes_of(300, 50_304, 2) == (256, 2, 2)  # no more than there are
+    monkeypatch.setattr(chunks, "on_cpu", lambda: False)
+    assert chunks.sizes_of(10**5, 50_304, 2) == (667, 1, 8)
 
 
 @pytest.mark.slow

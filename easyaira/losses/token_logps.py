@@ -14,14 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, on_cpu, on_one_cpu, parts_of
+from easyaira.losses.chunks import CHUNK_LOGITS, Chunks, Sizes, chunks_of, put, sizes_of, take
 from easyaira.models.layers import capped
 from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpacked
 
-CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
-KEPT_BYTES = 16  # for each of these: of logit gradients cached for the backward pass
-# Most positions of a chunk on a CPU: its caches hold their logits, and the last chunk has few
-# positions without loss. Smaller chunks add to the head's gradient more often than they are worth.
-CPU_CHUNK = 256
+MANY = 8  # chunks for which it is worth to transpose the head, see `_by_column`
 
 PerToken = Float[Array, "R T"]
 
@@ -94,27 +91,7 @@ def token_nll(
     return total, unflatten(parts)
 
 
-def chunk_size(positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS) -> int:
-    """Number of positions that a device projects at a time."""
-    most = max(1, min(positions, chunk_logits // columns))
-    return min(most, CPU_CHUNK) if on_cpu() else most
-
-
-def kept_chunks(
-    chunk: int, positions: int, columns: int, chunk_logits: int = CHUNK_LOGITS, *, itemsize: int
-) -> int:
-    """Number of chunks of this size whose logit gradients, of `itemsize` bytes each, are cached for
-    the backward pass."""
-    most = KEPT_BYTES // itemsize * max(1, chunk_logits // columns) // chunk
-    return min(most, -(-positions // chunk))
-
-
-# Shapes below: S shards, N positions per shard, C positions per chunk.
-
-
-class _Sizes(NamedTuple):
-    chunk: int
-    kept: int
+# Shapes below: S shards, N positions per shard, C positions per chunk, G chunks per group.
 
 
 class _Positions(NamedTuple):
@@ -125,7 +102,7 @@ class _Positions(NamedTuple):
     head: jax.Array
     targets: jax.Array  # [S, N]
     wanted: jax.Array  # [S, N]
-    sizes: _Sizes
+    sizes: Sizes
 
 
 def _positions(hidden, head, tokens, loss_mask, chunk_logits):
@@ -141,50 +118,25 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
         parts = (part.reshape(rows, length - 1) for part in parts)
         return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
 
-    most = rows // shards * (length - 1), head.shape[1], chunk_logits
-    chunk = chunk_size(*most)
     flattened = flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:])
-    kept = kept_chunks(chunk, *most, itemsize=hidden.dtype.itemsize)
-    return _Positions(*flattened, _Sizes(chunk, kept)), unflatten
-
-
-class _Chunks(NamedTuple):
-    """The order of positions for chunking: positions with loss first, then out-of-range indices."""
-
-    order: jax.Array  # [S, multiple of `size`]; unique, and N or more where there is no position
-    count: jax.Array  # chunks that have a position with loss, on any shard
-    size: int
-
-    def index(self, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size, axis=1)
-
-
-def _chunks(wanted: jax.Array, size: int) -> _Chunks:
-    wanted = jnp.pad(wanted, ((0, 0), (0, -wanted.shape[1] % size)))
-    place = jnp.arange(wanted.shape[1], dtype=jnp.int32)
-    order = jnp.sort(jnp.where(wanted, place, len(place) + place), axis=1)
-    count = (wanted.sum(1).max() + size - 1) // size
-    return _Chunks(order, count, size)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Gather x[s, index[s, c]], with zero where the index is out of range."""
-    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
-
-
-def _put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Scatter `values` into x. Indices are unique, so the result is deterministic."""
-
-    def put(row, at, new):
-        return row.at[at].set(new, mode="drop", unique_indices=True)
-
-    return jax.vmap(put)(x, index, values)
+    most = rows // shards * (length - 1)
+    sizes = sizes_of(most, head.shape[1], hidden.dtype.itemsize, chunk_logits)
+    return _Positions(*flattened, sizes), unflatten
 
 
 def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     """Cast the head to [V, D], and gather it over fsdp once instead of for each chunk. A tied head
     is stored in this layout, and XLA's CPU multiplies faster in it."""
     return constrain(head.astype(dtype).T, "tp", None)
+
+
+def _by_column(head: jax.Array, kernel: jax.Array, chunks: Chunks) -> jax.Array:
+    """The head in the kernel's dtype, [D, V], for the gradient of the states. A CPU multiplies it a
+    third faster if it is stored in this layout."""
+    if on_one_cpu() and chunks.order.shape[1] >= MANY * chunks.sizes.chunk:
+        # without the barrier, XLA would undo the transposition of a tied head
+        return jax.lax.optimization_barrier(head.astype(kernel.dtype))
+    return kernel.T
 
 
 def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
@@ -233,17 +185,40 @@ def _of_logits(logits, targets, vocab_size, cap, smoothing):
     return values, (labels - exps / total[:, None]) * bent
 
 
-def _gradients(states, kernel, slope, scale=None):
-    """Gradients of a chunk's states [S, C, D], in their dtype, and of the head [S, D, V], in
-    float32, each position's times its `scale` [S, C]. The states are scaled, since the slope
-    [S, C, V] is larger."""
-    dtype = states.dtype
-    if scale is None:
-        d_states = einsum("scv,vd->scd", slope, kernel, dtype)
-    else:
-        d_states = einsum("scv,vd->scd", slope, kernel, jnp.float32) * scale[..., None]
-        states = (states * scale[..., None]).astype(dtype)
-    return d_states.astype(dtype), einsum("scd,scv->sdv", states, slope, jnp.float32)
+def _add_groups(chunks, first, one, states_of, carry, d_head, dtype):
+    """Run `one(i, carry) -> carry, slope [S, C, V]` for the chunks from group `first` on, and add
+    the products of states and slopes, a group at a time, to the head's gradient [S, D, V]."""
+    G, C = chunks.sizes.group, chunks.sizes.chunk
+    shape = G, d_head.shape[0], C, d_head.shape[-1]
+    slopes = constrain(packed(jnp.zeros(shape, dtype)), None, BATCH_AXES, None, "tp")
+
+    def body(g, state):
+        carry, d_head, slopes = state
+
+        def step(j, inner):
+            carry, slope = one(g * G + j, inner[0])
+            return carry, jax.lax.dynamic_update_index_in_dim(inner[1], packed(slope), j, 0)
+
+        # a chunk without loss keeps the slopes of an earlier one: its states are 0
+        carry, slopes = jax.lax.fori_loop(0, chunks.of_group(g), step, (carry, slopes))
+        return carry, d_head + _of_head(states_of(chunks.index(g * G, G)), slopes), slopes
+
+    return jax.lax.fori_loop(first, chunks.groups, body, (carry, d_head, slopes))[:2]
+
+
+def _of_states(slope, by_column, dtype):
+    """Gradient of a chunk's states [S, C, D], in `dtype`, by their slope [S, C, V]."""
+    # one axis for shards and positions: with two, XLA's CPU would transpose the head for each chunk
+    d_states = einsum("nv,dv->nd", slope.reshape(-1, slope.shape[-1]), by_column, dtype)
+    return d_states.reshape(*slope.shape[:-1], -1)
+
+
+def _of_head(states, slopes):
+    """Gradient of the head [S, D, V], in float32, by the states [S, G x C, D] and packed slopes [G,
+    S, C, V] of a group."""
+    slopes = jnp.moveaxis(unpacked(slopes, states.dtype), 0, 1)
+    slopes = slopes.reshape(*states.shape[:2], -1)
+    return einsum("scd,scv->sdv", states, slopes, jnp.float32)
 
 
 def _reduce_head(d_head, head):
@@ -263,15 +238,15 @@ def _logps(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
 
 
 def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
-    chunks, kernel = _chunks(wanted, sizes.chunk), _kernel(head, states.dtype)
+    chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
 
     def body(i, carry):
         parts, kept = carry
         index = chunks.index(i)
         values, slope = _token_statistics(
-            _take(states, index), kernel, _take(targets, index), vocab_size, cap, smoothing
+            take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
         )
-        parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
+        parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, kept.at[i].set(packed(slope), mode="drop")
 
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
@@ -284,30 +259,37 @@ def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smooth
 
 def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
     states, head, targets, wanted, kept = saved
-    chunks, kernel = _chunks(wanted, sizes.chunk), _kernel(head, states.dtype)
+    chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
 
-    def recompute(chunk_states, index):
-        _, slope = _token_statistics(
-            chunk_states, kernel, _take(targets, index), vocab_size, cap, smoothing
-        )
-        return slope
+    scales, by_column, G = cotangents[0][..., None], _by_column(head, kernel, chunks), sizes.group
 
-    def body(i, gradients, slope_of):
-        d_states, d_head = gradients
+    def scaled(index):  # the slopes are larger
+        return (take(states, index) * take(scales, index)).astype(states.dtype)
+
+    def added(d_states, i, slope):
         index = chunks.index(i)
-        chunk_states = _take(states, index)
-        scale = _take(cotangents[0], index)
-        slope = slope_of(i, chunk_states, index)
-        d_chunk, d_kernel = _gradients(chunk_states, kernel, slope, scale)
-        return _put(d_states, index, d_chunk), d_head + d_kernel
+        d_chunk = _of_states(slope, by_column, jnp.float32) * take(scales, index)
+        return put(d_states, index, d_chunk.astype(states.dtype))
 
-    cached = partial(body, slope_of=lambda i, *_: unpacked(kept[i], states.dtype))
-    recomputed = partial(
-        body, slope_of=lambda i, chunk_states, index: recompute(chunk_states, index)
-    )
-    first = jnp.minimum(chunks.count, len(kept))
+    def cached(g, gradients):
+        def of_chunk(j, d_states):
+            return added(d_states, g * G + j, unpacked(kept[g * G + j], states.dtype))
+
+        d_states, d_head = gradients
+        d_states = jax.lax.fori_loop(0, chunks.of_group(g), of_chunk, d_states)
+        slopes = jax.lax.dynamic_slice_in_dim(kept, g * G, G)
+        return d_states, d_head + _of_head(scaled(chunks.index(g * G, G)), slopes)
+
+    def recomputed(i, d_states):
+        index = chunks.index(i)
+        _, slope = _token_statistics(
+            take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
+        )
+        return added(d_states, i, slope), slope
+
+    first = jnp.minimum(chunks.groups, len(kept) // G)
     gradients = jax.lax.fori_loop(0, first, cached, _zero_gradients(states, head))
-    d_states, d_head = jax.lax.fori_loop(first, chunks.count, recomputed, gradients)
+    d_states, d_head = _add_groups(chunks, first, recomputed, scaled, *gradients, states.dtype)
     return d_states, _reduce_head(d_head, head), None, None
 
 
@@ -322,22 +304,26 @@ def _nll(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
 
 
 def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
-    chunks, kernel = _chunks(wanted, sizes.chunk), _kernel(head, states.dtype)
+    chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
 
-    def body(i, carry):
-        parts, (d_states, d_head) = carry
+    by_column = _by_column(head, kernel, chunks)
+
+    def one(i, carry):
+        parts, d_states = carry
         index = chunks.index(i)
-        chunk_states = _take(states, index)
         values, slope = _token_statistics(
-            chunk_states, kernel, _take(targets, index), vocab_size, cap, smoothing
+            take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
         )
-        d_chunk, d_kernel = _gradients(chunk_states, kernel, slope)
-        parts = tuple(_put(part, index, new) for part, new in zip(parts, values, strict=True))
-        return parts, (_put(d_states, index, d_chunk), d_head + d_kernel)
+        d_chunk = _of_states(slope, by_column, states.dtype)
+        parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
+        return (parts, put(d_states, index, d_chunk)), slope
 
     zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
-    start = zeros, _zero_gradients(states, head)
-    parts, (d_states, d_head) = jax.lax.fori_loop(0, chunks.count, body, start)
+    d_states, d_head = _zero_gradients(states, head)
+    states_of = partial(take, states)
+    (parts, d_states), d_head = _add_groups(
+        chunks, 0, one, states_of, (zeros, d_states), d_head, states.dtype
+    )
     return (-parts[0].sum(), parts), (d_states, _reduce_head(d_head, head))
 
 

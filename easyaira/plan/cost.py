@@ -18,7 +18,8 @@ from easyaira.distributed.chips import chip_of
 from easyaira.distributed.sharding import like
 from easyaira.distributed.tree import by_path
 from easyaira.hf.table import pair_rows
-from easyaira.losses import token_logps
+from easyaira.losses.chunks import Sizes
+from easyaira.losses.chunks import sizes_of as chunk_sizes
 from easyaira.models.attention import LONG_BLOCK, block_of
 from easyaira.models.layers import Scores, padded_vocab
 from easyaira.models.model import Model
@@ -66,15 +67,16 @@ class Update(NamedTuple):
         batch: arrays of the whole batch, over all devices.
         parts: number of micro-batches.
         rows, length: shape of a device's share of a micro-batch.
-        chunks: number of chunks in which positions with loss are projected, and positions per
-            chunk.
+        chunks: number of chunks in which positions with loss are projected.
+        sizes: of chunks.
     """
 
     batch: Mapping[str, np.ndarray]
     parts: int
     rows: int
     length: int
-    chunks: tuple[int, int]
+    chunks: int
+    sizes: Sizes
 
 
 def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
@@ -89,11 +91,13 @@ def largest_update(setup: Setup, algorithm: Algorithm) -> Update:
         )
     mask = arrays["loss_mask"].reshape(batches.accumulation, batches.shards, -1)
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
-        chunk = token_logps.chunk_size(
-            shape.rows * (shape.length - 1), padded_vocab(setup.model.vocab_size)
+        sizes = chunk_sizes(
+            shape.rows * (shape.length - 1),
+            padded_vocab(setup.model.vocab_size),
+            setup.model.compute.dtype.itemsize,
         )
-    chunks = max(1, -(-int(mask.sum(-1).max()) // chunk))
-    return Update(arrays, batches.accumulation, *shape, (chunks, chunk))
+    count = max(1, -(-int(mask.sum(-1).max()) // sizes.chunk))
+    return Update(arrays, batches.accumulation, *shape, count, sizes)
 
 
 def together_of(setup: Setup, algorithm: Algorithm) -> int:
@@ -109,9 +113,9 @@ def measure(setup: Setup, algorithm: Algorithm) -> Plan:
     sizes = sizes_of(setup, algorithm, update)
     if isinstance(setup.mesh.devices.flat[0], Absent):
         depth = depth_of(setup.model)
-        program = counted(setup, algorithm, update.batch, update.chunks[1], depth, sizes)
+        program = counted(setup, algorithm, update.batch, update.sizes.chunk, depth, sizes)
     else:
-        program = compiled(lambda: lower_step(setup, algorithm, update.batch), update.chunks[0])
+        program = compiled(lambda: lower_step(setup, algorithm, update.batch), update.chunks)
     in_step = algorithm.frozen(setup) is not None
     work = work_of(setup, update, in_step)
     return Plan(update, sizes, work, program, failures(setup, program))
@@ -148,7 +152,7 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
     """Bytes per device by purpose, from shapes and shardings.
 
     Gradients are float32 and sharded like the weights. Accumulation doubles them: a micro-batch's
-    gradients and their sum. Logits comprise the chunks that losses/token_logps.py holds at a time,
+    gradients and their sum. Logits comprise the chunks that losses/chunks.py holds at a time,
     the chunks cached for the backward pass, the head in the computing dtype, and the head's
     gradient, which is unsharded until it is reduced."""
     trained = setup.trainable.target
@@ -165,11 +169,9 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
     if not setup.model.scorer:
         vocab = padded_vocab(setup.model.vocab_size)
         columns, width = vocab // setup.mesh.shape["tp"], _head(setup.model) // vocab
-        chunk, itemsize = update.chunks[1], setup.model.compute.dtype.itemsize
-        kept = 0
-        if setup.data.train.answers > 1:
-            positions = update.rows * (update.length - 1)
-            kept = token_logps.kept_chunks(chunk, positions, vocab, itemsize=itemsize)
+        itemsize = setup.model.compute.dtype.itemsize
+        chunk, _, kept = update.sizes
+        kept = kept if setup.data.train.answers > 1 else 0
         sizes["logits"] = columns * (chunk * (4 + kept * itemsize) + width * (4 + itemsize))
     return sizes
 
@@ -207,7 +209,7 @@ def work_of(setup: Setup, update: Update, reference_in_step: bool) -> dict[str, 
         model.config, "head_width", model.config.width // model.config.heads
     )
     positions = update.parts * update.rows * update.length
-    learned = update.parts * math.prod(update.chunks) * _head(model)
+    learned = update.parts * update.chunks * update.sizes.chunk * _head(model)
     scores = 4 * depth * heads * _keys(setup, update.length) * positions
     forward = 2 * (inner * positions + learned) + scores
     recompute = {"none": 0.0, "dots": scores, "full": forward - 2 * learned}
