@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ FAULTS = {  # what befalls which host: statuses, the last line of both, and its 
 
 @pytest.mark.slow
 def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line():
-    with ThreadPoolExecutor(2) as pool:  # they mostly wait
+    with ThreadPoolExecutor(4) as pool:  # they mostly wait
         runs = dict(zip(FAULTS, pool.map(two, FAULTS), strict=True))
     for fault, ended in runs.items():
         statuses, last, seconds = FAULTS[fault]
@@ -65,23 +66,40 @@ def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line():
         assert "alike" not in ended.out[1], fault  # the first process prints
 
 
+@pytest.fixture(scope="module")
+def waiting():
+    """Processes that mostly wait, so they are started together: two whose others never come, one
+    that hangs, and two that hang and whose reader has gone."""
+    child = ["-m", "helpers.hosts_child"]
+    alone = [start([*child, free_port(), 2, i, "alone"]) for i in (0, 1)]
+    hangs = [*child, 0, 1, 0, "hangs on 0"]
+    arguments = shlex.join([sys.executable, *map(str, hangs)])
+    shells = (f"{arguments} 2>&-", f"{arguments} 2> >(true)")
+    unread = [subprocess.Popen(["bash", "-c", shell], env=environment(1)) for shell in shells]
+    return {"alone": alone, "hangs": [start(hangs)], "unread": unread}
+
+
 @pytest.mark.slow
-def test_a_host_whose_others_never_come_says_so():
+def test_a_host_whose_others_never_come_says_so(waiting):
     """The first process, and another one, each with an address of its own."""
-    ended = Ended(
-        [start(["-m", "helpers.hosts_child", free_port(), 2, i, "alone"]) for i in (0, 1)], 60
-    )
+    ended = Ended(waiting["alone"], 60)
     assert ended.statuses == [5, 5], ended
     for i in range(2):
         assert "error: distributed: the other processes did not join 127.0.0.1" in ended.last(i)
 
 
 @pytest.mark.slow
-def test_a_process_that_is_alone_ends_too_when_it_hangs():
-    ended = Ended([start(["-m", "helpers.hosts_child", 0, 1, 0, "hangs on 0"])], 60)
+def test_a_process_that_is_alone_ends_too_when_it_hangs(waiting):
+    ended = Ended(waiting["hangs"], 60)
     assert ended.statuses == [5], ended
     assert "no progress for 6 s, computing update 5" in ended.last(0)
     assert "in inject" in ended.err[0]  # where it was
+
+
+@pytest.mark.slow
+def test_a_process_whose_reader_has_gone_ends_as_it_should(waiting):
+    """Standard error is closed from the start, or a pipe that nobody reads any more."""
+    assert [process.wait(timeout=60) for process in waiting["unread"]] == [5, 5]
 
 
 def slurm(i, job):
@@ -296,15 +314,6 @@ def test_a_host_ends_with_the_cause_and_its_status(monkeypatch):
         with pytest.raises(SystemExit) as ended:
             watcher._finish()
         assert ended.value.code == wanted
-
-
-@pytest.mark.slow
-def test_a_process_whose_reader_has_gone_ends_as_it_should():
-    """Standard error is closed from the start, or a pipe that nobody reads any more."""
-    arguments = f"{sys.executable} -m helpers.hosts_child 0 1 0 'hangs on 0'"
-    shells = (f"{arguments} 2>&-", f"{arguments} 2> >(true)")
-    started = [subprocess.Popen(["bash", "-c", shell], env=environment(1)) for shell in shells]
-    assert [process.wait(timeout=60) for process in started] == [5, 5]
 
 
 POINTS = {  # where a signal comes, and what is said
