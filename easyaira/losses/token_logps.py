@@ -5,6 +5,7 @@ caller knows the denominator."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from easyaira.losses.chunks import CHUNK_LOGITS, Chunks, Sizes, chunks_of, put, 
 from easyaira.models.layers import capped
 from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpacked
 
-MANY = 8  # chunks for which it is worth to transpose the head, see `_by_column`
+MANY = 8  # chunks for which transposing the head is worth its time, see `_to_states`
 
 PerToken = Float[Array, "R T"]
 
@@ -130,13 +131,15 @@ def _kernel(head: jax.Array, dtype: Any) -> jax.Array:
     return constrain(head.astype(dtype).T, "tp", None)
 
 
-def _by_column(head: jax.Array, kernel: jax.Array, chunks: Chunks) -> jax.Array:
-    """The head in the kernel's dtype, [D, V], for the gradient of the states. A CPU multiplies it a
-    third faster if it is stored in this layout."""
-    if on_one_cpu() and chunks.order.shape[1] >= MANY * chunks.sizes.chunk:
-        # without the barrier, XLA would undo the transposition of a tied head
-        return jax.lax.optimization_barrier(head.astype(kernel.dtype))
-    return kernel.T
+def _to_states(head: jax.Array, kernel: jax.Array, chunks: Chunks) -> Callable[..., jax.Array]:
+    """Function of a slope [S, C, V] and a dtype: the gradient of the states [S, C, D]."""
+    if not on_one_cpu() or chunks.order.shape[1] < MANY * chunks.sizes.chunk:
+        return lambda slope, dtype: einsum("scv,vd->scd", slope, kernel, dtype)
+    # A CPU multiplies by the head a third faster if it is stored as [D, V]. Without the barrier,
+    # XLA would undo the transposition of a tied head; with an axis for S, which is 1, it would
+    # transpose the head for each chunk.
+    by_column = jax.lax.optimization_barrier(head.astype(kernel.dtype))
+    return lambda slope, dtype: einsum("cv,dv->cd", slope[0], by_column, dtype)[None]
 
 
 def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
@@ -189,8 +192,9 @@ def _add_groups(chunks, first, one, states_of, carry, d_head, dtype):
     """Run `one(i, carry) -> carry, slope [S, C, V]` for the chunks from group `first` on, and add
     the products of states and slopes, a group at a time, to the head's gradient [S, D, V]."""
     G, C = chunks.sizes.group, chunks.sizes.chunk
-    shape = G, d_head.shape[0], C, d_head.shape[-1]
-    slopes = constrain(packed(jnp.zeros(shape, dtype)), None, BATCH_AXES, None, "tp")
+    slopes = None
+    if G > 1:
+        slopes = packed(jnp.zeros((G, d_head.shape[0], C, d_head.shape[-1]), dtype))
 
     def body(g, state):
         carry, d_head, slopes = state
@@ -199,18 +203,15 @@ def _add_groups(chunks, first, one, states_of, carry, d_head, dtype):
             carry, slope = one(g * G + j, inner[0])
             return carry, jax.lax.dynamic_update_index_in_dim(inner[1], packed(slope), j, 0)
 
-        # a chunk without loss keeps the slopes of an earlier one: its states are 0
-        carry, slopes = jax.lax.fori_loop(0, chunks.of_group(g), step, (carry, slopes))
-        return carry, d_head + _of_head(states_of(chunks.index(g * G, G)), slopes), slopes
+        if slopes is None:
+            carry, slope = one(g, carry)
+            of_group = packed(slope)[None]
+        else:  # a chunk without loss keeps the slopes of an earlier one: its states are 0
+            carry, slopes = jax.lax.fori_loop(0, chunks.of_group(g), step, (carry, slopes))
+            of_group = slopes
+        return carry, d_head + _of_head(states_of(chunks.index(g * G, G)), of_group), slopes
 
     return jax.lax.fori_loop(first, chunks.groups, body, (carry, d_head, slopes))[:2]
-
-
-def _of_states(slope, by_column, dtype):
-    """Gradient of a chunk's states [S, C, D], in `dtype`, by their slope [S, C, V]."""
-    # one axis for shards and positions: with two, XLA's CPU would transpose the head for each chunk
-    d_states = einsum("nv,dv->nd", slope.reshape(-1, slope.shape[-1]), by_column, dtype)
-    return d_states.reshape(*slope.shape[:-1], -1)
 
 
 def _of_head(states, slopes):
@@ -260,15 +261,14 @@ def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smooth
 def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
     states, head, targets, wanted, kept = saved
     chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
+    scales, to_states, G = cotangents[0][..., None], _to_states(head, kernel, chunks), sizes.group
 
-    scales, by_column, G = cotangents[0][..., None], _by_column(head, kernel, chunks), sizes.group
-
-    def scaled(index):  # the slopes are larger
+    def scaled(index):  # and not the slopes, which are larger
         return (take(states, index) * take(scales, index)).astype(states.dtype)
 
     def added(d_states, i, slope):
         index = chunks.index(i)
-        d_chunk = _of_states(slope, by_column, jnp.float32) * take(scales, index)
+        d_chunk = to_states(slope, jnp.float32) * take(scales, index)
         return put(d_states, index, d_chunk.astype(states.dtype))
 
     def cached(g, gradients):
@@ -305,8 +305,7 @@ def _nll(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
 
 def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
     chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
-
-    by_column = _by_column(head, kernel, chunks)
+    to_states = _to_states(head, kernel, chunks)
 
     def one(i, carry):
         parts, d_states = carry
@@ -314,7 +313,7 @@ def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothin
         values, slope = _token_statistics(
             take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
         )
-        d_chunk = _of_states(slope, by_column, states.dtype)
+        d_chunk = to_states(slope, states.dtype)
         parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
         return (parts, put(d_states, index, d_chunk)), slope
 
