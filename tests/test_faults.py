@@ -115,8 +115,9 @@ def test_programs_are_compiled_without_a_cache_that_cannot_be_written(
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    line = f"cache   programs are compiled anew by each command: {tmp_path / 'file'}"
-    assert capsys.readouterr().out.startswith(line)
+    line = f"note: programs are compiled anew by each command: {tmp_path / 'file'}"
+    captured = capsys.readouterr()
+    assert captured.err.startswith(line) and not captured.out
 
 
 # ---------------------------------------------------------------------------------------------

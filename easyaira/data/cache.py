@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -69,7 +70,8 @@ def keep_compiled(cache_dir: str | None = None) -> None:
         try:
             folder = cache_folder(cache_dir, "programs", platform.node())
         except StorageError as error:
-            print(f"cache   programs are compiled anew by each command: {error}", flush=True)
+            line = f"note: programs are compiled anew by each command: {error}"
+            print(line, file=sys.stderr, flush=True)  # standard output may be an answer
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
