@@ -423,6 +423,7 @@ def test_an_output_that_is_not_ours_is_kept(gpt2, answered, tmp_path, capsys):
     [
         ({"prompt": "what do you like " * 2000}, "in.jsonl:2: the prompt has"),
         ({"question": "what"}, "in.jsonl:2: wanted a column prompt or messages; found question"),
+        ({"prompt": "x", "messages": []}, "in.jsonl:2: columns prompt, messages: both hold"),
         ({"prompt": 5}, "in.jsonl:2: column prompt: wanted text"),
         ({"messages": []}, "in.jsonl:2: column messages: must end in a message to answer"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must end in a message to answer"),

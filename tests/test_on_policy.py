@@ -23,7 +23,7 @@ from easyaira.data.batches import Batches
 from easyaira.data.dataset import Question
 from easyaira.data.examples import of_tokens
 from easyaira.distributed import mesh as meshes
-from easyaira.errors import ConfigError, Preempted, RewardError, WeightsError
+from easyaira.errors import ConfigError, DataError, Preempted, RewardError, WeightsError
 from easyaira.losses.completions import completion_places, take
 from easyaira.plan import cost
 from easyaira.rewards.model import RewardModel
@@ -982,6 +982,15 @@ def test_functions_compare_with_the_columns_of_the_prompt(ground, tmp_path, caps
         assert row[f"{prefix}reward"] == pytest.approx(0.25 * first + 2 * second, rel=1e-6)
     page = (folder / "report.html").read_text()
     assert "reward by vowels" in page and "eval_rewards/matches/mean" in page
+
+
+def test_prompts_of_another_name_are_named(ground, tmp_path):
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"question": "1 + 1?", "answer": "2"}] * 8)
+    where = ("rl", ground / "gpt2", data, tmp_path / "run")
+    with pytest.raises(DataError, match="found question, answer. Name one in data.columns, such"):
+        prepare(*configure(*where, **options_of(ground)))
+    setup = prepare(*configure(*where, **options_of(ground, **{"data.columns.prompt": "question"})))
+    assert len(setup.data.train) == 8
 
 
 def test_example_rewards():

@@ -137,7 +137,9 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
 def question(row: Record) -> list[Message]:
     """Convert a row to the messages that a model has to answer; raises Unreadable."""
     names = [name for name in ("prompt", "messages") if name in row]
-    if len(names) != 1:
+    if len(names) == 2:
+        raise Unreadable("columns prompt, messages: both hold the prompt; remove one")
+    if not names:
         raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
     turns = prompt_of(row, Form((), names[0] if names[0] == "prompt" else None))
     if "messages" in row:
