@@ -257,7 +257,7 @@ def test_the_command_writes_results_and_prints_their_average(folder, data, tmp_p
 
 
 def test_a_result_of_all_questions_is_named_before_computing(folder, data, tmp_path, monkeypatch):
-    """Of the last task, too; the model is not even loaded."""
+    """The result is that of the last task. The model is not loaded."""
     whole = Result(
         "truthfulqa_mc2", "acc", {"acc": 0.5}, "higher", 9, "a", "float32", num_fewshot=0
     )

@@ -5,10 +5,19 @@ The string below an option is its `--help`."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from easyaira.config.ranges import Count, HalfShare, NonNegative, Number, Positive, Share, Weight
+from easyaira.config.ranges import (
+    Count,
+    HalfShare,
+    NonNegative,
+    Number,
+    Positive,
+    Share,
+    Weight,
+    refuse_others,
+)
 from easyaira.errors import ConfigError, did_you_mean, shortened
 
 
@@ -140,12 +149,7 @@ class DPOConfig:
 
     def __post_init__(self):
         names = _names(self.loss_type)
-        others = others_only(vars(self))
-        for field in fields(self):
-            if field.name in others and getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"dpo.{field.name}: applies to {others[field.name]} only; leave it out"
-                )
+        refuse_others("dpo", self, others_only(vars(self)))
         if UNPAIRED in names:
             return self._check_unpaired(names)
         for name in names or ["none"]:

@@ -6,6 +6,8 @@ Fractions are computed in float32 and counts in int32, so no option may overflow
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse.typing import restricted_number_type
@@ -67,3 +69,21 @@ def bytes_of(size: str | None) -> float | None:
     if not match or not float(match[1]):
         raise ConfigError(f"--memory: expected a size such as 12GiB, got {shortened(size)}")
     return float(match[1]) * {"GiB": 2**30, "GB": 1e9, "MiB": 2**20, "MB": 1e6}[match[2]]
+
+
+def refuse_others(group: str, options: Any, others: Mapping[str, str]) -> None:
+    """Check that options which do not apply keep their defaults.
+
+    Args:
+        group: name of the options, such as dpo.
+        options: a dataclass.
+        others: options that do not apply, and what each applies to.
+
+    Raises:
+        ConfigError: one is set.
+    """
+    for field in fields(options):
+        if field.name in others and getattr(options, field.name) != field.default:
+            raise ConfigError(
+                f"{group}.{field.name}: applies to {others[field.name]} only; leave it out"
+            )

@@ -5,10 +5,18 @@ The string below an option is its `--help`."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from easyaira.config.ranges import Count, CountOrZero, NonNegative, Positive, Share, TopP
+from easyaira.config.ranges import (
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Share,
+    TopP,
+    refuse_others,
+)
 from easyaira.errors import ConfigError
 
 ONLY_OF = {  # option: the only algorithm that it applies to
@@ -112,12 +120,7 @@ class RLConfig:
                 f"rl.reward_weights: {len(self.reward_weights)} weights for {len(self.rewards)} "
                 "rewards; give each reward one"
             )
-        others = others_only(vars(self))
-        for field in fields(self):
-            if field.name in others and getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"rl.{field.name}: applies to {others[field.name]} only; leave it out"
-                )
+        refuse_others("rl", self, others_only(vars(self)))
 
     @property
     def answers_per_prompt(self) -> int:

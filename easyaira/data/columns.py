@@ -134,13 +134,17 @@ def conversation(row: Record, form: Form) -> tuple[list[Message], int]:
     return joined(prompt, turns, answer)
 
 
-def question(row: Record) -> list[Message]:
-    """Convert a row to the messages that a model has to answer; raises Unreadable."""
+def question(row: Record, advice: str = "") -> list[Message]:
+    """Convert a row to the messages that a model has to answer.
+
+    Raises:
+        Unreadable: there are none; with this advice if their column is missing.
+    """
     names = [name for name in ("prompt", "messages") if name in row]
     if len(names) == 2:
         raise Unreadable("columns prompt, messages: both hold the prompt; remove one")
     if not names:
-        raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}")
+        raise Unreadable(f"wanted a column prompt or messages; found {', '.join(row)}{advice}")
     turns = prompt_of(row, Form((), names[0] if names[0] == "prompt" else None))
     if "messages" in row:
         if row.filled(HISTORY):

@@ -63,12 +63,7 @@ def texts_of(
         Unreadable: a column is missing or has the wrong content.
     """
     if recipe.task == "prompt":
-        if not {"prompt", "messages"} & {*row}:
-            raise columns.Unreadable(
-                f"wanted a column prompt or messages; found {', '.join(row)}. Name one in "
-                "data.columns, such as {prompt: question}"
-            )
-        asked = columns.question(row)
+        asked = columns.question(row, ". Name one in data.columns, such as {prompt: question}")
         if not asked[-1]["content"].strip():
             raise Dropped("empty prompt")
         try:
