@@ -142,9 +142,11 @@ def _to_states(head: jax.Array, kernel: jax.Array, chunks: Chunks) -> Callable[.
     return lambda slope, dtype: einsum("cv,dv->cd", slope[0], by_column, dtype)[None]
 
 
-def _token_statistics(states, kernel, targets, vocab_size, cap, smoothing):
-    """For a chunk: the values of TokenLogps [S, C]; and the gradient of logps with respect to the
-    product of states and head [S, C, V], in the dtype of the states."""
+def _statistics(index, states, kernel, targets, vocab_size, cap, smoothing):
+    """For the chunk of positions `index` [S, C] of states [S, N, D]: the values of TokenLogps [S,
+    C]; and the gradient of logps with respect to the product of states and head [S, C, V], in the
+    dtype of the states."""
+    states, targets = take(states, index), take(targets, index)
     shape, columns = targets.shape, kernel.shape[0]
     # one axis for shards and positions: along an axis of size 1, XLA's sum of a product takes ten
     # times as long on a CPU
@@ -244,9 +246,7 @@ def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smooth
     def body(i, carry):
         parts, kept = carry
         index = chunks.index(i)
-        values, slope = _token_statistics(
-            take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
-        )
+        values, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
         parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
         return parts, kept.at[i].set(packed(slope), mode="drop")
 
@@ -282,9 +282,7 @@ def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
 
     def recomputed(i, d_states):
         index = chunks.index(i)
-        _, slope = _token_statistics(
-            take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
-        )
+        _, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
         return added(d_states, i, slope), slope
 
     first = jnp.minimum(chunks.groups, len(kept) // G)
@@ -310,9 +308,7 @@ def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothin
     def one(i, carry):
         parts, d_states = carry
         index = chunks.index(i)
-        values, slope = _token_statistics(
-            take(states, index), kernel, take(targets, index), vocab_size, cap, smoothing
-        )
+        values, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
         d_chunk = to_states(slope, states.dtype)
         parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
         return (parts, put(d_states, index, d_chunk)), slope
