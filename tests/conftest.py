@@ -17,7 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would spin beside those of other workers
-# tests and their child processes share a compilation cache of programs that take 0.02 s
+# tests and their child processes share a cache of programs that take 0.02 s to compile
 cache = os.path.join(tempfile.gettempdir(), f"easyaira-tests-{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")

@@ -248,12 +248,14 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
     if config.dpo.reference == "none":
         return Beginning(None, known, known_held_out)
     own = config.model.ref_name_or_path is None
-    options = {"examples": setup.micro_batch, "answers": setup.batches.examples.answers}
-    options |= {"tail": config.dpo.tail}
-    score = make_score(partial(answer_scores, setup.model, **options))
-    score_ref = score
-    if not own:
-        score_ref = make_score(partial(answer_scores, reference_model(setup), **options))
+    answers = setup.batches.examples.answers
+
+    def score_of(model: Model) -> Callable[..., Any]:
+        options = {"examples": setup.micro_batch, "answers": answers, "tail": config.dpo.tail}
+        return make_score(partial(answer_scores, model, **options))
+
+    score = score_of(setup.model)
+    score_ref = score if own else score_of(reference_model(setup))
     frozen = None
     if config.dpo.precompute_ref_log_probs:
         weights = (
@@ -282,7 +284,7 @@ def begin(setup: Setup, params: Any, folder: Path, first: bool) -> Beginning:
         check_equal(*jax.device_get((policy.logps, ref_logps, policy.lengths, repeated)))
     totals = jax.jit(partial(first_sums, config.dpo))(policy, ref_logps, numbers_in(arrays))
     at_start = metrics.averages(metrics.add({}, totals))
-    if not config.dpo.unpaired and "ref_logps" in known and setup.batches.examples.answers == 2:
+    if not config.dpo.unpaired and "ref_logps" in known and answers == 2:
         at_start |= references.preferences(known["ref_logps"], setup.batches.examples)
     return Beginning(frozen, known, known_held_out, at_start)
 
