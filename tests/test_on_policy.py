@@ -1013,6 +1013,11 @@ def test_prompts_are_counted(ground, tmp_path):
     report = setup.data.report["train"]
     assert report["kept"] == 8 and report["not used"] == {"column completion": 8}
     assert report["dropped"] == {"prompt leaves no room for an answer": 1, "empty prompt": 1}
+    options = options_of(ground, **{"rl.max_completion_length": 62})
+    with pytest.raises(DataError, match="rows, or lower rl.max_completion_length, or set data.max"):
+        prepare(
+            *configure("rl", ground / "gpt2", tmp_path / "rows.jsonl", tmp_path / "b", **options)
+        )
 
 
 @pytest.mark.slow

@@ -183,8 +183,10 @@ class Account:
             fix = ["Fix the rows"]
             if any(reason.startswith("the template") for reason in self.dropped):
                 fix.append("choose another data.template")
-            if any("max_length" in reason or "no room" in reason for reason in self.dropped):
+            if any("max_length" in reason for reason in self.dropped):
                 fix.append("raise data.max_length")
+            if any("no room" in reason for reason in self.dropped):
+                fix += ["lower rl.max_completion_length", "set data.max_prompt_length"]
             if any("min_length" in reason for reason in self.dropped):
                 fix.append("lower data.min_length")
             if TRAINED in self.dropped:
