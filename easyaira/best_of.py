@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             raise DataError(f"{place}: {error}") from error
     sets.begin(folder, settings)
     generate.main(generate.file_flags(args, args.prompts, folder / best_of.ANSWERS))
-    if (folder / best_of.SCORED).exists():
+    if best_of.complete(folder):
         print(f"{escaped(args.output)}: all answers are scored")
         return
     models = [model.load() for model in (reward, toxicity) if model]

@@ -33,6 +33,8 @@ from easyaira.files import parse_yaml, read_yaml, reason, yaml_line
 from easyaira.option_errors import SOURCES, no_group, no_such_option, options_of, reworded, type_of
 from easyaira.short_help import USAGE, HelpAll, Parser
 
+# options that configurations in Python cannot have
+FOR_COMMANDS = ("dry_run", "topology", "search", "memory", "debug")
 LISTED = r"\s*\[\s*\{"  # how a list of sources begins; other brackets are patterns of files
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -245,6 +247,12 @@ def configuration(config_class: type, values: Mapping[str, Any]) -> Any:
     """
     parser = parser_of(config_class)
     _check_names(values, parser)
+    for name in FOR_COMMANDS:
+        if values.get(name):
+            raise ConfigError(
+                f"{name}: is for the command line; give it there as --{name}, with these options "
+                "in a YAML file"
+            )
     try:
         parsed = parser.parse_object(values)
     except (ArgumentError, TypeError, ValueError) as error:
@@ -253,7 +261,7 @@ def configuration(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def _instantiated(config_class: type, parser: ArgumentParser, parsed: Any) -> Any:
-    for key in ("config", "debug", "dry_run", "topology", "search", "memory", PROVENANCE):
+    for key in ("config", *FOR_COMMANDS, PROVENANCE):
         parsed.pop(key, None)
     return config_class(**vars(parser.instantiate(parsed)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -49,8 +50,13 @@ class Training(ModuleType):
             config: the options as a nested dictionary, or a configuration of easyaira.config.run.
 
         Raises:
-            EasyAiraError: as the command's errors.
+            EasyAiraError: as the command's errors; or this is not the main thread.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise ConfigError(
+                "training handles signals, which Python allows in the main thread only; call it "
+                "there, or start its command as a process"
+            )
         if isinstance(config, Mapping):
             config = cli.configuration(self.CONFIG, _plain(config))
         if not isinstance(config, self.CONFIG):

@@ -45,7 +45,7 @@ def load(
     *,
     mesh: str | None = None,
     dtype: str = "float32",
-    template: str = "chat",
+    template: str | PathLike[str] = "chat",
 ) -> LoadedModel | RewardModel:
     """Load a language model, or a reward or toxicity model.
 
@@ -65,7 +65,11 @@ def load(
         raise ConfigError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}{near}")
     if not isinstance(name, str | PathLike):
         raise ConfigError(f"load: expected a folder or a hub id, got {name!r}")
-    mesh = "fsdp=-1" if mesh is None else mesh
+    if not isinstance(template, str | PathLike):
+        raise ConfigError(f"template: expected a name or a .jinja file, got {template!r}")
+    if not isinstance(mesh, str | None):
+        raise ConfigError(f"mesh: expected a text such as dp=1,fsdp=-1,tp=1, got {mesh!r}")
+    mesh, template = "fsdp=-1" if mesh is None else mesh, fspath(template)
     origin = pretrained.find(fspath(name))
     if model_of(origin.config, origin.where).scorer:
         return RewardModel(origin, meshes.make_mesh(mesh), dtype, template).load()
@@ -113,8 +117,9 @@ class LoadedModel:
         """
         known = {field.name for field in fields(Sampling)} - {"end_ids"}
         if unknown := options.keys() - known:
+            hint = "; it is called stop_strings" if min(unknown) == "stop" else ""
             raise ConfigError(
-                f"generate: option {min(unknown)!r} is unknown; choose from "
+                f"generate: option {min(unknown)!r} is unknown{hint}; choose from "
                 f"{', '.join(sorted(known))}"
             )
         for name in options.keys() & NUMBERS.keys():
@@ -162,17 +167,18 @@ class LoadedModel:
             DataError: a prompt leaves no room for an answer.
         """
         for option, number, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
-            if not isinstance(number, Integral) or number < least:  # also NumPy's
+            if not isinstance(number, Integral) or not least <= number < 2**32:  # also NumPy's
                 raise ConfigError(
-                    f"generate: {option}: expected a whole number of at least {least}, got "
+                    f"generate: {option}: expected a whole number from {least}, below 2**32, got "
                     f"{number!r}"
                 )
-        stops = options.get("stop_strings", ())
-        if stops:
-            stops = (stops,) if isinstance(stops, str) else tuple(stops)
-            if not all(isinstance(stop, str) and stop for stop in stops):
-                raise ConfigError(f"generate: stop_strings: expected texts, got {list(stops)!r}")
-            options["stop_strings"] = stops
+        if "stop_strings" in options:
+            stops = options["stop_strings"]
+            stops = () if stops is None else (stops,) if isinstance(stops, str) else stops
+            listed = isinstance(stops, list | tuple)
+            if not listed or not all(isinstance(stop, str) and stop for stop in stops):
+                raise ConfigError(f"generate: stop_strings: expected texts, got {stops!r}")
+            options["stop_strings"] = tuple(stops)
         sampling = self.sampling(**options)
         sampling.check(int(num_samples))
         sampler = self.sampler(sampling)
@@ -197,7 +203,8 @@ class LoadedModel:
         Raises:
             DataError: a prompt with its answer exceeds the model's positions.
         """
-        check_listed("logps", prompts, answers)
+        check_listed("logps", prompts)
+        check_listed("logps", answers, answers=True)
         if len(prompts) != len(answers):
             raise ConfigError(
                 f"logps: found {len(prompts)} prompts and {len(answers)} answers; give each "

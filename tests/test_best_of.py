@@ -15,7 +15,7 @@ from easyaira import best_of
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.mesh import make_mesh
 from easyaira.errors import ConfigError, WeightsError
-from easyaira.generation.sets import COUNTS, SETTINGS, check_folder
+from easyaira.generation.sets import COUNTS, SETTINGS, begin, check_folder
 from easyaira.rewards import best_of as sets
 from easyaira.rewards.best_of import Candidate, select
 from easyaira.rewards.model import RewardModel
@@ -245,6 +245,19 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(
     assert status == 0 and "all answers are scored" in out
 
 
+@pytest.mark.slow
+def test_prompts_that_are_added_to_the_file_are_scored(made, ground, tmp_path, capsys):
+    """The command said that all were, and left the sets of the shorter file."""
+    folder = tmp_path / "best"
+    shutil.copytree(made, folder)
+    longer = tiny.write_rows(tmp_path / "longer.jsonl", [*ROWS, {"prompt": "no"}])
+    status, out, err = call(best_of.main, arguments(ground, folder, f"--prompts={longer}"), capsys)
+    assert status == 0 and "all answers are scored" not in out, err
+    assert lines(folder / sets.SCORED)[:12] == lines(made / sets.SCORED)
+    assert len(lines(folder / sets.SCORED)) == len(lines(folder / sets.ANSWERS)) == 16
+    assert json.loads((folder / COUNTS).read_text())["prompts"] == 4
+
+
 @pytest.mark.parametrize(
     "flags, problem",
     [
@@ -273,6 +286,15 @@ def test_a_folder_whose_settings_did_not_fit_on_the_disk_is_gone_on_with(tmp_pat
     (tmp_path / "mine").touch()
     with pytest.raises(ConfigError, match="is not empty"):
         check_folder(tmp_path, {})
+
+
+def test_a_folder_with_settings_alone_takes_others(tmp_path):
+    """A command that is refused after them, such as for its template, blocked the mended one."""
+    begin(tmp_path, {"reward": 1})
+    check_folder(tmp_path, {"reward": 2})
+    (tmp_path / "answers.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"made with other settings \(reward\)"):
+        check_folder(tmp_path, {"reward": 2})
 
 
 def test_without_a_best_answer_there_is_no_mean_of_the_best(ground, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
 import time
 from types import SimpleNamespace
@@ -350,6 +351,17 @@ def test_an_output_that_would_be_read_as_another_format_is_refused(name, gpt2, t
     status, _, err = answer_file(gpt2, rows, tmp_path / name, capsys)
     assert status == 2 and f"{name}: answers are written as JSON lines; name it .jsonl" in err
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("kind", ["a folder", "no regular file"])
+def test_an_output_that_is_no_file_is_refused_before_its_settings(kind, gpt2, tmp_path, capsys):
+    """/dev/null left /dev/null.settings.json."""
+    path = tmp_path / "output"
+    path.mkdir() if kind == "a folder" else os.mkfifo(path)
+    rows = tiny.write_rows(tmp_path / "in.jsonl", ROWS)
+    status, _, err = answer_file(gpt2, rows, path, capsys)
+    assert status == 2 and f"output: {path} is {kind}; name a file, such as answers.jsonl" in err
+    assert {file.name for file in tmp_path.iterdir()} == {"output", "in.jsonl"}
 
 
 def test_answers_of_weights_that_were_replaced_are_not_gone_on_with(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -162,10 +163,25 @@ def test_errors_name_the_option_and_the_text(model, folder):
         model.generate(["x"], top_q=1)
     with pytest.raises(ConfigError, match="num_samples: 2 answers at temperature 0 are equal"):
         model.generate(["x"], num_samples=2)
-    with pytest.raises(ConfigError, match="num_samples: expected a whole number of at least 1, g"):
+    with pytest.raises(ConfigError, match="num_samples: expected a whole number from 1, below 2"):
         model.generate(["x"], num_samples=0)
-    with pytest.raises(ConfigError, match="seed: expected a whole number of at least 0, got 'x'"):
-        model.generate(["x"], seed="x")
+    for seed in ("x", 2**32):
+        with pytest.raises(ConfigError, match="seed: expected a whole number from 0, below 2"):
+            model.generate(["x"], seed=seed)
+    for stops in (5, {"a": 1}, ["a", None]):
+        with pytest.raises(ConfigError, match="generate: stop_strings: expected texts, got "):
+            model.generate(["x"], stop_strings=stops)
+    with pytest.raises(ConfigError, match="option 'stop' is unknown; it is called stop_strings"):
+        model.generate(["x"], stop="a")
+    for options, message in (
+        ({"template": None}, "template: expected a name or a .jinja file, got None"),
+        ({"mesh": 1}, "mesh: expected a text such as dp=1,fsdp=-1,tp=1, got 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            easyaira.load(folder, **options)
+    for answer in (None, [{"role": "assistant", "content": "b"}], []):
+        with pytest.raises(ConfigError, match="logps: expected a text as answer at place 1, got "):
+            model.logps(["a", "a"], ["b", answer])
     drawn = {"num_samples": np.int64(2), "seed": np.int64(1), "temperature": np.float32(1)}
     assert len(model.generate(["x"], **drawn)[0]) == 2
     with pytest.raises(ConfigError, match="load: expected a folder or a hub id, got None"):
@@ -176,6 +192,33 @@ def test_errors_name_the_option_and_the_text(model, folder):
         check_listed("score", ("Why?", "So."), pairs=True)
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):
         model.logps(["x", "x"], ["y", "y " * 200])
+
+
+def test_no_stop_string_and_a_template_in_a_file(model, folder, tmp_path):
+    """As a Path, and with transformers' own default."""
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    own = easyaira.load(folder, template=tmp_path / "own.jinja")
+    assert own.generate(["x"], max_new_tokens=2, stop_strings=None)[0]
+    answers = model.generate(["x"], max_new_tokens=2, stop_strings=None)
+    assert answers == model.generate(["x"], max_new_tokens=2)
+
+
+def test_training_outside_the_main_thread_is_refused(folder):
+    """Its signal handlers raised ValueError."""
+    with ThreadPoolExecutor() as threads:
+        training = threads.submit(easyaira.train_sft, {})
+        with pytest.raises(ConfigError, match="in the main thread only; call it there, or start"):
+            training.result()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("dry_run", True), ("topology", "v5p:2x2x1"), ("search", True), ("memory", "16GiB")],
+)
+def test_options_of_planning_are_for_the_command(name, value):
+    """They were dropped, and the run began."""
+    with pytest.raises(ConfigError, match=f"{name}: is for the command line; give it there as --"):
+        easyaira.train_sft({name: value})
 
 
 def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):

@@ -96,6 +96,9 @@ class Output:
             raise ConfigError(f"output: {path}: answers are written as JSON lines; name it .jsonl")
         if not path.parent.is_dir():
             raise ConfigError(f"output: {path.parent} is not a folder; create it")
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise ConfigError(f"output: {path} is {kind}; name a file, such as answers.jsonl")
         try:
             self.size = path.stat().st_size if path.exists() else 0
             self.written = self._continue() if self.size else 0

@@ -28,13 +28,12 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         ConfigError: it was made with other settings, or holds other files.
     """
     record = folder / SETTINGS
-    if not record.exists():
-        begun = f".{SETTINGS}.new"  # left by a full disk or a kill
-        if folder.exists() and (
-            not folder.is_dir() or any(path.name != begun for path in folder.iterdir())
-        ):
-            raise ConfigError(f"output: {folder} is not empty; name another folder")
+    begun = SETTINGS, f".{SETTINGS}.new"  # all that is left of a command that is refused later
+    empty = folder.is_dir() and all(path.name in begun for path in folder.iterdir())
+    if empty or not folder.exists():
         return
+    if not record.exists():
+        raise ConfigError(f"output: {folder} is not empty; name another folder")
     before = read_json(record)
     for name, value in settings.items():
         if before.get(name) != value:

@@ -84,6 +84,14 @@ def questions(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
             raise DataError(f"{place}: {error}") from error
 
 
+def complete(folder: Path) -> bool:
+    """Whether all answers are scored. More prompts in the file add answers that are not."""
+    if not (folder / SCORED).exists():
+        return False
+    answers, scores = (sum(1 for _ in rows_of(folder / name)) for name in (ANSWERS, SCORED))
+    return answers == scores
+
+
 def write(folder: Path, num_samples: int, models: Sequence[RewardModel]) -> Mapping[str, Any]:
     """Score the answers, and write the sets; return the counts.
 

@@ -209,7 +209,7 @@ def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]
     return [*asked, {"role": "assistant", "content": answer}]
 
 
-def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
+def check_listed(name: str, *given: Any, pairs: bool = False, answers: bool = False) -> None:
     """Refuse a single text or conversation instead of a list, since its characters or messages
     would be taken for separate texts; iterators, which this check would use up, and dictionaries;
     entries that are neither texts nor conversations; and lone surrogates, which no tokenizer takes.
@@ -217,6 +217,7 @@ def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
     Args:
         name: the function, for the message.
         pairs: take texts, and pairs of a prompt and its answer.
+        answers: take texts alone.
 
     Raises:
         ConfigError: see above.
@@ -231,8 +232,13 @@ def check_listed(name: str, *given: Any, pairs: bool = False) -> None:
         if pairs and isinstance(texts, tuple) and _is_pair(texts):
             raise ConfigError(f"{name}: expected a list, got one pair; write [pair]")
         for i, text in enumerate(texts):
-            if not (_is_pair(text) or isinstance(text, str) if pairs else _is_prompt(text)):
-                wanted = "a text or (prompt, answer)" if pairs else "a text or a list of messages"
+            if answers:
+                fits, wanted = isinstance(text, str), "a text as answer"
+            elif pairs:
+                fits, wanted = _is_pair(text) or isinstance(text, str), "a text or (prompt, answer)"
+            else:
+                fits, wanted = _is_prompt(text), "a text or a list of messages"
+            if not fits:
                 raise ConfigError(
                     f"{name}: expected {wanted} at place {i}, got {shortened(repr(text))}"
                 )
