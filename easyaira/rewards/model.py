@@ -209,7 +209,7 @@ def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]
     return [*asked, {"role": "assistant", "content": answer}]
 
 
-def check_listed(name: str, *given: Any, pairs: bool = False, answers: bool = False) -> None:
+def check_listed(name: str, texts: Any, *, pairs: bool = False, answers: bool = False) -> None:
     """Refuse a single text or conversation instead of a list, since its characters or messages
     would be taken for separate texts; iterators, which this check would use up, and dictionaries;
     entries that are neither texts nor conversations; and lone surrogates, which no tokenizer takes.
@@ -222,33 +222,32 @@ def check_listed(name: str, *given: Any, pairs: bool = False, answers: bool = Fa
     Raises:
         ConfigError: see above.
     """
-    for texts in given:
-        if not isinstance(texts, Collection) or isinstance(texts, Mapping | Set | bytes):
-            kind = type(texts).__name__
-            raise ConfigError(f"{name}: expected a list, got an object of type {kind}")
-        if isinstance(texts, str) or any(_is_message(text) for text in texts):
-            one = "text" if isinstance(texts, str) else "conversation"
-            raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
-        if pairs and isinstance(texts, tuple) and _is_pair(texts):
-            raise ConfigError(f"{name}: expected a list, got one pair; write [pair]")
-        for i, text in enumerate(texts):
-            if answers:
-                fits, wanted = isinstance(text, str), "a text as answer"
-            elif pairs:
-                fits, wanted = _is_pair(text) or isinstance(text, str), "a text or (prompt, answer)"
-            else:
-                fits, wanted = _is_prompt(text), "a text or a list of messages"
-            if not fits:
-                raise ConfigError(
-                    f"{name}: expected {wanted} at place {i}, got {shortened(repr(text))}"
-                )
-            try:
-                json.dumps(text, ensure_ascii=False, default=str).encode()
-            except UnicodeEncodeError as error:
-                raise ConfigError(
-                    f"{name}: the text at place {i} has a lone surrogate, which is no character; "
-                    "remove it"
-                ) from error
+    if not isinstance(texts, Collection) or isinstance(texts, Mapping | Set | bytes):
+        kind = type(texts).__name__
+        raise ConfigError(f"{name}: expected a list, got an object of type {kind}")
+    if isinstance(texts, str) or any(_is_message(text) for text in texts):
+        one = "text" if isinstance(texts, str) else "conversation"
+        raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
+    if pairs and isinstance(texts, tuple) and _is_pair(texts):
+        raise ConfigError(f"{name}: expected a list, got one pair; write [pair]")
+    for i, text in enumerate(texts):
+        if answers:
+            fits, wanted = isinstance(text, str), "a text as answer"
+        elif pairs:
+            fits, wanted = _is_pair(text) or isinstance(text, str), "a text or (prompt, answer)"
+        else:
+            fits, wanted = _is_prompt(text), "a text or a list of messages"
+        if not fits:
+            raise ConfigError(
+                f"{name}: expected {wanted} at place {i}, got {shortened(repr(text))}"
+            )
+        try:
+            json.dumps(text, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{name}: the text at place {i} has a lone surrogate, which is no character; "
+                "remove it"
+            ) from error
 
 
 def _is_message(given: Any) -> bool:
