@@ -25,7 +25,14 @@ from easyaira.generation.chat import text_of
 from easyaira.generation.processors import Sampling
 from easyaira.generation.programs import Programs
 from easyaira.generation.sampler import ROWS, Sampler
-from easyaira.generation.settings import NUMBERS, end_ids, files_of, number_of, options_of
+from easyaira.generation.settings import (
+    NUMBERS,
+    end_ids,
+    files_of,
+    number_of,
+    options_of,
+    stop_strings,
+)
 from easyaira.losses.token_logps import token_logps
 from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
@@ -153,12 +160,19 @@ class LoadedModel:
         return sampler
 
     def generate(
-        self, prompts: Sequence[Prompt], *, num_samples: int = 1, seed: int = 0, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int = 1,
+        batch_size: int = ROWS,
+        seed: int = 0,
+        **options: Any,
     ) -> list[list[str]]:
         """Answers to each prompt, `num_samples` of them.
 
         Args:
             prompts: texts of a user, or lists of messages.
+            batch_size: answers that are generated together.
             options: fields of `Sampling`, such as max_new_tokens and temperature; defaults are
                 those of the folder's generation_config.json.
 
@@ -166,22 +180,18 @@ class LoadedModel:
             ConfigError: an option does not exist, is out of range, or has no effect.
             DataError: a prompt leaves no room for an answer.
         """
-        for option, number, least in (("num_samples", num_samples, 1), ("seed", seed, 0)):
+        numbers = ("num_samples", num_samples, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)
+        for option, number, least in numbers:
             if not isinstance(number, Integral) or not least <= number < 2**32:  # also NumPy's
                 raise ConfigError(
                     f"generate: {option}: expected a whole number from {least}, below 2**32, got "
                     f"{number!r}"
                 )
         if "stop_strings" in options:
-            stops = options["stop_strings"]
-            stops = () if stops is None else (stops,) if isinstance(stops, str) else stops
-            listed = isinstance(stops, list | tuple)
-            if not listed or not all(isinstance(stop, str) and stop for stop in stops):
-                raise ConfigError(f"generate: stop_strings: expected texts, got {stops!r}")
-            options["stop_strings"] = tuple(stops)
+            options["stop_strings"] = stop_strings(options["stop_strings"], "generate")
         sampling = self.sampling(**options)
         sampling.check(int(num_samples))
-        sampler = self.sampler(sampling)
+        sampler = self.sampler(sampling, int(batch_size))
         check_listed("generate", prompts)
         tokens = [self.template.prompt(_messages(prompt)).tolist() for prompt in prompts]
         with self.model.on(self.mesh):

@@ -25,8 +25,7 @@ from easyaira.distributed import mesh as meshes
 from easyaira.distributed.tree import abstract, by_path
 from easyaira.errors import ConfigError, StorageError
 from easyaira.models.registry import model_of
-from easyaira.storage import checkpoints as checkpoints_module
-from easyaira.storage import object_store, pretrained
+from easyaira.storage import object_store, orbax_errors, pretrained
 from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.integrity import bit_sums
 from helpers import tiny
@@ -269,14 +268,14 @@ def test_a_disk_without_room_for_a_folder_ends_the_command_at_once(models, tmp_p
 @pytest.mark.slow
 def test_a_write_abandoned_by_a_failed_save_prints_nothing():
     """Whether Orbax abandons one depends on timing; Python collects it at the end at the latest."""
-    code = "import easyaira.storage.checkpoints\nasync def write(): pass\nkept = write()"
+    code = "import easyaira.storage.orbax_errors\nasync def write(): pass\nkept = write()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_cause_comes_before_the_paths():
     text = 'RESOURCE_EXHAUSTED: Error writing local file "' + "x" * 500 + '": Failed: '
-    assert checkpoints_module._short(ValueError(text + os.strerror(28))) == os.strerror(28)
+    assert orbax_errors.short(ValueError(text + os.strerror(28))) == os.strerror(28)
 
 
 def test_a_record_that_is_missing_is_named(saved, tmp_path):

@@ -165,11 +165,13 @@ def test_errors_name_the_option_and_the_text(model, folder):
         model.generate(["x"], num_samples=2)
     with pytest.raises(ConfigError, match="num_samples: expected a whole number from 1, below 2"):
         model.generate(["x"], num_samples=0)
+    with pytest.raises(ConfigError, match="batch_size: expected a whole number from 1, below 2"):
+        model.generate(["x"], batch_size=0.5)
     for seed in ("x", 2**32):
         with pytest.raises(ConfigError, match="seed: expected a whole number from 0, below 2"):
             model.generate(["x"], seed=seed)
     for stops in (5, {"a": 1}, ["a", None]):
-        with pytest.raises(ConfigError, match="generate: stop_strings: expected texts, got "):
+        with pytest.raises(ConfigError, match="generate: stop_strings: found .*, expected texts; "):
             model.generate(["x"], stop_strings=stops)
     with pytest.raises(ConfigError, match="option 'stop' is unknown; it is called stop_strings"):
         model.generate(["x"], stop="a")
@@ -182,7 +184,12 @@ def test_errors_name_the_option_and_the_text(model, folder):
     for answer in (None, [{"role": "assistant", "content": "b"}], []):
         with pytest.raises(ConfigError, match="logps: expected a text as answer at place 1, got "):
             model.logps(["a", "a"], ["b", answer])
-    drawn = {"num_samples": np.int64(2), "seed": np.int64(1), "temperature": np.float32(1)}
+    drawn = {
+        "num_samples": np.int64(2),
+        "batch_size": np.int64(1),
+        "seed": np.int64(1),
+        "temperature": np.float32(1),
+    }
     assert len(model.generate(["x"], **drawn)[0]) == 2
     with pytest.raises(ConfigError, match="load: expected a folder or a hub id, got None"):
         easyaira.load(None)
@@ -238,7 +245,7 @@ def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
         (lambda: model.logps(["x"], ["\ud83d"]), "the text at place 0 has a lone surrogate"),
         (
             lambda: model.generate(["x"], stop_strings=[""]),
-            r"stop_strings: expected texts, got \['",
+            r"stop_strings: found \[''\], expected texts",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

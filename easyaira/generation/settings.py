@@ -95,6 +95,23 @@ def number_of(name: str, value: Any, where: str = GENERATION_CONFIG) -> int | fl
     return kind(value)
 
 
+def stop_strings(value: Any, where: str = GENERATION_CONFIG) -> tuple[str, ...]:
+    """The setting of this name: None, a text, or texts in a list or tuple.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: it is something else, or a text is empty.
+    """
+    stops = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(s, str) and s for s in stops):
+        raise ConfigError(
+            f"{where}: stop_strings: found {value!r:.80}, expected texts; correct or remove it"
+        )
+    return tuple(stops)
+
+
 def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `processors.Sampling` that generation_config.json sets.
 
@@ -108,10 +125,7 @@ def options_of(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         if name in NUMBERS:
             options[name] = number_of(name, value)
         elif name == "stop_strings":
-            stops = [value] if isinstance(value, str) else value
-            if not isinstance(stops, list) or not all(type(s) is str and s for s in stops):
-                raise ConfigError(f"{GENERATION_CONFIG}: {name}: found {value!r}, expected texts")
-            options[name] = tuple(stops)
+            options[name] = stop_strings(value)
         elif value and not (value == 1 and name in ONE_CHANGES_NOTHING):
             raise ConfigError(
                 f"{GENERATION_CONFIG}: {name} {value!r} is not supported here; remove it, or "

@@ -12,16 +12,11 @@ and TensorStore reads and writes the arrays there."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import itertools
 import json
-import logging
-import os
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,49 +28,12 @@ from easyaira.distributed import hosts, watchdog
 from easyaira.errors import StorageError
 from easyaira.files import parse_json
 from easyaira.storage import one_by_one
-from easyaira.storage.integrity import hash_of, sums_of
+from easyaira.storage.integrity import SumsWhileRead, hash_of, sums_of
 from easyaira.storage.keeping import Kept
 from easyaira.storage.object_store import finished_steps, in_store, inside, is_finished, locate
+from easyaira.storage.orbax_errors import quiet, short
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file at INFO
 one_by_one.register()
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-class _Failures(logging.Handler):
-    """Log handler that ends the run when a process fails to write its shards.
-
-    With several processes such a failure deadlocks Orbax's barrier. Its log record is the earliest
-    signal."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "in background save thread" in message and record.exc_info and hosts.several():
-            folder = message.rpartition("directory: ")[2]
-            reason = _short(record.exc_info[1])
-            watchdog.leave(StorageError(f"{folder}: cannot be saved: {reason}"))
-
-
-logging.getLogger("absl").addHandler(_Failures())
-logging.getLogger("absl").propagate = False  # pages of tracebacks for errors that Orbax raises, too
-
-
-def _without_closed_loops(print_error: Callable[..., Any]) -> Callable[..., None]:
-    """An unraisablehook that drops the errors of TensorStore's threads after a failed save, whose
-    event loop is closed."""
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_error(unraisable)
-
-    return hook
-
-
-sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors of tasks that nobody awaits
-# Orbax abandons the other writes of a failed save; Python warns when it collects them.
-warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 class Restored(NamedTuple):
@@ -121,7 +79,7 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # Orbax passes on whatever the storage raises
-            raise StorageError(f"{self.folder}: cannot be opened: {_short(error)}") from error
+            raise StorageError(f"{self.folder}: cannot be opened: {short(error)}") from error
 
     def _clean(self) -> None:
         """Remove leftovers of an interrupted save.
@@ -144,7 +102,7 @@ class Checkpoints:
         try:
             steps = finished_steps(self.folder) if hosts.first() else []
         except Exception as error:
-            raise StorageError(f"{self.folder}: cannot be listed: {_short(error)}") from error
+            raise StorageError(f"{self.folder}: cannot be listed: {short(error)}") from error
         return hosts.share(steps)
 
     def latest(self) -> int | None:
@@ -157,15 +115,25 @@ class Checkpoints:
         Raises:
             StorageError: this save cannot start, or the previous one failed.
         """
-        self._save(step, {"params": params, "opt_state": opt_state}, {"data": data, "meta": meta})
+        trees, records = {"params": params, "opt_state": opt_state}, {"data": data, "meta": meta}
+        sums = sums_of(trees, records)
+        self._start(step, trees, records | {"sums": sums | {"sums": hash_of(sums)}})
 
     def save_params(self, step: int, params: Any, meta: dict) -> None:
-        """Save only weights (also `Lazy`) and meta, for a converted model; raises like `save`."""
-        self._save(step, {"params": params}, {"meta": meta})
+        """Save only `Lazy` weights and meta, for a converted model, in a folder that is not used
+        before this returns. Raises like `save`, and also if this save fails."""
+        read = SumsWhileRead({"params": params})
+        self._start(step, read.trees, {"meta": meta})
+        self.wait()
+        sums = read.sums() | {"meta": hash_of(meta)}
+        record = ocp.args.JsonSave(sums | {"sums": hash_of(sums)})
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+                checkpointer.save(self.folder / str(step) / "sums", args=record)
+        except Exception as error:
+            raise self._failed("saved", step, error) from error
 
-    def _save(self, step: int, trees: dict[str, Any], records: dict[str, Any]) -> None:
-        sums = sums_of(trees, records)
-        records = records | {"sums": sums | {"sums": hash_of(sums)}}
+    def _start(self, step: int, trees: dict[str, Any], records: dict[str, Any]) -> None:
         items = {name: one_by_one.save_args(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(record) for name, record in records.items()}
         self.wait()
@@ -267,7 +235,7 @@ class Checkpoints:
         items |= {name: ocp.args.JsonRestore() for name in (*records, "sums")}
         watchdog.beat(f"restoring checkpoint {step}")
         failure = None
-        with _quiet():
+        with quiet():
             try:
                 restored = self._reader().restore(step, args=ocp.args.Composite(**items))
                 sums = dict(restored.sums)
@@ -306,7 +274,7 @@ class Checkpoints:
         )
 
     def _failed(self, verb: str, step: int, problem: Exception | str) -> StorageError:
-        reason = problem if isinstance(problem, str) else _short(problem)
+        reason = problem if isinstance(problem, str) else short(problem)
         try:
             others = [other for other in finished_steps(self.folder) if other != step]
         except Exception:
@@ -342,33 +310,6 @@ class Checkpoints:
         self.manager.close()
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the hundreds of lines that Orbax's threads and abandoned coroutines print for one
-    damaged file. Errors must be caught inside the block."""
-    hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook = sys.excepthook = lambda *_: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook, sys.excepthook = hooks
-
-
-def _short(error: BaseException) -> str:
-    """One line with the array or file named in an Orbax error, and the reason."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    for cause in map(os.strerror, NO_ROOM):
-        if cause in str(error):  # behind paths, in a long text
-            return cause
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = text.split(" [tensorstore_spec")[0]
-    if array := re.search(r'"([^"]+)/[^"/]*" in OCDBT database at [^"]*"([^"]*)/":? (.*)', text):
-        item = array[2].rpartition("/")[2]
-        return f"{item}/{array[1].replace('.', '/')}: {array[3]}"[:300]
-    return text[:300]
-
-
 def records(folder: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Finished steps with a readable meta record, newest first, and that record, unverified. Runs
     on one process only.
@@ -381,7 +322,7 @@ def records(folder: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         steps = finished_steps(path)
     except Exception as error:
-        raise StorageError(f"{path}: cannot be listed: {_short(error)}") from error
+        raise StorageError(f"{path}: cannot be listed: {short(error)}") from error
     for step in reversed(steps):
         try:
             meta = parse_json((path / str(step) / "meta/metadata").read_bytes())

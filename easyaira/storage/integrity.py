@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,20 +20,46 @@ from easyaira.hf.lazy import Lazy
 
 
 def sums_of(trees: dict[str, Any], records: dict[str, Any]) -> dict[str, str]:
-    """Checksums of the arrays, by path, and of the records, by name. `Lazy` arrays are read, one at
-    a time."""
+    """Checksums of the arrays, by path, and of the records, by name."""
     leaves = by_path(trees)
-    lazy = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Lazy)}
-    arrays = {name: leaf for name, leaf in leaves.items() if name not in lazy}
-    shardings = [leaf.sharding for leaf in arrays.values()]
+    shardings = [leaf.sharding for leaf in leaves.values()]
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
-    words = jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(arrays))
-    words |= {name: _sums_of_pieces(leaf) for name, leaf in lazy.items()}
-    sums = {
+    words = jax.device_get((_replicated(meshes[0]) if meshes else bit_sums)(leaves))
+    return _lines(leaves, words) | {name: hash_of(record) for name, record in records.items()}
+
+
+class SumsWhileRead:
+    """Checksums of trees of `Lazy` arrays, computed while they are read.
+
+    Attributes:
+        trees: the arrays to read, each once.
+    """
+
+    def __init__(self, trees: dict[str, Any]):
+        self.words = {name: np.zeros(2, np.uint32) for name in by_path(trees)}
+        self.trees = jax.tree_util.tree_map_with_path(self._summed, trees)
+
+    def _summed(self, path: tuple, lazy: Lazy) -> Lazy:
+        def pieces() -> Iterator[Any]:
+            start = 0
+            for piece in lazy.pieces():
+                sums = _sums(piece, np.uint32(start & 0xFFFFFFFF))
+                self.words[path_of(path)] += np.asarray(sums)
+                start += piece.size
+                yield piece
+
+        return replace(lazy, pieces=pieces, entry=None)
+
+    def sums(self) -> dict[str, str]:
+        """As `sums_of`, once all arrays have been read."""
+        return _lines(by_path(self.trees), self.words)
+
+
+def _lines(leaves: dict[str, Any], words: dict[str, Any]) -> dict[str, str]:
+    return {
         name: f"{leaf.dtype}{list(leaf.shape)} {words[name][0]:08x}{words[name][1]:08x}"
         for name, leaf in leaves.items()
     }
-    return sums | {name: hash_of(record) for name, record in records.items()}
 
 
 @functools.cache
@@ -59,14 +87,6 @@ class Fingerprint:
             path: (jax.device_get(s).tolist(), shape) for path, (s, shape) in self.sums.items()
         }
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-
-
-def _sums_of_pieces(lazy: Lazy) -> np.ndarray:
-    total, start = np.zeros(2, np.uint32), 0
-    for piece in lazy.pieces():
-        total += np.asarray(_sums(piece, np.uint32(start & 0xFFFFFFFF)))
-        start += piece.size
-    return total
 
 
 @jax.jit
