@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -322,6 +323,7 @@ def run_command(
         torch: whether the command, or a function that the user gives it, may use PyTorch.
     """
     argv = sys.argv[1:] if argv is None else argv
+    gc.set_threshold(50_000, 20, 50)  # else collections take a tenth of imports and of tracing
     keep_memory()
     keep_order()
     if not torch:
