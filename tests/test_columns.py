@@ -301,6 +301,11 @@ def test_what_would_change_what_is_learned_is_an_error(task, row, name, tmp_path
     assert f"{name} is filled and would not be used" in message
 
 
+def test_a_column_of_prompts_is_renamed_for_reward_functions(tmp_path):
+    message = refused(tmp_path, {"prompt": "a", "label": "b"}, task="prompt")
+    assert "or rename it for reward functions: data.columns {gold: label}" in message
+
+
 def test_a_column_that_is_moved_away_is_wanted_so(tmp_path):
     row = {"prompt": "Hi?", "completion": "Hello.", "input": "c"}
     kept = read(tmp_path, row, columns={"unused": "input"})

@@ -61,8 +61,11 @@ class Record(Mapping[str, Any]):
     def filled(self, key: str) -> bool:
         return _filled(self._content.get(key))
 
-    def unread(self) -> Iterator[str]:
+    def unread(self, fix: str) -> Iterator[str]:
         """Filled columns and keys that were not read, less those that are harmless.
+
+        Args:
+            fix: what to do with a column, with {} for its name.
 
         Raises:
             Unreadable: one of them would change what is learned.
@@ -72,14 +75,14 @@ class Record(Mapping[str, Any]):
             if key in self._read or not self.filled(key):
                 continue
             if key in MATTERS:
-                fix = "remove the key" if self._name else f"set data.columns {{unused: {key}}}"
+                fix = "remove the key" if self._name else fix.format(key)
                 raise Unreadable(
                     f"{where} {key} is filled and would not be used; join it to the text, or {fix}"
                 )
             if not HARMLESS.fullmatch(str(key)):
                 yield f"{where} {key}"
         for part in self._parts:
-            yield from part.unread()
+            yield from part.unread(fix)
 
 
 def _filled(value: Any) -> bool:

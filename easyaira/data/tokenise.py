@@ -33,6 +33,9 @@ from easyaira.errors import DataError, TokenizerError
 CHUNK = 1000  # rows to tokenise together, on all cores
 CHUNK_CHARACTERS = 2**21  # of such rows, at most; a character takes 200 bytes
 LONGEST_TEXT = 2**21  # characters
+# for a column that would change what is learned, and by task: as of `Record.unread`
+FIX = "set data.columns {{unused: {}}}"
+FIXES = {"prompt": "rename it for reward functions: data.columns {{gold: {}}}"}
 
 
 def build(
@@ -124,7 +127,7 @@ def _readable(
                 raise columns.Unreadable(
                     f"a text of {longest:,} characters, more than {LONGEST_TEXT:,}; split it"
                 )
-            unread = tuple(dict.fromkeys(record.unread()))
+            unread = tuple(dict.fromkeys(record.unread(FIXES.get(recipe.task, FIX))))
             texts = texts._replace(unread=unread, notes=tuple(dict.fromkeys(record.notes)))
             yield account.read - 1, place, texts
         except columns.Unreadable as error:
