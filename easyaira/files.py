@@ -208,8 +208,8 @@ def parse_yaml(text: str, repeated: list[str] | None = None) -> Any:
         repeated: as of `read_yaml`.
 
     Raises:
-        ValueError: not YAML, a key twice in one mapping, or aliases that expand without bound;
-            with the line.
+        ValueError: not YAML, a key twice in one mapping, aliases that expand without bound, or a
+            number that YAML reads in another base; with the line.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -249,6 +249,11 @@ def yaml_line(path: Path, keys: Sequence[str]) -> int | None:
     return line
 
 
+# A leading 0 means base 8, and a colon base 60; on the command line they do not.
+OTHER_BASE = re.compile(r"[-+]?0[0-7_]+|.*:.*")
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 def _nodes(node: yaml.Node, known: dict[int, int], repeated: list[str] | None) -> int:
     """Count the nodes below `node`, every alias written out, and check its keys."""
     line = f"line {node.start_mark.line + 1}: "
@@ -272,6 +277,9 @@ def _nodes(node: yaml.Node, known: dict[int, int], repeated: list[str] | None) -
             count += _nodes(key, known, repeated) + _nodes(value, known, repeated)
     elif isinstance(node, yaml.SequenceNode):
         count += sum(_nodes(item, known, repeated) for item in node.value)
+    elif OTHER_BASE.fullmatch(node.value) and node.tag in NUMBER_TAGS:
+        number = yaml.safe_load(node.value)
+        raise ValueError(f"{line}YAML reads {node.value} as {number}; write that, or quote it")
     if count > MAX_YAML_NODES:
         raise ValueError(f"{line}more than {MAX_YAML_NODES} values with its aliases written out")
     known[id(node)] = count

@@ -106,6 +106,9 @@ LAUGHS = (
         "a: [1\nb: 2": "line 2: ",
         "a: !!python/object/apply:os.system [x]": "line 1: could not determine a constructor",
         "a: &a [*a]": "line 1: an alias contains itself",
+        "a: 1\nseed: 0123": "line 2: YAML reads 0123 as 83; write that, or quote it",
+        "a: [-010]": "line 1: YAML reads -010 as -8",
+        "a: 1:30": "line 1: YAML reads 1:30 as 90",
         LAUGHS: "values with its aliases written out",
         "a: " + "[" * 100_000: "nested too deeply",
     }.items(),
@@ -116,6 +119,12 @@ def test_yaml_errors_name_the_line(text, message, tmp_path):
     with pytest.raises(ConfigError) as error:
         files.read_yaml(tmp_path / "x.yaml")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_yaml_takes_other_numbers_and_texts_with_zeros_and_colons(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: [0, 0.5, 0x1F, 1_000, '010', 'a:b', 08, 1e-5, 00:x]")
+    values = [0, 0.5, 31, 1000, "010", "a:b", "08", "1e-5", "00:x"]
+    assert files.read_yaml(tmp_path / "x.yaml") == {"a": values}
 
 
 def test_yaml_of_another_encoding_is_refused(tmp_path):
