@@ -234,6 +234,13 @@ def test_a_damaged_file_is_named(folder, damage):
         check(folder)
 
 
+def test_a_shard_without_its_index_says_what_to_download(folder):
+    """It was called a file of another format."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(WeightsError, match="several files; download model.safetensors.index.json"):
+        check(folder)
+
+
 def test_a_pickle_is_refused_and_a_bare_config_says_what_to_do(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="pytorch_model.bin is of another format.*save_pretr"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 ORDER = ["F64", "F32", "BF16", "F16"]  # of the tensors in a file, as the library writes them
 SHARD_BYTES = 5 * 10**9
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 REPORT = "export_report.json"
 
 
@@ -47,14 +49,15 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     if single.exists():
         return open_file(single)
     if not index_file.exists():
-        other = other_format(path.name for path in folder.iterdir())
-        hint = (
-            f"; {other} is of another format, which is not read; convert the model to safetensors "
-            "with transformers' save_pretrained"
-            if other
-            else "; to start from config.json alone, set model.init to random"
-        )
-        raise WeightsError(f"{folder}: no model.safetensors{hint}")
+        hint = "to start from config.json alone, set model.init to random"
+        if other := other_format(path.name for path in folder.iterdir()):
+            hint = (
+                f"{other} is of another format, which is not read; convert the model to "
+                "safetensors with transformers' save_pretrained"
+            )
+            if SHARD.fullmatch(other):
+                hint = f"{other} is one of several files; download {index_file.name}, too"
+        raise WeightsError(f"{folder}: no model.safetensors; {hint}")
     weight_map = _weight_map(index_file)
     files = set(weight_map.values())
     tensors: dict[str, np.ndarray] = {}
