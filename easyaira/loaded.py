@@ -182,7 +182,8 @@ class LoadedModel:
         """
         numbers = ("num_samples", num_samples, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)
         for option, number, least in numbers:
-            if not isinstance(number, Integral) or not least <= number < 2**32:  # also NumPy's
+            whole = isinstance(number, Integral) and not isinstance(number, bool)  # also NumPy's
+            if not whole or not least <= number < 2**32:
                 raise ConfigError(
                     f"generate: {option}: expected a whole number from {least}, below 2**32, got "
                     f"{number!r}"

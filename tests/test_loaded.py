@@ -165,8 +165,9 @@ def test_errors_name_the_option_and_the_text(model, folder):
         model.generate(["x"], num_samples=2)
     with pytest.raises(ConfigError, match="num_samples: expected a whole number from 1, below 2"):
         model.generate(["x"], num_samples=0)
-    with pytest.raises(ConfigError, match="batch_size: expected a whole number from 1, below 2"):
-        model.generate(["x"], batch_size=0.5)
+    for size in (0.5, True):
+        with pytest.raises(ConfigError, match="batch_size: expected a whole number from 1, below"):
+            model.generate(["x"], batch_size=size)
     for seed in ("x", 2**32):
         with pytest.raises(ConfigError, match="seed: expected a whole number from 0, below 2"):
             model.generate(["x"], seed=seed)

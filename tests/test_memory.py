@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
+import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from easyaira import convert
 from easyaira.distributed.tree import by_path
 from easyaira.export import torch_check
 from easyaira.hf import lazy, safetensors, transfer
+from easyaira.storage.checkpoints import Checkpoints
 from easyaira.storage.integrity import SumsWhileRead, sums_of
 from helpers import tiny
 
@@ -91,6 +95,31 @@ def test_sums_of_pieces_are_those_of_the_array():
     np.testing.assert_array_equal(read.trees["params"].read(), array)
     assert read.sums() == whole
     assert sums_of({"params": jnp.asarray(array[::-1])}, {}) != whole
+
+
+def test_a_conversion_that_is_interrupted_reads_no_further(tmp_path, monkeypatch):
+    """It read and wrote the rest of the weights before it ended."""
+    begun, count, calls = threading.Event(), [], []
+
+    def pieces():
+        for _ in range(500):
+            count.append(begun.set())
+            time.sleep(0.01)
+            yield np.zeros((1, 4), np.float32)
+
+    array = lazy.Lazy((500, 4), np.dtype(np.float32), pieces)
+    with pytest.raises(KeyboardInterrupt), closing(Checkpoints(tmp_path, write=True)) as saving:
+        wait = saving.wait
+
+        def interrupted():
+            calls.append(begun.is_set() or begun.wait(10) if calls else None)
+            if len(calls) == 2:  # the first is before the save
+                raise KeyboardInterrupt
+            wait()
+
+        monkeypatch.setattr(saving, "wait", interrupted)
+        saving.save_params(0, {"a": array}, {})
+    assert 0 < len(count) < 250
 
 
 @pytest.mark.parametrize("shape", [(256, 32), (257, 33), (300, 7), (5, 100), (1, 1), (4, 0)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from easyaira import cli, convert
 from easyaira.distributed import mesh as meshes
@@ -108,6 +108,23 @@ def test_a_conversion_that_fails_leaves_the_old_model(name, ground, tmp_path, ca
     assert call(*command_of(name, ground, out), "--overwrite") == 4
     assert "out: cannot be written: No space left" in capsys.readouterr().err
     assert held(out) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype, value", [(np.float32, np.nan), (np.float64, 1e300)])
+def test_a_weight_that_is_not_finite_is_the_models_fault(dtype, value, tmp_path, capsys):
+    """Not that of the folder which is written, where it is read while others are saved."""
+    tiny.save(tmp_path / "llama", CONFIG)
+    file = tmp_path / "llama/model.safetensors"
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name].astype(dtype)
+    tensors[name][0, 0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert call("from_hf", tmp_path / "llama", tmp_path / "out") == 2
+    problem = f"error: {file}: {name}: contains NaN or infinity; the file is damaged or the model"
+    assert capsys.readouterr().err == f"{problem} diverged\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
 def test_a_new_model_that_cannot_take_its_place_leaves_the_old_one(

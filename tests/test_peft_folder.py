@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import easyaira
-from easyaira import generate
+from easyaira import convert, generate
 from easyaira.errors import EasyAiraError
 from easyaira.storage.pretrained import find
 from helpers import runs, tiny
@@ -43,6 +43,15 @@ def test_a_loaded_adapter_has_the_logits_of_peft(kind, options, models, tmp_path
         ours = np.asarray(loaded.model.logits(hidden, head))
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1))
     assert loaded.tokenizer.get_vocab() == tiny.tokenizer_of(tiny.CONFIGS[kind]).get_vocab()
+
+
+@pytest.mark.slow
+def test_from_hf_of_an_adapter_writes_the_merged_model(models, tmp_path):
+    """Merged weights are arrays in memory, and not `Lazy`."""
+    peft_model(models / "llama", "llama").save_pretrained(tmp_path / "a")
+    convert.from_hf(str(tmp_path / "a"), str(tmp_path / "ours"))
+    (_, merged), (_, ours) = (tiny.load(tmp_path / name) for name in ("a", "ours"))
+    runs.same_bits(ours, merged)
 
 
 @pytest.mark.slow

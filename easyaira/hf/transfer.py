@@ -190,7 +190,8 @@ def _fill(array: np.ndarray, view: np.ndarray, place: str) -> None:
     """Copy a stored tensor into a part of a parameter, whose vocabulary may be padded."""
     if view.shape != array.shape:
         array[...] = 0
-    _copy(array[tuple(map(slice, view.shape))], view)
+    with np.errstate(over="ignore"):  # infinity is named below
+        _copy(array[tuple(map(slice, view.shape))], view)
     release(view)
     if not np.isfinite(array).all():
         raise WeightsError(

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils.epath.backend import fsspec_backend
 
 from easyaira.distributed import hosts, watchdog
-from easyaira.errors import StorageError
+from easyaira.errors import EasyAiraError, StorageError
 from easyaira.files import parse_json
 from easyaira.storage import one_by_one
 from easyaira.storage.integrity import SumsWhileRead, hash_of, sums_of
@@ -120,11 +120,26 @@ class Checkpoints:
         self._start(step, trees, records | {"sums": sums | {"sums": hash_of(sums)}})
 
     def save_params(self, step: int, params: Any, meta: dict) -> None:
-        """Save only `Lazy` weights and meta, for a converted model, in a folder that is not used
-        before this returns. Raises like `save`, and also if this save fails."""
+        """Save only weights (also `Lazy`) and meta, for a converted model, in a folder that is not
+        used before this returns.
+
+        Raises:
+            StorageError: this save failed.
+            WeightsError: a `Lazy` array cannot be read.
+        """
         read = SumsWhileRead({"params": params})
         self._start(step, read.trees, {"meta": meta})
-        self.wait()
+        try:
+            self.wait()
+        except StorageError:
+            if isinstance(read.error, EasyAiraError):
+                raise read.error from None
+            raise
+        except BaseException:  # a signal
+            read.stopped = True
+            with contextlib.suppress(StorageError):
+                self.wait()
+            raise
         sums = read.sums() | {"meta": hash_of(meta)}
         record = ocp.args.JsonSave(sums | {"sums": hash_of(sums)})
         try:

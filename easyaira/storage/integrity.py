@@ -29,26 +29,40 @@ def sums_of(trees: dict[str, Any], records: dict[str, Any]) -> dict[str, str]:
 
 
 class SumsWhileRead:
-    """Checksums of trees of `Lazy` arrays, computed while they are read.
+    """Checksums of trees whose `Lazy` arrays are summed while they are read.
 
     Attributes:
         trees: the arrays to read, each once.
+        error: what stopped a read.
+        stopped: set this to end all reads at their next piece.
     """
 
     def __init__(self, trees: dict[str, Any]):
-        self.words = {name: np.zeros(2, np.uint32) for name in by_path(trees)}
+        self.words: dict[str, np.ndarray] = {}
         self.trees = jax.tree_util.tree_map_with_path(self._summed, trees)
+        self.error: Exception | None = None
+        self.stopped = False
 
-    def _summed(self, path: tuple, lazy: Lazy) -> Lazy:
-        def pieces() -> Iterator[Any]:
-            start = 0
+    def _summed(self, path: tuple, leaf: Any) -> Any:
+        name = path_of(path)
+        if not isinstance(leaf, Lazy):
+            self.words[name] = np.asarray(_sums(leaf))
+            return leaf
+        self.words[name] = np.zeros(2, np.uint32)
+        return replace(leaf, pieces=lambda: self._pieces(name, leaf), entry=None)
+
+    def _pieces(self, name: str, lazy: Lazy) -> Iterator[Any]:
+        start = 0
+        try:
             for piece in lazy.pieces():
-                sums = _sums(piece, np.uint32(start & 0xFFFFFFFF))
-                self.words[path_of(path)] += np.asarray(sums)
+                if self.stopped:
+                    raise InterruptedError(f"{name} is read no further")
+                self.words[name] += np.asarray(_sums(piece, np.uint32(start & 0xFFFFFFFF)))
                 start += piece.size
                 yield piece
-
-        return replace(lazy, pieces=pieces, entry=None)
+        except Exception as error:
+            self.error = error
+            raise
 
     def sums(self) -> dict[str, str]:
         """As `sums_of`, once all arrays have been read."""
