@@ -33,7 +33,7 @@ from easyaira.errors import DataError, TokenizerError
 CHUNK = 1000  # rows to tokenise together, on all cores
 CHUNK_CHARACTERS = 2**21  # of such rows, at most; a character takes 200 bytes
 LONGEST_TEXT = 2**21  # characters
-# for a column that would change what is learned, and by task: as of `Record.unread`
+# What to do with a column that would change what is learned, {} being its name; and for some tasks
 FIX = "set data.columns {{unused: {}}}"
 FIXES = {"prompt": "rename it for reward functions: data.columns {{gold: {}}}"}
 
