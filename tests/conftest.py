@@ -28,7 +28,6 @@ QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {ONE_MODULE * QUICK}"
 keep_order()
-FULL = min(6e9, psutil.virtual_memory().total / 4)
 gc.set_threshold(200_000, 20, 100)  # the collector takes a tenth of the time of tracing
 
 import jax
@@ -102,17 +101,19 @@ def one_device(devices):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Free compiled programs after a test file, once this process holds a quarter of the memory.
-    What a file leaves is frozen: else each later collection would walk it, and late tests take
-    twice as long."""
+    """Free compiled programs after each test file, while this process holds 3 GB. What a file
+    leaves is frozen: else each later collection would walk it, and late tests take twice as long.
+    """
     yield
-    if psutil.Process().memory_info().rss > FULL:
+    full = psutil.Process().memory_info().rss > 3e9
+    if full:
         gc.unfreeze()
         jax.clear_caches()
         programs.shared.clear()
-        gc.collect()
-        give_back_memory()
+    gc.collect()
     gc.freeze()
+    if full:
+        give_back_memory()
 
 
 @pytest.fixture(scope="session")
