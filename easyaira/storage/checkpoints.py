@@ -2,9 +2,9 @@
 
 A checkpoint has the items `params`, `opt_state`, `data` (position in the data), `meta` (kind of
 model, and metrics not yet logged) and `sums` (checksums over all bits of the other items). Orbax
-does not detect changed bytes. The checksums are therefore computed on the devices before saving and
-again after restoring. Saving runs in the background; its errors are raised by the next save or by
-`close`.
+does not detect changed bytes. The checksums are therefore computed on the devices before saving, or
+while the weights of a converted model are read, and again after restoring. Saving runs in the
+background; its errors are raised by the next save or by `close`.
 
 The folder may be in an object store: fsspec (through etils) reads and writes `gs://` and `s3://`,
 and TensorStore reads and writes the arrays there."""
@@ -28,7 +28,7 @@ from easyaira.distributed import hosts, watchdog
 from easyaira.errors import EasyAiraError, StorageError
 from easyaira.files import parse_json
 from easyaira.storage import one_by_one
-from easyaira.storage.integrity import SumsWhileRead, hash_of, sums_of
+from easyaira.storage.integrity import SumsWhileRead, hash_of, signed, sums_of
 from easyaira.storage.keeping import Kept
 from easyaira.storage.object_store import finished_steps, in_store, inside, is_finished, locate
 from easyaira.storage.orbax_errors import quiet, short
@@ -117,7 +117,7 @@ class Checkpoints:
         """
         trees, records = {"params": params, "opt_state": opt_state}, {"data": data, "meta": meta}
         sums = sums_of(trees, records)
-        self._start(step, trees, records | {"sums": sums | {"sums": hash_of(sums)}})
+        self._start(step, trees, records | {"sums": signed(sums)})
 
     def save_params(self, step: int, params: Any, meta: dict) -> None:
         """Save only weights (also `Lazy`) and meta, for a converted model, in a folder that is not
@@ -141,7 +141,7 @@ class Checkpoints:
                 self.wait()
             raise
         sums = read.sums() | {"meta": hash_of(meta)}
-        record = ocp.args.JsonSave(sums | {"sums": hash_of(sums)})
+        record = ocp.args.JsonSave(signed(sums))
         try:
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
                 checkpointer.save(self.folder / str(step) / "sums", args=record)

@@ -87,6 +87,11 @@ def hash_of(record: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def signed(sums: dict[str, str]) -> dict[str, str]:
+    """Checksums with one of their own."""
+    return sums | {"sums": hash_of(sums)}
+
+
 class Fingerprint:
     """Hash over all bits of weights, added parameter by parameter. It ignores the sharding."""
 

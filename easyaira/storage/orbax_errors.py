@@ -51,7 +51,7 @@ def _without_closed_loops(print_error: Callable[..., Any]) -> Callable[..., None
 
 
 sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors of tasks that nobody awaits
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # errors of abandoned tasks
 # Orbax abandons the other writes of a failed save; Python warns when it collects them.
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
