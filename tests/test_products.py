@@ -266,6 +266,13 @@ def test_attention_over_a_cache_visits_the_tiles_that_hold_tokens(monkeypatch):
     assert jnp.isfinite(out).all() and (out[2] == 0).all() and (out[0] != 0).all()
 
 
+def test_a_parameter_of_another_shape_is_refused():
+    norm = LayerNorm(1e-5)
+    variables = norm.init(jax.random.key(0), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"scale has the shape \(4,\) instead of \(1,\)"):
+        norm.apply(variables, jnp.ones((2, 1)))  # it would be broadcast
+
+
 def test_a_norm_keeps_its_input_and_nothing_as_large():
     norm, x = LayerNorm(1e-5), jnp.ones((4, 32, 64), BF16)
     params = norm.init(jax.random.key(0), x)

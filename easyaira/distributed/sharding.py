@@ -128,10 +128,15 @@ def parts_of(size: int, axes: Any) -> int:
 
 def on_cpu() -> bool:
     """True if the mesh is of CPUs; without a mesh, if JAX computes on them by default."""
+    return device_kind() == "cpu"
+
+
+def device_kind() -> str | None:
+    """Kind of the mesh's devices; without a mesh, the platform on which JAX computes by default."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return jax.default_backend() == "cpu"
-    return getattr(mesh.abstract_device, "device_kind", None) == "cpu"
+        return jax.default_backend()
+    return getattr(mesh.abstract_device, "device_kind", None)
 
 
 def on_one_cpu() -> bool:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, on_cpu, parts_of
 from easyaira.models.layers import whole
+from easyaira.models.parameter import parameter
 from easyaira.models.product import packed, unpacked
 from easyaira.models.token_rows import trained
 
@@ -34,7 +35,7 @@ class Embedding(nn.Module):
             return jnp.zeros(shape, dtype).at[: self.size].set(rows)
 
         shape = (self.padded_size or self.size, self.width)
-        self.embedding = trained(self, self.param("embedding", init, shape))
+        self.embedding = trained(self, parameter(self, "embedding", init, shape))
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         # token tables are sharded over tp, like the head; position tables are small and replicated
@@ -57,14 +58,11 @@ def _look_up_forward(table_VD, ids, shape, stored, dtype, rows):
 
 def _look_up_backward(shape, stored, dtype, rows, ids, d_rows):
     d_rows = whole(d_rows).astype(jnp.float32)
-    d_table = jax.lax.platform_dependent(
-        d_rows,
-        ids,
-        default=partial(_scatter_add, shape=shape),  # deterministic on CPUs and TPUs
-        cuda=partial(_sum_by_id, shape=shape, rows=rows),
-        rocm=partial(_sum_by_id, shape=shape, rows=rows),
-    )
-    return constrain(d_table, rows, None).astype(stored), None
+    add = partial(_scatter_add, shape=shape)  # deterministic on CPUs and TPUs
+    if not on_cpu():
+        on_gpu = partial(_sum_by_id, shape=shape, rows=rows)
+        add = partial(jax.lax.platform_dependent, default=add, cuda=on_gpu, rocm=on_gpu)
+    return constrain(add(d_rows, ids), rows, None).astype(stored), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -17,6 +17,7 @@ from easyaira.hf.table import TRANSPOSE, VOCAB_TRANSPOSE, Row
 from easyaira.models.layers import Compute, whole
 from easyaira.models.layout import UNATTENDED
 from easyaira.models.linear import Linear
+from easyaira.models.parameter import parameter
 from easyaira.models.token_rows import trained
 
 
@@ -33,7 +34,7 @@ class Kernel(nn.Module):
             drawn = jax.random.normal(key, (shape[0], self.columns), dtype) * self.std
             return jax.numpy.zeros(shape, dtype).at[:, : self.columns].set(drawn)
 
-        return trained(self, self.param("kernel", init, self.shape), axis=1)
+        return trained(self, parameter(self, "kernel", init, self.shape), axis=1)
 
 
 class CausalLM(nn.Module):

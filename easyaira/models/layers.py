@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain
+from easyaira.models.parameter import parameter
 from easyaira.models.product import packed, row_dot, unpacked
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face's names
@@ -137,8 +138,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         return _norm(x, scale, bias, self.eps, True)
 
 
@@ -151,7 +152,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.constant(1 - self.offset)
-        scale = self.offset + self.param("scale", init, (x.shape[-1],))
+        scale = self.offset + parameter(self, "scale", init, (x.shape[-1],))
         return _norm(x, scale, None, self.eps, False)
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from easyaira.models.parameter import parameter
 from easyaira.models.product import add_bias, by_rows, linear
 from easyaira.models.quantize import dequantize
 
@@ -32,13 +33,13 @@ class Linear(nn.Module):
             product = partial(_held_product, held)
         else:
             init = nn.initializers.normal(self.std)
-            kernel = self.param("kernel", init, (x.shape[-1], *features))
+            kernel = parameter(self, "kernel", init, (x.shape[-1], *features))
             product = partial(_product, kernel)
         y = product(x)
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x, y, product)
         if self.use_bias:
-            y = add_bias(y, self.param("bias", nn.initializers.zeros, features))
+            y = add_bias(y, parameter(self, "bias", nn.initializers.zeros, features))
         return y
 
     def _adapted(self, x: jax.Array, y: jax.Array, product: Callable) -> jax.Array:

@@ -21,19 +21,14 @@ CACHED = 2**18  # float32 numbers that a core's cache holds, see `few_at_a_time`
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """einsum of two arrays of one dtype, with a result in `dtype`."""
 
-    def on_cpu(a, b):
-        a, b = _widened(spec, a, b)
-        # XLA multiplies 16-bit numbers at full speed only if it is asked for a float32 result
-        on_axes, *factors = (spec, a, b) if a.dtype == jnp.float32 else _over_two_axes(spec, a, b)
-        return jnp.einsum(on_axes, *factors, preferred_element_type=jnp.float32).astype(dtype)
-
-    def elsewhere(a, b):
+    if a.dtype != jnp.float32 and not on_cpu():
         # the sums are float32 anyway; a float32 result would be stored and sent between devices
         return jnp.einsum(spec, a, b, preferred_element_type=dtype)
-
-    if a.dtype == jnp.float32:
-        return on_cpu(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
+    a, b = _widened(spec, a, b)
+    if a.dtype != jnp.float32:
+        spec, a, b = _over_two_axes(spec, a, b)
+    # XLA's CPU multiplies 16-bit numbers at full speed only if it is asked for a float32 result
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _widened(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -198,10 +193,7 @@ def few_at_a_time(f: Callable[..., Any], arrays: Sequence[jax.Array], numbers: i
 def row_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum over the last axis of a * b, in float32; b may be one row for all. XLA's CPU takes ten
     times as long for a sum that is not written as a product of arrays."""
-    spec = "...d,d->..." if b.ndim == 1 else "...d,...d->..."
-    return jax.lax.platform_dependent(
-        a.astype(jnp.float32),
-        b.astype(jnp.float32),
-        cpu=partial(jnp.einsum, spec),
-        default=lambda a, b: (a * b).sum(-1),
-    )
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    if not on_cpu():
+        return (a * b).sum(-1)
+    return jnp.einsum("...d,d->..." if b.ndim == 1 else "...d,...d->...", a, b)

@@ -127,7 +127,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation) -> Callab
         loss, count = sums["loss"]
         per_count = 1 / jnp.maximum(count, 1)
         # the norm first: XLA's CPU would store the scaled gradients for both
-        grad_norm = optax.tree.norm(grads) * per_count
+        squares = (jnp.square(grad).sum() for grad in jax.tree.leaves(grads))
+        grad_norm = jnp.sqrt(sum(squares)) * per_count
         grads = jax.tree.map(lambda grad: grad * per_count, grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed < 0)
         update = optax.with_extra_args_support(tx).update
