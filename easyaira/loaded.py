@@ -16,6 +16,7 @@ import numpy as np
 from easyaira.data.batches import LAYOUT, Batches
 from easyaira.data.chat_templates import as_argument
 from easyaira.data.examples import Parts, check_embedded, of_parts
+from easyaira.data.listed import Prompt, at, read_answers, read_prompts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.compiler import keep_order
@@ -37,11 +38,8 @@ from easyaira.losses.token_logps import token_logps
 from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
-from easyaira.rewards.model import RewardModel, check_listed
+from easyaira.rewards.model import RewardModel
 from easyaira.storage import pretrained
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message]  # a user's message, or a conversation that ends before the answer
 
 TEXTS = 16  # per device and call
 DTYPES = ("float32", "bfloat16")
@@ -193,8 +191,10 @@ class LoadedModel:
         sampling = self.sampling(**options)
         sampling.check(int(num_samples))
         sampler = self.sampler(sampling, int(batch_size))
-        check_listed("generate", prompts)
-        tokens = [self.template.prompt(_messages(prompt)).tolist() for prompt in prompts]
+        tokens = []
+        for i, messages in enumerate(read_prompts("generate", prompts)):
+            with at(f"generate: place {i}"):
+                tokens.append(self.template.prompt(messages).tolist())
         with self.model.on(self.mesh):
             weights = sampler.weights(self.params)
             answers = dict(sampler.answers(weights, tokens, num_samples=num_samples, seed=seed))
@@ -214,20 +214,20 @@ class LoadedModel:
         Raises:
             DataError: a prompt with its answer exceeds the model's positions.
         """
-        check_listed("logps", prompts)
-        check_listed("logps", answers, answers=True)
-        if len(prompts) != len(answers):
+        asked, replies = read_prompts("logps", prompts), read_answers("logps", answers)
+        if len(asked) != len(replies):
             raise ConfigError(
-                f"logps: found {len(prompts)} prompts and {len(answers)} answers; give each "
+                f"logps: found {len(asked)} prompts and {len(replies)} answers; give each "
                 "prompt one answer"
             )
-        messages = [
-            [*_messages(prompt), {"role": "assistant", "content": answer}]
-            for prompt, answer in zip(prompts, answers, strict=True)
+        conversations = [
+            [*messages, {"role": "assistant", "content": reply}]
+            for messages, reply in zip(asked, replies, strict=True)
         ]
-        for conversation in messages:
-            self.template.accepts(conversation)
-        parts = [_parts(spans) for spans in self.template.encode(messages)]
+        for i, conversation in enumerate(conversations):
+            with at(f"logps: place {i}"):
+                self.template.accepts(conversation)
+        parts = [_parts(spans) for spans in self.template.encode(conversations)]
         result = np.zeros(len(parts), np.float32)
         with self.model.on(self.mesh):
             for index, segments, rows in self._batches(parts):
@@ -276,7 +276,3 @@ def _parts(spans: Sequence[tuple[np.ndarray, bool]]) -> Parts:
     answer = spans[-1][0]
     learned = np.arange(len(prompt), len(prompt) + len(answer)) > 0  # nothing precedes the first
     return Parts(prompt, np.zeros(len(prompt), bool), [(answer, learned)])
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

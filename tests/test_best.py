@@ -1,6 +1,7 @@
 """The best checkpoint and early stopping, against decisions made by hand; runs made longer."""
 
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -159,6 +160,19 @@ def test_a_resumed_run_decides_the_same(after, straight, ground, tmp_path, monke
 def test_what_cannot_be_followed_is_refused(options, message, ground, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train(ground, tmp_path / "run", **options)
+
+
+def test_a_run_that_trained_nothing_may_change_its_options(ground, tmp_path):
+    """A misspelt metric is noticed at the first evaluation; the command without the mistake was
+    refused, as that of another run."""
+    run, options = tmp_path / "run", {"max_steps": 4, "early_stopping_patience": "null"}
+    with pytest.raises(ConfigError, match="is not measured"):
+        train(ground, run, **options, metric_for_best_model="los")
+    rows, _ = train(ground, run, **options, seed=1)
+    assert [row["step"] for row in rows] == list(range(5))
+    shutil.rmtree(run / "checkpoints")  # the run has trained, so nothing of it is overwritten
+    with pytest.raises(ConfigError, match="seed: the run in .* was started with 1, this"):
+        train(ground, run, **options, seed=2)
 
 
 # Runs made longer

@@ -10,8 +10,8 @@ import torch
 
 import easyaira
 from easyaira.algorithms import rollouts
-from easyaira.errors import ConfigError, DataError
-from easyaira.rewards.model import check_listed
+from easyaira.data.listed import read_texts
+from easyaira.errors import ConfigError, DataError, EasyAiraError
 from helpers import tiny
 
 QUESTIONS = ["Who?", "What is the capital of Peru?", [{"role": "user", "content": "Why"}]]
@@ -154,11 +154,11 @@ def test_errors_name_the_option_and_the_text(model, folder):
         easyaira.load(folder, template="nothing")
     with pytest.raises(ConfigError, match="dtype: expected .*, got 'bf16'; did you mean bfloat16"):
         easyaira.load(folder, dtype="bf16")
-    for prompts in ([None], ["x", 3], [["x"]], [[{"role": "user"}]]):
-        with pytest.raises(ConfigError, match="generate: expected a text or a list of messages at"):
+    for prompts in ([None], ["x", 3]):
+        with pytest.raises(DataError, match=r"generate: place \d: wanted text or a list of "):
             model.generate(prompts)
-    with pytest.raises(ConfigError, match=r"score: expected a text or \(prompt, answer\) at place"):
-        check_listed("score", ["x", {"prompt": "a", "answer": "b"}], pairs=True)
+    with pytest.raises(DataError, match=r"score: place 1: wanted a text or \(prompt, answer\), "):
+        read_texts("score", ["x", {"prompt": "a", "answer": "b"}])
     with pytest.raises(ConfigError, match="option 'top_q' is unknown; choose from .*top_k"):
         model.generate(["x"], top_q=1)
     with pytest.raises(ConfigError, match="num_samples: 2 answers at temperature 0 are equal"):
@@ -183,7 +183,7 @@ def test_errors_name_the_option_and_the_text(model, folder):
         with pytest.raises(ConfigError, match=message):
             easyaira.load(folder, **options)
     for answer in (None, [{"role": "assistant", "content": "b"}], []):
-        with pytest.raises(ConfigError, match="logps: expected a text as answer at place 1, got "):
+        with pytest.raises(DataError, match="logps: place 1: wanted a text as answer, found "):
             model.logps(["a", "a"], ["b", answer])
     drawn = {
         "num_samples": np.int64(2),
@@ -197,7 +197,7 @@ def test_errors_name_the_option_and_the_text(model, folder):
     with pytest.raises(ConfigError, match="expected a dictionary or a TrainSFT, got None"):
         easyaira.train_sft(None)
     with pytest.raises(ConfigError, match=r"score: expected a list, got one pair; write \[pair\]"):
-        check_listed("score", ("Why?", "So."), pairs=True)
+        read_texts("score", ("Why?", "So."))
     with pytest.raises(DataError, match=r"text 1 has \d+ tokens with its answer, .* 64 positions"):
         model.logps(["x", "x"], ["y", "y " * 200])
 
@@ -229,6 +229,37 @@ def test_options_of_planning_are_for_the_command(name, value):
         easyaira.train_sft({name: value})
 
 
+USER, ASSISTANT = ({"role": role, "content": role} for role in ("user", "assistant"))
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([USER, ASSISTANT], "must end in a message to answer"),
+        ([ASSISTANT], "must end in a message to answer"),
+        ([], "must end in a message to answer"),
+        (["x"], r"a message must be {role: ..., content: text}"),
+        ([{"role": "user"}], "wanted text as content, found "),
+        ([USER | {"tool_calls": [{"name": "f"}]}], "tool calls are not supported"),
+    ],
+)
+def test_prompts_in_python_are_refused_as_those_of_a_file(model, prompt, message):
+    """One that ends in an answer was answered as if it did not, and had wrong log-probabilities."""
+    for name, call in {
+        "generate": lambda: model.generate(["x", prompt]),
+        "logps": lambda: model.logps(["x", prompt], ["y", "y"]),
+        "score": lambda: read_texts("score", ["x", (prompt, "y")]),
+    }.items():
+        with pytest.raises(DataError, match=f"^{name}: place 1: {message}"):
+            call()
+
+
+def test_a_prompt_in_parts_is_that_of_their_text(model):
+    parts = [{"type": "text", "text": text} for text in ("us", "er")]
+    prompts = [[USER], [{"role": "user", "content": parts}], [{"from": "human", "value": "user"}]]
+    assert len(set(model.logps(prompts, ["x"] * 3))) == 1
+
+
 def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
     """Each of its characters was answered."""
     asked = [{"role": "user", "content": "Why"}]
@@ -242,14 +273,17 @@ def test_one_prompt_in_place_of_a_list_is_refused(model, tmp_path):
             "generate: expected a list, got an object of type list_iterator",
         ),
         (lambda: model.generate(asked[0]), "generate: expected a list, got an object of type dict"),
-        (lambda: model.generate(["x", "caf\udce9"]), "the text at place 1 has a lone surrogate"),
-        (lambda: model.logps(["x"], ["\ud83d"]), "the text at place 0 has a lone surrogate"),
+        (
+            lambda: model.generate(["x", "caf\udce9"]),
+            "place 1: wanted text, found a lone surrogate",
+        ),
+        (lambda: model.logps(["x"], ["\ud83d"]), "logps: place 0: found a lone surrogate at 0; "),
         (
             lambda: model.generate(["x"], stop_strings=[""]),
             r"stop_strings: found \[''\], expected texts",
         ),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(EasyAiraError, match=message):
             call()
     tiny.save(tmp_path, tiny.SCORERS["bert"])
     with pytest.raises(ConfigError, match="score: expected a list, got one text"):

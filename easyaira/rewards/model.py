@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +13,11 @@ from jax.sharding import Mesh
 from easyaira.data.batches import Batches
 from easyaira.data.chat_templates import as_argument
 from easyaira.data.examples import Examples, check_embedded, of_tokens
+from easyaira.data.listed import Prompt, read_texts
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.distributed.sharding import constrain
-from easyaira.errors import ConfigError, DataError, WeightsError, shortened
+from easyaira.errors import ConfigError, DataError, WeightsError
 from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
@@ -106,7 +106,7 @@ class RewardModel:
             )
         return positions - length
 
-    def score(self, texts: Sequence[str | tuple[str | Sequence[Message], str]]) -> np.ndarray:
+    def score(self, texts: Sequence[str | tuple[Prompt, str]]) -> np.ndarray:
         """Score of each text, or of each pair of a prompt and its answer: the higher, the better.
 
         Args:
@@ -115,12 +115,15 @@ class RewardModel:
         Returns:
             [n] float32. Raises and cuts as `of_answers`.
         """
-        check_listed("score", texts, pairs=True)
+        alone, pairs = {}, {}
+        for i, text in enumerate(read_texts("score", texts)):
+            if isinstance(text, str):
+                alone[i] = text
+            else:
+                pairs[i] = text
         scores = np.zeros(len(texts), np.float32)
-        alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
-        pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-        scores[alone] = self.of_texts([str(texts[i]) for i in alone])
-        scores[pairs] = self.of_answers([_conversation(*texts[i]) for i in pairs])
+        scores[[*alone]] = self.of_texts([*alone.values()])
+        scores[[*pairs]] = self.of_answers([*pairs.values()])
         return scores
 
     def of_answers(self, conversations: Sequence[Sequence[Message]]) -> np.ndarray:
@@ -202,65 +205,3 @@ class RewardModel:
         size = TEXTS * meshes.data_shards(self.mesh)
         scores, _ = self.model.score(params, rows, examples=size, answers=1)
         return constrain(scores[:, 0], None)
-
-
-def _conversation(prompt: str | Sequence[Message], answer: str) -> list[Message]:
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [*asked, {"role": "assistant", "content": answer}]
-
-
-def check_listed(name: str, texts: Any, *, pairs: bool = False, answers: bool = False) -> None:
-    """Refuse a single text or conversation instead of a list, since its characters or messages
-    would be taken for separate texts; iterators, which this check would use up, and dictionaries;
-    entries that are neither texts nor conversations; and lone surrogates, which no tokenizer takes.
-
-    Args:
-        name: the function, for the message.
-        pairs: take texts, and pairs of a prompt and its answer.
-        answers: take texts alone.
-
-    Raises:
-        ConfigError: see above.
-    """
-    if not isinstance(texts, Collection) or isinstance(texts, Mapping | Set | bytes):
-        kind = type(texts).__name__
-        raise ConfigError(f"{name}: expected a list, got an object of type {kind}")
-    if isinstance(texts, str) or any(_is_message(text) for text in texts):
-        one = "text" if isinstance(texts, str) else "conversation"
-        raise ConfigError(f"{name}: expected a list, got one {one}; write [{one}]")
-    if pairs and isinstance(texts, tuple) and _is_pair(texts):
-        raise ConfigError(f"{name}: expected a list, got one pair; write [pair]")
-    for i, text in enumerate(texts):
-        if answers:
-            fits, wanted = isinstance(text, str), "a text as answer"
-        elif pairs:
-            fits, wanted = _is_pair(text) or isinstance(text, str), "a text or (prompt, answer)"
-        else:
-            fits, wanted = _is_prompt(text), "a text or a list of messages"
-        if not fits:
-            raise ConfigError(
-                f"{name}: expected {wanted} at place {i}, got {shortened(repr(text))}"
-            )
-        try:
-            json.dumps(text, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"{name}: the text at place {i} has a lone surrogate, which is no character; "
-                "remove it"
-            ) from error
-
-
-def _is_message(given: Any) -> bool:
-    if not isinstance(given, Mapping):
-        return False
-    return isinstance(given.get("role"), str) and isinstance(given.get("content"), str)
-
-
-def _is_prompt(given: Any) -> bool:
-    return isinstance(given, str) or (isinstance(given, Sequence) and all(map(_is_message, given)))
-
-
-def _is_pair(given: Any) -> bool:
-    if not isinstance(given, Sequence) or len(given) != 2:
-        return False
-    return _is_prompt(given[0]) and isinstance(given[1], str)

@@ -167,7 +167,9 @@ def _check(setup: Setup, place: str) -> None:
     """Refuse a folder, or checkpoints at `place`, of another run."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
-    if record.exists():
+    if record.exists() and _is_untrained(folder, place):
+        pass  # its options may change: it begins anew
+    elif record.exists():
         try:
             saved = _identity_of(record)
             _compare(saved, setup, folder)
@@ -184,6 +186,19 @@ def _check(setup: Setup, place: str) -> None:
     elif config.resume == "must" and not config.checkpoint_dir:
         raise ConfigError(f"resume: there is no run in {folder}; check output_dir, or use auto")
     _check_place(setup, place)
+
+
+def _is_untrained(folder: Path, place: str) -> bool:
+    """Whether the run in this folder ended before its first checkpoint and its first logged update,
+    such as at a misspelt metric."""
+    try:
+        written, _ = _recorded(folder / "config.yaml")
+        rows = log.read(folder / "metrics.jsonl")
+    except StorageError:
+        return False
+    elsewhere = written.get("checkpoint_dir") not in (None, place)
+    trained = any(row["step"] > 0 for row in rows) or (folder / "hf").exists()
+    return not trained and not elsewhere and peek(place)[0] is None
 
 
 def _recorded(record: Path) -> tuple[dict[str, Any], dict[str, Any]]:
