@@ -165,8 +165,11 @@ def _check_sources(name: str, value: Any) -> None:
     for number, entry in enumerate(value if isinstance(value, list) else ()):
         place = f"{name}[{number}]"
         if not isinstance(entry, dict):
-            got = shortened(repr(entry))
-            raise ConfigError(f"{place}: expected options such as {{path: FILE}}, got {got}")
+            fix = f"; write {{path: {entry}}}" if isinstance(entry, str) else ""
+            raise ConfigError(
+                f"{place}: expected options such as {{path: FILE}}, got "
+                f"{shortened(repr(entry))}{shortened(fix)}"
+            )
         if "path" not in entry and entry.keys() <= {f.name for f in fields(Source)}:
             raise ConfigError(f"{place}.path: each entry needs it")
         try:

@@ -66,7 +66,7 @@ def check(args: Any) -> None:
     asked = [name for name in ("tasks", "rows", "compare") if getattr(args, name)]
     if len(asked) != 1:
         raise ConfigError(
-            f"--tasks, --rows, --compare: found {' and '.join(asked) or 'none'}; choose one"
+            f"give one of --tasks, --rows, --compare; found {' and '.join(asked) or 'none'}"
         )
     if args.compare and args.model:
         raise ConfigError("--compare: takes all models; put it before the first one")

@@ -270,8 +270,8 @@ def _nodes(node: yaml.Node, known: dict[int, int], repeated: list[str] | None) -
             if first is not key and key.value != "<<":
                 if repeated is None:
                     raise ValueError(
-                        f"line {key.start_mark.line + 1}: the key {key.value!r} was set in line "
-                        f"{first.start_mark.line + 1} already"
+                        f"line {key.start_mark.line + 1}: the key {key.value!r} is set in line "
+                        f"{first.start_mark.line + 1}, too; remove one"
                     )
                 repeated.append(str(key.value))
             count += _nodes(key, known, repeated) + _nodes(value, known, repeated)

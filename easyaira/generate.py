@@ -109,7 +109,7 @@ def check(args: Any) -> None:
     ]
     if len(asked) != 1:
         raise ConfigError(
-            f"--prompt, --chat, --prompts: found {' and '.join(asked) or 'none'}; choose one"
+            f"give one of --prompt, --chat, --prompts; found {' and '.join(asked) or 'none'}"
         )
     if (args.prompts is None) != (args.output is None):
         raise ConfigError("--prompts and --output: need each other; give both")

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
             report.write(folder, data)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}; set output_dir") from error
-    use = "not used" if config.rl is None else "for reward functions only"
+    use = "not used" if config.rl is None else "read by reward functions only"
     for name, account in data.accounts.items():
         print(f"\n{name}: {escaped(account.summary())}")
         for source, count in data.report[name].get("examples by source", {}).items():

@@ -178,7 +178,9 @@ def _words(kind: str) -> str:
         return WORDS["list"] if listed[1] == "str" else "a list such as [1, 2]"
     if kind.startswith("dict"):
         values = re.match(r"dict\[str, (?:[\w.]+\.)?(Count|Positive)\]", kind)
-        return f"pairs of a name and {WORDS[values[1]]}" if values else "pairs such as {a: b}"
+        if values:
+            return f"pairs of a name and {WORDS[values[1]]}"
+        return "pairs such as {a: b} (a blank follows the colon)"
     return WORDS.get(kind, kind)
 
 

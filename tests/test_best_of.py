@@ -267,7 +267,10 @@ def test_prompts_that_are_added_to_the_file_are_scored(made, ground, tmp_path, c
         (["--reward=GROUND/none"], "none: no such folder"),
         (["--prompts=GROUND/long.jsonl"], "long.jsonl:2: a prompt has"),
         (["--prompts=GROUND/bad.jsonl"], "bad.jsonl:1: wanted a column prompt or messages"),
-        (["--prompts=GROUND/own.jsonl"], "own.jsonl:1: column score: the output has it; rename"),
+        (
+            ["--prompts=GROUND/own.jsonl"],
+            "own.jsonl:1: column score: the output has one, too",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(flags, problem, ground, tmp_path, capsys):

@@ -110,7 +110,10 @@ def test_a_run_without_a_folder_is_named_after_the_last_configuration(tmp_path, 
             ["--lora", "{target_modules: [q], rank_pattern: {q: 0}}"],
             "lora.rank_pattern: expected pairs of a name and a whole number from 1, below 2**31",
         ),
-        (["--data.columns", "[a]"], "data.columns: expected pairs such as {a: b}"),
+        (
+            ["--data.columns", "[a]"],
+            "data.columns: expected pairs such as {a: b} (a blank ",
+        ),
         (["--lora", "{target_modules: [q], r: 0}"], "lora.r: expected a whole number from 1"),
         (["--lora", "{target_modules: [q], dropout: 1}"], "lora.dropout: expected a number"),
         (
@@ -228,7 +231,7 @@ PATHS = "expected a path or a list such as [{path: FILE}], got "
     [
         (
             "optimizer: {learning_rate: 1}\nseed: 1\noptimizer: {weight_decay: 1}",
-            "PLACE: cannot be read: line 3: the key 'optimizer' was set in line 1 already",
+            "PLACE: cannot be read: line 3: the key 'optimizer' is set in line 1, too; remove one",
         ),
         ("# nothing yet", "PLACE: is empty; expected options as `name: value`"),
         ("", "PLACE: is empty; expected options as `name: value`"),
@@ -307,7 +310,10 @@ def test_a_file_of_options_is_refused_in_one_short_line(text, message, tmp_path)
         ("data.eval=[{path: a, splt: b}]", "data.eval[0].splt: no such option; did you mean"),
         ("data.train={path: a, splt: b}", "data.train: expected a path or a list such as"),
         ("card={infernce: {}}", "card.infernce: no such option; did you mean card.inference?"),
-        ("card={inference: 3}", "card.inference: expected pairs such as {a: b}, got 3"),
+        (
+            "card={inference: 3}",
+            "card.inference: expected pairs such as {a: b} (a blank follows ",
+        ),
         ("card.inference={x: {y: 2}}", "card.inference.x: expected one value, got {'y': 2}"),
         ("optimizer={learning_rate: x}", "optimizer.learning_rate: expected a number from 0"),
         ("optimizer={a: 1, a: 2}", "optimizer: line 1: the key 'a'"),

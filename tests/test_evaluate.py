@@ -317,9 +317,9 @@ def test_an_encoder_has_no_tasks(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["M"], "--tasks, --rows, --compare: found none; choose one"),
+        (["M"], "give one of --tasks, --rows, --compare; found none"),
         (["--tasks", "arc_easy"], "model: is missing"),
-        (["M", "--tasks", "a", "--rows", "b"], "found tasks and rows; choose one"),
+        (["M", "--tasks", "a", "--rows", "b"], "found tasks and rows"),
         (
             ["M", "--tasks", " , "],
             "--tasks: found ' , ', expected names such as arc_challenge,piqa",

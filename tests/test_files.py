@@ -102,7 +102,7 @@ LAUGHS = (
     {
         "": "expected options",
         "- 1": "expected options as `name: value`, found a list",
-        "a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n": "line 5: the key 'c' was set in line 3 already",
+        "a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n": "line 5: the key 'c' is set in line 3, too",
         "a: [1\nb: 2": "line 2: ",
         "a: !!python/object/apply:os.system [x]": "line 1: could not determine a constructor",
         "a: &a [*a]": "line 1: an alias contains itself",

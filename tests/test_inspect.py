@@ -131,7 +131,7 @@ def test_prompts_of_an_rl_configuration_are_those_with_room_for_an_answer(ground
     lengths = [len(tiny.tokenizer()(row["prompt"]).input_ids) for row in rows]
     assert report["recipe"]["task"] == "prompt" and report["recipe"]["max_length"] == 64 - 40
     assert report["train"]["kept"] == sum(length <= 24 for length in lengths) < 20
-    assert "column gold filled and for reward functions only" in capsys.readouterr().out
+    assert "column gold filled and read by reward functions only" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--task: rows of an rl configuration are prompts"):
         look(ground, "rl", *flags, "--task=sft")
 

@@ -974,7 +974,7 @@ def test_functions_compare_with_the_columns_of_the_prompt(ground, tmp_path, caps
     assert str(error.value) == f"{line}, completions and the columns of the data: prompt"
     assert not folder.exists()
     logged, _ = train("rl", ground / "gpt2", data, folder, **options)
-    assert "for reward functions only: column gold (" in capsys.readouterr().out
+    assert "read by reward functions only: column gold (" in capsys.readouterr().out
     for prefix in ("", "eval_"):
         row = next(row for row in logged if f"{prefix}reward" in row)
         first, second = (row[f"{prefix}rewards/{name}/mean"] for name in ("matches", "vowels"))

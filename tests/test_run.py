@@ -240,11 +240,12 @@ def test_a_run_from_before_an_option_goes_on_with_its_default(ground, tmp_path, 
     (out / "config.yaml").write_text(yaml.safe_dump(record))
     written = (out / "config.yaml").read_text()
     for option, message in (  # today's defaults are how it was made
-        ("--optimizer.state_dtype=8bit", "optimizer.state_dtype: the run in .* 'float32'"),
-        ("--sft.loss_type=dft", "sft.loss_type: the run in .* 'nll'"),
-        ("--lora.dora=true", "lora.dora: the run in .* False"),
+        ("--optimizer.state_dtype=8bit", 'optimizer.state_dtype: the run in .* "float32"'),
+        ("--sft.loss_type=dft", 'sft.loss_type: the run in .* "nll"'),
+        ("--lora.dora=true", "lora.dora: the run in .* false"),
         (data.replace("}", ", weight: 0.5}"), "data.train: the run in .* was started with"),
         ("--lora.r=4", "lora.r: the run in .* 2"),
+        ("--lora=null", "lora: the run in .* trains adapters, and this command all weights"),
     ):
         status, _, err = call(train_sft.main, [*arguments, option], capsys)
         assert status == 2 and re.search(message, err), (option, err)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from easyaira.config.algorithms import SFTConfig
 from easyaira.config.data import DataConfig, Source
-from easyaira.data import cache, dataset, sources
+from easyaira.data import cache, dataset, formats, sources
 from easyaira.data import columns as data_columns
 from easyaira.data.recipe import recipe_of
 from easyaira.data.sources import BadRow
@@ -176,7 +176,7 @@ def test_a_list_larger_than_the_window_is_read_whole(tmp_path):
 
 
 def test_a_list_of_rows_just_below_the_limit_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 4 * 2**20)
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 4 * 2**20)
     rows = [{"text": "x" * 3_670_000}] * 3
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert rows_of(tmp_path / "a.json") == rows
@@ -359,21 +359,21 @@ DAMAGED = cases(
     ("empty jsonl", "a.jsonl", b"", ": no rows"),
     ("blank jsonl", "a.jsonl", b"\n \n", ": no rows"),
     ("empty jsonl.gz", "a.jsonl.gz", as_gzip(b""), ": no rows"),
-    ("nothing in jsonl.gz", "a.jsonl.gz", b"", ": no rows"),
+    ("nothing in jsonl.gz", "a.jsonl.gz", b"", ": is empty"),
     ("empty csv", "a.csv", b"", ": no rows"),
     ("only a header", "a.csv", b"prompt,completion\n", ": no rows"),
     ("empty list", "a.json", b" [ ] ", ": no rows"),
     ("empty json", "a.json", b"", ": no rows"),
-    ("empty parquet", "a.parquet", b"", ": cannot be read"),
+    ("empty parquet", "a.parquet", b"", ": is empty"),
     ("empty arrow", "a.arrow", b"", ": cannot be read"),
     (
         "an object in json",
         "a.json",
         b'{"prompt": "a"}',
-        ": wanted a list of rows .*, found .{.prompt",
+        ": wanted a list of rows .*; save the list alone",
     ),
     ("semicolons", "a.csv", b"prompt;completion\na;b,c\n", ": columns are separated by ';'"),
-    ("lines in json", "a.json", FINE * 2, ": wanted a list.*one object a line is a .jsonl"),
+    ("lines in json", "a.json", FINE * 2, ": wanted a list.*name it .jsonl, for one object a line"),
     ("broken item", "a.json", b"[" + FINE + b', {"prompt": a}, ' + FINE + b"]", ":2: not JSON"),
     ("list without its end", "a.json", b"[" + FINE + b"," + FINE, ":3: not JSON"),
     ("list that is cut", "a.json", b"[" + FINE + b"," + FINE[:-9], ":2: not JSON"),
@@ -389,7 +389,7 @@ DAMAGED = cases(
     ("bad CRC", "a.jsonl.gz", flipped(GZ, len(GZ) - 8), ": cannot be read: CRC check failed"),
     ("bad length", "a.jsonl.gz", flipped(GZ, len(GZ) - 1), ": cannot be read"),
     ("bad deflate", "a.jsonl.gz", flipped(GZ, 11), "(: cannot be read|:1: not JSON)"),
-    ("no gzip", "a.jsonl.gz", FINE, ": cannot be read: Not a gzipped file"),
+    ("no gzip", "a.jsonl.gz", FINE, ": is not gzip; name it without .gz"),
     ("no parquet", "a.parquet", b"PAR1xxxx", ": cannot be read"),
     ("cut footer", "a.parquet", CHECKED[:-20], ": cannot be read"),
     ("flipped prompt", "a.parquet", flipped(CHECKED, CHECKED.index(b"99?")), ": cannot.* CRC"),
@@ -407,6 +407,12 @@ def test_a_damaged_file_is_an_error_with_its_place(name, content, message, on_ba
     with pytest.raises(DataError, match=f"^{tmp_path / name}{message}"):
         load(tmp_path / name, on_bad_row=on_bad_row, max_dropped=0.99)
     error_of(tmp_path / name, on_bad_row=on_bad_row, max_dropped=0.99)
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    """It was looked for on the hub, for half a minute."""
+    (tmp_path / "link").symlink_to("nowhere")
+    assert "link: is a link to nowhere, which does not exist" in error_of(tmp_path / "link")
 
 
 def test_nothing_of_a_damaged_file_is_kept_for_later(tmp_path):
@@ -539,7 +545,7 @@ def test_bad_rows_of_a_stream_are_counted(hub):
 def test_a_hub_data_set_that_cannot_be_loaded(streaming, hub):
     hub.rows = FileNotFoundError("Dataset 'owner/data' doesn't exist on the Hub\nand more")
     message = error_of([Source("owner/data", streaming=streaming)])
-    assert message.startswith("owner/data (split train): cannot be loaded: Dataset 'owner/data'")
+    assert message.startswith("owner/data (split train): no such file or folder, and cannot be")
 
 
 @pytest.mark.parametrize("error", [ConnectionError("lost"), ValueError("lost")], ids=["net", "any"])

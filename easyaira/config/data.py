@@ -100,7 +100,7 @@ class DataConfig:
         for name, value in (("data.train", self.train), ("data.eval", self.eval)):
             share = "" if name == "data.train" else "a share below 1, a number of prompts, "
             wrong = r"\s*(\[\s*[{\"']|\{\s*[\"\w]+\s*:)" + (
-                r"|[-+.\d]*\d$|[-+]?(nan|inf)$" if share else ""
+                r"|[-+.\d]*\d$|[-+]?(nan|inf)$|true$|false$" if share else ""
             )
             if isinstance(value, str) and re.match(wrong, value):
                 raise ConfigError(

@@ -190,6 +190,7 @@ def cached_source(
 
 DECIDES_TOKENS = (  # files of data/ that determine tokens
     "sources",
+    "formats",
     "folders",
     "columns",
     "record",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from easyaira.data import sources
+from easyaira.data import formats
 from easyaira.data.record import HISTORY, SYSTEM, WEIGHTS, Record, Unreadable
 from easyaira.errors import DataError, kind_of
 
@@ -108,7 +108,7 @@ def form_of(columns: Sequence[str], task: str) -> Form:
 
 def hint(columns: Sequence[str], task: str | None = None) -> str:
     """What to do with columns that match no form of the task."""
-    if odd := sources.other_separator(columns):
+    if odd := formats.other_separator(columns):
         return f"The {odd}"
     others = fitting(columns, [other for other in TRAINED_BY if other != task])
     if others := [(other, form) for other, form in others if not form.otherwise]:

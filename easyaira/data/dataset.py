@@ -228,7 +228,7 @@ def _read(
         if left := len(account.unread) - len(shown):
             shown.append(f"and {left} more, in data_report.json")
         unused = escaped(", ".join(shown))
-        use = "for reward functions only" if recipe.task == "prompt" else "filled and not used"
+        use = "read by reward functions only" if recipe.task == "prompt" else "filled and not used"
         print(folded(f"data    {label}: {use}: {unused}"), flush=True)
     return _joined(parts), account
 

@@ -46,10 +46,11 @@ def parse_mesh(
         if not all(named):
             raise ConfigError(f"{option}: cannot read {text!r}; write dp=1,fsdp=-1,tp=1 or 1,-1,1")
         axes = [ALIASES.get(match[1], match[1]) for match in named]
-        if len(set(axes)) < len(axes) or not set(axes) <= set(AXES):
-            raise ConfigError(
-                f"{option}: {text!r} must name each of {', '.join(AXES)} at most once"
-            )
+        for i, axis in enumerate(axes):
+            if axis not in AXES:
+                raise ConfigError(f"{option}: no axis {axis!r}; choose from {', '.join(AXES)}")
+            if axis in axes[:i]:
+                raise ConfigError(f"{option}: {text!r} names {axis} twice; name it once")
         sizes |= {axis: int(match[2]) for axis, match in zip(axes, named, strict=True)}
     fixed = 1
     for size in sizes.values():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from easyaira.config.data import Source
-from easyaira.data import columns, sources
+from easyaira.data import columns, formats, sources
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, DataError, StorageError
 from easyaira.files import json_line, lock, parse_json, read_json, reason, write_file
@@ -66,7 +66,7 @@ def check_free(row: Mapping[str, Any], names: Sequence[str]) -> None:
         Unreadable: the row has one of these columns.
     """
     if taken := [name for name in names if name in row]:
-        raise columns.Unreadable(f"column {taken[0]}: the output has it; rename yours")
+        raise columns.Unreadable(f"column {taken[0]}: the output has one, too; rename yours")
 
 
 class Output:
@@ -92,7 +92,7 @@ class Output:
         self.waiting: dict[int, str] = {}
         self.whole = 0  # bytes of whole lines
         self.total = len(prompts) * num_samples
-        if path.name.endswith((*sources.READERS,)) and path.suffix != ".jsonl":
+        if path.name.endswith((*formats.READERS,)) and path.suffix != ".jsonl":
             raise ConfigError(f"output: {path}: answers are written as JSON lines; name it .jsonl")
         if not path.parent.is_dir():
             raise ConfigError(f"output: {path.parent} is not a folder; create it")

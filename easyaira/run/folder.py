@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import platform
 import stat
@@ -78,17 +79,23 @@ def refuse_taken(config: RunConfig) -> None:
         ConfigError: another process uses the folder, it holds other files and no run, or its
             checkpoints cannot be stored under that name.
     """
+    refuse_foreign(config)
     folder = Path(config.output_dir)
-    locate(_place(config))
-    with suppress(OSError, StorageError):  # `claimed` reports unreadable folders
-        if _is_foreign(folder) and peek(_place(config))[0] is None:
-            raise _no_run(folder)
     try:
         file = _open_lock(folder, os.O_RDONLY)
     except OSError:
         return  # `_locked` reports unwritable folders
     with file:
         _hold(file, fcntl.LOCK_SH, folder)
+
+
+def refuse_foreign(config: RunConfig) -> None:
+    """Refuse a run folder that holds other files and no run, or is a file; raises ConfigError."""
+    folder = Path(config.output_dir)
+    locate(_place(config))
+    with suppress(OSError, StorageError):  # `claimed` reports unreadable folders
+        if _is_foreign(folder) and peek(_place(config))[0] is None:
+            raise _no_run(folder)
 
 
 def _open_lock(folder: Path, how: int) -> TextIO:
@@ -289,7 +296,8 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _no_run(folder: Path) -> ConfigError:
-    return ConfigError(f"output_dir: {folder} is not empty and holds no run; choose another")
+    kind = "is not empty and holds no run" if folder.is_dir() else "is not a folder"
+    return ConfigError(f"output_dir: {folder} {kind}; choose another")
 
 
 def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
@@ -302,12 +310,19 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
     other_rows = then.pop("data_fingerprint", None) != now.pop("data_fingerprint")
     starts = {name: (then.pop(name, None), now.pop(name, None)) for name in STARTS}
     may_change = {*MAY_CHANGE, *(LENGTH if _added(then, setup) else ())}
+    if ("lora" in then) != ("lora" in now):  # null; else there are its options
+        kinds = ("all weights", "adapters")
+        before, after = kinds if "lora" in then else kinds[::-1]
+        raise ConfigError(
+            f"lora: the run in {place} trains {before}, and this command {after}; restore it to "
+            "continue, or choose another output_dir"
+        )
     for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
+            before, after = (shortened(json.dumps(tree.get(key))) for tree in (then, now))
             raise ConfigError(
-                f"{key}: the run in {place} was started with {shortened(repr(then.get(key)))}, "
-                f"this command says {shortened(repr(now.get(key)))}; restore it to continue, or "
-                "choose another output_dir"
+                f"{key}: the run in {place} was started with {before}, this command says {after}; "
+                "restore it to continue, or choose another output_dir"
             )
     if other_rows:
         raise ConfigError(

@@ -60,8 +60,10 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
     """Run a training command, or plan it if `dry_run` is given."""
     if not dry_run:
         run_folder.refuse_taken(config)
-    elif dry_run.topology:
-        jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
+    else:
+        run_folder.refuse_foreign(config)
+        if dry_run.topology:
+            jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
     # a second signal kills the process even while it waits for the other hosts
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(provenance.made_with(config))

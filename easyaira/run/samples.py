@@ -81,7 +81,7 @@ class Samples:
         if self.sampler is None:
             self.sampler = self.make_sampler()
         watchdog.beat("sampling answers")
-        self.log.stage(f"answering {len(self.prompts)} prompts")
+        self.log.stage(f"answering {len(self.prompts)} prompt{'s' * (len(self.prompts) > 1)}")
         answers: dict[int, Answer] = {}
         weights = self.sampler.weights(self.setup.trainable.weights(params))
         for i, answer in self.sampler.answers(weights, self.prompts):

@@ -63,8 +63,8 @@ class Best:
         if value is None:
             near = did_you_mean(self.name, measured)
             raise ConfigError(
-                f"metric_for_best_model: {self.name} is not measured{near}; choose one of "
-                f"{', '.join(measured)}"
+                f"metric_for_best_model: {self.name} is none of the metrics, "
+                f"{', '.join(measured)}{near}"
             )
         if number == 0:
             return
