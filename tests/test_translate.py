@@ -863,7 +863,7 @@ def test_a_key_that_stands_twice_has_its_last_value_as_there(tmp_path, capsys, m
     assert config.optimizer.learning_rate == yaml.safe_load(text)["learning_rate"] == 2e-6
     assert "learning_rate occurs twice in the file; the last value counts" in report
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(FACTORY) + "learning_rate: 2.0e-6\n")
-    with pytest.raises(ConfigError, match="the key 'learning_rate' was set in line"):
+    with pytest.raises(ConfigError, match="the key 'learning_rate' is set in line"):
         translate.main(["llama-factory", str(tmp_path / "b.yaml")])  # OmegaConf refuses it, too
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from easyaira.distributed.sharding import on_cpu
+from easyaira.models.product import NOT_NEGATIVE
 
 CHUNK_LOGITS = 2**25  # logits that a device stores at a time, 128 MiB
 KEPT_BYTES = 16  # for each of these: of logit gradients cached for the backward pass
@@ -67,7 +68,7 @@ class Chunks(NamedTuple):
     def index(self, i: jax.Array, chunks: int = 1) -> jax.Array:
         """Positions of chunks from i on, [S, chunks x C]."""
         start, size = i * self.sizes.chunk, chunks * self.sizes.chunk
-        return jax.lax.dynamic_slice_in_dim(self.order, start, size, axis=1)
+        return jax.lax.dynamic_slice_in_dim(self.order, start, size, axis=1, **NOT_NEGATIVE)
 
 
 def chunks_of(wanted: jax.Array, sizes: Sizes) -> Chunks:
@@ -81,13 +82,14 @@ def chunks_of(wanted: jax.Array, sizes: Sizes) -> Chunks:
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
     """Gather x[s, index[s, c]], with zero where the index is out of range."""
-    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, index)
+    fill = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
+    return jax.vmap(lambda row, at: row.at[at].get(**fill))(x, index)
 
 
 def put(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     """Scatter `values` into x. Indices are unique, so the result is deterministic."""
 
     def put(row, at, new):
-        return row.at[at].set(new, mode="drop", unique_indices=True)
+        return row.at[at].set(new, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
     return jax.vmap(put)(x, index, values)

@@ -17,7 +17,14 @@ from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, on_cpu, on_one_cpu, parts_of
 from easyaira.losses.chunks import CHUNK_LOGITS, Chunks, Sizes, chunks_of, put, sizes_of, take
 from easyaira.models.layers import capped
-from easyaira.models.product import einsum, few_at_a_time, packed, row_dot, unpacked
+from easyaira.models.product import (
+    NOT_NEGATIVE,
+    einsum,
+    few_at_a_time,
+    packed,
+    row_dot,
+    unpacked,
+)
 
 MANY = 8  # chunks for which transposing the head is worth its time, see `_to_states`
 
@@ -88,11 +95,12 @@ def token_nll(
             Architecture, section 7.
     """
     positions, unflatten = _positions(hidden, head, tokens, loss_mask, chunk_logits)
-    total, parts = _nll(*positions, vocab_size, cap, label_smoothing)
-    return total, unflatten(parts)
+    total, values = _nll(*positions, vocab_size, cap, label_smoothing)
+    return total, unflatten(values)
 
 
-# Shapes below: S shards, N positions per shard, C positions per chunk, G chunks per group.
+# Shapes below: S shards, N positions per shard, C positions per chunk, G chunks per group, F values
+# of TokenLogps.
 
 
 class _Positions(NamedTuple):
@@ -115,9 +123,9 @@ def _positions(hidden, head, tokens, loss_mask, chunk_logits):
         x = x.reshape(shards, rows // shards * (length - 1), *x.shape[2:])
         return constrain(x, BATCH_AXES, *(None,) * (x.ndim - 1))
 
-    def unflatten(parts) -> TokenLogps:
-        parts = (part.reshape(rows, length - 1) for part in parts)
-        return TokenLogps(*(jnp.pad(part, ((0, 0), (1, 0))) for part in parts))
+    def unflatten(values) -> TokenLogps:
+        values = values.reshape(rows, length - 1, len(TokenLogps._fields))
+        return TokenLogps(*jnp.moveaxis(jnp.pad(values, ((0, 0), (1, 0), (0, 0))), -1, 0))
 
     flattened = flat(hidden[:, :-1]), head, flat(tokens[:, 1:]), flat(wanted[:, 1:])
     most = rows // shards * (length - 1)
@@ -144,8 +152,8 @@ def _to_states(head: jax.Array, kernel: jax.Array, chunks: Chunks) -> Callable[.
 
 def _statistics(index, states, kernel, targets, vocab_size, cap, smoothing):
     """For the chunk of positions `index` [S, C] of states [S, N, D]: the values of TokenLogps [S,
-    C]; and the gradient of logps with respect to the product of states and head [S, C, V], in the
-    dtype of the states."""
+    C, F]; and the gradient of logps with respect to the product of states and head [S, C, V], in
+    the dtype of the states."""
     states, targets = take(states, index), take(targets, index)
     shape, columns = targets.shape, kernel.shape[0]
     # one axis for shards and positions: along an axis of size 1, XLA's sum of a product takes ten
@@ -159,7 +167,7 @@ def _statistics(index, states, kernel, targets, vocab_size, cap, smoothing):
 
     values, slope = few_at_a_time(of_logits, (logits, targets), 4 * columns)
     slope = unpacked(slope, states.dtype).reshape(*shape, columns)
-    return tuple(x.reshape(shape) for x in values), slope
+    return jnp.stack([x.reshape(shape) for x in values], -1), slope
 
 
 def _of_logits(logits, targets, vocab_size, cap, smoothing):
@@ -203,7 +211,8 @@ def _add_groups(chunks, first, one, states_of, carry, d_head, dtype):
 
         def step(j, inner):
             carry, slope = one(g * G + j, inner[0])
-            return carry, jax.lax.dynamic_update_index_in_dim(inner[1], packed(slope), j, 0)
+            put_slope = partial(jax.lax.dynamic_update_index_in_dim, axis=0, **NOT_NEGATIVE)
+            return carry, put_slope(inner[1], packed(slope), j)
 
         if slopes is None:
             carry, slope = one(g, carry)
@@ -229,6 +238,10 @@ def _reduce_head(d_head, head):
     return constrain(d_head.sum(0), "fsdp", "tp").astype(head.dtype)
 
 
+def _no_values(targets):
+    return jnp.zeros((*targets.shape, len(TokenLogps._fields)), jnp.float32)
+
+
 def _zero_gradients(states, head):
     zeros = jnp.zeros((states.shape[0], *head.shape), jnp.float32)
     return jnp.zeros_like(states), constrain(zeros, BATCH_AXES, None, "tp")
@@ -236,7 +249,7 @@ def _zero_gradients(states, head):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _logps(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
-    """The values of TokenLogps, [S, N] each."""
+    """The values of TokenLogps, [S, N, F]."""
     return _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing)[0]
 
 
@@ -244,24 +257,23 @@ def _logps_forward(states, head, targets, wanted, sizes, vocab_size, cap, smooth
     chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
 
     def body(i, carry):
-        parts, kept = carry
+        values, kept = carry
         index = chunks.index(i)
-        values, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
-        parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
-        return parts, kept.at[i].set(packed(slope), mode="drop")
+        new, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
+        kept = kept.at[i].set(packed(slope), mode="drop", wrap_negative_indices=False)
+        return put(values, index, new), kept
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
     shape = sizes.kept, states.shape[0], sizes.chunk, head.shape[1]
     kept = packed(jnp.zeros(shape, states.dtype))
     kept = constrain(kept, None, BATCH_AXES, None, "tp")
-    parts, kept = jax.lax.fori_loop(0, chunks.count, body, (zeros, kept))
-    return parts, (states, head, targets, wanted, kept)
+    values, kept = jax.lax.fori_loop(0, chunks.count, body, (_no_values(targets), kept))
+    return values, (states, head, targets, wanted, kept)
 
 
-def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
+def _logps_backward(sizes, vocab_size, cap, smoothing, saved, d_values):
     states, head, targets, wanted, kept = saved
     chunks, kernel = chunks_of(wanted, sizes), _kernel(head, states.dtype)
-    scales, to_states, G = cotangents[0][..., None], _to_states(head, kernel, chunks), sizes.group
+    scales, to_states, G = d_values[..., :1], _to_states(head, kernel, chunks), sizes.group
 
     def scaled(index):  # and not the slopes, which are larger
         return (take(states, index) * take(scales, index)).astype(states.dtype)
@@ -273,11 +285,13 @@ def _logps_backward(sizes, vocab_size, cap, smoothing, saved, cotangents):
 
     def cached(g, gradients):
         def of_chunk(j, d_states):
-            return added(d_states, g * G + j, unpacked(kept[g * G + j], states.dtype))
+            i = g * G + j
+            slope = jax.lax.dynamic_index_in_dim(kept, i, keepdims=False, **NOT_NEGATIVE)
+            return added(d_states, i, unpacked(slope, states.dtype))
 
         d_states, d_head = gradients
         d_states = jax.lax.fori_loop(0, chunks.of_group(g), of_chunk, d_states)
-        slopes = jax.lax.dynamic_slice_in_dim(kept, g * G, G)
+        slopes = jax.lax.dynamic_slice_in_dim(kept, g * G, G, **NOT_NEGATIVE)
         return d_states, d_head + _of_head(scaled(chunks.index(g * G, G)), slopes)
 
     def recomputed(i, d_states):
@@ -296,9 +310,9 @@ _logps.defvjp(_logps_forward, _logps_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _nll(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
-    """-sum of logps; then the values of TokenLogps, [S, N] each."""
-    parts = _logps(states, head, targets, wanted, sizes, vocab_size, cap, smoothing)
-    return -parts[0].sum(), parts
+    """-sum of logps; then the values of TokenLogps, [S, N, F]."""
+    values = _logps(states, head, targets, wanted, sizes, vocab_size, cap, smoothing)
+    return -values[..., 0].sum(), values
 
 
 def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothing):
@@ -306,20 +320,23 @@ def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothin
     to_states = _to_states(head, kernel, chunks)
 
     def one(i, carry):
-        parts, d_states = carry
+        values, d_states = carry
         index = chunks.index(i)
-        values, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
+        new, slope = _statistics(index, states, kernel, targets, vocab_size, cap, smoothing)
         d_chunk = to_states(slope, states.dtype)
-        parts = tuple(put(part, index, new) for part, new in zip(parts, values, strict=True))
-        return (parts, put(d_states, index, d_chunk)), slope
+        return (put(values, index, new), put(d_states, index, d_chunk)), slope
 
-    zeros = (jnp.zeros(targets.shape, jnp.float32),) * len(TokenLogps._fields)
     d_states, d_head = _zero_gradients(states, head)
-    states_of = partial(take, states)
-    (parts, d_states), d_head = _add_groups(
-        chunks, 0, one, states_of, (zeros, d_states), d_head, states.dtype
+    (values, d_states), d_head = _add_groups(
+        chunks,
+        0,
+        one,
+        partial(take, states),
+        (_no_values(targets), d_states),
+        d_head,
+        states.dtype,
     )
-    return (-parts[0].sum(), parts), (d_states, _reduce_head(d_head, head))
+    return (-values[..., 0].sum(), values), (d_states, _reduce_head(d_head, head))
 
 
 def _nll_backward(sizes, vocab_size, cap, smoothing, gradients, cotangents):

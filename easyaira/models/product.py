@@ -15,6 +15,7 @@ from easyaira.distributed.sharding import on_cpu, on_one_cpu
 
 FEW, MANY = 16, 64  # rows, see `by_rows`
 WIDE = 64  # rows and columns, see `_widened`
+NOT_NEGATIVE = {"allow_negative_indices": False}  # else JAX traces three more operations a slice
 CACHED = 2**18  # float32 numbers that a core's cache holds, see `few_at_a_time`
 
 
@@ -181,7 +182,7 @@ def few_at_a_time(f: Callable[..., Any], arrays: Sequence[jax.Array], numbers: i
     if not on_one_cpu() or rows * numbers <= CACHED:
         return f(*arrays)
     few = math.gcd(rows, 1 << max(0, (CACHED // numbers).bit_length() - 1))
-    take = partial(jax.lax.dynamic_slice_in_dim, slice_size=few)
+    take = partial(jax.lax.dynamic_slice_in_dim, slice_size=few, **NOT_NEGATIVE)
 
     def from_row(first: jax.Array) -> Any:
         return jax.tree.map(packed, f(*(take(x, first) for x in arrays)))

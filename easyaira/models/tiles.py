@@ -22,7 +22,7 @@ from jax import lax
 from easyaira.models.cache import MASKED
 from easyaira.models.layers import Scores
 from easyaira.models.layout import sees
-from easyaira.models.product import einsum, packed, row_dot, unpacked
+from easyaira.models.product import NOT_NEGATIVE, einsum, packed, row_dot, unpacked
 
 TILE = 64  # queries, and keys: whole tiles are computed, and smaller ones cost more per operation
 FLOOR = -1e30  # below any score, above MASKED: a masked key has weight 0, even alone
@@ -58,8 +58,8 @@ class Needed(NamedTuple):
 
     def tile(self, i: jax.Array, t: jax.Array) -> jax.Array:
         """Index of the t-th tile of keys for the i-th of queries."""
-        shared = self.shared[i]
-        return jnp.where(t < shared, self.start[i] + t, self.own[i] + t - shared)
+        start, shared, own = (_at(x, i) for x in self[:3])
+        return jnp.where(t < shared, start + t, own + t - shared)
 
 
 def needed(tokens: Tokens, causal: bool) -> Needed:
@@ -79,9 +79,9 @@ def needed(tokens: Tokens, causal: bool) -> Needed:
     side, side_end = jnp.where(padding, place, side), jnp.where(padding, place, side_end)
     if tokens.window is not None:
         side = jnp.maximum(side, place - tokens.window + 1)
-    first, last = place[::TILE], place[TILE - 1 :: TILE]
+    first, last = (slice(start, None, TILE) for start in (0, TILE - 1))  # places of each tile
     own = side[first] // TILE
-    end = (last if causal else side_end[last]) // TILE + 1
+    end = (place if causal else side_end)[last] // TILE + 1
     start = text[first]
     has_shared = (tokens.sides[start] == 0) & (tokens.sides[first] != 0) & ~padding[first]
     shared_end = jnp.where(has_shared, side_end[start] // TILE + 1, 0)
@@ -121,11 +121,15 @@ def attention_by_tiles(
 
 
 def _cut(x: jax.Array, tile: jax.Array, axis: int = -2) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, tile * TILE, TILE, axis % x.ndim)
+    return lax.dynamic_slice_in_dim(x, tile * TILE, TILE, axis % x.ndim, **NOT_NEGATIVE)
 
 
 def _put(x: jax.Array, new: jax.Array, tile: jax.Array, axis: int = -2) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, new, tile * TILE, axis % x.ndim)
+    return lax.dynamic_update_slice_in_dim(x, new, tile * TILE, axis % x.ndim, **NOT_NEGATIVE)
+
+
+def _at(x: jax.Array, tile: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, tile, keepdims=False, **NOT_NEGATIVE)
 
 
 def _mask(tokens: Tokens, i: jax.Array, j: jax.Array, causal: bool) -> jax.Array:
@@ -173,7 +177,7 @@ def _forward(q, k, v, tokens, scores, causal):
             return new, total * fade + weights.sum(-1), out * fade[..., None] + out_tile
 
         zeros = jnp.full(of_query, FLOOR), jnp.zeros(of_query), jnp.zeros(q_tile.shape)
-        largest, total, out = lax.fori_loop(0, tiles.count[i], keys, zeros)
+        largest, total, out = lax.fori_loop(0, _at(tiles.count, i), keys, zeros)
         total = jnp.where(total > 0, total, 1)  # no key
         out = out / total[..., None]
         return _put(carry[0], out, i), _put(carry[1], largest + jnp.log(total), i, -1)
@@ -214,7 +218,7 @@ def _backward(scores, causal, saved, d_out):
             return d_q_tile + of_query, d_k, d_v
 
         start = jnp.zeros(q_tile.shape), d_k, d_v
-        d_q_tile, d_k, d_v = lax.fori_loop(0, tiles.count[i], keys, start)
+        d_q_tile, d_k, d_v = lax.fori_loop(0, _at(tiles.count, i), keys, start)
         return _put(d_q, d_q_tile, i), d_k, d_v
 
     start = tuple(jnp.zeros(x.shape) for x in (q, k, v))
