@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -142,15 +143,20 @@ def decoded(text: bytes) -> str:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """Line of a JSONL file that `parse_json` can read; values that JSON lacks become text."""
+    """Line of a JSONL file that `parse_json` can read. Values that JSON lacks become text; bytes, in
+    base64."""
     try:
-        line = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+        line = json.dumps(row, ensure_ascii=False, default=_text, allow_nan=False)
     except ValueError:  # NaN or an infinity
-        row = json.loads(json.dumps(row, default=str), parse_constant=str)
+        row = json.loads(json.dumps(row, default=_text), parse_constant=str)
         line = json.dumps(row, ensure_ascii=False)
     if not line.isascii() and any("\ud800" <= c <= "\udfff" for c in line):
-        line = json.dumps(row, default=str)  # lone surrogates are not valid UTF-8
+        line = json.dumps(row, default=_text)  # lone surrogates are not valid UTF-8
     return line + "\n"
+
+
+def _text(value: Any) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def parse_json(text: bytes) -> Any:

@@ -43,6 +43,7 @@ def test_a_line_is_json_for_every_reader():
     values = {"a": ["NaN", "-Infinity", 1.5], "b": {"c": "caf\ud83d é"}, "day": "2026-01-02"}
     assert json.loads(line.encode(), parse_constant=refuse) == values
     assert files.json_line({"c": "é"}) == '{"c": "é"}\n'
+    assert files.json_line({"image": b"\xff\x00"}) == '{"image": "/wA="}\n'  # base64
 
 
 def unreadable(tmp_path):

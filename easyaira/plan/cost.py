@@ -153,8 +153,8 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
 
     Gradients are float32 and sharded like the weights. Accumulation doubles them: a micro-batch's
     gradients and their sum. Logits comprise the chunks that losses/chunks.py holds at a time,
-    the chunks cached for the backward pass, the head in the computing dtype, and the head's
-    gradient, which is unsharded until it is reduced."""
+    the logit gradients of a group of chunks and those cached for the backward pass, the head in
+    the computing dtype, and the head's gradient, which is unsharded until it is reduced."""
     trained = setup.trainable.target
     state = abstract_state(trained, setup.tx, setup.mesh)
     batch = like(update.batch, loader.batch_shardings(update.batch, setup.mesh))
@@ -170,8 +170,8 @@ def sizes_of(setup: Setup, algorithm: Algorithm, update: Update) -> dict[str, fl
         vocab = padded_vocab(setup.model.vocab_size)
         columns, width = vocab // setup.mesh.shape["tp"], _head(setup.model) // vocab
         itemsize = setup.model.compute.dtype.itemsize
-        chunk, _, kept = update.sizes
-        kept = kept if setup.data.train.answers > 1 else 0
+        chunk, group, cached = update.sizes
+        kept = (group if group > 1 else 0) + (cached if setup.data.train.answers > 1 else 0)
         sizes["logits"] = columns * (chunk * (4 + kept * itemsize) + width * (4 + itemsize))
     return sizes
 
