@@ -174,8 +174,21 @@ def test_a_run_that_trained_nothing_may_change_its_options(ground, tmp_path):
     rows, _ = train(ground, run, **options, seed=1)
     assert [row["step"] for row in rows] == list(range(5))
     shutil.rmtree(run / "checkpoints")  # the run has trained, so nothing of it is overwritten
-    with pytest.raises(ConfigError, match="seed: the run in .* was started with 1, this"):
-        train(ground, run, **options, seed=2)
+    for unlogged in (False, True):  # a damaged checkpoint is one, too
+        if unlogged:
+            (run / "metrics.jsonl").unlink()
+            (run / "checkpoints/4").mkdir(parents=True)
+        with pytest.raises(ConfigError, match="seed: the run in .* was started with 1, this"):
+            train(ground, run, **options, seed=2)
+
+
+def test_a_config_that_no_run_wrote_is_not_overwritten(ground, tmp_path):
+    """Such as one that was written by hand into the folder of its run."""
+    record, text = tmp_path / "config.yaml", "seed: 5  # as in the paper\n"
+    record.write_text(text)
+    with pytest.raises(ConfigError, match="the run in .* was started with"):
+        train(ground, tmp_path)
+    assert record.read_text() == text
 
 
 # Runs made longer

@@ -174,13 +174,12 @@ def _check(setup: Setup, place: str) -> None:
     """Refuse a folder, or checkpoints at `place`, of another run."""
     config, folder = setup.config, Path(setup.config.output_dir)
     record = folder / "config.yaml"
-    if record.exists() and _is_untrained(folder, place):
-        pass  # its options may change: it begins anew
-    elif record.exists():
+    if record.exists():
         try:
             saved = _identity_of(record)
-            _compare(saved, setup, folder)
-            if extra := _added(saved, setup):
+            if not (anew := _is_untrained(folder, place)):
+                _compare(saved, setup, folder)
+            if not anew and (extra := _added(saved, setup)):
                 print(
                     f"run     is made longer: {setup.total_steps - extra} -> {setup.total_steps} "
                     "updates; the rest follows the learning rates of the longer run",
@@ -196,16 +195,21 @@ def _check(setup: Setup, place: str) -> None:
 
 
 def _is_untrained(folder: Path, place: str) -> bool:
-    """Whether the run in this folder ended before its first checkpoint and its first logged update,
-    such as at a misspelt metric."""
+    """Whether the run that wrote this config.yaml ended before its first checkpoint and its first
+    logged update, such as at a misspelt metric. A damaged checkpoint is one, too."""
     try:
-        written, _ = _recorded(folder / "config.yaml")
-        rows = log.read(folder / "metrics.jsonl")
-    except StorageError:
+        written, made = _recorded(folder / "config.yaml")
+        rows, damaged = log.parse(folder / "metrics.jsonl")
+        steps = [] if "://" in place else os.listdir(place)
+    except FileNotFoundError:  # of `place`
+        steps = []
+    except (OSError, StorageError):
         return False
     elsewhere = written.get("checkpoint_dir") not in (None, place)
-    trained = any(row["step"] > 0 for row in rows) or (folder / "hf").exists()
-    return not trained and not elsewhere and peek(place)[0] is None
+    logged = bool(damaged) or any(row["step"] > 0 for row in rows)
+    saved = any(name[:1].isdigit() for name in steps) or peek(place)[0] is not None
+    trained = logged or saved or (folder / "hf").exists()
+    return bool(made) and not trained and not elsewhere
 
 
 def _recorded(record: Path) -> tuple[dict[str, Any], dict[str, Any]]:
