@@ -143,8 +143,8 @@ def decoded(text: bytes) -> str:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """Line of a JSONL file that `parse_json` can read. Values that JSON lacks become text; bytes, in
-    base64."""
+    """Line of a JSONL file that `parse_json` can read. Values that JSON lacks become text; bytes
+    become base64."""
     try:
         line = json.dumps(row, ensure_ascii=False, default=_text, allow_nan=False)
     except ValueError:  # NaN or an infinity

@@ -365,7 +365,7 @@ def test_an_empty_choice_is_named_with_its_row(tmp_path):
             "gold is 2, not one of 0, 1",
         ),
         ("toxigen", {"text": "x", "label": 2}, "label is 2, not one of 0, 1"),
-        ("toxigen", {"text": "x"}, "KeyError 'label'"),
+        ("toxigen", {"text": "x"}, "it lacks 'label'"),
         (
             "enem_2024",
             {"question": "x", "alternatives": list("abcde"), "label": "F"},
@@ -391,7 +391,7 @@ def test_a_label_that_is_no_choice_is_named_with_its_row(task, row, problem, tmp
         ("arc_challange", "no such task; did you mean arc_challenge?"),
         ("zzz", "with --data, choose from arc_challenge, arc_easy"),
         ("toxigen", "has no toxigen_en.jsonl.gz; name the folder that holds it"),
-        ("arc_easy", r"arc_easy.jsonl:1: is not a row of this task: KeyError 'choices'"),
+        ("arc_easy", r"arc_easy.jsonl:1: is not a row of this task: it lacks 'choices'"),
     ],
 )
 def test_tasks_and_files_that_are_not_there(names, message, folder, tmp_path, monkeypatch):

@@ -135,9 +135,8 @@ def read(path: Path, rows: Callable[[Row], Row]) -> Any:
         try:
             content.append(rows(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise DataError(
-                f"{place}: is not a row of this task: {type(error).__name__} {error}"
-            ) from error
+            why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{place}: is not a row of this task: {why}; mend the row") from error
     return {"test": Dataset.from_list(content)}
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def compare(models: Mapping[str, Sequence[Result]]) -> str:
     for name in models:
         cells = []
         for i, text in enumerate(texts[name]):
-            present = [of[i] for of in values.values() if of[i] is not None]
+            present = [x for of in values.values() if (x := of[i]) is not None and isfinite(x)]
             best = present and values[name][i] == (min if lower[i] else max)(present)
             cells.append(f"**{text}**" if best and len(models) > 1 else text)
         lines.append([name, *cells])
