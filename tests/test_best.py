@@ -184,11 +184,12 @@ def test_a_run_that_trained_nothing_may_change_its_options(ground, tmp_path):
 
 def test_a_config_that_no_run_wrote_is_not_overwritten(ground, tmp_path):
     """Such as one that was written by hand into the folder of its run."""
-    record, text = tmp_path / "config.yaml", "seed: 5  # as in the paper\n"
-    record.write_text(text)
-    with pytest.raises(ConfigError, match="the run in .* was started with"):
-        train(ground, tmp_path)
-    assert record.read_text() == text
+    record = tmp_path / "config.yaml"
+    for text in ("seed: 5  # as in the paper\n", "begun: 2026-01-02\n"):
+        record.write_text(text)
+        with pytest.raises(ConfigError, match="the run in .* was started with"):
+            train(ground, tmp_path)
+        assert record.read_text() == text
 
 
 # Runs made longer

@@ -45,6 +45,11 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]] | None:
 
 
 def read_file(path: Path) -> Iterator[Located]:
+    """The rows of a file of one of the READERS' formats.
+
+    Raises:
+        DataError: the file is damaged, or of another format than its name says.
+    """
     import pyarrow
 
     try:

@@ -323,7 +323,8 @@ def _compare(saved: Mapping[str, Any], setup: Setup, place: Any) -> None:
         )
     for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
-            before, after = (shortened(json.dumps(tree.get(key))) for tree in (then, now))
+            values = (json.dumps(tree.get(key), default=str) for tree in (then, now))
+            before, after = map(shortened, values)
             raise ConfigError(
                 f"{key}: the run in {place} was started with {before}, this command says {after}; "
                 "restore it to continue, or choose another output_dir"
