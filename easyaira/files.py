@@ -142,6 +142,15 @@ def decoded(text: bytes) -> str:
         raise ValueError(f"not UTF-8: byte {byte:#x} at {error.start}; re-encode it") from error
 
 
+def lone_surrogate(text: str) -> int | None:
+    """Where the text has half of a surrogate pair, which is no character and no UTF-8; or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def json_line(row: Mapping[str, Any]) -> str:
     """Line of a JSONL file that `parse_json` can read. Values that JSON lacks become text; bytes
     become base64."""
@@ -150,8 +159,8 @@ def json_line(row: Mapping[str, Any]) -> str:
     except ValueError:  # NaN or an infinity
         row = json.loads(json.dumps(row, default=_text), parse_constant=str)
         line = json.dumps(row, ensure_ascii=False)
-    if not line.isascii() and any("\ud800" <= c <= "\udfff" for c in line):
-        line = json.dumps(row, default=_text)  # lone surrogates are not valid UTF-8
+    if lone_surrogate(line) is not None:
+        line = json.dumps(row, default=_text)
     return line + "\n"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from easyaira import cli
 from easyaira.errors import ConfigError, escaped
-from easyaira.files import named_path
+from easyaira.files import lone_surrogate, named_path
 
 AS_FOLDER = "default: as generation_config.json, or"
 
@@ -118,13 +118,8 @@ def check(args: Any) -> None:
     if args.chat and args.num_samples > 1:
         raise ConfigError("--num_samples: a conversation has one answer; leave it out")
     for name in ("prompt", "stop"):
-        texts = getattr(args, name) or ""
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"--{name}: is not UTF-8; set the terminal's encoding to it"
-            ) from error
+        if lone_surrogate("".join(getattr(args, name) or "")) is not None:
+            raise ConfigError(f"--{name}: is not UTF-8; set the terminal's encoding to it")
     if "" in (args.stop or []):
         raise ConfigError("--stop: found an empty text, expected one")
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from easyaira.data import formats
 from easyaira.data.record import HISTORY, SYSTEM, WEIGHTS, Record, Unreadable
 from easyaira.errors import DataError, kind_of
+from easyaira.files import lone_surrogate
 
 Message = dict[str, Any]  # role, content, and learned if the row says so
 
@@ -287,10 +288,8 @@ def _text(row: Record, name: str) -> str:
 def _checked(text: Any, wanted: str) -> str:
     if not isinstance(text, str):
         raise Unreadable(f"{wanted}, found {kind_of(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Unreadable(f"{wanted}, found a lone surrogate at {error.start}") from error
+    if (place := lone_surrogate(text)) is not None:
+        raise Unreadable(f"{wanted}, found a lone surrogate at {place}")
     return text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from easyaira.data.columns import Message, question
 from easyaira.data.record import Record, Unreadable
 from easyaira.errors import ConfigError, DataError, shortened
+from easyaira.files import lone_surrogate
 
 Prompt = str | Sequence[Mapping[str, str]]  # a user's message, or the messages before an answer
 
@@ -85,10 +86,8 @@ def _prompt(prompt: Any, where: str) -> list[Message]:
 def _text(text: Any, where: str, wanted: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{where}: wanted {wanted}, found {shortened(repr(text))}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: found a lone surrogate at {error.start}; remove it") from error
+    if (place := lone_surrogate(text)) is not None:
+        raise DataError(f"{where}: found a lone surrogate at {place}; remove it")
     return text
 
 

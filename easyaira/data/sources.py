@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +139,13 @@ def _load_with_datasets(source: Source) -> Any:
             f"{source.path}: needs the package datasets (pip install datasets); local "
             f"{', '.join(READERS)} files do not"
         ) from error
+    # the hub's log has each failed attempt twice; the error says what failed
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if path.is_dir():
             return datasets.load_from_disk(str(folders.saved(path, source.split)))
         options = {"split": source.split, "streaming": source.streaming}
-        with _quiet():
-            return datasets.load_dataset(source.path, source.subset, **options)
+        return datasets.load_dataset(source.path, source.subset, **options)
     except EasyAiraError:
         raise
     except Exception as error:  # the library raises many types, which all mean the same here
@@ -153,15 +153,3 @@ def _load_with_datasets(source: Source) -> Any:
         raise DataError(
             f"{source.path} (split {source.split}): {local}cannot be loaded: {reason(error)}"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out the hub's log, which repeats each failed attempt; the error says what failed."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -211,8 +211,9 @@ def _add_groups(chunks, first, one, states_of, carry, d_head, dtype):
 
         def step(j, inner):
             carry, slope = one(g * G + j, inner[0])
-            put_slope = partial(jax.lax.dynamic_update_index_in_dim, axis=0, **NOT_NEGATIVE)
-            return carry, put_slope(inner[1], packed(slope), j)
+            return carry, jax.lax.dynamic_update_index_in_dim(
+                inner[1], packed(slope), j, 0, **NOT_NEGATIVE
+            )
 
         if slopes is None:
             carry, slope = one(g, carry)
@@ -327,15 +328,8 @@ def _nll_forward(states, head, targets, wanted, sizes, vocab_size, cap, smoothin
         return (put(values, index, new), put(d_states, index, d_chunk)), slope
 
     d_states, d_head = _zero_gradients(states, head)
-    (values, d_states), d_head = _add_groups(
-        chunks,
-        0,
-        one,
-        partial(take, states),
-        (_no_values(targets), d_states),
-        d_head,
-        states.dtype,
-    )
+    carry, states_of = (_no_values(targets), d_states), partial(take, states)
+    (values, d_states), d_head = _add_groups(chunks, 0, one, states_of, carry, d_head, states.dtype)
     return (-values[..., 0].sum(), values), (d_states, _reduce_head(d_head, head))
 
 

@@ -115,12 +115,9 @@ class RewardModel:
         Returns:
             [n] float32. Raises and cuts as `of_answers`.
         """
-        alone, pairs = {}, {}
-        for i, text in enumerate(read_texts("score", texts)):
-            if isinstance(text, str):
-                alone[i] = text
-            else:
-                pairs[i] = text
+        read = list(enumerate(read_texts("score", texts)))
+        alone = {i: text for i, text in read if isinstance(text, str)}
+        pairs = {i: messages for i, messages in read if not isinstance(messages, str)}
         scores = np.zeros(len(texts), np.float32)
         scores[[*alone]] = self.of_texts([*alone.values()])
         scores[[*pairs]] = self.of_answers([*pairs.values()])

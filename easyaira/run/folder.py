@@ -177,14 +177,9 @@ def _check(setup: Setup, place: str) -> None:
     if record.exists():
         try:
             saved = _identity_of(record)
-            if not (anew := _is_untrained(folder, place)):
+            if not _is_untrained(folder, place):
                 _compare(saved, setup, folder)
-            if not anew and (extra := _added(saved, setup)):
-                print(
-                    f"run     is made longer: {setup.total_steps - extra} -> {setup.total_steps} "
-                    "updates; the rest follows the learning rates of the longer run",
-                    flush=True,
-                )
+                _say_if_longer(saved, setup)
         except (ConfigError, StorageError) as error:
             _blame(record, error, setup, place)
     elif _is_foreign(folder):
@@ -194,20 +189,23 @@ def _check(setup: Setup, place: str) -> None:
     _check_place(setup, place)
 
 
+def _say_if_longer(saved: Mapping[str, Any], setup: Setup) -> None:
+    if extra := _added(saved, setup):
+        print(
+            f"run     is made longer: {setup.total_steps - extra} -> {setup.total_steps} updates; "
+            "the rest follows the learning rates of the longer run",
+            flush=True,
+        )
+
+
 def _is_untrained(folder: Path, place: str) -> bool:
-    """Whether the run that wrote this config.yaml ended before its first checkpoint and its first
-    logged update, such as at a misspelt metric. A damaged checkpoint is one, too."""
-    try:
-        written, made = _recorded(folder / "config.yaml")
-        rows, damaged = log.parse(folder / "metrics.jsonl")
-        steps = [] if "://" in place else os.listdir(place)
-    except FileNotFoundError:  # of `place`
-        steps = []
-    except (OSError, StorageError):
-        return False
+    """Whether the run that wrote this config.yaml ended before its first checkpoint, even one that
+    is damaged, and before its first logged update; such as at a misspelt metric."""
+    written, made = _recorded(folder / "config.yaml")
+    rows, damaged = log.parse(folder / "metrics.jsonl")
     elsewhere = written.get("checkpoint_dir") not in (None, place)
     logged = bool(damaged) or any(row["step"] > 0 for row in rows)
-    saved = any(name[:1].isdigit() for name in steps) or peek(place)[0] is not None
+    saved = any(Path(place).glob("[0-9]*")) or peek(place)[0] is not None
     trained = logged or saved or (folder / "hf").exists()
     return bool(made) and not trained and not elsewhere
 
