@@ -8,7 +8,6 @@ python -m easyaira.evaluate --compare MODEL MODEL ...
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,8 @@ def of_tasks(args: Any, origin: Any, folder: Path):
     tasks = harness.load(names, data)
     for name, task in tasks.items():
         shots = harness.set_shots(task, args.num_fewshot)
-        check_earlier(folder / file_of(name, shots), args.limit, place=None)
+        place = harness.place(name, task, data)
+        check_earlier(folder / file_of(name, shots), args.limit, place)
     model = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template="plain")
     likelihoods = Likelihoods(model.model, model.params, model.mesh, tokens=args.batch_tokens)
     ends = end_ids(model.template, files_of(origin), model.model.vocab_size)
@@ -189,12 +189,11 @@ def of_rows(args: Any, origin: Any, folder: Path):
     from easyaira import __version__
     from easyaira.config.data import Source
     from easyaira.evaluation import judges
-    from easyaira.evaluation.results import Result, check_earlier, file_of
+    from easyaira.evaluation.results import Result, check_earlier, digest, file_of
     from easyaira.evaluation.rewardbench import sections
 
     name, local = Path(args.rows).name, named_path(args.rows)
-    place = [str(local.resolve()) if local.exists() else args.rows, args.split or ""]
-    place = hashlib.sha256("\n".join(place).encode()).hexdigest()[:16]
+    place = digest(str(local.resolve()) if local.exists() else args.rows, args.split or "")
     task = f"{name}/{args.split}" if args.split else name
     check_earlier(folder / file_of(task), args.limit, place)
     judged = judges.judge(
@@ -226,6 +225,7 @@ def of_rows(args: Any, origin: Any, folder: Path):
         step=origin.step,
         versions={"easyaira": __version__},
         place=place,
+        content=judged.content,
     )
 
 

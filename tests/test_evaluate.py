@@ -292,10 +292,26 @@ def test_rows_of_one_name_do_not_replace_each_others_result(scorers, tmp_path, c
         (tmp_path / folder).mkdir()
     assert [score("first")[0] for _ in range(2)] == [0, 0]
     status, _, err = score("second")
-    problem = f"--rows: {tmp_path / 'out/rows.jsonl.json'} is of other rows of this name and would"
+    problem = f"{tmp_path / 'out/rows.jsonl.json'}: is of other rows of this name and would be"
     assert status == 2 and problem in err
     assert score("second", "--split", "train")[0] == 0
     assert [r.task for r in results.read(tmp_path / "out")] == ["rows.jsonl/train", "rows.jsonl"]
+
+
+def test_a_task_of_other_files_does_not_replace_a_result(folder, tmp_path, capsys):
+    """Nor do questions of the hub."""
+    options = ("--tasks", "arc_easy", "--limit", 2, "--output", tmp_path / "out")
+    first, second = (write_data(tmp_path / name) for name in ("first", "second"))
+    command(folder, *options, "--data", first)
+    path = tmp_path / "out/arc_easy-0.json"
+    kept = path.read_bytes()
+    with pytest.raises(ConfigError, match=f"^{path}: is of other rows of this name and would be"):
+        command(folder, *options, "--data", second)
+    assert path.read_bytes() == kept
+    command(folder, *options, "--data", first)
+    hub = results.digest("allenai/ai2_arc", "ARC-Easy")
+    with pytest.raises(ConfigError, match="is of other rows of this name"):
+        results.check_earlier(path, 2, hub)
 
 
 def test_a_place_without_room_for_results_is_named_before_they_are_computed(tmp_path, folder):
@@ -585,7 +601,7 @@ def test_every_two_answers_are_compared_unless_tied(scorers, tmp_path, capsys):
 
 def test_the_error_of_single_comparisons_is_that_of_a_share():
     margins = np.array([1.0, -1, 1, 1])
-    judged = judges.Judged(margins, np.arange(4), *[None] * 5)
+    judged = judges.Judged(margins, np.arange(4), *[None] * 6)
     assert judged.stderr() == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
 
 
@@ -650,6 +666,41 @@ def test_results_of_other_questions_stand_in_another_column():
     assert table.splitlines()[0] == "| model | average | arc, n=100 | wikitext | arc, n=50 |"
     assert table.splitlines()[2] == "| a | **50.00** | **50.00** | 12.5 | - |"
     assert table.splitlines()[3] == "| b | **50.00** | - | **11** | **50.00** |"
+
+
+def test_results_of_other_rows_of_one_name_and_number_stand_in_another_column():
+    """They stood in one, as if the models had answered the same questions."""
+    first, second = result("arc", 0.5, content="a1b2c3"), result("arc", 0.25, content="d4e5f6")
+    other = result("arc", 0.75, content="a1b2c3", examples=50)
+    table = results.compare({"a": [first], "b": [second], "c": [first], "d": [other]})
+    assert table.splitlines()[0] == (
+        "| model | average | arc, n=100, rows a1b2 | arc, n=100, rows d4e5 | arc, n=50 |"
+    )
+    assert table.splitlines()[2:5] == [
+        "| a | 50.00 | **50.00** | - | - |",
+        "| b | 25.00 | - | **25.00** | - |",
+        "| c | 50.00 | **50.00** | - | - |",
+    ]
+
+
+def test_equal_rows_have_one_column_wherever_they_lie(scorers, folder, tmp_path, capsys):
+    pairs = [{"prompt": f"a {i}?", "chosen": "yes", "rejected": "no no"} for i in range(3)]
+    for name, rows in (("one", pairs), ("two", pairs), ("three", pairs[::-1])):
+        (tmp_path / name).mkdir()
+        file = tiny.write_rows(tmp_path / name / "rows.jsonl", rows)
+        data = write_data(tmp_path / name / "tasks")
+        options = ("--template", "plain", "--output", tmp_path / name / "results")
+        command(scorers / "gpt2", "--rows", file, *options)
+        command(folder, "--tasks", "arc_easy", "--data", data, "--limit", 2, *options[2:])
+    capsys.readouterr()
+    command("--compare", *(tmp_path / name / "results" for name in ("one", "two", "three")))
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert [cell.split(",")[0] for cell in head.strip("| ").split(" | ")[2:]] == [
+        "arc_easy",
+        "rows.jsonl",
+        "rows.jsonl",
+    ]
+    assert [line.count(" - |") for line in lines] == [1, 1, 1]
 
 
 def test_a_damaged_result_is_named(tmp_path):

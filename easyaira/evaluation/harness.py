@@ -27,7 +27,7 @@ from easyaira.data.examples import check_embedded
 from easyaira.errors import ConfigError, DataError, shortened
 from easyaira.evaluation import local
 from easyaira.evaluation.likelihood import Likelihoods, Request
-from easyaira.evaluation.results import METRICS, Result
+from easyaira.evaluation.results import METRICS, Result, digest
 from easyaira.files import reason
 from easyaira.generation.processors import Sampling
 from easyaira.generation.programs import Programs
@@ -225,6 +225,13 @@ def check_names(names: list[str], known: Any, hint: str) -> None:
             )
 
 
+def place(name: str, task: Any, data: Path | None) -> str:
+    """Hash of where a task's rows come from (see `Result.place`)."""
+    if data:
+        return digest(str(local.find(data, local.LOCAL[name].file).resolve()))
+    return digest(str(task.config.dataset_path), str(task.config.dataset_name))
+
+
 def result(
     lm: EasyAiraLM,
     name: str,
@@ -251,7 +258,9 @@ def result(
         if "," in key and "_stderr" not in key and isinstance(value, float | int)
     }
     metric = next((known for known in METRICS if known in metrics), next(iter(metrics)))
-    values = [sample[metric] for sample in outcome["samples"][name] if metric in sample]
+    samples = outcome["samples"][name]
+    documents = {sample["doc_id"]: sample["doc_hash"] for sample in samples}
+    values = [sample[metric] for sample in samples if metric in sample]
     is_mean = values and all(isinstance(value, float | int) for value in values)
     is_mean = is_mean and abs(float(np.mean(values)) - metrics[metric]) < 1e-9
     higher = outcome["higher_is_better"][name].get(metric.partition(",")[0], True)
@@ -260,7 +269,7 @@ def result(
         metric=metric,
         metrics=metrics,
         better="higher" if higher else "lower",
-        examples=len({sample["doc_id"] for sample in outcome["samples"][name]}),
+        examples=len(documents),
         data=local.LOCAL[name].file if data else str(task.config.dataset_path),
         dtype=dtype,
         stderr=float(np.std(values, ddof=1) / len(values) ** 0.5)
@@ -271,6 +280,8 @@ def result(
         truncated=lm.truncated,
         step=step,
         versions=versions | {"task": outcome["versions"][name]},
+        place=place(name, task, data),
+        content=digest(*documents.values()),
     )
 
 

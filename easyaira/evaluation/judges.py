@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,7 @@ from easyaira.data.recipe import recipe_of
 from easyaira.data.template import Template
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import DataError, WeightsError
+from easyaira.evaluation.results import digest
 from easyaira.losses import preference
 from easyaira.losses.scores import roc_auc
 from easyaira.train import loader
@@ -46,6 +48,7 @@ class Judged(NamedTuple):
         groups: [n] value of the column to group by.
         account: rows read, dropped and cut.
         ties: comparisons without a better answer, which are left out.
+        content: hash of the rows.
     """
 
     margins: np.ndarray
@@ -55,6 +58,7 @@ class Judged(NamedTuple):
     groups: list[str]
     account: Account
     ties: int
+    content: str
 
     @property
     def truncated(self) -> int:
@@ -129,7 +133,7 @@ def judge(
     if not resolved.model.architecture.encoder:  # as it is, without a padding token for training
         own = Template(resolved.origin.tokenizer(), template, resolved.origin.config["model_type"])
         resolved = resolved._replace(model=resolved.stored, template=own)
-    part, account, groups, ties = _read(source, data, resolved, by, limit)
+    part, account, groups, ties, content = _read(source, data, resolved, by, limit)
     model = resolved.model
     examples.check_embedded(part.tokens, model.vocab_size)
     shared = not model.architecture.encoder and shares_prompt("auto", part, model.compute.attention)
@@ -168,14 +172,15 @@ def judge(
         is_better = (part.labels == positive_label)[:, None]
         margins, of = np.where(is_better, scores, -scores)[:, 0], np.arange(len(part))
     kept = [groups[row] for row in part.rows[of]]
-    return Judged(margins, part.rows[of], scores, is_better, kept, account, ties)
+    return Judged(margins, part.rows[of], scores, is_better, kept, account, ties, content)
 
 
 def _read(
     source: Source, data: DataConfig, resolved: Resolved, by: str | None, limit: int | None
-) -> tuple[Examples, Account, list[str], int]:
-    """Tokenised rows, their counts, the group of each row that was read, and the ties."""
-    located, groups, ties = [], [], 0
+) -> tuple[Examples, Account, list[str], int, str]:
+    """Tokenised rows, their counts, the group of each row that was read, the ties, and a hash of
+    the rows."""
+    located, groups, ties, texts = [], [], 0, []
     for place, row in sources.read(source):
         if len(located) == limit:
             break
@@ -183,6 +188,7 @@ def _read(
             raise DataError(f"{place}: {row.reason}. Fix the row")
         if by is not None and by not in row:
             raise DataError(f"{place}: no column {by}, which --by names; found {', '.join(row)}")
+        texts.append(json.dumps(row, sort_keys=True, default=str))
         group = str(row[by]) if by else ""
         if row.keys() >= COMPARED:
             if row["score_0"] == row["score_1"]:
@@ -206,7 +212,7 @@ def _read(
     if pad is not None and not resolved.model.architecture.encoder:
         part = _without_padding(part, pad)
     account.check(1.0)
-    return part, account, groups, ties
+    return part, account, groups, ties, digest(*texts)
 
 
 def _without_padding(part: Examples, pad: int) -> Examples:

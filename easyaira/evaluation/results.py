@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -35,7 +36,8 @@ class Result:
         truncated: requests, or rows, that were cut to the model's positions.
         left_out: rows that do not count, by reason.
         data: hub id, or name of the file.
-        place: hash of the file's path, or of the hub id, and the split; None for tasks.
+        place: hash of the file's path, or of the hub id, and the split (see `digest`).
+        content: hash of the questions or rows, in order.
         groups: value of a column -> examples and accuracy.
         step: updates of the checkpoint; None for a Hugging Face folder.
         dtype: computing precision.
@@ -58,6 +60,7 @@ class Result:
     step: int | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
     place: str | None = None
+    content: str | None = None
 
     @property
     def value(self) -> float:
@@ -94,6 +97,11 @@ def file_of(task: str, num_fewshot: int | None = None) -> str:
     return f"{name}{shots}.json"
 
 
+def digest(*parts: str) -> str:
+    """Hash of texts in order, in 16 characters."""
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
 def check_folder(folder: Path) -> None:
     """Check that results can be written, before they are computed.
 
@@ -114,7 +122,7 @@ def check_earlier(path: Path, limit: int | None, place: str | None) -> None:
         ConfigError: the earlier one is of all questions, and this one is not; or it is of other
             rows whose file has the same name.
     """
-    if (limit is None and place is None) or not path.exists():
+    if not path.exists():
         return
     earlier = read_json(path)
     if limit is not None and earlier.get("limit") is None:
@@ -123,7 +131,7 @@ def check_earlier(path: Path, limit: int | None, place: str | None) -> None:
         )
     if place and earlier.get("place") not in (None, place):
         raise ConfigError(
-            f"--rows: {path} is of other rows of this name and would be replaced; set --output"
+            f"{path}: is of other rows of this name and would be replaced; set --output"
         )
 
 
@@ -214,18 +222,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def compare(models: Mapping[str, Sequence[Result]]) -> str:
     """A Markdown table of models and tasks, the best of a column in bold.
 
-    Results stand in one column if task, shots and number of examples are the same. An average is
-    over the shares that a model has.
+    Results stand in one column if task, shots and the questions or rows are the same. An average
+    is over the shares that a model has.
     """
     columns: dict[tuple, str] = {}
     for results in models.values():
         for result in results:
             columns.setdefault(_key(result), result.label)
-    labels = list(columns.values())
-    heads = [
-        f"{label}, n={key[2]}" if labels.count(label) > 1 else label
-        for key, label in columns.items()
-    ]
+    heads = list(columns.values())
+    for i, name in enumerate(("n={}", "rows {:.4}")):  # until no two columns have one name
+        heads = [
+            f"{head}, {name.format(key[2 + i])}" if heads.count(head) > 1 else head
+            for head, key in zip(heads, columns, strict=True)
+        ]
     values: dict[str, list[float | None]] = {}
     texts: dict[str, list[str]] = {}
     lower = [False] * (len(columns) + 1)
@@ -249,5 +258,5 @@ def compare(models: Mapping[str, Sequence[Result]]) -> str:
     return "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
 
 
-def _key(result: Result) -> tuple[str, int | None, int]:
-    return result.task, result.num_fewshot, result.examples
+def _key(result: Result) -> tuple[str, int | None, int, str]:
+    return result.task, result.num_fewshot, result.examples, result.content or "unknown"
