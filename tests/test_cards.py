@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from easyaira.config.ranges import bytes_of
 from easyaira.config.run import DryRun
-from easyaira.distributed import cards, chips
+from easyaira.distributed import cards, chips, hosts
 from easyaira.errors import ConfigError, WeightsError
 from easyaira.plan import cost, counted, smaller
 from easyaira.plan.search import candidates
@@ -205,18 +205,23 @@ def test_adapters_are_planned_without_weights(ground, capsys):
 
 
 def test_a_plan_for_gpus_needs_none_here(ground, monkeypatch):
-    """With JAX's CUDA plugin but no driver: the plugin must not check for one, and flags are those
-    that this version of XLA knows; an unknown one ends the process."""
+    """With JAX's CUDA plugin but no driver: the plugin must not check for one. Flags are set before
+    JAX looks for devices, since the plugin of JAX 0.12 reads them then; and they are those that
+    this version of XLA knows, as an unknown one ends the process."""
     seen = {}
 
-    def compiled_for(**_):
+    def joined(config):
         seen["flags"] = os.environ["XLA_FLAGS"]
+        return join(config)
+
+    def compiled_for(**_):
         raise InterruptedError
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
     monkeypatch.setattr(topologies, "get_topology_desc", compiled_for)
     monkeypatch.setattr(jax.config, "update", lambda *option: seen.setdefault("first", option))
-    started = cards.planned_devices
+    started, join = cards.planned_devices, hosts.joined
+    monkeypatch.setattr(hosts, "joined", joined)
 
     def planned_devices(*args):
         assert seen["first"] == ("jax_platforms", "cpu")

@@ -485,6 +485,35 @@ def test_on_a_gpu_layers_are_computed_without_a_loop(models, data, tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()))
 
 
+def compiled_gradients(sizes, **compute):
+    """The compiled gradients of a GPT-2 whose layers have no loop."""
+    config = tiny.CONFIGS["gpt2"] | {"n_embd": 64, "n_layer": 8} | sizes
+    model = model_of(config, "here", Compute(unroll_up_to=24, **compute))
+    rows = tiny.layout(np.ones((8, 64), np.int32))
+
+    def loss_fn(params):
+        return (model.apply(params, rows)[0] ** 2).sum()
+
+    return jax.jit(jax.grad(loss_fn)).lower(model.shapes).compile()
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_gradient_checkpointing_saves_memory_where_layers_could_be_unrolled(policy, optimized):
+    """Without a loop, XLA merged what is computed again with what it repeats: GPT-2 124M took 16.4
+    GiB of an H100 with checkpointing as without, and takes 2.6."""
+    plain, saving = (
+        compiled_gradients({}, gradient_checkpointing=kept).memory_analysis().temp_size_in_bytes
+        for kept in ("none", policy)
+    )
+    assert saving < 0.6 * plain
+
+
+def test_unrolled_layers_compute_activations_anew_in_their_backward_pass(optimized):
+    """XLA kept the forward ones in float32: GPT-2 124M took 16.4 GiB of an H100, and takes 11.3."""
+    text = compiled_gradients({}).as_text()
+    assert len(re.findall(r" tanh\(", text)) >= 2 * 8
+
+
 def test_a_named_kernel_that_cannot_compute_the_model_is_refused():
     with pytest.raises(ConfigError, match="attention: cudnn needs 16 bits.*; use auto"):
         of_a_gpu({"attention": "cudnn", "dtype": "float32"})

@@ -26,6 +26,7 @@ from easyaira.lora.adapter import adapter_of, joined, module_of
 from easyaira.lora.held import held_target, hold, holder
 from easyaira.losses import token_logps
 from easyaira.models import quantize
+from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.plan import cost
 from easyaira.plan import report as plan_report
@@ -566,11 +567,13 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(kind, how, mo
     assert not np.allclose(logits(model, held, rows_of()), logits(model, base, rows_of()))
 
 
-def test_the_backward_pass_keeps_codes_and_not_kernels():
+@pytest.mark.parametrize("unrolled", [0, 16])
+def test_the_backward_pass_keeps_codes_and_not_kernels(unrolled, optimized):
     """Of 16 layers, without gradient checkpointing: the bytes of a step do not hold a float copy
-    of each layer's kernels."""
+    of each layer's kernels, with a loop over layers or without."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16}
-    model = model_of(tiny.CONFIGS["llama"] | sizes, "here")
+    compute = Compute(unroll_up_to=unrolled)
+    model = model_of(tiny.CONFIGS["llama"] | sizes, "here", compute)
     adapter = adapter_of(LoraConfig(["q_proj"], quantize="nf4"), model)
     mesh = meshes.make_mesh("fsdp=-1")
     rows = rows_of()

@@ -112,10 +112,24 @@ def machine(name: str) -> list[Any] | None:
     if colon and not re.fullmatch(r"[1-9]\d{0,3}", number):
         raise ConfigError(f"topology: {name!r}: expected a number of cards, such as {known}:8")
     card, count = CARDS[known], int(number or 1)
-    plugin = importlib.util.find_spec("jax_cuda13_plugin")
-    if plugin and card.processors:
+    if _compiles() and card.processors:
         return _compiled_for(card, count)
     return absent(card, count)
+
+
+def _compiles() -> bool:
+    return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def prepare_compiler() -> None:
+    """Set XLA's flags to compile for GPUs that are not there. Call it before JAX looks for devices:
+    XLA reads its flags then."""
+    if not _compiles():
+        return
+    flags = [os.environ.get("XLA_FLAGS", ""), *UNTIMED]
+    if jax.version.__version_info__ >= (0, 11):  # unknown before
+        flags.append(DEVICELESS)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def absent(card: Card, count: int = 1) -> list[Any]:
@@ -127,10 +141,6 @@ def _compiled_for(card: Card, count: int) -> list[Any]:
     """Devices that XLA compiles for without a driver."""
     from jax.experimental import topologies
 
-    flags = [os.environ.get("XLA_FLAGS", ""), *UNTIMED]
-    if jax.version.__version_info__ >= (0, 11):  # unknown before
-        flags.append(DEVICELESS)
-    os.environ["XLA_FLAGS"] = " ".join(flags)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=_target(card), topology=f"1x1x{count}"
     )

@@ -81,11 +81,14 @@ def _recompute(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         # in 16 bits, XLA would round after each operation, which takes three times as long on a CPU
         return f(*(x.astype(jnp.float32) for x in inputs)).astype(inputs[0].dtype)
 
+    def backward(saved: list[jax.Array], d_y: jax.Array) -> tuple[jax.Array, ...]:
+        # without the barrier, and without a loop over layers, XLA would keep the forward pass's
+        # intermediate results instead
+        saved = jax.lax.optimization_barrier(saved)
+        return jax.vjp(rounded, *(unpacked(x, d_y.dtype) for x in saved))[1](d_y)
+
     g = jax.custom_vjp(rounded)
-    g.defvjp(
-        lambda *inputs: (rounded(*inputs), [packed(x) for x in inputs]),
-        lambda saved, d_y: jax.vjp(rounded, *(unpacked(x, d_y.dtype) for x in saved))[1](d_y),
-    )
+    g.defvjp(lambda *inputs: (rounded(*inputs), [packed(x) for x in inputs]), backward)
     return g
 
 
@@ -262,12 +265,15 @@ def layers(
 
     A loop copies what each layer keeps for the backward pass into a stack and out of it. Unrolled,
     a program needs no copies, but takes longer to compile. With a cache, layers are always
-    unrolled, since a loop would copy a layer's cache for each token.
+    unrolled, since a loop would copy a layer's cache for each token. With gradient checkpointing
+    they never are: without a loop, the compiler merges what is computed again with what it repeats.
 
     Args:
         in_axes: for each input after the first, 0 if it is stacked over layers, else broadcast.
     """
+    unrolled = compute.cached or length <= compute.unroll_up_to
     if compute.gradient_checkpointing != "none":
+        unrolled = False
         policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
     return nn.scan(
@@ -276,7 +282,7 @@ def layers(
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
-        unroll=length if compute.cached or length <= compute.unroll_up_to else 1,
+        unroll=length if unrolled else 1,
         check_constancy_invariants=False,  # would trace the block once more
     )
 

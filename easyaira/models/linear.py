@@ -77,13 +77,13 @@ def _product(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return linear(x, kernel)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
+@jax.checkpoint
 def _scaled(y: jax.Array, gain: jax.Array) -> jax.Array:
     """gain * y in float32, rounded once. The backward pass stores y in its own dtype."""
     return (y.astype(jnp.float32) * gain).astype(y.dtype)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
+@jax.checkpoint
 def _quantized_product(held: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
     """x @ kernel. The backward pass stores the codes and recomputes the kernel, instead of storing
     the dequantised kernel of every layer."""

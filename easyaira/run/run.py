@@ -19,7 +19,7 @@ from easyaira.data import dataset
 from easyaira.data.cache import keep_compiled
 from easyaira.distributed import hosts, watchdog
 from easyaira.distributed import mesh as meshes
-from easyaira.distributed.cards import planned_devices
+from easyaira.distributed.cards import planned_devices, prepare_compiler
 from easyaira.distributed.chips import memory_of
 from easyaira.distributed.signals import StopSignal
 from easyaira.errors import ConfigError, Preempted, folded
@@ -64,6 +64,7 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
         run_folder.refuse_foreign(config)
         if dry_run.topology:
             jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
+            prepare_compiler()
     # a second signal kills the process even while it waits for the other hosts
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
         hosts.agree(provenance.made_with(config))
