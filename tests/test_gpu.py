@@ -18,6 +18,7 @@ from easyaira.algorithms import reference, reference_cache
 from easyaira.algorithms.dpo import answer_scores
 from easyaira.algorithms.reference import make_score
 from easyaira.config.model import ModelConfig
+from easyaira.data import packing
 from easyaira.distributed import compiler, sharding
 from easyaira.distributed import mesh as meshes
 from easyaira.errors import ConfigError
@@ -483,6 +484,22 @@ def test_on_a_gpu_layers_are_computed_without_a_loop(models, data, tmp_path):
     assert fewer == loops - 2  # forward and backward
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("task, most", [("sft", 0), ("dpo", 12)])
+def test_on_a_cpu_many_pairs_pay_for_layers_without_a_loop(
+    task, most, models, data, tmp_path, monkeypatch
+):
+    """A pass over the data decides, not the number of updates: an extended run keeps its bits."""
+
+    def unrolled(steps):
+        rows, out = data / f"{task}.jsonl", tmp_path / "run"
+        config, algorithm = configured(task, models / "llama", rows, out, max_steps=steps)
+        return prepare(config, algorithm).model.compute.unroll_up_to
+
+    assert [unrolled(steps) for steps in (4, 4000)] == [0, 0]
+    monkeypatch.setattr(packing, "CPU_COMPILATION", 1e3)
+    assert [unrolled(steps) for steps in (4, 4000)] == [most, most]
 
 
 def compiled_gradients(sizes, **compute):

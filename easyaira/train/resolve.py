@@ -83,7 +83,8 @@ BY_NAME = {"gpu": ("cudnn",)}  # not chosen by `auto`: slower than pallas, see d
 # cuDNN's backward pass gives NaN if length % 128 == 64, a mask is passed and a query is fully
 # masked: pytorch/pytorch#196678
 ROW_MULTIPLE = {"gpu": 128}
-UNROLL_UP_TO = {"gpu": 24}  # layers, see models/layers.py
+UNROLL_UP_TO = {"gpu": 24, "cpu": 12}  # layers, see models/layers.py
+LONG = 100  # compilations of a program: a pass over pairs that is worth longer ones on a CPU
 
 
 def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Compute:
@@ -112,7 +113,20 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Co
         raise ConfigError(f"model.attention: {attention} is not available on {where}; use auto")
     elif reason := obstacle(attention, model, compute):
         raise ConfigError(f"model.attention: {attention} {reason}; use auto")
-    return replace(compute, attention=attention, unroll_up_to=UNROLL_UP_TO.get(platform, 0))
+    return replace(compute, attention=attention, unroll_up_to=unroll_up_to(platform))
+
+
+def unroll_up_to(platform: str, answers: int = 1, epoch: float = 0) -> int:
+    """Most layers that are computed without a loop. On a CPU, SFT hardly gains from it, and starts
+    later.
+
+    Args:
+        answers: to a prompt.
+        epoch: time of a pass over the data, in compilations of a program. The number of updates
+            does not count, since a run that is extended keeps its programs and so its bits.
+    """
+    pays = platform != "cpu" or (answers > 1 and epoch >= LONG)
+    return UNROLL_UP_TO.get(platform, 0) if pays else 0
 
 
 def lacks_bfloat16(device: Any) -> bool:

@@ -33,7 +33,7 @@ from easyaira.storage.pretrained import Pretrained
 from easyaira.train import optimizer
 from easyaira.train.algorithm import Algorithm, OnPolicy
 from easyaira.train.critic import ActorCritic, Critic, make_optimizer
-from easyaira.train.resolve import ROW_MULTIPLE, Resolved, find
+from easyaira.train.resolve import ROW_MULTIPLE, Resolved, find, unroll_up_to
 from easyaira.train.trainable import Adapters, FullWeights, Trainable
 
 
@@ -182,11 +182,14 @@ def prepare(
         "multiple": ROW_MULTIPLE.get(platform, 8),
     }
     own = algorithm.on_policy
-    cost = {"compilation": compilation_cost(model.parameter_count(), platform)}
-    batches = _batches(config, own, data.train, layout | cost, model)
+    compilation = compilation_cost(model.parameter_count(), platform)
+    batches = _batches(config, own, data.train, layout | {"compilation": compilation}, model)
     layout["share_prompt"] = batches.share_prompt
     shared = batches.examples.answers * batches.share_prompt
-    model = replace(model, compute=replace(model.compute, shared_prompt=shared))
+    epoch = data.train.lengths().sum() / compilation
+    unrolled = unroll_up_to(platform, data.train.answers, epoch)
+    compute = replace(model.compute, shared_prompt=shared, unroll_up_to=unrolled)
+    model = replace(model, compute=compute)
     if not len(batches):
         raise ConfigError(
             f"train_batch_size: {config.train_batch_size} is more than the {len(data.train)} "

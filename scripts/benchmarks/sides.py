@@ -125,7 +125,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     from easyaira.models.layers import Compute
     from easyaira.models.registry import model_of
     from easyaira.train import loader
-    from easyaira.train.resolve import KERNELS, ROW_MULTIPLE, UNROLL_UP_TO
+    from easyaira.train.resolve import KERNELS, ROW_MULTIPLE, unroll_up_to
 
     updates, size, pairs = work["updates"], work["examples"], work["task"] == "dpo"
     examples = examples_of(work, PLANNED)
@@ -139,11 +139,18 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         jnp.dtype(options.get("dtype", "bfloat16")),
         options.get("gradient_checkpointing", "none"),
         attention=options.get("attention", (*KERNELS.get(platform, ()), "xla")[0]),
-        unroll_up_to=options.get("unroll_up_to", UNROLL_UP_TO.get(platform, 0)),
     )
     share = shares_prompt(options.get("share_prompt", "auto"), examples, compute.attention)
-    compute = replace(compute, shared_prompt=examples.answers * share)
     model = model_of(MODELS[work["model"]], work["model"], compute)
+    compilation = compilation_cost(model.parameter_count(), platform)
+    epoch = examples.lengths().sum() / compilation
+    unrolled = unroll_up_to(platform, examples.answers, epoch)
+    compute = replace(
+        compute,
+        shared_prompt=examples.answers * share,
+        unroll_up_to=options.get("unroll_up_to", unrolled),
+    )
+    model = replace(model, compute=compute)
     mesh = meshes.make_mesh("fsdp=-1")
     batches = Batches(
         examples,
@@ -152,7 +159,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
         packing=options.get("packing", True),
         share_prompt=share,
         attention=attention_cost(model.config.width, model.config.heads, compute.attention),
-        compilation=compilation_cost(model.parameter_count(), platform),
+        compilation=compilation,
         multiple=ROW_MULTIPLE.get(platform, 8),
     )
     if share and examples.answers > 2:  # as a run chooses
