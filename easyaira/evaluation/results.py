@@ -259,4 +259,4 @@ def compare(models: Mapping[str, Sequence[Result]]) -> str:
 
 
 def _key(result: Result) -> tuple[str, int | None, int, str]:
-    return result.task, result.num_fewshot, result.examples, result.content or "unknown"
+    return result.task, result.num_fewshot, result.examples, result.content or "?"
