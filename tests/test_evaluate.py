@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -703,8 +703,28 @@ def test_equal_rows_have_one_column_wherever_they_lie(scorers, folder, tmp_path,
     assert [line.count(" - |") for line in lines] == [1, 1, 1]
 
 
+def test_rows_with_values_that_json_lacks_are_the_same_rows_again(scorers, tmp_path):
+    """An image's text is its place in memory; the same rows stood in two columns."""
+    datasets = pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image")
+    texts = {"prompt": ["a?"] * 3, "chosen": ["yes"] * 3, "rejected": ["no no"] * 3}
+    features = {name: datasets.Value("string") for name in texts} | {"seen": datasets.Image()}
+    rows = texts | {"seen": [image.new("RGB", (4, 4)) for _ in range(3)]}
+    saved = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    saved.save_to_disk(tmp_path / "saved")
+
+    def content(name):
+        options = ("--template", "plain", "--output", tmp_path / name)
+        command(scorers / "gpt2", "--rows", tmp_path / "saved", *options)
+        (one,) = results.read(tmp_path / name)
+        return one.content
+
+    assert content("first") == content("second")
+
+
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "arc.json").write_text('{"task": "arc"}')
-    with pytest.raises(ConfigError, match=r"arc\.json: is not a result of easyaira evaluate"):
-        command("--compare", tmp_path)
+    for wrong in ({"task": "arc"}, asdict(result("arc", 0.5)) | {"content": ["x"]}):
+        (tmp_path / "evaluation" / "arc.json").write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match=r"arc\.json: is not a result of easyaira evaluate"):
+            command("--compare", tmp_path)

@@ -188,7 +188,8 @@ def _read(
             raise DataError(f"{place}: {row.reason}. Fix the row")
         if by is not None and by not in row:
             raise DataError(f"{place}: no column {by}, which --by names; found {', '.join(row)}")
-        texts.append(json.dumps(row, sort_keys=True, default=str))
+        # an image's text would be its place in memory
+        texts.append(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__))
         group = str(row[by]) if by else ""
         if row.keys() >= COMPARED:
             if row["score_0"] == row["score_1"]:

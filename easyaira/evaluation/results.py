@@ -165,6 +165,8 @@ def read(folder: Path) -> list[Result]:
         try:
             result = Result(**{key: value for key, value in content.items() if key in known})
             _ = result.shown
+            if not isinstance(result.content, str | None):
+                raise TypeError
         except (TypeError, KeyError) as error:
             raise ConfigError(f"{path}: is not a result of easyaira evaluate; remove it") from error
         results.append(result)
