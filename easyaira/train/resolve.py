@@ -84,7 +84,7 @@ BY_NAME = {"gpu": ("cudnn",)}  # not chosen by `auto`: slower than pallas, see d
 # masked: pytorch/pytorch#196678
 ROW_MULTIPLE = {"gpu": 128}
 UNROLL_UP_TO = {"gpu": 24, "cpu": 12}  # layers, see models/layers.py
-LONG = 100  # compilations of a program: a pass over pairs that is worth longer ones on a CPU
+LONG = 100  # on a CPU, a pass over the pairs has to take as long as this many compilations
 
 
 def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Compute:
@@ -117,13 +117,13 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Co
 
 
 def unroll_up_to(platform: str, answers: int = 1, epoch: float = 0) -> int:
-    """Most layers that are computed without a loop. On a CPU, SFT hardly gains from it, and starts
-    later.
+    """Largest number of layers that are computed without a loop. On a CPU, SFT hardly gains from
+    it, and would start later.
 
     Args:
-        answers: to a prompt.
+        answers: to each prompt of the data.
         epoch: time of a pass over the data, in compilations of a program. The number of updates
-            does not count, since a run that is extended keeps its programs and so its bits.
+            does not count: a run that is extended keeps its programs, and so its bits.
     """
     pays = platform != "cpu" or (answers > 1 and epoch >= LONG)
     return UNROLL_UP_TO.get(platform, 0) if pays else 0
