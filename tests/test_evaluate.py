@@ -268,6 +268,13 @@ def test_a_result_of_all_questions_is_named_before_computing(folder, data, tmp_p
         command(folder, "--tasks", "arc_challenge,truthfulqa_mc2", *options)
 
 
+def test_a_damaged_result_is_named_before_another_replaces_it(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=f"{path}: .*; remove it, or set --output"):
+        results.check_earlier(path, None, None)
+
+
 def test_results_of_all_questions_are_not_replaced_by_those_of_a_few(tmp_path):
     whole = Result("a", "acc", {"acc": 0.5}, "higher", 9, "a.jsonl", "float32")
     limited = replace(whole, limit=4, examples=4)

@@ -120,11 +120,11 @@ def check_earlier(path: Path, limit: int | None, place: str | None) -> None:
 
     Raises:
         ConfigError: the earlier one is of all questions, and this one is not; or it is of other
-            rows whose file has the same name.
+            rows whose file has the same name; or it is damaged.
     """
     if not path.exists():
         return
-    earlier = read_json(path)
+    earlier = read_json(path, hint="; remove it, or set --output")
     if limit is not None and earlier.get("limit") is None:
         raise ConfigError(
             f"--limit: {path} is of all questions and would be replaced; set --output"
