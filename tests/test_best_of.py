@@ -269,7 +269,7 @@ def test_prompts_that_are_added_to_the_file_are_scored(made, ground, tmp_path, c
         (["--prompts=GROUND/bad.jsonl"], "bad.jsonl:1: wanted a column prompt or messages"),
         (
             ["--prompts=GROUND/own.jsonl"],
-            "own.jsonl:1: column score: the output has that name, too",
+            "own.jsonl:1: column score: rename it; the output adds one of this name",
         ),
     ],
 )

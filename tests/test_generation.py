@@ -441,7 +441,7 @@ def test_an_output_that_is_not_ours_is_kept(gpt2, answered, tmp_path, capsys):
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must end in a message to answer"),
         (
             {"prompt": "x", "generated": "y"},
-            "generated: the output has that name, too; rename it",
+            "generated: rename it; the output adds one of this name",
         ),
         ({"prompt": ""}, "a prompt without tokens"),
         (None, "no rows"),

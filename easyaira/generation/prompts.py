@@ -66,7 +66,7 @@ def check_free(row: Mapping[str, Any], names: Sequence[str]) -> None:
         Unreadable: the row has one of these columns.
     """
     if taken := [name for name in names if name in row]:
-        raise columns.Unreadable(f"column {taken[0]}: the output has that name, too; rename it")
+        raise columns.Unreadable(f"column {taken[0]}: rename it; the output adds one of this name")
 
 
 class Output:

@@ -271,9 +271,9 @@ def layers(
     Args:
         in_axes: for each input after the first, 0 if it is stacked over layers, else broadcast.
     """
-    unrolled = compute.cached or length <= compute.unroll_up_to
-    if compute.gradient_checkpointing != "none":
-        unrolled = False
+    checkpointed = compute.gradient_checkpointing != "none"
+    unrolled = compute.cached or (length <= compute.unroll_up_to and not checkpointed)
+    if checkpointed:
         policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         block = nn.remat(block, prevent_cse=False, policy=policy[compute.gradient_checkpointing])
     return nn.scan(

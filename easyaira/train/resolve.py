@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easyaira.config.run import RunConfig
+from easyaira.data.examples import Examples
 from easyaira.data.template import Template
 from easyaira.errors import ConfigError, TokenizerError
 from easyaira.models.layers import Compute, Scores, hiding
@@ -116,17 +118,21 @@ def _compute(config: RunConfig, mesh: Mesh, model: Model, max_length: int) -> Co
     return replace(compute, attention=attention, unroll_up_to=unroll_up_to(platform))
 
 
-def unroll_up_to(platform: str, answers: int = 1, epoch: float = 0) -> int:
+def unroll_up_to(
+    platform: str, train: Examples | None = None, compilation: float = math.inf
+) -> int:
     """Largest number of layers that are computed without a loop. On a CPU, SFT hardly gains from
     it, and would start later.
 
     Args:
-        answers: to each prompt of the data.
-        epoch: time of a pass over the data, in compilations of a program. The number of updates
-            does not count: a run that is extended keeps its programs, and so its bits.
+        train: the data of a run. The number of updates does not count: a run that is extended
+            keeps its programs, and so its bits.
+        compilation: cost of compiling a program, in positions.
     """
-    pays = platform != "cpu" or (answers > 1 and epoch >= LONG)
-    return UNROLL_UP_TO.get(platform, 0) if pays else 0
+    pairs = train is not None and train.answers > 1
+    if platform == "cpu" and not (pairs and train.lengths().sum() >= LONG * compilation):
+        return 0
+    return UNROLL_UP_TO.get(platform, 0)
 
 
 def lacks_bfloat16(device: Any) -> bool:

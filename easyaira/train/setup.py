@@ -186,8 +186,7 @@ def prepare(
     batches = _batches(config, own, data.train, layout | {"compilation": compilation}, model)
     layout["share_prompt"] = batches.share_prompt
     shared = batches.examples.answers * batches.share_prompt
-    epoch = data.train.lengths().sum() / compilation
-    unrolled = unroll_up_to(platform, data.train.answers, epoch)
+    unrolled = unroll_up_to(platform, data.train, compilation)
     compute = replace(model.compute, shared_prompt=shared, unroll_up_to=unrolled)
     model = replace(model, compute=compute)
     if not len(batches):

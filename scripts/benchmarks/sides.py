@@ -143,8 +143,7 @@ def ours(work: Mapping[str, Any], options: Mapping[str, Any]) -> Side:
     share = shares_prompt(options.get("share_prompt", "auto"), examples, compute.attention)
     model = model_of(MODELS[work["model"]], work["model"], compute)
     compilation = compilation_cost(model.parameter_count(), platform)
-    epoch = examples.lengths().sum() / compilation
-    unrolled = unroll_up_to(platform, examples.answers, epoch)
+    unrolled = unroll_up_to(platform, examples, compilation)
     compute = replace(
         compute,
         shared_prompt=examples.answers * share,
