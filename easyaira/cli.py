@@ -81,8 +81,8 @@ def dry_run_options(parser: ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--topology",
         metavar="v5p:4x4x2",
-        help="Dry run for devices that you do not have (yet). A TPU pod: v3, v4, v5e, v5p or v6e "
-        "and the chips on each side; needs libtpu. For training, GPUs too: rtx3060, h100:8.",
+        help="Dry run for devices that you do not have (yet). GPUs: rtx3060, h100:8. A TPU pod: "
+        "v3, v4, v5e, v5p or v6e and the chips on each side; needs libtpu.",
     )
 
 

@@ -124,15 +124,21 @@ def check(args: Any) -> None:
         raise ConfigError("--stop: found an empty text, expected one")
 
 
-def load(args: Any, devices: Any = None) -> tuple[Any, Any]:
-    """The model on `devices` (default: all), without reading its weights, and sampling options."""
+def load(args: Any, devices: Any = None, planned: bool = False) -> tuple[Any, Any]:
+    """The model on `devices` (default: all), without reading its weights, and sampling options.
+    `planned`: they may be absent, too."""
     from easyaira.generation.settings import NUMBERS
     from easyaira.loaded import LoadedModel
     from easyaira.storage import pretrained
 
-    origin = pretrained.find(args.model)
+    origin = pretrained.find(args.model, weights_wanted=not planned)
     loaded = LoadedModel(
-        origin, mesh=args.mesh, dtype=args.dtype, template=args.template, devices=devices
+        origin,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        template=args.template,
+        devices=devices,
+        planned=planned,
     )
     given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     stops = {"stop_strings": tuple(args.stop)} if args.stop else {}
@@ -146,11 +152,13 @@ def main(argv: list[str]) -> None:
     from dataclasses import asdict
 
     from easyaira.data.cache import keep_compiled
-    from easyaira.distributed.chips import pod
+    from easyaira.distributed import cards
     from easyaira.generation import prompts
     from easyaira.generation.chat import CUT, chat
 
-    loaded, sampling = load(args, args.topology and pod(args.topology))
+    if args.topology:
+        cards.prepare_compiler()
+    loaded, sampling = load(args, cards.planned_devices(args.topology, None), args.dry_run)
     sampling.check(args.num_samples)
     template = loaded.template
     sampler = loaded.sampler(sampling, args.batch_size, 1 if args.chat else None)

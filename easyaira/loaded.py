@@ -40,6 +40,7 @@ from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.rewards.model import RewardModel
 from easyaira.storage import pretrained
+from easyaira.train.resolve import has_weights
 
 TEXTS = 16  # per device and call
 DTYPES = ("float32", "bfloat16")
@@ -93,12 +94,23 @@ class LoadedModel:
         params: weights, in EasyAira's layout.
     """
 
-    def __init__(self, origin: Any, *, mesh: str, dtype: str, template: str, devices: Any = None):
+    def __init__(
+        self,
+        origin: Any,
+        *,
+        mesh: str,
+        dtype: str,
+        template: str,
+        devices: Any = None,
+        planned: bool = False,
+    ):
+        """`planned`: the weights may be absent, since they will not be read."""
         self.mesh = meshes.make_mesh(mesh, devices)
         compute = Compute(jnp.dtype(dtype), attention=implementation_for(self.mesh))
         self.origin = origin
         self.model = model_of(origin.config, origin.where, compute, scorer=False)
-        origin.check(self.model)
+        if has_weights(origin) or not planned:
+            origin.check(self.model)
         with as_argument():
             self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
         self.config, self.tokenizer = origin.config, self.template.tokenizer

@@ -1,14 +1,19 @@
 """Memory of generation: as predicted, as allocated, and in the words of a plan."""
 
 import re
+import shutil
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from easyaira import generate
+from easyaira.distributed import cards
 from easyaira.distributed.mesh import make_mesh
 from easyaira.generation.processors import Sampling
 from easyaira.generation.sampler import Sampler
+from easyaira.models.layers import Compute, padded_vocab
 from easyaira.models.registry import model_of
 from easyaira.plan import decoding
 from helpers import tiny
@@ -87,3 +92,30 @@ def test_a_dry_run_of_generate_says_what_it_needs_and_writes_nothing(ground, tmp
     assert not list(tmp_path.iterdir())
     status, _, err = call(generate.main, [ground / "gpt2", "--chat", "--topology=v5e:2x2"], capsys)
     assert status == 2 and "--topology: needs --dry_run" in err
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
+def test_a_plan_for_a_card_that_is_not_here_counts_what_a_device_holds(
+    dtype, size, ground, tmp_path, capsys
+):
+    files = [f"--prompts={ground / 'rl.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    flags = ["--template=plain", "--max_new_tokens=40", f"--dtype={dtype}"]
+    folder = Path(shutil.copytree(ground / "gpt2", tmp_path / "without_weights"))
+    (folder / "model.safetensors").unlink()
+    asked = [folder, *files, *flags, "--dry_run", "--topology=rtx3060"]
+    status, out, err = call(generate.main, asked, capsys)
+    assert status == 0, err
+    assert "of 16 rows in" in out and "compiled in" not in out
+    assert re.search(r"\nfits: about \S+ GiB of 1[12]\.", out) and "RTX 3060 at" in out
+    model = model_of(tiny.CONFIGS["gpt2"], "gpt2", Compute(jnp.dtype(dtype)))
+    sampler, mesh = Sampler(model, Sampling()), make_mesh("fsdp=1")
+    with model.on(mesh):
+        weights = sampler.weights(jax.jit(model.init)(jax.random.key(0)))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    card = make_mesh("fsdp=1", cards.machine("rtx3060"))
+    counted = decoding.measure(sampler, card, 16, 64)
+    assert counted.weights == held
+    assert counted.program.memory == held + counted.cache + 4 * 16 * padded_vocab(model.vocab_size)
+    assert counted.cache == 2 * 2 * 16 * 4 * 64 * 4 * size
+    two = decoding.measure(sampler, make_mesh("dp=2", cards.machine("rtx3060:2")), 16, 64)
+    assert (two.weights, two.cache) == (held, counted.cache // 2)

@@ -122,8 +122,9 @@ def _compiles() -> bool:
 
 
 def prepare_compiler() -> None:
-    """Set XLA's flags to compile for GPUs that are not there. Call it before JAX looks for devices:
-    XLA reads its flags then."""
+    """Leave local accelerators alone, and set XLA's flags to compile for GPUs that are not there.
+    Call it before JAX looks for devices: XLA reads its flags then."""
+    jax.config.update("jax_platforms", "cpu")
     if not _compiles():
         return
     flags = [os.environ.get("XLA_FLAGS", ""), *UNTIMED]

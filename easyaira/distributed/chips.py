@@ -133,8 +133,8 @@ def pod(name: str) -> list[Any]:
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
     if not match or TOPOLOGIES.get(match[1], 0) != match[2].count("x") + 1:
         raise ConfigError(
-            f"topology: {name!r} is not known; use for example {KNOWN}, or a type such as v5p-64; "
-            "training commands also know GPUs, such as rtx3060 or h100:8 (docs/gpus.md)"
+            f"topology: {name!r} is not known; use for example {KNOWN}, a type such as v5p-64, or "
+            "GPUs such as rtx3060 or h100:8 (docs/gpus.md)"
         )
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)

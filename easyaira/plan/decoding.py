@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyaira.distributed.cards import Absent
 from easyaira.distributed.chips import chip_of, memory_of
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import like, parts_of
+from easyaira.generation.forward import Weights
 from easyaira.generation.programs import State
 from easyaira.generation.sampler import Sampler
+from easyaira.models.layers import padded_vocab
 from easyaira.plan.cost import REACHED, per_device
 from easyaira.plan.hlo import Program, compiled
 from easyaira.plan.report import fits
@@ -26,7 +29,8 @@ class Decoding(NamedTuple):
         rows, slots: of the cache, over all devices.
         weights: matrices in the computing dtype, and the head.
         cache: keys and values.
-        program: the compiled decoding; its loop over tokens counts once.
+        program: the compiled decoding, whose loop over tokens counts once; for an `Absent` device
+            weights, cache and a step's logits.
     """
 
     rows: int
@@ -78,23 +82,36 @@ def cache_size(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> int:
 
 
 def measure(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> Decoding:
-    """Compile the decoding of `rows` rows in `slots` slots for a mesh, whose devices need not
-    exist, without allocating arrays."""
+    """Compile the decoding of `rows` rows in `slots` slots for a mesh without allocating arrays, or
+    count it for a device that nothing can be compiled for."""
     programs = sampler.programs
-    state = empty_state(sampler, mesh, rows, slots)
-    precision = jax.default_matmul_precision(programs.forward.model.compute.matmul_precision)
+    model = programs.forward.model
+    cache = cache_size(sampler, mesh, rows, slots)
+    precision = jax.default_matmul_precision(model.compute.matmul_precision)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), precision:
-        target = programs.forward.model.target(mesh)
-        prepared = programs.weights.lower(target).compile().output_shardings
-        weights = like(jax.eval_shape(programs.weights, target), prepared)
-        number, seed = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.uint32))
-        running = jax.ShapeDtypeStruct((rows,), bool)
+        target = model.target(mesh)
+        prepared = jax.eval_shape(programs.weights, target)
+        if isinstance(mesh.devices.flat[0], Absent):
+            weights = per_device(target) * _size(prepared) // _size(target)  # sharded alike
+            logits = 4 * rows * padded_vocab(model.vocab_size) // mesh.size
+            program = Program(0, weights + cache, logits, counted=True)
+        else:
+            compiled_weights = programs.weights.lower(target).compile()
+            prepared = like(prepared, compiled_weights.output_shardings)
+            weights = per_device(prepared)
+            program = _compiled(sampler, prepared, empty_state(sampler, mesh, rows, slots))
+    return Decoding(rows, slots, weights, cache, program)
 
-        def lower():
-            return programs.decode.lower(weights, state, seed, running, number, number)
 
-        program = compiled(lower, 1)
-    return Decoding(rows, slots, per_device(weights), per_device(state.cache), program)
+def _compiled(sampler: Sampler, weights: Weights, state: State) -> Program:
+    number, seed = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.uint32))
+    running = jax.ShapeDtypeStruct(state.tokens.shape, bool)
+    decode = sampler.programs.decode
+    return compiled(lambda: decode.lower(weights, state, seed, running, number, number), 1)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _cache(rows: int, slots: int, size: int) -> str:
@@ -109,7 +126,7 @@ def show(decoding: Decoding, mesh: Mesh) -> str:
     program, device = decoding.program, mesh.devices.flat[0]
     lines = [_cache(*decoding[:2], decoding.cache)]
     lines += [f"weights {decoding.weights / 2**20:,.1f} MiB per device, prepared for generation"]
-    if not program.refused:
+    if not (program.refused or program.counted):
         lines.append(
             f"memory  {program.arguments / 2**20:,.0f} MiB held per device, "
             f"{program.temporaries / 2**20:,.0f} MiB in a step; compiled in {program.seconds:.0f} s"

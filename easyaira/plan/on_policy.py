@@ -8,7 +8,6 @@ from typing import NamedTuple
 from easyaira.algorithms import rollouts
 from easyaira.algorithms.reference import reference_model
 from easyaira.config.run import TrainRL
-from easyaira.distributed.cards import Absent
 from easyaira.plan import decoding
 from easyaira.plan.cost import per_device
 from easyaira.plan.hlo import Program
@@ -24,7 +23,7 @@ class RollOut(NamedTuple):
         reference, rewards: their weights, held throughout the run.
         weights: prepared for sampling.
         cache: keys and values of the most tokens.
-        temporaries: of the compiled decoding; 0 where it cannot be compiled.
+        temporaries: of a step of decoding.
         rows, slots: of the cache, over all devices.
     """
 
@@ -48,7 +47,7 @@ class RollOut(NamedTuple):
 
 
 def measure(setup: Setup) -> RollOut:
-    """Count the weights, and compile the decoding for devices that a compiler knows."""
+    """Count the weights, and compile or count the decoding."""
     config: TrainRL = setup.config  # type: ignore[assignment]
     reference = 0
     own = config.model.ref_name_or_path is None
@@ -60,14 +59,8 @@ def measure(setup: Setup) -> RollOut:
     rewards = sum(per_device(model.target(setup.mesh)) for model in models)
     sampler = rollouts.make_sampler(setup)
     rows, slots = rollouts.largest_cache(setup, sampler)
-    if isinstance(setup.mesh.devices.flat[0], Absent):
-        stored = per_device(setup.model.target(setup.mesh))  # in 32 bits
-        weights, used = stored * setup.model.compute.dtype.itemsize // 4, 0
-        cache = decoding.cache_size(sampler, setup.mesh, rows, slots)
-    else:
-        _, _, weights, cache, program = decoding.measure(sampler, setup.mesh, rows, slots)
-        used = program.temporaries
-    return RollOut(reference, rewards, weights, cache, used, rows, slots)
+    _, _, weights, cache, program = decoding.measure(sampler, setup.mesh, rows, slots)
+    return RollOut(reference, rewards, weights, cache, program.temporaries, rows, slots)
 
 
 def show(setup: Setup, update: Program, held: float, room: float | None) -> Iterator[str]:

@@ -63,7 +63,6 @@ def run(config: RunConfig, algorithm: Algorithm, *, dry_run: DryRun | None) -> N
     else:
         run_folder.refuse_foreign(config)
         if dry_run.topology:
-            jax.config.update("jax_platforms", "cpu")  # leave local accelerators alone
             prepare_compiler()
     # a second signal kills the process even while it waits for the other hosts
     with StopSignal(watchdog.leave) as stop, hosts.joined(config.distributed):
