@@ -40,6 +40,7 @@ from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.rewards.model import RewardModel
 from easyaira.storage import pretrained
+from easyaira.storage.frozen import load_frozen
 from easyaira.train.resolve import has_weights
 
 TEXTS = 16  # per device and call
@@ -91,7 +92,7 @@ class LoadedModel:
         config: content of config.json.
         tokenizer: that of transformers.
         template: encodes messages.
-        params: weights, in EasyAira's layout.
+        params: weights, in EasyAira's layout; matrices in `dtype`.
     """
 
     def __init__(
@@ -119,12 +120,8 @@ class LoadedModel:
 
     @cached_property
     def params(self) -> Any:
-        return self.read()
-
-    def read(self) -> Any:
-        """Read the weights, without keeping them here."""
         with self.model.on(self.mesh):
-            return self.origin.load(self.model, self.mesh)
+            return load_frozen(self.origin, self.model, self.mesh)
 
     def sampling(self, **options: Any) -> Sampling:
         """Sampling settings: `options` override those of the folder's generation_config.json.

@@ -8,7 +8,6 @@ import shutil
 import time
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import pytest
 import torch
@@ -458,7 +457,10 @@ def test_a_bad_file_of_prompts_is_refused_before_anything_is_written(
 
 def test_weights_that_are_not_finite_write_nothing(gpt2, answered, tmp_path, capsys, monkeypatch):
     load = Pretrained.load
-    broken = lambda *given: jax.tree.map(lambda leaf: leaf * jnp.nan, load(*given))  # noqa: E731
+
+    def broken(*given, each):
+        return load(*given, each=lambda path, leaf: each(path, leaf * jnp.nan))
+
     monkeypatch.setattr(Pretrained, "load", broken)
     status, _, err = answer_file(gpt2, answered / "in.jsonl", tmp_path / "out.jsonl", capsys)
     assert status == 2 and "the model's logits are not finite" in err

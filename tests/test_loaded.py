@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ import torch
 import easyaira
 from easyaira.algorithms import rollouts
 from easyaira.data.listed import read_texts
+from easyaira.distributed.tree import by_path, path_of
 from easyaira.errors import ConfigError, DataError, EasyAiraError
+from easyaira.models.layers import is_matrix
 from helpers import tiny
 
 QUESTIONS = ["Who?", "What is the capital of Peru?", [{"role": "user", "content": "Why"}]]
@@ -334,3 +338,53 @@ def test_an_on_policy_run_in_python(folder, tmp_path, monkeypatch):
     for row in rollouts.read(run.folder / rollouts.COMPLETIONS):
         assert row["reward"] == -len(row["completion"])
     assert run.metrics[0]["reward"] < 0
+
+
+@pytest.mark.parametrize(
+    "kind, scorer",
+    [
+        *((kind, False) for kind in ("gpt2", "llama", "mixtral", "gemma3")),
+        *((kind, True) for kind in ("gpt2", "llama", "bert", "roberta")),
+    ],
+)
+def test_matrices_are_held_in_the_dtype_of_their_use_which_changes_no_bit(kind, scorer, tmp_path):
+    encoder = kind not in tiny.CASES
+    config = tiny.SCORERS[kind] if encoder else tiny.CASES[kind]
+    tiny.save(tmp_path, tiny.scorer(config) if scorer and not encoder else config)
+    template = "chat" if encoder else "plain"
+    model = easyaira.load(tmp_path, dtype="bfloat16", template=template)
+    dtypes = {path: leaf.dtype.name for path, leaf in by_path(model.params).items()}
+    for path, dtype in dtypes.items():
+        matrix = path.endswith(("/kernel", "/embedding")) and not path.startswith("score/")
+        assert dtype == ("bfloat16" if matrix else "float32"), path
+
+    def values():
+        return model.score(ANSWERS) if scorer else model.logps(QUESTIONS, ANSWERS)
+
+    held = values()
+    with model.model.on(model.mesh):
+        model.params = model.origin.load(model.model, model.mesh)
+    np.testing.assert_array_equal(held, values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_sampler_reads_weights_one_by_one(kind, dtype, tmp_path):
+    """As it prepares those that are there."""
+    tiny.save(tmp_path, tiny.CASES[kind])
+    model = easyaira.load(tmp_path, dtype=dtype, template="plain")
+    sampler, earlier = model.sampler(model.sampling()), []
+
+    def load(each):
+        def noted(path, leaf):
+            assert not any(ref() for ref in earlier), path
+            if dtype == "bfloat16" and is_matrix(path_of(path)):  # in float32, it may be kept
+                earlier.append(weakref.ref(leaf))
+            return each(path, leaf)
+
+        return model.origin.load(model.model, model.mesh, each=noted)
+
+    with model.model.on(model.mesh):
+        jax.tree.map(
+            np.testing.assert_array_equal, sampler.read(load), sampler.weights(model.params)
+        )

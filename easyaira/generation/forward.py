@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, on_one_cpu
-from easyaira.distributed.tree import by_path
-from easyaira.models.layers import capped
+from easyaira.distributed.tree import path_of
+from easyaira.models.layers import capped, is_matrix
 from easyaira.models.linear import BY_ROWS
 from easyaira.models.model import Model
 from easyaira.models.product import by_rows, packed, unpacked
@@ -45,17 +45,13 @@ def together(tree: Any) -> Any:
     return jax.tree.map(jnp.stack, tree, is_leaf=lambda node: type(node) is tuple)
 
 
-def _by_rows(layers: Any) -> Any:
-    """On a single CPU, store the kernels [L, K, ...] by rows."""
-    if not on_one_cpu():
-        return layers
+class Form(NamedTuple):
+    """How `Weights.params` holds a parameter."""
 
-    def held(path, leaf):
-        if path[-1].key != "kernel":
-            return leaf
-        return {BY_ROWS: jnp.moveaxis(leaf, 1, -1)}
-
-    return jax.tree_util.tree_map_with_path(held, layers)
+    matrix: bool  # in the computing dtype
+    table: bool  # packed
+    layers: bool  # stacked layers apart
+    by_rows: bool
 
 
 @dataclass(frozen=True)
@@ -76,27 +72,40 @@ class Forward:
         backbone, layers, *_ = stacked.split("/")
         return backbone, layers
 
-    def weights(self, params: Any) -> Weights:
-        dtype = self.model.compute.dtype
+    def form(self, path: tuple) -> Form:
+        """Form of the parameter at `path`."""
+        name = path_of(path)
+        layers = name.startswith("/".join(self._layers()) + "/")
+        by_rows = layers and name.endswith("/kernel") and on_one_cpu()
+        return Form(is_matrix(name), name.endswith("/embedding"), layers, by_rows)
+
+    def held(self, form: Form, leaf: jax.Array) -> Any:
+        """A parameter in its form."""
+        if form.matrix:
+            leaf = leaf.astype(self.model.compute.dtype)
+        if form.table:
+            return packed(leaf)
+        if form.by_rows:  # kernels [L, K, ...]
+            return apart({BY_ROWS: jnp.moveaxis(leaf, 1, -1)})
+        return apart(leaf) if form.layers else leaf
+
+    def with_head(self, params: Any) -> Weights:
+        """Weights of parameters that are `held` already."""
         layout = self.layout(*(jnp.zeros((1, 1), jnp.int32),) * 2, jnp.ones((1, 1), jnp.int32))
-        _, head, _ = self.model.apply_cached(params, layout)
-        matrices = {path for path in by_path(params) if path.endswith(("/kernel", "/embedding"))}
+        _, head, _ = self.model.apply_cached(self.parameters(params), layout)
+        head = head.astype(self.model.compute.dtype).T
+        return Weights(params, constrain(head, "tp", None))
 
-        def cast(path, leaf):
-            name = "/".join(str(key.key) for key in path)
-            if name not in matrices:
-                return leaf
-            leaf = leaf.astype(dtype)
-            return packed(leaf) if name.endswith("/embedding") else leaf
+    def weights(self, params: Any) -> Weights:
+        def held(path, leaf):
+            return self.held(self.form(path), leaf)
 
-        params = jax.tree_util.tree_map_with_path(cast, params)
+        return self.with_head(jax.tree_util.tree_map_with_path(held, params))
+
+    def parameters(self, params: Any) -> Any:
+        """Parameters as the model takes them, of `Weights.params`."""
         backbone, layers = self._layers()
-        inner = params[backbone] | {layers: apart(_by_rows(params[backbone][layers]))}
-        return Weights(params | {backbone: inner}, constrain(head.astype(dtype).T, "tp", None))
-
-    def parameters(self, weights: Weights) -> Any:
-        backbone, layers = self._layers()
-        params = jax.tree.map(lambda x: unpacked(x, self.model.compute.dtype), weights.params)
+        params = jax.tree.map(lambda x: unpacked(x, self.model.compute.dtype), params)
         inner = params[backbone]
         return params | {backbone: inner | {layers: together(inner[layers])}}
 
@@ -116,7 +125,7 @@ class Forward:
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         real = place < lengths[:, None]
         layout = self.layout(tokens, place, real.astype(jnp.int32))
-        hidden, _, cache = self.model.apply_cached(self.parameters(weights), layout)
+        hidden, _, cache = self.model.apply_cached(self.parameters(weights.params), layout)
         rows = jnp.arange(len(tokens))
         seen = None
         if self.counted:

@@ -56,6 +56,8 @@ class Programs:
     """
 
     weights: Any
+    held: Any
+    with_head: Any
     prefill: Any
     admit: Any
     decode: Any
@@ -69,8 +71,11 @@ class Programs:
         alike = [one for one in others if one.forward.counted == self.forward.counted]
         if alike:
             self.weights, self.prefill = alike[0].weights, alike[0].prefill
+            self.held, self.with_head = alike[0].held, alike[0].with_head
         else:
             self.weights, self.prefill = jit(self.forward.weights), jit(self.forward.prefill)
+            self.held = jit(self.forward.held, static_argnums=0)
+            self.with_head = jit(self.forward.with_head)
         if same := [one for one in alike if one.sampling == self.sampling]:
             self.admit, self.decode = same[0].admit, same[0].decode
         else:
@@ -177,7 +182,7 @@ class _Rows:
     ) -> tuple[State, Steps]:
         """Decode at most `steps` tokens of every row in `running`; return earlier when no more
         than `enough` rows are running."""
-        params = self.forward.parameters(weights)
+        params = self.forward.parameters(weights.params)
         R = len(state.tokens)
         before = state.counts
         state = state._replace(running=state.running & running)

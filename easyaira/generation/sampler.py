@@ -93,6 +93,15 @@ class Sampler:
         """Prepare weights once for any number of calls of `answers`."""
         return self.programs.weights(params)
 
+    def read(self, load: Callable[..., Any]) -> Weights:
+        """The weights of `load(each=...)`, prepared one by one, so that none is held twice."""
+        programs = self.programs
+
+        def held(path: tuple, leaf: jax.Array) -> Any:
+            return programs.held(programs.forward.form(path), leaf)
+
+        return programs.with_head(load(each=held))
+
     def limit(self, prompt: Sequence[int], name: str = "the prompt") -> int:
         """Maximal length of the answer to a prompt.
 

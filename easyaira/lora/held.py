@@ -21,6 +21,7 @@ from easyaira.distributed.sharding import partition_specs, sharding_of
 from easyaira.distributed.tree import path_of
 from easyaira.lora.adapter import Adapter
 from easyaira.lora.targets import kernels
+from easyaira.models.layers import is_matrix
 from easyaira.models.quantize import quantize
 
 
@@ -75,7 +76,7 @@ def _precision(adapter: Adapter, path: tuple, dtype: Any) -> Any:
     name, how = path_of(path), adapter.config.quantize
     if how and name in {row.ours for row in kernels(adapter.model) if row.quantizable}:
         return how
-    return jnp.dtype(dtype if name.endswith(("kernel", "embedding")) else jnp.float32)
+    return jnp.dtype(dtype if is_matrix(name) else jnp.float32)
 
 
 def _held(leaf: jax.Array, precision: Any) -> Any:

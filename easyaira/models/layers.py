@@ -72,6 +72,12 @@ class Compute:
         return "tensorfloat32" if self.tf32 else "highest"
 
 
+def is_matrix(name: str) -> bool:
+    """True for kernels and embeddings, which each use casts to the computing dtype, so that frozen
+    ones may be held in it. Other parameters, such as scales and biases, are used in float32."""
+    return name.endswith(("/kernel", "/embedding"))
+
+
 # Activations and norms keep only their input for the backward pass and recompute the rest, which
 # costs less than storing it.
 def _recompute(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -13,6 +13,7 @@ from easyaira.plan.cost import per_device
 from easyaira.plan.hlo import Program
 from easyaira.rewards.model import RewardModel
 from easyaira.rewards.reward import Reward
+from easyaira.storage.frozen import frozen_target
 from easyaira.train.setup import Setup
 
 
@@ -56,7 +57,7 @@ def measure(setup: Setup) -> RollOut:
     names = config.rl.rewards + (config.rl.eval_rewards or [])
     reward = Reward(names, None, setup.mesh, setup.model.compute.dtype)
     models = [scorer.model for scorer in reward.scorers if isinstance(scorer, RewardModel)]
-    rewards = sum(per_device(model.target(setup.mesh)) for model in models)
+    rewards = sum(per_device(frozen_target(model, setup.mesh)) for model in models)
     sampler = rollouts.make_sampler(setup)
     rows, slots = rollouts.largest_cache(setup, sampler)
     _, _, weights, cache, program = decoding.measure(sampler, setup.mesh, rows, slots)

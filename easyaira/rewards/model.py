@@ -22,6 +22,7 @@ from easyaira.models.attention import implementation_for
 from easyaira.models.layers import Compute
 from easyaira.models.registry import model_of
 from easyaira.storage import pretrained
+from easyaira.storage.frozen import load_frozen
 from easyaira.storage.pretrained import Pretrained
 from easyaira.train import loader
 from easyaira.train.resolve import has_weights
@@ -46,7 +47,7 @@ class RewardModel:
         config: content of config.json.
         tokenizer: that of transformers.
         template: encodes messages.
-        params: weights, in EasyAira's layout.
+        params: weights, in EasyAira's layout; matrices in `dtype`, and the score head in float32.
 
     Raises:
         ConfigError: it is not a reward model.
@@ -84,7 +85,7 @@ class RewardModel:
     def load(self) -> RewardModel:
         """Read the weights; return self."""
         with self.model.on(self.mesh):
-            self.params = self.origin.load(self.model, self.mesh)
+            self.params = load_frozen(self.origin, self.model, self.mesh)
         return self
 
     def check(self, messages: Sequence[Message]) -> None:
