@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from easyaira.distributed.mesh import BATCH_AXES
 from easyaira.distributed.sharding import constrain, on_one_cpu
 from easyaira.distributed.tree import path_of
+from easyaira.models.heads import LM_HEAD
 from easyaira.models.layers import capped, is_matrix
 from easyaira.models.linear import BY_ROWS
 from easyaira.models.model import Model
@@ -24,8 +25,8 @@ class Weights(NamedTuple):
     """Weights for generation: matrices in the computing dtype, tables packed (see product.py),
     layers apart, the head with a row for each token."""
 
-    params: Any
-    head: jax.Array  # [V, D]
+    params: Any  # without an untied head
+    head: jax.Array | None  # [V, D]
 
 
 class Prefilled(NamedTuple):
@@ -92,9 +93,9 @@ class Forward:
     def with_head(self, params: Any) -> Weights:
         """Weights of parameters that are `held` already."""
         layout = self.layout(*(jnp.zeros((1, 1), jnp.int32),) * 2, jnp.ones((1, 1), jnp.int32))
-        _, head, _ = self.model.apply_cached(self.parameters(params), layout)
-        head = head.astype(self.model.compute.dtype).T
-        return Weights(params, constrain(head, "tp", None))
+        _, head, _ = self.model.apply_cached(self.parameters(Weights(params, None)), layout)
+        head = constrain(head.astype(self.model.compute.dtype).T, "tp", None)
+        return Weights({name: tree for name, tree in params.items() if name != LM_HEAD}, head)
 
     def weights(self, params: Any) -> Weights:
         def held(path, leaf):
@@ -102,12 +103,15 @@ class Forward:
 
         return self.with_head(jax.tree_util.tree_map_with_path(held, params))
 
-    def parameters(self, params: Any) -> Any:
-        """Parameters as the model takes them, of `Weights.params`."""
+    def parameters(self, weights: Weights) -> Any:
+        """Parameters as the model takes them."""
         backbone, layers = self._layers()
-        params = jax.tree.map(lambda x: unpacked(x, self.model.compute.dtype), params)
+        params = jax.tree.map(lambda x: unpacked(x, self.model.compute.dtype), weights.params)
         inner = params[backbone]
-        return params | {backbone: inner | {layers: together(inner[layers])}}
+        params |= {backbone: inner | {layers: together(inner[layers])}}
+        if weights.head is not None and not self.model.config.tie_word_embeddings:
+            params |= {LM_HEAD: {"kernel": weights.head.T}}
+        return params
 
     def layout(self, tokens, positions, segment_ids, sides=None):
         sides = jnp.zeros_like(tokens) if sides is None else sides
@@ -125,7 +129,7 @@ class Forward:
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         real = place < lengths[:, None]
         layout = self.layout(tokens, place, real.astype(jnp.int32))
-        hidden, _, cache = self.model.apply_cached(self.parameters(weights.params), layout)
+        hidden, _, cache = self.model.apply_cached(self.parameters(weights), layout)
         rows = jnp.arange(len(tokens))
         seen = None
         if self.counted:

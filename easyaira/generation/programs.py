@@ -182,7 +182,7 @@ class _Rows:
     ) -> tuple[State, Steps]:
         """Decode at most `steps` tokens of every row in `running`; return earlier when no more
         than `enough` rows are running."""
-        params = self.forward.parameters(weights.params)
+        params = self.forward.parameters(weights)
         R = len(state.tokens)
         before = state.counts
         state = state._replace(running=state.running & running)

@@ -11,10 +11,10 @@ from easyaira.config.model import LoraConfig
 from easyaira.distributed.tree import by_path
 from easyaira.errors import ConfigError
 from easyaira.hf.table import Row
+from easyaira.models.heads import LM_HEAD
 from easyaira.models.model import Model
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
-LM_HEAD = "lm_head"
 
 
 def targets_of(names: list[str] | str, model: Model) -> tuple[Row, ...]:

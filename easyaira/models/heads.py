@@ -37,6 +37,9 @@ class Kernel(nn.Module):
         return trained(self, parameter(self, "kernel", init, self.shape), axis=1)
 
 
+LM_HEAD = "lm_head"  # parameter of an untied head
+
+
 class CausalLM(nn.Module):
     """Map tokens to hidden states [R, T, D] and the head [D, V] that projects them to logits.
 
@@ -57,11 +60,11 @@ class CausalLM(nn.Module):
         if c.tie_word_embeddings:
             return hidden_RTD, table_VD.T
         shape = (hidden_RTD.shape[-1], table_VD.shape[0])
-        return hidden_RTD, Kernel(shape, c.initializer_range, c.vocab_size, name="lm_head")()
+        return hidden_RTD, Kernel(shape, c.initializer_range, c.vocab_size, name=LM_HEAD)()
 
 
-LM_HEAD_RULES = ((r"^lm_head/kernel$", P("fsdp", "tp")),)
-LM_HEAD_ROWS = (Row("lm_head/kernel", "lm_head.weight", VOCAB_TRANSPOSE),)
+LM_HEAD_RULES = ((rf"^{LM_HEAD}/kernel$", P("fsdp", "tp")),)
+LM_HEAD_ROWS = (Row(f"{LM_HEAD}/kernel", "lm_head.weight", VOCAB_TRANSPOSE),)
 
 
 @dataclass(frozen=True)
