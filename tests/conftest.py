@@ -99,13 +99,16 @@ def one_device(devices):
     devices(1)
 
 
+LARGE = max(3e9, psutil.virtual_memory().total / 5)  # a machine has several workers, and children
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Free compiled programs after each test file, while this process holds 3 GB. What a file
+    """Free compiled programs after each test file, while this process holds LARGE. What a file
     leaves is frozen: else each later collection would walk it, and late tests take twice as long.
     """
     yield
-    full = psutil.Process().memory_info().rss > 3e9
+    full = psutil.Process().memory_info().rss > LARGE
     if full:
         gc.unfreeze()
         jax.clear_caches()

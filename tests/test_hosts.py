@@ -53,19 +53,6 @@ FAULTS = {  # what befalls which host: statuses, the last line of both, and its 
 }
 
 
-@pytest.mark.slow
-def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line():
-    with ThreadPoolExecutor(4) as pool:  # they mostly wait
-        runs = dict(zip(FAULTS, pool.map(two, FAULTS), strict=True))
-    for fault, ended in runs.items():
-        statuses, last, seconds = FAULTS[fault]
-        for i in range(2):
-            assert last[i] in ended.last(i), (fault, ended)
-        assert ended.statuses == statuses, (fault, ended)
-        assert ended.seconds < seconds, fault
-        assert "alike" not in ended.out[1], fault  # the first process prints
-
-
 @pytest.fixture(scope="module")
 def waiting():
     """Processes that mostly wait, so they are started together: two whose others never come, one
@@ -77,6 +64,20 @@ def waiting():
     shells = (f"{arguments} 2>&-", f"{arguments} 2> >(true)")
     unread = [subprocess.Popen(["bash", "-c", shell], env=environment(1)) for shell in shells]
     return {"alone": alone, "hangs": [start(hangs)], "unread": unread}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("waiting")  # they wait meanwhile
+def test_what_befalls_one_host_ends_all_with_the_cause_as_their_last_line():
+    with ThreadPoolExecutor(6) as pool:  # they mostly wait
+        runs = dict(zip(FAULTS, pool.map(two, FAULTS), strict=True))
+    for fault, ended in runs.items():
+        statuses, last, seconds = FAULTS[fault]
+        for i in range(2):
+            assert last[i] in ended.last(i), (fault, ended)
+        assert ended.statuses == statuses, (fault, ended)
+        assert ended.seconds < seconds, fault
+        assert "alike" not in ended.out[1], fault  # the first process prints
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import statistics
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -832,6 +833,17 @@ def test_a_run_exports_an_adapter_and_merges_and_is_a_model(models, data, tmp_pa
     for theirs in wanted:
         near(ours, theirs)
     assert np.abs(untuned - ours).max() > 0.1
+    for folder in (out, tmp_path / "adapter"):  # one merged weight at a time is in memory
+        handed = []
+
+        def sized(path, leaf, handed=handed):
+            assert not any(earlier() for earlier in handed), path
+            handed.append(weakref.ref(leaf))
+            return leaf.size
+
+        source = find(str(folder))
+        sizes = source.load(model, meshes.make_mesh("fsdp=-1"), each=sized)
+        assert len(handed) == len(jax.tree.leaves(sizes))
 
 
 @pytest.mark.slow

@@ -249,29 +249,37 @@ class Adapter:
         return nested(base), nested(whole)
 
     def merge(self, base: Any, params: Any) -> Any:
-        """Merge the adapter into plain weights: kernel + scale A B in float32 (with magnitudes,
-        see lora/dora.py), with what is trained in full and the vectors of the trained tokens.
+        """`merging` for a whole tree of the base's weights."""
+        return jax.tree_util.tree_map_with_path(self.merging(params), base)
+
+    def merging(self, params: Any) -> Callable[[tuple, jax.Array], jax.Array]:
+        """A function that merges the adapter into one plain weight: kernel + scale A B in float32
+        (with magnitudes, see lora/dora.py), or what is trained in full, or the vectors of the
+        trained tokens.
 
         Args:
-            base: the original float32 weights, never quantised; for a scorer, with any head.
             params: the adapter's parameters.
+
+        Returns:
+            (path, original float32 weight, never quantised; of a scorer, any head) -> weight.
         """
         flat = by_path(params)
         tables, scales = {row.ours: row for row in self.tables}, self.scales
 
-        def leaf(path, kernel):
-            if self.replaces(path_of(path)):
-                return flat[path_of(path)]
-            if row := tables.get(path_of(path)):
+        def merged(path: tuple, kernel: jax.Array) -> jax.Array:
+            name = path_of(path)
+            if self.replaces(name):
+                return flat[name]
+            if row := tables.get(name):
                 ids = jnp.asarray(self.tokens)
                 return _with_rows(kernel, flat[rows_of(row)], ids, row.op.vocab_axis)
             a, b, m = (
-                flat.get(path_of(path).replace("/kernel", f"/lora_{name}"))
-                for name in ("a", "b", "magnitude")
+                flat.get(name.replace("/kernel", f"/lora_{part}"))
+                for part in ("a", "b", "magnitude")
             )
-            return kernel if a is None else dora.merged(kernel, a, b * scales[path_of(path)], m)
+            return kernel if a is None else dora.merged(kernel, a, b * scales[name], m)
 
-        return jax.tree_util.tree_map_with_path(leaf, base)
+        return merged
 
     @property
     def target_modules(self) -> list[str] | str:

@@ -20,15 +20,23 @@ if TYPE_CHECKING:
     from easyaira.storage.pretrained import Pretrained
 
 
-def load_base(run: Pretrained, adapter: Adapter, mesh: Any) -> Any:
+def load_base(
+    run: Pretrained,
+    adapter: Adapter,
+    mesh: Any,
+    each: transfer.Each = lambda path, leaf: leaf,
+) -> Any:
     """Load the float32 base of a run's adapters. A missing score head and the vectors of new tokens
     are initialised; the adapter's own replace them.
+
+    Args:
+        each: applied to each parameter as soon as it is read.
 
     Raises:
         WeightsError: see `Pretrained.load`; or the base has changed since the adapters were
             trained.
     """
-    params, fingerprint = load_fingerprinted(run.base, adapter.model, mesh)
+    params, fingerprint = load_fingerprinted(run.base, adapter.model, mesh, each=each)
     check_base(run.adapter, fingerprint, run.name)
     return params
 

@@ -16,7 +16,7 @@ from easyaira.lora import peft
 from easyaira.lora.adapter import Adapter, adapter_of
 from easyaira.models.model import Model
 from easyaira.storage.base import as_stored, load_resized
-from easyaira.storage.pretrained import Pretrained, each_of, find, sampled
+from easyaira.storage.pretrained import Pretrained, find, sampled
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -115,9 +115,10 @@ class PeftFolder(Pretrained):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, adapter.target(mesh))
         params = jax.device_put(peft.read_peft(adapter, self.folder), shardings)
         key = jax.random.key(0) if head_key is None else head_key
-        merged = adapter.merge(load_resized(self.base, model, mesh, key=key), params)
-        if each is None:
-            return merged
-        leaves, tree = jax.tree_util.tree_flatten_with_path(merged)
-        del merged
-        return each_of(leaves, tree, each)
+        merged = adapter.merging(params)
+
+        def ready(path: tuple, leaf: jax.Array) -> Any:
+            leaf = merged(path, leaf)
+            return leaf if each is None else each(path, leaf)
+
+        return load_resized(self.base, model, mesh, key=key, each=ready)

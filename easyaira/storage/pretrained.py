@@ -208,6 +208,8 @@ class Pretrained:
         if stored is not None:
             self._check_exported()
             return transfer.from_hf(stored, target, model.rows, drawn, each, where=self.where)
+        if self.adapter is not None and each is not None and self._saved.scorer == model.scorer:
+            return self._merged(model, mesh, each)
         if self._saved.scorer == model.scorer:
             params = self._stored(model, mesh)
         else:
@@ -249,8 +251,13 @@ class Pretrained:
         """Parameters of the checkpoint, with adapters merged."""
         if self.adapter is None:
             return self._restore(model.target(mesh))
+        return self._merged(model, mesh, lambda path, leaf: leaf)
+
+    def _merged(self, model: Model, mesh: Any, each: transfer.Each) -> Any:
+        """Parameters of the base, each merged with the adapters as soon as it is read."""
         adapter = of_record(self.adapter, model)
-        return adapter.merge(load_base(self, adapter, mesh), self.load_adapter(adapter, mesh))
+        merged = adapter.merging(self.load_adapter(adapter, mesh))
+        return load_base(self, adapter, mesh, lambda path, leaf: each(path, merged(path, leaf)))
 
     def load_adapter(self, adapter: Adapter, mesh: Any) -> Any:
         """Load only the parameters of the adapters."""
