@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -57,6 +58,26 @@ def at_batch(replace, what, number, act=terminate):
     replace(loader, "ahead", outer)
 
 
+def killed(replace):
+    """Kill the process before the sixth batch, once the first checkpoint is there: it is written
+    beside the updates."""
+    from easyaira.storage import checkpoints
+
+    folders, inner = [], checkpoints.Checkpoints.save
+
+    def outer(self, *args):
+        folders.append(self.folder)
+        return inner(self, *args)
+
+    def act():
+        while not any(name.isdigit() for name in os.listdir(folders[0])):
+            time.sleep(0.02)
+        kill()
+
+    replace(checkpoints.Checkpoints, "save", outer)
+    at_batch(replace, "of the training", 6, act)
+
+
 def in_a_compilation(replace):
     """Send SIGTERM, then block in native code for a minute, so that no Python handler runs."""
     from easyaira.train import step
@@ -80,6 +101,7 @@ def disk_full(replace):
     def outer(*args):
         calls.append(args)
         if len(calls) == 2:
+            args[0].wait()  # the first one is written beside the updates
             sys.dont_write_bytecode = True  # it would be cut at the limit, for all tests
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -109,7 +131,7 @@ def plant(point, replace=setattr):
         "compile": in_a_compilation,
         "update": partial(at_batch, what="of the training", number=3),
         "second update": partial(at_batch, what="of the training", number=2),
-        "killed": partial(at_batch, what="of the training", number=6, act=kill),
+        "killed": killed,
         "evaluation": partial(at_batch, what="of the evaluation", number=2),
         "last save": partial(at_call, module=Checkpoints, name="save", number=2),
         "export": partial(at_call, module=release, name="_verify", after=False),
