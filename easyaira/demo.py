@@ -43,20 +43,24 @@ def build(args: Any) -> Any:
     from easyaira.chat.search import Search
     from easyaira.chat.words import WORDS
     from easyaira.data.cache import keep_compiled
-    from easyaira.loaded import LoadedModel, load
+    from easyaira.loaded import LoadedModel
+    from easyaira.models.registry import model_of
     from easyaira.rewards.model import RewardModel
+    from easyaira.storage import pretrained
 
     keep_compiled()
     search = Search(args.search) if args.search else None
-    model = load(args.model, mesh=args.mesh, dtype=args.dtype, template=args.template)
-    if not isinstance(model, LoadedModel):
+    origin = pretrained.find(args.model)
+    if model_of(origin.config, origin.where).scorer:
         raise ConfigError(f"{args.model}: scores texts and writes none; name it as --reward")
+    model = LoadedModel(origin, mesh=args.mesh, dtype=args.dtype, template=args.template)
+    own = model.sampling()
+    model.weights(model.sampler(own))  # read them now, so that errors are raised here
     reward, guard = (
         name and RewardModel(name, model.mesh, args.dtype).load()
         for name in (args.reward, args.guard)
     )
     answers = Answers(model, reward, guard, WORDS[args.language]["apology"])
-    own = model.sampling()
     default = model.sampling(**DEFAULTS) if own.greedy else own
     return page.build(answers, search, args.model, args.language, default)
 

@@ -150,7 +150,6 @@ def main(argv: list[str]) -> None:
     check(args)
 
     from dataclasses import asdict
-    from functools import partial
 
     from easyaira.data.cache import keep_compiled
     from easyaira.distributed import cards
@@ -193,7 +192,7 @@ def main(argv: list[str]) -> None:
             print(f"{args.output}: all {output.total:,} answers are there")
             return
     with loaded.model.on(loaded.mesh):
-        weights = sampler.read(partial(loaded.origin.load, loaded.model, loaded.mesh))
+        weights = loaded.weights(sampler)
         if args.chat:
             chat(sampler, weights, template, questions(), show, args.seed)
         elif args.prompt is not None:

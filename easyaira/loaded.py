@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from os import PathLike, fspath
 from typing import Any
@@ -23,6 +23,7 @@ from easyaira.distributed.compiler import keep_order
 from easyaira.distributed.mesh import data_shards
 from easyaira.errors import ConfigError, DataError, did_you_mean
 from easyaira.generation.chat import text_of
+from easyaira.generation.forward import Weights
 from easyaira.generation.processors import Sampling
 from easyaira.generation.programs import Programs
 from easyaira.generation.sampler import ROWS, Sampler
@@ -116,12 +117,24 @@ class LoadedModel:
             self.template = Template(origin.tokenizer(), template, origin.config["model_type"])
         self.config, self.tokenizer = origin.config, self.template.tokenizer
         self._logps = jax.jit(self._logps_of)
+        self._weights: Weights | None = None
         self._programs: dict[Sampling, Programs] = {}
 
     @cached_property
     def params(self) -> Any:
         with self.model.on(self.mesh):
             return load_frozen(self.origin, self.model, self.mesh)
+
+    def weights(self, sampler: Sampler) -> Weights:
+        """Weights for any sampler of this model, prepared once: of `params` where they have been
+        read, else of the files."""
+        if self._weights is None:
+            with self.model.on(self.mesh):
+                if "params" in vars(self):
+                    self._weights = sampler.weights(self.params)
+                else:
+                    self._weights = sampler.read(partial(self.origin.load, self.model, self.mesh))
+        return self._weights
 
     def sampling(self, **options: Any) -> Sampling:
         """Sampling settings: `options` override those of the folder's generation_config.json.
@@ -205,7 +218,7 @@ class LoadedModel:
             with at(f"generate: place {i}"):
                 tokens.append(self.template.prompt(messages).tolist())
         with self.model.on(self.mesh):
-            weights = sampler.weights(self.params)
+            weights = self.weights(sampler)
             answers = dict(sampler.answers(weights, tokens, num_samples=num_samples, seed=seed))
         texts = [self.text(answers[i], sampling) for i in range(len(answers))]
         return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]

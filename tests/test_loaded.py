@@ -137,6 +137,8 @@ def test_programs_are_compiled_once_for_all_options_that_they_do_not_depend_on(m
     drawn = programs(temperature=0.5)
     assert drawn.decode is not greedy.decode and drawn.admit is not greedy.admit
     assert drawn.prefill is greedy.prefill and drawn.weights is greedy.weights
+    samplers = [model.sampler(model.sampling(temperature=t)) for t in (0, 1)]
+    assert model.weights(samplers[0]) is model.weights(samplers[1])
     assert greedy.prefill._cache_size() == compiled
     penalised = programs(repetition_penalty=1.2)  # which has to know the tokens of a prompt
     assert penalised.prefill is not greedy.prefill and penalised.decode is not greedy.decode

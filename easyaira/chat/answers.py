@@ -125,7 +125,7 @@ class Answers:
         def sample() -> None:
             try:
                 with model.model.on(model.mesh):
-                    weights = sampler.weights(model.params)
+                    weights = model.weights(sampler)
                     answers = sampler.answers(
                         weights,
                         [tokens],

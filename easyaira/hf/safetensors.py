@@ -64,15 +64,15 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     for name in sorted(files):
         if Path(name).name != name:
             raise UnsafeInputError(f"{index_file}: names {name!r}, which is outside the folder")
-        shard = open_file(folder / name)
-        if wrong := [t for t in shard if weight_map.get(t) != name]:
+        shard = _open(folder / name)
+        if wrong := [t for t in _weights(shard) if weight_map.get(t) != name]:
             raise WeightsError(
                 f"{folder / name}: holds {wrong[0]}, which the index assigns to another file{RETRY}"
             )
         tensors |= shard
     if missing := sorted(set(weight_map) - set(tensors)):
         raise WeightsError(f"{index_file}: names {missing[0]}, which is in no file{RETRY}")
-    return tensors
+    return _weights(tensors)
 
 
 def _weight_map(index_file: Path) -> dict[str, str]:
@@ -103,8 +103,19 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
     """Memory-map every tensor of a safetensors file, by name; reads happen on access.
 
     Raises:
-        WeightsError: the file is damaged or missing.
+        WeightsError: the file is damaged or missing, or a weight is stored in another dtype than
+            those of DTYPES.
     """
+    return _weights(_open(file))
+
+
+def _weights(tensors: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
+    """Without integers, which are masks and counters."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _open(file: Path) -> dict[str, np.ndarray | None]:
+    """`open_file`, with None for integers."""
     try:
         if file.exists() and not file.is_file():
             raise ValueError("not a regular file")
@@ -117,15 +128,17 @@ def open_file(file: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{file}: cannot be read ({error}); download it again") from error
     header.pop("__metadata__", None)
     raw = np.memmap(str(file), np.uint8, "r", offset=8 + length) if header else None
-    tensors = {}
+    tensors: dict[str, np.ndarray | None] = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES and entry["dtype"].startswith("F"):
+        known = entry["dtype"] in DTYPES
+        if not known and (entry["dtype"].startswith("F") or name.endswith("weight")):
             raise WeightsError(
                 f"{file}: {name} is stored as {entry['dtype']}, which is not read; save the "
                 "model in float32, bfloat16 or float16"
             )
-        if entry["dtype"] not in DTYPES:
-            continue  # integers are masks and counters; `match` reports a missing weight by name
+        if not known:
+            tensors[name] = None
+            continue
         start, stop = entry["data_offsets"]
         tensors[name] = raw[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from easyaira.errors import ConfigError
+
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -83,6 +85,9 @@ def compiled(lower: Callable[[], Any], loops: int) -> Program:
     Args:
         lower: () -> jax.stages.Lowered.
         loops: trip count assumed for loops with a dynamic bound.
+
+    Raises:
+        ConfigError: the compiler refuses the program, other than for lack of memory.
     """
     begun = time.perf_counter()
     with _captured_stderr() as output, _uncached():
@@ -91,7 +96,9 @@ def compiled(lower: Callable[[], Any], loops: int) -> Program:
         except jax.errors.JaxRuntimeError as error:
             refused = lacking(error)
             if refused is None:
-                raise
+                raise ConfigError(
+                    f"dry run: XLA cannot compile this: {str(error).splitlines()[0]}"
+                ) from error
             return Program(time.perf_counter() - begun, refused=refused)
     seconds = time.perf_counter() - begun
     memory = program.memory_analysis()

@@ -147,7 +147,8 @@ def record(path):
 
     def outer(batch, mesh):
         rows.append(batch.arrays["tokens"])
-        np.savez(path, *rows)
+        np.savez(f"{path}.part.npz", *rows)
+        os.replace(f"{path}.part.npz", f"{path}.npz")  # whole, also if the process is killed
         return inner(batch, mesh)
 
     loader.to_device = outer
