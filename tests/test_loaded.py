@@ -370,11 +370,12 @@ def test_matrices_are_held_in_the_dtype_of_their_use_which_changes_no_bit(kind, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_sampler_reads_weights_one_by_one(kind, dtype, tmp_path):
+@pytest.mark.parametrize("kind, mesh", [("gpt2", None), ("llama", None), ("llama", "fsdp=2,tp=2")])
+def test_a_sampler_reads_weights_one_by_one(kind, mesh, dtype, tmp_path, devices):
     """As it prepares those that are there."""
+    devices(4 if mesh else 1)
     tiny.save(tmp_path, tiny.CASES[kind])
-    model = easyaira.load(tmp_path, dtype=dtype, template="plain")
+    model = easyaira.load(tmp_path, mesh=mesh, dtype=dtype, template="plain")
     sampler, earlier = model.sampler(model.sampling()), []
 
     def load(each):
