@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -63,7 +64,13 @@ def waiting():
     arguments = shlex.join([sys.executable, *map(str, hangs)])
     shells = (f"{arguments} 2>&-", f"{arguments} 2> >(true)")
     unread = [subprocess.Popen(["bash", "-c", shell], env=environment(1)) for shell in shells]
-    return {"alone": alone, "hangs": [start(hangs)], "unread": unread}
+    started = {"alone": alone, "hangs": [start(hangs)], "unread": unread}
+    yield started
+    for process in chain(*started.values()):  # another worker may run the tests that wait for them
+        process.kill()
+        process.wait()
+        for stream in filter(None, (process.stdout, process.stderr)):
+            stream.close()
 
 
 @pytest.mark.slow
