@@ -315,7 +315,7 @@ BOMBS = {
     "a constant power": ("{% if 7 ** (10 ** 9) > 1 %}x{% endif %}", "not finish within 2 seconds"),
     "a power": ("{% if (messages|length + 5) ** (10 ** 9) > 1 %}x{% endif %}", "not finish"),
     "loops": (
-        "{% for i in range(1500) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "not finish",
     ),
     "a long text": (
