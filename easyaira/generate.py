@@ -126,7 +126,10 @@ def check(args: Any) -> None:
 
 def load(args: Any, devices: Any = None, planned: bool = False) -> tuple[Any, Any]:
     """The model on `devices` (default: all), without reading its weights, and sampling options.
-    `planned`: they may be absent, too."""
+
+    Args:
+        planned: the model will not run, so that its weights may be absent.
+    """
     from easyaira.generation.settings import NUMBERS
     from easyaira.loaded import LoadedModel
     from easyaira.storage import pretrained

@@ -106,7 +106,10 @@ class LoadedModel:
         devices: Any = None,
         planned: bool = False,
     ):
-        """`planned`: the weights may be absent, since they will not be read."""
+        """
+        Args:
+            planned: the model will not run, so that its weights may be absent.
+        """
         self.mesh = meshes.make_mesh(mesh, devices)
         compute = Compute(jnp.dtype(dtype), attention=implementation_for(self.mesh))
         self.origin = origin

@@ -16,6 +16,7 @@ from easyaira.generation.sampler import Sampler
 from easyaira.models.layers import Compute, padded_vocab
 from easyaira.models.registry import model_of
 from easyaira.plan import decoding
+from easyaira.plan.cost import per_device
 from helpers import tiny
 from helpers.processes import call
 
@@ -55,7 +56,7 @@ def test_keys_and_values_take_the_memory_that_is_predicted(
     layers, heads, width = SIZES[name]
     formula = 2 * layers * rows * heads * slots * width * 4 // (rows_apart * heads_apart)
     assert max(allocated) == (formula, 2 * layers, (rows, heads, slots, width))
-    assert decoding.cache_size(sampler, mesh, rows, slots) == formula
+    assert per_device(decoding.empty_state(sampler, mesh, rows, slots).cache) == formula
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ class EasyAiraLM(TemplateLM):
         for i, request in enumerate(requests):
             kinds.setdefault(repr(request.args[1]), []).append(i)
         programs: list[Programs] = []
+        weights = None  # the same for all ways to sample
         with tqdm(total=len(requests), unit="answer", disable=None) as bar:
             for index in kinds.values():
                 sampling, until = self._sampling(requests[index[0]].args[1])
@@ -135,7 +136,7 @@ class EasyAiraLM(TemplateLM):
                 programs.append(sampler.programs)
                 prompts = [self._prompt(requests[i].args[0], sampling) for i in index]
                 with self.model.on(self.likelihoods.mesh):
-                    weights = sampler.weights(self.likelihoods.params)
+                    weights = weights or sampler.weights(self.likelihoods.params)
                     for number, answer in sampler.answers(weights, prompts):
                         text = postprocess_generated_text(self._text(answer.content), until, None)
                         answers[index[number]] = text

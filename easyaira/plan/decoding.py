@@ -28,7 +28,8 @@ class Decoding(NamedTuple):
     Attributes:
         rows, slots: of the cache, over all devices.
         weights: matrices in the computing dtype, and the head.
-        cache: keys and values.
+        cache: keys and values: two numbers for each layer, row, key/value head, slot and element
+            of a head.
         program: the compiled decoding, whose loop over tokens counts once; for an `Absent` device
             weights, cache and a step's logits.
     """
@@ -75,18 +76,13 @@ def empty_state(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> State:
         return jax.tree.map(sharded, state)
 
 
-def cache_size(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> int:
-    """Bytes per device of the keys and values of `rows` rows in `slots` slots: two numbers for each
-    layer, row, key/value head, slot and element of a head."""
-    return per_device(empty_state(sampler, mesh, rows, slots).cache)
-
-
 def measure(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> Decoding:
     """Compile the decoding of `rows` rows in `slots` slots for a mesh without allocating arrays, or
     count it for a device that nothing can be compiled for."""
     programs = sampler.programs
     model = programs.forward.model
-    cache = cache_size(sampler, mesh, rows, slots)
+    state = empty_state(sampler, mesh, rows, slots)
+    cache = per_device(state.cache)
     precision = jax.default_matmul_precision(model.compute.matmul_precision)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), precision:
         target = model.target(mesh)
@@ -99,7 +95,7 @@ def measure(sampler: Sampler, mesh: Mesh, rows: int, slots: int) -> Decoding:
             compiled_weights = programs.weights.lower(target).compile()
             prepared = like(prepared, compiled_weights.output_shardings)
             weights = per_device(prepared)
-            program = _compiled(sampler, prepared, empty_state(sampler, mesh, rows, slots))
+            program = _compiled(sampler, prepared, state)
     return Decoding(rows, slots, weights, cache, program)
 
 
